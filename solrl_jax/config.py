@@ -1,0 +1,327 @@
+"""Frozen dataclasses: one run, whole. Every field is validated where it is made, with the value, the rule and the mend.
+
+Sizes are global (prompts, candidates, kept); what one device does follows from them. A config file in configs/ defines
+`config(recipe: str) -> Config`; `--config=tiny:sol_rl_clipscore` names file and recipe.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft")
+SOLVERS = ("euler", "dpm1", "dpm2")
+SELECTIONS = ("best_worst", "top", "random", "all")
+Precision = Literal["bf16", "nvfp4_emulated"]
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message names the value, the rule and the mend."""
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Which network, from where. `path` is a diffusers pipeline folder; `text_tokens` T5 tokens; `size` pixels."""
+
+    name: str = "flux"
+    path: str = ""
+    size: int = 512
+    text_tokens: int = 128
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: bool = True
+    min_dim: int = 1000  # quantise only Linears with max(in, out) above this
+    min_quantised_flops: float = 0.0  # a run whose rule covers a smaller share of the blocks' FLOPs stops
+
+    def __post_init__(self):
+        _require(self.size > 0, f"model.size={self.size}: give pixels, 1 or more")
+        _require(self.text_tokens > 0, f"model.text_tokens={self.text_tokens}: give 1 or more")
+        _require(0 <= self.min_quantised_flops <= 1, "model.min_quantised_flops is a share, 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One ODE rollout: how many steps, by which solver, in which precision, how many images at a time."""
+
+    steps: int = 10
+    solver: Literal["euler", "dpm1", "dpm2"] = "dpm2"
+    precision: Precision = "bf16"
+    chunk: int = 24
+
+    def __post_init__(self):
+        _require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
+        _require(self.chunk >= 1, f"chunk={self.chunk}: give 1 or more images at a time")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """y = W x + (alpha / rank) B A x on `targets` (empty: the model's own list)."""
+
+    rank: int = 32
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _require(self.rank >= 1, f"lora.rank={self.rank}: give 1 or more")
+        _require(self.alpha > 0, f"lora.alpha={self.alpha}: give a positive number")
+
+
+@dataclasses.dataclass(frozen=True)
+class Learn:
+    """The policy update (algorithms.md section 2 and 6). `micro_batch` counts (sample, time) points per forward pass."""
+
+    algorithm: Literal["nft"] = "nft"
+    timestep_fraction: float = 0.6
+    updates: int = 1  # optimiser steps per pass over the kept samples
+    epochs: int = 1  # passes over the kept samples, each with fresh times and noise
+    micro_batch: int = 12
+    learning_rate: float = 3e-4
+    kl_weight: float = 1e-4
+    strength: float = 1.0
+    advantage_clip: float = 5.0
+    advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
+    clip_norm: float = 1.0
+    weight_decay: float = 1e-4
+    old_ramp: float = 1e-3  # old <- c old + (1 - c) current, c = min(old_ramp * updates, old_max)
+    old_max: float = 0.5
+    ema_max: float = 0.9
+
+    def __post_init__(self):
+        _require(0 < self.timestep_fraction <= 1, f"learn.timestep_fraction={self.timestep_fraction}: above 0, at most 1")
+        for name in ("updates", "epochs", "micro_batch"):
+            _require(getattr(self, name) >= 1, f"learn.{name}={getattr(self, name)}: give 1 or more")
+        _require(self.learning_rate >= 0, f"learn.learning_rate={self.learning_rate}: 0 or more")
+        _require(self.strength > 0, f"learn.strength={self.strength}: a positive number (1.0 or 0.1 in the paper)")
+        _require(self.advantage_clip > 0, f"learn.advantage_clip={self.advantage_clip}: a positive number")
+        _require(0 <= self.old_max < 1, f"learn.old_max={self.old_max}: 0 (old = current) up to below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Fixed prompts x fixed keys every `every` iterations (0: never), EMA weights, full steps."""
+
+    every: int = 20
+    prompts: int = 16
+    images: int = 1  # per prompt
+    steps: int = 28
+    solver: Literal["euler", "dpm1", "dpm2"] = "dpm2"
+    rewards: str = ""  # held-out rewards, scored and never trained on: "shapes" or "pickscore,hpsv2"
+    grid: int = 8  # prompts in the picture grid
+    chunk: int = 24
+
+    def __post_init__(self):
+        _require(self.every >= 0, f"evaluate.every={self.every}: 0 (never) or more")
+        for name in ("prompts", "images", "steps", "chunk"):
+            _require(getattr(self, name) >= 1, f"evaluate.{name}={getattr(self, name)}: give 1 or more")
+        _require(1 <= self.grid <= self.prompts, f"evaluate.grid={self.grid}: 1 to evaluate.prompts={self.prompts}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One run. `explore` None means one stage: `regenerate` rolls out all candidates and the kept are chosen from it."""
+
+    name: str = ""
+    model: Model = dataclasses.field(default_factory=Model)
+    prompt_files: str = ""  # a folder with train.txt and test.txt, or one file
+    reward: str = ""  # "clipscore" or a weighted mix "pickscore:1,hpsv2:0.5"
+    reward_paths: tuple[str, ...] = ()  # "clipscore=folder"
+    prompts: int = 48
+    candidates: int = 96
+    kept: int = 24
+    selection: Literal["best_worst", "top", "random", "all"] = "best_worst"
+    explore: Stage | None = dataclasses.field(default_factory=lambda: Stage(steps=6, precision="nvfp4_emulated"))
+    regenerate: Stage = dataclasses.field(default_factory=Stage)
+    lora: Lora = dataclasses.field(default_factory=Lora)
+    learn: Learn = dataclasses.field(default_factory=Learn)
+    evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+    iterations: int = 300
+    seed: int = 42
+    save_every: int = 20  # iterations between checkpoints; 0: only where the run ends or is stopped
+    keep: int = 3  # checkpoints
+    staged: bool = True  # stages jitted apart (progress, stage times); False: one jit of the whole iteration_step
+
+    def __post_init__(self):
+        p, n, k = self.prompts, self.candidates, self.kept
+        _require(p >= 1, f"prompts={p}: give 1 or more")
+        _require(1 <= k <= n, f"kept={k} of candidates={n}: keep between 1 and {n}")
+        _require(
+            self.selection != "best_worst" or k % 2 == 0,
+            f"kept={k} is odd: best_worst keeps K/2 best and K/2 worst; use kept={k + 1 if k < n else k - 1}",
+        )
+        _require(self.selection != "all" or k == n, f"selection=all keeps every candidate: set kept={n}")
+        for name, stage, count in self.stages():
+            _require(
+                count % stage.chunk == 0,
+                f"{name}.chunk={stage.chunk} does not divide the {count} images of a prompt: use one of {_divisors(count)}",
+            )
+        u, t, m = self.learn.updates, self.times, self.learn.micro_batch
+        _require(k % u == 0, f"learn.updates={u} does not divide kept={k}: use one of {_divisors(k)}")
+        _require(
+            t >= 1,
+            f"learn.timestep_fraction={self.learn.timestep_fraction} of {self.regenerate.steps} steps trains no time: raise it",
+        )
+        _require(
+            m % t == 0 or t % m == 0,
+            f"learn.micro_batch={m} is neither a multiple nor a divisor of the {t} trained times a sample has: use {t}",
+        )
+        points = p * k // u * t
+        _require(
+            points % m == 0, f"learn.micro_batch={m} does not divide the {points} points of an update: use one of {_divisors(points)}"
+        )
+        _require(self.iterations >= 0, f"iterations={self.iterations}: 0 or more")
+        _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
+        _require(self.keep >= 1, f"keep={self.keep}: keep at least one checkpoint")
+
+    @property
+    def times(self) -> int:
+        """Trained times a sample has: T = int(fraction * steps)."""
+        return int(self.learn.timestep_fraction * self.regenerate.steps + 1e-9)
+
+    def stages(self) -> list[tuple[str, Stage, int]]:
+        """(name, stage, images a prompt) of the rollouts, in order."""
+        if self.explore is None:
+            return [("regenerate", self.regenerate, self.candidates)]
+        return [("explore", self.explore, self.candidates), ("regenerate", self.regenerate, self.kept)]
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def family(config: Config, name: str) -> Config:
+    """The rollout of a family: sol_rl, naive_scaling (all N in BF16), naive_quant (low precision throughout) or
+    diffusionnft (K of K, nothing selected). One-stage families have explore = None (algorithms.md section 6)."""
+    if name == "sol_rl":
+        return config
+    low = config.explore.precision if config.explore else "nvfp4_emulated"
+    full = dataclasses.replace(config.regenerate, chunk=config.explore.chunk if config.explore else config.regenerate.chunk)
+    if name == "naive_scaling":
+        return dataclasses.replace(config, explore=None, regenerate=full)
+    if name == "naive_quant":
+        return dataclasses.replace(config, explore=None, regenerate=dataclasses.replace(full, precision=low))
+    if name == "diffusionnft":
+        return dataclasses.replace(config, explore=None, candidates=config.kept, selection="all")
+    raise ConfigError(f"unknown family {name!r}: use one of {', '.join(FAMILIES)}")
+
+
+def load(spec: str, overrides: typing.Mapping[str, str] | None = None) -> Config:
+    """`tiny` or `tiny:sol_rl_clipscore` -> Config, with {"explore.steps": "4"} overrides applied in order."""
+    name, _, recipe = spec.partition(":")
+    if name not in available():
+        raise ConfigError(f"--config={spec}: there is no configs/{name}.py; use one of {', '.join(available())}")
+    config = importlib.import_module(f"configs.{name}").config(recipe)
+    return override(config, **(overrides or {}))
+
+
+def available() -> list[str]:
+    """Names that --config takes: the files of the repository's configs/."""
+    try:
+        configs = importlib.import_module("configs")
+    except ModuleNotFoundError:
+        raise ConfigError(f"no folder configs/ in {Path.cwd()}: run from the repository's root") from None
+    return sorted(f.stem for path in configs.__path__ for f in Path(path).glob("[a-z]*.py"))
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
+def from_json(text: str) -> Config:
+    """The inverse of `to_json`; a field that this version does not know raises ConfigError."""
+    try:
+        return _build(Config, json.loads(text), "")
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"not the JSON of a config: {e}") from None
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """{"explore.steps": (6, 4)} for every single value that is not the same in both."""
+    a, b = dict(_values(dataclasses.asdict(old))), dict(_values(dataclasses.asdict(new)))
+    return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
+
+
+def _values(tree: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _values(value, f"{at}{name}.")
+        else:
+            yield f"{at}{name}", value
+
+
+def _build(kind: Any, values: dict[str, Any], at: str) -> Any:
+    types_ = typing.get_type_hints(kind)
+    if strange := [f"{at}{name}" for name in values if name not in types_]:
+        raise ConfigError(f"unknown fields {', '.join(strange)}: this config was written by another version of solrl_jax")
+    made = {}
+    for name, value in values.items():
+        inner = next((t for t in (types_[name], *typing.get_args(types_[name])) if dataclasses.is_dataclass(t)), None)
+        if inner and value is not None:
+            value = _build(inner, value, f"{at}{name}.")
+        made[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**made)
+
+
+def override(config: Config, **changes: Any) -> Config:
+    """override(config, **{"explore.steps": "4"}): the same words as on the command line."""
+    nested: dict[str, Any] = {}
+    for path, text in changes.items():
+        _set(nested, config, path, str(text))
+    return _replace(config, nested)
+
+
+def _set(changes: dict[str, Any], config: Any, path: str, text: str) -> None:
+    """Parse one override against the types of `config` into the nested dict `changes`."""
+    head, _, rest = path.partition(".")
+    fields = {f.name: f for f in dataclasses.fields(config)}
+    if head not in fields:
+        near = difflib.get_close_matches(head, fields, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"--config.{path}: no field {head!r} in {type(config).__name__}; {hint}it has {', '.join(fields)}")
+    kind = typing.get_type_hints(type(config))[head]
+    if rest:
+        inner = getattr(config, head)
+        if not dataclasses.is_dataclass(inner):
+            what = "this family has no such stage" if inner is None else "it is a single value"
+            raise ConfigError(f"--config.{path}: {head} has no fields here ({what})")
+        _set(changes.setdefault(head, {}), inner, rest, text)
+    else:
+        changes[head] = _parse(kind, text, path)
+
+
+def _replace(config: Any, changes: dict[str, Any]) -> Any:
+    """All changes at once, so that two overrides which only fit together are not refused one by one."""
+    new = {k: _replace(getattr(config, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
+    return dataclasses.replace(config, **new)
+
+
+def _parse(kind: Any, text: str, path: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if text in args:
+            return text
+        raise ConfigError(f"--config.{path}={text}: use one of {', '.join(map(str, args))}")
+    if origin in (types.UnionType, typing.Union):
+        if text.lower() == "none":
+            return None
+        raise ConfigError(f"--config.{path}={text}: set its fields one by one, or none")
+    if origin is tuple:
+        return tuple(part for part in text.split(",") if part)
+    if dataclasses.is_dataclass(kind):
+        raise ConfigError(f"--config.{path}={text}: set its fields, e.g. --config.{path}.{dataclasses.fields(kind)[0].name}=...")
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ConfigError(f"--config.{path}={text}: use true or false")
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"--config.{path}={text}: needs {kind.__name__}") from None

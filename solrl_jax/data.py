@@ -1,0 +1,123 @@
+"""Prompts: text files in, batches out. A batch is a pure function of (seed, step), so a resumed run draws the same."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from solrl_jax.config import ConfigError
+
+
+class DataError(ValueError):
+    """A prompt file that cannot be used; the message names the file and the line."""
+
+
+class PromptSet(NamedTuple):
+    """Distinct, stripped prompts in file order; how many lines were dropped as blank or as repeated."""
+
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    blank: int
+    repeated: int
+
+
+def read(path: str | Path) -> PromptSet:
+    """A folder with train.txt and test.txt, or one .txt (then test = train); UTF-8, a prompt a line.
+
+    Raises DataError for what is not there, not UTF-8 or holds no prompt.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        prompts, blank, repeated = read_file(path)
+        return PromptSet(prompts, prompts, blank, repeated)
+    train, test = read_file(path / "train.txt"), read_file(path / "test.txt")
+    return PromptSet(train[0], test[0], train[1] + test[1], train[2] + test[2])
+
+
+def read_file(file: str | Path) -> tuple[tuple[str, ...], int, int]:
+    """(prompts, blank lines, repeated lines) of one file."""
+    file = Path(file)
+    try:
+        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    except FileNotFoundError:
+        raise DataError(f"{file} does not exist: give a .txt file of prompts, or a folder with train.txt and test.txt") from None
+    except OSError as e:
+        raise DataError(f"{file} cannot be read: {e.strerror}") from e
+    texts = [_decode(line, file, number) for number, line in enumerate(lines, 1)]
+    prompts = dict.fromkeys(t for t in texts if t)  # distinct, in order
+    if not prompts:
+        raise DataError(f"{file} holds no prompts ({'it is empty' if lines == [b''] else 'only blank lines'}): write one a line")
+    blank = sum(not t for t in texts[:-1])  # nothing after the last newline is no line
+    return tuple(prompts), blank, sum(map(bool, texts)) - len(prompts)
+
+
+def _decode(line: bytes, file: Path, number: int) -> str:
+    try:
+        text = line.decode("utf-8").strip()
+    except UnicodeDecodeError as e:
+        raise DataError(f"{file}, line {number}: byte {e.start + 1} (0x{line[e.start]:02x}) is not UTF-8; save it as UTF-8") from None
+    if "\0" in text:
+        raise DataError(f"{file}, line {number}: holds a zero byte (is it UTF-16?); save it as UTF-8")
+    return text
+
+
+def batch(prompts: Sequence[str], seed: int, step: int, count: int) -> list[str]:
+    """The `count` prompts of a step: the next ones of an endless walk through epochs, each a seeded permutation.
+
+    Every prompt comes once an epoch and none twice in a batch. Raises ConfigError if there are fewer than `count`.
+    """
+    n = len(prompts)
+    if count > n:
+        raise ConfigError(f"{count} prompts a batch, but only {n} distinct ones in the file: use {n} or fewer")
+    places = range(step * count, (step + 1) * count)
+    return [prompts[_epoch(n, count, seed, place // n)[place % n]] for place in places]
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch(n: int, count: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of one epoch, such that the batch across its start holds nothing twice.
+
+    Only the first 2 * count places are ever touched, so with 3 * count prompts an epoch's end is its permutation's own
+    and one step back is enough; with fewer the epochs are dealt from the first, which is then quick.
+    """
+    first = max(epoch - 1, 0) if n >= 3 * count else 0
+    order = _permutation(n, seed, first)
+    for e in range(first + 1, epoch + 1):
+        used = e * n % count  # places of the batch across the start that the epoch before has filled
+        order = _avoiding(_permutation(n, seed, e), order[n - used :], count - used) if used else _permutation(n, seed, e)
+    return tuple(order)
+
+
+def _permutation(n: int, seed: int, epoch: int) -> list[int]:
+    return np.random.default_rng([seed, epoch]).permutation(n).tolist()
+
+
+def _avoiding(order: list[int], taken: list[int], head: int) -> list[int]:
+    """`order` with its first `head` places free of `taken`, whose members go right behind them."""
+    free = [i for i in order[: head + len(taken)] if i not in set(taken)]
+    start = free[:head]
+    rest = [i for i in order if i not in set(start)]
+    return start + rest
+
+
+def cut(prompts: Sequence[str], tokenize: Callable[[Sequence[str]], Any]) -> dict[str, list[str]]:
+    """{leaf of tokenize's result: prompts that are too long for it}, empty where every prompt fits.
+
+    A prompt was cut if its tokens are the same without its last character. Only prompts with more characters than the
+    row has tokens are looked at; one whose cut falls within the last word may be missed.
+    """
+    import jax
+
+    def named(texts: Sequence[str]) -> dict[str, np.ndarray]:
+        flat, _ = jax.tree_util.tree_flatten_with_path(tokenize(texts))
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in flat}
+
+    shortest = min(leaf.shape[-1] for leaf in named(prompts[:1]).values())
+    long = [p for p in prompts if len(p) > shortest - 2]
+    if not long:
+        return {}
+    whole, shorter = named(long), named([p[:-1] for p in long])
+    found = {name: [p for p, a, b in zip(long, whole[name], shorter[name], strict=True) if np.array_equal(a, b)] for name in whole}
+    return {name: texts for name, texts in found.items() if texts}

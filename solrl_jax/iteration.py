@@ -1,0 +1,422 @@
+"""One iteration of Sol-RL: explore in low precision, regenerate in BF16, learn. Read this file first.
+
+    policies = quantise(merge(base, old)), merge(base, old)
+    preview  = rollout(explorer, keys [P, N], 6 steps)        every candidate, cheaply
+    keys     = keys of the K/2 best and K/2 worst             a sample is its key
+    samples  = rollout(merged, keys [P, K], 10 steps)         the same noise, exactly
+    A        = advantages(rewards of the samples)
+    state    = learn(samples, A)                              a LoRA, in BF16; the old policy follows
+
+`iteration_step` is that, pure and jittable whole; `Staged` runs the same functions one jit each, from the host.
+Families of one stage are the same with explore = None: all candidates in one rollout, the kept chosen from it.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Key
+
+from solrl_jax import algos, lora, quant, sampler, sharding
+from solrl_jax.config import Config, Stage
+from solrl_jax.rewards import Score, score_images
+from solrl_jax.selection import select, spearman, take
+from solrl_jax.structs import (
+    Frozen,
+    Hyper,
+    Model,
+    Params,
+    Points,
+    Prompts,
+    PyTree,
+    Rollout,
+    TrainState,
+    Variables,
+    Velocities,
+)
+
+Metrics = dict[str, Any]
+F32 = jnp.float32
+
+
+# --- state ----------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(cfg: Config) -> optax.GradientTransformation:
+    """AdamW's direction as in torch (decoupled decay, eps outside the root); the rate is applied in `apply_gradients`."""
+    return optax.chain(optax.scale_by_adam(0.9, 0.999, 1e-8), optax.add_decayed_weights(cfg.learn.weight_decay))
+
+
+def init_state(
+    key: Key[Array, ""], frozen: Frozen, *, model: Model, optimizer: optax.GradientTransformation, cfg: Config
+) -> TrainState:
+    """A fresh LoRA (the base's output exactly), old and ema its copies."""
+    key_lora, key = jax.random.split(key)
+    adapter = lora.init(key_lora, frozen.base, cfg.lora.targets or model.lora_targets, cfg.lora)
+    learn = cfg.learn
+    hyper = Hyper(*(jnp.asarray(x, F32) for x in (learn.learning_rate, learn.kl_weight, learn.strength, learn.old_ramp, learn.old_max)))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, zero, key, adapter, adapter, adapter, optimizer.init(adapter), hyper)
+
+
+# --- rollout --------------------------------------------------------------------------------------------------------
+
+
+def sample_keys(state: TrainState, prompts: int, candidates: int) -> Key[Array, "P N"]:
+    """This iteration's samples. A sample is its key, whatever batch or device it falls to."""
+    return jax.random.split(jax.random.fold_in(state.key, state.iteration), (prompts, candidates))
+
+
+def merged(state: TrainState, frozen: Frozen, cfg: Config) -> dict[str, Array]:
+    """The old policy's adapted kernels, {path: W + (alpha / R) A B}."""
+    return lora.merged_kernels(frozen.base, state.old, cfg.lora)
+
+
+def quantised(kernels: dict[str, Array], frozen: Frozen, model: Model) -> Params:
+    """The explorer's quantised kernels, made once per policy update from the merged policy."""
+    return quant.quantise_tree(lora.graft(frozen.base, kernels), model.quant_rule)
+
+
+def policy_variables(kernels: dict[str, Array], low: Params | None, frozen: Frozen) -> Variables:
+    """Variables of a rollout: the merged policy, or the explorer where `low` is given."""
+    params = {"params": lora.graft(frozen.base, kernels)}
+    return params if low is None else {**params, "quant": low}
+
+
+def rollout(
+    variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "P N"], *, model: Model, score: Score, stage: Stage
+) -> Rollout:
+    """Integrate, decode and score P x N samples, `stage.chunk` at a time, each device its own prompts."""
+    sigmas = model.sigmas(stage.steps)
+
+    def chunk(variables: Variables, frozen: Frozen, prompt: Prompts, keys: Key[Array, "n"]):
+        cond = jax.tree.map(lambda c: jnp.broadcast_to(c[None], (keys.shape[0], *c.shape)), prompt.cond)
+        x1 = jax.vmap(model.noise)(keys)
+        x0 = sampler.sample(lambda x, sigma: model.velocity(variables, x, sigma, cond), x1, sigmas, stage.solver)
+        tokens = jax.tree.map(lambda t: t[None], prompt.tokens)
+        return x0, *score_images(score, frozen.rewards, model.decode(frozen.vae, x0), tokens)
+
+    def on_device(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p N"]):
+        def one_prompt(args):
+            prompt, row = args
+            parts = jax.lax.map(lambda k: chunk(variables, frozen, prompt, k), row.reshape(-1, stage.chunk))
+            return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), parts)
+
+        return jax.lax.map(one_prompt, (prompts, keys))
+
+    run = sharding.over_data(on_device, (False, False, True, True), sharding.SPLIT)
+    x0, reward, parts = run(variables, frozen, prompts, keys)
+    return Rollout(keys, x0, reward, parts)
+
+
+def sample(
+    variables: Variables, cond: PyTree, keys: Key[Array, "P n"], *, model: Model, stage: Stage
+) -> Float[Array, "P n h w c"]:
+    """Latents of P x n samples, without decoding or scoring."""
+    nothing = Score((), ())
+    frozen = Frozen({}, {}, {})
+    undecoded = model._replace(decode=lambda params, x0: x0)
+    return rollout(variables, frozen, Prompts(cond, {}), keys, model=undecoded, score=nothing, stage=stage).x0
+
+
+def keep(rollout: Rollout, kept: int, rule: str, key: Key[Array, ""]) -> Rollout:
+    """The kept samples of each prompt, best first."""
+    index = select(rollout.reward, kept, rule, key)
+    return jax.tree.map(lambda x: take(x, index), rollout)
+
+
+def chooser(state: TrainState) -> Key[Array, ""]:
+    """The key of this iteration's random selection, apart from every sample's key."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.iteration), 1)
+
+
+# --- learn ----------------------------------------------------------------------------------------------------------
+
+
+def learn(
+    state: TrainState,
+    frozen: Frozen,
+    cond: PyTree,
+    samples: Rollout,
+    *,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    cfg: Config,
+) -> tuple[TrainState, Metrics]:
+    """Advantages over the kept samples, `epochs` x `updates` steps of the LoRA, then the old policy follows.
+
+    An update takes K / updates samples of every prompt, so that which samples it takes does not depend on the devices.
+    """
+    advantage = algos.advantages(samples.reward)
+    epochs, updates = cfg.learn.epochs, cfg.learn.updates
+    old = state.old
+
+    def update(state: TrainState, which: tuple[Array, Array]):
+        epoch, index = which
+        keys = jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, 1 + epoch)))(samples.keys)
+        batch = jax.tree.map(lambda x: take(x, index), (keys, samples.x0, advantage))
+        grads, metrics = gradients(state, old, frozen, cond, *batch, model=model, cfg=cfg)
+        state, norm = apply_gradients(state, grads, optimizer, cfg)
+        return state, {**metrics, "grad_norm": norm}
+
+    epoch_of = jnp.repeat(jnp.arange(epochs), updates)
+    index = jnp.concatenate([shuffled(samples.keys, e, updates) for e in range(epochs)])
+    state, metrics = jax.lax.scan(update, state, (epoch_of, index))
+    decay = algos.old_decay(state.updates, state.hyper.old_ramp, state.hyper.old_max)
+    followed = jax.tree.map(lambda o, c: decay * o + (1 - decay) * c, old, state.lora)
+    state = state._replace(old=followed, iteration=state.iteration + 1)
+    return state, {**jax.tree.map(jnp.mean, metrics), "old_decay": decay}
+
+
+def shuffled(keys: Key[Array, "P K"], epoch: int, updates: int) -> Array:
+    """[updates, P, K / updates]: each prompt's samples in an order of its own; sorted where one update takes them all."""
+    order = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1 + epoch))))(keys)
+    index = jnp.argsort(order, axis=-1) if updates > 1 else jnp.broadcast_to(jnp.arange(keys.shape[1])[None], keys.shape)
+    return index.reshape((keys.shape[0], updates, -1)).swapaxes(0, 1)
+
+
+def gradients(
+    state: TrainState,
+    old: Params,
+    frozen: Frozen,
+    cond: PyTree,
+    keys: Key[Array, "P k"],
+    x0: Float[Array, "P k h w c"],
+    advantage: Float[Array, "P k"],
+    *,
+    model: Model,
+    cfg: Config,
+) -> tuple[Params, Metrics]:
+    """Gradient and metrics of the mean loss over all (sample, time) points, `micro_batch` points a forward pass."""
+    times, micro = cfg.times, cfg.learn.micro_batch
+    group = max(1, micro // times)  # samples whose points are made together
+    sigmas = jnp.asarray(model.sigmas(cfg.regenerate.steps)[:-1], F32)
+    hyper = state.hyper
+
+    def objective(current: Params, base: Params, old: Params, cond: PyTree, points: Points, advantage: Array):
+        def velocity(variables):
+            return model.velocity(variables, points.x_t, points.t, cond)
+
+        v = Velocities(
+            velocity(lora.policy(base, current, cfg.lora)),
+            jax.lax.stop_gradient(velocity(lora.policy(base, old, cfg.lora))),
+            jax.lax.stop_gradient(velocity({"params": base})),
+        )
+        loss, metrics = algos.nft_loss(v, points, advantage, hyper, clip=cfg.learn.advantage_clip, mode=cfg.learn.advantage_mode)
+        return jnp.sum(loss), jax.tree.map(jnp.sum, {"loss": loss, **metrics})
+
+    def on_device(current, base, old, cond, keys, x0, advantage):
+        count = keys.size
+        if count % group:
+            raise ValueError(
+                f"learn.micro_batch={micro} takes {group} samples at a time, but each device holds {count}: "
+                f"set it to {times} times a divisor of {count}, or use fewer devices"
+            )
+        owner = jnp.repeat(jnp.arange(keys.shape[0]), keys.shape[1])
+        flat = (owner, keys.reshape(-1), x0.reshape((count, *x0.shape[2:])), advantage.reshape(-1))
+        groups = jax.tree.map(lambda x: x.reshape((count // group, group, *x.shape[1:])), flat)
+
+        def one_group(total, item):
+            owner, keys, x0, advantage = item
+            points = jax.vmap(lambda k, x: algos.nft_points(k, x, sigmas, times))(keys, x0)
+            flat = (jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), points), jnp.repeat(owner, times), jnp.repeat(advantage, times))
+            micros = jax.tree.map(lambda x: x.reshape((-1, min(micro, group * times), *x.shape[1:])), flat)
+
+            def one_micro(total, item):
+                points, owner, advantage = item
+                own = jax.tree.map(lambda c: c[owner], cond)
+                (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(current, base, old, own, points, advantage)
+                return jax.tree.map(jnp.add, total, (grads, metrics)), None
+
+            return jax.lax.scan(one_micro, total, micros)
+
+        zero = jax.tree.map(jnp.zeros_like, current), dict.fromkeys(("loss", "policy_loss", "kl_div", "old_deviate"), jnp.zeros(()))
+        total, _ = jax.lax.scan(one_group, zero, groups)
+        return jax.lax.psum(total, sharding.DATA)
+
+    run = sharding.over_data(on_device, (False, False, False, True, True, True, True), sharding.WHOLE)
+    total = run(state.lora, frozen.base, old, cond, keys, x0, advantage)
+    return jax.tree.map(lambda x: x / (keys.size * times), total)
+
+
+def apply_gradients(
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation, cfg: Config
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One clipped AdamW step and the evaluation average. A non-finite gradient leaves everything as it was and is counted."""
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm)
+    scale = jnp.minimum(1.0, cfg.learn.clip_norm / (norm + 1e-6))  # torch's clip_grad_norm_
+    grads = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), grads)
+    direction, moments = optimizer.update(grads, state.moments, state.lora)
+    stepped = jax.tree.map(lambda p, d: p - state.hyper.learning_rate * d, state.lora, direction)
+    decay = algos.ema_decay(state.updates + 1, cfg.learn.ema_max)
+    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, stepped)
+    new = state._replace(lora=stepped, moments=moments, ema=ema, updates=state.updates + 1)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new._replace(key=None), state._replace(key=None))
+    return new._replace(key=state.key, skipped=jnp.where(finite, 0, state.skipped + 1)), norm
+
+
+# --- metrics --------------------------------------------------------------------------------------------------------
+
+
+def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:
+    """Names that users of the original plot; over the kept samples, except `explore/*`."""
+    r = samples.reward
+    std = jnp.std(r, axis=-1)
+    out = {
+        "reward/mean": jnp.mean(r),
+        "reward/max": jnp.max(r),
+        "reward/min": jnp.min(r),
+        "reward/range": jnp.mean(jnp.max(r, axis=-1) - jnp.min(r, axis=-1)),
+        "reward_std_mean": jnp.mean(std),
+        "zero_std_ratio": jnp.mean((std < 1e-8).astype(F32)),
+    }
+    out |= {f"reward/{name}": jnp.mean(part) for name, part in samples.parts.items()}
+    if preview is not None:
+        out |= {"explore/reward_mean": jnp.mean(preview.reward), "explore/reward_std_mean": jnp.mean(jnp.std(preview.reward, axis=-1))}
+    return out
+
+
+# --- the iteration --------------------------------------------------------------------------------------------------
+
+
+def iteration_step(
+    state: TrainState,
+    frozen: Frozen,
+    prompts: Prompts,
+    *,
+    model: Model,
+    score: Score,
+    optimizer: optax.GradientTransformation,
+    cfg: Config,
+) -> tuple[TrainState, Metrics]:
+    """One iteration over P prompts. Pure; jit it whole under `jax.set_mesh`, with the keyword arguments static."""
+    run = Stages(model, score, optimizer, cfg)
+    count = jax.tree.leaves(prompts)[0].shape[0]
+    keys = sample_keys(state, count, cfg.candidates)
+    kernels = run.merged(state, frozen)
+    low = run.quantised(kernels, frozen)
+    if cfg.explore is None:
+        full = run.regenerate(kernels, low, frozen, prompts, keys)
+        samples, metrics = run.select_samples(state, full)
+    else:
+        preview = run.explore(kernels, low, frozen, prompts, keys)
+        chosen = run.select_keys(state, preview)
+        samples = run.regenerate(kernels, low, frozen, prompts, chosen.keys)
+        metrics = run.compare(preview, chosen, samples)
+    state, learnt = run.learn(state, frozen, prompts.cond, samples)
+    return state, {**metrics, **learnt}
+
+
+class Stages(NamedTuple):
+    """The stages of an iteration as functions of arrays, bound to the statics; `Staged` jits each, `iteration_step` none."""
+
+    model: Model
+    score: Score
+    optimizer: optax.GradientTransformation
+    cfg: Config
+
+    def merged(self, state: TrainState, frozen: Frozen) -> dict[str, Array]:
+        return merged(state, frozen, self.cfg)
+
+    def quantised(self, kernels: dict[str, Array], frozen: Frozen) -> Params | None:
+        """None where no stage explores in low precision."""
+        low = any(stage.precision != "bf16" for _, stage, _ in self.cfg.stages())
+        return quantised(kernels, frozen, self.model) if low else None
+
+    def explore(self, kernels, low, frozen: Frozen, prompts: Prompts, keys) -> Rollout:
+        assert self.cfg.explore is not None
+        return self._roll(self.cfg.explore, kernels, low, frozen, prompts, keys)
+
+    def regenerate(self, kernels, low, frozen: Frozen, prompts: Prompts, keys) -> Rollout:
+        return self._roll(self.cfg.regenerate, kernels, low, frozen, prompts, keys)
+
+    def _roll(self, stage: Stage, kernels, low, frozen, prompts, keys) -> Rollout:
+        variables = policy_variables(kernels, None if stage.precision == "bf16" else low, frozen)
+        return rollout(variables, frozen, prompts, keys, model=self.model, score=self.score, stage=stage)
+
+    def select_keys(self, state: TrainState, preview: Rollout) -> Rollout:
+        return keep(preview, self.cfg.kept, self.cfg.selection, chooser(state))
+
+    def select_samples(self, state: TrainState, full: Rollout) -> tuple[Rollout, Metrics]:
+        samples = keep(full, self.cfg.kept, self.cfg.selection, chooser(state))
+        return samples, reward_metrics(full, samples)
+
+    def compare(self, preview: Rollout, chosen: Rollout, samples: Rollout) -> Metrics:
+        """Does the preview rank as the real thing does? Spearman within each prompt, over the kept samples."""
+        agreement = jnp.mean(spearman(chosen.reward, samples.reward))
+        return {**reward_metrics(preview, samples), "rank/spearman": agreement}
+
+    def learn(self, state: TrainState, frozen: Frozen, cond: PyTree, samples: Rollout) -> tuple[TrainState, Metrics]:
+        return learn(state, frozen, cond, samples, model=self.model, optimizer=self.optimizer, cfg=self.cfg)
+
+
+class Staged:
+    """`iteration_step` from the host: the same functions, one jit each, rollouts one prompt per device at a time.
+
+    Between the calls the host knows the time of each stage, can show progress and can stop.
+    """
+
+    def __init__(self, *, model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config):
+        self.cfg = cfg
+        self.stages = Stages(model, score, optimizer, cfg)
+        jitted = ("merged", "quantised", "explore", "regenerate", "select_keys", "select_samples", "compare", "learn")
+        self.jit = {name: jax.jit(getattr(self.stages, name)) for name in jitted}
+        self.keys = jax.jit(functools.partial(sample_keys, prompts=cfg.prompts, candidates=cfg.candidates))
+
+    def __call__(
+        self,
+        state: TrainState,
+        frozen: Frozen,
+        prompts: Prompts,
+        times: dict[str, float],
+        between: Callable[[str, float], None] = lambda stage, share: None,
+    ) -> tuple[TrainState, Metrics]:
+        """One iteration. `times` receives seconds per stage; `between(stage, share done)` is called between host calls."""
+        keys = self.keys(state)
+        with _clock(times, "quantise"):
+            kernels = self.jit["merged"](state, frozen)
+            low = jax.block_until_ready(self.jit["quantised"](kernels, frozen))
+        rest = (kernels, low, frozen)
+        if self.cfg.explore is None:
+            full = self._by_prompt("regenerate", rest, prompts, keys, times, between)
+            with _clock(times, "select"):
+                samples, metrics = jax.block_until_ready(self.jit["select_samples"](state, full))
+        else:
+            preview = self._by_prompt("explore", rest, prompts, keys, times, between)
+            with _clock(times, "select"):
+                chosen = jax.block_until_ready(self.jit["select_keys"](state, preview))
+            samples = self._by_prompt("regenerate", rest, prompts, chosen.keys, times, between)
+            metrics = self.jit["compare"](preview, chosen, samples)
+        with _clock(times, "learn"):
+            state, learnt = jax.block_until_ready(self.jit["learn"](state, frozen, prompts.cond, samples))
+        between("learn", 1.0)
+        return state, {**metrics, **learnt}
+
+    def _by_prompt(self, name: str, rest, prompts: Prompts, keys, times, between) -> Rollout:
+        """One prompt per device and call."""
+        step = jax.sharding.get_mesh().size
+        count, parts = keys.shape[0], []
+        with _clock(times, name):
+            for i in range(0, count, step):
+                group, group_keys = jax.tree.map(lambda x: x[i : i + step], (prompts, keys))  # noqa: B023
+                parts.append(jax.block_until_ready(self.jit[name](*rest, group, group_keys)))
+                between(name, (i + step) / count)
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+class _clock:
+    """Adds the seconds spent inside to times[name]."""
+
+    def __init__(self, times: dict[str, float], name: str):
+        self.times, self.name = times, name
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self.times[self.name] = self.times.get(self.name, 0.0) + time.perf_counter() - self.start

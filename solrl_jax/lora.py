@@ -1,0 +1,147 @@
+"""LoRA sets: y = W x + (alpha / R) B A x, kept in f32 over a frozen base.
+
+A set mirrors the base's tree: where an adapted Linear has `kernel` [in, out], the set has `a` [in, R] and `b` [R, out],
+stacked layers leading. Sets are made from the base's shapes alone, so that a name that fits nothing cannot slip in.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from solrl_jax.config import ConfigError, Lora
+from solrl_jax.structs import Params, PyTree, Variables
+from solrl_jax.weights import Rule, WeightsError, leaves_by_path, needed
+
+
+def adapted(base: Params, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """{module path: kernel shape} of the Linears whose dotted path is a target or ends in "." + target."""
+    kernels = {p.removesuffix("/kernel"): tuple(x.shape) for p, x in leaves_by_path(base).items() if p.endswith("/kernel")}
+    found = {
+        p: s for p, s in kernels.items() if any(("." + p.replace("/", ".")).endswith("." + t) for t in targets) and len(s) < 4
+    }
+    idle = [t for t in targets if not any(("." + p.replace("/", ".")).endswith("." + t) for p in found)]
+    if idle:
+        raise ConfigError(f"lora.targets {idle} name no Linear of this model; names end like {sorted(_tails(kernels))}")
+    return found
+
+
+def _tails(paths: Mapping[str, Any]) -> set[str]:
+    return {p.rsplit("/", 1)[-1] for p in paths}
+
+
+def init(key: jax.Array, base: Params, targets: Sequence[str], cfg: Lora) -> Params:
+    """A ~ N(0, (1/R)^2), B = 0, so the policy starts as the base (algorithms.md 1.4)."""
+    modules = adapted(base, targets)
+    tree: dict[str, Any] = {}
+    for k, (path, shape) in zip(jax.random.split(key, len(modules)), modules.items(), strict=True):
+        *layers, inside, outside = shape
+        a = jax.random.normal(k, (*layers, inside, cfg.rank)) / cfg.rank
+        _put(tree, path, {"a": a, "b": jnp.zeros((*layers, cfg.rank, outside))})
+    return tree
+
+
+def _put(tree: dict[str, Any], path: str, value: Any) -> None:
+    *parents, last = path.split("/")
+    for name in parents:
+        tree = tree.setdefault(name, {})
+    tree[last] = value
+
+
+def scaled(lora: Params, cfg: Lora) -> Params:
+    """The set as the network takes it: alpha / R folded into B."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: x * (cfg.alpha / cfg.rank) if path[-1].key == "b" else x, lora)
+
+
+def policy(base: Params, lora: Params, cfg: Lora) -> Variables:
+    """base + adapter, unmerged: what is trained."""
+    return {"params": base, "lora": scaled(lora, cfg)}
+
+
+def merged_kernels(base: Params, lora: Params, cfg: Lora) -> dict[str, jax.Array]:
+    """{kernel path: W + (alpha / R) A B in W's dtype}: only the adapted kernels, a second whole tree would not fit."""
+    kernels, factors = leaves_by_path(base), leaves_by_path(scaled(lora, cfg))
+    out = {}
+    for path in (p.removesuffix("/a") for p in factors if p.endswith("/a")):
+        w = kernels[f"{path}/kernel"]
+        out[f"{path}/kernel"] = (w.astype(jnp.float32) + factors[f"{path}/a"] @ factors[f"{path}/b"]).astype(w.dtype)
+    return out
+
+
+def graft(base: Params, kernels: Mapping[str, jax.Array]) -> Params:
+    """The base with some kernels replaced; every other leaf is shared, nothing is copied."""
+
+    def walk(tree: Mapping[str, Any], at: str) -> dict[str, Any]:
+        return {
+            name: walk(node, f"{at}{name}/") if isinstance(node, Mapping) else kernels.get(f"{at}{name}", node)
+            for name, node in tree.items()
+        }
+
+    return walk(base, "")
+
+
+def save(file: str | Path, lora: Params, keys: Sequence[Rule], cfg: Lora) -> None:
+    """One safetensors file that `pipe.load_lora_weights` takes at scale 1: alpha / R is folded into lora_B, because older
+    readers ignore alpha (models.md section 10). The metadata tells how it was made."""
+    tensors = {}
+    for name, part, x in _public(scaled(lora, cfg), keys):
+        tensors[f"transformer.{name}.lora_{part}.weight"] = np.ascontiguousarray(x.T)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    made = json.dumps({"rank": cfg.rank, "alpha": cfg.alpha, "folded": True})
+    save_file(tensors, file, metadata={"format": "pt", "solrl_jax": made})
+
+
+def load(file: str | Path, like: Params, keys: Sequence[Rule], cfg: Lora) -> Params:
+    """A set of the shape of `like` from a file in the diffusers layout; WeightsError where names or shapes differ."""
+    file = Path(file)
+    if file.is_dir():
+        file = file / "pytorch_lora_weights.safetensors"
+    if not file.is_file():
+        raise WeightsError(f"{file} does not exist: give a LoRA .safetensors file or the folder that holds it")
+    try:
+        with safe_open(file, "numpy") as f:
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - a safetensors handle is no dict
+    except SafetensorError as e:
+        raise WeightsError(f"{file} is not a whole safetensors file ({e})") from e
+    wanted = {f"transformer.{name}.lora_{part}.weight": x.T.shape for name, part, x in _public(like, keys)}
+    problems = [f"missing {k}" for k in wanted if k not in tensors] + [f"unused {k}" for k in tensors if k not in wanted]
+    problems += [f"{k} has shape {v.shape}, not {wanted[k]}" for k, v in tensors.items() if k in wanted and v.shape != wanted[k]]
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise WeightsError(f"{file} is a LoRA for another model, rank or target list:\n  " + "\n  ".join(problems[:8]) + more)
+    return _private(tensors, like, keys, cfg)
+
+
+def _modules(tree: Params, keys: Sequence[Rule]):
+    """(leaf path, checkpoint module names, stacked) of each `a` and `b`, by way of its kernel's rule."""
+    for path, leaf in leaves_by_path(tree).items():
+        kernel = path.rsplit("/", 1)[0]
+        kernel_tree: dict[str, Any] = {}
+        _put(kernel_tree, f"{kernel}/kernel", leaf)
+        (rule,) = needed(kernel_tree, keys)
+        yield path, [k.removesuffix(".weight") for k in rule.keys], rule.stacked
+
+
+def _public(tree: Params, keys: Sequence[Rule]):
+    """(checkpoint module name, "A" or "B", matrix) of every layer of every adapted module."""
+    by_path = leaves_by_path(tree)
+    for path, names, stacked in _modules(tree, keys):
+        value = np.asarray(by_path[path], np.float32)
+        for name, matrix in zip(names, value if stacked else value[None], strict=True):
+            yield name, path[-1].upper(), matrix
+
+
+def _private(tensors: Mapping[str, np.ndarray], like: Params, keys: Sequence[Rule], cfg: Lora) -> PyTree:
+    out: dict[str, Any] = {}
+    for path, names, stacked in _modules(like, keys):
+        part = path[-1].upper()
+        layers = [tensors[f"transformer.{name}.lora_{part}.weight"].astype(np.float32).T for name in names]
+        value = jnp.asarray(np.stack(layers) if stacked else layers[0])
+        _put(out, path, value / (cfg.alpha / cfg.rank) if part == "B" else value)
+    return out

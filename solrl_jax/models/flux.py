@@ -1,0 +1,367 @@
+"""FLUX.1: 19 double and 38 single blocks over packed latents, text first (spec: models.md sections 2, 8, 9.1).
+
+Modules carry the checkpoint's own names, so that the key table at the end is short. Residual stream in the network's
+dtype; LayerNorm, modulation and RoPE in f32. Where the reference rounds (bf16 times 1000) we take the clean f32 form.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from solrl_jax import config, weights
+from solrl_jax.models import text, vae
+from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, gelu_tanh, normalise, sinusoid
+from solrl_jax.structs import Model, Params, PyTree, QuantRule, Variables
+from solrl_jax.weights import Rule
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+QUANT_SKIP = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class FluxConfig:
+    """The fields of transformer/config.json that shape the network; the defaults are FLUX.1-dev's."""
+
+    in_channels: int = 64
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = True
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @staticmethod
+    def read(folder: str | Path) -> "FluxConfig":
+        """From config.json; a folder of another network is refused by its class name."""
+        raw = weights.read_config(folder)
+        kind = raw.get("_class_name", "FluxTransformer2DModel")
+        if kind != "FluxTransformer2DModel":
+            raise weights.WeightsError(f"{folder} holds a {kind}, not a FluxTransformer2DModel: use the config of that model")
+        if raw.get("patch_size", 1) != 1:
+            raise weights.WeightsError(f"{folder}: patch_size {raw['patch_size']} is not FLUX's 1")
+        names = {f.name for f in dataclasses.fields(FluxConfig)}
+        found = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in names and v is not None}
+        cfg = FluxConfig(**found)
+        if sum(cfg.axes_dims_rope) != cfg.attention_head_dim:
+            raise weights.WeightsError(f"{folder}: axes_dims_rope {cfg.axes_dims_rope} do not add up to attention_head_dim")
+        return cfg
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+class Modulation(nn.Module):
+    """SiLU(cond) -> `chunks` vectors of the stream's width, each [B, 1, D] f32."""
+
+    chunks: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, cond: Float[Array, "B D"]) -> list[Float[Array, "B 1 D"]]:
+        y = Linear(self.chunks * cond.shape[-1], dtype=self.dtype, name="linear")(jax.nn.silu(cond))
+        return jnp.split(y.astype(F32)[:, None, :], self.chunks, axis=-1)
+
+
+def modulate(x: Array, shift: Array, scale: Array, dtype: Any) -> Array:
+    return (normalise(x, 1e-6) * (1 + scale) + shift).astype(dtype)
+
+
+def gated(x: Array, gate: Array, y: Array) -> Array:
+    """x + gate y, added in f32."""
+    return (x.astype(F32) + gate * y.astype(F32)).astype(x.dtype)
+
+
+def rope_table(cfg: FluxConfig, height: int, width: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos, sin f32 [tokens + height * width, d/2]; text first with position 0 (no rotation), angles in f64."""
+    rows, cols = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    image = np.stack([np.zeros_like(rows), rows, cols], axis=-1).reshape(-1, 3)
+    ids = np.concatenate([np.zeros((tokens, 3)), image]).astype(np.float64)
+    angles = [ids[:, i, None] * 10000.0 ** (-np.arange(0, d, 2) / d)[None, :] for i, d in enumerate(cfg.axes_dims_rope)]
+    angle = np.concatenate(angles, axis=-1)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rotate(x: Float[Array, "B S H d"], cos: Array, sin: Array) -> Float[Array, "B S H d"]:
+    """RoPE on interleaved pairs (2k, 2k+1), in f32."""
+    pairs = x.astype(F32).reshape((*x.shape[:-1], -1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
+    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+
+
+class FeedForward(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        y = Linear(4 * x.shape[-1], dtype=self.dtype, name="net.0.proj")(x)
+        return Linear(x.shape[-1], dtype=self.dtype, name="net.2")(gelu_tanh(y))
+
+
+class JointAttention(nn.Module):
+    """Attention over [text, image]; with `text` None, over one stream that holds both already (single blocks)."""
+
+    cfg: FluxConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, text: Array | None, rope: tuple[Array, Array]) -> Any:
+        q, k, v = self._qkv(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        if text is not None:
+            names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+            joint = zip(self._qkv(text, *names), (q, k, v), strict=True)
+            q, k, v = (jnp.concatenate(pair, axis=1) for pair in joint)
+        out = attention(rotate(q, *rope), rotate(k, *rope), v)
+        out = out.reshape((*out.shape[:2], -1))
+        if text is None:
+            return out
+        split = text.shape[1]
+        image_out = Linear(x.shape[-1], dtype=self.dtype, name="to_out.0")(out[:, split:])
+        return image_out, Linear(x.shape[-1], dtype=self.dtype, name="to_add_out")(out[:, :split])
+
+    def _qkv(self, x: Array, names: Sequence[str], norms: Sequence[str]) -> list[Array]:
+        heads = self.cfg.num_attention_heads, self.cfg.attention_head_dim
+        q, k, v = (Linear(self.cfg.width, dtype=self.dtype, name=n)(x).reshape((*x.shape[:2], *heads)) for n in names)
+        return [RMSNorm(name=norms[0])(q), RMSNorm(name=norms[1])(k), v]
+
+
+class DoubleBlock(nn.Module):
+    cfg: FluxConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, streams: tuple[Array, Array], cond: Array, rope: tuple[Array, Array]):
+        x, text = streams
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = Modulation(6, self.dtype, name="norm1")(cond)
+        t_shift_a, t_scale_a, t_gate_a, t_shift_m, t_scale_m, t_gate_m = Modulation(6, self.dtype, name="norm1_context")(cond)
+        x_out, text_out = JointAttention(self.cfg, self.dtype, name="attn")(
+            modulate(x, shift_a, scale_a, self.dtype), modulate(text, t_shift_a, t_scale_a, self.dtype), rope
+        )
+        x, text = gated(x, gate_a, x_out), gated(text, t_gate_a, text_out)
+        x = gated(x, gate_m, FeedForward(self.dtype, name="ff")(modulate(x, shift_m, scale_m, self.dtype)))
+        text_ff = FeedForward(self.dtype, name="ff_context")(modulate(text, t_shift_m, t_scale_m, self.dtype))
+        return (x, gated(text, t_gate_m, text_ff)), None
+
+
+class SingleBlock(nn.Module):
+    cfg: FluxConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array, cond: Array, rope: tuple[Array, Array]):
+        shift, scale, gate = Modulation(3, self.dtype, name="norm")(cond)
+        h = modulate(x, shift, scale, self.dtype)
+        mlp = gelu_tanh(Linear(4 * self.cfg.width, dtype=self.dtype, name="proj_mlp")(h))
+        out = JointAttention(self.cfg, self.dtype, name="attn")(h, None, rope)
+        y = Linear(self.cfg.width, dtype=self.dtype, name="proj_out")(jnp.concatenate([out, mlp], axis=-1))
+        return gated(x, gate, y), None
+
+
+class Embedder(nn.Module):
+    """linear_1, SiLU, linear_2."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B in"]) -> Float[Array, "B D"]:
+        y = Linear(self.width, dtype=self.dtype, name="linear_1")(x)
+        return Linear(self.width, dtype=self.dtype, name="linear_2")(jax.nn.silu(y))
+
+
+class Conditioning(nn.Module):
+    """time, guidance and pooled text -> one vector."""
+
+    cfg: FluxConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, sigma: Float[Array, "B"], guidance: Float[Array, "B"], pooled: Array) -> Float[Array, "B D"]:
+        cond = Embedder(self.cfg.width, self.dtype, name="timestep_embedder")(sinusoid(1000 * sigma))
+        if self.cfg.guidance_embeds:
+            cond = cond + Embedder(self.cfg.width, self.dtype, name="guidance_embedder")(sinusoid(1000 * guidance))
+        return cond + Embedder(self.cfg.width, self.dtype, name="text_embedder")(pooled)
+
+
+class FluxTransformer(nn.Module):
+    """Packed latents [B, S, C], T5 states [B, L, Dt], pooled CLIP [B, Dp], sigma [B], guidance [B] -> velocity [B, S, C]."""
+
+    cfg: FluxConfig
+    dtype: Any = jnp.bfloat16
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, text: Array, pooled: Array, sigma: Array, guidance: Array, rope: tuple[Array, Array]) -> Array:
+        cond = Conditioning(self.cfg, self.dtype, name="time_text_embed")(sigma, guidance, pooled)
+        x = Linear(self.cfg.width, dtype=self.dtype, name="x_embedder")(x)
+        text = Linear(self.cfg.width, dtype=self.dtype, name="context_embedder")(text)
+        (x, text), _ = self._stack(DoubleBlock, self.cfg.num_layers, "transformer_blocks")((x, text), cond, rope)
+        both = jnp.concatenate([text, x], axis=1)
+        both, _ = self._stack(SingleBlock, self.cfg.num_single_layers, "single_transformer_blocks")(both, cond, rope)
+        scale, shift = Modulation(2, self.dtype, name="norm_out")(cond)
+        image = modulate(both[:, text.shape[1] :], shift, scale, self.dtype)
+        return Linear(self.cfg.in_channels, dtype=self.dtype, name="proj_out")(image)
+
+    def _stack(self, block: type[nn.Module], layers: int, name: str) -> nn.Module:
+        """Equal layers as one scan: compile time does not grow with depth."""
+        scanned = nn.scan(
+            nn.remat(block, prevent_cse=False) if self.remat else block,
+            variable_axes={"params": 0, "lora": 0, "quant": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=layers,
+        )
+        return scanned(self.cfg, self.dtype, name=name)
+
+
+# --- latents --------------------------------------------------------------------------------------------------------
+
+
+def pack(latents: Float[Array, "B h w c"]) -> Float[Array, "B S C"]:
+    """2x2 patches as tokens, row-major; channel = (c, dy, dx) with c slowest."""
+    b, h, w, c = latents.shape
+    x = latents.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4)
+    return x.reshape(b, (h // 2) * (w // 2), c * 4)
+
+
+def unpack(tokens: Float[Array, "B S C"], height: int, width: int) -> Float[Array, "B h w c"]:
+    """The inverse of `pack`; height and width in latents."""
+    b, _, c = tokens.shape
+    x = tokens.reshape(b, height // 2, width // 2, c // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(b, height, width, c // 4)
+
+
+def sigmas(steps: int, tokens: int, scheduler: dict[str, Any]) -> np.ndarray:
+    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by mu, which grows with the image tokens; then 0 (models.md 9.1)."""
+    u = np.linspace(1, 1 / steps, steps)
+    if scheduler.get("use_dynamic_shifting", True):
+        low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
+        base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        shift = np.exp(base + (tokens - low) * (top - base) / (high - low))
+    else:
+        shift = scheduler.get("shift", 1.0)
+    return np.append(shift / (shift + 1 / u - 1), 0.0)
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=8)
+def make(cfg: config.Model) -> Model:
+    """The pure functions of the pipeline folder `cfg.path`. Cached: the same config is the same static argument.
+
+    Conditioning: {"text" [G, L, Dt], "pooled" [G, Dp]}. Guidance embedding 1.0 throughout, no classifier-free guidance.
+    """
+    folder = Path(cfg.path)
+    flux = FluxConfig.read(folder / "transformer")
+    vae_cfg = vae.VaeConfig.read(folder / "vae")
+    scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
+    dtype = jnp.dtype(cfg.dtype)
+    factor = 2 ** (len(vae_cfg.block_out_channels) - 1)
+    if cfg.size % (2 * factor):
+        raise config.ConfigError(f"model.size={cfg.size}: use a multiple of {2 * factor} pixels (VAE x{factor}, 2x2 patches)")
+    if flux.in_channels != 4 * vae_cfg.latent_channels:
+        raise weights.WeightsError(f"{folder}: the transformer takes {flux.in_channels} channels, the VAE gives 4 x {vae_cfg.latent_channels}")
+    side = cfg.size // factor
+    tokens = (side // 2) ** 2
+    network = FluxTransformer(flux, dtype, cfg.remat)
+    rope = rope_table(flux, side // 2, side // 2, cfg.text_tokens)
+    shape = (side, side, vae_cfg.latent_channels)
+    decoder = vae.Decoder(vae_cfg, F32)
+
+    def velocity(variables: Variables, x: Array, sigma: Array, cond: PyTree) -> Array:
+        guidance = jnp.ones_like(sigma)
+        table = tuple(map(jnp.asarray, rope))
+        v = network.apply(variables, pack(x).astype(dtype), cond["text"], cond["pooled"], sigma, guidance, table)
+        return unpack(v.astype(F32), side, side)
+
+    def init(key: Key[Array, ""]) -> Params:
+        x, text = jnp.zeros((1, tokens, flux.in_channels)), jnp.zeros((1, cfg.text_tokens, flux.joint_attention_dim))
+        one, pooled = jnp.ones(1), jnp.zeros((1, flux.pooled_projection_dim))
+        return network.init(key, x, text, pooled, one, one, tuple(map(jnp.asarray, rope)))["params"]
+
+    clip, t5 = text_modules(folder, dtype)
+
+    def encode(params: Params, ids: PyTree) -> PyTree:
+        pooled = clip.apply({"params": params["clip"]}, ids["clip"]).pooled
+        return {"text": t5.apply({"params": params["t5"]}, ids["t5"]), "pooled": pooled}
+
+    return Model(
+        name="flux",
+        tokenize=functools.partial(tokenize, str(folder), cfg.text_tokens),
+        encode=encode,
+        noise=lambda key: jax.random.normal(key, shape),
+        sigmas=functools.partial(_cached_sigmas, tokens, tuple(sorted(_shift_fields(scheduler)))),
+        velocity=velocity,
+        decode=lambda params, latents: vae.decode(decoder, params, latents),
+        init=init,
+        lora_targets=LORA_TARGETS,
+        quant_rule=QuantRule(QUANT_SKIP, cfg.min_dim),
+        keys=KEYS,
+    )
+
+
+def load(cfg: config.Model) -> tuple[Params, Params, Params]:
+    """(transformer, VAE decoder, text encoders {clip, t5}) of the folder, in the dtypes that `make`'s functions expect."""
+    folder, dtype = Path(cfg.path), jnp.dtype(cfg.dtype)
+    model = make(cfg)
+    spec = jax.eval_shape(model.init, jax.random.key(0))
+    base = weights.load(weights.Files(folder / "transformer", "diffusion_pytorch_model"), spec, KEYS, dtype=dtype)
+    _, decoder = vae.load_vae(folder / "vae", F32)
+    _, clip = text.load_clip_text(folder / "text_encoder", dtype)
+    _, t5 = text.load_t5(folder / "text_encoder_2", dtype)
+    return base, decoder, {"clip": clip, "t5": t5}
+
+
+def text_modules(folder: Path, dtype: Any) -> tuple[nn.Module, nn.Module]:
+    clip = text.ClipText(text.ClipTextConfig.read(folder / "text_encoder"), dtype)
+    return clip, text.T5Encoder(text.T5Config.read(folder / "text_encoder_2"), dtype)
+
+
+def _shift_fields(scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in scheduler.items() if isinstance(v, int | float)]
+
+
+def _cached_sigmas(tokens: int, scheduler: tuple[tuple[str, Any], ...], steps: int) -> np.ndarray:
+    return sigmas(steps, tokens, dict(scheduler))
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizers(folder: str) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    return tuple(AutoTokenizer.from_pretrained(str(Path(folder) / name)) for name in ("tokenizer", "tokenizer_2"))
+
+
+def tokenize(folder: str, text_tokens: int, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """{"clip" int32 [G, 77], "t5" int32 [G, text_tokens]}, padded and cut to those lengths; no mask, pads attend."""
+    clip, t5 = _tokenizers(folder)
+    pad = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
+    return {
+        "clip": clip(list(prompts), max_length=clip.model_max_length, **pad)["input_ids"].astype(np.int32),
+        "t5": t5(list(prompts), max_length=text_tokens, **pad)["input_ids"].astype(np.int32),
+    }
+
+
+_STACK = r"((?:single_)?transformer_blocks)/(.+)"
+KEYS = (
+    Rule(_STACK + "/kernel", r"\1.{layer}.\2.weight", "linear"),
+    Rule(_STACK + "/scale", r"\1.{layer}.\2.weight"),
+    Rule(_STACK + "/bias", r"\1.{layer}.\2.bias"),
+    Rule(r"(.+)/kernel", r"\1.weight", "linear"),
+    Rule(r"(.+)/bias", r"\1.bias"),
+)

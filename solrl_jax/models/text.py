@@ -1,0 +1,255 @@
+"""The text encoders of FLUX and SD3.5: CLIP text towers and the encoder half of T5 v1.1 (spec/models.md section 8.1).
+
+Neither masks padding: CLIP is causal and read at its first end-of-text token, T5 was always used with its pads visible.
+Layers are one nn.scan each (weights stacked on a leading axis). Norms and softmax are f32, products and the residual
+stream are in the module's dtype.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from solrl_jax import weights
+from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, RMSNorm, attention, gelu_tanh
+from solrl_jax.structs import Params
+from solrl_jax.weights import Rule
+
+_table = nn.initializers.normal(0.02)
+
+
+def run_layers(layer: nn.Module, count: int, x: Array, bias: Array | None) -> tuple[Array, Array]:
+    """`layer(x, bias)` applied `count` times, each time with weights of its own; also what the last one was given."""
+
+    def step(layer, carry, bias):
+        x, _ = carry
+        return (layer(x, bias), x), None
+
+    scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=count)
+    return scan(layer, (x, x), bias)[0]
+
+
+# ---- CLIP
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig:
+    """config.json of a CLIP text encoder; the defaults are transformers' own for missing keys."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+    projection_dim: int = 512
+
+    def __post_init__(self):
+        check_layer_config(self)
+
+
+def check_layer_config(cfg: Any) -> None:
+    """What both CLIP towers' configs must satisfy."""
+    if cfg.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {cfg.hidden_act!r} is not known here: it must be one of {sorted(ACTIVATIONS)}")
+    if cfg.hidden_size % cfg.num_attention_heads:
+        raise ValueError(f"hidden_size {cfg.hidden_size} does not divide into {cfg.num_attention_heads} heads")
+
+
+class ClipLayer(nn.Module):
+    """x += attention(LN x); x += fc2(act(fc1(LN x))): the block of both CLIP towers."""
+
+    cfg: Any  # ClipTextConfig or ClipVisionConfig: both use the same names
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], bias: Float[Array, "#B #H S S"] | None = None
+    ) -> Float[Array, "B S D"]:
+        cfg, linear = self.cfg, partial(Linear, dtype=self.dtype)
+        heads = (*x.shape[:2], cfg.num_attention_heads, -1)
+        h = LayerNorm(cfg.layer_norm_eps, name="norm1")(x)
+        q, k, v = (linear(cfg.hidden_size, name=name)(h).reshape(heads) for name in "qkv")
+        o = attention(q, k, v, bias=bias).reshape(x.shape)
+        x = x + linear(cfg.hidden_size, name="out")(o)
+        h = LayerNorm(cfg.layer_norm_eps, name="norm2")(x)
+        h = ACTIVATIONS[cfg.hidden_act](linear(cfg.intermediate_size, name="fc1")(h))
+        return x + linear(cfg.hidden_size, name="fc2")(h)
+
+
+class ClipOutput(NamedTuple):
+    last: Float[Array, "G L D"]  # after the final norm
+    pooled: Float[Array, "G D"]  # `last` at the first end-of-text token; projected if the module was made so
+    penultimate: Float[Array, "G L D"]  # transformers' hidden_states[-2]: into the last layer, no norm; SD3 reads it
+
+
+class ClipText(nn.Module):
+    """CLIP's text tower. `project` adds the bias-free projection of `pooled` to cfg.projection_dim."""
+
+    cfg: ClipTextConfig
+    dtype: Any = jnp.bfloat16
+    project: bool = False
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "G L"]) -> ClipOutput:
+        cfg, length = self.cfg, ids.shape[1]
+        tokens = self.param("token_embedding", _table, (cfg.vocab_size, cfg.hidden_size), F32)
+        positions = self.param("position_embedding", _table, (cfg.max_position_embeddings, cfg.hidden_size), F32)
+        x = (tokens[ids].astype(F32) + positions[None, :length].astype(F32)).astype(self.dtype)
+        causal = jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, -jnp.inf)[None, None]
+        layer = ClipLayer(cfg, self.dtype, name="layers")
+        x, penultimate = run_layers(layer, cfg.num_hidden_layers, x, causal)
+        last = LayerNorm(cfg.layer_norm_eps, name="final_norm")(x)
+        # Configs older than transformers 4.30 say 2, which no CLIP vocabulary means: there the end is the largest id.
+        is_end = ids if cfg.eos_token_id == 2 else ids == cfg.eos_token_id
+        pooled = last[jnp.arange(len(ids)), jnp.argmax(is_end, axis=-1)]
+        if self.project:
+            pooled = Linear(cfg.projection_dim, use_bias=False, dtype=self.dtype, name="projection")(pooled)
+        return ClipOutput(last, pooled, penultimate)
+
+
+def clip_layer_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Rules of one tower's stacked layers; `ours` is a path prefix, `theirs` the tower's key prefix without its dot."""
+    layer = theirs + ".encoder.layers.{layer}"
+    return (
+        Rule(ours + r"layers/(q|k|v|out)/kernel", layer + r".self_attn.\1_proj.weight", "linear"),
+        Rule(ours + r"layers/(q|k|v|out)/bias", layer + r".self_attn.\1_proj.bias"),
+        Rule(ours + r"layers/(fc1|fc2)/kernel", layer + r".mlp.\1.weight", "linear"),
+        Rule(ours + r"layers/(fc1|fc2)/bias", layer + r".mlp.\1.bias"),
+        Rule(ours + r"layers/norm(1|2)/scale", layer + r".layer_norm\1.weight"),
+        Rule(ours + r"layers/norm(1|2)/bias", layer + r".layer_norm\1.bias"),
+    )
+
+
+def clip_text_rules(ours: str = "") -> tuple[Rule, ...]:
+    """The key table of ClipText whose parameters sit under `ours`."""
+    return (
+        Rule(ours + r"(token|position)_embedding", r"text_model.embeddings.\1_embedding.weight"),
+        *clip_layer_rules(ours, "text_model"),
+        Rule(ours + r"final_norm/scale", "text_model.final_layer_norm.weight"),
+        Rule(ours + r"final_norm/bias", "text_model.final_layer_norm.bias"),
+        Rule(ours + r"projection/kernel", "text_projection.weight", "linear"),
+    )
+
+
+CLIP_TEXT_KEYS = clip_text_rules()
+# transformers 5 saves a CLIPTextModel without the prefix that every public file has.
+CLIP_TEXT_ALIASES = ((r"^(?=(embeddings|encoder|final_layer_norm)\.)", "text_model."),)
+CLIP_TEXT_DROPPABLE = (r".*\.position_ids", r"text_projection\.weight")
+
+
+def load_clip_text(folder: str | Path, dtype: Any = jnp.bfloat16, project: bool = False) -> tuple[ClipText, Params]:
+    """Module and parameters (numpy, in `dtype`) of a folder in transformers' layout.
+
+    FLUX wants the pooled state as it is; SD3 wants project=True, for which the file must hold text_projection.weight.
+    """
+    cfg = weights.from_config(ClipTextConfig, weights.read_config(folder))
+    module = ClipText(cfg, dtype, project)
+    return module, _load(module, folder, CLIP_TEXT_KEYS, CLIP_TEXT_ALIASES, CLIP_TEXT_DROPPABLE)
+
+
+# ---- T5
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """config.json of a T5 v1.1 encoder; the defaults are transformers' own for missing keys."""
+
+    vocab_size: int = 32128
+    d_model: int = 512
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_layers: int = 6
+    num_heads: int = 8
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    feed_forward_proj: str = "relu"
+    layer_norm_epsilon: float = 1e-6
+
+    def __post_init__(self):
+        if self.feed_forward_proj != "gated-gelu":
+            raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r}: only T5 v1.1 ('gated-gelu') is known here")
+
+
+def t5_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
+    """int32 [query, key]: which row of the bias table each distance key - query reads.
+
+    The upper half is for keys ahead of the query. Within a half, the first half of the rows are single distances, the
+    rest widen as a logarithm up to `max_distance`, and everything beyond shares the last row.
+    """
+    distance = np.arange(length)[None, :] - np.arange(length)[:, None]
+    half = buckets // 2
+    exact = half // 2
+    far = np.log(np.maximum(np.abs(distance), 1) / exact) / np.log(max_distance / exact) * (half - exact)
+    row = np.where(np.abs(distance) < exact, np.abs(distance), np.minimum(exact + far.astype(np.int32), half - 1))
+    return (row + np.where(distance > 0, half, 0)).astype(np.int32)
+
+
+class T5Layer(nn.Module):
+    """x += attention(RMS x); x += wo(gelu(wi_0 RMS x) * wi_1 RMS x); no biases, and no 1/sqrt(d) on the scores."""
+
+    cfg: T5Config
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "G L D"], bias: Float[Array, "1 H L L"]) -> Float[Array, "G L D"]:
+        cfg, linear = self.cfg, partial(Linear, use_bias=False, dtype=self.dtype)
+        inner, heads = cfg.num_heads * cfg.d_kv, (*x.shape[:2], cfg.num_heads, cfg.d_kv)
+        h = RMSNorm(cfg.layer_norm_epsilon, name="norm1")(x)
+        q, k, v = (linear(inner, name=name)(h).reshape(heads) for name in "qkv")
+        o = attention(q, k, v, scale=1.0, bias=bias).reshape(*x.shape[:2], inner)
+        x = x + linear(cfg.d_model, name="o")(o)
+        h = RMSNorm(cfg.layer_norm_epsilon, name="norm2")(x)
+        h = gelu_tanh(linear(cfg.d_ff, name="wi_0")(h)) * linear(cfg.d_ff, name="wi_1")(h)
+        return x + linear(cfg.d_model, name="wo")(h)
+
+
+class T5Encoder(nn.Module):
+    """T5 v1.1's encoder. The public files keep the one bias table in layer 0; here it sits beside the layers."""
+
+    cfg: T5Config
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "G L"]) -> Float[Array, "G L D"]:
+        cfg, length = self.cfg, ids.shape[1]
+        x = self.param("embedding", _table, (cfg.vocab_size, cfg.d_model), F32)[ids].astype(self.dtype)
+        rows = t5_buckets(length, cfg.relative_attention_num_buckets, cfg.relative_attention_max_distance)
+        table = self.param("relative_bias", _table, (cfg.relative_attention_num_buckets, cfg.num_heads), F32)
+        bias = table.astype(F32)[rows].transpose(2, 0, 1)[None]
+        x, _ = run_layers(T5Layer(cfg, self.dtype, name="layers"), cfg.num_layers, x, bias)
+        return RMSNorm(cfg.layer_norm_epsilon, name="final_norm")(x)
+
+
+_BLOCK = "encoder.block.{layer}.layer."
+T5_KEYS = (
+    Rule(r"embedding", "shared.weight"),
+    Rule(r"relative_bias", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+    Rule(r"layers/(q|k|v|o)/kernel", _BLOCK + r"0.SelfAttention.\1.weight", "linear"),
+    Rule(r"layers/(wi_0|wi_1|wo)/kernel", _BLOCK + r"1.DenseReluDense.\1.weight", "linear"),
+    Rule(r"layers/norm1/scale", _BLOCK + "0.layer_norm.weight"),
+    Rule(r"layers/norm2/scale", _BLOCK + "1.layer_norm.weight"),
+    Rule(r"final_norm/scale", "encoder.final_layer_norm.weight"),
+)
+T5_ALIASES = ((r"^encoder\.embed_tokens\.weight$", "shared.weight"),)  # a copy, or the only one
+
+
+def load_t5(folder: str | Path, dtype: Any = jnp.bfloat16) -> tuple[T5Encoder, Params]:
+    """Module and parameters (numpy, in `dtype`) of a folder in transformers' layout."""
+    module = T5Encoder(weights.from_config(T5Config, weights.read_config(folder)), dtype)
+    return module, _load(module, folder, T5_KEYS, T5_ALIASES, ())
+
+
+def _load(module: ClipText | T5Encoder, folder: str | Path, keys, aliases, droppable) -> Params:
+    spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    files = weights.Files(folder, "model")
+    return weights.load(files, spec, keys, dtype=module.dtype, aliases=aliases, droppable=droppable)

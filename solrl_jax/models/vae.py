@@ -1,0 +1,227 @@
+"""AutoencoderKL of FLUX and SD3.5, channels last (spec/models.md section 7.1). GroupNorm is f32, convolutions `dtype`.
+
+Latents outside this file are "scaled": (z - shift) * scaling for the VAE's own z, so that their spread is about one.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from solrl_jax import weights
+from solrl_jax.models.layers import F32, Linear, attention
+from solrl_jax.structs import Images, Latents, Params
+from solrl_jax.weights import Rule
+
+Features = Float[Array, "B h w C"]
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+    """config.json of an AutoencoderKL; the defaults are diffusers' own for missing keys (a null shift is 0)."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+
+    def __post_init__(self):
+        if self.use_quant_conv or self.use_post_quant_conv:
+            raise ValueError(
+                "use_quant_conv and use_post_quant_conv must be false: only VAEs without them are known here"
+            )
+        bad = [width for width in self.block_out_channels if width % self.norm_num_groups]
+        if bad:
+            raise ValueError(f"block_out_channels {bad} do not divide into norm_num_groups {self.norm_num_groups}")
+
+    @property
+    def factor(self) -> int:
+        """Image pixels along one side of a latent."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+def _norm(groups: int, name: str) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=F32, name=name)
+
+
+def _conv(width: int, dtype: Any, name: str, size: int = 3) -> nn.Conv:
+    return nn.Conv(width, (size, size), padding="SAME", dtype=dtype, name=name)
+
+
+class Resnet(nn.Module):
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 convolution on x where the width changes."""
+
+    width: int
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        h = _conv(self.width, self.dtype, "conv1")(nn.silu(_norm(self.groups, "norm1")(x)))
+        h = _conv(self.width, self.dtype, "conv2")(nn.silu(_norm(self.groups, "norm2")(h)))
+        if x.shape[-1] != self.width:
+            x = _conv(self.width, self.dtype, "conv_shortcut", size=1)(x)
+        return x + h
+
+
+class Attention(nn.Module):
+    """x + attention of one head over all positions."""
+
+    groups: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        batch, height, width, channels = x.shape
+        h = _norm(self.groups, "group_norm")(x).reshape(batch, height * width, channels)
+        linear = partial(Linear, channels, dtype=self.dtype)
+        q, k, v = (linear(name=name)(h)[:, :, None] for name in "qkv")
+        return x + linear(name="out")(attention(q, k, v)[:, :, 0]).reshape(x.shape)
+
+
+class Middle(nn.Module):
+    """The coarsest level of both halves: resnet, attention, resnet."""
+
+    cfg: VaeConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        width, groups = self.cfg.block_out_channels[-1], self.cfg.norm_num_groups
+        x = Resnet(width, groups, self.dtype, name="resnets_0")(x)
+        if self.cfg.mid_block_add_attention:
+            x = Attention(groups, self.dtype, name="attentions_0")(x)
+        return Resnet(width, groups, self.dtype, name="resnets_1")(x)
+
+
+class Encoder(nn.Module):
+    """x in [-1, 1] -> mean and log-variance of z, side by side in the channels."""
+
+    cfg: VaeConfig
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W c"]) -> Features:
+        cfg, groups, dtype = self.cfg, self.cfg.norm_num_groups, self.dtype
+        x = _conv(cfg.block_out_channels[0], dtype, "conv_in")(x)
+        for i, width in enumerate(cfg.block_out_channels):
+            for j in range(cfg.layers_per_block):
+                x = Resnet(width, groups, dtype, name=f"down_blocks_{i}_resnets_{j}")(x)
+            if i < len(cfg.block_out_channels) - 1:
+                # One row and column of zeros after the last pixel, none before the first: not what "SAME" would do.
+                halve = partial(nn.Conv, width, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype)
+                x = halve(name=f"down_blocks_{i}_downsamplers_0")(x)
+        x = Middle(cfg, dtype, name="mid_block")(x)
+        x = nn.silu(_norm(groups, "conv_norm_out")(x))
+        return _conv(2 * cfg.latent_channels, dtype, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """z -> x, near [-1, 1]."""
+
+    cfg: VaeConfig
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, z: Features) -> Float[Array, "B H W c"]:
+        cfg, groups, dtype = self.cfg, self.cfg.norm_num_groups, self.dtype
+        x = _conv(cfg.block_out_channels[-1], dtype, "conv_in")(z)
+        x = Middle(cfg, dtype, name="mid_block")(x)
+        for i, width in enumerate(reversed(cfg.block_out_channels)):
+            for j in range(cfg.layers_per_block + 1):
+                x = Resnet(width, groups, dtype, name=f"up_blocks_{i}_resnets_{j}")(x)
+            if i < len(cfg.block_out_channels) - 1:
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+                x = _conv(width, dtype, f"up_blocks_{i}_upsamplers_0")(x)
+        x = nn.silu(_norm(groups, "conv_norm_out")(x))
+        return _conv(cfg.out_channels, dtype, "conv_out")(x)
+
+
+class AutoencoderKL(nn.Module):
+    """Both halves; parameters exist only for the halves that init ran (method="decode" for the decoder alone)."""
+
+    cfg: VaeConfig
+    dtype: Any = jnp.bfloat16
+
+    def setup(self):
+        self.encoder = Encoder(self.cfg, self.dtype)
+        self.decoder = Decoder(self.cfg, self.dtype)
+
+    def encode(self, x: Float[Array, "B H W c"]) -> Features:
+        return self.encoder(x)
+
+    def decode(self, z: Features) -> Float[Array, "B H W c"]:
+        return self.decoder(z)
+
+    def __call__(self, x: Float[Array, "B H W c"]) -> Float[Array, "B H W c"]:
+        """x -> reconstruction from the mean; runs both halves, so `init` makes them both."""
+        return self.decode(self.encode(x)[..., : self.cfg.latent_channels])
+
+
+def decode(module: AutoencoderKL, params: Params, latents: Latents) -> Images:
+    """Scaled latents -> images, f32 in [0, 1]. The whole batch at once: the caller decides on chunks."""
+    z = latents.astype(F32) / module.cfg.scaling_factor + module.cfg.shift_factor
+    x = module.apply({"params": params}, z, method="decode").astype(F32)
+    return jnp.clip(x / 2 + 0.5, 0.0, 1.0)
+
+
+def encode(module: AutoencoderKL, params: Params, images: Images) -> tuple[Latents, Latents]:
+    """Images in [0, 1] -> mean and log-variance, f32, of the scaled latents that `decode` takes.
+
+    Of the VAE's own z (whose log-variance is cut to [-30, 20] as in diffusers): (mean - shift) * scaling and
+    logvar + 2 log(scaling). A training loss against a unit Gaussian must go back to z first.
+    """
+    scale, shift = module.cfg.scaling_factor, module.cfg.shift_factor
+    x = module.apply({"params": params}, images.astype(F32) * 2 - 1, method="encode").astype(F32)
+    mean, logvar = jnp.split(x, 2, axis=-1)
+    return (mean - shift) * scale, jnp.clip(logvar, -30.0, 20.0) + 2 * jnp.log(scale)
+
+
+_PLACES = (
+    (r"(encoder|decoder)/(conv_in|conv_out|conv_norm_out)", r"\1.\2"),
+    (r"(encoder|decoder)/mid_block/resnets_(\d)/(\w+)", r"\1.mid_block.resnets.\2.\3"),
+    (r"(encoder|decoder)/mid_block/attentions_0/(group_norm)", r"\1.mid_block.attentions.0.\2"),
+    (r"(encoder|decoder)/(up|down)_blocks_(\d+)_resnets_(\d+)/(\w+)", r"\1.\2_blocks.\3.resnets.\4.\5"),
+    (r"(encoder|decoder)/(up|down)_blocks_(\d+)_(\w+)_0", r"\1.\2_blocks.\3.\4.0.conv"),
+)
+_ATTENTION = (
+    (r"(encoder|decoder)/mid_block/attentions_0/(q|k|v)", r"\1.mid_block.attentions.0.to_\2"),
+    (r"(encoder|decoder)/mid_block/attentions_0/out", r"\1.mid_block.attentions.0.to_out.0"),
+)
+VAE_KEYS = (
+    *(Rule(ours + "/kernel", theirs + ".weight", "conv") for ours, theirs in _PLACES),
+    *(Rule(ours + "/kernel", theirs + ".weight", "linear") for ours, theirs in _ATTENTION),
+    *(Rule(ours + "/scale", theirs + ".weight") for ours, theirs in _PLACES),
+    *(Rule(ours + "/bias", theirs + ".bias") for ours, theirs in _PLACES + _ATTENTION),
+)
+VAE_ALIASES = (  # spellings of old diffusers
+    (r"\.attentions\.0\.(query|key|value)\.", lambda found: f".attentions.0.to_{found[1][0]}."),
+    (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
+)
+
+
+def load_vae(folder: str | Path, dtype: Any = jnp.bfloat16, encoder: bool = False) -> tuple[AutoencoderKL, Params]:
+    """Module and parameters (numpy, in `dtype`) of a folder in diffusers' layout: {"decoder"}, with `encoder` both."""
+    cfg = weights.from_config(VaeConfig, weights.read_config(folder))
+    module = AutoencoderKL(cfg, dtype)
+    if encoder:
+        images = jnp.zeros((1, cfg.factor, cfg.factor, cfg.in_channels), F32)
+        spec = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
+    else:
+        latents = jnp.zeros((1, 1, 1, cfg.latent_channels), F32)
+        spec = jax.eval_shape(partial(module.init, method="decode"), jax.random.key(0), latents)["params"]
+    files = weights.Files(folder, "diffusion_pytorch_model")
+    droppable = () if encoder else (r"encoder\..*",)
+    return module, weights.load(files, spec, VAE_KEYS, dtype=dtype, aliases=VAE_ALIASES, droppable=droppable)

@@ -1,0 +1,88 @@
+"""NVFP4: x ~ value(code) * block scale * g.
+
+A code is e2m1 (sign, 2 exponent bits, 1 mantissa bit): magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6. Sixteen consecutive elements
+of the contracted axis share one e4m3 scale, a tensor (weights) or a row (activations) shares one f32 g = max|x| / 2688,
+2688 = 6 * 448. That is 4.5 bits an element. Two codes a byte, the even index in the low nibble.
+
+The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. Rounding is arithmetic in f32, never a cast
+there and back: XLA removes such a pair on GPUs and the network silently runs unquantised. A cast of an already rounded
+value is exact, so for storage it is harmless.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, UInt8
+
+BLOCK = 16
+E2M1_MAX, E4M3_MAX = 6.0, 448.0
+FULL = E2M1_MAX * E4M3_MAX
+FLT_MAX = 3.4028234663852886e38
+
+
+def round_e2m1(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
+    """Nearest e2m1 value, ties to the even code, saturating at 6; f32 in and out."""
+    x = jnp.clip(x, -E2M1_MAX, E2M1_MAX)
+    a = jnp.abs(x)
+    return jnp.where(a < 2, jnp.round(2 * x) * 0.5, jnp.where(a < 4, jnp.round(x), 2 * jnp.round(x * 0.5)))
+
+
+def round_e4m3(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
+    """Nearest float8_e4m3fn value of x >= 0, saturating at 448; f32 in and out."""
+    x = jnp.minimum(x, E4M3_MAX)
+    subnormal = jnp.round(x * 512) * (1 / 512)
+    return jnp.where(x < 2.0**-6, subnormal, lax.reduce_precision(x, exponent_bits=8, mantissa_bits=3))
+
+
+def code_of(value: Float[Array, "*d"]) -> UInt8[Array, "*d"]:
+    """e2m1 value -> its code 0..15; bit 3 is the sign, -0 has code 8."""
+    m = jnp.abs(value)
+    code = jnp.where(m < 2, 2 * m, jnp.where(m < 4, m + 2, m * 0.5 + 4)).astype(jnp.uint8)
+    return jnp.where(jnp.signbit(value), code + jnp.uint8(8), code)
+
+
+def value_of(code: UInt8[Array, "*d"]) -> Float[Array, "*d"]:
+    """Code 0..15 -> its e2m1 value, f32."""
+    m = (code & 7).astype(jnp.float32)
+    value = jnp.where(m < 4, m * 0.5, jnp.where(m < 6, m - 2, 2 * m - 8))
+    return jnp.where((code & 8) > 0, -value, value)
+
+
+def pack(code: UInt8[Array, "*d K"]) -> UInt8[Array, "*d half"]:
+    """Two codes a byte along the last axis, the even index in the low nibble."""
+    return code[..., 0::2] | (code[..., 1::2] << 4)
+
+
+def unpack(packed: UInt8[Array, "*d half"]) -> UInt8[Array, "*d K"]:
+    both = jnp.stack([packed & 15, packed >> 4], axis=-1)
+    return both.reshape((*packed.shape[:-1], 2 * packed.shape[-1]))
+
+
+def encode(
+    x: Float[Array, "*d K"], amax: Float[Array, "*g 1"]
+) -> tuple[Float[Array, "*d blocks 16"], Float[Array, "*d blocks 1"], Float[Array, "*g 1"]]:
+    """x -> (e2m1 values, e4m3 block scales, g), all f32, with x ~ values * scales * g.
+
+    `amax` is max|x| over the tensor or over each row, shaped to broadcast against x.
+    """
+    if x.shape[-1] % BLOCK:
+        raise ValueError(f"the contracted axis has {x.shape[-1]} elements: NVFP4 needs a multiple of {BLOCK}")
+    x = x.astype(jnp.float32)
+    amax = amax.astype(jnp.float32)
+    s_enc = jnp.where(amax > 0, jnp.minimum(FULL / amax, FLT_MAX), 1.0)
+    s_dec = 1.0 / s_enc
+    blocks = x.reshape((*x.shape[:-1], -1, BLOCK))
+    s_enc, s_dec = jnp.broadcast_to(s_enc, (*x.shape[:-1], 1)), jnp.broadcast_to(s_dec, (*x.shape[:-1], 1))
+    block_max = jnp.max(jnp.abs(blocks), axis=-1)
+    scale = round_e4m3(block_max * (s_enc * jnp.float32(1 / 6)))
+    gain = jnp.minimum(1.0 / (scale * s_dec), FLT_MAX)
+    values = round_e2m1(blocks * gain[..., None])
+    return values, scale[..., None], amax * jnp.float32(1 / FULL)
+
+
+def fake_quantise(x: Float[Array, "*d K"]) -> tuple[Float[Array, "*d K"], Float[Array, "*d 1"]]:
+    """Activations: (values * block scales, g), one g per row, so that a sample never depends on its batch-mates.
+
+    The products are exact in bf16: e2m1 has 2 significant bits, e4m3 has 4.
+    """
+    values, scale, g = encode(x, jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    return (values * scale).reshape(x.shape), g

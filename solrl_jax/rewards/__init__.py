@@ -1,0 +1,98 @@
+"""Weighted mixtures of rewards: "pickscore:1,hpsv2:0.5". A reward is a file of this folder that defines `make`.
+
+The weighted sum is on the rewards' raw scales (algorithms.md 1.6); the parts stay beside it.
+"""
+
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from solrl_jax.config import ConfigError
+from solrl_jax.structs import Params, PyTree, Reward
+
+
+class Score(NamedTuple):
+    """Rewards and their weights, in the order given. Hashable, a static argument; the towers' weights travel apart."""
+
+    rewards: tuple[Reward, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(reward.name for reward in self.rewards)
+
+
+def available() -> list[str]:
+    """Names of the rewards there are: the files of this folder with a top-level `def make(`."""
+    files = Path(__file__).parent.glob("[a-z]*.py")
+    return sorted(f.stem for f in files if "\ndef make(" in f.read_text(encoding="utf-8"))
+
+
+def parse(mixture: str) -> dict[str, float]:
+    """ "pickscore:1,hpsv2:0.5" -> {"pickscore": 1.0, "hpsv2": 0.5}; no weight is 1, the empty text is {}.
+
+    Raises ConfigError for an unknown or repeated name and for a weight that is no finite number or is 0.
+    """
+    weights: dict[str, float] = {}
+    for part in filter(None, (p.strip() for p in mixture.split(","))):
+        name, _, text = (p.strip() for p in part.partition(":"))
+        if name not in available():
+            raise ConfigError(f"unknown reward {name!r} in {mixture!r}: use one of {', '.join(available())}")
+        if name in weights:
+            raise ConfigError(f"reward {name!r} is twice in {mixture!r}: name it once, with one weight")
+        try:
+            weights[name] = float(text) if text else 1.0
+        except ValueError:
+            weights[name] = math.nan
+        if not math.isfinite(weights[name]) or weights[name] == 0:
+            raise ConfigError(f"weight {text!r} of reward {name!r}: give a finite number other than 0, as in {name}:0.5")
+    return weights
+
+
+def parse_paths(pairs: Sequence[str]) -> dict[str, str]:
+    """("clipscore=folder",) -> {"clipscore": "folder"}; ConfigError for what is not name=folder."""
+    paths = {}
+    for pair in pairs:
+        name, sign, folder = pair.partition("=")
+        if not sign or not folder or name not in available():
+            raise ConfigError(f"reward_paths={pair!r}: give name=folder, the name one of {', '.join(available())}")
+        paths[name] = folder
+    return paths
+
+
+def load_rewards(mixture: str, paths: Mapping[str, str]) -> tuple[Score, dict[str, Params]]:
+    """The mixture and its towers' weights by reward name, read from paths[name]."""
+    weights = parse(mixture)
+    rewards, params = [], {}
+    for name in weights:
+        module = importlib.import_module(f"solrl_jax.rewards.{name}")
+        reward, params[name] = module.make(paths.get(name))
+        rewards.append(reward)
+    return Score(tuple(rewards), tuple(weights.values())), params
+
+
+def tokenize(score: Score, prompts: Sequence[str]) -> dict[str, PyTree]:
+    """{reward name: its tokens, leaves [G, ...]}. A caption that a reward cannot read raises ConfigError."""
+    tokens: dict[str, PyTree] = {}
+    for reward in score.rewards:
+        try:
+            tokens[reward.name] = reward.tokenize(prompts)
+        except ValueError as e:
+            raise ConfigError(f"reward {reward.name} cannot read a prompt: {e}") from e
+    return tokens
+
+
+def score_images(
+    score: Score, params: Mapping[str, Params], images: Float[Array, "B H W C"], tokens: Mapping[str, Any]
+) -> tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]:
+    """Weighted sum and parts of B images of G prompts (leaves of `tokens` [G, ...]; image i is of prompt i // (B // G))."""
+    parts = {r.name: r.score(params[r.name], images, tokens[r.name]) for r in score.rewards}
+    total = jnp.zeros(images.shape[0])
+    for weight, part in zip(score.weights, parts.values(), strict=True):
+        total = total + weight * part
+    return total, parts

@@ -1,0 +1,47 @@
+"""Which candidates of a prompt are kept: rewards [P, N] -> indices [P, K]."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+def select(reward: Float[Array, "P N"], kept: int, rule: str, key: Key[Array, ""]) -> Int[Array, "P {kept}"]:
+    """Indices of the kept candidates, no candidate twice.
+
+    best_worst: the K - K//2 highest and the K//2 lowest, best first; top: the K highest; random: K without
+    replacement; all: every one, in order (K = N). One stable sort serves both ends, so that ties never pick a candidate
+    twice (algorithms.md section 8, item 30). Raises ValueError for an unknown rule or more kept than candidates.
+    """
+    prompts, candidates = reward.shape
+    if not 1 <= kept <= candidates:
+        raise ValueError(f"kept={kept} of {candidates} candidates: keep between 1 and {candidates}")
+    if rule == "all":
+        return jnp.broadcast_to(jnp.arange(candidates)[None, :kept], (prompts, kept))
+    if rule == "random":
+        reward = jax.random.uniform(key, reward.shape)
+    order = jnp.argsort(-reward, axis=-1, stable=True)
+    if rule in ("top", "random"):
+        return order[:, :kept]
+    if rule == "best_worst":
+        worst = kept // 2
+        return jnp.concatenate([order[:, : kept - worst], order[:, candidates - worst :]], axis=-1)
+    raise ValueError(f"unknown selection rule {rule!r}: use best_worst, top, random or all")
+
+
+def take(x: Array, index: Int[Array, "P K"]) -> Array:
+    """x [P, N, ...] -> [P, K, ...] at the kept indices."""
+    return jax.vmap(lambda row, i: row[i])(x, index)
+
+
+def ranks(x: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
+    """Ranks 0..N-1 along the last axis, ties by their average."""
+    below = jnp.sum(x[..., None, :] < x[..., :, None], axis=-1)
+    equal = jnp.sum(x[..., None, :] == x[..., :, None], axis=-1)
+    return below + (equal - 1) * 0.5
+
+
+def spearman(a: Float[Array, "P N"], b: Float[Array, "P N"]) -> Float[Array, "P"]:
+    """Rank correlation within each prompt; 0 where one side is constant."""
+    ra, rb = (r - jnp.mean(r, axis=-1, keepdims=True) for r in (ranks(a), ranks(b)))
+    norm = jnp.sqrt(jnp.sum(ra * ra, axis=-1) * jnp.sum(rb * rb, axis=-1))
+    return jnp.where(norm > 0, jnp.sum(ra * rb, axis=-1) / jnp.where(norm > 0, norm, 1.0), 0.0)

@@ -1,0 +1,52 @@
+"""The mesh and its one axis. Data-parallel stages run under `over_data`; everything else is replicated."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+DATA = "data"
+SPLIT, WHOLE = P(DATA), P()
+
+
+def make_mesh(devices: int | None = None) -> Mesh:
+    """A mesh of the first `devices` devices (all of them by default)."""
+    found = jax.devices()
+    count = len(found) if devices is None else devices
+    if not 1 <= count <= len(found):
+        raise ValueError(f"{count} devices asked for, {len(found)} found: choose between 1 and {len(found)}")
+    return jax.make_mesh((count,), (DATA,), devices=found[:count], axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def check_divides(mesh: Mesh, prompts: int) -> None:
+    """Each device owns whole prompts."""
+    if prompts % mesh.size:
+        fits = [n for n in range(1, prompts + 1) if prompts % n == 0]
+        raise ValueError(
+            f"{prompts} prompts do not divide over {mesh.size} devices: use a multiple of {mesh.size} prompts, "
+            f"or --devices with one of {fits}"
+        )
+
+
+def over_data(f: Callable, split: tuple[bool, ...], out_specs) -> Callable:
+    """Run `f` once per device of the ambient mesh, on its slice of the arguments marked in `split` (leading axis).
+
+    Inside, each device sees only its own prompts and scans over them: a scanned axis is never the sharded one.
+    Without a mesh, `f` runs as it is, over an axis of size one.
+    """
+    specs = tuple(SPLIT if s else WHOLE for s in split)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise ValueError("no mesh: call this under `with jax.set_mesh(sharding.make_mesh())`")
+    # Each device's own gradients, summed by us: check_vma=True would sum them behind our back.
+    return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+
+
+def replicate(tree, mesh: Mesh):
+    return jax.device_put(tree, NamedSharding(mesh, WHOLE))
+
+
+def split(tree, mesh: Mesh):
+    """Leading axis over the devices."""
+    return jax.device_put(tree, NamedSharding(mesh, SPLIT))

@@ -1,0 +1,125 @@
+"""Axis letters, array aliases and the NamedTuples that travel between the stages.
+
+Axes: P prompts, N candidates, K kept, B flattened batch, G groups (distinct prompts of a batch), T times or steps,
+S image tokens, L text tokens, D width, H heads, R LoRA rank; latents and images are height, width, channel ("h w c").
+sigma is in [0, 1] and 1 is pure noise: x_t = (1 - t) x0 + t eps, v = eps - x0.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float, Int, Key
+
+PyTree = Any
+Params = Mapping[str, Any]
+Variables = Mapping[str, Any]
+"""flax collections of one policy: {params} is the reference, + lora is a policy, + quant is the explorer."""
+
+Latents = Float[Array, "B h w c"]
+Images = Float[Array, "B H W 3"]
+PerSample = Float[Array, "B"]
+Keys = Key[Array, "*batch"]
+
+
+class Model(NamedTuple):
+    """A text-to-image flow model as pure functions; made by `models.<name>.make`. Hashable, a static argument.
+
+    tokenize(prompts) -> int32 arrays [G, ...] on the host; encode(text_params, tokens) -> conditioning, leaves [G, ...];
+    noise(key) -> one sample's x_1, f32 [h, w, c]; sigmas(steps) -> f64 [steps + 1], falling from 1 to 0;
+    velocity(variables, x, sigma, cond) -> f32 like x, for x f32 [B, h, w, c], sigma f32 [B] and cond leaves [B, ...];
+    decode(vae_params, latents) -> images f32 [B, H, W, 3] in [0, 1]; init(key) -> a fresh base.
+    """
+
+    name: str
+    tokenize: Callable[[Sequence[str]], PyTree]
+    encode: Callable[[Params, PyTree], PyTree]
+    noise: Callable[[Keys], Array]
+    sigmas: Callable[[int], Any]
+    velocity: Callable[[Variables, Array, Array, PyTree], Array]
+    decode: Callable[[Params, Array], Array]
+    init: Callable[[Keys], Params]
+    lora_targets: tuple[str, ...]
+    quant_rule: "QuantRule"
+    keys: tuple  # weights.Rule table: our parameter paths <-> the public checkpoint's keys
+
+
+class QuantRule(NamedTuple):
+    """Which Linears the explorer quantises: dotted name holds no `skip` substring and max(in, out) > `min_dim`."""
+
+    skip: tuple[str, ...]
+    min_dim: int
+
+
+class Reward(NamedTuple):
+    """tokenize(prompts) -> arrays [G, ...] on the host; score(params, images f32 [B, H, W, 3], tokens [G, ...]) -> f32 [B].
+
+    B is a multiple of G and image i belongs to prompt i // (B // G), so that a prompt is encoded once per group.
+    """
+
+    name: str
+    tokenize: Callable[[Sequence[str]], PyTree]
+    score: Callable[[Params, Array, PyTree], Array]
+
+
+class Prompts(NamedTuple):
+    """What P prompts become before the step: conditioning (leaves [P, ...]) and each reward's tokens (leaves [P, ...])."""
+
+    cond: PyTree
+    tokens: Mapping[str, PyTree]
+
+
+class Frozen(NamedTuple):
+    """Everything that no update touches: base weights, VAE, and the towers of the trained rewards by name."""
+
+    base: Params
+    vae: Params
+    rewards: Mapping[str, Params]
+
+
+class Hyper(NamedTuple):
+    """Traced scalars: a leading axis over them (and the rest of the state) trains many settings as one program."""
+
+    learning_rate: Float[Array, ""]
+    kl_weight: Float[Array, ""]
+    strength: Float[Array, ""]  # beta of DiffusionNFT's v+ and v-
+    old_ramp: Float[Array, ""]
+    old_max: Float[Array, ""]
+
+
+class TrainState(NamedTuple):
+    """Small on purpose (LoRA sets and moments) and never donated: the last finished iteration stays whole."""
+
+    iteration: Int[Array, ""]
+    updates: Int[Array, ""]  # optimiser steps so far
+    skipped: Int[Array, ""]  # non-finite updates in a row
+    key: Key[Array, ""]
+    lora: Params
+    old: Params
+    ema: Params
+    moments: PyTree
+    hyper: Hyper
+
+
+class Rollout(NamedTuple):
+    """Samples of one stage. `keys` are the samples: noise(key) is where each began."""
+
+    keys: Key[Array, "P K"]
+    x0: Float[Array, "P K h w c"]
+    reward: Float[Array, "P K"]
+    parts: Mapping[str, Float[Array, "P K"]]
+
+
+class Points(NamedTuple):
+    """Where velocities are asked for: x_t at time t, and the clean sample they are judged by."""
+
+    x_t: Float[Array, "*B h w c"]
+    t: Float[Array, "*B"]
+    x0: Float[Array, "*B h w c"]
+
+
+class Velocities(NamedTuple):
+    """f32 velocities at the same points: the trained policy, the policy that made the samples, the reference."""
+
+    current: Float[Array, "B h w c"]
+    old: Float[Array, "B h w c"]
+    reference: Float[Array, "B h w c"]

@@ -1,0 +1,208 @@
+"""Public checkpoints <-> parameter trees.
+
+A table of `Rule`s says, for every path of our tree, the checkpoint key(s) it comes from and the layout it has there.
+Because the table starts from our tree, reading it forwards lists exactly the keys that are needed (missing and unused
+ones are both errors), and reading it backwards saves a tree in the public layout. Weights are data: safetensors only.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from solrl_jax.structs import PyTree
+
+
+class WeightsError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, the keys and what to do."""
+
+
+class Rule(NamedTuple):
+    """`path` (a regex over "a/b/kernel") -> checkpoint `key` (its replacement; "{layer}" is the stacked leading axis)."""
+
+    path: str
+    key: str
+    layout: str = "same"  # same | linear: [in, out] here, [out, in] there | conv: HWIO here, OIHW there
+
+
+_TO_OURS = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
+_TO_THEIRS = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1)}
+
+
+class Leaf(NamedTuple):
+    path: str
+    keys: tuple[str, ...]
+    stacked: bool
+    layout: str
+    shape: tuple[int, ...]
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """{"a/b/kernel": leaf} in tree order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path): leaf for path, leaf in flat}
+
+
+def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
+    """What `tree` (arrays or ShapeDtypeStructs) asks of a checkpoint. A path without a rule is a defect of the table."""
+    found = []
+    for path, leaf in leaves_by_path(tree).items():
+        for rule in rules:
+            match = re.fullmatch(rule.path, path)
+            if match:
+                key = match.expand(rule.key).replace("/", ".")
+                stacked = "{layer}" in key
+                keys = tuple(key.replace("{layer}", str(i)) for i in range(leaf.shape[0])) if stacked else (key,)
+                found.append(Leaf(path, keys, stacked, rule.layout, tuple(leaf.shape)))
+                break
+        else:
+            raise WeightsError(f"no rule of the key table matches parameter {path!r}")
+    return found
+
+
+class Files:
+    """A checkpoint folder's tensors, read one by one: {key: tensor} over one file or over shards with an index."""
+
+    def __init__(self, folder: str | Path, stem: str):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise WeightsError(f"{self.folder} is not a directory: give the folder of a model in its public layout")
+        self._open: dict[Path, Any] = {}
+        self.where: dict[str, Path] = {}
+        for file in _shards(self.folder, stem):
+            for key in self._handle(file).keys():  # noqa: SIM118 - a safetensors handle is no dict
+                self.where[key] = file
+
+    def _handle(self, file: Path):
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, "numpy")
+            except FileNotFoundError as e:
+                raise WeightsError(f"{file} is named by the index but is not there: download it again") from e
+            except SafetensorError as e:
+                raise WeightsError(f"{file} is not a whole safetensors file ({e}): download it again") from e
+        return self._open[file]
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._handle(self.where[key]).get_tensor(key)
+
+    def keys(self) -> Iterable[str]:
+        return self.where.keys()
+
+
+def _shards(folder: Path, stem: str) -> list[Path]:
+    """No-variant files first, then bf16, then fp16; an index before a single file of the same variant."""
+    for variant in ("", "bf16", "fp16"):
+        name = f"{stem}.{variant}" if variant else stem
+        index = folder / (f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json")
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as e:
+                raise WeightsError(f"{index} is not a safetensors index ({e!r}): download it again") from e
+            return sorted({folder / file for file in weight_map.values()})
+        if (folder / f"{name}.safetensors").is_file():
+            return [folder / f"{name}.safetensors"]
+    raise WeightsError(f"{folder} holds no {stem}.safetensors (nor an index, nor a bf16 or fp16 variant of it)")
+
+
+def load(
+    files: Files,
+    spec: PyTree,
+    rules: Sequence[Rule],
+    *,
+    dtype: Any = None,
+    aliases: Sequence[tuple[str, str]] = (),
+    droppable: Sequence[str] = (),
+) -> PyTree:
+    """Read the tree of `spec` (from eval_shape) out of `files`; leaves are numpy arrays of `dtype` (None: as stored).
+
+    `aliases` are (regex, replacement) pairs that turn other spellings of keys into the table's; `droppable` are regexes of
+    keys that may be left over. Missing, unused and wrongly shaped keys are all listed in one WeightsError.
+    """
+    names: dict[str, str] = {}
+    for key in files.keys():  # noqa: SIM118
+        public = key
+        for pattern, replacement in aliases:
+            public = re.sub(pattern, replacement, public)
+        names[public] = key
+    wanted = needed(spec, rules)
+    want = {key for leaf in wanted for key in leaf.keys}
+    problems = [f"missing {key}" for leaf in wanted for key in leaf.keys if key not in names]
+    problems += [f"unused {k}" for k in names if k not in want and not any(re.fullmatch(d, k) for d in droppable)]
+    values: dict[str, np.ndarray] = {}
+    for leaf in wanted:
+        if any(key not in names for key in leaf.keys):
+            continue
+        arrays = [_ours(files[names[key]], leaf.layout) for key in leaf.keys]
+        shape = leaf.shape[1:] if leaf.stacked else leaf.shape
+        bad = [f"{key} has shape {a.shape}, not {shape}" for key, a in zip(leaf.keys, arrays, strict=True) if a.shape != shape]
+        if bad:
+            problems += bad
+            continue
+        value = np.stack(arrays) if leaf.stacked else np.asarray(arrays[0], order="C")
+        values[leaf.path] = value if dtype is None else value.astype(dtype)
+    if problems:
+        shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise WeightsError(f"{files.folder} does not hold the weights that its config describes:\n  {shown}")
+    return jax.tree.unflatten(jax.tree.structure(spec), [values[leaf.path] for leaf in wanted])
+
+
+def save(
+    tree: PyTree,
+    rules: Sequence[Rule],
+    file: str | Path,
+    *,
+    dtype: Any = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write `tree` as one safetensors file in the public layout; the inverse of `load`."""
+    by_path = leaves_by_path(tree)
+    tensors: dict[str, np.ndarray] = {}
+    for leaf in needed(tree, rules):
+        value = np.asarray(by_path[leaf.path])
+        value = value if dtype is None else value.astype(dtype)
+        for i, key in enumerate(leaf.keys):
+            tensors[key] = _theirs(value[i] if leaf.stacked else value, leaf.layout)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
+
+
+def _ours(x: np.ndarray, layout: str) -> np.ndarray:
+    axes = _TO_OURS[layout]
+    return x if axes is None or x.ndim != len(axes) else x.transpose(axes)
+
+
+def _theirs(x: np.ndarray, layout: str) -> np.ndarray:
+    axes = _TO_THEIRS[layout]
+    return np.asarray(x if axes is None else x.transpose(axes), order="C")  # ascontiguousarray makes () into (1,)
+
+
+def read_json(file: str | Path) -> dict[str, Any]:
+    """A JSON file of a checkpoint (bare -Infinity is accepted: public scheduler configs hold it)."""
+    file = Path(file)
+    if not file.is_file():
+        raise WeightsError(f"{file} is missing: {file.parent.parent} is not a model folder in the public layout")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as e:
+        raise WeightsError(f"{file} is not JSON ({e}): download it again") from e
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of one component, as a dict."""
+    return read_json(Path(folder) / "config.json")
+
+
+def from_config(cls, values: Mapping[str, Any]):
+    """Dataclass `cls` from a config.json: its own fields only, lists as tuples; missing and null ones keep the default."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    given = {name: value for name, value in values.items() if name in names and value is not None}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})

@@ -1,0 +1,122 @@
+"""NVFP4: every published vector bit for bit, the formats' tables, error bounds, and batch independence."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from solrl_jax import quant
+from solrl_jax.quant import nvfp4
+from solrl_jax.structs import QuantRule
+
+VECTORS = json.loads((Path(__file__).parent / "data/nvfp4_vectors.json").read_text())
+
+
+@jax.jit
+def encode(x):
+    values, scale, g = nvfp4.encode(x, jnp.max(jnp.abs(x), keepdims=True))
+    code = nvfp4.code_of(values).reshape(x.shape)
+    return code, scale[..., 0].astype(jnp.float8_e4m3fn), g, nvfp4.pack(code)
+
+
+@pytest.mark.parametrize("name", VECTORS["cases"])
+def test_vectors_bit_for_bit(name):
+    case = VECTORS["cases"][name]
+    code, scale, g, packed = encode(jnp.array(case["x"], jnp.float32))
+    np.testing.assert_array_equal(code, case["expected"]["codes"])
+    np.testing.assert_array_equal(np.asarray(scale).view(np.uint8), case["expected"]["scales"])
+    assert [row.tobytes().hex() for row in np.asarray(packed)] == case["expected"]["packed_hex"]
+    assert float(g[0, 0]) == np.float32(case["g"])
+
+
+def test_tie_tables():
+    ties = VECTORS["e2m1_round_ties"]
+    x = np.array([int(t["x_hex_f32"], 16) for t in ties], np.uint32).view(np.float32)
+    np.testing.assert_array_equal(jax.jit(lambda x: nvfp4.code_of(nvfp4.round_e2m1(x)))(x), [t["code"] for t in ties])
+    scales = VECTORS["e4m3_scale_round"]
+    rounded = jax.jit(nvfp4.round_e4m3)(jnp.array([t["x"] for t in scales], jnp.float32))
+    np.testing.assert_array_equal(rounded, np.array([t["value"] for t in scales], np.float32))
+
+
+def test_rounding_equals_ml_dtypes_on_every_bf16():
+    x = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+    x = x[np.isfinite(x)]
+    np.testing.assert_array_equal(nvfp4.round_e2m1(jnp.asarray(x)), x.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
+    positive = np.minimum(x[x >= 0], 448)
+    np.testing.assert_array_equal(nvfp4.round_e4m3(jnp.asarray(positive)), positive.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+
+
+def test_pack_is_its_own_inverse():
+    code = jnp.array(np.random.default_rng(0).integers(0, 16, (3, 32)), jnp.uint8)
+    np.testing.assert_array_equal(nvfp4.unpack(nvfp4.pack(code)), code)
+    np.testing.assert_array_equal(nvfp4.code_of(nvfp4.value_of(code)), code)
+
+
+def test_products_of_values_and_scales_are_exact_in_bf16():
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    scales = np.arange(127, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    exact = np.outer(values, scales)
+    np.testing.assert_array_equal(exact.astype(ml_dtypes.bfloat16).astype(np.float32), exact)
+
+
+def test_gemm_vector():
+    """Against the vectors' accumulator: codes x scales of both operands, then both global scales."""
+    gemm, x = VECTORS["gemm"], jnp.array(VECTORS["cases"]["B_gauss_bf16"]["x"], jnp.float32)
+    w = jnp.array(gemm["w"], jnp.float32)
+    per_tensor = jnp.max(jnp.abs(x), keepdims=True)
+    values, scale, g = nvfp4.encode(x, per_tensor)
+    q = quant.quantise(w.T)
+    accumulator = (values * scale).reshape(x.shape) @ (quant.dequantise(q) / q.g)
+    np.testing.assert_allclose(accumulator, gemm["acc_before_global_scales_exact"], rtol=1e-6)
+    np.testing.assert_allclose(accumulator * g * q.g, gemm["y"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("activation", "bound"), [("gauss", 0.1344), ("gelu", 0.1325), ("outliers", 0.1255)])
+def test_error_of_a_product(activation, bound):
+    """Relative Frobenius error of W4A4 with a scale per row, K = 3072 (nvfp4.md section 4)."""
+    key_x, key_w = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(key_x, (512, 3072))
+    if activation == "gelu":
+        x = jax.nn.gelu(x)
+    if activation == "outliers":
+        x = x.at[:, :8].multiply(30.0)
+    x = x.astype(jnp.bfloat16).astype(jnp.float32)
+    w = (0.02 * jax.random.normal(key_w, (3072, 512))).astype(jnp.bfloat16).astype(jnp.float32)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    error = np.linalg.norm(quant.matmul(x, quant.quantise(w)) - exact) / np.linalg.norm(exact)
+    assert abs(error - bound) < 0.003
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    x = jax.random.normal(jax.random.key(1), (8, 64)) * jnp.arange(1.0, 9.0)[:, None]
+    q = quant.quantise(jax.random.normal(jax.random.key(2), (64, 32)))
+    whole = jax.jit(quant.matmul)(x, q)
+    for i in range(8):
+        np.testing.assert_array_equal(jax.jit(quant.matmul)(x.at[:i].set(9.0).at[i + 1 :].set(-7.0), q)[i], whole[i])
+
+
+def test_zero_rows_and_zero_kernels_stay_zero():
+    q = quant.quantise(jnp.zeros((32, 16)))
+    assert not np.any(quant.matmul(jnp.ones((2, 32)), q)) and not np.any(quant.dequantise(q))
+    assert not np.any(quant.matmul(jnp.zeros((2, 32)), quant.quantise(jnp.ones((32, 16)))))
+
+
+def test_rule_takes_what_it_should():
+    params = {
+        "x_embedder": {"kernel": jnp.ones((64, 32)), "bias": jnp.ones(32)},
+        "blocks": {"ff": {"kernel": jnp.ones((3, 32, 64))}, "norm": {"scale": jnp.ones((3, 32))}},
+        "proj": {"kernel": jnp.ones((32, 16))},
+    }
+    assert quant.chosen(params, QuantRule(("x_embedder",), 0)) == {"blocks/ff/kernel": (3, 32, 64), "proj/kernel": (32, 16)}
+    assert list(quant.chosen(params, QuantRule(("x_embedder",), 32))) == ["blocks/ff/kernel"]
+    low = quant.quantise_tree(params, QuantRule(("x_embedder",), 0))
+    assert set(low) == {"blocks", "proj"} and low["blocks"]["ff"]["kernel"].codes.shape == (3, 64, 16)
+
+
+def test_odd_widths_are_refused():
+    with pytest.raises(ValueError, match="24 elements: NVFP4 needs a multiple of 16"):
+        quant.quantise(jnp.ones((24, 8)))

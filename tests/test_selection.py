@@ -1,0 +1,56 @@
+"""Selection: golden indices, ties, properties."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solrl_jax.selection import ranks, select, spearman, take
+
+KEY = jax.random.key(0)
+REWARD = jnp.array([[0.1, 0.9, 0.4, 0.7, 0.2, 0.8], [5.0, 1.0, 4.0, 2.0, 3.0, 0.0]])
+
+
+def test_golden():
+    np.testing.assert_array_equal(select(REWARD, 4, "best_worst", KEY), [[1, 5, 4, 0], [0, 2, 1, 5]])
+    np.testing.assert_array_equal(select(REWARD, 3, "best_worst", KEY), [[1, 5, 0], [0, 2, 5]])
+    np.testing.assert_array_equal(select(REWARD, 3, "top", KEY), [[1, 5, 3], [0, 2, 4]])
+    np.testing.assert_array_equal(select(REWARD, 6, "all", KEY), [range(6), range(6)])
+
+
+@pytest.mark.parametrize("rule", ["best_worst", "top", "random"])
+@pytest.mark.parametrize("kept", [2, 8, 24])
+def test_ties_never_pick_twice(rule, kept):
+    """All equal: the original picks 12 distinct of 24; one sort cannot (algorithms.md section 8, item 30)."""
+    index = np.asarray(select(jnp.zeros((3, 24)), kept, rule, KEY))
+    assert all(len(set(row)) == kept for row in index)
+
+
+def test_keeping_all_keeps_every_candidate():
+    index = select(REWARD, 6, "best_worst", KEY)
+    np.testing.assert_array_equal(np.sort(index, axis=-1), [range(6), range(6)])
+
+
+def test_permuting_candidates_permutes_the_kept():
+    order = jnp.array([3, 1, 5, 0, 2, 4])
+    kept = take(REWARD, select(REWARD, 4, "best_worst", KEY))
+    np.testing.assert_array_equal(take(REWARD[:, order], select(REWARD[:, order], 4, "best_worst", KEY)), kept)
+
+
+def test_random_differs_between_keys_and_prompts():
+    a = select(jnp.zeros((4, 96)), 24, "random", KEY)
+    assert not np.array_equal(a, select(jnp.zeros((4, 96)), 24, "random", jax.random.key(1)))
+    assert not np.array_equal(a[0], a[1])
+
+
+@pytest.mark.parametrize(("kept", "rule", "match"), [(7, "top", "kept=7 of 6"), (0, "top", "kept=0"), (2, "median", "unknown")])
+def test_bad_requests(kept, rule, match):
+    with pytest.raises(ValueError, match=match):
+        select(REWARD, kept, rule, KEY)
+
+
+def test_spearman():
+    a = jnp.array([[1.0, 2, 3, 4, 5], [1, 2, 3, 4, 5], [1, 1, 1, 1, 1]])
+    b = jnp.array([[2.0, 4, 6, 8, 1000], [5, 6, 7, 8, 7], [1, 2, 3, 4, 5]])
+    np.testing.assert_allclose(spearman(a, b), [1.0, 0.8207826816681233, 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(ranks(jnp.array([3.0, 1.0, 3.0, 2.0])), [2.5, 0.0, 2.5, 1.0])
