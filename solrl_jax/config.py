@@ -177,6 +177,7 @@ class Config:
         _require(
             points % m == 0, f"learn.micro_batch={m} does not divide the {points} points of an update: use one of {_divisors(points)}"
         )
+        _require(self.seed >= 0, f"seed={self.seed}: 0 or more")
         _require(self.iterations >= 0, f"iterations={self.iterations}: 0 or more")
         _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
         _require(self.keep >= 1, f"keep={self.keep}: keep at least one checkpoint")
@@ -243,18 +244,23 @@ def from_json(text: str) -> Config:
         raise ConfigError(f"not the JSON of a config: {e}") from None
 
 
+def values(config: Config) -> list[tuple[str, Any]]:
+    """[("explore.steps", 6), ...]: every single value by its dotted name; a missing stage is one value, None."""
+
+    def walk(tree: dict[str, Any], at: str) -> Iterator[tuple[str, Any]]:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{at}{name}.")
+            else:
+                yield f"{at}{name}", value
+
+    return list(walk(dataclasses.asdict(config), ""))
+
+
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """{"explore.steps": (6, 4)} for every single value that is not the same in both."""
-    a, b = dict(_values(dataclasses.asdict(old))), dict(_values(dataclasses.asdict(new)))
+    a, b = dict(values(old)), dict(values(new))
     return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
-
-
-def _values(tree: dict[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _values(value, f"{at}{name}.")
-        else:
-            yield f"{at}{name}", value
 
 
 def _build(kind: Any, values: dict[str, Any], at: str) -> Any:

@@ -79,10 +79,10 @@ def batch(prompts: Sequence[str], seed: int, step: int, count: int) -> list[str]
 def _epoch(n: int, count: int, seed: int, epoch: int) -> tuple[int, ...]:
     """The order of one epoch, such that the batch across its start holds nothing twice.
 
-    Only the first 2 * count places are ever touched, so with 3 * count prompts an epoch's end is its permutation's own
+    Only the first `count` places are ever touched, so with 2 * count prompts an epoch's end is its permutation's own
     and one step back is enough; with fewer the epochs are dealt from the first, which is then quick.
     """
-    first = max(epoch - 1, 0) if n >= 3 * count else 0
+    first = max(epoch - 1, 0) if n >= 2 * count else 0
     order = _permutation(n, seed, first)
     for e in range(first + 1, epoch + 1):
         used = e * n % count  # places of the batch across the start that the epoch before has filled
@@ -96,10 +96,10 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
 
 def _avoiding(order: list[int], taken: list[int], head: int) -> list[int]:
     """`order` with its first `head` places free of `taken`, whose members go right behind them."""
-    free = [i for i in order[: head + len(taken)] if i not in set(taken)]
-    start = free[:head]
-    rest = [i for i in order if i not in set(start)]
-    return start + rest
+    barred = set(taken)
+    start = [i for i in order[: head + len(taken)] if i not in barred][:head]
+    chosen = set(start)
+    return start + [i for i in order if i not in chosen]
 
 
 def cut(prompts: Sequence[str], tokenize: Callable[[Sequence[str]], Any]) -> dict[str, list[str]]:

@@ -27,12 +27,12 @@ _table = nn.initializers.normal(0.02)
 def run_layers(layer: nn.Module, count: int, x: Array, bias: Array | None) -> tuple[Array, Array]:
     """`layer(x, bias)` applied `count` times, each time with weights of its own; also what the last one was given."""
 
-    def step(layer, carry, bias):
+    def step(layer, carry, _):
         x, _ = carry
         return (layer(x, bias), x), None
 
-    scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=count)
-    return scan(layer, (x, x), bias)[0]
+    scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=count)
+    return scan(layer, (x, x), None)[0]
 
 
 # ---- CLIP
@@ -55,6 +55,10 @@ class ClipTextConfig:
 
     def __post_init__(self):
         check_layer_config(self)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "ClipTextConfig":
+        return weights.from_config(cls, folder)
 
 
 def check_layer_config(cfg: Any) -> None:
@@ -152,8 +156,7 @@ def load_clip_text(folder: str | Path, dtype: Any = jnp.bfloat16, project: bool 
 
     FLUX wants the pooled state as it is; SD3 wants project=True, for which the file must hold text_projection.weight.
     """
-    cfg = weights.from_config(ClipTextConfig, weights.read_config(folder))
-    module = ClipText(cfg, dtype, project)
+    module = ClipText(ClipTextConfig.read(folder), dtype, project)
     return module, _load(module, folder, CLIP_TEXT_KEYS, CLIP_TEXT_ALIASES, CLIP_TEXT_DROPPABLE)
 
 
@@ -178,6 +181,10 @@ class T5Config:
     def __post_init__(self):
         if self.feed_forward_proj != "gated-gelu":
             raise ValueError(f"feed_forward_proj {self.feed_forward_proj!r}: only T5 v1.1 ('gated-gelu') is known here")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "T5Config":
+        return weights.from_config(cls, folder)
 
 
 def t5_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
@@ -245,7 +252,7 @@ T5_ALIASES = ((r"^encoder\.embed_tokens\.weight$", "shared.weight"),)  # a copy,
 
 def load_t5(folder: str | Path, dtype: Any = jnp.bfloat16) -> tuple[T5Encoder, Params]:
     """Module and parameters (numpy, in `dtype`) of a folder in transformers' layout."""
-    module = T5Encoder(weights.from_config(T5Config, weights.read_config(folder)), dtype)
+    module = T5Encoder(T5Config.read(folder), dtype)
     return module, _load(module, folder, T5_KEYS, T5_ALIASES, ())
 
 

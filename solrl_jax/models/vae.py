@@ -1,6 +1,7 @@
-"""AutoencoderKL of FLUX and SD3.5, channels last (spec/models.md section 7.1). GroupNorm is f32, convolutions `dtype`.
+"""AutoencoderKL of FLUX and SD3.5 as its two halves, channels last (spec/models.md section 7.1).
 
-Latents outside this file are "scaled": (z - shift) * scaling for the VAE's own z, so that their spread is about one.
+GroupNorm is f32, convolutions `dtype`. Latents outside this file are "scaled": (z - shift) * scaling of the VAE's own
+z, so that their spread is about one.
 """
 
 import dataclasses
@@ -45,6 +46,10 @@ class VaeConfig:
         bad = [width for width in self.block_out_channels if width % self.norm_num_groups]
         if bad:
             raise ValueError(f"block_out_channels {bad} do not divide into norm_num_groups {self.norm_num_groups}")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "VaeConfig":
+        return weights.from_config(cls, folder)
 
     @property
     def factor(self) -> int:
@@ -149,79 +154,60 @@ class Decoder(nn.Module):
         return _conv(cfg.out_channels, dtype, "conv_out")(x)
 
 
-class AutoencoderKL(nn.Module):
-    """Both halves; parameters exist only for the halves that init ran (method="decode" for the decoder alone)."""
-
-    cfg: VaeConfig
-    dtype: Any = jnp.bfloat16
-
-    def setup(self):
-        self.encoder = Encoder(self.cfg, self.dtype)
-        self.decoder = Decoder(self.cfg, self.dtype)
-
-    def encode(self, x: Float[Array, "B H W c"]) -> Features:
-        return self.encoder(x)
-
-    def decode(self, z: Features) -> Float[Array, "B H W c"]:
-        return self.decoder(z)
-
-    def __call__(self, x: Float[Array, "B H W c"]) -> Float[Array, "B H W c"]:
-        """x -> reconstruction from the mean; runs both halves, so `init` makes them both."""
-        return self.decode(self.encode(x)[..., : self.cfg.latent_channels])
-
-
-def decode(module: AutoencoderKL, params: Params, latents: Latents) -> Images:
+def decode(module: Decoder, params: Params, latents: Latents) -> Images:
     """Scaled latents -> images, f32 in [0, 1]. The whole batch at once: the caller decides on chunks."""
     z = latents.astype(F32) / module.cfg.scaling_factor + module.cfg.shift_factor
-    x = module.apply({"params": params}, z, method="decode").astype(F32)
+    x = jnp.asarray(module.apply({"params": params}, z), F32)
     return jnp.clip(x / 2 + 0.5, 0.0, 1.0)
 
 
-def encode(module: AutoencoderKL, params: Params, images: Images) -> tuple[Latents, Latents]:
+def encode(module: Encoder, params: Params, images: Images) -> tuple[Latents, Latents]:
     """Images in [0, 1] -> mean and log-variance, f32, of the scaled latents that `decode` takes.
 
     Of the VAE's own z (whose log-variance is cut to [-30, 20] as in diffusers): (mean - shift) * scaling and
     logvar + 2 log(scaling). A training loss against a unit Gaussian must go back to z first.
     """
     scale, shift = module.cfg.scaling_factor, module.cfg.shift_factor
-    x = module.apply({"params": params}, images.astype(F32) * 2 - 1, method="encode").astype(F32)
+    x = jnp.asarray(module.apply({"params": params}, images.astype(F32) * 2 - 1), F32)
     mean, logvar = jnp.split(x, 2, axis=-1)
     return (mean - shift) * scale, jnp.clip(logvar, -30.0, 20.0) + 2 * jnp.log(scale)
 
 
-_PLACES = (
-    (r"(encoder|decoder)/(conv_in|conv_out|conv_norm_out)", r"\1.\2"),
-    (r"(encoder|decoder)/mid_block/resnets_(\d)/(\w+)", r"\1.mid_block.resnets.\2.\3"),
-    (r"(encoder|decoder)/mid_block/attentions_0/(group_norm)", r"\1.mid_block.attentions.0.\2"),
-    (r"(encoder|decoder)/(up|down)_blocks_(\d+)_resnets_(\d+)/(\w+)", r"\1.\2_blocks.\3.resnets.\4.\5"),
-    (r"(encoder|decoder)/(up|down)_blocks_(\d+)_(\w+)_0", r"\1.\2_blocks.\3.\4.0.conv"),
-)
-_ATTENTION = (
-    (r"(encoder|decoder)/mid_block/attentions_0/(q|k|v)", r"\1.mid_block.attentions.0.to_\2"),
-    (r"(encoder|decoder)/mid_block/attentions_0/out", r"\1.mid_block.attentions.0.to_out.0"),
-)
-VAE_KEYS = (
-    *(Rule(ours + "/kernel", theirs + ".weight", "conv") for ours, theirs in _PLACES),
-    *(Rule(ours + "/kernel", theirs + ".weight", "linear") for ours, theirs in _ATTENTION),
-    *(Rule(ours + "/scale", theirs + ".weight") for ours, theirs in _PLACES),
-    *(Rule(ours + "/bias", theirs + ".bias") for ours, theirs in _PLACES + _ATTENTION),
-)
-VAE_ALIASES = (  # spellings of old diffusers
-    (r"\.attentions\.0\.(query|key|value)\.", lambda found: f".attentions.0.to_{found[1][0]}."),
+def vae_rules(half: str, ours: str = "") -> tuple[Rule, ...]:
+    """The key table of one half ("encoder" or "decoder") whose parameters sit under `ours`."""
+    places = (
+        (r"(conv_in|conv_out|conv_norm_out)", r"\1"),
+        (r"mid_block/resnets_(\d)/(\w+)", r"mid_block.resnets.\1.\2"),
+        (r"mid_block/attentions_0/group_norm", r"mid_block.attentions.0.group_norm"),
+        (r"(up|down)_blocks_(\d+)_resnets_(\d+)/(\w+)", r"\1_blocks.\2.resnets.\3.\4"),
+        (r"(up|down)_blocks_(\d+)_(\w+)_0", r"\1_blocks.\2.\3.0.conv"),
+    )
+    linears = (
+        (r"mid_block/attentions_0/(q|k|v)", r"mid_block.attentions.0.to_\1"),
+        (r"mid_block/attentions_0/out", r"mid_block.attentions.0.to_out.0"),
+    )
+    return (
+        *(Rule(f"{ours}{a}/kernel", f"{half}.{b}.weight", "conv") for a, b in places),
+        *(Rule(f"{ours}{a}/kernel", f"{half}.{b}.weight", "linear") for a, b in linears),
+        *(Rule(f"{ours}{a}/scale", f"{half}.{b}.weight") for a, b in places),
+        *(Rule(f"{ours}{a}/bias", f"{half}.{b}.bias") for a, b in places + linears),
+    )
+
+
+ENCODER_KEYS, DECODER_KEYS = vae_rules("encoder"), vae_rules("decoder")
+VAE_KEYS = (*vae_rules("encoder", "encoder/"), *vae_rules("decoder", "decoder/"))  # a tree {"encoder", "decoder"}
+VAE_ALIASES = (  # the attention's spelling in old diffusers
+    *((rf"\.attentions\.0\.{old}\.", f".attentions.0.to_{old[0]}.") for old in ("query", "key", "value")),
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 )
 
 
-def load_vae(folder: str | Path, dtype: Any = jnp.bfloat16, encoder: bool = False) -> tuple[AutoencoderKL, Params]:
-    """Module and parameters (numpy, in `dtype`) of a folder in diffusers' layout: {"decoder"}, with `encoder` both."""
-    cfg = weights.from_config(VaeConfig, weights.read_config(folder))
-    module = AutoencoderKL(cfg, dtype)
-    if encoder:
-        images = jnp.zeros((1, cfg.factor, cfg.factor, cfg.in_channels), F32)
-        spec = jax.eval_shape(module.init, jax.random.key(0), images)["params"]
-    else:
-        latents = jnp.zeros((1, 1, 1, cfg.latent_channels), F32)
-        spec = jax.eval_shape(partial(module.init, method="decode"), jax.random.key(0), latents)["params"]
+def load_vae(folder: str | Path, dtype: Any = jnp.bfloat16, encoder: bool = False) -> tuple[Decoder | Encoder, Params]:
+    """Module and parameters (numpy, in `dtype`) of the decoder, or of the encoder, of a folder in diffusers' layout."""
+    cfg = VaeConfig.read(folder)
+    module = (Encoder if encoder else Decoder)(cfg, dtype)
+    sample = (1, cfg.factor, cfg.factor, cfg.in_channels) if encoder else (1, 1, 1, cfg.latent_channels)
+    spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(sample))["params"]
+    rules, other = (ENCODER_KEYS, r"decoder\..*") if encoder else (DECODER_KEYS, r"encoder\..*")
     files = weights.Files(folder, "diffusion_pytorch_model")
-    droppable = () if encoder else (r"encoder\..*",)
-    return module, weights.load(files, spec, VAE_KEYS, dtype=dtype, aliases=VAE_ALIASES, droppable=droppable)
+    return module, weights.load(files, spec, rules, dtype=dtype, aliases=VAE_ALIASES, droppable=(other,))

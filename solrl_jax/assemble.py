@@ -1,0 +1,170 @@
+"""From a config to everything a run holds: model, weights, rewards, prompts, mesh. What can be wrong is found here.
+
+Cheap checks come first, so that a typo is answered before gigabytes are read, and nothing is written.
+"""
+
+import functools
+import importlib
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from solrl_jax import checkpoint, data, iteration, lora, rewards, sharding
+from solrl_jax.config import Config, ConfigError
+from solrl_jax.rewards import Score
+from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, TrainState
+
+INFERENCE = ("model.name", "lora.")
+"""Fields of a checkpoint's config that must be the same for drawing with it; the rest is free."""
+
+
+class Parts(NamedTuple):
+    """Everything that no update touches. `judged` are the trained rewards and then the held-out ones."""
+
+    cfg: Config
+    mesh: Mesh
+    model: Model
+    encode: Callable[[Params, PyTree], PyTree]  # model.encode, jitted
+    optimizer: optax.GradientTransformation
+    score: Score
+    judged: Score
+    frozen: Frozen  # with the trained rewards' towers
+    towers: dict[str, Params]  # the held-out rewards' towers
+    text: Params
+    prompts: data.PromptSet
+
+
+Purpose = Literal["train", "eval", "sample"]
+
+
+def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train") -> Parts:
+    """Read what `cfg` names and place it, replicated, on the first `devices` devices (all by default).
+
+    For "sample" neither prompts nor rewards are read. Raises ConfigError, DataError or WeightsError for what cannot run.
+    """
+    use_compilation_cache()
+    mesh = make_mesh(devices, cfg.prompts if purpose == "train" else 0)
+    prompts = _prompts(cfg, purpose) if purpose != "sample" else data.PromptSet((), (), 0, 0)
+    model = model_module(cfg).make(cfg.model)
+    score, judged, towers = _rewards(cfg) if purpose != "sample" else (Score((), ()), Score((), ()), {})
+    rewards.tokenize(judged, (*prompts.train, *prompts.test))  # a caption that a reward cannot read stops us now
+    base, vae, text = model_module(cfg).load(cfg.model)
+    trained = {name: towers.pop(name) for name in score.names}
+    place = functools.partial(sharding.replicate, mesh=mesh)
+    return Parts(
+        cfg=cfg,
+        mesh=mesh,
+        model=model,
+        encode=jax.jit(model.encode),
+        optimizer=iteration.make_optimizer(cfg),
+        score=score,
+        judged=judged,
+        frozen=place(Frozen(base, vae, trained)),
+        towers=place(towers),
+        text=place(text),
+        prompts=prompts,
+    )
+
+
+def _rewards(cfg: Config) -> tuple[Score, Score, dict[str, Params]]:
+    """What is trained on, that and the held-out rewards, and all their towers. One that is in both counts as trained on."""
+    paths = rewards.parse_paths(cfg.reward_paths)
+    trained, others = rewards.parse(cfg.reward), rewards.parse(cfg.evaluate.rewards)
+    if not trained:
+        raise ConfigError(f"reward is empty: name what to train on, of {', '.join(rewards.available())}")
+    score, towers = rewards.load_rewards(cfg.reward, paths)
+    held_out, more = rewards.load_rewards(",".join(name for name in others if name not in trained), paths)
+    return score, Score(score.rewards + held_out.rewards, score.weights + held_out.weights), {**towers, **more}
+
+
+def make_mesh(devices: int | None, prompts: int = 0) -> Mesh:
+    """The mesh of a run, over whose devices its prompts divide."""
+    try:
+        mesh = sharding.make_mesh(devices)
+        sharding.check_divides(mesh, prompts)
+    except ValueError as e:
+        raise ConfigError(str(e)) from None
+    return mesh
+
+
+def _prompts(cfg: Config, purpose: Purpose) -> data.PromptSet:
+    """The prompt files' content, enough of it for the batches that will be drawn."""
+    if not cfg.prompt_files:
+        raise ConfigError("prompt_files is empty: give a .txt file of prompts, or a folder with train.txt and test.txt")
+    prompts = data.read(cfg.prompt_files)
+    wanted = [("prompts", cfg.prompts, prompts.train)] if purpose == "train" else []
+    wanted += [("evaluate.prompts", cfg.evaluate.prompts, prompts.test)] if purpose == "eval" or cfg.evaluate.every else []
+    for name, count, found in wanted:
+        if count > len(found):
+            raise ConfigError(f"{name}={count}, but {cfg.prompt_files} has {len(found)} distinct ones for it: use {len(found)} or fewer")
+    return prompts
+
+
+def model_module(cfg: Config) -> types.ModuleType:
+    """models/<name>.py, looked up by its name: a file that defines `make` and `load`."""
+    name = cfg.model.name
+    files = (Path(__file__).parent / "models").glob("[a-z]*.py")
+    texts = {f.stem: f.read_text(encoding="utf-8") for f in files}
+    models = sorted(stem for stem, text in texts.items() if "\ndef make(" in text and "\ndef load(" in text)
+    if name not in models:
+        raise ConfigError(f"model.name={name}: there is no models/{name}.py; use one of {', '.join(models)}")
+    return importlib.import_module(f"solrl_jax.models.{name}")
+
+
+def use_compilation_cache() -> None:
+    """Compiled programs are kept in ~/.cache/solrl_jax, unless the user chose a place (JAX_COMPILATION_CACHE_DIR)."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "solrl_jax"))
+
+
+def notes(parts: Parts) -> list[str]:
+    """What a user should know of the prompts before a run: how many, what was dropped, what is cut."""
+    p = parts.prompts
+    out = [f"{len(p.train)} training prompts, {len(p.test)} test prompts"]
+    if p.blank or p.repeated:
+        out[0] += f" ({p.repeated} repeated and {p.blank} blank lines dropped)"
+    for name, texts in data.cut((*p.train, *p.test), parts.model.tokenize).items():
+        out.append(f"{len(texts)} prompts are longer than the tokens of {name or 'the text encoder'} and are cut, e.g. {texts[0]!r}")
+    return out
+
+
+def encode(parts: Parts, prompts: Sequence[str], score: Score) -> Prompts:
+    """Conditioning and reward tokens of P prompts, split over the devices; P is a multiple of their number."""
+    tokens = sharding.split(parts.model.tokenize(prompts), parts.mesh)
+    cond = sharding.split(parts.encode(parts.text, tokens), parts.mesh)
+    return Prompts(cond, sharding.split(rewards.tokenize(score, prompts), parts.mesh))
+
+
+def fresh(parts: Parts) -> TrainState:
+    """Iteration 0 of a run, replicated; call it under the mesh."""
+    key = jax.random.key(parts.cfg.seed)
+    state = iteration.init_state(key, parts.frozen, model=parts.model, optimizer=parts.optimizer, cfg=parts.cfg)
+    return sharding.replicate(state, parts.mesh)
+
+
+def blank(cfg: Config, model: Model, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state, without any weights: what a checkpoint is restored into."""
+    optimizer = iteration.make_optimizer(cfg)
+
+    def make() -> TrainState:
+        key = jax.random.key(cfg.seed)
+        return iteration.init_state(key, Frozen(model.init(key), {}, {}), model=model, optimizer=optimizer, cfg=cfg)
+
+    whole = NamedSharding(mesh, sharding.WHOLE)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(make))
+
+
+def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
+    """The LoRA to draw with: a file's, or the EMA in the checkpoint folder `place`, or the base's (B = 0) for neither."""
+    like = blank(parts.cfg, parts.model, parts.mesh)
+    if lora_file is not None:
+        return sharding.replicate(lora.load(lora_file, like.lora, parts.model.keys, parts.cfg.lora), parts.mesh)
+    if place is not None:
+        return checkpoint.restore(place, like, parts.cfg, only=INFERENCE).ema
+    return sharding.replicate(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like.lora), parts.mesh)

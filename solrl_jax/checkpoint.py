@@ -1,0 +1,265 @@
+"""Whole training states on disk: orbax writes, a SHA-256 manifest says that what is there is what was written.
+
+    <run>/checkpoints/<step>/state/         orbax; `step` is state.iteration, which is also the place in the prompts
+    <run>/checkpoints/<step>/config.json
+    <run>/checkpoints/<step>/manifest.json  written last: without it the save was cut short
+
+Orbax restores a flipped byte without a word and lists damaged steps as its latest, so a checkpoint counts only after
+every file of it has the hash that its manifest gives.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from solrl_jax import config
+from solrl_jax.config import Config
+from solrl_jax.structs import PyTree, TrainState
+from solrl_jax.weights import leaves_by_path
+
+CHANGEABLE = (
+    *("name", "iterations", "save_every", "keep", "evaluate.", "staged"),  # no number of the training hangs on these
+    *("model.path", "reward_paths", "prompt_files"),  # folders move; that they hold the same is the user's word
+)
+"""Fields that a resumed run may change, by their beginning."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or used; the message names the path and says what is still good."""
+
+
+def folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / str(step)
+
+
+def steps(run: Path) -> list[int]:
+    """Steps that have a folder, newest first, whole or not."""
+    found = (run / "checkpoints").glob("[0-9]*")
+    return sorted((int(p.name) for p in found if p.name.isdigit() and p.is_dir()), reverse=True)
+
+
+# --- write ----------------------------------------------------------------------------------------------------------
+
+
+class Saver:
+    """Writes checkpoints of one run in the background, one at a time, and keeps the newest `keep` whole ones.
+
+    `save` returns at once; what went wrong with the save before is raised by the next `save` or by `wait`.
+    """
+
+    def __init__(self, run: Path, cfg: Config):
+        self.run, self.cfg = run, cfg
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self.pending: concurrent.futures.Future | None = None
+        self.last: int | None = None  # the step last given to save
+        clean(run)
+
+    def save(self, state: TrainState) -> None:
+        """Write `state`, whose arrays stay as they are: nothing of it may be donated."""
+        self.wait()
+        self.last = int(state.iteration)
+        self.pending = self.thread.submit(write, self.run, self.last, state, self.cfg)
+
+    def wait(self) -> None:
+        """Return when everything given to `save` is whole on disk. Raises CheckpointError."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        self.thread.shutdown()
+
+
+def write(run: Path, step: int, state: PyTree, cfg: Config) -> Path:
+    """One checkpoint: orbax, config, manifest; then the ones older than the newest `cfg.keep` are deleted.
+
+    Raises CheckpointError (full disk, no permission) after removing what it had begun; earlier steps are not touched.
+    """
+    import orbax.checkpoint as ocp
+
+    place = folder(run, step)
+    try:
+        shutil.rmtree(place, ignore_errors=True)  # a damaged or cut save of the same step
+        place.mkdir(parents=True)
+        with _quiet(), ocp.StandardCheckpointer() as writer:
+            writer.save((place / "state").resolve(), state)
+            writer.wait_until_finished()
+        _replace(place / "config.json", config.to_json(cfg))
+        manifest = {"step": step, "tree": describe(state), "files": hashes(place)}
+        _replace(place / "manifest.json", json.dumps(manifest, indent=1))
+        _sync(place)
+    except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
+        shutil.rmtree(place, ignore_errors=True)
+        raise CheckpointError(f"checkpoint {place} could not be written: {_cause(e)}. {_intact(run)}") from e
+    _drop_older(run, step, cfg.keep)
+    return place
+
+
+def _drop_older(run: Path, step: int, keep: int) -> None:
+    """Keep `step` and the keep - 1 before it; cut saves do not count and go, later steps (passed over) do not either."""
+    older = [s for s in steps(run) if s < step]
+    finished = [s for s in older if (folder(run, s) / "manifest.json").exists()]
+    for old in set(older) - set(finished[: keep - 1]):
+        shutil.rmtree(folder(run, old), ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Orbax logs the stack of each of its threads when a write fails; the error itself reaches us."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _cause(e: Exception) -> str:
+    """ "No space left on device" out of an OSError or out of tensorstore's long message."""
+    code = re.search(r"os_error_code='(\d+)'", str(e))
+    if code:
+        return os.strerror(int(code.group(1)))
+    return e.strerror or str(e) if isinstance(e, OSError) else str(e)[:300]
+
+
+def _intact(run: Path) -> str:
+    step, _ = latest(run)
+    return f"The last good checkpoint is intact: {folder(run, step)}" if step is not None else "There is no earlier checkpoint"
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write so that the file is there whole or not at all."""
+    part = file.with_name(file.name + ".part")
+    with part.open("w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    part.replace(file)
+
+
+def _sync(place: Path) -> None:
+    """Names reach the disk as well as contents."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def clean(run: Path) -> list[Path]:
+    """Delete what cut saves left behind (orbax's *.orbax-checkpoint-tmp*, our *.part); returns what was deleted."""
+    root = run / "checkpoints"
+    left = [p for pattern in ("*.orbax-checkpoint-tmp*", "*.part") for p in sorted(root.rglob(pattern)) if p.exists()]
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return left
+
+
+# --- read -----------------------------------------------------------------------------------------------------------
+
+
+def latest(run: Path) -> tuple[int | None, list[str]]:
+    """The newest whole step (None: there is none), and why each newer one was passed over."""
+    reasons = []
+    for step in steps(run):
+        problem = damage(folder(run, step))
+        if problem is None:
+            return step, reasons
+        reasons.append(f"checkpoint {folder(run, step)} is passed over: {problem}")
+    return None, reasons
+
+
+def damage(place: Path) -> str | None:
+    """What is wrong with a checkpoint folder, None if every file is as its manifest says."""
+    try:
+        wanted, found = _manifest(place)["files"], hashes(place)
+    except (CheckpointError, OSError) as e:
+        return str(e)
+    for name in sorted({*wanted, *found}):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in wanted:
+            return f"{name} is not in its manifest"
+        if wanted[name] != found[name]:
+            return f"{name} is not what was written (its SHA-256 differs)"
+    return None
+
+
+def _manifest(place: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        return {"files": dict(manifest["files"]), "tree": dict(manifest["tree"])}
+    except FileNotFoundError:
+        raise CheckpointError("it has no manifest.json, so its save was cut short") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"its manifest.json cannot be read ({e!r})") from None
+
+
+def hashes(place: Path) -> dict[str, str]:
+    """{relative path: SHA-256} of every file below `place` but the manifest."""
+    files = sorted(p for p in place.rglob("*") if p.is_file() and p.name != "manifest.json")
+    digests = {}
+    for file in files:
+        with file.open("rb") as f:
+            digests[file.relative_to(place).as_posix()] = hashlib.file_digest(f, "sha256").hexdigest()
+    return digests
+
+
+def describe(tree: PyTree) -> dict[str, str]:
+    """{"lora/blocks/to_q/a": "float32[2,64,8]"} of every leaf; typed keys as "key<fry>[]"."""
+    return {path: f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves_by_path(tree).items()}
+
+
+def restore(place: Path, like: TrainState, cfg: Config, only: tuple[str, ...] | None = None) -> TrainState:
+    """The state in a folder <run>/checkpoints/<step>, verified, with the structure and shardings of `like`.
+
+    Raises CheckpointError where the files are damaged, or where state or config are not those of `like` (arrays or
+    ShapeDtypeStructs) and `cfg`, naming what differs. Fields in CHANGEABLE may differ; with `only`, all fields but those that begin so.
+    """
+    import orbax.checkpoint as ocp
+
+    if problem := damage(place):
+        raise CheckpointError(f"checkpoint {place} cannot be used: {problem}")
+    if changed := forbidden(load_config(place), cfg, only):
+        raise CheckpointError(f"checkpoint {place} belongs to another config: {changed}. Go on with its own, or start a new run")
+    _compare(_manifest(place)["tree"], describe(like), place)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore((place / "state").resolve(), target)
+
+
+def forbidden(saved: Config, cfg: Config, only: tuple[str, ...] | None = None) -> str:
+    """ "explore.steps is 6 there and 4 here; ..." of the fields that differ and may not (see `restore`); "" if none."""
+    changed = config.differences(saved, cfg)
+    held = [k for k in changed if (k.startswith(only) if only else not k.startswith(CHANGEABLE))]
+    return "; ".join(f"{k} is {changed[k][0]!r} there and {changed[k][1]!r} here" for k in held)
+
+
+def _compare(saved: dict[str, str], wanted: dict[str, str], place: Path) -> None:
+    differ = [k for k in {**saved, **wanted} if saved.get(k) != wanted.get(k)]
+    lines = [f"{k} is {saved.get(k, 'absent')} there and {wanted.get(k, 'absent')} here" for k in differ]
+    if lines:
+        more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
+        raise CheckpointError(f"checkpoint {place} holds another state: {'; '.join(lines[:4])}{more}")
+
+
+def load_config(run: Path) -> Config:
+    """The config of a run or of one checkpoint. Raises CheckpointError where there is none."""
+    file = run / "config.json"
+    try:
+        return config.from_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{run} is not the directory of a run: it has no config.json") from None
+    except config.ConfigError as e:
+        raise CheckpointError(f"{file}: {e}") from e

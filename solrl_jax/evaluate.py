@@ -1,0 +1,195 @@
+"""Pictures of a policy: the fixed evaluation of a run, its grids, and --mode=eval and --mode=sample.
+
+Evaluation draws fixed prompts from fixed keys, both pure functions of cfg.seed, so that two policies' pictures differ by
+the policies alone. The base is drawn with B = 0, which is the base exactly and needs no program of its own.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from solrl_jax import assemble, data, lora, sampler, sharding
+from solrl_jax.assemble import Parts
+from solrl_jax.config import Config, ConfigError
+from solrl_jax.rewards import Score, score_images
+from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
+
+EVALUATION = 0xE7A1  # folded into the seed's key: apart from every key of the training
+
+
+def draw(
+    variables: Variables,
+    frozen: Frozen,
+    prompts: Prompts,
+    keys: Key[Array, "B"],
+    *,
+    model: Model,
+    score: Score,
+    steps: int,
+    solver: str,
+    chunk: int,
+) -> tuple[Float[Array, "B H W 3"], dict[str, Float[Array, "B"]]]:
+    """Images in [0, 1] of B prompts (leaves [B, ...]), one per key, and each reward's score of them.
+
+    At most `chunk` at a time on each device, of whose number B is a multiple.
+    """
+    sigmas = model.sigmas(steps)
+
+    def one_chunk(variables, frozen, prompts, keys):
+        x1 = jax.vmap(model.noise)(keys)
+        x0 = sampler.sample(lambda x, sigma: model.velocity(variables, x, sigma, prompts.cond), x1, sigmas, solver)
+        images = model.decode(frozen.vae, x0)
+        return images, score_images(score, frozen.rewards, images, prompts.tokens)[1]
+
+    def on_device(variables, frozen, prompts, keys):
+        size = max(d for d in range(1, chunk + 1) if keys.shape[0] % d == 0)
+        chunks = jax.tree.map(lambda x: x.reshape((-1, size, *x.shape[1:])), (prompts, keys))
+        out = jax.lax.map(lambda c: one_chunk(variables, frozen, *c), chunks)
+        return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), out)
+
+    run = sharding.over_data(on_device, (False, False, True, True), sharding.SPLIT)
+    return run(variables, frozen, prompts, keys)
+
+
+_draw = jax.jit(draw, static_argnames=("model", "score", "steps", "solver", "chunk"))
+
+
+class Pictures(NamedTuple):
+    """8-bit pictures [prompts, images per prompt, H, W, 3] and each reward's scores [prompts, images per prompt]."""
+
+    images: UInt8[np.ndarray, "P n H W 3"]
+    scores: dict[str, Float[np.ndarray, "P n"]]
+
+
+def pictures(
+    parts: Parts, adapter: Params, prompts: Sequence[str], *, score: Score, first: int = 0, groups: int | None = None
+) -> Pictures:
+    """cfg.evaluate.images pictures per prompt by base + adapter, full steps; call it under the mesh.
+
+    Picture i has the key of place `first` + i. `groups` prompts are made of fewer by repetition, so that every call of a
+    row of calls has one shape and compiles once.
+    """
+    cfg, each = parts.cfg.evaluate, parts.cfg.evaluate.images
+    rows = [p for p in prompts for _ in range(each)]
+    wanted = max(groups or 0, len(prompts)) * each
+    padded = rows + rows[-1:] * (wanted - len(rows) + -wanted % parts.mesh.size)
+    key = jax.random.fold_in(jax.random.key(parts.cfg.seed), EVALUATION)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(len(padded)))
+    images, scores = _draw(
+        lora.policy(parts.frozen.base, adapter, parts.cfg.lora),
+        parts.frozen._replace(rewards={**parts.frozen.rewards, **parts.towers}),
+        assemble.encode(parts, padded, score),
+        sharding.split(keys, parts.mesh),
+        model=parts.model,
+        score=score,
+        steps=cfg.steps,
+        solver=cfg.solver,
+        chunk=cfg.chunk,
+    )
+
+    def grouped(x: Array) -> np.ndarray:
+        return np.asarray(x)[: len(rows)].reshape((len(prompts), each, *x.shape[1:]))
+
+    return Pictures(eight_bit(grouped(images)), jax.tree.map(grouped, scores))
+
+
+def eight_bit(images: Float[np.ndarray, "*batch H W 3"]) -> UInt8[np.ndarray, "*batch H W 3"]:
+    return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
+
+
+def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], UInt8[np.ndarray, "G H W 3"]]:
+    """{"eval_reward_<name>": mean over the fixed prompts}, and the first picture of each prompt of the grid.
+
+    "eval_reward_avg" is the weighted sum of the trained rewards, under the name that the original gives it.
+    """
+    cfg = parts.cfg
+    found = pictures(parts, adapter, fixed_prompts(parts), score=parts.judged)
+    means = {name: float(scores.mean()) for name, scores in found.scores.items()}
+    total = sum(w * means[name] for name, w in zip(parts.score.names, parts.score.weights, strict=True))
+    metrics = {f"eval_reward_{name}": mean for name, mean in means.items()} | {"eval_reward_avg": total}
+    return metrics, found.images[: cfg.evaluate.grid, 0]
+
+
+def fixed_prompts(parts: Parts) -> list[str]:
+    return data.batch(parts.prompts.test, parts.cfg.seed, 0, parts.cfg.evaluate.prompts)
+
+
+# --- grids ----------------------------------------------------------------------------------------------------------
+
+_CAPTION, _HEAD, _GAP = 180, 24, 6  # pixels: width of the captions, height of the titles, space between pictures
+
+
+def write_grid(file: Path, prompts: Sequence[str], columns: dict[str, UInt8[np.ndarray, "G H W 3"]]) -> Path:
+    """A PNG: a row per prompt with its caption at the left, a column per policy with its name above."""
+    height, width = next(iter(columns.values())).shape[1:3]
+    scale = max(1, 128 // width) if width < 256 else 256 / width  # small pictures stay crisp, large ones are shrunk
+    size = (round(width * scale), round(height * scale))
+    rows = len(prompts)
+    canvas = Image.new("RGB", (_CAPTION + len(columns) * (size[0] + _GAP), _HEAD + rows * (size[1] + _GAP)), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for c, (title, images) in enumerate(columns.items()):
+        x = _CAPTION + c * (size[0] + _GAP)
+        pen.text((x, 4), title, "black", font)
+        for r, image in enumerate(images):
+            how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+            canvas.paste(Image.fromarray(image).resize(size, how), (x, _HEAD + r * (size[1] + _GAP)))
+    for r, prompt in enumerate(prompts):
+        lines = textwrap.wrap(prompt, 28, max_lines=max(1, size[1] // 15), placeholder=" ...")
+        pen.multiline_text((6, _HEAD + r * (size[1] + _GAP)), "\n".join(lines), "black", font)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(file)
+    return file
+
+
+# --- modes ----------------------------------------------------------------------------------------------------------
+
+
+def run_eval(cfg: Config, run: Path, *, place: Path | None, lora_file: Path | None, devices: int | None) -> int:
+    """--mode=eval: every reward of base and policy on the fixed prompts, as a table, and their grid."""
+    parts = assemble.assemble(cfg, devices, "eval")
+    name = str(lora_file or place or "")
+    with jax.set_mesh(parts.mesh):
+        policies = {"base": assemble.adapter(parts, None, None)}
+        policies |= {"policy": assemble.adapter(parts, place, lora_file)} if name else {}
+        found = {title: evaluate(parts, adapter) for title, adapter in policies.items()}
+    print("  ".join([f"{'reward':24}", *(f"{title:>10}" for title in found)]))
+    for key in found["base"][0]:
+        print("  ".join([f"{key.removeprefix('eval_reward_'):24}", *(f"{metrics[key]:10.4f}" for metrics, _ in found.values())]))
+    prompts = fixed_prompts(parts)[: cfg.evaluate.grid]
+    grid = write_grid(run / "eval.png", prompts, {title: images for title, (_, images) in found.items()})
+    print(f"policy: {name or 'the base model'}; pictures: {grid}")
+    return 0
+
+
+def run_sample(
+    cfg: Config, run: Path, *, prompts: Sequence[str], place: Path | None, lora_file: Path | None, devices: int | None
+) -> int:
+    """--mode=sample: cfg.evaluate.images pictures of each prompt as PNG files in <run>/samples."""
+    if not prompts:
+        raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
+    parts = assemble.assemble(cfg, devices, "sample")
+    folder = run / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    each = cfg.evaluate.images
+    group = max(1, cfg.evaluate.chunk * parts.mesh.size // each) if len(prompts) * each > cfg.evaluate.chunk else len(prompts)
+    with jax.set_mesh(parts.mesh):
+        adapter = assemble.adapter(parts, place, lora_file)
+        for i in range(0, len(prompts), group):
+            some = prompts[i : i + group]
+            found = pictures(parts, adapter, some, score=Score((), ()), first=i * each, groups=group)
+            _save(found.images, some, i, folder)
+    return 0
+
+
+def _save(images: UInt8[np.ndarray, "P n H W 3"], prompts: Sequence[str], first: int, folder: Path) -> None:
+    for i, (prompt, row) in enumerate(zip(prompts, images, strict=True), first):
+        for j, image in enumerate(row):
+            Image.fromarray(image).save(folder / f"{i:04d}_{j}.png")
+            print(f"{folder / f'{i:04d}_{j}.png'}  {prompt}", flush=True)

@@ -1,0 +1,151 @@
+"""Where an iteration's numbers go: metrics.jsonl, TensorBoard and the screen. A sink is write(iteration, metrics).
+
+metrics.jsonl has one JSON object a line, "iteration" first; iteration 0 is the base model's evaluation. A number that is
+not finite is null there (JSON has no NaN) and left out of TensorBoard.
+"""
+
+import contextlib
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+Metrics = Mapping[str, float]
+Sink = Callable[[int, Metrics], None]
+
+
+class Log(NamedTuple):
+    """write(iteration, metrics) to all sinks; between(stage, share done) moves the bar; say(text) prints a line."""
+
+    write: Sink
+    between: Callable[[str, float], None]
+    say: Callable[[str], None]
+
+
+@contextlib.contextmanager
+def open_log(run: Path, done: int, total: int, judge: str = "") -> Iterator[Log]:
+    """All sinks of a run whose first `done` iterations are over; what files hold of later ones is dropped.
+
+    `judge` names the reward whose last evaluation the screen shows.
+    """
+    with contextlib.ExitStack() as stack:
+        screen = stack.enter_context(contextlib.closing(Screen(done, total, judge)))
+        sinks = (stack.enter_context(jsonl(run / "metrics.jsonl", done)), stack.enter_context(tensorboard(run / "tensorboard", done)))
+
+        def write(iteration: int, metrics: Metrics) -> None:
+            for sink in (*sinks, screen.write):
+                sink(iteration, metrics)
+
+        yield Log(write, screen.between, screen.say)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def jsonl(file: Path, done: int) -> Iterator[Sink]:
+    """Append to `file` after dropping the lines past iteration `done` and one that a crash cut short."""
+    kept = [json.dumps(line) + "\n" for line in read(file) if line["iteration"] <= done]
+    part = file.with_name(file.name + ".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(file)
+    with file.open("a", encoding="utf-8") as f:
+
+        def write(iteration: int, metrics: Metrics) -> None:
+            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+            f.write(json.dumps({"iteration": iteration, **finite}, allow_nan=False) + "\n")
+            f.flush()
+
+        yield write
+
+
+def read(file: Path) -> list[dict[str, float | None]]:
+    """The lines of a metrics.jsonl as dicts; [] if there is none. A line that is not whole is left out."""
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and "iteration" in line]
+
+
+@contextlib.contextmanager
+def tensorboard(folder: Path, done: int) -> Iterator[Sink]:
+    """TensorBoard events; a resumed run's file tells TensorBoard to forget the steps past `done`."""
+    from tensorboardX import SummaryWriter
+
+    resumed = folder.exists()
+    with SummaryWriter(str(folder), purge_step=done + 1 if resumed else None) as writer:
+
+        def write(iteration: int, metrics: Metrics) -> None:
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    writer.add_scalar(name, value, iteration)
+            writer.flush()
+
+        yield write
+
+
+# --- screen ---------------------------------------------------------------------------------------------------------
+
+_STAGES = ("encode", "quantise", "explore", "select", "regenerate", "learn", "evaluate")
+
+
+class Screen:
+    """A tqdm bar on a terminal, a plain line an iteration elsewhere (files, CI)."""
+
+    def __init__(self, done: int, total: int, judge: str = ""):
+        self.total, self.judge = total, judge
+        self.judged: float | None = None
+        self.seconds: list[float] = []
+        form = "{desc} |{bar:20}| {n_fmt}/{total_fmt} {postfix}"
+        self.bar = tqdm(total=total, initial=done, dynamic_ncols=True, bar_format=form) if sys.stderr.isatty() else None
+
+    def between(self, stage: str, share: float) -> None:
+        if self.bar is not None:
+            self.bar.set_description_str(f"{stage} {share:4.0%}")
+
+    def write(self, iteration: int, metrics: Metrics) -> None:
+        """Show an iteration; 0 is the base model's evaluation."""
+        self.judged = metrics.get(f"eval_reward_{self.judge}", self.judged)
+        self.seconds += [metrics["time/iteration"]] if "time/iteration" in metrics else []
+        text = self.line(iteration, metrics)
+        if iteration == 0:
+            self.say("base model: " + "  ".join(f"{k.removeprefix('eval_reward_')} {v:.4f}" for k, v in metrics.items() if "eval" in k))
+        elif self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update()
+        else:
+            print(f"iteration {iteration}/{self.total}  {text}", flush=True)
+
+    def line(self, iteration: int, metrics: Metrics) -> str:
+        """ "reward 0.31  shapes 0.62  explore 2.1s  learn 1.2s  ETA 3m20s" """
+        words = [f"reward {metrics['reward/mean']:.4f}"] if "reward/mean" in metrics else []
+        words += [f"{self.judge} {self.judged:.4f}"] if self.judged is not None else []
+        words += [f"{s} {metrics[f'time/{s}']:.1f}s" for s in _STAGES if metrics.get(f"time/{s}", 0) >= 0.05]
+        left = self.total - iteration
+        if left and len(self.seconds) > 1:  # the first one compiles
+            words.append(f"ETA {duration(left * statistics.median(self.seconds[1:][-20:]))}")
+        return "  ".join(words)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def duration(seconds: float) -> str:
+    """ "45s", "3m20s", "2h05m"."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"

@@ -1,0 +1,84 @@
+"""CLIPScore: exp(logit_scale) cos(image, text) / 100 of openai/clip-vit-large-patch14 (spec/rewards.md sections 0-4).
+
+Bilinear resizing and no rounding to bytes, as in Sol-RL's reference; text in transformers' flavour of CLIP's tokenizer.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from solrl_jax import weights
+from solrl_jax.models.layers import F32
+from solrl_jax.models.text import ClipTextConfig
+from solrl_jax.rewards import clip_tower
+from solrl_jax.rewards.clip_tower import ClipConfig, ClipTower
+from solrl_jax.structs import Images, Params, PerSample, Reward
+
+
+def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
+    """The reward of a CLIPModel folder (weights, config.json, tokenizer) in transformers' layout, and its f32 weights.
+
+    `dtype` is what the towers compute in. The same folder, config and dtype give the same Reward, as a static argument
+    of jit must be.
+    """
+    if path is None:
+        raise weights.WeightsError("clipscore needs the folder of a CLIP model, e.g. of openai/clip-vit-large-patch14")
+    tower, params = clip_tower.load_clip(path, jnp.dtype(dtype))
+    folder = str(Path(path).resolve())
+    check_tokenizer(folder, tower.cfg.text)
+    return _reward(folder, tower.cfg, jnp.dtype(dtype), *clip_tower.read_mean_std(folder)), params
+
+
+@functools.lru_cache
+def _reward(folder: str, cfg: ClipConfig, dtype: jnp.dtype, mean: tuple[float, ...], std: tuple[float, ...]) -> Reward:
+    tokenize = functools.partial(_tokenize, folder, cfg.text.max_position_embeddings)
+    return Reward("clipscore", tokenize, functools.partial(_score, ClipTower(cfg, dtype), mean, std))
+
+
+@functools.lru_cache
+def _tokenizer(folder: str) -> Any:
+    from transformers import CLIPTokenizer  # seconds to import
+
+    # Without its files transformers would make up a tokenizer of three tokens.
+    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise weights.WeightsError(f"{folder} holds no tokenizer.json, nor vocab.json and merges.txt")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def check_tokenizer(folder: str, cfg: ClipTextConfig) -> None:
+    """Tokenizer and weights must be of one model: else ids run past the embeddings, or no id is the end."""
+    tokenizer = _tokenizer(folder)
+    end = tokenizer.eos_token_id
+    if len(tokenizer) > cfg.vocab_size or cfg.eos_token_id not in (2, end):
+        raise weights.WeightsError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and ends with {end}, "
+            f"but config.json says vocab_size {cfg.vocab_size} and eos_token_id {cfg.eos_token_id}"
+        )
+
+
+def _tokenize(folder: str, length: int, prompts: Sequence[str]) -> dict[str, Int[np.ndarray, "G L"]]:
+    how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "np"}
+    return {"ids": _tokenizer(folder)(list(prompts), **how)["input_ids"].astype(np.int32)}
+
+
+def _score(
+    tower: ClipTower,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    params: Params,
+    images: Images,
+    tokens: Mapping[str, Int[Array, "G L"]],
+) -> PerSample:
+    """Images f32 [0, 1], B of them for G prompts."""
+    with jax.default_matmul_precision("highest"):  # GPUs would take TF32, and group advantages divide by a small spread
+        images = clip_tower.resize_crop(images.astype(F32), tower.cfg.vision.image_size, "linear")
+        pixels = clip_tower.standardise(images, mean, std)
+        image = jnp.asarray(tower.apply({"params": params}, pixels, method="image_features"))
+        text = jnp.asarray(tower.apply({"params": params}, jnp.asarray(tokens["ids"]), method="text_features"))
+    return jnp.exp(params["logit_scale"]) * clip_tower.pair_cosines(image, text) / 100
