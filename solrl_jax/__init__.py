@@ -1,11 +1,16 @@
 """Reinforcement learning of text-to-image flow models in JAX: explore in low precision, train in bfloat16.
 
-jax[cuda12] prints a stack trace on a machine without a GPU unless it is told the platform before its import, so that is
-done here, and only where no GPU can be (no NVIDIA device node, not WSL's /dev/dxg) and the user has said nothing.
+jax[cuda12] prints a stack trace on a machine without a GPU unless it is told the platform before its import. That is
+done here, and only where no accelerator can be and the user has said nothing.
 """
 
 import glob
 import os
 
-if "JAX_PLATFORMS" not in os.environ and not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):
+_ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "vfio/[0-9]*")  # CUDA, CUDA under WSL, ROCm, TPUs
+
+if "JAX_PLATFORMS" not in os.environ and not any(glob.glob(f"/dev/{node}") for node in _ACCELERATORS):
     os.environ["JAX_PLATFORMS"] = "cpu"
+
+# Only its tokenizers are used here: transformers need not warn that PyTorch is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

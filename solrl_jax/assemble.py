@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
@@ -46,7 +46,7 @@ Purpose = Literal["train", "eval", "sample"]
 def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train") -> Parts:
     """Read what `cfg` names and place it, replicated, on the first `devices` devices (all by default).
 
-    For "sample" neither prompts nor rewards are read. Raises ConfigError, DataError or WeightsError for what cannot run.
+    For "sample" neither prompts nor rewards are read. Raises ConfigError, DataError or WeightsError.
     """
     use_compilation_cache()
     mesh = make_mesh(devices, cfg.prompts if purpose == "train" else 0)
@@ -73,7 +73,7 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
 
 
 def _rewards(cfg: Config) -> tuple[Score, Score, dict[str, Params]]:
-    """What is trained on, that and the held-out rewards, and all their towers. One that is in both counts as trained on."""
+    """What is trained on, that and the held-out rewards, and all towers. A reward in both counts as trained on."""
     paths = rewards.parse_paths(cfg.reward_paths)
     trained, others = rewards.parse(cfg.reward), rewards.parse(cfg.evaluate.rewards)
     if not trained:
@@ -99,10 +99,14 @@ def _prompts(cfg: Config, purpose: Purpose) -> data.PromptSet:
         raise ConfigError("prompt_files is empty: give a .txt file of prompts, or a folder with train.txt and test.txt")
     prompts = data.read(cfg.prompt_files)
     wanted = [("prompts", cfg.prompts, prompts.train)] if purpose == "train" else []
-    wanted += [("evaluate.prompts", cfg.evaluate.prompts, prompts.test)] if purpose == "eval" or cfg.evaluate.every else []
+    wanted += (
+        [("evaluate.prompts", cfg.evaluate.prompts, prompts.test)] if purpose == "eval" or cfg.evaluate.every else []
+    )
     for name, count, found in wanted:
         if count > len(found):
-            raise ConfigError(f"{name}={count}, but {cfg.prompt_files} has {len(found)} distinct ones for it: use {len(found)} or fewer")
+            raise ConfigError(
+                f"{name}={count}, but {cfg.prompt_files} has {len(found)} distinct ones: use {len(found)} or fewer"
+            )
     return prompts
 
 
@@ -119,7 +123,7 @@ def model_module(cfg: Config) -> types.ModuleType:
 
 def use_compilation_cache() -> None:
     """Compiled programs are kept in ~/.cache/solrl_jax, unless the user chose a place (JAX_COMPILATION_CACHE_DIR)."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "solrl_jax"))
 
 
@@ -130,7 +134,9 @@ def notes(parts: Parts) -> list[str]:
     if p.blank or p.repeated:
         out[0] += f" ({p.repeated} repeated and {p.blank} blank lines dropped)"
     for name, texts in data.cut((*p.train, *p.test), parts.model.tokenize).items():
-        out.append(f"{len(texts)} prompts are longer than the tokens of {name or 'the text encoder'} and are cut, e.g. {texts[0]!r}")
+        out.append(
+            f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
+        )
     return out
 
 
@@ -161,10 +167,10 @@ def blank(cfg: Config, model: Model, mesh: Mesh) -> TrainState:
 
 
 def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
-    """The LoRA to draw with: a file's, or the EMA in the checkpoint folder `place`, or the base's (B = 0) for neither."""
+    """The LoRA to draw with: a file's, or the EMA of the checkpoint folder `place`, or else the base's (all zero)."""
     like = blank(parts.cfg, parts.model, parts.mesh)
-    if lora_file is not None:
-        return sharding.replicate(lora.load(lora_file, like.lora, parts.model.keys, parts.cfg.lora), parts.mesh)
-    if place is not None:
+    if place is not None and lora_file is None:
         return checkpoint.restore(place, like, parts.cfg, only=INFERENCE).ema
-    return sharding.replicate(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like.lora), parts.mesh)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
+    found = zeros if lora_file is None else lora.load(lora_file, zeros, parts.model.keys, parts.cfg.lora)
+    return sharding.replicate(found, parts.mesh)

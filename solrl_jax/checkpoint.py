@@ -10,6 +10,8 @@ every file of it has the hash that its manifest gives.
 
 import concurrent.futures
 import contextlib
+import errno
+import gc
 import hashlib
 import json
 import logging
@@ -52,23 +54,34 @@ def steps(run: Path) -> list[int]:
 
 
 class Saver:
-    """Writes checkpoints of one run in the background, one at a time, and keeps the newest `keep` whole ones.
+    """Writes checkpoints of one run in the background, one at a time; a context whose end is when all are on disk.
 
-    `save` returns at once; what went wrong with the save before is raised by the next `save` or by `wait`.
+    `save` returns at once; what went wrong with the save before is raised by the next `save` or at the end.
     """
 
     def __init__(self, run: Path, cfg: Config):
         self.run, self.cfg = run, cfg
+        self.last, _ = latest(run)  # the newest step that is whole, or on its way
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
-        self.last: int | None = None  # the step last given to save
-        clean(run)
+
+    def __enter__(self) -> "Saver":
+        clean(self.run)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            self.thread.shutdown()
 
     def save(self, state: TrainState) -> None:
-        """Write `state`, whose arrays stay as they are: nothing of it may be donated."""
+        """Write `state`, unless that step is there. Its arrays stay as they are: nothing of it may be donated."""
         self.wait()
-        self.last = int(state.iteration)
-        self.pending = self.thread.submit(write, self.run, self.last, state, self.cfg)
+        step = int(state.iteration)
+        if step != self.last:
+            self.last = step
+            self.pending = self.thread.submit(write, self.run, step, state, self.cfg)
 
     def wait(self) -> None:
         """Return when everything given to `save` is whole on disk. Raises CheckpointError."""
@@ -76,37 +89,48 @@ class Saver:
         if pending is not None:
             pending.result()
 
-    def close(self) -> None:
-        self.thread.shutdown()
-
 
 def write(run: Path, step: int, state: PyTree, cfg: Config) -> Path:
     """One checkpoint: orbax, config, manifest; then the ones older than the newest `cfg.keep` are deleted.
 
     Raises CheckpointError (full disk, no permission) after removing what it had begun; earlier steps are not touched.
+    Writes that orbax still has in the air then may leave pieces: they have no manifest and do not count.
     """
-    import orbax.checkpoint as ocp
-
     place = folder(run, step)
     try:
-        shutil.rmtree(place, ignore_errors=True)  # a damaged or cut save of the same step
-        place.mkdir(parents=True)
-        with _quiet(), ocp.StandardCheckpointer() as writer:
-            writer.save((place / "state").resolve(), state)
-            writer.wait_until_finished()
-        _replace(place / "config.json", config.to_json(cfg))
-        manifest = {"step": step, "tree": describe(state), "files": hashes(place)}
-        _replace(place / "manifest.json", json.dumps(manifest, indent=1))
-        _sync(place)
+        _write(place, step, state, cfg)
     except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
-        shutil.rmtree(place, ignore_errors=True)
-        raise CheckpointError(f"checkpoint {place} could not be written: {_cause(e)}. {_intact(run)}") from e
-    _drop_older(run, step, cfg.keep)
-    return place
+        cause = _cause(e)
+    else:
+        _drop_older(run, step, cfg.keep)
+        return place
+    # Out of the handler, so that the failed writes that orbax left in the air are let go before our own message.
+    gc.collect()
+    shutil.rmtree(place, ignore_errors=True)
+    raise CheckpointError(f"checkpoint {place} could not be written: {cause}. {_intact(run)}")
+
+
+def _write(place: Path, step: int, state: PyTree, cfg: Config) -> None:
+    import orbax.checkpoint as ocp
+
+    shutil.rmtree(place, ignore_errors=True)  # a damaged or cut save of the same step
+    place.mkdir(parents=True)
+    needed, free = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), shutil.disk_usage(place).free
+    if free < 1.2 * needed + 2**20:  # orbax itself notices too, but its threads print a page of tracebacks
+        raise OSError(
+            errno.ENOSPC, f"no space left on the disk ({needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
+        )
+    with _quiet(), ocp.StandardCheckpointer() as writer:
+        writer.save((place / "state").resolve(), state)
+        writer.wait_until_finished()
+    replace(place / "config.json", config.to_json(cfg))
+    manifest = {"step": step, "tree": describe(state), "files": hashes(place)}
+    replace(place / "manifest.json", json.dumps(manifest, indent=1))
+    _sync(place)
 
 
 def _drop_older(run: Path, step: int, keep: int) -> None:
-    """Keep `step` and the keep - 1 before it; cut saves do not count and go, later steps (passed over) do not either."""
+    """Keep `step` and the keep - 1 before it. Cut saves do not count and go; later steps, passed over, stay."""
     older = [s for s in steps(run) if s < step]
     finished = [s for s in older if (folder(run, s) / "manifest.json").exists()]
     for old in set(older) - set(finished[: keep - 1]):
@@ -135,10 +159,14 @@ def _cause(e: Exception) -> str:
 
 def _intact(run: Path) -> str:
     step, _ = latest(run)
-    return f"The last good checkpoint is intact: {folder(run, step)}" if step is not None else "There is no earlier checkpoint"
+    return (
+        f"The last good checkpoint is intact: {folder(run, step)}"
+        if step is not None
+        else "There is no earlier checkpoint"
+    )
 
 
-def _replace(file: Path, text: str) -> None:
+def replace(file: Path, text: str) -> None:
     """Write so that the file is there whole or not at all."""
     part = file.with_name(file.name + ".part")
     with part.open("w", encoding="utf-8") as f:
@@ -180,6 +208,23 @@ def latest(run: Path) -> tuple[int | None, list[str]]:
     return None, reasons
 
 
+def find(run: Path, which: str | None = None) -> tuple[Path, list[str]]:
+    """The checkpoint folder that is meant, and why newer ones were passed over: the newest whole one of `run`, or
+    `which`, a step of it or a path. Raises CheckpointError if there is none."""
+    if which is not None:
+        place = folder(run, int(which)) if which.isdigit() else Path(which)
+        if not place.is_dir() or not place.name.isdigit():
+            raise CheckpointError(
+                f"--checkpoint={which}: there is no checkpoint {place}; give <run>/checkpoints/<step>"
+            )
+        return place, []
+    load_config(run)
+    step, reasons = latest(run)
+    if step is None:
+        raise CheckpointError("; ".join([f"{run} has no whole checkpoint", *reasons]) + ": start a new run")
+    return folder(run, step), reasons
+
+
 def damage(place: Path) -> str | None:
     """What is wrong with a checkpoint folder, None if every file is as its manifest says."""
     try:
@@ -207,8 +252,8 @@ def _manifest(place: Path) -> dict[str, Any]:
 
 
 def hashes(place: Path) -> dict[str, str]:
-    """{relative path: SHA-256} of every file below `place` but the manifest."""
-    files = sorted(p for p in place.rglob("*") if p.is_file() and p.name != "manifest.json")
+    """{relative path: SHA-256} of every file below `place` but the manifest and what `replace` left unfinished."""
+    files = sorted(p for p in place.rglob("*") if p.is_file() and p.name != "manifest.json" and p.suffix != ".part")
     digests = {}
     for file in files:
         with file.open("rb") as f:
@@ -225,14 +270,17 @@ def restore(place: Path, like: TrainState, cfg: Config, only: tuple[str, ...] | 
     """The state in a folder <run>/checkpoints/<step>, verified, with the structure and shardings of `like`.
 
     Raises CheckpointError where the files are damaged, or where state or config are not those of `like` (arrays or
-    ShapeDtypeStructs) and `cfg`, naming what differs. Fields in CHANGEABLE may differ; with `only`, all fields but those that begin so.
+    ShapeDtypeStructs) and `cfg`, naming what differs. Fields in CHANGEABLE may differ; with `only`, all fields
+    but those that begin so.
     """
     import orbax.checkpoint as ocp
 
     if problem := damage(place):
         raise CheckpointError(f"checkpoint {place} cannot be used: {problem}")
     if changed := forbidden(load_config(place), cfg, only):
-        raise CheckpointError(f"checkpoint {place} belongs to another config: {changed}. Go on with its own, or start a new run")
+        raise CheckpointError(
+            f"checkpoint {place} belongs to another config: {changed}. Go on with its own, or start a new run"
+        )
     _compare(_manifest(place)["tree"], describe(like), place)
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
     with ocp.StandardCheckpointer() as reader:

@@ -10,7 +10,7 @@ import importlib
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Learn:
-    """The policy update (algorithms.md section 2 and 6). `micro_batch` counts (sample, time) points per forward pass."""
+    """The policy update (algorithms.md section 2 and 6). `micro_batch` counts (sample, time) points a forward pass."""
 
     algorithm: Literal["nft"] = "nft"
     timestep_fraction: float = 0.6
@@ -96,7 +96,9 @@ class Learn:
     ema_max: float = 0.9
 
     def __post_init__(self):
-        _require(0 < self.timestep_fraction <= 1, f"learn.timestep_fraction={self.timestep_fraction}: above 0, at most 1")
+        _require(
+            0 < self.timestep_fraction <= 1, f"learn.timestep_fraction={self.timestep_fraction}: above 0, at most 1"
+        )
         for name in ("updates", "epochs", "micro_batch"):
             _require(getattr(self, name) >= 1, f"learn.{name}={getattr(self, name)}: give 1 or more")
         _require(self.learning_rate >= 0, f"learn.learning_rate={self.learning_rate}: 0 or more")
@@ -127,7 +129,7 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. `explore` None means one stage: `regenerate` rolls out all candidates and the kept are chosen from it."""
+    """One run. `explore` None means one stage: `regenerate` rolls out all candidates, the kept are chosen from it."""
 
     name: str = ""
     model: Model = dataclasses.field(default_factory=Model)
@@ -161,21 +163,20 @@ class Config:
         for name, stage, count in self.stages():
             _require(
                 count % stage.chunk == 0,
-                f"{name}.chunk={stage.chunk} does not divide the {count} images of a prompt: use one of {_divisors(count)}",
+                f"{name}.chunk={stage.chunk} does not divide a prompt's {count} images: use one of {_divisors(count)}",
             )
         u, t, m = self.learn.updates, self.times, self.learn.micro_batch
         _require(k % u == 0, f"learn.updates={u} does not divide kept={k}: use one of {_divisors(k)}")
-        _require(
-            t >= 1,
-            f"learn.timestep_fraction={self.learn.timestep_fraction} of {self.regenerate.steps} steps trains no time: raise it",
-        )
+        fraction, steps = self.learn.timestep_fraction, self.regenerate.steps
+        _require(t >= 1, f"learn.timestep_fraction={fraction}: no time of {steps} steps is trained, raise it")
         _require(
             m % t == 0 or t % m == 0,
             f"learn.micro_batch={m} is neither a multiple nor a divisor of the {t} trained times a sample has: use {t}",
         )
         points = p * k // u * t
         _require(
-            points % m == 0, f"learn.micro_batch={m} does not divide the {points} points of an update: use one of {_divisors(points)}"
+            points % m == 0,
+            f"learn.micro_batch={m} does not divide the {points} points of an update: use one of {_divisors(points)}",
         )
         _require(self.seed >= 0, f"seed={self.seed}: 0 or more")
         _require(self.iterations >= 0, f"iterations={self.iterations}: 0 or more")
@@ -204,7 +205,9 @@ def family(config: Config, name: str) -> Config:
     if name == "sol_rl":
         return config
     low = config.explore.precision if config.explore else "nvfp4_emulated"
-    full = dataclasses.replace(config.regenerate, chunk=config.explore.chunk if config.explore else config.regenerate.chunk)
+    full = dataclasses.replace(
+        config.regenerate, chunk=config.explore.chunk if config.explore else config.regenerate.chunk
+    )
     if name == "naive_scaling":
         return dataclasses.replace(config, explore=None, regenerate=full)
     if name == "naive_quant":
@@ -214,7 +217,7 @@ def family(config: Config, name: str) -> Config:
     raise ConfigError(f"unknown family {name!r}: use one of {', '.join(FAMILIES)}")
 
 
-def load(spec: str, overrides: typing.Mapping[str, str] | None = None) -> Config:
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
     """`tiny` or `tiny:sol_rl_clipscore` -> Config, with {"explore.steps": "4"} overrides applied in order."""
     name, _, recipe = spec.partition(":")
     if name not in available():
@@ -266,7 +269,9 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 def _build(kind: Any, values: dict[str, Any], at: str) -> Any:
     types_ = typing.get_type_hints(kind)
     if strange := [f"{at}{name}" for name in values if name not in types_]:
-        raise ConfigError(f"unknown fields {', '.join(strange)}: this config was written by another version of solrl_jax")
+        raise ConfigError(
+            f"unknown fields {', '.join(strange)}: this config was written by another version of solrl_jax"
+        )
     made = {}
     for name, value in values.items():
         inner = next((t for t in (types_[name], *typing.get_args(types_[name])) if dataclasses.is_dataclass(t)), None)
@@ -284,21 +289,23 @@ def override(config: Config, **changes: Any) -> Config:
     return _replace(config, nested)
 
 
-def _set(changes: dict[str, Any], config: Any, path: str, text: str) -> None:
-    """Parse one override against the types of `config` into the nested dict `changes`."""
-    head, _, rest = path.partition(".")
+def _set(changes: dict[str, Any], config: Any, path: str, text: str, rest: str | None = None) -> None:
+    """Parse one override by the types of `config` into the nested dict `changes`; `rest` is what of `path` is left."""
+    head, _, rest = (path if rest is None else rest).partition(".")
     fields = {f.name: f for f in dataclasses.fields(config)}
     if head not in fields:
         near = difflib.get_close_matches(head, fields, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"--config.{path}: no field {head!r} in {type(config).__name__}; {hint}it has {', '.join(fields)}")
+        raise ConfigError(
+            f"--config.{path}: no field {head!r} in {type(config).__name__}; {hint}it has {', '.join(fields)}"
+        )
     kind = typing.get_type_hints(type(config))[head]
     if rest:
         inner = getattr(config, head)
         if not dataclasses.is_dataclass(inner):
             what = "this family has no such stage" if inner is None else "it is a single value"
             raise ConfigError(f"--config.{path}: {head} has no fields here ({what})")
-        _set(changes.setdefault(head, {}), inner, rest, text)
+        _set(changes.setdefault(head, {}), inner, path, text, rest)
     else:
         changes[head] = _parse(kind, text, path)
 
@@ -322,7 +329,9 @@ def _parse(kind: Any, text: str, path: str) -> Any:
     if origin is tuple:
         return tuple(part for part in text.split(",") if part)
     if dataclasses.is_dataclass(kind):
-        raise ConfigError(f"--config.{path}={text}: set its fields, e.g. --config.{path}.{dataclasses.fields(kind)[0].name}=...")
+        raise ConfigError(
+            f"--config.{path}={text}: set its fields, e.g. --config.{path}.{dataclasses.fields(kind)[0].name}=..."
+        )
     if kind is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"

@@ -42,13 +42,17 @@ def read_file(file: str | Path) -> tuple[tuple[str, ...], int, int]:
     try:
         lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError:
-        raise DataError(f"{file} does not exist: give a .txt file of prompts, or a folder with train.txt and test.txt") from None
+        raise DataError(
+            f"{file} does not exist: give a .txt file of prompts, or a folder with train.txt and test.txt"
+        ) from None
     except OSError as e:
         raise DataError(f"{file} cannot be read: {e.strerror}") from e
     texts = [_decode(line, file, number) for number, line in enumerate(lines, 1)]
     prompts = dict.fromkeys(t for t in texts if t)  # distinct, in order
     if not prompts:
-        raise DataError(f"{file} holds no prompts ({'it is empty' if lines == [b''] else 'only blank lines'}): write one a line")
+        raise DataError(
+            f"{file} holds no prompts ({'it is empty' if lines == [b''] else 'only blank lines'}): write one a line"
+        )
     blank = sum(not t for t in texts[:-1])  # nothing after the last newline is no line
     return tuple(prompts), blank, sum(map(bool, texts)) - len(prompts)
 
@@ -57,7 +61,9 @@ def _decode(line: bytes, file: Path, number: int) -> str:
     try:
         text = line.decode("utf-8").strip()
     except UnicodeDecodeError as e:
-        raise DataError(f"{file}, line {number}: byte {e.start + 1} (0x{line[e.start]:02x}) is not UTF-8; save it as UTF-8") from None
+        raise DataError(
+            f"{file}, line {number}: byte {e.start + 1} (0x{line[e.start]:02x}) is not UTF-8; save it as UTF-8"
+        ) from None
     if "\0" in text:
         raise DataError(f"{file}, line {number}: holds a zero byte (is it UTF-16?); save it as UTF-8")
     return text
@@ -86,7 +92,9 @@ def _epoch(n: int, count: int, seed: int, epoch: int) -> tuple[int, ...]:
     order = _permutation(n, seed, first)
     for e in range(first + 1, epoch + 1):
         used = e * n % count  # places of the batch across the start that the epoch before has filled
-        order = _avoiding(_permutation(n, seed, e), order[n - used :], count - used) if used else _permutation(n, seed, e)
+        order = (
+            _avoiding(_permutation(n, seed, e), order[n - used :], count - used) if used else _permutation(n, seed, e)
+        )
     return tuple(order)
 
 
@@ -119,5 +127,8 @@ def cut(prompts: Sequence[str], tokenize: Callable[[Sequence[str]], Any]) -> dic
     if not long:
         return {}
     whole, shorter = named(long), named([p[:-1] for p in long])
-    found = {name: [p for p, a, b in zip(long, whole[name], shorter[name], strict=True) if np.array_equal(a, b)] for name in whole}
+    found = {
+        name: [p for p, a, b in zip(long, whole[name], shorter[name], strict=True) if np.array_equal(a, b)]
+        for name in whole
+    }
     return {name: texts for name, texts in found.items() if texts}

@@ -1,7 +1,7 @@
 """Pictures of a policy: the fixed evaluation of a run, its grids, and --mode=eval and --mode=sample.
 
-Evaluation draws fixed prompts from fixed keys, both pure functions of cfg.seed, so that two policies' pictures differ by
-the policies alone. The base is drawn with B = 0, which is the base exactly and needs no program of its own.
+Evaluation draws fixed prompts from fixed keys, both pure functions of cfg.seed, so that two policies' pictures differ
+by the policies alone. The base is drawn with a LoRA of zeros: the base exactly, without a program of its own.
 """
 
 import textwrap
@@ -73,8 +73,8 @@ def pictures(
 ) -> Pictures:
     """cfg.evaluate.images pictures per prompt by base + adapter, full steps; call it under the mesh.
 
-    Picture i has the key of place `first` + i. `groups` prompts are made of fewer by repetition, so that every call of a
-    row of calls has one shape and compiles once.
+    Picture i has the key of place `first` + i. Fewer than `groups` prompts are filled up, so that
+    every call of a row of calls has one shape and compiles once.
     """
     cfg, each = parts.cfg.evaluate, parts.cfg.evaluate.images
     rows = [p for p in prompts for _ in range(each)]
@@ -161,7 +161,11 @@ def run_eval(cfg: Config, run: Path, *, place: Path | None, lora_file: Path | No
         found = {title: evaluate(parts, adapter) for title, adapter in policies.items()}
     print("  ".join([f"{'reward':24}", *(f"{title:>10}" for title in found)]))
     for key in found["base"][0]:
-        print("  ".join([f"{key.removeprefix('eval_reward_'):24}", *(f"{metrics[key]:10.4f}" for metrics, _ in found.values())]))
+        print(
+            "  ".join(
+                [f"{key.removeprefix('eval_reward_'):24}", *(f"{metrics[key]:10.4f}" for metrics, _ in found.values())]
+            )
+        )
     prompts = fixed_prompts(parts)[: cfg.evaluate.grid]
     grid = write_grid(run / "eval.png", prompts, {title: images for title, (_, images) in found.items()})
     print(f"policy: {name or 'the base model'}; pictures: {grid}")
@@ -178,7 +182,11 @@ def run_sample(
     folder = run / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     each = cfg.evaluate.images
-    group = max(1, cfg.evaluate.chunk * parts.mesh.size // each) if len(prompts) * each > cfg.evaluate.chunk else len(prompts)
+    group = (
+        max(1, cfg.evaluate.chunk * parts.mesh.size // each)
+        if len(prompts) * each > cfg.evaluate.chunk
+        else len(prompts)
+    )
     with jax.set_mesh(parts.mesh):
         adapter = assemble.adapter(parts, place, lora_file)
         for i in range(0, len(prompts), group):

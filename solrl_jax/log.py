@@ -1,7 +1,7 @@
 """Where an iteration's numbers go: metrics.jsonl, TensorBoard and the screen. A sink is write(iteration, metrics).
 
-metrics.jsonl has one JSON object a line, "iteration" first; iteration 0 is the base model's evaluation. A number that is
-not finite is null there (JSON has no NaN) and left out of TensorBoard.
+metrics.jsonl has one JSON object a line, "iteration" first; iteration 0 is the base model's evaluation. A number that
+is not finite is null there (JSON has no NaN) and left out of TensorBoard.
 """
 
 import contextlib
@@ -11,12 +11,14 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 Metrics = Mapping[str, float]
 Sink = Callable[[int, Metrics], None]
+Line = dict[str, Any]
+"""One line of metrics.jsonl: "iteration" (int) and metrics (float, None where not finite)."""
 
 
 class Log(NamedTuple):
@@ -35,7 +37,10 @@ def open_log(run: Path, done: int, total: int, judge: str = "") -> Iterator[Log]
     """
     with contextlib.ExitStack() as stack:
         screen = stack.enter_context(contextlib.closing(Screen(done, total, judge)))
-        sinks = (stack.enter_context(jsonl(run / "metrics.jsonl", done)), stack.enter_context(tensorboard(run / "tensorboard", done)))
+        sinks = (
+            stack.enter_context(jsonl(run / "metrics.jsonl", done)),
+            stack.enter_context(tensorboard(run / "tensorboard", done)),
+        )
 
         def write(iteration: int, metrics: Metrics) -> None:
             for sink in (*sinks, screen.write):
@@ -64,7 +69,7 @@ def jsonl(file: Path, done: int) -> Iterator[Sink]:
         yield write
 
 
-def read(file: Path) -> list[dict[str, float | None]]:
+def read(file: Path) -> list[Line]:
     """The lines of a metrics.jsonl as dicts; [] if there is none. A line that is not whole is left out."""
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
@@ -92,6 +97,7 @@ def tensorboard(folder: Path, done: int) -> Iterator[Sink]:
 
 # --- screen ---------------------------------------------------------------------------------------------------------
 
+_NEXT = {"explore": "regenerate", "regenerate": "learn"}
 _STAGES = ("encode", "quantise", "explore", "select", "regenerate", "learn", "evaluate")
 
 
@@ -102,11 +108,13 @@ class Screen:
         self.total, self.judge = total, judge
         self.judged: float | None = None
         self.seconds: list[float] = []
-        form = "{desc} |{bar:20}| {n_fmt}/{total_fmt} {postfix}"
+        form = "{desc:15} |{bar:20}| {n_fmt}/{total_fmt}{postfix}"
         self.bar = tqdm(total=total, initial=done, dynamic_ncols=True, bar_format=form) if sys.stderr.isatty() else None
 
     def between(self, stage: str, share: float) -> None:
         if self.bar is not None:
+            if share >= 1 and stage in _NEXT:
+                stage, share = _NEXT[stage], 0.0
             self.bar.set_description_str(f"{stage} {share:4.0%}")
 
     def write(self, iteration: int, metrics: Metrics) -> None:
@@ -115,21 +123,25 @@ class Screen:
         self.seconds += [metrics["time/iteration"]] if "time/iteration" in metrics else []
         text = self.line(iteration, metrics)
         if iteration == 0:
-            self.say("base model: " + "  ".join(f"{k.removeprefix('eval_reward_')} {v:.4f}" for k, v in metrics.items() if "eval" in k))
+            self.say(
+                "base model: "
+                + "  ".join(f"{k.removeprefix('eval_reward_')} {v:.4f}" for k, v in metrics.items() if "eval" in k)
+            )
         elif self.bar is not None:
+            self.bar.set_description_str("", refresh=False)
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update()
         else:
             print(f"iteration {iteration}/{self.total}  {text}", flush=True)
 
     def line(self, iteration: int, metrics: Metrics) -> str:
-        """ "reward 0.31  shapes 0.62  explore 2.1s  learn 1.2s  ETA 3m20s" """
+        """ "reward 0.31  shapes 0.62  ETA 3m20s  explore 2.1s  learn 1.2s" """
         words = [f"reward {metrics['reward/mean']:.4f}"] if "reward/mean" in metrics else []
         words += [f"{self.judge} {self.judged:.4f}"] if self.judged is not None else []
-        words += [f"{s} {metrics[f'time/{s}']:.1f}s" for s in _STAGES if metrics.get(f"time/{s}", 0) >= 0.05]
         left = self.total - iteration
         if left and len(self.seconds) > 1:  # the first one compiles
             words.append(f"ETA {duration(left * statistics.median(self.seconds[1:][-20:]))}")
+        words += [f"{s} {metrics[f'time/{s}']:.1f}s" for s in _STAGES if metrics.get(f"time/{s}", 0) >= 0.05]
         return "  ".join(words)
 
     def say(self, text: str) -> None:

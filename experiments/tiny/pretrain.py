@@ -6,7 +6,7 @@
 Order: a VAE on drawn pictures; a FLUX transformer together with its T5 and CLIP text encoders by the flow-matching loss,
 one caption in ten empty; a CLIP by its contrastive loss, each picture beside one that differs in a single stated fact,
 some of the pictures softened by noise in the latents. Written as a diffusers FluxPipeline folder (bf16, safetensors) and a
-transformers CLIPModel folder; quality goes to results/pretrain.json (experiments/tiny/check.py).
+transformers CLIPModel folder; `python -m experiments.tiny.check` then measures their quality.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import optax
 
-from experiments.tiny import tokenizers_local, world
+from experiments.tiny import check, tokenizers_local, world
 from solrl_jax import config, weights
 from solrl_jax.models import flux, text, vae
 from solrl_jax.rewards import clip_tower
@@ -36,7 +36,7 @@ VAE = {
     "in_channels": 3,
     "out_channels": 3,
     "latent_channels": 8,
-    "block_out_channels": [32, 48, 64],
+    "block_out_channels": [16, 32, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
     "layers_per_block": 1,
@@ -149,7 +149,7 @@ def write_folders(pipeline: Path, clip: Path, texts: list[str]) -> None:
     write_json(pipeline / "model_index.json", {"_class_name": "FluxPipeline", "_diffusers_version": "0.31.0", **parts})
     clip_vocabulary = tokenizers_local.write_clip_tokenizer(pipeline / "tokenizer", texts, TOKENS)
     tokenizers_local.write_clip_tokenizer(clip, texts, TOKENS)
-    t5_vocabulary = tokenizers_local.write_t5_tokenizer(pipeline / "tokenizer_2", texts, TOKENS)
+    t5_vocabulary = tokenizers_local.write_t5_tokenizer(pipeline / "tokenizer_2", texts)
     ids = {"vocab_size": clip_vocabulary, "bos_token_id": clip_vocabulary - 2, "eos_token_id": clip_vocabulary - 1}
     write_json(pipeline / "scheduler/scheduler_config.json", SCHEDULER)
     write_json(pipeline / "transformer/config.json", TRANSFORMER)
@@ -172,11 +172,16 @@ def pictures(batch: dict[str, Any]) -> jax.Array:
     return world.draw(world.Scenes(*batch["scenes"]), SIZE)
 
 
-def fit(loss, params, pool, *, steps: int, batch: int, rate: float, seed: int, label: str, decay: float = 0.999):
-    """AdamW with warm-up and cosine, batches drawn on the device; returns the weights' running average."""
+def fit(loss, params, pool, *, steps: int, batch: int, rate: float, seed: int, label: str, watch=lambda average: ""):
+    """AdamW with warm-up and cosine, batches drawn on the device; returns the weights' running average.
+
+    `watch(average)` gives a text for the log, ten times a training.
+    """
+    decay = 0.999
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(200, steps // 10 + 1), steps, 0.01 * rate)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-2))
     size = jax.tree.leaves(pool)[0].shape[0]
+    batch = min(batch, size)
     stretch = max(1, min(100, steps))
 
     def step(carry, key):
@@ -195,8 +200,10 @@ def fit(loss, params, pool, *, steps: int, batch: int, rate: float, seed: int, l
     start = time.time()
     for i in range(0, steps, stretch):
         carry, values = run(carry, jax.random.split(jax.random.fold_in(jax.random.key(seed), i), stretch))
-        if i % (10 * stretch) == 0 or i + stretch >= steps:
-            print(f"{label} {i + stretch}/{steps} loss {float(values.mean()):.4f} {time.time() - start:.0f} s", flush=True)
+        done = i + stretch
+        if done * 10 // steps > i * 10 // steps:
+            line = f"{label} {done}/{steps} loss {float(values.mean()):.4f} {time.time() - start:.0f} s"
+            print(line, watch(carry[1]), flush=True)
     return carry[1]
 
 
@@ -263,7 +270,17 @@ def train_flow(model_cfg: config.Model, vae_params, pool, empty, steps: int, bat
         v = model.velocity({"params": params["base"]}, (1 - s) * x0 + s * eps, t, model.encode(params["text"], tokens))
         return jnp.mean((v - (eps - x0)) ** 2)
 
-    return fit(loss, params, pool, steps=steps, batch=batch, rate=2e-3, seed=seed, label="flow")
+    def watch(average) -> str:
+        """Exact accuracy on 400 test captions, 10 steps."""
+        rng = np.random.default_rng(2)
+        captions = world.captions(world.sample_scenes(rng, 400, "test"), rng)
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), average)
+        cond = jax.jit(model.encode)(params["text"], jax.tree.map(jnp.asarray, model.tokenize(captions)))
+        stage = config.Stage(steps=10, chunk=2)
+        images = check.draw_samples(model_cfg, params["base"], vae_params["decoder"], cond, 2, stage)
+        return f"exact {check.exact(images, captions)[1].mean():.3f}"
+
+    return fit(loss, params, pool, steps=steps, batch=batch, rate=2e-3, seed=seed, label="flow", watch=watch)
 
 
 def train_clip(folder: Path, pipeline: Path, vae_params, pool, steps: int, batch: int, seed: int):
@@ -314,18 +331,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of steps and scenes")
-    parser.add_argument("--flow_steps", type=int, default=20_000)
+    parser.add_argument("--flow_steps", type=int, default=4_000)
+    parser.add_argument("--clip_steps", type=int, default=6_000)
     args = parser.parse_args(argv)
     pipeline, clip_folder = args.out / "pipeline", args.out / "clip"
     start, rng = time.time(), np.random.default_rng(args.seed)
-    count = lambda n: max(64, int(n * args.scale))  # noqa: E731
+    count = lambda n, least=2: max(least, int(n * args.scale))  # noqa: E731
 
     world.write_prompts(args.out / "prompts", args.seed)
-    texts = world.captions(world.sample_scenes(rng, count(50_000)), rng)
+    texts = world.captions(world.sample_scenes(rng, count(50_000, 2_000)), rng)
     write_folders(pipeline, clip_folder, texts)
     cfg = config.Model(path=str(pipeline), size=SIZE, text_tokens=TOKENS, remat=False, min_dim=0)
     tokenize = functools.partial(flux.tokenize, str(pipeline), TOKENS)
-    pool = make_pool(rng, count(400_000), tokenize)
+    pool = make_pool(rng, count(200_000, 32), tokenize)
     print(f"pool of {len(pool['tokens']['t5'])} scenes after {time.time() - start:.0f} s", flush=True)
 
     vae_params, vae_config = train_vae({"scenes": pool["scenes"]}, count(4_000), 256, args.seed)
@@ -338,8 +356,8 @@ def main(argv: list[str] | None = None) -> None:
     weights.save(flow["text"]["clip"], text.CLIP_TEXT_KEYS, pipeline / "text_encoder/model.safetensors", dtype=BF16)
     weights.save(flow["text"]["t5"], text.T5_KEYS, pipeline / "text_encoder_2/model.safetensors", dtype=BF16)
 
-    pairs = paired_pool(rng, count(200_000), lambda texts: tokenize(texts)["clip"])
-    clip_params = train_clip(clip_folder, pipeline, vae_params, pairs, count(12_000), 256, args.seed)
+    pairs = paired_pool(rng, count(100_000, 16), lambda texts: tokenize(texts)["clip"])
+    clip_params = train_clip(clip_folder, pipeline, vae_params, pairs, count(args.clip_steps), 256, args.seed)
     weights.save(clip_params, clip_tower.HF_KEYS, clip_folder / "model.safetensors", dtype=BF16)
     print(f"made {args.out} in {time.time() - start:.0f} s on {jax.devices()[0].device_kind}", flush=True)
 

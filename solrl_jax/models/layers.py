@@ -4,6 +4,8 @@
 module serves as reference {params}, policy {params, lora} and explorer {params, quant}.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ class Linear(nn.Module):
 
     features: int
     use_bias: bool = True
-    dtype: jnp.dtype = jnp.bfloat16
+    dtype: Any = jnp.bfloat16
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

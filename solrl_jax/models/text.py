@@ -108,10 +108,10 @@ class ClipText(nn.Module):
         cfg, length = self.cfg, ids.shape[1]
         tokens = self.param("token_embedding", _table, (cfg.vocab_size, cfg.hidden_size), F32)
         positions = self.param("position_embedding", _table, (cfg.max_position_embeddings, cfg.hidden_size), F32)
-        x = (tokens[ids].astype(F32) + positions[None, :length].astype(F32)).astype(self.dtype)
+        x = jnp.asarray(tokens)[ids].astype(F32) + jnp.asarray(positions[None, :length], F32)
         causal = jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, -jnp.inf)[None, None]
         layer = ClipLayer(cfg, self.dtype, name="layers")
-        x, penultimate = run_layers(layer, cfg.num_hidden_layers, x, causal)
+        x, penultimate = run_layers(layer, cfg.num_hidden_layers, x.astype(self.dtype), causal)
         last = LayerNorm(cfg.layer_norm_eps, name="final_norm")(x)
         # Configs older than transformers 4.30 say 2, which no CLIP vocabulary means: there the end is the largest id.
         is_end = ids if cfg.eos_token_id == 2 else ids == cfg.eos_token_id
@@ -229,10 +229,11 @@ class T5Encoder(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "G L"]) -> Float[Array, "G L D"]:
         cfg, length = self.cfg, ids.shape[1]
-        x = self.param("embedding", _table, (cfg.vocab_size, cfg.d_model), F32)[ids].astype(self.dtype)
+        words = self.param("embedding", _table, (cfg.vocab_size, cfg.d_model), F32)
         rows = t5_buckets(length, cfg.relative_attention_num_buckets, cfg.relative_attention_max_distance)
         table = self.param("relative_bias", _table, (cfg.relative_attention_num_buckets, cfg.num_heads), F32)
-        bias = table.astype(F32)[rows].transpose(2, 0, 1)[None]
+        bias = jnp.asarray(table, F32)[rows].transpose(2, 0, 1)[None]
+        x = jnp.asarray(words)[ids].astype(self.dtype)
         x, _ = run_layers(T5Layer(cfg, self.dtype, name="layers"), cfg.num_layers, x, bias)
         return RMSNorm(cfg.layer_norm_epsilon, name="final_norm")(x)
 

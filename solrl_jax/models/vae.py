@@ -73,7 +73,7 @@ class Resnet(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Features) -> Features:
+    def __call__(self, x: Features) -> Float[Array, "B h w {self.width}"]:
         h = _conv(self.width, self.dtype, "conv1")(nn.silu(_norm(self.groups, "norm1")(x)))
         h = _conv(self.width, self.dtype, "conv2")(nn.silu(_norm(self.groups, "norm2")(h)))
         if x.shape[-1] != self.width:
@@ -118,7 +118,7 @@ class Encoder(nn.Module):
     dtype: Any = jnp.bfloat16
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W c"]) -> Features:
+    def __call__(self, x: Float[Array, "B H W c"]) -> Float[Array, "B h w z"]:
         cfg, groups, dtype = self.cfg, self.cfg.norm_num_groups, self.dtype
         x = _conv(cfg.block_out_channels[0], dtype, "conv_in")(x)
         for i, width in enumerate(cfg.block_out_channels):
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
     dtype: Any = jnp.bfloat16
 
     @nn.compact
-    def __call__(self, z: Features) -> Float[Array, "B H W c"]:
+    def __call__(self, z: Float[Array, "B h w z"]) -> Float[Array, "B H W c"]:
         cfg, groups, dtype = self.cfg, self.cfg.norm_num_groups, self.dtype
         x = _conv(cfg.block_out_channels[-1], dtype, "conv_in")(z)
         x = Middle(cfg, dtype, name="mid_block")(x)

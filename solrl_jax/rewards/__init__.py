@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from solrl_jax.config import ConfigError
 from solrl_jax.structs import Params, PyTree, Reward
+from solrl_jax.weights import WeightsError
 
 
 class Score(NamedTuple):
@@ -50,7 +51,9 @@ def parse(mixture: str) -> dict[str, float]:
         except ValueError:
             weights[name] = math.nan
         if not math.isfinite(weights[name]) or weights[name] == 0:
-            raise ConfigError(f"weight {text!r} of reward {name!r}: give a finite number other than 0, as in {name}:0.5")
+            raise ConfigError(
+                f"weight {text!r} of reward {name!r}: give a finite number other than 0, as in {name}:0.5"
+            )
     return weights
 
 
@@ -66,12 +69,17 @@ def parse_paths(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def load_rewards(mixture: str, paths: Mapping[str, str]) -> tuple[Score, dict[str, Params]]:
-    """The mixture and its towers' weights by reward name, read from paths[name]."""
+    """The mixture and its towers' weights by reward name, read from paths[name]. Raises ConfigError or WeightsError."""
     weights = parse(mixture)
     rewards, params = [], {}
     for name in weights:
         module = importlib.import_module(f"solrl_jax.rewards.{name}")
-        reward, params[name] = module.make(paths.get(name))
+        try:
+            reward, params[name] = module.make(paths.get(name))
+        except WeightsError as e:
+            raise WeightsError(f"{e} (config field reward_paths: {name}=folder)") from e
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
         rewards.append(reward)
     return Score(tuple(rewards), tuple(weights.values())), params
 
@@ -90,7 +98,7 @@ def tokenize(score: Score, prompts: Sequence[str]) -> dict[str, PyTree]:
 def score_images(
     score: Score, params: Mapping[str, Params], images: Float[Array, "B H W C"], tokens: Mapping[str, Any]
 ) -> tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]:
-    """Weighted sum and parts of B images of G prompts (leaves of `tokens` [G, ...]; image i is of prompt i // (B // G))."""
+    """Weighted sum and parts of B images of G prompts (token leaves [G, ...]); image i is of prompt i // (B // G)."""
     parts = {r.name: r.score(params[r.name], images, tokens[r.name]) for r in score.rewards}
     total = jnp.zeros(images.shape[0])
     for weight, part in zip(score.weights, parts.values(), strict=True):

@@ -89,8 +89,8 @@ class ClipVision(nn.Module):
         width, count = cfg.hidden_size, (cfg.image_size // cfg.patch_size) ** 2
         embed = nn.Conv(width, patch, patch, padding="VALID", use_bias=False, dtype=self.dtype, name="patch_embedding")
         patches = embed(pixels).reshape(-1, count, width)
-        first = self.param("class_embedding", _table, (width,), F32).astype(self.dtype)
-        positions = self.param("position_embedding", _table, (1 + count, width), F32).astype(self.dtype)
+        first = jnp.asarray(self.param("class_embedding", _table, (width,), F32), self.dtype)
+        positions = jnp.asarray(self.param("position_embedding", _table, (1 + count, width), F32), self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (len(pixels), 1, width)), patches], axis=1) + positions[None]
         x = LayerNorm(cfg.layer_norm_eps, name="pre_norm")(x)
         x, _ = run_layers(ClipLayer(cfg, self.dtype, name="layers"), cfg.num_hidden_layers, x, None)
@@ -137,7 +137,7 @@ def pair_cosines(image: Float[Array, "B D"], text: Float[Array, "G D"]) -> PerSa
 
 
 def resize_crop(images: Images, size: int, method: str) -> Float[Array, "B {size} {size} 3"]:
-    """Short edge to `size` (antialiased, values neither rounded nor clipped; nothing where it is that), then the middle.
+    """Short edge to `size` (antialiased, values neither rounded nor clipped; unless it is that), then the middle.
 
     `method` is "linear" or "cubic": jax.image.resize equals torchvision's antialiased float resize to 1e-6.
     """

@@ -181,16 +181,16 @@ class Reading(NamedTuple):
     solid: Float[Array, "B 9"]  # fullest 3x3 window of each colour, then of paint that is off the palette, 0 to 1
 
 
-NEAR = 0.2  # RGB distance up to which a pixel counts as a background, or as a blend of background and colour
-CORE = 6  # pixels of nearly pure colour that a colour needs, else its pixels are edges of something else
-FIT = 0.72  # least intersection over union of a shape
+NEAR = 0.25  # RGB distance up to which a pixel counts as a background, or as a blend of background and colour
+CORE = 5  # pixels of nearly pure colour that a colour needs, else its pixels are edges of something else
+FIT = 0.78  # least intersection over union of a shape
 SOLID = 0.75  # fullness of a 3x3 window from which paint is a thing and not a fringe
 SMALLEST, MIDDLE, LARGEST = 2.5, 4.7, 8.0  # radii: of any object, between small and large, of any object
 
 
 def _sharpen(alpha: Array) -> Array:
     """Faint paint is noise and nearly full paint is full; an edge pixel's half stays a half, so areas stay."""
-    return jnp.clip((alpha - 0.2) / 0.6, 0, 1)
+    return jnp.clip((alpha - 0.15) / 0.7, 0, 1)
 
 
 def _background(image: Float[Array, "32 32 3"]) -> tuple[Int[Array, ""], Float[Array, "3"]]:
@@ -211,7 +211,8 @@ def _paint(image: Float[Array, "32 32 3"], ground: Float[Array, "3"]) -> Float[A
     """
     offset = image - ground[None, None]
     ray = jnp.array(list(COLOURS.values())) - ground[None]
-    alpha = jnp.clip(jnp.einsum("yxc,kc->kyx", offset, ray) / (ray**2).sum(-1)[:, None, None], 0, 1)
+    along = jnp.einsum("yxc,kc->kyx", offset, ray, precision="highest")
+    alpha = jnp.clip(along / (ray**2).sum(-1)[:, None, None], 0, 1)
     rest = jnp.linalg.norm(offset[None] - alpha[..., None] * ray[:, None, None], axis=-1)
     own = jnp.arange(8)[:, None, None] == jnp.argmin(rest, 0)[None]
     real = (own & (alpha > 0.7) & (rest < NEAR)).sum((1, 2)) >= CORE
@@ -222,10 +223,10 @@ def _paint(image: Float[Array, "32 32 3"], ground: Float[Array, "3"]) -> Float[A
 
 
 def _soften(masks: Float[Array, "4 32 32"]) -> Float[Array, "4 32 32"]:
-    """Blurred as a decoder blurs, with a standard deviation of 0.8 pixels: else a soft small square fits a circle best."""
-    for axis in (1, 2):
-        masks = 0.36 * masks + 0.32 * (jnp.roll(masks, 1, axis) + jnp.roll(masks, -1, axis))
-    return masks
+    """Blurred by 0.8 pixels, as a decoder may blur: a soft small square fits a crisp circle better than a square."""
+    wide = jnp.pad(masks, ((0, 0), (1, 1), (1, 1)))
+    tall = 0.36 * wide[:, 1:-1] + 0.32 * (wide[:, 2:] + wide[:, :-2])
+    return 0.36 * tall[:, :, 1:-1] + 0.32 * (tall[:, :, 2:] + tall[:, :, :-2])
 
 
 def _fit(mask: Float[Array, "32 32"]) -> tuple[Int[Array, ""], Float[Array, ""], Float[Array, "2"], Float[Array, ""]]:
@@ -234,16 +235,18 @@ def _fit(mask: Float[Array, "32 32"]) -> tuple[Int[Array, ""], Float[Array, ""],
     Centre of mass and area say where and how large a template has to be, so only the four shapes are tried. The centre
     is taken thrice, twice from the near surroundings of the last, so that far specks do not drag it.
     """
-    middles = jnp.stack(jnp.meshgrid(jnp.arange(SIDE) + 0.5, jnp.arange(SIDE) + 0.5, indexing="ij"), -1)
+    middles = jnp.arange(SIDE) + 0.5
     near, centre = mask, jnp.zeros(2)
     for _ in range(3):
-        centre = (near[..., None] * middles).sum((0, 1)) / jnp.maximum(near.sum(), 1e-6)
-        near = mask * (jnp.linalg.norm(middles - centre[None, None], axis=-1) < 10)
+        moments = jnp.stack([(near.sum(1) * middles).sum(), (near.sum(0) * middles).sum()])
+        centre = moments / jnp.maximum(near.sum(), 1e-6)
+        away = (middles - centre[0])[:, None] ** 2 + (middles - centre[1])[None] ** 2
+        near = jnp.where(away < 10**2, mask, 0)
     radius = jnp.sqrt(near.sum() / AREAS)
     crisp = jnp.clip(0.5 - _distances(radius, centre, SIDE), 0, 1)
     template = _sharpen(jnp.stack([crisp, _soften(crisp)]))
     both = jnp.minimum(template, mask[None, None]).sum((2, 3))
-    either = jnp.maximum(template, mask[None, None]).sum((2, 3))
+    either = template.sum((2, 3)) + mask.sum() - both
     fit = (both / jnp.maximum(either, 1e-6)).max(0)
     best = jnp.argmax(fit)
     return best, radius[best], centre, fit[best]
@@ -254,7 +257,7 @@ def _read_one(image: Float[Array, "32 32 3"]) -> Reading:
     paint = jnp.where(background >= 0, _paint(image, ground), jnp.ones((9, 1, 1)))  # no background: all is clutter
     shape, radius, centre, fit = jax.vmap(_fit)(paint[:8])
     present = (background >= 0) & (fit >= FIT) & (radius >= SMALLEST) & (radius <= LARGEST)
-    window = jax.lax.reduce_window(paint, 0.0, jax.lax.add, (1, 3, 3), (1, 1, 1), "valid") / 9
+    window = jax.lax.reduce_window(paint, 0.0, jax.lax.add, (1, 3, 3), (1, 1, 1), "VALID") / 9
     size = (radius > MIDDLE).astype(jnp.int32)
     return Reading(background, present, shape, size, radius, centre, fit, window.max((1, 2)))
 
@@ -308,7 +311,7 @@ def _judge_one(seen: Reading, facts: Int[Array, "9"]) -> Bool[Array, "10"]:
     )
 
 
-def judge(images: Float[Array, "B H W 3"], facts: Int[Array, "G 9"]) -> Verdict:
+def judge(images: Float[Array, "B H W 3"], facts: Int[Array | np.ndarray, "G 9"]) -> Verdict:
     """Check pictures in [0, 1] against captions' facts rows; image i belongs to row i // (B // G).
 
     The rule. The two objects of a caption always differ in colour, so an object is known by its colour. Per object:
@@ -328,7 +331,9 @@ def judge(images: Float[Array, "B H W 3"], facts: Int[Array, "G 9"]) -> Verdict:
     return Verdict(right, stated, right.sum(1) / stated.sum(1), jnp.all(right == stated, 1))
 
 
-def _score(params: Mapping[str, Any], images: Float[Array, "B H W 3"], tokens: Int[Array, "G 9"]) -> Float[Array, "B"]:
+def _score(
+    params: Mapping[str, Any], images: Float[Array, "B H W 3"], tokens: Int[Array | np.ndarray, "G 9"]
+) -> Float[Array, "B"]:
     return judge(images, tokens).share
 
 

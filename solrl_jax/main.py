@@ -1,0 +1,139 @@
+"""The command line: python -m solrl_jax.main --config=tiny [--config.explore.steps=4] [--mode=...].
+
+Dispatch only. Modules that import JAX are imported where they are called, so that --help and typos are answered at
+once. Errors of this package's own kinds end in one line on stderr and exit code 2; anything else is a defect and shows
+its traceback.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from solrl_jax import config
+from solrl_jax.config import Config, ConfigError
+
+FLAGS = flags.FLAGS
+
+
+def _train(cfg: Config, run: Path, place: Path | None) -> int:
+    from solrl_jax import train
+
+    return train.train(cfg, run, resume=FLAGS.resume, devices=FLAGS.devices)
+
+
+def _eval(cfg: Config, run: Path, place: Path | None) -> int:
+    from solrl_jax import evaluate
+
+    return evaluate.run_eval(cfg, run, place=place, lora_file=_lora(), devices=FLAGS.devices)
+
+
+def _sample(cfg: Config, run: Path, place: Path | None) -> int:
+    from solrl_jax import data, evaluate
+
+    texts = ([FLAGS.prompt] if FLAGS.prompt else []) + (list(data.read_file(FLAGS.prompts)[0]) if FLAGS.prompts else [])
+    return evaluate.run_sample(cfg, run, prompts=texts, place=place, lora_file=_lora(), devices=FLAGS.devices)
+
+
+def _export(cfg: Config, run: Path, place: Path | None) -> int:
+    from solrl_jax import train
+
+    return train.export(cfg, run, place=place, devices=FLAGS.devices)
+
+
+MODES: dict[str, Callable[[Config, Path, Path | None], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "sample": _sample,
+    "export": _export,
+}
+
+flags.DEFINE_string(
+    "config", None, "NAME or NAME:RECIPE, a file of configs/; --config.explore.steps=4 overrides any field"
+)
+flags.DEFINE_enum(
+    "mode", "train", list(MODES), "train; eval: rewards of a policy; sample: pictures of --prompt; export: LoRA files"
+)
+flags.DEFINE_string("run_dir", None, "directory of the run (default: runs/<config>-<time>)")
+flags.DEFINE_bool("resume", False, "train: go on from the newest whole checkpoint of --run_dir")
+flags.DEFINE_string("prompt", None, "sample: one prompt")
+flags.DEFINE_string("prompts", None, "sample: a text file, a prompt a line")
+flags.DEFINE_string(
+    "checkpoint", None, "eval, sample, export: a step of --run_dir or <run>/checkpoints/<step> (default: the newest)"
+)
+flags.DEFINE_string("lora", None, "eval, sample: a LoRA .safetensors file instead of a checkpoint")
+flags.DEFINE_integer("devices", None, "how many devices to use (default: all)", lower_bound=1)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Let absl have every flag but --config.a.b=value; these are returned behind the program's name."""
+    mine, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if word.startswith(("--config.", "-config.")):
+            mine.append(word.lstrip("-") if "=" in word else f"{word.lstrip('-')}={next(words, '')}")
+        else:
+            rest.append(word)
+    return [*app.parse_flags_with_usage(rest), *mine]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the mode of FLAGS; `argv` is parse's result. Returns the exit code."""
+    if not FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # app.run's default is INFO, at which orbax tells of every save
+    try:
+        cfg, run, place = _meant(argv[1:])
+        return MODES[FLAGS.mode](cfg, run, place)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as e:
+        if not type(e).__module__.startswith("solrl_jax."):
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+
+
+def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
+    """Config, run directory and checkpoint that the flags and overrides mean."""
+    if strange := [w for w in words if not w.startswith("config.")]:
+        raise ConfigError(f"unexpected argument {strange[0]!r}: flags begin with --, as in --config=tiny")
+    overrides = dict(word.removeprefix("config.").split("=", 1) for word in words)
+    run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
+    place = _place(run)
+    source = run if FLAGS.mode == "train" else (place or run)
+    if FLAGS.config is None and source is not None and (FLAGS.resume or FLAGS.mode != "train"):
+        from solrl_jax import checkpoint
+
+        cfg = config.override(checkpoint.load_config(source), **overrides)
+    elif FLAGS.config is None:
+        raise ConfigError(f"say what to run: --config=NAME, one of {', '.join(config.available())}")
+    else:
+        cfg = config.load(FLAGS.config, overrides)
+    if FLAGS.resume and run is None:
+        raise ConfigError("--resume needs --run_dir, the directory of the run to go on with")
+    name = (FLAGS.config or cfg.name or "run").replace(":", "-")
+    return cfg, run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}", place
+
+
+def _place(run: Path | None) -> Path | None:
+    """The checkpoint that eval, sample and export take: --checkpoint, else the newest of an existing run, else none."""
+    inside = run is not None and (run / "config.json").exists()
+    if FLAGS.mode == "train" or FLAGS.lora or not (FLAGS.checkpoint or inside):
+        return None
+    from solrl_jax import checkpoint
+
+    place, said = checkpoint.find(run or Path(), FLAGS.checkpoint)
+    for line in said:
+        print(line)
+    return place
+
+
+def _lora() -> Path | None:
+    return Path(FLAGS.lora) if FLAGS.lora else None
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,266 @@
+"""The host loop of --mode=train: draw prompts, one iteration, evaluate, log, save; and its ends.
+
+A run ends in one of three ways. All iterations done: LoRA files and report, exit code 0. SIGINT or SIGTERM: the current
+stage is finished, the last finished iteration saved, exit code 0, since nothing was lost and --resume goes on bit for
+bit. An error (a non-finite reward, three non-finite updates in a row, a full disk): the last finished iteration is
+saved where that is possible, and the error is raised.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, report
+from solrl_jax.assemble import Parts
+from solrl_jax.config import Config, ConfigError, to_json
+from solrl_jax.log import Log, open_log
+from solrl_jax.structs import Model, Prompts, TrainState
+
+Metrics = dict[str, float]
+SKIPS = 3
+"""Non-finite updates in a row after which a run stops."""
+
+
+class TrainError(RuntimeError):
+    """A run that cannot go on; the message says why and what was saved."""
+
+
+class Stopped(Exception):
+    """Leaves an unfinished iteration: a signal came between two of its stages."""
+
+
+def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None = None) -> int:
+    """Train `cfg` in the directory `run`, from its newest whole checkpoint if `resume`. Returns the exit code."""
+    state, said = start(cfg, run, resume, devices)
+    parts = assemble.assemble(cfg, devices)
+    with jax.set_mesh(parts.mesh), signals() as stop:
+        state = state or assemble.fresh(parts)
+        run.mkdir(parents=True, exist_ok=True)
+        checkpoint.replace(run / "config.json", to_json(cfg))
+        held_out = parts.judged.names[len(parts.score.names) :]
+        with open_log(run, int(state.iteration), cfg.iterations, (*held_out, *parts.score.names)[0]) as out:
+            for line in (*said, *assemble.notes(parts)):
+                out.say(line)
+            try:
+                state = loop(parts, state, run, out, stop)
+            except TrainError as e:
+                raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
+    finish(parts, state, run, bool(stop.is_set()))
+    return 0
+
+
+def start(cfg: Config, run: Path, resume: bool, devices: int | None) -> tuple[TrainState | None, list[str]]:
+    """What to go on from (None: nothing) and what to say of it, before anything large is read."""
+    begun = (run / "config.json").exists()
+    if not resume:
+        if begun:
+            raise ConfigError(
+                f"--run_dir={run} holds a run already: go on with it by --resume, or choose another directory"
+            )
+        return None, []
+    place, said = checkpoint.find(run)
+    like = assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(devices, cfg.prompts))
+    return checkpoint.restore(place, like, cfg), [*said, f"going on from {place}"]
+
+
+def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.Event) -> TrainState:
+    """Iterate to the end or to a signal; the last finished iteration is on disk when this returns or raises."""
+    cfg, first = parts.cfg, int(state.iteration)
+    with checkpoint.Saver(run, cfg) as saver:
+        try:
+            base = base_pictures(parts, state, run, out)
+            began = time.perf_counter()
+            for state, metrics in iterations(parts, state, out, stop):  # noqa: B020 - the generator begins with it
+                done = int(state.iteration)
+                if cfg.evaluate.every and (done % cfg.evaluate.every == 0 or done == cfg.iterations):
+                    metrics |= evaluated(parts, state, run, out, base)
+                began, metrics["time/iteration"] = time.perf_counter(), time.perf_counter() - began
+                out.write(done, metrics)
+                if cfg.save_every and done % cfg.save_every == 0:
+                    saver.save(state)
+        finally:
+            # Not the untouched beginning of a run that failed at once, but that of one that was asked to stop.
+            if int(state.iteration) > first or stop.is_set():
+                saver.save(state)
+    return state
+
+
+def iterations(
+    parts: Parts, state: TrainState, out: Log, stop: threading.Event
+) -> Iterator[tuple[TrainState, Metrics]]:
+    """Each finished iteration's state and metrics. Raises TrainError, after the state it is about, to stop a run."""
+    step = stepper(parts, out, stop)
+    while (done := int(state.iteration)) < parts.cfg.iterations and not stop.is_set():
+        times: dict[str, float] = {}
+        with clock(times, "encode"):
+            batch = data.batch(parts.prompts.train, parts.cfg.seed, done, parts.cfg.prompts)
+            prompts = jax.block_until_ready(assemble.encode(parts, batch, parts.score))
+        try:
+            new, metrics = step(state, prompts, times)
+        except Stopped:
+            return
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        check_rewards(numbers, done + 1)
+        state = new
+        yield state, numbers | {f"time/{name}": seconds for name, seconds in times.items()}
+        if int(state.skipped) >= SKIPS:
+            raise TrainError(
+                f"iteration {done + 1}: {int(state.skipped)} updates in a row had non-finite gradients "
+                f"(grad_norm {numbers.get('grad_norm')}): lower learn.learning_rate or set model.dtype=float32"
+            )
+
+
+Step = Callable[[TrainState, Prompts, dict[str, float]], tuple[TrainState, dict]]
+
+
+def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
+    """(state, prompts, times) -> (state, metrics): staged, with progress and stops between stages, or one program."""
+    statics = {"model": parts.model, "score": parts.score, "optimizer": parts.optimizer, "cfg": parts.cfg}
+    if parts.cfg.staged:
+        staged = iteration.Staged(**statics)
+
+        def between(stage: str, share: float) -> None:
+            out.between(stage, share)
+            if stop.is_set() and stage != "learn":  # after learn the iteration is as good as finished
+                raise Stopped
+
+        return lambda state, prompts, times: staged(state, parts.frozen, prompts, times, between)
+    whole = jax.jit(iteration.iteration_step, static_argnames=tuple(statics))
+
+    def step(state: TrainState, prompts: Prompts, times: dict[str, float]) -> tuple[TrainState, dict]:
+        with clock(times, "step"):
+            return jax.block_until_ready(whole(state, parts.frozen, prompts, **statics))
+
+    return step
+
+
+def check_rewards(metrics: Metrics, number: int) -> None:
+    """Raises TrainError that names the rewards whose mean is not finite."""
+    bad = {name: value for name, value in metrics.items() if name.startswith("reward/") and not math.isfinite(value)}
+    parts = [name for name in bad if name.split("/")[1] not in ("mean", "max", "min", "range")] or list(bad)
+    if bad:
+        told = ", ".join(f"{name.removeprefix('reward/')} = {bad[name]}" for name in parts)
+        raise TrainError(
+            f"iteration {number}: a reward is not finite: {told}; look at its weights and at the pictures it got"
+        )
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def base_pictures(parts: Parts, state: TrainState, run: Path, out: Log) -> UInt8[np.ndarray, "G H W 3"] | None:
+    """The base model's pictures, from a resumed run's file or drawn, logged as iteration 0; None without evaluation."""
+    if not parts.cfg.evaluate.every:
+        return None
+    file, how = run / "grids" / "base.npz", repr(parts.cfg.evaluate)
+    if file.exists():
+        with np.load(file) as saved:
+            if str(saved["how"]) == how:
+                return saved["images"]
+    out.between("evaluate", 0.0)
+    zeros = jax.tree.map(lambda x: x * 0, state.ema)  # placed as the EMA is: both are drawn by one compiled program
+    metrics, images = evaluate.evaluate(parts, zeros)
+    prompts = evaluate.fixed_prompts(parts)[: len(images)]
+    out.say(f"first pictures: {evaluate.write_grid(run / 'grids' / '000000.png', prompts, {'base': images})}")
+    if int(state.iteration) == 0:
+        out.write(0, metrics)
+    part = file.with_suffix(".part.npz")
+    np.savez(part, images=images, how=how)
+    part.replace(file)
+    return images
+
+
+def evaluated(
+    parts: Parts, state: TrainState, run: Path, out: Log, base: UInt8[np.ndarray, "G H W 3"] | None
+) -> dict[str, float]:
+    """eval_reward_* of the EMA policy, and its grid beside the base's."""
+    out.between("evaluate", 0.0)
+    times: dict[str, float] = {}
+    with clock(times, "time/evaluate"):
+        metrics, images = evaluate.evaluate(parts, state.ema)
+    number = int(state.iteration)
+    columns = {} if base is None else {"base": base}
+    prompts = evaluate.fixed_prompts(parts)[: len(images)]
+    evaluate.write_grid(run / "grids" / f"{number:06d}.png", prompts, columns | {f"iteration {number}": images})
+    return metrics | times
+
+
+# --- ends -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def signals() -> Iterator[threading.Event]:
+    """An event that SIGINT and SIGTERM set; a second signal ends the process at once, as if this were not here."""
+    stop, kinds = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+
+    def handler(number: int, frame: object) -> None:
+        stop.set()
+        for kind in kinds:
+            signal.signal(kind, signal.SIG_DFL)
+        os.write(2, b"\nfinishing the current stage, then saving; once more to quit at once\n")  # safe in a handler
+
+    before = {kind: signal.signal(kind, handler) for kind in kinds}
+    try:
+        yield stop
+    finally:
+        for kind, old in before.items():
+            signal.signal(kind, old)
+
+
+def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
+    """The report, the LoRA files of a run that is done, and a last line that says where things are."""
+    done, total = int(state.iteration), parts.cfg.iterations
+    page = report.write(run)
+    if stopped and done < total:
+        print(
+            f"stopped after iteration {done} of {total}, saved; go on with: {again(run, parts.mesh.size)}", flush=True
+        )
+        return
+    file = deliver(run, state, parts.model, parts.cfg)
+    print(
+        f"done: {page} in a browser shows the run, tensorboard --logdir={run} its curves; the LoRA is {file}",
+        flush=True,
+    )
+
+
+def again(run: Path, devices: int) -> str:
+    """The command that goes on with a run, on as many devices."""
+    command = f"python -m solrl_jax.main --run_dir={run} --resume"
+    return command if devices == jax.device_count() else f"{command} --devices={devices}"
+
+
+def deliver(folder: Path, state: TrainState, model: Model, cfg: Config) -> Path:
+    """pytorch_lora_weights.safetensors, the trained LoRA as it is (as Sol-RL saves it), and its average in ema/."""
+    file = folder / "pytorch_lora_weights.safetensors"
+    lora.save(file, state.lora, model.keys, cfg.lora)
+    lora.save(folder / "ema" / file.name, state.ema, model.keys, cfg.lora)
+    return file
+
+
+def export(cfg: Config, run: Path, *, place: Path | None, devices: int | None = None) -> int:
+    """--mode=export: the LoRA files of a checkpoint, in `run`. Needs no base weights."""
+    if place is None:
+        raise ConfigError("--mode=export needs --run_dir of a run, or --checkpoint=<run>/checkpoints/<step>")
+    model = assemble.model_module(cfg).make(cfg.model)
+    like = assemble.blank(cfg, model, assemble.make_mesh(devices))
+    state = checkpoint.restore(place, like, cfg, only=assemble.INFERENCE)
+    file = deliver(run, state, model, cfg)
+    print(f"{place}: LoRA in {file}, its average in {file.parent / 'ema' / file.name}")
+    return 0
+
+
+@contextlib.contextmanager
+def clock(times: dict[str, float], name: str) -> Iterator[None]:
+    """Seconds spent inside, in times[name]."""
+    began = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - began

@@ -1,0 +1,191 @@
+"""Checkpoints: exact there and back, and every way in which one can be damaged, cut short or not fit."""
+
+import json
+import resource
+import subprocess
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from solrl_jax import checkpoint, config, sharding
+from solrl_jax.checkpoint import CheckpointError, Saver
+from solrl_jax.structs import Hyper, TrainState
+
+CFG = config.Config(name="test", keep=2)
+
+
+def state_at(step, width=8, rank=2):
+    key = jax.random.key(7)
+    a = jax.random.normal(key, (width, rank))
+    lora = {"to_q": {"a": a, "b": (a.T * step).astype(jnp.bfloat16)}}
+    optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
+    _, moments = optimizer.update(lora, optimizer.init(lora), lora)
+    count = jnp.int32(step)
+    hyper = Hyper(*map(jnp.float32, (1e-3, 1e-4, 1, 1e-3, 0.5)))
+    state = TrainState(count, count, count * 0, jax.random.fold_in(key, step), lora, lora, lora, moments, hyper)
+    return sharding.replicate(state, sharding.make_mesh(2))
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        raw = (jax.random.key_data(v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v for v in (x, y))
+        np.testing.assert_array_equal(*map(np.asarray, raw))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run with the checkpoints 1 (gone, by keep=2), 2 and 3."""
+    with Saver(tmp_path, CFG) as saver:
+        for step in (1, 2, 3):
+            saver.save(state_at(step))
+    (tmp_path / "config.json").write_text(config.to_json(CFG))
+    return tmp_path
+
+
+def largest_file(place):
+    return max((p for p in (place / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_exact_there_and_back_and_the_newest_are_kept(run):
+    assert checkpoint.steps(run) == [3, 2] and checkpoint.latest(run) == (3, [])
+    for step in (2, 3):
+        same(checkpoint.restore(checkpoint.folder(run, step), state_at(0), CFG), state_at(step))
+    specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state_at(0))
+    same(checkpoint.restore(checkpoint.folder(run, 3), specs, CFG), state_at(3))
+    assert checkpoint.load_config(run) == checkpoint.load_config(checkpoint.folder(run, 3)) == CFG
+
+
+def test_a_flipped_byte_is_seen_and_the_one_before_is_used(run):
+    file = largest_file(checkpoint.folder(run, 3))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    step, reasons = checkpoint.latest(run)
+    assert step == 2 and len(reasons) == 1
+    assert "checkpoints/3 is passed over" in reasons[0] and "is not what was written" in reasons[0]
+    place, said = checkpoint.find(run)
+    assert place.name == "2" and said == reasons
+    with pytest.raises(CheckpointError, match=r"checkpoints/3 cannot be used: .*SHA-256 differs"):
+        checkpoint.restore(checkpoint.folder(run, 3), state_at(0), CFG)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (
+            lambda place: largest_file(place).write_bytes(largest_file(place).read_bytes()[:-9]),
+            "is not what was written",
+        ),
+        (lambda place: largest_file(place).unlink(), "is missing"),
+        (lambda place: (place / "state" / "more").write_text("x"), "is not in its manifest"),
+        (lambda place: (place / "manifest.json").unlink(), "no manifest.json, so its save was cut short"),
+        (lambda place: (place / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda place: (place / "config.json").write_text("{}"), "config.json is not what was written"),
+    ],
+)
+def test_other_damage_is_seen(run, harm, reason):
+    harm(checkpoint.folder(run, 3))
+    step, reasons = checkpoint.latest(run)
+    assert step == 2 and reason in reasons[0]
+    harm(checkpoint.folder(run, 2))
+    assert checkpoint.latest(run)[0] is None
+    with pytest.raises(CheckpointError, match="has no whole checkpoint"):
+        checkpoint.find(run)
+
+
+def test_a_damaged_step_is_written_again_and_is_never_what_is_kept(run):
+    largest_file(checkpoint.folder(run, 3)).unlink()
+    with Saver(run, config.override(CFG, keep=1)) as saver:
+        saver.save(state_at(2))  # there, whole: nothing to do
+        assert saver.pending is None
+        saver.save(state_at(3))
+    assert checkpoint.latest(run) == (3, []) and checkpoint.steps(run) == [3]
+
+
+def test_leftovers_of_cut_saves_are_cleaned(run):
+    left = run / "checkpoints" / "4" / "state.orbax-checkpoint-tmp-12"
+    left.mkdir(parents=True)
+    (left / "half").write_text("x")
+    (run / "checkpoints" / "5.orbax-checkpoint-tmp").mkdir()
+    part = checkpoint.folder(run, 3) / "manifest.json.part"
+    part.write_text("{")
+    with Saver(run, CFG) as saver:
+        assert not left.exists() and not part.exists() and saver.last == 3
+        assert not (run / "checkpoints" / "5.orbax-checkpoint-tmp").exists()
+        assert checkpoint.latest(run)[0] == 3
+        saver.save(state_at(6))
+    assert checkpoint.steps(run) == [6, 3]  # the empty 4 is gone and did not count
+
+
+def test_another_structure_or_config_is_named(run):
+    place = checkpoint.folder(run, 3)
+    with pytest.raises(CheckpointError, match=r"lora/to_q/a is float32\[8,2\] there and float32\[8,4\] here"):
+        checkpoint.restore(place, state_at(0, rank=4), CFG)
+    other = state_at(0)._replace(ema={})
+    with pytest.raises(CheckpointError, match=r"ema/to_q/a is float32\[8,2\] there and absent here"):
+        checkpoint.restore(place, other, CFG)
+    changed = config.override(CFG, iterations=9, **{"learn.kl_weight": 0.5})
+    with pytest.raises(CheckpointError, match=r"config: learn.kl_weight is 0.0001 there and 0.5 here\. Go on"):
+        checkpoint.restore(place, state_at(0), changed)
+    same(checkpoint.restore(place, state_at(0), config.override(CFG, iterations=9)), state_at(3))
+    same(checkpoint.restore(place, state_at(0), changed, only=("lora.",)), state_at(3))
+    with pytest.raises(CheckpointError, match=r"lora.alpha is 64.0 there and 8.0 here"):
+        checkpoint.restore(place, state_at(0), config.override(CFG, **{"lora.alpha": 8}), only=("lora.",))
+
+
+def test_no_run_and_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="is not the directory of a run"):
+        checkpoint.find(tmp_path)
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*checkpoints/7"):
+        checkpoint.find(tmp_path, "7")
+    (tmp_path / "config.json").write_text('{"beta": 1}')
+    with pytest.raises(CheckpointError, match="unknown fields beta"):
+        checkpoint.find(tmp_path)
+
+
+def test_a_full_disk_is_told_at_the_next_save_and_the_last_one_stays(run, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=1_000_000))
+    saver = Saver(run, CFG)
+    saver.save(state_at(4))
+    message = r"checkpoints/4 could not be written: no space left .*1.0 MB free\)\. The last good .* is intact: .*/3"
+    with pytest.raises(CheckpointError, match=message):
+        saver.save(state_at(5))
+    saver.thread.shutdown()
+    assert checkpoint.latest(run) == (3, []) and checkpoint.steps(run) == [3, 2]
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, "tests")
+import test_checkpoint as t
+big = t.state_at(4, width=200_000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+t.checkpoint.write(Path(sys.argv[1]), 4, big, t.CFG)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a file size limit")
+def test_a_write_that_the_system_refuses_is_one_clear_error(run):
+    """Not simulated: the kernel refuses files over 100 kB, and tensorstore reports that in its own way."""
+    found = subprocess.run([sys.executable, "-c", LIMITED, str(run)], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 1
+    assert "CheckpointError: checkpoint " in found.stderr and "/4 could not be written: File too large" in found.stderr
+    assert "ERROR:absl" not in found.stderr
+    assert checkpoint.latest(run)[0] == 3  # writes in flight may leave pieces of 4 behind; they do not count
+    with Saver(run, CFG) as saver:
+        saver.save(state_at(4))
+    assert checkpoint.latest(run) == (4, [])
+
+
+def test_the_manifest_says_what_is_in_the_tree(run):
+    manifest = json.loads((checkpoint.folder(run, 3) / "manifest.json").read_text())
+    assert manifest["step"] == 3 and manifest["tree"]["key"] == "key<fry>[]"
+    assert manifest["tree"]["lora/to_q/b"] == "bfloat16[2,8]" and "config.json" in manifest["files"]

@@ -1,0 +1,88 @@
+"""Configs: validation with the mend in the message, overrides in the command line's words, JSON there and back."""
+
+import dataclasses
+
+import pytest
+
+from solrl_jax import config
+from solrl_jax.config import Config, ConfigError, Evaluate, Learn, Stage
+
+BASE = Config(name="base")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": "200"}, r"kept=200 of candidates=96: keep between 1 and 96"),
+        ({"kept": "23"}, r"kept=23 is odd.*use kept=24"),
+        ({"selection": "all"}, r"selection=all keeps every candidate: set kept=96"),
+        ({"explore.chunk": "7"}, r"explore.chunk=7 does not divide a prompt's 96 images: use one of \[1, 2, 3,"),
+        ({"learn.updates": "5"}, r"learn.updates=5 does not divide kept=24"),
+        ({"learn.micro_batch": "7"}, r"learn.micro_batch=7 is neither a multiple nor a divisor"),
+        ({"learn.timestep_fraction": "0.01"}, r"no time of 10 steps is trained, raise it"),
+        ({"learn.learning_rate": "nan"}, r"learn.learning_rate=nan: 0 or more"),
+        ({"evaluate.grid": "99"}, r"evaluate.grid=99: 1 to evaluate.prompts=16"),
+        ({"evaluate.images": "0"}, r"evaluate.images=0: give 1 or more"),
+        ({"seed": "-1"}, r"seed=-1: 0 or more"),
+        ({"save_every": "-1"}, r"save_every=-1"),
+        ({"explroe.steps": "4"}, r"no field 'explroe' in Config; did you mean explore\?"),
+        ({"explore.stepz": "4"}, r"no field 'stepz' in Stage; did you mean steps\? it has steps, solver"),
+        ({"explore.steps": "four"}, r"--config.explore.steps=four: needs int"),
+        ({"explore.solver": "rk4"}, r"use one of euler, dpm1, dpm2"),
+        ({"staged": "yes"}, r"use true or false"),
+        ({"explore": "5"}, r"set its fields one by one, or none"),
+        ({"learn": "5"}, r"set its fields, e.g. --config.learn.algorithm="),
+        ({"seed.x": "5"}, r"seed has no fields here"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_its_mend(change, message):
+    with pytest.raises(ConfigError, match=message):
+        config.override(BASE, **change)
+
+
+def test_overrides_are_applied_together():
+    new = config.override(BASE, candidates="8", kept="4", **{"explore.chunk": "8", "regenerate.chunk": "4"})
+    assert (new.candidates, new.kept, new.explore.chunk, new.regenerate.chunk) == (8, 4, 8, 4)
+    assert config.override(BASE, explore="none", **{"regenerate.chunk": "96"}).explore is None
+    assert config.override(BASE, reward_paths="a=b,c=d").reward_paths == ("a=b", "c=d")
+
+
+@pytest.mark.parametrize("name", config.FAMILIES)
+def test_families_and_json_both_ways(name):
+    made = config.family(BASE, name)
+    assert config.from_json(config.to_json(made)) == made
+    assert hash(made) == hash(config.from_json(config.to_json(made)))
+
+
+def test_json_of_another_version_or_of_nothing():
+    with pytest.raises(ConfigError, match=r"unknown fields learn.beta.*another version"):
+        config.from_json('{"learn": {"beta": 1}}')
+    with pytest.raises(ConfigError, match="not the JSON of a config"):
+        config.from_json("{")
+    assert config.from_json("{}") == Config()
+
+
+def test_differences_name_single_values():
+    other = dataclasses.replace(BASE, explore=Stage(steps=4), learn=Learn(kl_weight=0.5), evaluate=Evaluate(every=3))
+    found = config.differences(BASE, other)
+    assert found["explore.steps"] == (6, 4) and found["learn.kl_weight"] == (1e-4, 0.5)
+    assert found["evaluate.every"] == (20, 3) and "seed" not in found
+    assert config.differences(BASE, BASE) == {}
+    gone = config.differences(BASE, config.override(BASE, explore="none", **{"regenerate.chunk": "96"}))
+    assert gone["explore.steps"] == (6, None)
+
+
+def test_load_by_name_recipe_and_override(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "available", lambda: ["nowhere"])
+    with pytest.raises(ConfigError, match=r"--config=somewhere: there is no configs/somewhere.py; use one of nowhere"):
+        config.load("somewhere")
+
+
+def test_outside_the_repository_the_folder_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(config.importlib, "import_module", _absent)
+    with pytest.raises(ConfigError, match=r"no folder configs/ in .*run from the repository's root"):
+        config.available()
+
+
+def _absent(name):
+    raise ModuleNotFoundError(name=name)

@@ -1,0 +1,87 @@
+"""Prompt files and batches."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from solrl_jax import data
+from solrl_jax.config import ConfigError
+
+
+def test_a_file_is_both_splits_and_drops_are_counted(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeffa red box\r\n\n  a blue box \na red box\n   \nein größerer Kreis".encode())
+    found = data.read(file)
+    assert found.train == found.test == ("a red box", "a blue box", "ein größerer Kreis")
+    assert (found.blank, found.repeated) == (2, 1)
+
+
+def test_a_folder_has_two_splits(tmp_path):
+    (tmp_path / "train.txt").write_text("a\nb\nb\n")
+    (tmp_path / "test.txt").write_text("c\n\n")
+    assert data.read(tmp_path) == data.PromptSet(("a", "b"), ("c",), 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"p.txt holds no prompts \(it is empty\)"),
+        (b"\n \n", r"p.txt holds no prompts \(only blank lines\)"),
+        (b"good\nbad \xff byte\n", r"p.txt, line 2: byte 5 \(0xff\) is not UTF-8"),
+        ("good".encode("utf-16-le"), r"p.txt, line 1: holds a zero byte \(is it UTF-16\?\)"),
+        (None, r"p.txt does not exist: give a .txt file"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, message):
+    file = tmp_path / "p.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(data.DataError, match=message):
+        data.read(file)
+
+
+def test_a_folder_without_its_files(tmp_path):
+    with pytest.raises(data.DataError, match=r"train.txt does not exist"):
+        data.read(tmp_path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.data(), st.integers(0, 5))
+def test_every_prompt_once_an_epoch_and_none_twice_in_a_batch(n, more, seed):
+    count = more.draw(st.integers(1, n))
+    prompts = [str(i) for i in range(n)]
+    steps = 3 * n  # lcm(n, count) places are a whole number of epochs and of batches
+    batches = [data.batch(prompts, seed, step, count) for step in range(steps)]
+    assert all(len(set(batch)) == count for batch in batches)
+    walk = [p for batch in batches for p in batch]
+    for start in range(0, len(walk) - n + 1, n):
+        assert Counter(walk[start : start + n]) == Counter(prompts)
+
+
+@pytest.mark.parametrize(("n", "count"), [(5, 4), (30, 4)])
+def test_a_batch_depends_on_seed_and_step_alone(n, count):
+    prompts = [str(i) for i in range(n)]
+    forward = [data.batch(prompts, 3, step, count) for step in range(40)]
+    data._epoch.cache_clear()
+    assert [data.batch(prompts, 3, step, count) for step in reversed(range(40))] == forward[::-1]
+    assert forward != [data.batch(prompts, 4, step, count) for step in range(40)]
+    epochs = [tuple(p for b in forward for p in b)[i * n : (i + 1) * n] for i in range(4)]
+    assert len(set(epochs)) == 4  # each epoch in an order of its own
+
+
+def test_more_than_there_are():
+    with pytest.raises(ConfigError, match="3 prompts a batch, but only 2 distinct ones"):
+        data.batch(["a", "b"], 0, 0, 3)
+
+
+def test_cut_prompts_are_found_by_the_tokens_alone():
+    def tokenize(prompts):
+        rows = np.array([[ord(c) for c in f"{p:8.8}"] for p in prompts], np.int32)
+        return {"clip": rows[:, :5], "t5": rows}
+
+    found = data.cut(["abc", "abcde", "abcdef", "abcdefgh", "abcdefghi"], tokenize)
+    assert found == {"clip": ["abcdef", "abcdefgh", "abcdefghi"], "t5": ["abcdefghi"]}
+    assert data.cut(["abc"], tokenize) == {}

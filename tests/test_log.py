@@ -1,0 +1,96 @@
+"""metrics.jsonl, TensorBoard and the screen."""
+
+import json
+import math
+
+import pytest
+
+from solrl_jax import log, report
+
+
+def write_some(run, iterations, done=0):
+    with log.open_log(run, done, 10, "shapes") as out:
+        for i in iterations:
+            out.write(i, {"reward/mean": 0.1 * i, "time/iteration": 2.0, "time/learn": 1.5})
+
+
+def test_lines_are_json_and_not_finite_is_null(tmp_path):
+    with log.open_log(tmp_path, 0, 3, "shapes") as out:
+        out.write(1, {"reward/mean": math.nan, "loss": 0.1, "big": math.inf})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert text == '{"iteration": 1, "reward/mean": null, "loss": 0.1, "big": null}\n'
+
+
+def test_resumed_lines_past_the_restored_iteration_are_dropped(tmp_path):
+    write_some(tmp_path, range(6))
+    file = tmp_path / "metrics.jsonl"
+    before = file.read_text().splitlines()
+    file.write_text("\n".join(before) + '\n{"iteration": 6, "rew')  # as a crash leaves it
+    write_some(tmp_path, [4, 5], done=3)
+    after = file.read_text().splitlines()
+    assert after == before  # dropped and written again, the kept ones to the letter
+    assert [json.loads(line)["iteration"] for line in after] == list(range(6))
+
+
+def test_tensorboard_holds_the_finite_scalars(tmp_path):
+    from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401 - the writer's own format, read back below
+    from tensorboardX.proto.event_pb2 import Event
+
+    with log.open_log(tmp_path, 0, 2) as out:
+        out.write(1, {"reward/mean": 0.5, "loss": math.nan})
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, found = file.read_bytes(), {}
+    while content:  # records: length u64, crc u32, event, crc u32
+        size = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + size])
+        found |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        content = content[16 + size :]
+    assert found == {"reward/mean": (1, 0.5)}
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    with log.open_log(tmp_path, 0, 4, "shapes") as out:
+        out.say("hello")
+        out.write(0, {"eval_reward_shapes": 0.5, "eval_reward_clipscore": 0.25})
+        out.between("explore", 0.5)
+        for i in (1, 2, 3):
+            out.write(i, {"reward/mean": 0.3, "time/iteration": 40.0, "time/explore": 30.0, "time/select": 0.01})
+    assert capsys.readouterr().out.splitlines() == [
+        "hello",
+        "base model: shapes 0.5000  clipscore 0.2500",
+        "iteration 1/4  reward 0.3000  shapes 0.5000  explore 30.0s",
+        "iteration 2/4  reward 0.3000  shapes 0.5000  ETA 1m20s  explore 30.0s",
+        "iteration 3/4  reward 0.3000  shapes 0.5000  ETA 40s  explore 30.0s",
+    ]
+
+
+def test_a_bar_on_a_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    with log.open_log(tmp_path, 2, 4, "shapes") as out:
+        out.between("explore", 0.5)
+        out.between("regenerate", 1.0)
+        out.write(3, {"reward/mean": 0.3})
+    shown = capsys.readouterr().err
+    assert "2/4" in shown and "3/4, reward 0.3000" in shown
+
+
+def test_sinks_are_closed_when_a_run_fails(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"), log.open_log(tmp_path, 0, 4) as out:
+        out.write(1, {"loss": 1.0})
+        raise RuntimeError("stop")
+    with pytest.raises(ValueError, match="closed file"):
+        out.write(2, {"loss": 1.0})
+    assert len(log.read(tmp_path / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(45.4, "45s"), (59.7, "1m00s"), (200.0, "3m20s"), (7500.0, "2h05m")])
+def test_duration(seconds, text):
+    assert log.duration(seconds) == text
+
+
+def test_curves_show_names_ranges_and_lone_points():
+    svg = report.curve({"a<b": [(1, 0.5), (2, 1.5)], "lone": [(3, 1.0)]})
+    assert "a&lt;b 1.5" in svg and svg.count("<polyline") == 2 and svg.count("<circle") == 3
+    assert ">1.5<" in svg and ">0.5<" in svg and "nan" not in svg
+    assert report.collect([{"iteration": 1, "x/a": None, "x/b": 2.0}], ("x/",)) == {"x/b": [(1, 2.0)]}

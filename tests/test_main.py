@@ -1,0 +1,136 @@
+"""The command line: what is wrong ends in one line and exit code 2, without a traceback and without a run directory."""
+
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+from solrl_jax import config, main, rewards
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """command("--mode=eval", ...) -> (exit code, stdout, stderr), in an empty directory with one config, `small`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "available", lambda: ["small"])
+    monkeypatch.setattr(config, "load", load_small)
+    (tmp_path / "p.txt").write_text("a\nb\n")
+
+    def run(*words):
+        with flagsaver.flagsaver():
+            code = main.main(main.parse(["solrl_jax", "--devices=1", *words]))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    yield run
+    assert not (tmp_path / "runs").exists()
+
+
+def load_small(spec, overrides):
+    if spec != "small":
+        raise config.ConfigError(f"--config={spec}: there is no configs/{spec}.py; use one of small")
+    made = config.Config(name="small", prompt_files="p.txt", prompts=2, reward="shapes")
+    return config.override(made, **{"evaluate.prompts": 2, "evaluate.grid": 1, **overrides})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "say what to run: --config=NAME, one of small"),
+        (["--config=large"], "there is no configs/large.py; use one of small"),
+        (["--config=small", "tiny"], "unexpected argument 'tiny': flags begin with --"),
+        (["--config=small", "--config.explore.stepz=4"], "did you mean steps?"),
+        (["--config=small", "--config.explore.steps"], "--config.explore.steps=: needs int"),
+        (["--config=small", "--config.kept=999"], "kept=999 of candidates=96"),
+        (["--config=small", "--config.prompts=3"], "prompts=3, but p.txt has 2 distinct ones"),
+        (["--config=small", "--config.prompt_files=q.txt"], "q.txt does not exist"),
+        (["--config=small", "--config.model.name=flax"], "model.name=flax: there is no models/flax.py"),
+        (["--config=small", "--devices=64"], "64 devices asked for"),
+        (["--config=small", "--resume"], "--resume needs --run_dir"),
+        (["--run_dir=nowhere", "--resume"], "nowhere is not the directory of a run"),
+        (["--mode=eval", "--run_dir=nowhere"], "nowhere is not the directory of a run"),
+        (["--mode=export", "--config=small"], "--mode=export needs --run_dir of a run"),
+        (["--mode=sample", "--config=small"], "needs --prompt='a text' or --prompts=file.txt"),
+        (["--mode=sample", "--config=small", "--prompts=q.txt"], "q.txt does not exist"),
+        (["--mode=eval", "--config=small", "--checkpoint=x/5"], "there is no checkpoint x/5"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(command, words, message):
+    code, _, err = command(*words)
+    assert code == 2
+    assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_rewards_are_checked_by_name_and_weight(command, monkeypatch):
+    monkeypatch.setattr("solrl_jax.assemble.model_module", lambda cfg: types.SimpleNamespace(make=str))
+    for mixture, message in (
+        ("shape", "unknown reward 'shape' in 'shape': use one of "),
+        ("shapes:1,shapes:2", "reward 'shapes' is twice"),
+        ("shapes:much", "weight 'much' of reward 'shapes': give a finite number"),
+        ("", "reward is empty: name what to train on"),
+    ):
+        code, _, err = command("--config=small", f"--config.reward={mixture}")
+        assert code == 2 and message in err
+    code, _, err = command("--config=small", "--config.reward_paths=clip")
+    assert code == 2 and "reward_paths='clip': give name=folder" in err
+
+
+def test_dotted_overrides_in_both_spellings(command):
+    parsed = main.parse(["x", "--config=small", "--config.explore.steps=4", "--config.seed", "7", "-config.kept=8"])
+    assert parsed == ["x", "config.explore.steps=4", "config.seed=7", "config.kept=8"]
+
+
+def test_a_defect_keeps_its_traceback(command, monkeypatch):
+    monkeypatch.setitem(main.MODES, "train", lambda cfg, run, place: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        command("--config=small")
+
+
+def test_an_interrupt_is_not_a_traceback(command, monkeypatch):
+    def interrupted(cfg, run, place):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(main.MODES, "train", interrupted)
+    assert command("--config=small") == (130, "", "interrupted\n")
+
+
+def shell(*words, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")} | environment
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60, env=env)
+
+
+def test_help_and_unknown_flags_answer_without_jax():
+    found = shell("-X", "importtime", "-m", "solrl_jax.main", "--help")
+    assert "--config" in found.stdout and "<train|eval|sample|export>" in found.stdout
+    assert " jax\n" not in found.stderr and " transformers\n" not in found.stderr
+    found = shell("-m", "solrl_jax.main", "--confg=tiny")
+    assert found.returncode == 1 and "Unknown command line flag 'confg'. Did you mean: config" in found.stderr
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dxg"), reason="there is a GPU")
+@pytest.mark.parametrize("code", ["import solrl_jax, jax; jax.devices()", "import solrl_jax.main, jax; jax.devices()"])
+def test_without_a_gpu_nothing_is_printed(code):
+    found = shell("-c", code)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    assert (
+        shell("-c", "import os, solrl_jax; print(os.environ['JAX_PLATFORMS'])", JAX_PLATFORMS="tpu").stdout == "tpu\n"
+    )
+
+
+def test_mixtures_are_weighted_sums_with_their_parts():
+    one = rewards.Reward("one", len, lambda params, images, tokens: images.mean((1, 2, 3)))
+    two = rewards.Reward("two", len, lambda params, images, tokens: images.max((1, 2, 3)) * params["scale"])
+    score = rewards.Score((one, two), (1.0, 0.5))
+    images = jax.random.uniform(jax.random.key(0), (4, 2, 2, 3))
+    total, parts = rewards.score_images(score, {"one": {}, "two": {"scale": 3.0}}, images, {"one": 0, "two": 0})
+    np.testing.assert_allclose(parts["two"], 3 * images.max((1, 2, 3)))
+    np.testing.assert_allclose(total, parts["one"] + 0.5 * parts["two"], rtol=1e-6)
+    assert score.names == ("one", "two") and hash(score) == hash(rewards.Score((one, two), (1.0, 0.5)))
+    empty, none = rewards.score_images(rewards.Score((), ()), {}, images, {})
+    assert none == {} and empty.shape == (4,)
+    assert rewards.parse("shapes") == {"shapes": 1.0} and "shapes" in rewards.available()

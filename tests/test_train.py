@@ -1,0 +1,309 @@
+"""The host loop on a toy world: a linear "network" on 4x4 latents, brightness as the reward."""
+
+import json
+import os
+import signal
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from solrl_jax import assemble, checkpoint, config, data, evaluate, log, main, rewards, train
+from solrl_jax.structs import Model, QuantRule, Reward
+from solrl_jax.weights import Rule
+
+WIDTH = 16
+
+
+def tokenize(prompts):
+    return np.array([[ord(c) for c in f"{p:12.12}"] for p in prompts], np.int32)
+
+
+def velocity(variables, x, sigma, cond):
+    flat = x.reshape((x.shape[0], WIDTH))
+    v = flat @ variables["params"]["to_q"]["kernel"] + 0.1 * cond["text"]
+    if "lora" in variables:
+        v = v + flat @ variables["lora"]["to_q"]["a"] @ variables["lora"]["to_q"]["b"]
+    return v.reshape(x.shape)
+
+
+TOY = Model(
+    name="toy",
+    tokenize=tokenize,
+    encode=lambda params, ids: {"text": params["embed"][ids % 8].mean(1)},
+    noise=lambda key: jax.random.normal(key, (4, 4, 1)),
+    sigmas=lambda steps: np.linspace(1, 0, steps + 1),
+    velocity=velocity,
+    decode=lambda params, x: jnp.broadcast_to(jax.nn.sigmoid(x), (*x.shape[:3], 3)),
+    init=lambda key: {"to_q": {"kernel": jax.random.normal(key, (WIDTH, WIDTH))}},
+    lora_targets=("to_q",),
+    quant_rule=QuantRule((), 0),
+    keys=(Rule(r"(.+)/kernel", r"\1.weight", "linear"),),
+)
+
+
+def load(cfg):
+    rng = np.random.default_rng(0)
+    base = {"to_q": {"kernel": rng.normal(0, 0.2, (WIDTH, WIDTH)).astype(np.float32)}}
+    return base, {}, {"embed": rng.normal(0, 1, (8, WIDTH)).astype(np.float32)}
+
+
+def reward_module(name, score):
+    return types.SimpleNamespace(make=lambda path=None: (Reward(name, tokenize, score), {"scale": np.float32(1)}))
+
+
+def bright(params, images, tokens):
+    return images.mean((1, 2, 3)) * params["scale"]
+
+
+def broken(params, images, tokens):
+    return jnp.log(-images.mean((1, 2, 3)))
+
+
+def dark(params, images, tokens):
+    return 1 - images.min((1, 2, 3))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Every run of this file compiles the same few programs: once is enough."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [jax.config.values[name] for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
+        jax.config.update(name, value)
+    yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """The toy config; runs go to tmp_path."""
+    monkeypatch.setattr(assemble, "model_module", lambda cfg: types.SimpleNamespace(make=lambda c: TOY, load=load))
+    monkeypatch.setattr(rewards, "available", lambda: ["bright", "dark", "broken"])
+    for score in (bright, dark, broken):
+        monkeypatch.setitem(sys.modules, f"solrl_jax.rewards.{score.__name__}", reward_module(score.__name__, score))
+    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(7)))
+    return config.Config(
+        name="toy",
+        model=config.Model(name="toy"),
+        prompt_files=str(tmp_path / "prompts.txt"),
+        reward="bright",
+        prompts=4,
+        candidates=4,
+        kept=2,
+        explore=config.Stage(steps=2, solver="euler", precision="bf16", chunk=4),
+        regenerate=config.Stage(steps=4, chunk=2),
+        lora=config.Lora(rank=2, alpha=4.0),
+        learn=config.Learn(micro_batch=2, learning_rate=0.03),
+        evaluate=config.Evaluate(every=2, prompts=3, images=2, grid=2, steps=3, rewards="dark", chunk=4),
+        iterations=5,
+        save_every=2,
+    )
+
+
+def metrics_of(run):
+    """{iteration: metrics without times}."""
+    lines = log.read(run / "metrics.jsonl")
+    return {line["iteration"]: {k: v for k, v in line.items() if not k.startswith("time/")} for line in lines}
+
+
+def interrupt_at(monkeypatch, step, kind=signal.SIGINT):
+    """A signal while the prompts of `step` are drawn."""
+    batch = data.batch
+
+    def interrupted(prompts, seed, number, count):
+        if number == step and count == 4:
+            os.kill(os.getpid(), kind)
+        return batch(prompts, seed, number, count)
+
+    monkeypatch.setattr(data, "batch", interrupted)
+
+
+def test_a_whole_run_writes_everything(toy, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.train(toy, run, devices=1) == 0
+    found = metrics_of(run)
+    assert sorted(found) == [0, 1, 2, 3, 4, 5]
+    assert {"reward/mean", "reward/range", "kl_div", "old_deviate", "grad_norm", "rank/spearman"} <= found[1].keys()
+    assert [i for i in found if "eval_reward_dark" in found[i]] == [0, 2, 4, 5]
+    assert found[0]["eval_reward_bright"] == found[0]["eval_reward_avg"] != found[5]["eval_reward_bright"]
+    times = {k for k in log.read(run / "metrics.jsonl")[2] if k.startswith("time/")}
+    assert times >= {"time/encode", "time/explore", "time/regenerate", "time/learn", "time/evaluate", "time/iteration"}
+    assert sorted(p.name for p in (run / "grids").glob("*.png")) == [f"{i:06d}.png" for i in (0, 2, 4, 5)]
+    assert checkpoint.steps(run) == [5, 4, 2] and checkpoint.latest(run) == (5, [])
+    assert any((run / "tensorboard").iterdir())
+    for file in (run / "pytorch_lora_weights.safetensors", run / "ema" / "pytorch_lora_weights.safetensors"):
+        assert set(load_file(file)) == {"transformer.to_q.lora_A.weight", "transformer.to_q.lora_B.weight"}
+    said = capsys.readouterr().out
+    assert "iteration 5/5  reward " in said and "dark " in said
+    assert "report.html" in said.splitlines()[-1] and "pytorch_lora_weights" in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize("staged", [True, False])
+def test_a_resumed_run_equals_an_unbroken_one(toy, tmp_path, monkeypatch, capsys, staged):
+    toy = config.override(toy, staged=staged)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train.train(toy, whole, devices=1)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, signal.SIGTERM if staged else signal.SIGINT)
+        assert train.train(toy, broken, devices=1) == 0
+    stopped_after = 3 if staged else 4  # a single program cannot be left in its middle
+    assert checkpoint.latest(broken)[0] == stopped_after
+    assert f"stopped after iteration {stopped_after} of 5" in capsys.readouterr().out
+    assert not (broken / "pytorch_lora_weights.safetensors").exists()
+    assert train.train(toy, broken, resume=True, devices=1) == 0
+    assert metrics_of(broken) == metrics_of(whole)
+    assert (broken / "grids" / "000005.png").read_bytes() == (whole / "grids" / "000005.png").read_bytes()
+    for name in ("pytorch_lora_weights.safetensors", "ema/pytorch_lora_weights.safetensors"):
+        jax.tree.map(np.testing.assert_array_equal, load_file(broken / name), load_file(whole / name))
+
+
+def test_a_signal_before_the_first_iteration_leaves_something_to_go_on_with(toy, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 0)
+        assert train.train(toy, run, devices=1) == 0
+    assert checkpoint.latest(run)[0] == 0 and sorted(metrics_of(run)) == [0]
+    assert train.train(config.override(toy, iterations=1), run, resume=True, devices=1) == 0
+    assert sorted(metrics_of(run)) == [0, 1]
+
+
+def test_handlers_are_as_before_a_run(toy, tmp_path):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train.train(config.override(toy, iterations=0, **{"evaluate.every": 0}), tmp_path / "run", devices=1)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_reward_that_is_not_finite_is_named(toy, tmp_path):
+    toy = config.override(toy, reward="bright,broken:0.5", **{"evaluate.every": 0})
+    with pytest.raises(train.TrainError, match=r"iteration 1: a reward is not finite: broken = nan"):
+        train.train(toy, tmp_path / "run", devices=1)
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+def test_three_non_finite_updates_stop_the_run_and_are_saved(toy, tmp_path, monkeypatch):
+    staged = train.iteration.Staged
+
+    class Poisoned(staged):
+        def __call__(self, state, *rest):
+            new, metrics = super().__call__(state, *rest)
+            return new._replace(skipped=state.skipped + 1), metrics
+
+    monkeypatch.setattr(train.iteration, "Staged", Poisoned)
+    with pytest.raises(train.TrainError, match="iteration 3: 3 updates in a row had non-finite gradients"):
+        train.train(toy, tmp_path / "run", devices=1)
+    assert checkpoint.latest(tmp_path / "run")[0] == 3
+
+
+def test_a_failed_save_ends_the_run_and_says_what_is_intact(toy, tmp_path, monkeypatch):
+    run, replace = tmp_path / "run", checkpoint.replace
+
+    def full(file, text):
+        if file.parent.name == "4":
+            raise OSError(28, "No space left on device")
+        replace(file, text)
+
+    monkeypatch.setattr(checkpoint, "replace", full)
+    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoints/4 could not be written: No space left.*intact"):
+        train.train(toy, run, devices=1)
+    assert 4 not in checkpoint.steps(run) and checkpoint.latest(run)[0] in (2, 5)
+
+
+def test_resume_refuses_another_config_and_allows_a_longer_run(toy, tmp_path):
+    run = tmp_path / "run"
+    train.train(config.override(toy, iterations=1), run, devices=1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"learn.learning_rate is 0.03 there and 0.5 here"):
+        train.train(config.override(toy, **{"learn.learning_rate": "0.5"}), run, resume=True, devices=1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"candidates is 4 there and 8 here"):
+        train.train(config.override(toy, candidates=8), run, resume=True, devices=1)
+    with pytest.raises(config.ConfigError, match="holds a run already"):
+        train.train(toy, run, devices=1)
+    assert train.train(config.override(toy, iterations=2), run, resume=True, devices=1) == 0
+    assert sorted(metrics_of(run)) == [0, 1, 2]
+
+
+def test_bad_input_leaves_no_run_directory(toy, tmp_path):
+    for change, message in (
+        ({"prompts": "8"}, "prompts=8, but .* has 7"),
+        ({"evaluate.prompts": "9"}, "evaluate.prompts=9, but .* has 7"),
+        ({"reward": "nice"}, "unknown reward 'nice'"),
+        ({"reward": ""}, "reward is empty"),
+        ({"prompt_files": ""}, "prompt_files is empty"),
+    ):
+        with pytest.raises(config.ConfigError, match=message):
+            train.train(config.override(toy, **change), tmp_path / "run", devices=1)
+    with pytest.raises(config.ConfigError, match="4 prompts do not divide over 3 devices"):
+        train.train(toy, tmp_path / "run", devices=3)
+    with pytest.raises(config.ConfigError, match="99 devices asked for"):
+        train.train(toy, tmp_path / "run", devices=99)
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_is_fixed_and_does_not_depend_on_the_devices(toy):
+    found = []
+    for devices in (1, 4):
+        parts = assemble.assemble(toy, devices)
+        with jax.set_mesh(parts.mesh):
+            found.append(evaluate.evaluate(parts, assemble.fresh(parts).lora))
+    (one, images), (four, others) = found
+    assert one.keys() == {"eval_reward_bright", "eval_reward_dark", "eval_reward_avg"}
+    np.testing.assert_allclose(list(one.values()), list(four.values()), rtol=1e-5)
+    assert images.shape == (2, 4, 4, 3) and np.abs(images.astype(int) - others).max() <= 1
+
+
+def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.train(config.override(toy, iterations=2), run, devices=1)
+    capsys.readouterr()
+    place = run / "checkpoints" / "2"
+    assert evaluate.run_eval(toy, run, place=place, lora_file=None, devices=1) == 0
+    table = capsys.readouterr().out
+    assert "dark" in table and (run / "eval.png").is_file()
+    last = metrics_of(run)[2]
+    assert f"{last['eval_reward_bright']:.4f}" in table  # the EMA of the checkpoint, as in the run
+    assert evaluate.run_eval(toy, tmp_path / "new", place=None, lora_file=run / "ema", devices=1) == 0
+    assert capsys.readouterr().out.splitlines()[:-1] == table.splitlines()[:-1]
+
+    texts = [f"text {i}" for i in range(5)]
+    assert evaluate.run_sample(toy, run, prompts=texts, place=place, lora_file=None, devices=2) == 0
+    assert len(list((run / "samples").glob("*.png"))) == 10
+    few = tmp_path / "few"
+    evaluate.run_sample(toy, few, prompts=texts[:2], place=place, lora_file=None, devices=1)
+    assert (few / "samples" / "0001_1.png").read_bytes() == (run / "samples" / "0001_1.png").read_bytes()
+    with pytest.raises(config.ConfigError, match="needs --prompt"):
+        evaluate.run_sample(toy, run, prompts=[], place=None, lora_file=None, devices=1)
+
+    assert train.export(toy, tmp_path / "out", place=place, devices=1) == 0
+    out, mine = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "out", run))
+    jax.tree.map(np.testing.assert_array_equal, out, mine)
+
+
+def test_report_is_one_readable_file(toy, tmp_path):
+    run = tmp_path / "run"
+    train.train(toy, run, devices=1)
+    page = (run / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4 and "<script" not in page and "http" not in page
+    assert "eval_reward_dark" in page and "learn.learning_rate" in page and 'name="viewport"' in page
+
+
+def test_through_the_command_line(toy, tmp_path, capsys, monkeypatch):
+    from absl.testing import flagsaver
+
+    run = str(tmp_path / "run")
+    monkeypatch.setattr(config, "load", lambda spec, overrides: config.override(toy, **overrides))
+    for words in (["--config=toy", "--config.iterations=1"], ["--resume", "--config.iterations", "2"]):
+        with flagsaver.flagsaver():
+            assert main.main(main.parse(["solrl_jax", f"--run_dir={run}", "--devices=1", *words])) == 0
+    assert sorted(metrics_of(tmp_path / "run")) == [0, 1, 2]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["iterations"] == 2
+    for words in (["--mode=eval"], ["--mode=export", "--checkpoint=1"], ["--mode=sample", "--prompt=x"]):
+        with flagsaver.flagsaver():
+            assert main.main(main.parse(["solrl_jax", f"--run_dir={run}", "--devices=1", *words])) == 0
+    with flagsaver.flagsaver():
+        assert main.main(main.parse(["solrl_jax", f"--run_dir={run}", "--mode=eval", "--checkpoint=77"])) == 2
+    assert "there is no checkpoint" in capsys.readouterr().err

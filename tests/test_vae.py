@@ -1,0 +1,157 @@
+"""The VAE's halves against diffusers on small random weights, through files and back."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from oracle import error, randomise
+from safetensors.numpy import load_file, save_file
+
+from solrl_jax import weights
+from solrl_jax.models import vae
+
+THREE = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
+FOUR = {"block_out_channels": (8, 8, 16, 16), "norm_num_groups": 2, "layers_per_block": 1, "latent_channels": 16}
+PLAIN = {"block_out_channels": (8, 8), "norm_num_groups": 8, "layers_per_block": 2, "shift_factor": None}
+PLAIN |= {"mid_block_add_attention": False}
+
+decode, encode = jax.jit(vae.decode, static_argnums=0), jax.jit(vae.encode, static_argnums=0)
+
+
+def make_vae(folder, **config):
+    blocks = len(config["block_out_channels"])
+    config = {"scaling_factor": 0.3611, "shift_factor": 0.1159} | config
+    model = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **config,
+    )
+    randomise(model).save_pretrained(folder, max_shard_size="20KB")
+    return model
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("config", [THREE, FOUR, PLAIN], ids=["three", "four", "plain"])
+def test_decode(tmp_path, config):
+    model = make_vae(tmp_path, **config)
+    latents = np.random.default_rng(0).normal(size=(2, 4, 6, model.config.latent_channels)).astype(np.float32)
+    with torch.no_grad():
+        z = torch.tensor(latents).permute(0, 3, 1, 2) / model.config.scaling_factor + (model.config.shift_factor or 0)
+        theirs = channels_last(model.decode(z).sample)
+    module, params = vae.load_vae(tmp_path, jnp.float32)
+    factor = module.cfg.factor
+    assert factor == 2 ** (len(config["block_out_channels"]) - 1)
+    images = decode(module, params, jnp.asarray(latents))
+    assert (images.shape, images.dtype) == ((2, 4 * factor, 6 * factor, 3), jnp.float32)
+    assert theirs.abs().gt(1).any() and theirs.abs().lt(1).float().mean() > 0.5  # clipped, but not mostly
+    assert error(images, (theirs / 2 + 0.5).clamp(0, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("config", [THREE, FOUR], ids=["three", "four"])
+def test_encode(tmp_path, config):
+    model = make_vae(tmp_path, **config)
+    images = np.random.default_rng(0).uniform(size=(2, 16, 24, 3)).astype(np.float32)
+    with torch.no_grad():
+        found = model.encode(torch.tensor(images).permute(0, 3, 1, 2) * 2 - 1).latent_dist
+    scale, shift = model.config.scaling_factor, model.config.shift_factor or 0
+    module, params = vae.load_vae(tmp_path, jnp.float32, encoder=True)
+    mean, logvar = encode(module, params, jnp.asarray(images))
+    assert mean.dtype == logvar.dtype == jnp.float32
+    assert error(mean, channels_last((found.mean - shift) * scale)) < 1e-5
+    assert error(jnp.exp(logvar / 2), channels_last(found.std * scale)) < 1e-5
+
+
+def test_public_sizes():
+    """Parameter counts of models.md sections 1 and 7.1, from shapes alone."""
+    widths = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
+    cfg = vae.VaeConfig(**widths, use_quant_conv=False, use_post_quant_conv=False)
+    for half, channels, count in ((vae.Decoder, 16, 49_545_475), (vae.Encoder, 3, 34_274_208)):
+        shapes = jax.eval_shape(half(cfg).init, jax.random.key(0), jnp.zeros((1, 8, 8, channels)))
+        assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_saved_tree_is_the_public_file(tmp_path):
+    """What we write is what diffusers wrote: same keys, layouts and values; one table for both halves."""
+    make_vae(tmp_path, **THREE)
+    halves = {"encoder": vae.load_vae(tmp_path, jnp.float32, encoder=True)[1]}
+    halves["decoder"] = vae.load_vae(tmp_path, jnp.float32)[1]
+    weights.save(halves, vae.VAE_KEYS, tmp_path / "out.safetensors")
+    saved = load_file(tmp_path / "out.safetensors")
+    public = weights.Files(tmp_path, "diffusion_pytorch_model")
+    assert saved.keys() == set(public.keys())
+    assert all(np.array_equal(saved[key], public[key]) for key in saved)
+
+
+def test_old_attention_names(tmp_path):
+    make_vae(tmp_path, **THREE)
+    _, params = vae.load_vae(tmp_path, jnp.float32)
+    files = weights.Files(tmp_path, "diffusion_pytorch_model")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    renamed = {}
+    for key in files.keys():  # noqa: SIM118
+        name = key
+        for new, was in old.items():
+            name = name.replace(f".{new}.", f".{was}.")
+        renamed[name] = files[key]
+    assert "decoder.mid_block.attentions.0.proj_attn.bias" in renamed
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    save_file(renamed, tmp_path / "diffusion_pytorch_model.safetensors")
+    _, again = vae.load_vae(tmp_path, jnp.float32)
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_bfloat16_stays_near(tmp_path):
+    make_vae(tmp_path, **PLAIN)
+    latents = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
+    images = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        module, params = vae.load_vae(tmp_path, dtype)
+        images[dtype] = decode(module, params, latents)
+        assert images[dtype].dtype == jnp.float32
+    assert 0 < jnp.mean(jnp.abs(images[jnp.float32] - images[jnp.bfloat16])) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"use_quant_conv": True}, "use_quant_conv"),
+        ({"use_post_quant_conv": True}, "use_post_quant_conv"),
+        ({"norm_num_groups": 3}, "norm_num_groups 3"),
+    ],
+)
+def test_refused_configs(tmp_path, values, words):
+    make_vae(tmp_path, **PLAIN)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(weights.WeightsError, match=words):
+        vae.load_vae(tmp_path)
+    file.write_text(json.dumps({"block_out_channels": [8, 8], "norm_num_groups": 8}))  # diffusers' default is true
+    with pytest.raises(weights.WeightsError, match="use_quant_conv"):
+        vae.load_vae(tmp_path)
+
+
+def test_errors_name_the_keys(tmp_path):
+    make_vae(tmp_path, **PLAIN)
+    files = weights.Files(tmp_path, "diffusion_pytorch_model")
+    stored = {key: files[key] for key in files.keys()}  # noqa: SIM118
+    stored["decoder.conv_inn.weight"] = stored.pop("decoder.conv_in.weight")
+    stored["decoder.conv_out.weight"] = stored["decoder.conv_out.weight"][:, :4]
+    stored["encoder.whatever"] = np.zeros(1, np.float32)  # the other half is not looked at
+    for shard in tmp_path.glob("*.safetensors*"):
+        shard.unlink()
+    save_file({k: np.ascontiguousarray(v) for k, v in stored.items()}, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(weights.WeightsError) as e:
+        vae.load_vae(tmp_path)
+    assert "missing decoder.conv_in.weight" in str(e.value)
+    assert "unused decoder.conv_inn.weight" in str(e.value)
+    assert "decoder.conv_out.weight has shape (3, 3, 4, 3), not (3, 3, 8, 3)" in str(e.value)
+    assert "whatever" not in str(e.value)
