@@ -1,0 +1,62 @@
+"""The small world: all of Sol-RL on a bare 2-core machine, in minutes.
+
+    python -m solrl_jax.main --config=tiny                           sol_rl, trained on CLIPScore
+    python -m solrl_jax.main --config=tiny:naive_scaling             another family, see RECIPES
+    python -m solrl_jax.main --config=tiny --config.explore.precision=bf16
+
+A 3.7M-parameter FLUX at 32 px with its own VAE, text encoders and CLIP, all made by experiments/tiny/pretrain.py. The
+formulas are the paper's; sizes, rate and updates per rollout are this world's own, chosen so that eight CPU minutes hold
+enough updates to learn. Beside each stands the value of Sol-RL on FLUX.1-dev.
+"""
+
+from pathlib import Path
+
+from solrl_jax import config
+from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
+
+WORLD = Path(__file__).resolve().parent.parent / "experiments" / "tiny"
+REWARDS = ("clipscore", "shapes")
+RECIPES = tuple(f"{family}_{reward}" for family in config.FAMILIES for reward in REWARDS)
+
+
+def config_of(reward: str) -> Config:
+    return Config(
+        name="tiny",
+        model=Model(
+            path=str(WORLD / "pipeline"),
+            size=32,  # 512
+            text_tokens=24,  # 128
+            remat=False,  # True
+            min_dim=0,  # 1000, with which nothing here would be quantised
+            min_quantised_flops=0.9,
+        ),
+        prompt_files=str(WORLD / "prompts"),
+        reward=reward,
+        reward_paths=(f"clipscore={WORLD / 'clip'}",),
+        prompts=8,  # 48
+        candidates=32,  # 96
+        kept=8,  # 24
+        explore=Stage(steps=6, solver="dpm2", precision="nvfp4_emulated", chunk=32),
+        regenerate=Stage(steps=10, solver="dpm2", precision="bf16", chunk=8),
+        lora=Lora(rank=32, alpha=64.0),
+        learn=Learn(
+            timestep_fraction=0.4,
+            updates=2,  # 1
+            micro_batch=16,  # 12
+            learning_rate=1e-3,  # 3e-4
+        ),
+        evaluate=Evaluate(every=20, prompts=64, steps=10, rewards="shapes", grid=8, chunk=32),
+        iterations=60,
+        save_every=20,
+    )
+
+
+def config(recipe: str) -> Config:
+    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for sol_rl_clipscore."""
+    from solrl_jax.config import ConfigError, family
+
+    name, _, reward = recipe.rpartition("_") if recipe.rpartition("_")[2] in REWARDS else (recipe, "", "")
+    name, reward = name or "sol_rl", reward or "clipscore"
+    if name not in FAMILIES:
+        raise ConfigError(f"--config=tiny:{recipe}: use one of {', '.join(RECIPES)}, or a family alone")
+    return family(config_of(reward), name)
