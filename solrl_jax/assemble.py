@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from solrl_jax import checkpoint, data, iteration, lora, rewards, sharding
 from solrl_jax.config import Config, ConfigError
+from solrl_jax.quant import coverage
 from solrl_jax.rewards import Score
 from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, TrainState
 
@@ -52,6 +53,8 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
     mesh = make_mesh(devices, cfg.prompts if purpose == "train" else 0)
     prompts = _prompts(cfg, purpose) if purpose != "sample" else data.PromptSet((), (), 0, 0)
     model = model_module(cfg).make(cfg.model)
+    if purpose == "train" and low_precision(cfg):
+        coverage.check(model, cfg.model.min_quantised_flops)
     score, judged, towers = _rewards(cfg) if purpose != "sample" else (Score((), ()), Score((), ()), {})
     rewards.tokenize(judged, (*prompts.train, *prompts.test))  # a caption that a reward cannot read stops us now
     base, vae, text = model_module(cfg).load(cfg.model)
@@ -127,9 +130,14 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "solrl_jax"))
 
 
+def low_precision(cfg: Config) -> bool:
+    return any(stage.precision != "bf16" for _, stage, _ in cfg.stages())
+
+
 def notes(parts: Parts) -> list[str]:
-    """What a user should know of the prompts before a run: how many, what was dropped, what is cut."""
+    """What a user should know before a run: what is quantised; how many prompts, what was dropped, what is cut."""
     p = parts.prompts
+    low = coverage.report(coverage.uses(parts.model)) if low_precision(parts.cfg) else []
     out = [f"{len(p.train)} training prompts, {len(p.test)} test prompts"]
     if p.blank or p.repeated:
         out[0] += f" ({p.repeated} repeated and {p.blank} blank lines dropped)"
@@ -137,7 +145,7 @@ def notes(parts: Parts) -> list[str]:
         out.append(
             f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
         )
-    return out
+    return low + out
 
 
 def encode(parts: Parts, prompts: Sequence[str], score: Score) -> Prompts:

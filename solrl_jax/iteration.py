@@ -198,14 +198,13 @@ def gradients(
     hyper = state.hyper
 
     def objective(current: Params, base: Params, old: Params, cond: PyTree, points: Points, advantage: Array):
-        def velocity(variables):
-            return model.velocity(variables, points.x_t, points.t, cond)
+        def velocity(adapter: Params) -> Array:
+            return model.velocity(lora.policy(base, adapter, cfg.lora), points.x_t, points.t, cond)
 
-        v = Velocities(
-            velocity(lora.policy(base, current, cfg.lora)),
-            jax.lax.stop_gradient(velocity(lora.policy(base, old, cfg.lora))),
-            jax.lax.stop_gradient(velocity({"params": base})),
-        )
+        # Old policy and reference (an adapter of zeros) in one pass: no gradient goes through either.
+        fixed = jax.tree.map(lambda o: jnp.stack([o, jnp.zeros_like(o)]), old)
+        behind, reference = jax.lax.stop_gradient(jax.vmap(velocity)(fixed))
+        v = Velocities(velocity(current), behind, reference)
         loss, metrics = algos.nft_loss(v, points, advantage, hyper, clip=cfg.learn.advantage_clip, mode=cfg.learn.advantage_mode)
         return jnp.sum(loss), jax.tree.map(jnp.sum, {"loss": loss, **metrics})
 
@@ -247,7 +246,7 @@ def apply_gradients(
     state: TrainState, grads: Params, optimizer: optax.GradientTransformation, cfg: Config
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One clipped AdamW step and the evaluation average. A non-finite gradient leaves everything as it was and is counted."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     scale = jnp.minimum(1.0, cfg.learn.clip_norm / (norm + 1e-6))  # torch's clip_grad_norm_
     grads = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), grads)

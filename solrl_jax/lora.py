@@ -98,7 +98,10 @@ def save(file: str | Path, lora: Params, keys: Sequence[Rule], cfg: Lora) -> Non
 
 
 def load(file: str | Path, like: Params, keys: Sequence[Rule], cfg: Lora) -> Params:
-    """A set of the shape of `like` from a file in the diffusers layout; WeightsError where names or shapes differ."""
+    """A set of the shape of `like` from a file in the diffusers layout, at the scale that its metadata states (else 1).
+
+    WeightsError where names or shapes differ.
+    """
     file = Path(file)
     if file.is_dir():
         file = file / "pytorch_lora_weights.safetensors"
@@ -107,6 +110,7 @@ def load(file: str | Path, like: Params, keys: Sequence[Rule], cfg: Lora) -> Par
     try:
         with safe_open(file, "numpy") as f:
             tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - a safetensors handle is no dict
+            scale = _stated_scale(file, f.metadata() or {})
     except SafetensorError as e:
         raise WeightsError(f"{file} is not a whole safetensors file ({e})") from e
     wanted = {f"transformer.{name}.lora_{part}.weight": x.T.shape for name, part, x in _public(like, keys)}
@@ -115,7 +119,17 @@ def load(file: str | Path, like: Params, keys: Sequence[Rule], cfg: Lora) -> Par
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise WeightsError(f"{file} is a LoRA for another model, rank or target list:\n  " + "\n  ".join(problems[:8]) + more)
-    return _private(tensors, like, keys, cfg)
+    return _private(tensors, like, keys, cfg.alpha / cfg.rank / scale)
+
+
+def _stated_scale(file: Path, metadata: Mapping[str, str]) -> float:
+    """alpha / r of the `lora_adapter_metadata` that diffusers writes when it does not fold (models.md section 10)."""
+    stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    found = {key.removeprefix("transformer."): value for key, value in stated.items()}
+    odd = [name for name in ("alpha_pattern", "use_rslora", "use_dora") if found.get(name)]
+    if odd:
+        raise WeightsError(f"{file} is a LoRA with {', '.join(odd)}: give one with the same alpha / r everywhere")
+    return found["lora_alpha"] / found["r"] if {"lora_alpha", "r"} <= found.keys() else 1.0
 
 
 def _modules(tree: Params, keys: Sequence[Rule]):
@@ -137,11 +151,11 @@ def _public(tree: Params, keys: Sequence[Rule]):
             yield name, path[-1].upper(), matrix
 
 
-def _private(tensors: Mapping[str, np.ndarray], like: Params, keys: Sequence[Rule], cfg: Lora) -> PyTree:
+def _private(tensors: Mapping[str, np.ndarray], like: Params, keys: Sequence[Rule], divisor: float) -> PyTree:
     out: dict[str, Any] = {}
     for path, names, stacked in _modules(like, keys):
         part = path[-1].upper()
         layers = [tensors[f"transformer.{name}.lora_{part}.weight"].astype(np.float32).T for name in names]
         value = jnp.asarray(np.stack(layers) if stacked else layers[0])
-        _put(out, path, value / (cfg.alpha / cfg.rank) if part == "B" else value)
+        _put(out, path, value / divisor if part == "B" else value)
     return out

@@ -104,10 +104,9 @@ def _shards(folder: Path, stem: str) -> list[Path]:
         index = folder / (f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json")
         if index.is_file():
             try:
-                weight_map = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError) as e:
+                return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise WeightsError(f"{index} is not a safetensors index ({e!r}): download it again") from e
-            return sorted({folder / file for file in weight_map.values()})
         if (folder / f"{name}.safetensors").is_file():
             return [folder / f"{name}.safetensors"]
     raise WeightsError(f"{folder} holds no {stem}.safetensors (nor an index, nor a bf16 or fp16 variant of it)")
@@ -191,9 +190,12 @@ def read_json(file: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise WeightsError(f"{file} is missing: {file.parent.parent} is not a model folder in the public layout")
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as e:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
         raise WeightsError(f"{file} is not JSON ({e}): download it again") from e
+    if not isinstance(found, dict):
+        raise WeightsError(f"{file} holds a {type(found).__name__}, not an object: download it again")
+    return found
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

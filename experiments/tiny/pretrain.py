@@ -134,7 +134,10 @@ def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def write_folders(pipeline: Path, clip: Path, texts: list[str]) -> None:
+CONFIGS = {"vae": VAE, "transformer": TRANSFORMER, "text_encoder": TEXT, "text_encoder_2": T5, "clip": CLIP}
+
+
+def write_folders(pipeline: Path, clip: Path, texts: list[str], configs: dict[str, Any] = CONFIGS) -> None:
     """Everything but the weights: model_index, configs, tokenizers learnt from the captions."""
     diffusers, transformers = "diffusers", "transformers"
     parts = {
@@ -152,11 +155,11 @@ def write_folders(pipeline: Path, clip: Path, texts: list[str]) -> None:
     t5_vocabulary = tokenizers_local.write_t5_tokenizer(pipeline / "tokenizer_2", texts)
     ids = {"vocab_size": clip_vocabulary, "bos_token_id": clip_vocabulary - 2, "eos_token_id": clip_vocabulary - 1}
     write_json(pipeline / "scheduler/scheduler_config.json", SCHEDULER)
-    write_json(pipeline / "transformer/config.json", TRANSFORMER)
-    write_json(pipeline / "vae/config.json", VAE)
-    write_json(pipeline / "text_encoder/config.json", {**TEXT, **ids})
-    write_json(pipeline / "text_encoder_2/config.json", {**T5, "vocab_size": t5_vocabulary})
-    write_json(clip / "config.json", {**CLIP, "text_config": {**CLIP["text_config"], **ids}})
+    write_json(pipeline / "transformer/config.json", configs["transformer"])
+    write_json(pipeline / "vae/config.json", configs["vae"])
+    write_json(pipeline / "text_encoder/config.json", {**configs["text_encoder"], **ids})
+    write_json(pipeline / "text_encoder_2/config.json", {**configs["text_encoder_2"], "vocab_size": t5_vocabulary})
+    write_json(clip / "config.json", {**configs["clip"], "text_config": {**configs["clip"]["text_config"], **ids}})
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
@@ -236,7 +239,7 @@ def train_vae(pool, steps: int, batch: int, seed: int):
     return params, {**VAE, "scaling_factor": float(1 / jnp.std(mean)), "shift_factor": float(jnp.mean(mean))}
 
 
-def train_flow(model_cfg: config.Model, vae_params, pool, empty, steps: int, batch: int, seed: int):
+def train_flow(model_cfg: config.Model, vae_params, pool, empty, go_on: bool, **how):
     """Flow matching, E |v(x_t, t, caption) - (eps - x0)|^2; transformer and both text encoders learn together.
 
     t is logit-normal, shifted as the sampler's sigmas are; one caption in ten is empty; guidance input is 1.0.
@@ -244,9 +247,13 @@ def train_flow(model_cfg: config.Model, vae_params, pool, empty, steps: int, bat
     model = flux.make(model_cfg)
     folder = Path(model_cfg.path)
     clip, t5 = flux.text_modules(folder, jnp.bfloat16)
-    k1, k2, k3 = jax.random.split(jax.random.key(seed), 3)
+    k1, k2, k3 = jax.random.split(jax.random.key(how["seed"]), 3)
     ids = jnp.zeros((1, TOKENS), jnp.int32)
-    params = {"base": model.init(k1), "text": {"clip": clip.init(k2, ids)["params"], "t5": t5.init(k3, ids)["params"]}}
+    if go_on:
+        base, _, words = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), flux.load(model_cfg))
+    else:
+        base, words = model.init(k1), {"clip": clip.init(k2, ids)["params"], "t5": t5.init(k3, ids)["params"]}
+    params = {"base": base, "text": words}
     encoder = vae.Encoder(vae.VaeConfig.read(folder / "vae"), jnp.float32)
     first = model.sigmas(2)[1]  # sigma = e^mu / (e^mu + 1/u - 1) at u = 1/2 is e^mu / (e^mu + 1)
     shift = float(first / (1 - first))
@@ -279,7 +286,7 @@ def train_flow(model_cfg: config.Model, vae_params, pool, empty, steps: int, bat
         images = check.draw_samples(model_cfg, params["base"], vae_params["decoder"], cond, 2, stage)
         return f"exact {check.exact(images, captions)[1].mean():.3f}"
 
-    return fit(loss, params, pool, steps=steps, batch=batch, rate=2e-3, seed=seed, label="flow", watch=watch)
+    return fit(loss, params, pool, label="flow", watch=watch, **how)
 
 
 def train_clip(folder: Path, pipeline: Path, vae_params, pool, steps: int, batch: int, seed: int):
@@ -331,7 +338,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default="vae,flow,clip", help="which to train; flow and clip need the vae's files")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of steps and scenes")
-    parser.add_argument("--flow_steps", type=int, default=6_500)
+    parser.add_argument("--flow_steps", type=int, default=4_000)
+    parser.add_argument("--flow_batch", type=int, default=512)
+    parser.add_argument("--flow_rate", type=float, default=2e-3)
+    parser.add_argument("--go_on", action="store_true", help="flow: begin with the weights that are there")
     parser.add_argument("--clip_steps", type=int, default=10_000)
     args = parser.parse_args(argv)
     pipeline, clip_folder, start = args.out / "pipeline", args.out / "clip", time.time()
@@ -349,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if "vae" in stages:
         pool = {"scenes": tuple(world.sample_scenes(rng, count(200_000, 32)))}
-        vae_params, vae_config = train_vae(pool, count(12_000), 256, args.seed)
+        vae_params, vae_config = train_vae(pool, count(4_000), 256, args.seed)
         write_json(pipeline / "vae/config.json", vae_config)
         weights.save(vae_params, vae.VAE_KEYS, pipeline / "vae/diffusion_pytorch_model.safetensors", dtype=BF16)
     # Stored in bf16: the later trainings build on the values that are stored.
@@ -358,7 +368,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if "flow" in stages:
         pool = make_pool(rng, count(200_000, 32), tokenize)
-        flow = train_flow(cfg, vae_params, pool, tokenize([""]), count(args.flow_steps), 512, args.seed)
+        how = {"steps": count(args.flow_steps), "batch": args.flow_batch, "rate": args.flow_rate, "seed": args.seed}
+        flow = train_flow(cfg, vae_params, pool, tokenize([""]), args.go_on, **how)
         weights.save(flow["base"], flux.KEYS, pipeline / "transformer/diffusion_pytorch_model.safetensors", dtype=BF16)
         weights.save(flow["text"]["clip"], text.CLIP_TEXT_KEYS, pipeline / "text_encoder/model.safetensors", dtype=BF16)
         weights.save(flow["text"]["t5"], text.T5_KEYS, pipeline / "text_encoder_2/model.safetensors", dtype=BF16)

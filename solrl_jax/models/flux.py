@@ -40,25 +40,28 @@ class FluxConfig:
     guidance_embeds: bool = True
     axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
 
+    def __post_init__(self):
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope {self.axes_dims_rope} do not add up to attention_head_dim {self.attention_head_dim}"
+            )
+
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
-    @staticmethod
-    def read(folder: str | Path) -> "FluxConfig":
+    @classmethod
+    def read(cls, folder: str | Path) -> "FluxConfig":
         """From config.json; a folder of another network is refused by its class name."""
         raw = weights.read_config(folder)
         kind = raw.get("_class_name", "FluxTransformer2DModel")
         if kind != "FluxTransformer2DModel":
-            raise weights.WeightsError(f"{folder} holds a {kind}, not a FluxTransformer2DModel: use the config of that model")
+            raise weights.WeightsError(
+                f"{folder} holds a {kind}, not a FluxTransformer2DModel: use the config of that model"
+            )
         if raw.get("patch_size", 1) != 1:
             raise weights.WeightsError(f"{folder}: patch_size {raw['patch_size']} is not FLUX's 1")
-        names = {f.name for f in dataclasses.fields(FluxConfig)}
-        found = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in names and v is not None}
-        cfg = FluxConfig(**found)
-        if sum(cfg.axes_dims_rope) != cfg.attention_head_dim:
-            raise weights.WeightsError(f"{folder}: axes_dims_rope {cfg.axes_dims_rope} do not add up to attention_head_dim")
-        return cfg
+        return weights.from_config(cls, folder, {"guidance_embeds": False} | raw)  # diffusers' default, not the dev model's
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -246,9 +249,12 @@ def unpack(tokens: Float[Array, "B S C"], height: int, width: int) -> Float[Arra
 
 
 def sigmas(steps: int, tokens: int, scheduler: dict[str, Any]) -> np.ndarray:
-    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by mu, which grows with the image tokens; then 0 (models.md 9.1)."""
+    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by mu, which grows with the image tokens; then 0 (models.md 9.1).
+
+    `scheduler` is scheduler_config.json; missing fields have the defaults of FlowMatchEulerDiscreteScheduler.
+    """
     u = np.linspace(1, 1 / steps, steps)
-    if scheduler.get("use_dynamic_shifting", True):
+    if scheduler.get("use_dynamic_shifting", False):
         low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
         base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
         shift = np.exp(base + (tokens - low) * (top - base) / (high - low))

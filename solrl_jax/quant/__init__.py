@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Float8e4m3fn, UInt8
 
 from solrl_jax.quant import nvfp4
 from solrl_jax.structs import Params, QuantRule
+from solrl_jax.weights import leaves_by_path
 
 PRECISIONS = ("bf16", "nvfp4_emulated")
 
@@ -57,8 +58,6 @@ def matmul(x: Float[Array, "*batch in"], q: QTensor) -> Float[Array, "*batch out
 
 def chosen(params: Params, rule: QuantRule) -> dict[str, tuple[int, ...]]:
     """{"a/b/kernel": shape} of the Linears that the rule quantises."""
-    from solrl_jax.weights import leaves_by_path
-
     kernels = {p: tuple(x.shape) for p, x in leaves_by_path(params).items() if p.endswith("/kernel")}
     return {
         p: s

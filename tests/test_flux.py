@@ -1,0 +1,370 @@
+"""FLUX against diffusers: the transformer on small random weights, and whole pictures of the committed small world."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from oracle import error, randomise
+from safetensors.numpy import load_file, save_file
+
+from configs import tiny
+from solrl_jax import config, sampler, weights
+from solrl_jax.models import flux
+from solrl_jax.models.flux import FluxConfig, FluxTransformer
+
+SMALL = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 24}
+SMALL |= {"pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6), "num_layers": 1, "num_single_layers": 1}
+PIPELINE = tiny.WORLD / "pipeline"
+SCHEDULER = json.loads((PIPELINE / "scheduler" / "scheduler_config.json").read_text())
+PROMPTS = (tiny.WORLD / "prompts" / "test.txt").read_text().splitlines()[:3]
+
+
+class Held(weights.Files):
+    """A torch model's tensors in place of files."""
+
+    def __init__(self, model):
+        self.folder, self.tensors = Path("memory"), model.state_dict()
+
+    def keys(self):
+        return self.tensors.keys()
+
+    def __getitem__(self, key):
+        return self.tensors[key].numpy()
+
+
+def make_transformer(folder, **changes):
+    model = randomise(FluxTransformer2DModel(**SMALL | {"guidance_embeds": True} | changes))
+    model.save_pretrained(folder, max_shard_size="50KB")
+    return model
+
+
+def inputs(cfg: FluxConfig, height: int, width: int, tokens: int) -> dict[str, jax.Array]:
+    """Arguments of FluxTransformer but for the RoPE table, two samples of them."""
+    rng = np.random.default_rng(0)
+    shapes = {"x": (2, height * width, cfg.in_channels), "text": (2, tokens, cfg.joint_attention_dim)}
+    shapes["pooled"] = (2, cfg.pooled_projection_dim)
+    drawn = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return jax.tree.map(jnp.asarray, drawn | {"sigma": np.float32([0.95, 0.2]), "guidance": np.float32([1.0, 3.5])})
+
+
+def table_of(cfg: FluxConfig, height: int, width: int, tokens: int):
+    return tuple(map(jnp.asarray, flux.rope_table(cfg, height, width, tokens)))
+
+
+def shapes_of(cfg: FluxConfig):
+    """(parameters without arrays, the network) in the given size."""
+    network, given = FluxTransformer(cfg, jnp.float32), inputs(cfg, 2, 2, 3)
+    table = table_of(cfg, 2, 2, 3)
+    return jax.eval_shape(lambda: network.init(jax.random.key(0), **given, rope=table)["params"])
+
+
+def velocities(model: FluxTransformer2DModel, params, *, remat: bool = False, height=3, width=4, tokens=5):
+    """(ours, theirs) on the same inputs."""
+    cfg = FluxConfig(**{k: v for k, v in model.config.items() if k in FluxConfig.__dataclass_fields__})
+    given = inputs(cfg, height, width, tokens)
+    network, table = FluxTransformer(cfg, jnp.float32, remat), table_of(cfg, height, width, tokens)
+    ours = jax.jit(lambda params: network.apply({"params": params}, **given, rope=table))(params)
+    t = {name: torch.tensor(np.asarray(value)) for name, value in given.items()}
+    with torch.no_grad():
+        theirs = model(
+            hidden_states=t["x"],
+            encoder_hidden_states=t["text"],
+            pooled_projections=t["pooled"],
+            timestep=t["sigma"],
+            guidance=t["guidance"] if cfg.guidance_embeds else None,
+            img_ids=image_ids(height, width),
+            txt_ids=torch.zeros(tokens, 3),
+        ).sample
+    return ours, theirs
+
+
+def image_ids(height, width):
+    return FluxPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32)
+
+
+# --- the transformer ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "guidance", "remat"),
+    [((1, 1), True, False), ((2, 3), True, True), ((3, 1), False, False)],
+)
+def test_transformer_from_shards(tmp_path, layers, guidance, remat):
+    model = make_transformer(
+        tmp_path, num_layers=layers[0], num_single_layers=layers[1], guidance_embeds=guidance, in_channels=24
+    )
+    assert (tmp_path / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    cfg = FluxConfig.read(tmp_path)
+    assert (cfg.width, cfg.num_layers, cfg.num_single_layers, cfg.guidance_embeds) == (48, *layers, guidance)
+    files = weights.Files(tmp_path, "diffusion_pytorch_model")
+    params = weights.load(files, shapes_of(cfg), flux.KEYS)
+    assert params["transformer_blocks"]["attn"]["to_q"]["kernel"].shape == (layers[0], 48, 48)
+    assert error(*velocities(model, params, remat=remat)) < 3e-5  # 1e-5 seen, most of it from sin(1000 sigma f)
+    weights.save(params, flux.KEYS, tmp_path / "out.safetensors")  # what we write is what diffusers wrote
+    saved = load_file(tmp_path / "out.safetensors")
+    assert saved.keys() == set(files.keys())
+    assert all(np.array_equal(saved[key], files[key]) for key in saved)
+
+
+@pytest.mark.slow
+def test_true_width():
+    """One double and one single block of FLUX.1-dev's own width: 0.5 B parameters."""
+    model = randomise(FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True))
+    cfg = FluxConfig(num_layers=1, num_single_layers=1)
+    assert cfg.width == 3072
+    params = weights.load(Held(model), shapes_of(cfg), flux.KEYS)
+    assert error(*velocities(model, params, height=4, width=4, tokens=8)) < 3e-5
+
+
+def test_bfloat16_stays_near(tmp_path):
+    model = make_transformer(tmp_path, num_layers=2, num_single_layers=2)
+    cfg = FluxConfig.read(tmp_path)
+    params = weights.load(Held(model), shapes_of(cfg), flux.KEYS, dtype=jnp.bfloat16)
+    given, table = inputs(cfg, 3, 4, 5), table_of(cfg, 3, 4, 5)
+    network = FluxTransformer(cfg, jnp.bfloat16)
+    out = jax.jit(lambda params: network.apply({"params": params}, **given, rope=table))(params)
+    assert out.dtype == jnp.bfloat16
+    assert 1e-4 < error(out, velocities(model, jax.tree.map(np.float32, params))[1]) < 0.05
+
+
+def test_public_keys_and_sizes():
+    """FLUX.1-dev: the 1160 tensors of models.md section 2, by the names and shapes that diffusers has."""
+    with torch.device("meta"):
+        public = FluxTransformer2DModel(guidance_embeds=True).state_dict()
+    spec = shapes_of(FluxConfig())
+    assert sum(leaf.size for leaf in jax.tree.leaves(spec)) == 11_901_408_320
+    found = {}
+    for leaf in weights.needed(spec, flux.KEYS):
+        shape = leaf.shape[1:] if leaf.stacked else leaf.shape
+        found |= dict.fromkeys(leaf.keys, shape[::-1] if leaf.layout == "linear" else shape)
+    assert len(found) == 1160
+    assert found == {key: tuple(value.shape) for key, value in public.items()}
+
+
+# --- latents, positions, times --------------------------------------------------------------------------------------
+
+
+def test_packing():
+    x = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
+    public = FluxPipeline._pack_latents(torch.tensor(x).permute(0, 3, 1, 2), 2, 3, 4, 6)
+    ours = flux.pack(jnp.asarray(x))
+    np.testing.assert_array_equal(ours, public)
+    # token 1 is the patch at row 0, column 2; its channels are (c, dy, dx) with dx fastest
+    np.testing.assert_array_equal(
+        ours[0, 1, :5], [x[0, 0, 2, 0], x[0, 0, 3, 0], x[0, 1, 2, 0], x[0, 1, 3, 0], x[0, 0, 2, 1]]
+    )
+    np.testing.assert_array_equal(flux.unpack(ours, 4, 6), x)
+    back = FluxPipeline._unpack_latents(public, 4 * 8, 6 * 8, 8)
+    np.testing.assert_array_equal(flux.unpack(jnp.asarray(public.numpy()), 4, 6), back.permute(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize(("height", "width", "tokens"), [(32, 32, 128), (2, 5, 3)])
+def test_rope_table(height, width, tokens):
+    cos, sin = flux.rope_table(FluxConfig(), height, width, tokens)
+    assert cos.shape == sin.shape == (tokens + height * width, 64) and cos.dtype == np.float32
+    ids = torch.cat([torch.zeros(tokens, 3), image_ids(height, width)])
+    public_cos, public_sin = FluxPosEmbed(10000, (16, 56, 56))(ids)
+    np.testing.assert_allclose(np.repeat(cos, 2, axis=1), public_cos, atol=1e-7)
+    np.testing.assert_allclose(np.repeat(sin, 2, axis=1), public_sin, atol=1e-7)
+    assert (cos[:tokens] == 1).all() and (sin[:tokens] == 0).all()  # text is not rotated
+    row, column = 1, width - 1
+    at = tokens + row * width + column
+    np.testing.assert_allclose(sin[at, [0, 8, 36]], [0, np.sin(row), np.sin(column)], atol=1e-7)
+
+
+LITERAL = {  # models.md section 9.1
+    (6, 1024): [1, 0.903735578, 0.789704800, 0.652489424, 0.484218419, 0.273003310, 0],
+    (10, 1024): [1, 0.944129348, 0.882497251, 0.814164102, 0.737974048, 0.652489424]
+    + [0.555899024, 0.445888311, 0.319451332, 0.172612414, 0],
+    (6, 4096): [1, 0.940444171, 0.86332047, 0.759510934, 0.612267315, 0.387119174, 0],
+}
+
+
+@pytest.mark.parametrize("steps", [6, 10, 28])
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_sigmas(steps, tokens):
+    ours = flux.sigmas(steps, tokens, SCHEDULER)
+    scheduler = FlowMatchEulerDiscreteScheduler(**{k: v for k, v in SCHEDULER.items() if k[0] != "_"})
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=calculate_shift(tokens))
+    assert (ours.dtype, ours.shape) == (np.float64, (steps + 1,))
+    np.testing.assert_allclose(ours, scheduler.sigmas, rtol=1e-6, atol=0)
+    if (steps, tokens) in LITERAL:
+        np.testing.assert_allclose(ours, LITERAL[steps, tokens], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"shift": 3.0},
+        {"use_dynamic_shifting": False, "shift": 3.0},
+        {"use_dynamic_shifting": True, "max_shift": 0.9},
+    ],
+)
+def test_sigmas_of_other_schedulers(values):
+    """Missing fields have diffusers' own defaults, in which nothing depends on the size."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**values)
+    found = scheduler.config
+    names = "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6), mu=calculate_shift(1024, *(found[n] for n in names)))
+    np.testing.assert_allclose(flux.sigmas(6, 1024, values), scheduler.sigmas, rtol=1e-6, atol=0)
+
+
+# --- the committed small world --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    found = FluxPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+    found.set_progress_bar_config(disable=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # on a busy machine torch's threads wait on each other for seconds
+    yield found
+    torch.set_num_threads(threads)
+
+
+def model_config(path=PIPELINE, **changes):
+    return config.Model(
+        **{"path": str(path), "size": 32, "text_tokens": 24, "dtype": "float32", "remat": False} | changes
+    )
+
+
+def test_pictures(pipe):
+    """The same prompts and noise give diffusers' pictures, by way of our files, tokenizers, encoders, sampler and VAE."""
+    cfg = model_config()
+    model, (base, decoder, encoders) = flux.make(cfg), flux.load(cfg)
+    cond = jax.jit(model.encode)(encoders, model.tokenize(PROMPTS))
+    with torch.no_grad():
+        states, pooled, _ = pipe.encode_prompt(PROMPTS, None, max_sequence_length=24)
+    assert error(cond["text"], states) < 1e-5
+    assert error(cond["pooled"], pooled) < 1e-5
+
+    x1 = jax.vmap(model.noise)(jax.random.split(jax.random.key(3), len(PROMPTS)))
+    assert x1.shape == (3, 8, 8, 8)
+    noise = FluxPipeline._pack_latents(torch.tensor(np.asarray(x1)).permute(0, 3, 1, 2), 3, 8, 8, 8)
+    how = {"height": 32, "width": 32, "num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 24}
+    theirs = pipe(PROMPTS, latents=noise, output_type="np", **how).images
+
+    @jax.jit
+    def draw(base, decoder, cond, x1):
+        velocity = lambda x, sigma: model.velocity({"params": base}, x, sigma, cond)  # noqa: E731
+        return model.decode(decoder, sampler.sample(velocity, x1, model.sigmas(10), "euler"))
+
+    ours = np.asarray(draw(base, decoder, cond, x1))
+    assert ours.shape == theirs.shape == (3, 32, 32, 3)
+    assert theirs.std() > 0.05  # drawings, not one colour
+    assert np.abs(ours - theirs).max() < 1e-4
+    bits = [(x * 255).round().astype(int) for x in (ours, theirs)]
+    assert np.abs(bits[0] - bits[1]).max() <= 1
+
+
+def test_small_world_is_made_and_loaded_in_its_dtype():
+    cfg = model_config(dtype="bfloat16")
+    model, (base, decoder, encoders) = flux.make(cfg), flux.load(cfg)
+    assert flux.make(model_config(dtype="bfloat16")) is model  # the same static argument
+    assert {x.dtype for x in jax.tree.leaves((base, encoders))} == {np.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(decoder)} == {np.dtype(np.float32)}
+    spec = jax.eval_shape(model.init, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, spec)
+    ids = model.tokenize(["a red circle", "a red circle " * 30])
+    assert {name: x.shape for name, x in ids.items()} == {"clip": (2, 24), "t5": (2, 24)}
+    np.testing.assert_allclose(model.sigmas(10), flux.sigmas(10, 16, SCHEDULER), rtol=0)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return Path(shutil.copytree(PIPELINE, tmp_path / "pipeline"))
+
+
+def rewrite(file: Path, **values):
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "words"),
+    [
+        (
+            "transformer",
+            {"_class_name": "SD3Transformer2DModel"},
+            "a SD3Transformer2DModel, not a FluxTransformer2DModel",
+        ),
+        ("transformer", {"patch_size": 2}, "patch_size 2"),
+        ("transformer", {"axes_dims_rope": [4, 14, 12]}, "axes_dims_rope .* attention_head_dim 32"),
+        ("transformer", {"in_channels": 64}, "takes 64 channels, the VAE gives 4 x 8"),
+        ("vae", {"latent_channels": 16}, "takes 32 channels, the VAE gives 4 x 16"),
+        ("vae", {"use_quant_conv": True}, "use_quant_conv"),
+        ("text_encoder_2", {"feed_forward_proj": "relu"}, "gated-gelu"),
+    ],
+)
+def test_refused_folders(copy, part, values, words):
+    rewrite(copy / part / "config.json", **values)
+    with pytest.raises(weights.WeightsError, match=words) as e:
+        flux.make(model_config(copy))
+    assert str(copy) in str(e.value)
+
+
+def test_size_that_does_not_divide():
+    with pytest.raises(config.ConfigError, match="model.size=36: use a multiple of 8 pixels"):
+        flux.make(model_config(size=36))
+
+
+def test_missing_folders(copy):
+    with pytest.raises(weights.WeightsError, match=r"nowhere/transformer/config.json is missing"):
+        flux.make(model_config("nowhere"))
+    (copy / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(weights.WeightsError, match=r"scheduler_config.json is missing"):
+        flux.make(model_config(copy))
+
+
+def test_errors_name_the_keys(copy):
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    stored = load_file(file)
+    stored["single_transformer_blocks.3.attn.to_qq.bias"] = stored.pop("single_transformer_blocks.3.attn.to_q.bias")
+    stored["transformer_blocks.1.ff.net.2.weight"] = stored["transformer_blocks.1.ff.net.2.weight"][:, :639].copy()
+    save_file(stored, file)
+    with pytest.raises(weights.WeightsError) as e:
+        flux.load(model_config(copy))
+    lines = [line.strip() for line in str(e.value).splitlines()]
+    assert "missing single_transformer_blocks.3.attn.to_q.bias" in lines
+    assert "unused single_transformer_blocks.3.attn.to_qq.bias" in lines
+    assert "transformer_blocks.1.ff.net.2.weight has shape (639, 160), not (640, 160)" in lines  # [in, out], as here
+    assert len(lines) == 4 and str(copy / "transformer") in lines[0]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_config_of_another_depth(copy, layers):
+    rewrite(copy / "transformer" / "config.json", num_layers=layers)
+    words = "unused transformer_blocks.1." if layers == 1 else "missing transformer_blocks.2."
+    with pytest.raises(weights.WeightsError, match=words):
+        flux.load(model_config(copy))
+
+
+def test_truncated_file(copy):
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(
+        weights.WeightsError, match="diffusion_pytorch_model.safetensors is not a whole safetensors file"
+    ):
+        flux.load(model_config(copy))
+
+
+def test_index_names_a_missing_shard(copy):
+    folder = copy / "transformer"
+    FluxTransformer2DModel.from_pretrained(folder).save_pretrained(folder, max_shard_size="6MB")
+    shards = sorted(folder.glob("*-of-*.safetensors"))
+    assert len(shards) > 1
+    flux.load(model_config(copy))
+    shards[1].unlink()
+    with pytest.raises(weights.WeightsError, match=f"{shards[1].name} is named by the index but is not there"):
+        flux.load(model_config(copy))

@@ -1,0 +1,253 @@
+"""iteration_step whole: golden numbers, staged = whole, one device = four, a sample is its key, families, faults."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solrl_jax import assemble, config, iteration, quant, sharding
+from solrl_jax.quant import coverage
+from solrl_jax.selection import take
+from tests import nano
+
+STATICS = ("model", "score", "optimizer", "cfg")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("nano")
+
+
+@functools.cache
+def parts_of(cfg: config.Config, devices: int = 1):
+    return assemble.assemble(cfg, devices)
+
+
+@functools.cache
+def whole(statics):
+    return jax.jit(functools.partial(iteration.iteration_step, **dict(zip(STATICS, statics, strict=True))))
+
+
+def statics_of(parts):
+    return parts.model, parts.score, parts.optimizer, parts.cfg
+
+
+def run_whole(parts, iterations: int = 1, state=None):
+    with jax.set_mesh(parts.mesh):
+        state = state or assemble.fresh(parts)
+        prompts = assemble.encode(parts, nano.PROMPTS[: parts.cfg.prompts], parts.score)
+        for _ in range(iterations):
+            state, metrics = whole(statics_of(parts))(state, parts.frozen, prompts)
+    return state, metrics
+
+
+def numbers(tree):
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+
+
+def test_golden_iteration(folder):
+    """Two iterations in f32. Recorded from this test; a change of any stage shows here."""
+    state, metrics = run_whole(parts_of(nano.build(folder)), 2)
+    assert int(state.iteration) == 2 and int(state.updates) == 4 and int(state.skipped) == 0
+    found = {name: float(metrics[name]) for name in GOLDEN}
+    assert found == pytest.approx(GOLDEN, rel=2e-3, abs=1e-7)
+
+
+GOLDEN: dict[str, float] = {}
+
+
+def test_staged_equals_whole(folder):
+    parts = parts_of(nano.build(folder))
+    with jax.set_mesh(parts.mesh):
+        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
+        staged = iteration.Staged(**dict(zip(STATICS, statics_of(parts), strict=True)))
+        times, seen = {}, []
+        state, metrics = staged(assemble.fresh(parts), parts.frozen, prompts, times, lambda *at: seen.append(at))
+    expect, expect_metrics = run_whole(parts)
+    np.testing.assert_allclose(numbers(state.lora), numbers(expect.lora), rtol=1e-5, atol=1e-7)
+    assert {k: float(v) for k, v in metrics.items()} == pytest.approx({k: float(v) for k, v in expect_metrics.items()}, rel=1e-4, abs=1e-6)
+    assert set(times) == {"quantise", "explore", "select", "regenerate", "learn"} and all(t > 0 for t in times.values())
+    assert [s for n, s in seen if n == "explore"] == [0.25, 0.5, 0.75, 1.0]
+
+
+@pytest.fixture(scope="module")
+def four(folder):
+    cfg = nano.build(folder)
+    return parts_of(cfg, 1), parts_of(cfg, 4)
+
+
+def stages_on(parts):
+    """Preview, samples and the updated state, with the stages jitted under the mesh of `parts`."""
+    run = iteration.Stages(*statics_of(parts))
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
+        keys = iteration.sample_keys(state, 4, 8)
+        kernels = jax.jit(run.merged)(state, parts.frozen)
+        low = jax.jit(run.quantised)(kernels, parts.frozen)
+        preview = jax.jit(run.explore)(kernels, low, parts.frozen, prompts, keys)
+        chosen = jax.jit(run.select_keys)(state, preview)
+        samples = jax.jit(run.regenerate)(kernels, low, parts.frozen, prompts, chosen.keys)
+        return preview, chosen, samples, functools.partial(jax.jit(run.learn), state, parts.frozen, prompts.cond), prompts
+
+
+def test_four_devices_equal_one(four):
+    """Rewards to 1e-5, the same kept samples, the same update to 1e-5."""
+    one, many = (stages_on(p) for p in four)
+    np.testing.assert_allclose(one[0].reward, many[0].reward, atol=1e-5)
+    np.testing.assert_allclose(one[0].x0, many[0].x0, atol=1e-4)
+    reward = np.sort(np.asarray(one[0].reward), axis=-1)
+    gaps = np.abs(reward[:, 6] - reward[:, 5]), np.abs(reward[:, 2] - reward[:, 1])  # around the cuts of K/2 = 2
+    assert min(g.min() for g in gaps) > 1e-4  # else equality of the kept would be luck
+    np.testing.assert_array_equal(jax.random.key_data(one[1].keys), jax.random.key_data(many[1].keys))
+    with jax.set_mesh(four[0].mesh):
+        a = one[3](one[2])[0]
+    with jax.set_mesh(four[1].mesh):
+        b = many[3](many[2])[0]
+    np.testing.assert_allclose(numbers(a.lora), numbers(b.lora), rtol=1e-4, atol=1e-5)
+    assert np.abs(numbers(a.lora) - numbers(assemble_lora(four[0]))).max() > 1e-3
+
+
+def assemble_lora(parts):
+    with jax.set_mesh(parts.mesh):
+        return assemble.fresh(parts).lora
+
+
+@pytest.mark.parametrize(("devices", "trips"), [(1, 4), (4, 1)])
+def test_each_device_does_its_share(folder, devices, trips):
+    """The scan over prompts has P / devices trips on each device: a scanned axis is never the sharded one."""
+    parts = parts_of(nano.build(folder), devices)
+    run = iteration.Stages(*statics_of(parts))
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
+        keys = iteration.sample_keys(state, 4, 8)
+        text = str(jax.make_jaxpr(run.explore)(run.merged(state, parts.frozen), None, parts.frozen, prompts, keys))
+    lengths = [int(n) for n in re.findall(r"\blength=(\d+)", text)]
+    assert sorted(lengths, reverse=True).count(trips) >= 1 and "shard_map" in text
+    outer = int(re.search(r"shard_map.*?\blength=(\d+)", text[text.index("shard_map") :], re.S).group(1))
+    assert np.prod([outer]) <= 4 and trips in lengths and (devices == 1) == (4 in lengths)
+
+
+def test_a_device_count_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"6 prompts do not divide over 4 devices: use a multiple of 4"):
+        sharding.check_divides(sharding.make_mesh(4), 6)
+
+
+def test_a_sample_is_its_key(folder):
+    """Any subset of the keys, in any order, gives the same samples; and permuted prompts give permuted outputs."""
+    parts = parts_of(nano.build(folder))
+    run = iteration.Stages(*statics_of(parts))
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
+        keys = iteration.sample_keys(state, 4, 8)
+        kernels = run.merged(state, parts.frozen)
+        roll = jax.jit(lambda prompts, keys: run.regenerate(kernels, None, parts.frozen, prompts, keys))
+        everything = roll(prompts, keys)
+        index = jnp.array([[3, 1, 7, 0], [0, 1, 2, 3], [7, 6, 5, 4], [2, 4, 6, 0]])
+        some = roll(prompts, take(keys, index))
+        order = jnp.array([2, 0, 3, 1])
+        turned = roll(jax.tree.map(lambda x: x[order], prompts), keys[order])
+    np.testing.assert_allclose(some.x0, take(everything.x0, index), atol=2e-6)
+    np.testing.assert_allclose(some.reward, take(everything.reward, index), atol=1e-6)
+    np.testing.assert_allclose(turned.reward, everything.reward[order], atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["naive_scaling", "naive_quant", "diffusionnft"])
+def test_families(folder, family):
+    """One stage; naive_quant trains on low-precision samples; diffusionnft keeps all it makes."""
+    cfg = config.family(nano.build(folder), family)
+    assert cfg.explore is None and cfg.regenerate.precision == ("nvfp4_emulated" if family == "naive_quant" else "bf16")
+    assert cfg.candidates == (4 if family == "diffusionnft" else 8)
+    state, metrics = run_whole(parts_of(cfg))
+    assert int(state.updates) == 2 and np.isfinite(float(metrics["loss"])) and "rank/spearman" not in metrics
+
+
+def test_low_precision_is_really_there(folder):
+    """The explorer's optimised program rounds to nearest even; the bf16 one does not. And its samples differ a little."""
+    parts = parts_of(nano.build(folder))
+    run = iteration.Stages(*statics_of(parts))
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
+        keys = iteration.sample_keys(state, 4, 8)
+        kernels = run.merged(state, parts.frozen)
+        low = run.quantised(kernels, parts.frozen)
+        compiled = jax.jit(run.explore).lower(kernels, low, parts.frozen, prompts, keys).compile().as_text()
+        plain = jax.jit(run.regenerate).lower(kernels, None, parts.frozen, prompts, keys).compile().as_text()
+        exact = iteration.rollout({"params": parts.frozen.base}, parts.frozen, prompts, keys, model=parts.model, score=parts.score, stage=parts.cfg.explore)
+        rough = jax.jit(run.explore)(kernels, low, parts.frozen, prompts, keys)
+    assert "round-nearest-even" in compiled and "round-nearest-even" not in plain
+    assert all(x.dtype in (jnp.uint8, jnp.float8_e4m3fn, jnp.float32) for x in jax.tree.leaves(low))
+    error = np.linalg.norm(rough.x0 - exact.x0) / np.linalg.norm(exact.x0)
+    assert 0.01 < error < 0.5
+
+
+def test_coverage_of_nano_and_of_flux_dev(folder):
+    """At FLUX.1-dev's sizes: 495 of 504 Linears, 99.44 % of all weights, 99.97 % of Linear FLOPs (models.md section 5)."""
+    nano_uses = coverage.check(parts_of(nano.build(folder)).model, 0.9)
+    assert coverage.share(nano_uses, "flops", blocks=True) == 1.0
+    with pytest.raises(config.ConfigError, match=r"covers 0.0% of the blocks' FLOPs.*lower model.min_dim=1000"):
+        coverage.check(parts_of(nano.build(folder)).model._replace(quant_rule=quant.QuantRule((), 1000)), 0.9)
+
+
+def test_a_bad_gradient_changes_nothing_and_is_counted(folder):
+    parts = parts_of(nano.build(folder))
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+        step = jax.jit(lambda s, g: iteration.apply_gradients(s, g, parts.optimizer, parts.cfg))
+        bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.lora)
+        after, norm = step(*step(state, bad)[:1], bad)
+        good, _ = step(after, jax.tree.map(jnp.ones_like, state.lora))
+    assert not np.isfinite(norm) and int(after.skipped) == 2 and int(after.updates) == 0
+    for name in ("lora", "ema", "moments", "old"):
+        np.testing.assert_array_equal(numbers(getattr(after, name)), numbers(getattr(state, name)))
+    assert int(good.skipped) == 0 and int(good.updates) == 1 and np.any(numbers(good.lora) != numbers(state.lora))
+
+
+def test_clipping_and_rate(folder):
+    """The first AdamW step moves every weight by the rate, whatever the clipped norm; the norm is reported unclipped."""
+    parts = parts_of(nano.build(folder))
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+        grads = jax.tree.map(lambda x: 100.0 * jnp.ones_like(x), state.lora)
+        after, norm = iteration.apply_gradients(state, grads, parts.optimizer, parts.cfg)
+    size = len(numbers(state.lora))
+    assert float(norm) == pytest.approx(100 * size**0.5, rel=1e-5)
+    decayed = numbers(state.lora) * (1 - 1e-2 * 1e-4)
+    np.testing.assert_allclose(decayed - numbers(after.lora), 1e-2, rtol=1e-3)
+    np.testing.assert_allclose(numbers(after.ema), numbers(state.lora) + 9 / 11 * (numbers(after.lora) - numbers(state.lora)), atol=1e-6)
+
+
+def test_updates_take_disjoint_parts_of_every_prompt():
+    keys = jax.random.split(jax.random.key(0), (3, 8))
+    index = np.asarray(iteration.shuffled(keys, 0, 4))
+    assert index.shape == (4, 3, 2)
+    for prompt in range(3):
+        assert sorted(index[:, prompt].ravel().tolist()) == list(range(8))
+    assert not np.array_equal(index, iteration.shuffled(keys, 1, 4))
+
+
+def test_many_runs_as_one_program(folder):
+    """A leading axis over the state trains several settings at once: the same as one by one."""
+    parts = parts_of(nano.build(folder))
+    step = functools.partial(iteration.iteration_step, **dict(zip(STATICS, statics_of(parts), strict=True)))
+    with jax.set_mesh(parts.mesh):
+        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
+        state = assemble.fresh(parts)
+        fast = state._replace(hyper=state.hyper._replace(learning_rate=jnp.float32(5e-2)), key=jax.random.key(9))
+        both = jax.tree.map(lambda a, b: jnp.stack([a, b]), state, fast)
+        together, _ = jax.jit(jax.vmap(step, in_axes=(0, None, None)))(both, parts.frozen, prompts)
+        alone, _ = whole(statics_of(parts))(fast, parts.frozen, prompts)
+    np.testing.assert_allclose(numbers(jax.tree.map(lambda x: x[1], together.lora)), numbers(alone.lora), rtol=1e-3, atol=2e-4)
+
+
+def test_a_micro_batch_that_no_device_can_fill_is_refused(folder):
+    cfg = dataclasses.replace(nano.build(folder), learn=config.Learn(timestep_fraction=0.7, micro_batch=16))
+    with pytest.raises(config.ConfigError, match="micro_batch=16"):
+        parts_of(cfg, 4)
