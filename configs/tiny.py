@@ -11,15 +11,15 @@ enough updates to learn. Beside each stands the value of Sol-RL on FLUX.1-dev.
 
 from pathlib import Path
 
-from solrl_jax import config
-from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
+from solrl_jax.config import FAMILIES, Config, ConfigError, Evaluate, Learn, Lora, Model, Stage, family
 
 WORLD = Path(__file__).resolve().parent.parent / "experiments" / "tiny"
 REWARDS = ("clipscore", "shapes")
-RECIPES = tuple(f"{family}_{reward}" for family in config.FAMILIES for reward in REWARDS)
+RECIPES = tuple(f"{name}_{reward}" for name in FAMILIES for reward in REWARDS)
 
 
-def config_of(reward: str) -> Config:
+def base(reward: str) -> Config:
+    """sol_rl on `reward`."""
     return Config(
         name="tiny",
         model=Model(
@@ -53,10 +53,9 @@ def config_of(reward: str) -> Config:
 
 def config(recipe: str) -> Config:
     """`recipe` is FAMILY, FAMILY_REWARD, or nothing for sol_rl_clipscore."""
-    from solrl_jax.config import ConfigError, family
-
-    name, _, reward = recipe.rpartition("_") if recipe.rpartition("_")[2] in REWARDS else (recipe, "", "")
-    name, reward = name or "sol_rl", reward or "clipscore"
+    name, _, reward = recipe.rpartition("_")
+    if reward not in REWARDS:
+        name, reward = recipe or "sol_rl", "clipscore"
     if name not in FAMILIES:
         raise ConfigError(f"--config=tiny:{recipe}: use one of {', '.join(RECIPES)}, or a family alone")
-    return family(config_of(reward), name)
+    return family(base(reward), name)

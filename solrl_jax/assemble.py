@@ -51,6 +51,8 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
     """
     use_compilation_cache()
     mesh = make_mesh(devices, cfg.prompts if purpose == "train" else 0)
+    if purpose == "train":
+        iteration.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // mesh.size)
     prompts = _prompts(cfg, purpose) if purpose != "sample" else data.PromptSet((), (), 0, 0)
     model = model_module(cfg).make(cfg.model)
     if purpose == "train" and low_precision(cfg):

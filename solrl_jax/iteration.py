@@ -22,7 +22,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from solrl_jax import algos, lora, quant, sampler, sharding
-from solrl_jax.config import Config, Stage
+from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.rewards import Score, score_images
 from solrl_jax.selection import select, spearman, take
 from solrl_jax.structs import (
@@ -179,6 +179,17 @@ def shuffled(keys: Key[Array, "P K"], epoch: int, updates: int) -> Array:
     return index.reshape((keys.shape[0], updates, -1)).swapaxes(0, 1)
 
 
+def samples_at_a_time(cfg: Config, held: int) -> int:
+    """Samples whose points are made together, of the `held` that one device has in an update; ConfigError if uneven."""
+    group = max(1, cfg.learn.micro_batch // cfg.times)
+    if held % group:
+        raise ConfigError(
+            f"learn.micro_batch={cfg.learn.micro_batch} takes {group} samples at a time, but a device holds {held} in "
+            f"an update: set it to {cfg.times} times a divisor of {held}, or use fewer devices"
+        )
+    return group
+
+
 def gradients(
     state: TrainState,
     old: Params,
@@ -193,7 +204,6 @@ def gradients(
 ) -> tuple[Params, Metrics]:
     """Gradient and metrics of the mean loss over all (sample, time) points, `micro_batch` points a forward pass."""
     times, micro = cfg.times, cfg.learn.micro_batch
-    group = max(1, micro // times)  # samples whose points are made together
     sigmas = jnp.asarray(model.sigmas(cfg.regenerate.steps)[:-1], F32)
     hyper = state.hyper
 
@@ -210,11 +220,7 @@ def gradients(
 
     def on_device(current, base, old, cond, keys, x0, advantage):
         count = keys.size
-        if count % group:
-            raise ValueError(
-                f"learn.micro_batch={micro} takes {group} samples at a time, but each device holds {count}: "
-                f"set it to {times} times a divisor of {count}, or use fewer devices"
-            )
+        group = samples_at_a_time(cfg, count)
         owner = jnp.repeat(jnp.arange(keys.shape[0]), keys.shape[1])
         flat = (owner, keys.reshape(-1), x0.reshape((count, *x0.shape[2:])), advantage.reshape(-1))
         groups = jax.tree.map(lambda x: x.reshape((count // group, group, *x.shape[1:])), flat)

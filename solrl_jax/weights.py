@@ -169,7 +169,7 @@ def save(
         value = np.asarray(by_path[leaf.path])
         value = value if dtype is None else value.astype(dtype)
         for i, key in enumerate(leaf.keys):
-            tensors[key] = _theirs(value[i] if leaf.stacked else value, leaf.layout)
+            tensors[key] = _theirs(value[i, ...] if leaf.stacked else value, leaf.layout)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
 

@@ -60,30 +60,29 @@ def table_of(cfg: FluxConfig, height: int, width: int, tokens: int):
 
 
 def shapes_of(cfg: FluxConfig):
-    """(parameters without arrays, the network) in the given size."""
+    """The parameters without their arrays."""
     network, given = FluxTransformer(cfg, jnp.float32), inputs(cfg, 2, 2, 3)
     table = table_of(cfg, 2, 2, 3)
     return jax.eval_shape(lambda: network.init(jax.random.key(0), **given, rope=table)["params"])
 
 
-def velocities(model: FluxTransformer2DModel, params, *, remat: bool = False, height=3, width=4, tokens=5):
-    """(ours, theirs) on the same inputs."""
-    cfg = FluxConfig(**{k: v for k, v in model.config.items() if k in FluxConfig.__dataclass_fields__})
-    given = inputs(cfg, height, width, tokens)
-    network, table = FluxTransformer(cfg, jnp.float32, remat), table_of(cfg, height, width, tokens)
-    ours = jax.jit(lambda params: network.apply({"params": params}, **given, rope=table))(params)
+def ours(params, given, height: int, width: int, *, cfg: FluxConfig, dtype=jnp.float32, remat: bool = False):
+    network, table = FluxTransformer(cfg, dtype, remat), table_of(cfg, height, width, given["text"].shape[1])
+    return jax.jit(lambda params: network.apply({"params": params}, **given, rope=table))(params)
+
+
+def theirs(model: FluxTransformer2DModel, given, height: int, width: int):
     t = {name: torch.tensor(np.asarray(value)) for name, value in given.items()}
     with torch.no_grad():
-        theirs = model(
+        return model(
             hidden_states=t["x"],
             encoder_hidden_states=t["text"],
             pooled_projections=t["pooled"],
             timestep=t["sigma"],
-            guidance=t["guidance"] if cfg.guidance_embeds else None,
+            guidance=t["guidance"] if model.config.guidance_embeds else None,
             img_ids=image_ids(height, width),
-            txt_ids=torch.zeros(tokens, 3),
+            txt_ids=torch.zeros(t["text"].shape[1], 3),
         ).sample
-    return ours, theirs
 
 
 def image_ids(height, width):
@@ -107,7 +106,9 @@ def test_transformer_from_shards(tmp_path, layers, guidance, remat):
     files = weights.Files(tmp_path, "diffusion_pytorch_model")
     params = weights.load(files, shapes_of(cfg), flux.KEYS)
     assert params["transformer_blocks"]["attn"]["to_q"]["kernel"].shape == (layers[0], 48, 48)
-    assert error(*velocities(model, params, remat=remat)) < 3e-5  # 1e-5 seen, most of it from sin(1000 sigma f)
+    given = inputs(cfg, 3, 4, 5)
+    found = ours(params, given, 3, 4, cfg=cfg, remat=remat)
+    assert error(found, theirs(model, given, 3, 4)) < 3e-5  # 1e-5 seen, most of it from sin(1000 sigma f)
     weights.save(params, flux.KEYS, tmp_path / "out.safetensors")  # what we write is what diffusers wrote
     saved = load_file(tmp_path / "out.safetensors")
     assert saved.keys() == set(files.keys())
@@ -121,18 +122,28 @@ def test_true_width():
     cfg = FluxConfig(num_layers=1, num_single_layers=1)
     assert cfg.width == 3072
     params = weights.load(Held(model), shapes_of(cfg), flux.KEYS)
-    assert error(*velocities(model, params, height=4, width=4, tokens=8)) < 3e-5
+    given = inputs(cfg, 4, 4, 8)
+    assert error(ours(params, given, 4, 4, cfg=cfg), theirs(model, given, 4, 4)) < 3e-5
 
 
 def test_bfloat16_stays_near(tmp_path):
     model = make_transformer(tmp_path, num_layers=2, num_single_layers=2)
     cfg = FluxConfig.read(tmp_path)
     params = weights.load(Held(model), shapes_of(cfg), flux.KEYS, dtype=jnp.bfloat16)
-    given, table = inputs(cfg, 3, 4, 5), table_of(cfg, 3, 4, 5)
-    network = FluxTransformer(cfg, jnp.bfloat16)
-    out = jax.jit(lambda params: network.apply({"params": params}, **given, rope=table))(params)
-    assert out.dtype == jnp.bfloat16
-    assert 1e-4 < error(out, velocities(model, jax.tree.map(np.float32, params))[1]) < 0.05
+    given = inputs(cfg, 3, 4, 5)
+    found = ours(params, given, 3, 4, cfg=cfg, dtype=jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    assert 1e-4 < error(found, theirs(model, given, 3, 4)) < 0.05
+
+
+def test_missing_config_fields(tmp_path):
+    """As in diffusers: old FLUX.1-dev files lack axes_dims_rope; without guidance_embeds there is no embedding."""
+    (tmp_path / "config.json").write_text('{"num_layers": 3, "out_channels": null, "axes_dims_rope": null}')
+    found = FluxConfig.read(tmp_path)
+    assert found == FluxConfig(num_layers=3, guidance_embeds=False)
+    with torch.device("meta"):
+        public = FluxTransformer2DModel(num_layers=3).config
+    assert {k: tuple(v) if k[:4] == "axes" else v for k, v in public.items() if hasattr(found, k)} == vars(found)
 
 
 def test_public_keys_and_sizes():
@@ -182,8 +193,10 @@ def test_rope_table(height, width, tokens):
 
 LITERAL = {  # models.md section 9.1
     (6, 1024): [1, 0.903735578, 0.789704800, 0.652489424, 0.484218419, 0.273003310, 0],
-    (10, 1024): [1, 0.944129348, 0.882497251, 0.814164102, 0.737974048, 0.652489424]
-    + [0.555899024, 0.445888311, 0.319451332, 0.172612414, 0],
+    (10, 1024): [
+        *(1, 0.944129348, 0.882497251, 0.814164102, 0.737974048, 0.652489424),
+        *(0.555899024, 0.445888311, 0.319451332, 0.172612414, 0),
+    ],
     (6, 4096): [1, 0.940444171, 0.86332047, 0.759510934, 0.612267315, 0.387119174, 0],
 }
 
@@ -238,7 +251,7 @@ def model_config(path=PIPELINE, **changes):
 
 
 def test_pictures(pipe):
-    """The same prompts and noise give diffusers' pictures, by way of our files, tokenizers, encoders, sampler and VAE."""
+    """The same prompts and noise give diffusers' pictures, through our files, tokenizers, encoders, sampler and VAE."""
     cfg = model_config()
     model, (base, decoder, encoders) = flux.make(cfg), flux.load(cfg)
     cond = jax.jit(model.encode)(encoders, model.tokenize(PROMPTS))
@@ -251,18 +264,18 @@ def test_pictures(pipe):
     assert x1.shape == (3, 8, 8, 8)
     noise = FluxPipeline._pack_latents(torch.tensor(np.asarray(x1)).permute(0, 3, 1, 2), 3, 8, 8, 8)
     how = {"height": 32, "width": 32, "num_inference_steps": 10, "guidance_scale": 1.0, "max_sequence_length": 24}
-    theirs = pipe(PROMPTS, latents=noise, output_type="np", **how).images
+    public = pipe(PROMPTS, latents=noise, output_type="np", **how).images
 
     @jax.jit
     def draw(base, decoder, cond, x1):
         velocity = lambda x, sigma: model.velocity({"params": base}, x, sigma, cond)  # noqa: E731
         return model.decode(decoder, sampler.sample(velocity, x1, model.sigmas(10), "euler"))
 
-    ours = np.asarray(draw(base, decoder, cond, x1))
-    assert ours.shape == theirs.shape == (3, 32, 32, 3)
-    assert theirs.std() > 0.05  # drawings, not one colour
-    assert np.abs(ours - theirs).max() < 1e-4
-    bits = [(x * 255).round().astype(int) for x in (ours, theirs)]
+    found = np.asarray(draw(base, decoder, cond, x1))
+    assert found.shape == public.shape == (3, 32, 32, 3)
+    assert public.std() > 0.05  # drawings, not one colour
+    assert np.abs(found - public).max() < 1e-4
+    bits = [(x * 255).round().astype(int) for x in (found, public)]
     assert np.abs(bits[0] - bits[1]).max() <= 1
 
 
@@ -315,7 +328,7 @@ def test_refused_folders(copy, part, values, words):
 
 
 def test_size_that_does_not_divide():
-    with pytest.raises(config.ConfigError, match="model.size=36: use a multiple of 8 pixels"):
+    with pytest.raises(config.ConfigError, match=r"model.size=36: use a multiple of 8 pixels"):
         flux.make(model_config(size=36))
 
 
@@ -354,7 +367,7 @@ def test_truncated_file(copy):
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(
-        weights.WeightsError, match="diffusion_pytorch_model.safetensors is not a whole safetensors file"
+        weights.WeightsError, match=r"diffusion_pytorch_model.safetensors is not a whole safetensors file"
     ):
         flux.load(model_config(copy))
 

@@ -38,7 +38,7 @@ def small():
     cfg = flux.FluxConfig(**SMALL)
     network, given = flux.FluxTransformer(cfg, jnp.float32), inputs(cfg)
     spec, rng = jax.eval_shape(network.init, jax.random.key(0), *given)["params"], np.random.default_rng(0)
-    base = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, x.shape[-2] ** -0.5, x.shape), jnp.float32), spec)
+    base = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.15, x.shape), jnp.float32), spec)
     fresh = lora.init(jax.random.key(2), base, flux.LORA_TARGETS, CFG)
     velocity = jax.jit(lambda variables: network.apply(variables, *given))
     return SimpleNamespace(base=base, velocity=velocity, fresh=fresh, drawn=drawn(fresh, 0.1))
