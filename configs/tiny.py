@@ -5,8 +5,8 @@
     python -m solrl_jax.main --config=tiny --config.explore.precision=bf16
 
 A 3.7M-parameter FLUX at 32 px with its own VAE, text encoders and CLIP, all made by experiments/tiny/pretrain.py. The
-formulas are the paper's; sizes, rate and updates per rollout are this world's own, chosen so that eight CPU minutes hold
-enough updates to learn. Beside each stands the value of Sol-RL on FLUX.1-dev.
+formulas are the paper's; sizes, rate and updates per rollout are this world's own, chosen so that eight CPU minutes
+hold enough updates to learn. Beside each stands the value of Sol-RL on FLUX.1-dev.
 """
 
 from pathlib import Path
@@ -33,20 +33,20 @@ def base(reward: str) -> Config:
         prompt_files=str(WORLD / "prompts"),
         reward=reward,
         reward_paths=(f"clipscore={WORLD / 'clip'}",),
-        prompts=8,  # 48
-        candidates=32,  # 96
+        prompts=16,  # 48
+        candidates=24,  # 96
         kept=8,  # 24
-        explore=Stage(steps=6, solver="dpm2", precision="nvfp4_emulated", chunk=32),
+        explore=Stage(steps=6, solver="dpm2", precision="nvfp4_emulated", chunk=24),
         regenerate=Stage(steps=10, solver="dpm2", precision="bf16", chunk=8),
         lora=Lora(rank=32, alpha=64.0),
         learn=Learn(
             timestep_fraction=0.4,
-            updates=2,  # 1
-            micro_batch=16,  # 12
+            updates=4,  # 1
+            micro_batch=32,  # 12
             learning_rate=1e-3,  # 3e-4
         ),
-        evaluate=Evaluate(every=20, prompts=64, steps=10, rewards="shapes", grid=8, chunk=32),
-        iterations=60,
+        evaluate=Evaluate(every=20, prompts=128, images=2, steps=10, rewards="shapes", grid=8, chunk=32),  # steps 28
+        iterations=40,
         save_every=20,
     )
 

@@ -1,8 +1,12 @@
-"""results/*.json: what was measured, by which command, on what, with which versions, and tables made from it."""
+"""results/*.json: what was measured, by which command, on what, with which versions, and tables made from it.
+
+python -m experiments.results experiments/tiny/README.md        # its tables anew from their files
+"""
 
 import datetime
 import json
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -25,7 +29,9 @@ def record(file: str | Path, figures: dict[str, Any], **more: Any) -> None:
     device = jax.devices()[0]
     facts = {
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
-        "device": f"{len(jax.devices())} x {device.device_kind}" if device.platform != "cpu" else f"cpu {platform.machine()}",
+        "device": f"{len(jax.devices())} x {device.device_kind}"
+        if device.platform != "cpu"
+        else f"cpu {platform.machine()}",
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}},
         "commit": head.stdout.strip() or "unknown",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -44,6 +50,22 @@ def table(file: str | Path, unit_digits: int = 3) -> str:
     data = json.loads(Path(file).read_text())
     rows = ["| figure | value | unit | n |", "|---|---|---|---|"]
     for name, f in data["figures"].items():
-        spread = "" if f["spread"] is None else f" ({f['spread']})"
+        spread = f" ± {f['spread']:.3f}" if isinstance(f["spread"], float) else f" {f['spread'] or ''}".rstrip()
         rows.append(f"| {name} | {f['value']:.{unit_digits}f}{spread} | {f['unit']} | {f['n']} |")
     return "\n".join(rows)
+
+
+def fill(readme: str | Path) -> None:
+    """Write the tables between "<!-- table:FILE -->" and "<!-- end -->" of a README anew from their files."""
+    readme = Path(readme)
+
+    def made(match: re.Match) -> str:
+        return f"{match[1]}\n{table(readme.parent / match[2])}\n<!-- end -->"
+
+    text = re.sub(r"(<!-- table:(\S+) -->).*?<!-- end -->", made, readme.read_text(), flags=re.S)
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        fill(name)

@@ -47,7 +47,7 @@ F32 = jnp.float32
 
 
 def make_optimizer(cfg: Config) -> optax.GradientTransformation:
-    """AdamW's direction as in torch (decoupled decay, eps outside the root); the rate is applied in `apply_gradients`."""
+    """AdamW's direction as in torch (decoupled decay, eps outside the root); `apply_gradients` applies the rate."""
     return optax.chain(optax.scale_by_adam(0.9, 0.999, 1e-8), optax.add_decayed_weights(cfg.learn.weight_decay))
 
 
@@ -58,7 +58,12 @@ def init_state(
     key_lora, key = jax.random.split(key)
     adapter = lora.init(key_lora, frozen.base, cfg.lora.targets or model.lora_targets, cfg.lora)
     learn = cfg.learn
-    hyper = Hyper(*(jnp.asarray(x, F32) for x in (learn.learning_rate, learn.kl_weight, learn.strength, learn.old_ramp, learn.old_max)))
+    hyper = Hyper(
+        *(
+            jnp.asarray(x, F32)
+            for x in (learn.learning_rate, learn.kl_weight, learn.strength, learn.old_ramp, learn.old_max)
+        )
+    )
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, zero, key, adapter, adapter, adapter, optimizer.init(adapter), hyper)
 
@@ -88,7 +93,14 @@ def policy_variables(kernels: dict[str, Array], low: Params | None, frozen: Froz
 
 
 def rollout(
-    variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "P N"], *, model: Model, score: Score, stage: Stage
+    variables: Variables,
+    frozen: Frozen,
+    prompts: Prompts,
+    keys: Key[Array, "P N"],
+    *,
+    model: Model,
+    score: Score,
+    stage: Stage,
 ) -> Rollout:
     """Integrate, decode and score P x N samples, `stage.chunk` at a time, each device its own prompts."""
     sigmas = model.sigmas(stage.steps)
@@ -173,9 +185,11 @@ def learn(
 
 
 def shuffled(keys: Key[Array, "P K"], epoch: int, updates: int) -> Array:
-    """[updates, P, K / updates]: each prompt's samples in an order of its own; sorted where one update takes them all."""
+    """[updates, P, K / updates]: each prompt's samples in an order of its own; sorted if one update takes them all."""
     order = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1 + epoch))))(keys)
-    index = jnp.argsort(order, axis=-1) if updates > 1 else jnp.broadcast_to(jnp.arange(keys.shape[1])[None], keys.shape)
+    index = (
+        jnp.argsort(order, axis=-1) if updates > 1 else jnp.broadcast_to(jnp.arange(keys.shape[1])[None], keys.shape)
+    )
     return index.reshape((keys.shape[0], updates, -1)).swapaxes(0, 1)
 
 
@@ -215,7 +229,9 @@ def gradients(
         fixed = jax.tree.map(lambda o: jnp.stack([o, jnp.zeros_like(o)]), old)
         behind, reference = jax.lax.stop_gradient(jax.vmap(velocity)(fixed))
         v = Velocities(velocity(current), behind, reference)
-        loss, metrics = algos.nft_loss(v, points, advantage, hyper, clip=cfg.learn.advantage_clip, mode=cfg.learn.advantage_mode)
+        loss, metrics = algos.nft_loss(
+            v, points, advantage, hyper, clip=cfg.learn.advantage_clip, mode=cfg.learn.advantage_mode
+        )
         return jnp.sum(loss), jax.tree.map(jnp.sum, {"loss": loss, **metrics})
 
     def on_device(current, base, old, cond, keys, x0, advantage):
@@ -228,18 +244,27 @@ def gradients(
         def one_group(total, item):
             owner, keys, x0, advantage = item
             points = jax.vmap(lambda k, x: algos.nft_points(k, x, sigmas, times))(keys, x0)
-            flat = (jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), points), jnp.repeat(owner, times), jnp.repeat(advantage, times))
+            flat = (
+                jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), points),
+                jnp.repeat(owner, times),
+                jnp.repeat(advantage, times),
+            )
             micros = jax.tree.map(lambda x: x.reshape((-1, min(micro, group * times), *x.shape[1:])), flat)
 
             def one_micro(total, item):
                 points, owner, advantage = item
                 own = jax.tree.map(lambda c: c[owner], cond)
-                (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(current, base, old, own, points, advantage)
+                (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(
+                    current, base, old, own, points, advantage
+                )
                 return jax.tree.map(jnp.add, total, (grads, metrics)), None
 
             return jax.lax.scan(one_micro, total, micros)
 
-        zero = jax.tree.map(jnp.zeros_like, current), dict.fromkeys(("loss", "policy_loss", "kl_div", "old_deviate"), jnp.zeros(()))
+        zero = (
+            jax.tree.map(jnp.zeros_like, current),
+            dict.fromkeys(("loss", "policy_loss", "kl_div", "old_deviate"), jnp.zeros(())),
+        )
         total, _ = jax.lax.scan(one_group, zero, groups)
         return jax.lax.psum(total, sharding.DATA)
 
@@ -251,7 +276,7 @@ def gradients(
 def apply_gradients(
     state: TrainState, grads: Params, optimizer: optax.GradientTransformation, cfg: Config
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One clipped AdamW step and the evaluation average. A non-finite gradient leaves everything as it was and is counted."""
+    """One clipped AdamW step and the evaluation average. A non-finite gradient changes nothing and is counted."""
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     scale = jnp.minimum(1.0, cfg.learn.clip_norm / (norm + 1e-6))  # torch's clip_grad_norm_
@@ -282,7 +307,10 @@ def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:
     }
     out |= {f"reward/{name}": jnp.mean(part) for name, part in samples.parts.items()}
     if preview is not None:
-        out |= {"explore/reward_mean": jnp.mean(preview.reward), "explore/reward_std_mean": jnp.mean(jnp.std(preview.reward, axis=-1))}
+        out |= {
+            "explore/reward_mean": jnp.mean(preview.reward),
+            "explore/reward_std_mean": jnp.mean(jnp.std(preview.reward, axis=-1)),
+        }
     return out
 
 
@@ -318,7 +346,7 @@ def iteration_step(
 
 
 class Stages(NamedTuple):
-    """The stages of an iteration as functions of arrays, bound to the statics; `Staged` jits each, `iteration_step` none."""
+    """An iteration's stages as functions of arrays, bound to the statics; `Staged` jits each, `iteration_step` none."""
 
     model: Model
     score: Score
@@ -381,7 +409,7 @@ class Staged:
         times: dict[str, float],
         between: Callable[[str, float], None] = lambda stage, share: None,
     ) -> tuple[TrainState, Metrics]:
-        """One iteration. `times` receives seconds per stage; `between(stage, share done)` is called between host calls."""
+        """One iteration. `times` receives seconds per stage; `between(stage, share done)` runs between host calls."""
         keys = self.keys(state)
         with _clock(times, "quantise"):
             kernels = self.jit["merged"](state, frozen)

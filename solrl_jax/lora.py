@@ -22,9 +22,13 @@ from solrl_jax.weights import Rule, WeightsError, leaves_by_path, needed
 
 def adapted(base: Params, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """{module path: kernel shape} of the Linears whose dotted path is a target or ends in "." + target."""
-    kernels = {p.removesuffix("/kernel"): tuple(x.shape) for p, x in leaves_by_path(base).items() if p.endswith("/kernel")}
+    kernels = {
+        p.removesuffix("/kernel"): tuple(x.shape) for p, x in leaves_by_path(base).items() if p.endswith("/kernel")
+    }
     found = {
-        p: s for p, s in kernels.items() if any(("." + p.replace("/", ".")).endswith("." + t) for t in targets) and len(s) < 4
+        p: s
+        for p, s in kernels.items()
+        if any(("." + p.replace("/", ".")).endswith("." + t) for t in targets) and len(s) < 4
     }
     idle = [t for t in targets if not any(("." + p.replace("/", ".")).endswith("." + t) for p in found)]
     if idle:
@@ -56,7 +60,9 @@ def _put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 def scaled(lora: Params, cfg: Lora) -> Params:
     """The set as the network takes it: alpha / R folded into B."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: x * (cfg.alpha / cfg.rank) if path[-1].key == "b" else x, lora)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x * (cfg.alpha / cfg.rank) if path[-1].key == "b" else x, lora
+    )
 
 
 def policy(base: Params, lora: Params, cfg: Lora) -> Variables:
@@ -87,8 +93,8 @@ def graft(base: Params, kernels: Mapping[str, jax.Array]) -> Params:
 
 
 def save(file: str | Path, lora: Params, keys: Sequence[Rule], cfg: Lora) -> None:
-    """One safetensors file that `pipe.load_lora_weights` takes at scale 1: alpha / R is folded into lora_B, because older
-    readers ignore alpha (models.md section 10). The metadata tells how it was made."""
+    """One safetensors file that `pipe.load_lora_weights` takes at scale 1: alpha / R is folded into lora_B, because
+    older readers ignore alpha (models.md section 10). The metadata tells how it was made."""
     tensors = {}
     for name, part, x in _public(scaled(lora, cfg), keys):
         tensors[f"transformer.{name}.lora_{part}.weight"] = np.ascontiguousarray(x.T)
@@ -114,11 +120,17 @@ def load(file: str | Path, like: Params, keys: Sequence[Rule], cfg: Lora) -> Par
     except SafetensorError as e:
         raise WeightsError(f"{file} is not a whole safetensors file ({e})") from e
     wanted = {f"transformer.{name}.lora_{part}.weight": x.T.shape for name, part, x in _public(like, keys)}
-    problems = [f"missing {k}" for k in wanted if k not in tensors] + [f"unused {k}" for k in tensors if k not in wanted]
-    problems += [f"{k} has shape {v.shape}, not {wanted[k]}" for k, v in tensors.items() if k in wanted and v.shape != wanted[k]]
+    problems = [f"missing {k}" for k in wanted if k not in tensors] + [
+        f"unused {k}" for k in tensors if k not in wanted
+    ]
+    problems += [
+        f"{k} has shape {v.shape}, not {wanted[k]}" for k, v in tensors.items() if k in wanted and v.shape != wanted[k]
+    ]
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise WeightsError(f"{file} is a LoRA for another model, rank or target list:\n  " + "\n  ".join(problems[:8]) + more)
+        raise WeightsError(
+            f"{file} is a LoRA for another model, rank or target list:\n  " + "\n  ".join(problems[:8]) + more
+        )
     return _private(tensors, like, keys, cfg.alpha / cfg.rank / scale)
 
 

@@ -49,7 +49,7 @@ def table(sigmas: np.ndarray, solver: str) -> Table:
 def sample(
     velocity: Callable[[Array, Array], Array], x1: Float[Array, "B h w c"], sigmas: np.ndarray, solver: str
 ) -> Float[Array, "B h w c"]:
-    """Integrate from noise x1 (sigma 1) to the sample x0 (sigma 0); the state stays f32 whatever the network computes in.
+    """Integrate from noise x1 (sigma 1) to the sample x0 (sigma 0); the state stays f32 whatever the network's dtype.
 
     velocity(x, sigma [B]) -> v like x.
     """

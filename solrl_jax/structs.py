@@ -24,7 +24,8 @@ Keys = Key[Array, "*batch"]
 class Model(NamedTuple):
     """A text-to-image flow model as pure functions; made by `models.<name>.make`. Hashable, a static argument.
 
-    tokenize(prompts) -> int32 arrays [G, ...] on the host; encode(text_params, tokens) -> conditioning, leaves [G, ...];
+    tokenize(prompts) -> int32 arrays [G, ...] on the host;
+    encode(text_params, tokens) -> conditioning, leaves [G, ...];
     noise(key) -> one sample's x_1, f32 [h, w, c]; sigmas(steps) -> f64 [steps + 1], falling from 1 to 0;
     velocity(variables, x, sigma, cond) -> f32 like x, for x f32 [B, h, w, c], sigma f32 [B] and cond leaves [B, ...];
     decode(vae_params, latents) -> images f32 [B, H, W, 3] in [0, 1]; init(key) -> a fresh base.
@@ -51,8 +52,10 @@ class QuantRule(NamedTuple):
 
 
 class Reward(NamedTuple):
-    """tokenize(prompts) -> arrays [G, ...] on the host; score(params, images f32 [B, H, W, 3], tokens [G, ...]) -> f32 [B].
+    """A judge of images: the functions `tokenize` and `score`.
 
+    tokenize(prompts) -> arrays [G, ...] on the host;
+    score(params, images f32 [B, H, W, 3], tokens [G, ...]) -> f32 [B].
     B is a multiple of G and image i belongs to prompt i // (B // G), so that a prompt is encoded once per group.
     """
 
@@ -62,7 +65,7 @@ class Reward(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """What P prompts become before the step: conditioning (leaves [P, ...]) and each reward's tokens (leaves [P, ...])."""
+    """What P prompts become before the step: conditioning and each reward's tokens, all with leaves [P, ...]."""
 
     cond: PyTree
     tokens: Mapping[str, PyTree]

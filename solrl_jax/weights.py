@@ -25,7 +25,7 @@ class WeightsError(ValueError):
 
 
 class Rule(NamedTuple):
-    """`path` (a regex over "a/b/kernel") -> checkpoint `key` (its replacement; "{layer}" is the stacked leading axis)."""
+    """`path` (a regex over "a/b/kernel") -> checkpoint `key` (its replacement; "{layer}": the stacked leading axis)."""
 
     path: str
     key: str
@@ -51,7 +51,7 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
 
 
 def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
-    """What `tree` (arrays or ShapeDtypeStructs) asks of a checkpoint. A path without a rule is a defect of the table."""
+    """What `tree` (arrays or ShapeDtypeStructs) asks of a checkpoint. A path without a rule is the table's defect."""
     found = []
     for path, leaf in leaves_by_path(tree).items():
         for rule in rules:
@@ -123,8 +123,8 @@ def load(
 ) -> PyTree:
     """Read the tree of `spec` (from eval_shape) out of `files`; leaves are numpy arrays of `dtype` (None: as stored).
 
-    `aliases` are (regex, replacement) pairs that turn other spellings of keys into the table's; `droppable` are regexes of
-    keys that may be left over. Missing, unused and wrongly shaped keys are all listed in one WeightsError.
+    `aliases` are (regex, replacement) pairs that turn other spellings of keys into the table's; `droppable` are regexes
+    of keys that may be left over. Missing, unused and wrongly shaped keys are all listed in one WeightsError.
     """
     names: dict[str, str] = {}
     for key in files.keys():  # noqa: SIM118
@@ -142,7 +142,11 @@ def load(
             continue
         arrays = [_ours(files[names[key]], leaf.layout) for key in leaf.keys]
         shape = leaf.shape[1:] if leaf.stacked else leaf.shape
-        bad = [f"{key} has shape {a.shape}, not {shape}" for key, a in zip(leaf.keys, arrays, strict=True) if a.shape != shape]
+        bad = [
+            f"{key} has shape {a.shape}, not {shape}"
+            for key, a in zip(leaf.keys, arrays, strict=True)
+            if a.shape != shape
+        ]
         if bad:
             problems += bad
             continue
@@ -206,7 +210,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None):
     """Dataclass `cls` from `values`, by default the folder's config.json.
 
-    Its own fields only, lists as tuples; missing and null ones keep the default. What the class refuses is a WeightsError.
+    Its own fields only, lists as tuples; missing and null ones keep the default. What the class refuses is a
+    WeightsError.
     """
     names = {field.name for field in dataclasses.fields(cls)}
     found = read_config(folder) if values is None else values

@@ -1,4 +1,4 @@
-"""Tests run on 4 fake CPU devices, with shapes and dtypes of public signatures checked and silent broadcasting refused."""
+"""Tests run on 4 fake CPU devices; shapes and dtypes of public signatures are checked, silent broadcasting refused."""
 
 import os
 
@@ -6,10 +6,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jax
 from jaxtyping import install_import_hook
 
 install_import_hook("solrl_jax", "beartype.beartype")
-
-import jax
-
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -103,7 +103,9 @@ def test_advantage_modes():
 def test_points_are_distinct_rollout_times():
     sigmas = jnp.linspace(1, 0.1, 10)
     points = algos.nft_points(jax.random.key(3), jnp.ones((4, 4, 2)), sigmas, 6)
-    assert len(set(np.asarray(points.t).tolist())) == 6 and set(np.asarray(points.t).tolist()) <= set(np.asarray(sigmas).tolist())
+    assert len(set(np.asarray(points.t).tolist())) == 6 and set(np.asarray(points.t).tolist()) <= set(
+        np.asarray(sigmas).tolist()
+    )
     eps = (points.x_t - (1 - points.t[:, None, None, None]) * points.x0) / points.t[:, None, None, None]
     assert abs(float(jnp.std(eps)) - 1) < 0.15 and points.x_t.shape == (6, 4, 4, 2)
     other = algos.nft_points(jax.random.key(4), jnp.ones((4, 4, 2)), sigmas, 6)

@@ -113,7 +113,13 @@ def stages_on(parts):
         preview = jax.jit(run.explore)(kernels, low, parts.frozen, prompts, keys)
         chosen = jax.jit(run.select_keys)(state, preview)
         samples = jax.jit(run.regenerate)(kernels, low, parts.frozen, prompts, chosen.keys)
-        return preview, chosen, samples, functools.partial(jax.jit(run.learn), state, parts.frozen, prompts.cond), prompts
+        return (
+            preview,
+            chosen,
+            samples,
+            functools.partial(jax.jit(run.learn), state, parts.frozen, prompts.cond),
+            prompts,
+        )
 
 
 def test_four_devices_equal_one(four):
@@ -188,7 +194,7 @@ def test_families(folder, family):
 
 
 def test_low_precision_is_really_there(folder):
-    """The explorer's optimised program rounds to nearest even; the bf16 one does not. And its samples differ a little."""
+    """The explorer's optimised program rounds to nearest even, the bf16 one does not; its samples differ a little."""
     parts = parts_of(nano.build(folder))
     run = iteration.Stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
@@ -201,7 +207,15 @@ def test_low_precision_is_really_there(folder):
         compiled = jax.jit(run.explore).lower(kernels, low, parts.frozen, prompts, keys).compile().as_text()
         plain = jax.jit(run.regenerate).lower(kernels, None, parts.frozen, prompts, keys).compile().as_text()
         jax.config.update("jax_disable_most_optimizations", True)
-        exact = iteration.rollout({"params": parts.frozen.base}, parts.frozen, prompts, keys, model=parts.model, score=parts.score, stage=parts.cfg.explore)
+        exact = iteration.rollout(
+            {"params": parts.frozen.base},
+            parts.frozen,
+            prompts,
+            keys,
+            model=parts.model,
+            score=parts.score,
+            stage=parts.cfg.explore,
+        )
         rough = jax.jit(run.explore)(kernels, low, parts.frozen, prompts, keys)
     assert "round-nearest-even" in compiled and "round-nearest-even" not in plain
     assert all(x.dtype in (jnp.uint8, jnp.float8_e4m3fn, jnp.float32) for x in jax.tree.leaves(low))
@@ -210,7 +224,7 @@ def test_low_precision_is_really_there(folder):
 
 
 def test_coverage_of_nano_and_of_flux_dev(folder):
-    """At FLUX.1-dev's sizes: 495 of 504 Linears, 99.44 % of all weights, 99.97 % of Linear FLOPs (models.md section 5)."""
+    """At FLUX.1-dev's sizes: 495 of 504 Linears, 99.44 % of weights, 99.97 % of Linear FLOPs (models.md section 5)."""
     nano_uses = coverage.check(parts_of(nano.build(folder)).model, 0.9)
     assert coverage.share(nano_uses, "flops", blocks=True) == 1.0
     with pytest.raises(config.ConfigError, match=r"covers 0.0% of the blocks' FLOPs.*lower model.min_dim=1000"):
@@ -232,7 +246,7 @@ def test_a_bad_gradient_changes_nothing_and_is_counted(folder):
 
 
 def test_clipping_and_rate(folder):
-    """The first AdamW step moves every weight by the rate, whatever the clipped norm; the norm is reported unclipped."""
+    """AdamW's first step moves every weight by the rate, whatever the clipped norm; the norm is reported unclipped."""
     parts = parts_of(nano.build(folder))
     with jax.set_mesh(parts.mesh):
         state = assemble.fresh(parts)
@@ -242,7 +256,9 @@ def test_clipping_and_rate(folder):
     assert float(norm) == pytest.approx(100 * size**0.5, rel=1e-5)
     decayed = numbers(state.lora) * (1 - 1e-3 * 1e-4)
     np.testing.assert_allclose(decayed - numbers(after.lora), 1e-3, rtol=1e-3)
-    np.testing.assert_allclose(numbers(after.ema), numbers(state.lora) + 9 / 11 * (numbers(after.lora) - numbers(state.lora)), atol=1e-6)
+    np.testing.assert_allclose(
+        numbers(after.ema), numbers(state.lora) + 9 / 11 * (numbers(after.lora) - numbers(state.lora)), atol=1e-6
+    )
 
 
 def test_updates_take_disjoint_parts_of_every_prompt():
@@ -265,10 +281,14 @@ def test_many_runs_as_one_program(folder):
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), state, fast)
         together, _ = jax.jit(jax.vmap(step, in_axes=(0, None, None)))(both, parts.frozen, prompts)
         alone, _ = whole(statics_of(parts))(fast, parts.frozen, prompts)
-    np.testing.assert_allclose(numbers(jax.tree.map(lambda x: x[1], together.lora)), numbers(alone.lora), rtol=1e-3, atol=2e-4)
+    np.testing.assert_allclose(
+        numbers(jax.tree.map(lambda x: x[1], together.lora)), numbers(alone.lora), rtol=1e-3, atol=2e-4
+    )
 
 
 def test_a_micro_batch_that_no_device_can_fill_is_refused(folder):
     cfg = dataclasses.replace(nano.build(folder), learn=config.Learn(timestep_fraction=0.7, micro_batch=16))
-    with pytest.raises(config.ConfigError, match="learn.micro_batch=16 takes 8 samples at a time, but a device holds 4"):
+    with pytest.raises(
+        config.ConfigError, match=r"learn\.micro_batch=16 takes 8 samples at a time, but a device holds 4"
+    ):
         parts_of(cfg, 4)

@@ -68,15 +68,16 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(command, words, message):
 
 def test_rewards_are_checked_by_name_and_weight(command, monkeypatch):
     monkeypatch.setattr("solrl_jax.assemble.model_module", lambda cfg: types.SimpleNamespace(make=str))
+    words = ("--config=small", "--config.explore.precision=bf16")  # no coverage to check of the stand-in for a model
     for mixture, message in (
         ("shape", "unknown reward 'shape' in 'shape': use one of "),
         ("shapes:1,shapes:2", "reward 'shapes' is twice"),
         ("shapes:much", "weight 'much' of reward 'shapes': give a finite number"),
         ("", "reward is empty: name what to train on"),
     ):
-        code, _, err = command("--config=small", f"--config.reward={mixture}")
+        code, _, err = command(*words, f"--config.reward={mixture}")
         assert code == 2 and message in err
-    code, _, err = command("--config=small", "--config.reward_paths=clip")
+    code, _, err = command(*words, "--config.reward_paths=clip")
     assert code == 2 and "reward_paths='clip': give name=folder" in err
 
 

@@ -45,9 +45,13 @@ def test_tie_tables():
 def test_rounding_equals_ml_dtypes_on_every_bf16():
     x = np.arange(1 << 16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
     x = x[np.isfinite(x)]
-    np.testing.assert_array_equal(nvfp4.round_e2m1(jnp.asarray(x)), x.astype(ml_dtypes.float4_e2m1fn).astype(np.float32))
+    np.testing.assert_array_equal(
+        nvfp4.round_e2m1(jnp.asarray(x)), x.astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    )
     positive = np.minimum(x[x >= 0], 448)
-    np.testing.assert_array_equal(nvfp4.round_e4m3(jnp.asarray(positive)), positive.astype(ml_dtypes.float8_e4m3fn).astype(np.float32))
+    np.testing.assert_array_equal(
+        nvfp4.round_e4m3(jnp.asarray(positive)), positive.astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    )
 
 
 def test_pack_is_its_own_inverse():
@@ -111,7 +115,10 @@ def test_rule_takes_what_it_should():
         "blocks": {"ff": {"kernel": jnp.ones((3, 32, 64))}, "norm": {"scale": jnp.ones((3, 32))}},
         "proj": {"kernel": jnp.ones((32, 16))},
     }
-    assert quant.chosen(params, QuantRule(("x_embedder",), 0)) == {"blocks/ff/kernel": (3, 32, 64), "proj/kernel": (32, 16)}
+    assert quant.chosen(params, QuantRule(("x_embedder",), 0)) == {
+        "blocks/ff/kernel": (3, 32, 64),
+        "proj/kernel": (32, 16),
+    }
     assert list(quant.chosen(params, QuantRule(("x_embedder",), 32))) == ["blocks/ff/kernel"]
     low = quant.quantise_tree(params, QuantRule(("x_embedder",), 0))
     assert set(low) == {"blocks", "proj"} and low["blocks"]["ff"]["kernel"].codes.shape == (3, 64, 16)

@@ -1,5 +1,7 @@
 """Solvers against closed forms and published sigma tables."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ def reference(x, sigmas, second_order):
     sigmas = np.asarray(sigmas, np.float64)
     lam = lambda s: np.log((1 - s) / s)  # noqa: E731
     steps, m1 = len(sigmas) - 1, None
-    for i, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+    for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
         v = np.asarray(np.tanh(x) * (1 + s**2) - 0.3 * x)
         m0 = x - s * v
         if i in (0, steps - 1) or not second_order:

@@ -43,7 +43,9 @@ def test_random_differs_between_keys_and_prompts():
     assert not np.array_equal(a[0], a[1])
 
 
-@pytest.mark.parametrize(("kept", "rule", "match"), [(7, "top", "kept=7 of 6"), (0, "top", "kept=0"), (2, "median", "unknown")])
+@pytest.mark.parametrize(
+    ("kept", "rule", "match"), [(7, "top", "kept=7 of 6"), (0, "top", "kept=0"), (2, "median", "unknown")]
+)
 def test_bad_requests(kept, rule, match):
     with pytest.raises(ValueError, match=match):
         select(REWARD, kept, rule, KEY)

@@ -36,7 +36,9 @@ def draw_samples(cfg: config.Model, base, vae_params, cond, images: int, stage: 
     prompts = jax.tree.leaves(cond)[0].shape[0]
     keys = jax.random.split(jax.random.key(seed), (prompts, images))
     with jax.set_mesh(sharding.make_mesh(1)):
-        run = jax.jit(lambda frozen, cond, keys: iteration.sample({"params": frozen.base}, cond, keys, model=model, stage=stage))
+        run = jax.jit(
+            lambda frozen, cond, keys: iteration.sample({"params": frozen.base}, cond, keys, model=model, stage=stage)
+        )
         x0 = run(frozen, cond, keys)
         decode = jax.jit(lambda p, x: jax.lax.map(lambda row: model.decode(p, row), x))
         return decode(vae_params, x0)
@@ -85,18 +87,26 @@ def main(argv: list[str] | None = None) -> None:
         images = draw_samples(cfg, base, vae_params, cond, args.candidates, stage)
         share, right = exact(images, captions)
         tokens = reward.tokenize(captions)
-        rows = jax.jit(lambda p, x, t: jax.lax.map(lambda r: reward.score(p, r[0], jax.tree.map(lambda y: y[None], r[1])), (x, t)))
+        rows = jax.jit(
+            lambda p, x, t: jax.lax.map(lambda r: reward.score(p, r[0], jax.tree.map(lambda y: y[None], r[1])), (x, t))
+        )
         clip = np.asarray(rows(clip_params, images, tokens))
         varied = share.std(axis=1) > 0
         rho = np.asarray(spearman(jnp.asarray(clip[varied]), jnp.asarray(share[varied])))
         best = np.take_along_axis(right, clip.argmax(1)[:, None], 1)[:, 0]
         n = len(captions)
         figures |= {
-            f"{split}: base exact": results.figure(float(right.mean()), "share", right.size, float(right.mean(1).std() / n**0.5)),
+            f"{split}: base exact": results.figure(
+                float(right.mean()), "share", right.size, float(right.mean(1).std() / n**0.5)
+            ),
             f"{split}: base share of facts": results.figure(float(share.mean()), "share", share.size),
-            f"{split}: spearman of CLIP and judge within prompts": results.figure(float(rho.mean()), "rank correlation", int(varied.sum())),
+            f"{split}: spearman of CLIP and judge within prompts": results.figure(
+                float(rho.mean()), "rank correlation", int(varied.sum())
+            ),
             f"{split}: exact of the best of {args.candidates} by CLIP": results.figure(float(best.mean()), "share", n),
-            f"{split}: exact of the best of {args.candidates} by the judge": results.figure(float(right.any(1).mean()), "share", n),
+            f"{split}: exact of the best of {args.candidates} by the judge": results.figure(
+                float(right.any(1).mean()), "share", n
+            ),
         }
     for name, f in figures.items():
         print(f"{f['value']:.4f}  {name}", flush=True)

@@ -3,10 +3,10 @@
     python -m experiments.tiny.pretrain                        # minutes on a GPU; hours on two CPU cores
     python -m experiments.tiny.pretrain --scale=0.02 --out=/tmp/world    # the same path in short, on a CPU
 
-Order: a VAE on drawn pictures; a FLUX transformer together with its T5 and CLIP text encoders by the flow-matching loss,
-one caption in ten empty; a CLIP by its contrastive loss, each picture beside one that differs in a single stated fact,
-some of the pictures softened by noise in the latents. Written as a diffusers FluxPipeline folder (bf16, safetensors) and a
-transformers CLIPModel folder; `python -m experiments.tiny.check` then measures their quality.
+Order: a VAE on drawn pictures; a FLUX transformer together with its T5 and CLIP text encoders by the flow-matching
+loss, one caption in ten empty; a CLIP by its contrastive loss, each picture beside one that differs in a single stated
+fact, some of the pictures softened by noise in the latents. Written as a diffusers FluxPipeline folder (bf16,
+safetensors) and a transformers CLIPModel folder; `python -m experiments.tiny.check` then measures their quality.
 """
 
 import argparse
@@ -214,8 +214,10 @@ def fit(loss, params, pool, *, steps: int, batch: int, rate: float, seed: int, l
 
 
 def train_vae(pool, steps: int, batch: int, seed: int):
-    """L1 + L2 reconstruction and a light pull to a unit Gaussian; then the latents' own mean and spread as shift and scale."""
-    cfg = vae.VaeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in VAE.items() if k in vae.VaeConfig.__dataclass_fields__})
+    """L1 + L2 reconstruction, a light pull to a unit Gaussian; then the latents' mean and spread as shift and scale."""
+    cfg = vae.VaeConfig(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in VAE.items() if k in vae.VaeConfig.__dataclass_fields__}
+    )
     encoder, decoder = vae.Encoder(cfg, jnp.float32), vae.Decoder(cfg, jnp.float32)
     k1, k2 = jax.random.split(jax.random.key(seed))
     side = SIZE // cfg.factor

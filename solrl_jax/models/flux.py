@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -61,7 +61,9 @@ class FluxConfig:
             )
         if raw.get("patch_size", 1) != 1:
             raise weights.WeightsError(f"{folder}: patch_size {raw['patch_size']} is not FLUX's 1")
-        return weights.from_config(cls, folder, {"guidance_embeds": False} | raw)  # diffusers' default, not the dev model's
+        return weights.from_config(
+            cls, folder, {"guidance_embeds": False} | raw
+        )  # diffusers' default, not the dev model's
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -150,7 +152,9 @@ class DoubleBlock(nn.Module):
     def __call__(self, streams: tuple[Array, Array], cond: Array, rope: tuple[Array, Array]):
         x, text = streams
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = Modulation(6, self.dtype, name="norm1")(cond)
-        t_shift_a, t_scale_a, t_gate_a, t_shift_m, t_scale_m, t_gate_m = Modulation(6, self.dtype, name="norm1_context")(cond)
+        t_shift_a, t_scale_a, t_gate_a, t_shift_m, t_scale_m, t_gate_m = Modulation(
+            6, self.dtype, name="norm1_context"
+        )(cond)
         x_out, text_out = JointAttention(self.cfg, self.dtype, name="attn")(
             modulate(x, shift_a, scale_a, self.dtype), modulate(text, t_shift_a, t_scale_a, self.dtype), rope
         )
@@ -201,14 +205,19 @@ class Conditioning(nn.Module):
 
 
 class FluxTransformer(nn.Module):
-    """Packed latents [B, S, C], T5 states [B, L, Dt], pooled CLIP [B, Dp], sigma [B], guidance [B] -> velocity [B, S, C]."""
+    """The velocity [B, S, C] of packed latents [B, S, C].
+
+    Given T5 states [B, L, Dt], pooled CLIP [B, Dp], sigma [B] and guidance [B].
+    """
 
     cfg: FluxConfig
     dtype: Any = jnp.bfloat16
     remat: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, text: Array, pooled: Array, sigma: Array, guidance: Array, rope: tuple[Array, Array]) -> Array:
+    def __call__(
+        self, x: Array, text: Array, pooled: Array, sigma: Array, guidance: Array, rope: tuple[Array, Array]
+    ) -> Array:
         cond = Conditioning(self.cfg, self.dtype, name="time_text_embed")(sigma, guidance, pooled)
         x = Linear(self.cfg.width, dtype=self.dtype, name="x_embedder")(x)
         text = Linear(self.cfg.width, dtype=self.dtype, name="context_embedder")(text)
@@ -225,7 +234,7 @@ class FluxTransformer(nn.Module):
             nn.remat(block, prevent_cse=False) if self.remat else block,
             variable_axes={"params": 0, "lora": 0, "quant": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=cast(Any, (nn.broadcast, nn.broadcast)),  # unannotated in flax: inferred as int from its default
             length=layers,
         )
         return scanned(self.cfg, self.dtype, name=name)
@@ -279,9 +288,13 @@ def make(cfg: config.Model) -> Model:
     dtype = jnp.dtype(cfg.dtype)
     factor = 2 ** (len(vae_cfg.block_out_channels) - 1)
     if cfg.size % (2 * factor):
-        raise config.ConfigError(f"model.size={cfg.size}: use a multiple of {2 * factor} pixels (VAE x{factor}, 2x2 patches)")
+        raise config.ConfigError(
+            f"model.size={cfg.size}: use a multiple of {2 * factor} pixels (VAE x{factor}, 2x2 patches)"
+        )
     if flux.in_channels != 4 * vae_cfg.latent_channels:
-        raise weights.WeightsError(f"{folder}: the transformer takes {flux.in_channels} channels, the VAE gives 4 x {vae_cfg.latent_channels}")
+        raise weights.WeightsError(
+            f"{folder}: the transformer takes {flux.in_channels} channels, the VAE gives 4 x {vae_cfg.latent_channels}"
+        )
     side = cfg.size // factor
     tokens = (side // 2) ** 2
     network = FluxTransformer(flux, dtype, cfg.remat)
@@ -293,7 +306,7 @@ def make(cfg: config.Model) -> Model:
         guidance = jnp.ones_like(sigma)
         table = tuple(map(jnp.asarray, rope))
         v = network.apply(variables, pack(x).astype(dtype), cond["text"], cond["pooled"], sigma, guidance, table)
-        return unpack(v.astype(F32), side, side)
+        return unpack(jnp.asarray(v).astype(F32), side, side)
 
     def init(key: Key[Array, ""]) -> Params:
         x, text = jnp.zeros((1, tokens, flux.in_channels)), jnp.zeros((1, cfg.text_tokens, flux.joint_attention_dim))
@@ -303,8 +316,8 @@ def make(cfg: config.Model) -> Model:
     clip, t5 = text_modules(folder, dtype)
 
     def encode(params: Params, ids: PyTree) -> PyTree:
-        pooled = clip.apply({"params": params["clip"]}, ids["clip"]).pooled
-        return {"text": t5.apply({"params": params["t5"]}, ids["t5"]), "pooled": pooled}
+        read = cast(text.ClipOutput, clip.apply({"params": params["clip"]}, ids["clip"]))
+        return {"text": t5.apply({"params": params["t5"]}, ids["t5"]), "pooled": read.pooled}
 
     return Model(
         name="flux",
@@ -322,7 +335,7 @@ def make(cfg: config.Model) -> Model:
 
 
 def load(cfg: config.Model) -> tuple[Params, Params, Params]:
-    """(transformer, VAE decoder, text encoders {clip, t5}) of the folder, in the dtypes that `make`'s functions expect."""
+    """(transformer, VAE decoder, text encoders {clip, t5}) of the folder, in the dtypes `make`'s functions expect."""
     folder, dtype = Path(cfg.path), jnp.dtype(cfg.dtype)
     model = make(cfg)
     spec = jax.eval_shape(model.init, jax.random.key(0))

@@ -1,7 +1,7 @@
 """Layers shared by the networks, and the only place that knows LoRA and low precision.
 
-`Linear` looks at the collections it was given: a kernel in `quant` replaces its own, factors in `lora` are added. So one
-module serves as reference {params}, policy {params, lora} and explorer {params, quant}.
+`Linear` looks at the collections it was given: a kernel in `quant` replaces its own, factors in `lora` are added. So
+one module serves as reference {params}, policy {params, lora} and explorer {params, quant}.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ F32 = jnp.float32
 
 
 class Linear(nn.Module):
-    """y = x W + (x A) B + b. W [in, out] in the network's dtype, A [in, R] and B [R, out] f32 with alpha/R folded in."""
+    """y = x W + (x A) B + b. W [in, out] in the network's dtype, A [in, R] and B [R, out] f32, alpha/R folded in."""
 
     features: int
     use_bias: bool = True
@@ -29,7 +29,7 @@ class Linear(nn.Module):
             y = quant.matmul(x, self.get_variable("quant", "kernel"))
         else:
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), F32)
-            # f32 results of bf16 products: on CPUs up to twice as fast as bf16 results, and the bias is added unrounded.
+            # f32 results of bf16 products: on CPUs up to twice as fast as bf16 ones, and the bias is added unrounded.
             y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=F32)
         if self.has_variable("lora", "a"):
             down = jnp.dot(x.astype(F32), self.get_variable("lora", "a"))
@@ -82,8 +82,8 @@ def attention(
     bias: Float[Array, "#B #H Q S"] | None = None,
 ) -> Float[Array, "B Q H d"]:
     """softmax(q k' scale + bias) v with the softmax in f32; scale defaults to d^-1/2. Returns q's dtype."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=F32) * scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=F32) * factor
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -62,7 +62,9 @@ def chosen(params: Params, rule: QuantRule) -> dict[str, tuple[int, ...]]:
     return {
         p: s
         for p, s in kernels.items()
-        if len(s) in (2, 3) and max(s[-2:]) > rule.min_dim and not any(skip in p.replace("/", ".") for skip in rule.skip)
+        if len(s) in (2, 3)
+        and max(s[-2:]) > rule.min_dim
+        and not any(skip in p.replace("/", ".") for skip in rule.skip)
     }
 
 

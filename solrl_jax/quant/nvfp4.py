@@ -1,12 +1,12 @@
 """NVFP4: x ~ value(code) * block scale * g.
 
-A code is e2m1 (sign, 2 exponent bits, 1 mantissa bit): magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6. Sixteen consecutive elements
-of the contracted axis share one e4m3 scale, a tensor (weights) or a row (activations) shares one f32 g = max|x| / 2688,
-2688 = 6 * 448. That is 4.5 bits an element. Two codes a byte, the even index in the low nibble.
+A code is e2m1 (sign, 2 exponent bits, 1 mantissa bit): magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6. Sixteen consecutive
+elements of the contracted axis share one e4m3 scale, a tensor (weights) or a row (activations) shares one f32
+g = max|x| / 2688, 2688 = 6 * 448. That is 4.5 bits an element. Two codes a byte, the even index in the low nibble.
 
-The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. Rounding is arithmetic in f32, never a cast
-there and back: XLA removes such a pair on GPUs and the network silently runs unquantised. A cast of an already rounded
-value is exact, so for storage it is harmless.
+The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. Rounding is arithmetic in f32, never a
+cast there and back: XLA removes such a pair on GPUs and the network silently runs unquantised. A cast of an already
+rounded value is exact, so for storage it is harmless.
 """
 
 import jax.numpy as jnp
