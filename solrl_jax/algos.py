@@ -1,4 +1,8 @@
-"""Advantages and policy losses. An algorithm is two functions: where to ask for velocities, and a per-sample loss."""
+"""Advantages and policy losses.
+
+An algorithm NAME is two functions, found by `learn.algorithm`: NAME_points(key, x0, sigmas, times) -> Points of one
+sample, where velocities are asked for, and NAME_loss(velocities, points, advantage, hyper, cfg) -> (f32 [B], metrics).
+"""
 
 from typing import Any
 
@@ -7,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from solrl_jax.config import Learn
 from solrl_jax.structs import Hyper, Points, Velocities
 
 Metrics = dict[str, Any]
@@ -56,7 +61,7 @@ def nft_points(key: Key[Array, ""], x0: Float[Array, "h w c"], sigmas: Float[Arr
 
 
 def nft_loss(
-    v: Velocities, points: Points, advantage: Float[Array, "B"], hyper: Hyper, *, clip: float, mode: str
+    v: Velocities, points: Points, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn
 ) -> tuple[Float[Array, "B"], Metrics]:
     """DiffusionNFT (arXiv 2509.16117), with every constant of algorithms.md section 2; f32.
 
@@ -66,8 +71,8 @@ def nft_loss(
     """
     chex.assert_equal_shape([v.current, v.old, v.reference, points.x_t, points.x0])
     chex.assert_equal_shape([points.t, advantage])
-    beta = hyper.strength
-    a = shape_advantage(advantage, clip, mode)
+    beta, clip = hyper.strength, cfg.advantage_clip
+    a = shape_advantage(advantage, clip, cfg.advantage_mode)
     r = jnp.clip(a / (2 * clip) + 0.5, 0.0, 1.0)
     plus = _matching(beta * v.current + (1 - beta) * v.old, points)
     minus = _matching((1 + beta) * v.old - beta * v.current, points)

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -15,8 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft")
-SOLVERS = ("euler", "dpm1", "dpm2")
-SELECTIONS = ("best_worst", "top", "random", "all")
 Precision = Literal["bf16", "nvfp4_emulated"]
 
 
@@ -72,7 +71,7 @@ class Lora:
 
     def __post_init__(self):
         _require(self.rank >= 1, f"lora.rank={self.rank}: give 1 or more")
-        _require(self.alpha > 0, f"lora.alpha={self.alpha}: give a positive number")
+        _require(0 < self.alpha < math.inf, f"lora.alpha={self.alpha}: give a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +100,11 @@ class Learn:
         )
         for name in ("updates", "epochs", "micro_batch"):
             _require(getattr(self, name) >= 1, f"learn.{name}={getattr(self, name)}: give 1 or more")
-        _require(self.learning_rate >= 0, f"learn.learning_rate={self.learning_rate}: 0 or more")
+        for name in ("learning_rate", "kl_weight", "weight_decay", "old_ramp", "old_max", "ema_max"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"learn.{name}={value}: give a finite number, 0 or more")
+        _require(0 < self.clip_norm < math.inf, f"learn.clip_norm={self.clip_norm}: give a positive number")
+        _require(self.ema_max < 1, f"learn.ema_max={self.ema_max}: 0 (no average) up to below 1")
         _require(self.strength > 0, f"learn.strength={self.strength}: a positive number (1.0 or 0.1 in the paper)")
         _require(self.advantage_clip > 0, f"learn.advantage_clip={self.advantage_clip}: a positive number")
         _require(0 <= self.old_max < 1, f"learn.old_max={self.old_max}: 0 (old = current) up to below 1")

@@ -11,15 +11,16 @@
 Families of one stage are the same with explore = None: all candidates in one rollout, the kept chosen from it.
 """
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from solrl_jax import algos, lora, quant, sampler, sharding
 from solrl_jax.config import Config, ConfigError, Stage
@@ -41,6 +42,7 @@ from solrl_jax.structs import (
 
 Metrics = dict[str, Any]
 F32 = jnp.float32
+NOISE, ORDER, POINTS = 0, 1, 2  # what a sample's key is folded with: every use of it has a key of its own
 
 
 # --- state ----------------------------------------------------------------------------------------------------------
@@ -73,7 +75,12 @@ def init_state(
 
 def sample_keys(state: TrainState, prompts: int, candidates: int) -> Key[Array, "P N"]:
     """This iteration's samples. A sample is its key, whatever batch or device it falls to."""
-    return jax.random.split(jax.random.fold_in(state.key, state.iteration), (prompts, candidates))
+    return jax.random.split(_purpose(state, 0), (prompts, candidates))
+
+
+def _purpose(state: TrainState, which: int) -> Key[Array, ""]:
+    """Keys of one iteration apart by purpose: 0 for its samples, 1 for its random selection."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.iteration), which)
 
 
 def merged(state: TrainState, frozen: Frozen, cfg: Config) -> dict[str, Array]:
@@ -107,7 +114,7 @@ def rollout(
 
     def chunk(variables: Variables, frozen: Frozen, prompt: Prompts, keys: Key[Array, "n"]):
         cond = jax.tree.map(lambda c: jnp.broadcast_to(c[None], (keys.shape[0], *c.shape)), prompt.cond)
-        x1 = jax.vmap(model.noise)(keys)
+        x1 = jax.vmap(lambda k: model.noise(jax.random.fold_in(k, NOISE)))(keys)
         x0 = sampler.sample(lambda x, sigma: model.velocity(variables, x, sigma, cond), x1, sigmas, stage.solver)
         tokens = jax.tree.map(lambda t: t[None], prompt.tokens)
         return x0, *score_images(score, frozen.rewards, model.decode(frozen.vae, x0), tokens)
@@ -143,7 +150,7 @@ def keep(rollout: Rollout, kept: int, rule: str, key: Key[Array, ""]) -> Rollout
 
 def chooser(state: TrainState) -> Key[Array, ""]:
     """The key of this iteration's random selection, apart from every sample's key."""
-    return jax.random.fold_in(jax.random.fold_in(state.key, state.iteration), 1)
+    return _purpose(state, 1)
 
 
 # --- learn ----------------------------------------------------------------------------------------------------------
@@ -169,7 +176,7 @@ def learn(
 
     def update(state: TrainState, which: tuple[Array, Array]):
         epoch, index = which
-        keys = jax.vmap(jax.vmap(lambda k: jax.random.fold_in(k, 1 + epoch)))(samples.keys)
+        keys = jax.vmap(jax.vmap(lambda k: _use(k, POINTS, epoch)))(samples.keys)
         batch = jax.tree.map(lambda x: take(x, index), (keys, samples.x0, advantage))
         grads, metrics = gradients(state, old, frozen, cond, *batch, model=model, cfg=cfg)
         state, norm = apply_gradients(state, grads, optimizer, cfg)
@@ -184,9 +191,13 @@ def learn(
     return state, {**jax.tree.map(jnp.mean, metrics), "old_decay": decay}
 
 
+def _use(key: Key[Array, ""], use: int, epoch: Int[Array, ""] | int) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.fold_in(key, use), epoch)
+
+
 def shuffled(keys: Key[Array, "P K"], epoch: int, updates: int) -> Array:
     """[updates, P, K / updates]: each prompt's samples in an order of its own; sorted if one update takes them all."""
-    order = jax.vmap(jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, 1 + epoch))))(keys)
+    order = jax.vmap(jax.vmap(lambda k: jax.random.uniform(_use(k, ORDER, epoch))))(keys)
     index = (
         jnp.argsort(order, axis=-1) if updates > 1 else jnp.broadcast_to(jnp.arange(keys.shape[1])[None], keys.shape)
     )
@@ -220,6 +231,7 @@ def gradients(
     times, micro = cfg.times, cfg.learn.micro_batch
     sigmas = jnp.asarray(model.sigmas(cfg.regenerate.steps)[:-1], F32)
     hyper = state.hyper
+    points_of, loss_of = (getattr(algos, f"{cfg.learn.algorithm}_{part}") for part in ("points", "loss"))
 
     def objective(current: Params, base: Params, old: Params, cond: PyTree, points: Points, advantage: Array):
         def velocity(adapter: Params) -> Array:
@@ -229,9 +241,7 @@ def gradients(
         fixed = jax.tree.map(lambda o: jnp.stack([o, jnp.zeros_like(o)]), old)
         behind, reference = jax.lax.stop_gradient(jax.vmap(velocity)(fixed))
         v = Velocities(velocity(current), behind, reference)
-        loss, metrics = algos.nft_loss(
-            v, points, advantage, hyper, clip=cfg.learn.advantage_clip, mode=cfg.learn.advantage_mode
-        )
+        loss, metrics = loss_of(v, points, advantage, hyper, cfg.learn)
         return jnp.sum(loss), jax.tree.map(jnp.sum, {"loss": loss, **metrics})
 
     def on_device(current, base, old, cond, keys, x0, advantage):
@@ -243,7 +253,7 @@ def gradients(
 
         def one_group(total, item):
             owner, keys, x0, advantage = item
-            points = jax.vmap(lambda k, x: algos.nft_points(k, x, sigmas, times))(keys, x0)
+            points = jax.vmap(lambda k, x: points_of(k, x, sigmas, times))(keys, x0)
             flat = (
                 jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), points),
                 jnp.repeat(owner, times),
@@ -254,19 +264,14 @@ def gradients(
             def one_micro(total, item):
                 points, owner, advantage = item
                 own = jax.tree.map(lambda c: c[owner], cond)
-                (_, metrics), grads = jax.value_and_grad(objective, has_aux=True)(
-                    current, base, old, own, points, advantage
-                )
-                return jax.tree.map(jnp.add, total, (grads, metrics)), None
+                gradient = jax.value_and_grad(objective, has_aux=True)
+                (_, metrics), grads = gradient(current, base, old, own, points, advantage)
+                return jax.tree.map(jnp.add, total, grads), metrics
 
             return jax.lax.scan(one_micro, total, micros)
 
-        zero = (
-            jax.tree.map(jnp.zeros_like, current),
-            dict.fromkeys(("loss", "policy_loss", "kl_div", "old_deviate"), jnp.zeros(())),
-        )
-        total, _ = jax.lax.scan(one_group, zero, groups)
-        return jax.lax.psum(total, sharding.DATA)
+        grads, metrics = jax.lax.scan(one_group, jax.tree.map(jnp.zeros_like, current), groups)
+        return jax.lax.psum((grads, jax.tree.map(jnp.sum, metrics)), sharding.DATA)
 
     run = sharding.over_data(on_device, (False, False, False, True, True, True, True), sharding.WHOLE)
     total = run(state.lora, frozen.base, old, cond, keys, x0, advantage)
@@ -303,7 +308,7 @@ def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:
         "reward/min": jnp.min(r),
         "reward/range": jnp.mean(jnp.max(r, axis=-1) - jnp.min(r, axis=-1)),
         "reward_std_mean": jnp.mean(std),
-        "zero_std_ratio": jnp.mean((std < 1e-8).astype(F32)),
+        "zero_std_ratio": jnp.mean((jnp.max(r, axis=-1) == jnp.min(r, axis=-1)).astype(F32)),
     }
     out |= {f"reward/{name}": jnp.mean(part) for name, part in samples.parts.items()}
     if preview is not None:
@@ -411,21 +416,21 @@ class Staged:
     ) -> tuple[TrainState, Metrics]:
         """One iteration. `times` receives seconds per stage; `between(stage, share done)` runs between host calls."""
         keys = self.keys(state)
-        with _clock(times, "quantise"):
+        with clock(times, "quantise"):
             kernels = self.jit["merged"](state, frozen)
             low = jax.block_until_ready(self.jit["quantised"](kernels, frozen))
         rest = (kernels, low, frozen)
         if self.cfg.explore is None:
             full = self._by_prompt("regenerate", rest, prompts, keys, times, between)
-            with _clock(times, "select"):
+            with clock(times, "select"):
                 samples, metrics = jax.block_until_ready(self.jit["select_samples"](state, full))
         else:
             preview = self._by_prompt("explore", rest, prompts, keys, times, between)
-            with _clock(times, "select"):
+            with clock(times, "select"):
                 chosen = jax.block_until_ready(self.jit["select_keys"](state, preview))
             samples = self._by_prompt("regenerate", rest, prompts, chosen.keys, times, between)
             metrics = self.jit["compare"](preview, chosen, samples)
-        with _clock(times, "learn"):
+        with clock(times, "learn"):
             state, learnt = jax.block_until_ready(self.jit["learn"](state, frozen, prompts.cond, samples))
         between("learn", 1.0)
         return state, {**metrics, **learnt}
@@ -434,7 +439,7 @@ class Staged:
         """One prompt per device and call."""
         step = jax.sharding.get_mesh().size
         count, parts = keys.shape[0], []
-        with _clock(times, name):
+        with clock(times, name):
             for i in range(0, count, step):
                 group, group_keys = jax.tree.map(lambda x: x[i : i + step], (prompts, keys))  # noqa: B023
                 parts.append(jax.block_until_ready(self.jit[name](*rest, group, group_keys)))
@@ -442,14 +447,9 @@ class Staged:
         return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
-class _clock:
+@contextlib.contextmanager
+def clock(times: dict[str, float], name: str) -> Iterator[None]:
     """Adds the seconds spent inside to times[name]."""
-
-    def __init__(self, times: dict[str, float], name: str):
-        self.times, self.name = times, name
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-
-    def __exit__(self, *_):
-        self.times[self.name] = self.times.get(self.name, 0.0) + time.perf_counter() - self.start
+    began = time.perf_counter()
+    yield
+    times[name] = times.get(name, 0.0) + time.perf_counter() - began

@@ -65,13 +65,24 @@ def scaled(lora: Params, cfg: Lora) -> Params:
     )
 
 
+def check(base: Params, lora: Params) -> None:
+    """WeightsError for an adapter leaf that sits on no Linear of the base: flax would ignore it in silence."""
+    paths = leaves_by_path(base)
+    for path in leaves_by_path(lora):
+        module, _, part = path.rpartition("/")
+        if part not in ("a", "b") or f"{module}/kernel" not in paths:
+            raise WeightsError(f"adapter leaf {path!r} sits on no Linear of this model: make adapters with lora.init")
+
+
 def policy(base: Params, lora: Params, cfg: Lora) -> Variables:
     """base + adapter, unmerged: what is trained."""
+    check(base, lora)
     return {"params": base, "lora": scaled(lora, cfg)}
 
 
 def merged_kernels(base: Params, lora: Params, cfg: Lora) -> dict[str, jax.Array]:
     """{kernel path: W + (alpha / R) A B in W's dtype}: only the adapted kernels, a second whole tree would not fit."""
+    check(base, lora)
     kernels, factors = leaves_by_path(base), leaves_by_path(scaled(lora, cfg))
     out = {}
     for path in (p.removesuffix("/a") for p in factors if p.endswith("/a")):

@@ -33,7 +33,7 @@ def over_data(f: Callable, split: tuple[bool, ...], out_specs) -> Callable:
     """Run `f` once per device of the ambient mesh, on its slice of the arguments marked in `split` (leading axis).
 
     Inside, each device sees only its own prompts and scans over them: a scanned axis is never the sharded one.
-    Without a mesh, `f` runs as it is, over an axis of size one.
+    Raises ValueError without an ambient mesh; one device is a mesh too.
     """
     specs = tuple(SPLIT if s else WHOLE for s in split)
     mesh = jax.sharding.get_abstract_mesh()

@@ -101,7 +101,7 @@ def iterations(
     step = stepper(parts, out, stop)
     while (done := int(state.iteration)) < parts.cfg.iterations and not stop.is_set():
         times: dict[str, float] = {}
-        with clock(times, "encode"):
+        with iteration.clock(times, "encode"):
             batch = data.batch(parts.prompts.train, parts.cfg.seed, done, parts.cfg.prompts)
             prompts = jax.block_until_ready(assemble.encode(parts, batch, parts.score))
         try:
@@ -137,7 +137,7 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
     whole = jax.jit(iteration.iteration_step, static_argnames=tuple(statics))
 
     def step(state: TrainState, prompts: Prompts, times: dict[str, float]) -> tuple[TrainState, dict]:
-        with clock(times, "step"):
+        with iteration.clock(times, "step"):
             return jax.block_until_ready(whole(state, parts.frozen, prompts, **statics))
 
     return step
@@ -145,7 +145,8 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
 
 def check_rewards(metrics: Metrics, number: int) -> None:
     """Raises TrainError that names the rewards whose mean is not finite."""
-    bad = {name: value for name, value in metrics.items() if name.startswith("reward/") and not math.isfinite(value)}
+    scored = {name: value for name, value in metrics.items() if name.startswith(("reward/", "explore/reward"))}
+    bad = {name: value for name, value in scored.items() if not math.isfinite(value)}
     parts = [name for name in bad if name.split("/")[1] not in ("mean", "max", "min", "range")] or list(bad)
     if bad:
         told = ", ".join(f"{name.removeprefix('reward/')} = {bad[name]}" for name in parts)
@@ -185,7 +186,7 @@ def evaluated(
     """eval_reward_* of the EMA policy, and its grid beside the base's."""
     out.between("evaluate", 0.0)
     times: dict[str, float] = {}
-    with clock(times, "time/evaluate"):
+    with iteration.clock(times, "time/evaluate"):
         metrics, images = evaluate.evaluate(parts, state.ema)
     number = int(state.iteration)
     columns = {} if base is None else {"base": base}
@@ -256,11 +257,3 @@ def export(cfg: Config, run: Path, *, place: Path | None, devices: int | None = 
     file = deliver(run, state, model, cfg)
     print(f"{place}: LoRA in {file}, its average in {file.parent / 'ema' / file.name}")
     return 0
-
-
-@contextlib.contextmanager
-def clock(times: dict[str, float], name: str) -> Iterator[None]:
-    """Seconds spent inside, in times[name]."""
-    began = time.perf_counter()
-    yield
-    times[name] = time.perf_counter() - began

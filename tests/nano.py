@@ -79,7 +79,7 @@ def build(folder: Path, **changes) -> Config:
         "evaluate": Evaluate(every=2, prompts=4, steps=2, grid=2, chunk=4),
         "iterations": 2,
         "save_every": 1,
-        "seed": 157,  # with it the rewards around the cuts of the first selection are more than 1e-3 apart
+        "seed": 195,  # with it the rewards around the cuts of the first selection are more than 1e-3 apart
     }
     return Config(**{"name": "nano", **fields, **changes})
 

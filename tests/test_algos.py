@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from solrl_jax import algos
+from solrl_jax.config import Learn
 from solrl_jax.structs import Hyper, Points, Velocities
 
 
@@ -22,7 +23,7 @@ def problem(batch=3, shape=(4, 4, 2)):
 
 
 def loss(v, points, old, ref, advantage, h, mode="all"):
-    return algos.nft_loss(Velocities(v, old, ref), points, advantage, h, clip=5.0, mode=mode)
+    return algos.nft_loss(Velocities(v, old, ref), points, advantage, h, Learn(advantage_mode=mode))
 
 
 def test_advantages_golden():

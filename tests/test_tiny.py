@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.tiny import check, world
-from solrl_jax import config
+from solrl_jax import config, iteration
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
 from solrl_jax.rewards import clipscore
@@ -43,6 +43,13 @@ def test_recipes():
     )
     with pytest.raises(config.ConfigError, match="use one of sol_rl_clipscore"):
         config.load("tiny:solrl")
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4, 8, 16])
+def test_every_device_count_that_divides_works(devices):
+    cfg = config.load("tiny")
+    held = cfg.prompts * cfg.kept // cfg.learn.updates // devices
+    assert held % iteration.samples_at_a_time(cfg, held) == 0
 
 
 def test_the_rule_covers_the_blocks():

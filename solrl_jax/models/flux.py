@@ -338,6 +338,7 @@ def load(cfg: config.Model) -> tuple[Params, Params, Params]:
     """(transformer, VAE decoder, text encoders {clip, t5}) of the folder, in the dtypes `make`'s functions expect."""
     folder, dtype = Path(cfg.path), jnp.dtype(cfg.dtype)
     model = make(cfg)
+    _tokenizers(str(folder))  # missing ones are said before gigabytes are read
     spec = jax.eval_shape(model.init, jax.random.key(0))
     base = weights.load(weights.Files(folder / "transformer", "diffusion_pytorch_model"), spec, KEYS, dtype=dtype)
     _, decoder = vae.load_vae(folder / "vae", F32)
@@ -363,7 +364,14 @@ def _cached_sigmas(tokens: int, scheduler: tuple[tuple[str, Any], ...], steps: i
 def _tokenizers(folder: str) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
-    return tuple(AutoTokenizer.from_pretrained(str(Path(folder) / name)) for name in ("tokenizer", "tokenizer_2"))
+    parts = {"tokenizer": text.ClipTextConfig, "tokenizer_2": text.T5Config}
+    found = []
+    for name, kind in parts.items():
+        found.append(AutoTokenizer.from_pretrained(text.require_tokenizer(Path(folder) / name)))
+        rows = kind.read(Path(folder) / name.replace("tokenizer", "text_encoder")).vocab_size
+        if len(found[-1]) > rows:
+            raise weights.WeightsError(f"{folder}/{name} has {len(found[-1])} tokens, its text encoder only {rows}")
+    return tuple(found)
 
 
 def tokenize(folder: str, text_tokens: int, prompts: Sequence[str]) -> dict[str, np.ndarray]:

@@ -15,8 +15,6 @@ from solrl_jax.quant import nvfp4
 from solrl_jax.structs import Params, QuantRule
 from solrl_jax.weights import leaves_by_path
 
-PRECISIONS = ("bf16", "nvfp4_emulated")
-
 
 class QTensor(NamedTuple):
     """An NVFP4 kernel of a Linear, the contracted axis ("in") last: 4.5 bits an element. Stacked layers lead."""

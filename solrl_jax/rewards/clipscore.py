@@ -15,7 +15,7 @@ from jaxtyping import Array, Int
 
 from solrl_jax import weights
 from solrl_jax.models.layers import F32
-from solrl_jax.models.text import ClipTextConfig
+from solrl_jax.models.text import ClipTextConfig, require_tokenizer
 from solrl_jax.rewards import clip_tower
 from solrl_jax.rewards.clip_tower import ClipConfig, ClipTower
 from solrl_jax.structs import Images, Params, PerSample, Reward
@@ -45,10 +45,7 @@ def _reward(folder: str, cfg: ClipConfig, dtype: jnp.dtype, mean: tuple[float, .
 def _tokenizer(folder: str) -> Any:
     from transformers import CLIPTokenizer  # seconds to import
 
-    # Without its files transformers would make up a tokenizer of three tokens.
-    if not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise weights.WeightsError(f"{folder} holds no tokenizer.json, nor vocab.json and merges.txt")
-    return CLIPTokenizer.from_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(require_tokenizer(folder))
 
 
 def check_tokenizer(folder: str, cfg: ClipTextConfig) -> None:
