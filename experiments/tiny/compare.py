@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--name", default="compare")
     parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--trained_at", default="", help="commit that trained the run, if it is not this one")
     args = parser.parse_args(argv)
     cfg = check.model_config(check.HERE / "pipeline")
     model, lora_cfg = flux.make(cfg), config.load("tiny").lora
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
             figures[f"{split}: {what}, gain"] = gain
     for name, f in figures.items():
         print(f"{f['value']:.4f}  {name}  {f['spread'] or ''}", flush=True)
-    results.record(check.HERE / f"results/{args.name}.json", figures, run=str(args.run))
+    results.record(check.HERE / f"results/{args.name}.json", figures, run=str(args.run), trained_at=args.trained_at or "this commit")
 
 
 if __name__ == "__main__":
