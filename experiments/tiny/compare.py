@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> None:
             figures[f"{split}: {what}, gain"] = gain
     for name, f in figures.items():
         print(f"{f['value']:.4f}  {name}  {f['spread'] or ''}", flush=True)
-    results.record(check.HERE / f"results/{args.name}.json", figures, run=str(args.run), trained_at=args.trained_at or "this commit")
+    trained_at = args.trained_at or "this commit"
+    results.record(check.HERE / f"results/{args.name}.json", figures, run=str(args.run), trained_at=trained_at)
 
 
 if __name__ == "__main__":
