@@ -419,17 +419,19 @@ class Staged:
         with clock(times, "quantise"):
             kernels = self.jit["merged"](state, frozen)
             low = jax.block_until_ready(self.jit["quantised"](kernels, frozen))
-        rest = (kernels, low, frozen)
         if self.cfg.explore is None:
-            full = self._by_prompt("regenerate", rest, prompts, keys, times, between)
+            full = self._by_prompt("regenerate", (kernels, low, frozen), prompts, keys, times, between)
             with clock(times, "select"):
                 samples, metrics = jax.block_until_ready(self.jit["select_samples"](state, full))
         else:
-            preview = self._by_prompt("explore", rest, prompts, keys, times, between)
+            preview = self._by_prompt("explore", (kernels, low, frozen), prompts, keys, times, between)
             with clock(times, "select"):
                 chosen = jax.block_until_ready(self.jit["select_keys"](state, preview))
-            samples = self._by_prompt("regenerate", rest, prompts, chosen.keys, times, between)
+            if self.cfg.regenerate.precision == "bf16":
+                low = None  # the quantised kernels leave the device
+            samples = self._by_prompt("regenerate", (kernels, low, frozen), prompts, chosen.keys, times, between)
             metrics = self.jit["compare"](preview, chosen, samples)
+        del kernels, low
         with clock(times, "learn"):
             state, learnt = jax.block_until_ready(self.jit["learn"](state, frozen, prompts.cond, samples))
         between("learn", 1.0)

@@ -26,10 +26,12 @@ class QTensor(NamedTuple):
 
 def quantise(kernel: Float[Array, "*layers in out"]) -> QTensor:
     """One global scale a kernel (a layer of a stack is a kernel of its own)."""
-    w = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32)
-    values, scale, g = nvfp4.encode(w, jnp.max(jnp.abs(w), axis=(-1, -2), keepdims=True))
+    if kernel.ndim > 2:  # one layer at a time: a whole stack in f32 would not fit at FLUX's size
+        return jax.lax.map(quantise, kernel)
+    w = kernel.T.astype(jnp.float32)
+    values, scale, g = nvfp4.encode(w, jnp.max(jnp.abs(w), keepdims=True))
     codes = nvfp4.pack(nvfp4.code_of(values).reshape(w.shape))
-    return QTensor(codes, scale[..., 0].astype(jnp.float8_e4m3fn), g[..., 0, 0])
+    return QTensor(codes, scale[..., 0].astype(jnp.float8_e4m3fn), g[0, 0])
 
 
 def dequantise(q: QTensor, dtype=jnp.float32) -> Float[Array, "*layers in out"]:
