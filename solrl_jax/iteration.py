@@ -312,10 +312,9 @@ def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:
     }
     out |= {f"reward/{name}": jnp.mean(part) for name, part in samples.parts.items()}
     if preview is not None:
-        out |= {
-            "explore/reward_mean": jnp.mean(preview.reward),
-            "explore/reward_std_mean": jnp.mean(jnp.std(preview.reward, axis=-1)),
-        }
+        out["explore/reward_mean"] = jnp.mean(preview.reward)
+        out["explore/reward_std_mean"] = jnp.mean(jnp.std(preview.reward, axis=-1))
+        out |= {f"explore/reward_{name}": jnp.mean(part) for name, part in preview.parts.items()}
     return out
 
 

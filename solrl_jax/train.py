@@ -143,13 +143,25 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
     return step
 
 
+SUMMARIES = (
+    "reward/mean",
+    "reward/max",
+    "reward/min",
+    "reward/range",
+    "explore/reward_mean",
+    "explore/reward_std_mean",
+)
+
+
 def check_rewards(metrics: Metrics, number: int) -> None:
-    """Raises TrainError that names the rewards whose mean is not finite."""
+    """Raises TrainError that names the rewards whose mean is not finite, over the kept samples or the candidates."""
     scored = {name: value for name, value in metrics.items() if name.startswith(("reward/", "explore/reward"))}
     bad = {name: value for name, value in scored.items() if not math.isfinite(value)}
-    parts = [name for name in bad if name.split("/")[1] not in ("mean", "max", "min", "range")] or list(bad)
     if bad:
-        told = ", ".join(f"{name.removeprefix('reward/')} = {bad[name]}" for name in parts)
+        named = {
+            n.removeprefix("explore/reward_").removeprefix("reward/"): v for n, v in bad.items() if n not in SUMMARIES
+        }
+        told = ", ".join(f"{name} = {value}" for name, value in (named or bad).items())
         raise TrainError(
             f"iteration {number}: a reward is not finite: {told}; look at its weights and at the pictures it got"
         )
