@@ -55,7 +55,7 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
         iteration.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // mesh.size)
     prompts = _prompts(cfg, purpose) if purpose != "sample" else data.PromptSet((), (), 0, 0)
     model = model_module(cfg).make(cfg.model)
-    if purpose == "train" and low_precision(cfg):
+    if purpose == "train" and cfg.low_precision:
         coverage.check(model, cfg.model.min_quantised_flops)
     score, judged, towers = _rewards(cfg) if purpose != "sample" else (Score((), ()), Score((), ()), {})
     rewards.tokenize(judged, (*prompts.train, *prompts.test))  # a caption that a reward cannot read stops us now
@@ -132,14 +132,10 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "solrl_jax"))
 
 
-def low_precision(cfg: Config) -> bool:
-    return any(stage.precision != "bf16" for _, stage, _ in cfg.stages())
-
-
 def notes(parts: Parts) -> list[str]:
     """What a user should know before a run: what is quantised; how many prompts, what was dropped, what is cut."""
     p = parts.prompts
-    low = coverage.report(coverage.uses(parts.model)) if low_precision(parts.cfg) else []
+    low = coverage.report(coverage.uses(parts.model)) if parts.cfg.low_precision else []
     out = [f"{len(p.train)} training prompts, {len(p.test)} test prompts"]
     if p.blank or p.repeated:
         out[0] += f" ({p.repeated} repeated and {p.blank} blank lines dropped)"

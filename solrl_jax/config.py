@@ -191,6 +191,11 @@ class Config:
         """Trained times a sample has: T = int(fraction * steps)."""
         return int(self.learn.timestep_fraction * self.regenerate.steps + 1e-9)
 
+    @property
+    def low_precision(self) -> bool:
+        """Whether any rollout runs on quantised kernels."""
+        return any(stage.precision != "bf16" for _, stage, _ in self.stages())
+
     def stages(self) -> list[tuple[str, Stage, int]]:
         """(name, stage, images a prompt) of the rollouts, in order."""
         if self.explore is None:

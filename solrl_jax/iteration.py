@@ -362,8 +362,7 @@ class Stages(NamedTuple):
 
     def quantised(self, kernels: dict[str, Array], frozen: Frozen) -> Params | None:
         """None where no stage explores in low precision."""
-        low = any(stage.precision != "bf16" for _, stage, _ in self.cfg.stages())
-        return quantised(kernels, frozen, self.model) if low else None
+        return quantised(kernels, frozen, self.model) if self.cfg.low_precision else None
 
     def explore(self, kernels, low, frozen: Frozen, prompts: Prompts, keys) -> Rollout:
         assert self.cfg.explore is not None

@@ -58,9 +58,9 @@ def test_the_rule_covers_the_blocks():
 
 
 def test_the_judge_reads_drawings_and_reconstructions():
-    figures = check.judge_figures(check.model_config(WORLD / "pipeline"), 1000)
+    figures = check.judge_figures(check.model_config(WORLD / "pipeline"), 2000)
     assert figures["judge exact on drawn pictures"]["value"] >= 0.99
-    assert figures["judge exact on reconstructed pictures"]["value"] >= 0.965  # 0.97 less what 1000 pictures scatter
+    assert figures["judge exact on reconstructed pictures"]["value"] >= 0.97
 
 
 def test_results_say_how_they_were_made():
