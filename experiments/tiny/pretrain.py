@@ -340,11 +340,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default="vae,flow,clip", help="which to train; flow and clip need the vae's files")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of steps and scenes")
-    parser.add_argument("--flow_steps", type=int, default=4_000)
+    parser.add_argument("--vae_steps", type=int, default=12_000)
+    parser.add_argument("--flow_steps", type=int, default=6_500)
     parser.add_argument("--flow_batch", type=int, default=512)
     parser.add_argument("--flow_rate", type=float, default=2e-3)
     parser.add_argument("--go_on", action="store_true", help="flow: begin with the weights that are there")
-    parser.add_argument("--clip_steps", type=int, default=10_000)
+    parser.add_argument("--clip_steps", type=int, default=15_000)
     args = parser.parse_args(argv)
     pipeline, clip_folder, start = args.out / "pipeline", args.out / "clip", time.time()
     stages = args.stages.split(",")
@@ -352,16 +353,20 @@ def main(argv: list[str] | None = None) -> None:
     def count(full: int, least: int = 2) -> int:
         return max(least, int(full * args.scale))
 
-    rng = np.random.default_rng(args.seed)
+    def rng_of(purpose: str) -> np.random.Generator:
+        """Each training draws its own scenes, so that --stages one by one makes what all at once make."""
+        return np.random.default_rng([args.seed, ("words", "vae", "flow", "clip").index(purpose)])
+
     if "vae" in stages:
         world.write_prompts(args.out / "prompts", args.seed)
+        rng = rng_of("words")
         write_folders(pipeline, clip_folder, world.captions(world.sample_scenes(rng, count(50_000, 2_000)), rng))
     cfg = check.model_config(pipeline)
     tokenize = functools.partial(flux.tokenize, str(pipeline), TOKENS)
 
     if "vae" in stages:
-        pool = {"scenes": tuple(world.sample_scenes(rng, count(200_000, 32)))}
-        vae_params, vae_config = train_vae(pool, count(4_000), 256, args.seed)
+        pool = {"scenes": tuple(world.sample_scenes(rng_of("vae"), count(200_000, 32)))}
+        vae_params, vae_config = train_vae(pool, count(args.vae_steps), 256, args.seed)
         write_json(pipeline / "vae/config.json", vae_config)
         weights.save(vae_params, vae.VAE_KEYS, pipeline / "vae/diffusion_pytorch_model.safetensors", dtype=BF16)
     # Stored in bf16: the later trainings build on the values that are stored.
@@ -369,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
     vae_params = {"encoder": encoder, "decoder": decoder}
 
     if "flow" in stages:
-        pool = make_pool(rng, count(200_000, 32), tokenize)
+        pool = make_pool(rng_of("flow"), count(200_000, 32), tokenize)
         how = {"steps": count(args.flow_steps), "batch": args.flow_batch, "rate": args.flow_rate, "seed": args.seed}
         flow = train_flow(cfg, vae_params, pool, tokenize([""]), args.go_on, **how)
         weights.save(flow["base"], flux.KEYS, pipeline / "transformer/diffusion_pytorch_model.safetensors", dtype=BF16)
@@ -377,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
         weights.save(flow["text"]["t5"], text.T5_KEYS, pipeline / "text_encoder_2/model.safetensors", dtype=BF16)
 
     if "clip" in stages:
-        pairs = paired_pool(rng, count(150_000, 16), lambda texts: tokenize(texts)["clip"])
+        pairs = paired_pool(rng_of("clip"), count(150_000, 16), lambda texts: tokenize(texts)["clip"])
         clip_params = train_clip(clip_folder, pipeline, vae_params, pairs, count(args.clip_steps), 256, args.seed)
         weights.save(clip_params, clip_tower.HF_KEYS, clip_folder / "model.safetensors", dtype=BF16)
     print(f"{args.stages} of {args.out} in {time.time() - start:.0f} s on {jax.devices()[0].device_kind}", flush=True)
