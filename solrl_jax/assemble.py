@@ -53,6 +53,8 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
     mesh = make_mesh(devices, cfg.prompts if purpose == "train" else 0)
     if purpose == "train":
         iteration.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // mesh.size)
+        for _, stage, images in cfg.stages():
+            iteration.block_shape(stage.chunk, cfg.prompts // mesh.size, images)
     prompts = _prompts(cfg, purpose) if purpose != "sample" else data.PromptSet((), (), 0, 0)
     model = model_module(cfg).make(cfg.model)
     if purpose == "train" and cfg.low_precision:

@@ -127,6 +127,11 @@ class Evaluate:
         _require(self.every >= 0, f"evaluate.every={self.every}: 0 (never) or more")
         for name in ("prompts", "images", "steps", "chunk"):
             _require(getattr(self, name) >= 1, f"evaluate.{name}={getattr(self, name)}: give 1 or more")
+        _require(
+            self.images <= self.chunk or self.images % self.chunk == 0,
+            f"evaluate.chunk={self.chunk} does not divide a prompt's {self.images} images: use one of "
+            f"{_divisors(self.images)}, or {self.images} or more",
+        )
         _require(1 <= self.grid <= self.prompts, f"evaluate.grid={self.grid}: 1 to evaluate.prompts={self.prompts}")
 
 
@@ -164,9 +169,11 @@ class Config:
         )
         _require(self.selection != "all" or k == n, f"selection=all keeps every candidate: set kept={n}")
         for name, stage, count in self.stages():
+            together = stage.chunk // count if stage.chunk % count == 0 else 0  # whole prompts in a chunk
             _require(
-                count % stage.chunk == 0,
-                f"{name}.chunk={stage.chunk} does not divide a prompt's {count} images: use one of {_divisors(count)}",
+                count % stage.chunk == 0 or (together > 0 and p % together == 0),
+                f"{name}.chunk={stage.chunk} neither divides a prompt's {count} images nor takes whole prompts of {p}: "
+                f"use one of {_divisors(count) + [count * d for d in _divisors(p)[1:]]}",
             )
         u, t, m = self.learn.updates, self.times, self.learn.micro_batch
         _require(k % u == 0, f"learn.updates={u} does not divide kept={k}: use one of {_divisors(k)}")

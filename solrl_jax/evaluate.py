@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from solrl_jax import assemble, data, lora, sampler, sharding
+from solrl_jax import assemble, data, iteration, lora, sharding
 from solrl_jax.assemble import Parts
-from solrl_jax.config import Config, ConfigError
+from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.rewards import Score, score_images
 from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
 
@@ -28,37 +28,22 @@ def draw(
     variables: Variables,
     frozen: Frozen,
     prompts: Prompts,
-    keys: Key[Array, "B"],
+    keys: Key[Array, "P n"],
     *,
     model: Model,
     score: Score,
-    steps: int,
-    solver: str,
-    chunk: int,
-) -> tuple[Float[Array, "B H W 3"], dict[str, Float[Array, "B"]]]:
-    """Images in [0, 1] of B prompts (leaves [B, ...]), one per key, and each reward's score of them.
+    stage: Stage,
+) -> tuple[Float[Array, "P n H W 3"], dict[str, Float[Array, "P n"]]]:
+    """Images in [0, 1] of P prompts, one per key, and each reward's score of them."""
 
-    At most `chunk` at a time on each device, of whose number B is a multiple.
-    """
-    sigmas = model.sigmas(steps)
-
-    def one_chunk(variables, frozen, prompts, keys):
-        x1 = jax.vmap(model.noise)(keys)
-        x0 = sampler.sample(lambda x, sigma: model.velocity(variables, x, sigma, prompts.cond), x1, sigmas, solver)
-        images = model.decode(frozen.vae, x0)
+    def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
+        images = model.decode(frozen.vae, iteration.integrate(variables, prompts.cond, keys, model=model, stage=stage))
         return images, score_images(score, frozen.rewards, images, prompts.tokens)[1]
 
-    def on_device(variables, frozen, prompts, keys):
-        size = max(d for d in range(1, chunk + 1) if keys.shape[0] % d == 0)
-        chunks = jax.tree.map(lambda x: x.reshape((-1, size, *x.shape[1:])), (prompts, keys))
-        out = jax.lax.map(lambda c: one_chunk(variables, frozen, *c), chunks)
-        return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), out)
-
-    run = sharding.over_data(on_device, (False, False, True, True), sharding.SPLIT)
-    return run(variables, frozen, prompts, keys)
+    return iteration.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
 
 
-_draw = jax.jit(draw, static_argnames=("model", "score", "steps", "solver", "chunk"))
+_draw = jax.jit(draw, static_argnames=("model", "score", "stage"))
 
 
 class Pictures(NamedTuple):
@@ -76,28 +61,24 @@ def pictures(
     Picture i has the key of place `first` + i. Fewer than `groups` prompts are filled up, so that
     every call of a row of calls has one shape and compiles once.
     """
-    cfg, each = parts.cfg.evaluate, parts.cfg.evaluate.images
-    rows = [p for p in prompts for _ in range(each)]
-    wanted = max(groups or 0, len(prompts)) * each
-    padded = rows + rows[-1:] * (wanted - len(rows) + -wanted % parts.mesh.size)
+    cfg, devices = parts.cfg.evaluate, parts.mesh.size
+    wanted = max(groups or 0, len(prompts))
+    together = max(1, min(cfg.chunk // cfg.images, -(-wanted // devices)))
+    count = wanted + -wanted % (together * devices)
+    padded = [*prompts, *[prompts[-1]] * (count - len(prompts))]
     key = jax.random.fold_in(jax.random.key(parts.cfg.seed), EVALUATION)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(len(padded)))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count * cfg.images))
     images, scores = _draw(
         lora.policy(parts.frozen.base, adapter, parts.cfg.lora),
         parts.frozen._replace(rewards={**parts.frozen.rewards, **parts.towers}),
         assemble.encode(parts, padded, score),
-        sharding.split(keys, parts.mesh),
+        sharding.split(keys.reshape(count, cfg.images), parts.mesh),
         model=parts.model,
         score=score,
-        steps=cfg.steps,
-        solver=cfg.solver,
-        chunk=cfg.chunk,
+        stage=Stage(cfg.steps, cfg.solver, "bf16", cfg.chunk),
     )
-
-    def grouped(x: Array) -> np.ndarray:
-        return np.asarray(x)[: len(rows)].reshape((len(prompts), each, *x.shape[1:]))
-
-    return Pictures(eight_bit(grouped(images)), jax.tree.map(grouped, scores))
+    images, scores = jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], (images, scores))
+    return Pictures(eight_bit(images), scores)
 
 
 def eight_bit(images: Float[np.ndarray, "*batch H W 3"]) -> UInt8[np.ndarray, "*batch H W 3"]:

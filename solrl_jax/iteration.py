@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -110,36 +111,72 @@ def rollout(
     stage: Stage,
 ) -> Rollout:
     """Integrate, decode and score P x N samples, `stage.chunk` at a time, each device its own prompts."""
-    sigmas = model.sigmas(stage.steps)
 
-    def chunk(variables: Variables, frozen: Frozen, prompt: Prompts, keys: Key[Array, "n"]):
-        cond = jax.tree.map(lambda c: jnp.broadcast_to(c[None], (keys.shape[0], *c.shape)), prompt.cond)
-        x1 = jax.vmap(lambda k: model.noise(jax.random.fold_in(k, NOISE)))(keys)
-        x0 = sampler.sample(lambda x, sigma: model.velocity(variables, x, sigma, cond), x1, sigmas, stage.solver)
-        tokens = jax.tree.map(lambda t: t[None], prompt.tokens)
-        return x0, *score_images(score, frozen.rewards, model.decode(frozen.vae, x0), tokens)
+    def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
+        x0 = integrate(variables, prompts.cond, keys, model=model, stage=stage)
+        images = model.decode(frozen.vae, x0)
+        return x0, *score_images(score, frozen.rewards, images, prompts.tokens)
 
-    def on_device(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p N"]):
-        def one_prompt(args):
-            prompt, row = args
-            parts = jax.lax.map(lambda k: chunk(variables, frozen, prompt, k), row.reshape(-1, stage.chunk))
-            return jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), parts)
-
-        return jax.lax.map(one_prompt, (prompts, keys))
-
-    run = sharding.over_data(on_device, (False, False, True, True), sharding.SPLIT)
-    x0, reward, parts = run(variables, frozen, prompts, keys)
+    x0, reward, parts = by_block(block, stage.chunk)(variables, frozen, prompts, keys)
     return Rollout(keys, x0, reward, parts)
+
+
+def integrate(
+    variables: Variables, cond: PyTree, keys: Key[Array, "p n"], *, model: Model, stage: Stage
+) -> Float[Array, "B h w c"]:
+    """The ODE from each key's noise to its latents, all p x n = B samples as one batch; cond leaves [p, ...]."""
+    flat = keys.reshape(-1)
+    cond = jax.tree.map(lambda c: jnp.repeat(c, keys.shape[1], axis=0), cond)
+    x1 = jax.vmap(lambda k: model.noise(jax.random.fold_in(k, NOISE)))(flat)
+    sigmas = model.sigmas(stage.steps)
+    return sampler.sample(lambda x, sigma: model.velocity(variables, x, sigma, cond), x1, sigmas, stage.solver)
+
+
+def by_block(block: Callable[..., PyTree], chunk: int) -> Callable[..., PyTree]:
+    """block(variables, frozen, prompts, keys [p, n]) -> leaves [p * n, ...], run over keys [P, N] a block at a time.
+
+    A block has at most `chunk` samples: a part of one prompt's, or several whole prompts. Result leaves [P, N, ...].
+    """
+
+    def on_device(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "P N"]):
+        p, n = block_shape(chunk, *keys.shape)
+
+        def one_group(args):
+            prompts, keys = args
+            columns = keys.reshape(p, -1, n).swapaxes(0, 1)
+            parts = jax.lax.map(lambda k: block(variables, frozen, prompts, k), columns)  # leaves [N / n, p * n, ...]
+            return jax.tree.map(lambda x: x.reshape((-1, p, n, *x.shape[2:])).swapaxes(0, 1), parts)
+
+        groups = jax.tree.map(lambda x: x.reshape((-1, p, *x.shape[1:])), (prompts, keys))
+        out = jax.lax.map(one_group, groups)  # leaves [P / p, p, N / n, n, ...]
+        return jax.tree.map(lambda x: x.reshape((*keys.shape, *x.shape[4:])), out)
+
+    return sharding.over_data(on_device, (False, False, True, True), sharding.SPLIT)
+
+
+def block_shape(chunk: int, prompts: int, images: int) -> tuple[int, int]:
+    """(prompts, images of each) that go through the networks together, of what one device holds; at most `chunk`.
+
+    Raises ConfigError where they do not divide.
+    """
+    p, n = max(1, min(chunk // images, prompts)), min(images, chunk)
+    if prompts % p or images % n:
+        raise ConfigError(
+            f"chunk={chunk} takes {p} prompts x {n} images at a time, which does not divide the {prompts} x {images} "
+            f"of one device: use one of {[d for d in range(1, images + 1) if images % d == 0]}, or fewer devices"
+        )
+    return p, n
 
 
 def sample(
     variables: Variables, cond: PyTree, keys: Key[Array, "P n"], *, model: Model, stage: Stage
 ) -> Float[Array, "P n h w c"]:
     """Latents of P x n samples, without decoding or scoring."""
-    nothing = Score((), ())
-    frozen = Frozen({}, {}, {})
-    undecoded = model._replace(decode=lambda params, x0: x0)
-    return rollout(variables, frozen, Prompts(cond, {}), keys, model=undecoded, score=nothing, stage=stage).x0
+
+    def block(variables: Variables, _: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
+        return integrate(variables, prompts.cond, keys, model=model, stage=stage)
+
+    return by_block(block, stage.chunk)(variables, Frozen({}, {}, {}), Prompts(cond, {}), keys)
 
 
 def keep(rollout: Rollout, kept: int, rule: str, key: Key[Array, ""]) -> Rollout:
@@ -170,6 +207,8 @@ def learn(
 
     An update takes K / updates samples of every prompt, so that which samples it takes does not depend on the devices.
     """
+    chex.assert_tree_shape_prefix(samples, samples.keys.shape)
+    chex.assert_tree_shape_prefix(cond, samples.keys.shape[:1])
     advantage = algos.advantages(samples.reward)
     epochs, updates = cfg.learn.epochs, cfg.learn.updates
     old = state.old
@@ -334,6 +373,7 @@ def iteration_step(
     """One iteration over P prompts. Pure; jit it whole under `jax.set_mesh`, with the keyword arguments static."""
     run = Stages(model, score, optimizer, cfg)
     count = jax.tree.leaves(prompts)[0].shape[0]
+    chex.assert_tree_shape_prefix(prompts, (count,))  # fields of NamedTuples are not seen by jaxtyping
     keys = sample_keys(state, count, cfg.candidates)
     kernels = run.merged(state, frozen)
     low = run.quantised(kernels, frozen)
@@ -392,7 +432,7 @@ class Stages(NamedTuple):
 
 
 class Staged:
-    """`iteration_step` from the host: the same functions, one jit each, rollouts one prompt per device at a time.
+    """`iteration_step` from the host: the same functions, one jit each, rollouts one block of prompts at a time.
 
     Between the calls the host knows the time of each stage, can show progress and can stop.
     """
@@ -436,9 +476,10 @@ class Staged:
         return state, {**metrics, **learnt}
 
     def _by_prompt(self, name: str, rest, prompts: Prompts, keys, times, between) -> Rollout:
-        """One prompt per device and call."""
-        step = jax.sharding.get_mesh().size
-        count, parts = keys.shape[0], []
+        """One block per device and call: the prompts that a chunk takes together."""
+        (count, images), devices, parts = keys.shape, jax.sharding.get_mesh().size, []
+        stage = next(stage for n, stage, _ in self.cfg.stages() if n == name)
+        step = devices * block_shape(stage.chunk, count // devices, images)[0]
         with clock(times, name):
             for i in range(0, count, step):
                 group, group_keys = jax.tree.map(lambda x: x[i : i + step], (prompts, keys))  # noqa: B023

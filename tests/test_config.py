@@ -16,7 +16,7 @@ BASE = Config(name="base")
         ({"kept": "200"}, r"kept=200 of candidates=96: keep between 1 and 96"),
         ({"kept": "23"}, r"kept=23 is odd.*use kept=24"),
         ({"selection": "all"}, r"selection=all keeps every candidate: set kept=96"),
-        ({"explore.chunk": "7"}, r"explore.chunk=7 does not divide a prompt's 96 images: use one of \[1, 2, 3,"),
+        ({"explore.chunk": "7"}, r"explore.chunk=7 neither divides a prompt's 96 images nor .*: use one of \[1, 2, 3,"),
         ({"learn.updates": "5"}, r"learn.updates=5 does not divide kept=24"),
         ({"learn.micro_batch": "7"}, r"learn.micro_batch=7 is neither a multiple nor a divisor"),
         ({"learn.timestep_fraction": "0.01"}, r"no time of 10 steps is trained, raise it"),

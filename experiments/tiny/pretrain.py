@@ -26,6 +26,7 @@ from experiments.tiny import check, tokenizers_local, world
 from solrl_jax import config, weights
 from solrl_jax.models import flux, text, vae
 from solrl_jax.rewards import clip_tower
+from solrl_jax.structs import Model
 
 HERE = Path(__file__).parent
 TOKENS, SIZE = 24, 32
@@ -241,11 +242,23 @@ def train_vae(pool, steps: int, batch: int, seed: int):
     return params, {**VAE, "scaling_factor": float(1 / jnp.std(mean)), "shift_factor": float(jnp.mean(mean))}
 
 
-def train_flow(model_cfg: config.Model, vae_params, pool, empty, go_on: bool, **how):
-    """Flow matching, E |v(x_t, t, caption) - (eps - x0)|^2; transformer and both text encoders learn together.
+def shift(model: Model) -> float:
+    """e^mu of the sampler's sigmas: sigma = e^mu / (e^mu + 1/u - 1) at u = 1/2 is e^mu / (e^mu + 1)."""
+    first = model.sigmas(2)[1]
+    return float(first / (1 - first))
 
-    t is logit-normal, shifted as the sampler's sigmas are; one caption in ten is empty; guidance input is 1.0.
-    """
+
+def flow_matching(velocity, x0: jax.Array, k_t: jax.Array, k_eps: jax.Array, shift: float) -> jax.Array:
+    """E |v(x_t, t) - (eps - x0)|^2 over a batch x0; t is logit-normal, shifted as the sampler's sigmas are."""
+    u = jax.nn.sigmoid(jax.random.normal(k_t, (x0.shape[0],)))
+    t = shift * u / (1 + (shift - 1) * u)
+    eps = jax.random.normal(k_eps, x0.shape)
+    s = t[:, None, None, None]
+    return jnp.mean((velocity((1 - s) * x0 + s * eps, t) - (eps - x0)) ** 2)
+
+
+def train_flow(model_cfg: config.Model, vae_params, pool, empty, go_on: bool, **how):
+    """Flow matching; transformer and both text encoders learn together; one caption in ten is empty."""
     model = flux.make(model_cfg)
     folder = Path(model_cfg.path)
     clip, t5 = flux.text_modules(folder, jnp.bfloat16)
@@ -257,22 +270,15 @@ def train_flow(model_cfg: config.Model, vae_params, pool, empty, go_on: bool, **
         base, words = model.init(k1), {"clip": clip.init(k2, ids)["params"], "t5": t5.init(k3, ids)["params"]}
     params = {"base": base, "text": words}
     encoder = vae.Encoder(vae.VaeConfig.read(folder / "vae"), jnp.float32)
-    first = model.sigmas(2)[1]  # sigma = e^mu / (e^mu + 1/u - 1) at u = 1/2 is e^mu / (e^mu + 1)
-    shift = float(first / (1 - first))
-    empty = jax.tree.map(jnp.asarray, empty)
+    empty, by = jax.tree.map(jnp.asarray, empty), shift(model)
 
     def loss(params, batch, key):
         k_t, k_eps, k_drop = jax.random.split(key, 3)
         x0, _ = vae.encode(encoder, vae_params["encoder"], pictures(batch))
-        count = x0.shape[0]
-        drop = jax.random.uniform(k_drop, (count, 1)) < 0.1
+        drop = jax.random.uniform(k_drop, (x0.shape[0], 1)) < 0.1
         tokens = jax.tree.map(lambda t, e: jnp.where(drop, jnp.broadcast_to(e, t.shape), t), batch["tokens"], empty)
-        u = jax.nn.sigmoid(jax.random.normal(k_t, (count,)))
-        t = shift * u / (1 + (shift - 1) * u)
-        eps = jax.random.normal(k_eps, x0.shape)
-        s = t[:, None, None, None]
-        v = model.velocity({"params": params["base"]}, (1 - s) * x0 + s * eps, t, model.encode(params["text"], tokens))
-        return jnp.mean((v - (eps - x0)) ** 2)
+        cond = model.encode(params["text"], tokens)
+        return flow_matching(lambda x, t: model.velocity({"params": params["base"]}, x, t, cond), x0, k_t, k_eps, by)
 
     watched = iter(range(1, 11))
 

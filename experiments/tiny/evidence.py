@@ -1,0 +1,234 @@
+"""What Sol-RL gains on the small world, and which of its parts the gain comes from.
+
+    python -m experiments.tiny.evidence --arms=sol_rl,shuffled --seeds=0,1,2          # a GPU's minutes
+    python -m experiments.tiny.evidence --arms=sol_rl --iterations=2 --prompts=20      # the same path in short
+
+An arm is a recipe, or a control of it; its seeds train as one vmapped program (`lab`). Each arm is measured on the test
+and the compositional captions x 4 fixed seeds, paired with the base, and writes results/arms/ARM.json. The recipe is
+the default run's; chunks and micro-batches are a GPU's, which changes no number but by rounding.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import results
+from experiments.tiny import check, lab, pretrain, world
+from solrl_jax import config, iteration, lora, sharding
+from solrl_jax.config import Config
+from solrl_jax.models import vae
+from solrl_jax.structs import TrainState
+
+PICTURES = 4  # of each caption
+
+
+class Arm(NamedTuple):
+    """`recipe` and `overrides` of configs/tiny.py for so many `iterations`; measured every `every`."""
+
+    recipe: str = ""
+    overrides: Mapping[str, str] = {}
+    iterations: int = 40
+    every: int = 10
+    shuffled: bool = False
+    about: str = ""
+
+
+ARMS = {
+    "sol_rl": Arm(about="the default run"),
+    "sol_rl_long": Arm(iterations=400, every=50, about="the default run, ten times as long"),
+    "shuffled": Arm(shuffled=True, about="each group's rewards dealt anew among its pictures"),
+    "random": Arm(overrides={"selection": "random"}, about="the kept 8 of 24 chosen at random"),
+    "bf16": Arm(overrides={"explore.precision": "bf16"}, about="exploration in BF16"),
+    "naive_scaling": Arm("naive_scaling", about="all 24 in BF16, 10 steps"),
+    "naive_quant": Arm("naive_quant", about="all 24 in NVFP4, 10 steps, trained on those"),
+    "diffusionnft": Arm("diffusionnft", iterations=120, about="8 of 8, nothing selected"),
+}
+OTHERS = {
+    "supervised": "flow matching on drawn pictures: as many LoRA steps on as many pictures, same rate",
+    "guidance": "the base with classifier-free guidance, no training",
+}
+
+
+def arm_config(arm: Arm) -> Config:
+    """The arm's config, with as much at a time as a GPU takes: all prompts' candidates, all points of an update."""
+    cfg = config.load(f"tiny:{arm.recipe}" if arm.recipe else "tiny", arm.overrides)
+    points = cfg.prompts * cfg.kept // cfg.learn.updates * cfg.times
+    chunks = {f"{name}.chunk": str(cfg.prompts * images) for name, _, images in cfg.stages()}
+    return config.override(cfg, **chunks, **{"learn.micro_batch": str(points)})
+
+
+def image_steps(cfg: Config) -> dict[str, int]:
+    """Network evaluations of pictures in one iteration's rollouts, by precision."""
+    out: dict[str, int] = {}
+    for _, stage, images in cfg.stages():
+        out[stage.precision] = out.get(stage.precision, 0) + cfg.prompts * images * stage.steps
+    return out
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def train(opened: lab.World, arm: Arm, cfg: Config, run, seeds: Sequence[int]) -> Iterator[tuple[int, TrainState]]:
+    """One state per seed; (iterations done, states) every `arm.every` of them."""
+    states = lab.begin(opened, cfg, [{}] * len(seeds), seeds)
+    for first in range(0, arm.iterations, arm.every):
+        rows = lab.picks(opened, cfg, seeds, first, arm.every)
+        states, _ = run(states, opened.table, opened.parts.frozen, rows)
+        yield first + arm.every, states
+
+
+def compiled(opened: lab.World, arm: Arm, cfg: Config, seeds: Sequence[int]):
+    """The arm's program, ready to run; several compile at once in threads."""
+    with jax.set_mesh(sharding.make_mesh(1)):  # an ambient mesh is a thread's own
+        score = lab.shuffled(opened.parts.score) if arm.shuffled else opened.parts.score
+        states = lab.begin(opened, cfg, [{}] * len(seeds), seeds)
+        rows = lab.picks(opened, cfg, seeds, 0, arm.every)
+        return lab.program(opened, cfg, score).lower(states, opened.table, opened.parts.frozen, rows).compile()
+
+
+def supervised(opened: lab.World, cfg: Config, seeds: Sequence[int], iterations: int):
+    """LoRAs [R, ...] trained by the loss that pretrained the base, on drawn train pictures: what mere steps give."""
+    parts, count = opened.parts, cfg.prompts * cfg.kept // cfg.learn.updates * cfg.times
+    folder = check.HERE / "pipeline" / "vae"
+    encoder, weights = vae.load_vae(folder, jnp.float32, encoder=True)
+    states = lab.begin(opened, cfg, [{}] * len(seeds), seeds)
+    pools = []
+    for seed in seeds:
+        rng = np.random.default_rng([seed, 1])
+        scenes = world.sample_scenes(rng, 4096, "train")
+        tokens = parts.model.tokenize(world.captions(scenes, rng))
+        pools.append({"scenes": tuple(scenes), "cond": jax.jit(parts.model.encode)(parts.text, tokens)})
+    pool = jax.tree.map(lambda *x: jnp.stack(x), *pools)
+
+    def loss(adapter, base, batch, x0, key):
+        def velocity(x, t):
+            return parts.model.velocity(lora.policy(base, adapter, cfg.lora), x, t, batch["cond"])
+
+        return pretrain.flow_matching(velocity, x0, *jax.random.split(key), pretrain.shift(parts.model))
+
+    def update(state: TrainState, pool, base, weights):
+        pick, key = jax.random.split(jax.random.fold_in(state.key, state.updates))
+        size = jax.tree.leaves(pool)[0].shape[0]
+        batch = jax.tree.map(lambda x: x[jax.random.randint(pick, (count,), 0, size)], pool)
+        x0, _ = vae.encode(encoder, weights, pretrain.pictures(batch))
+        grads = jax.grad(loss)(state.lora, base, batch, x0, key)
+        return iteration.apply_gradients(state, grads, parts.optimizer, cfg)[0]
+
+    @functools.partial(jax.jit, static_argnames="updates")
+    def run(states, pool, base, weights, updates):
+        one = jax.vmap(update, (0, 0, None, None))
+        return jax.lax.fori_loop(0, updates, lambda _, s: one(s, pool, base, weights), states)
+
+    return run(states, pool, parts.frozen.base, weights, iterations * cfg.learn.updates).lora
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def gains(base: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], split: str) -> dict[str, dict]:
+    """Figures of trained [R, P, n] against base [1, P, n], paired by caption and noise; intervals over captions."""
+    out = {}
+    for name, unit in (("exact", "share"), ("share of facts", "share"), ("clipscore", "score")):
+        by_caption = (found[name] - base[name]).mean(axis=(0, 2))
+        seeds = [round(float(x), 4) for x in (found[name] - base[name]).mean(axis=(1, 2))]
+        out[f"{split}: gain of {name}"] = results.figure(
+            float(by_caption.mean()),
+            f"{unit}; 95 % bootstrap interval over captions, and each seed",
+            found[name].size,
+            {"interval": lab.interval(by_caption), "seeds": seeds},
+        )
+    spread = found["spread"].mean(axis=(1, 2)) / base["spread"].mean()
+    out[f"{split}: spread of a caption's pictures"] = results.figure(
+        float(spread.mean()),
+        "of the base's; mean absolute difference between two of them",
+        found["spread"].size,
+        {"seeds": [round(float(x), 3) for x in spread]},
+    )
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", default=",".join([*ARMS, *OTHERS]))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--iterations", type=int, help="of every arm, measured once at their end")
+    parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
+    parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
+    parser.add_argument("--out", type=lambda p: check.HERE.joinpath(p), default=check.HERE / "results/arms")
+    args = parser.parse_args(argv)
+    names, seeds = args.arms.split(","), [int(s) for s in args.seeds.split(",")]
+    if strange := [n for n in names if n not in (*ARMS, *OTHERS)]:
+        parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join([*ARMS, *OTHERS])}")
+    arms = {n: ARMS[n] for n in names if n in ARMS}
+    if args.iterations:
+        arms = {n: a._replace(iterations=args.iterations, every=args.iterations) for n, a in arms.items()}
+    began = time.perf_counter()
+
+    def say(*what: object) -> None:
+        print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
+
+    with jax.set_mesh(sharding.make_mesh(1)):
+        default = arm_config(ARMS["sol_rl"])
+        opened = lab.open_world(default, args.prompts)
+        cfgs = {n: arm_config(a) for n, a in arms.items()}
+        with ThreadPoolExecutor(8) as pool:
+            programs = {n: pool.submit(compiled, opened, arms[n], cfgs[n], seeds) for n in arms}
+        say(f"{len(opened.train)} train captions; compiled {', '.join(arms) or 'nothing'}")
+        measure = functools.partial(
+            lab.measure, opened, images=PICTURES, stage=config.Stage(steps=10, chunk=min(args.chunk, 4 * args.prompts))
+        )
+        nothing = lab.base_adapter(opened)
+        base = {split: measure(nothing, split) for split in lab.SPLITS}
+        say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
+
+        def write(
+            name: str, about: str, found: Mapping[str, Mapping[str, np.ndarray]], more: Mapping[str, dict]
+        ) -> None:
+            figures = {k: v for split in lab.SPLITS for k, v in gains(base[split], found[split], split).items()}
+            for key, f in figures.items():
+                print(f"    {f['value']:+.4f}  {key}  {f['spread']}", flush=True)
+            results.record(args.out / f"{name}.json", {**figures, **more}, arm=name, about=about, seeds=seeds)
+
+        for name, arm in arms.items():
+            cfg, curve, now = cfgs[name], {}, time.perf_counter()
+            steps = image_steps(cfg)
+            for done, states in train(opened, arm, cfg, programs[name].result(), seeds):
+                found, at = measure(states.lora, "test"), f"{done} iterations, {done * sum(steps.values())} image-steps"
+                for what in ("exact", "clipscore"):
+                    value = found[what].mean(axis=(1, 2))
+                    spread = {"seeds": [round(float(x), 4) for x in value]}
+                    curve[f"{what} after {at}"] = results.figure(float(value.mean()), "mean", found[what].size, spread)
+                say(name, at, {k: round(float(v.mean()), 4) for k, v in found.items()})
+            per = (time.perf_counter() - now) / arm.iterations
+            more = {f"image-steps an iteration, {k}": results.figure(v, "image-steps", 1) for k, v in steps.items()}
+            more["wall time an iteration, measuring included"] = results.figure(per, f"s, {len(seeds)} runs at once", 1)
+            write(name, arm.about, {s: measure(states.lora, s) for s in lab.SPLITS}, {**more, **curve})
+        if "supervised" in names:
+            count = args.iterations or ARMS["sol_rl"].iterations
+            trained = supervised(opened, default, seeds, count)
+            write("supervised", OTHERS["supervised"], {s: measure(trained, s) for s in lab.SPLITS}, {})
+        if "guidance" in names:
+            empty = jax.jit(opened.parts.model.encode)(opened.parts.text, opened.parts.model.tokenize([""]))
+            for weight in (1.5, 2.0, 3.0):
+                found = {}
+                for split in lab.SPLITS:
+                    own = opened.held_out[split][1].cond
+                    both = {
+                        "caption": own,
+                        "empty": jax.tree.map(lambda e, o: jnp.broadcast_to(e, o.shape), empty, own),
+                    }
+                    found[split] = measure(nothing, split, model=lab.guided(opened.parts.model, weight), cond=both)
+                say("guidance", weight)
+                write(f"guidance_{weight:g}", f"{OTHERS['guidance']}, weight {weight:g}", found, {})
+        say("done")
+
+
+if __name__ == "__main__":
+    main()

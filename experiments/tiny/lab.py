@@ -1,0 +1,199 @@
+"""Many runs on the small world as one program: `iteration_step` under vmap, seeds and settings on the leading axis.
+
+    world = open_world(cfg)                         weights, prompts encoded once, the judge
+    states = begin(world, cfg, [{}] * 3, (0, 1, 2)) three seeds of the default recipe, leaves [R, ...]
+    states = advance(world, cfg, states, picks)     picks [iterations, R, P]: which train prompts each run draws
+    found = measure(world, states.lora, "test")     {"exact": [R, prompts, images], ...}
+
+The same functions as `python -m solrl_jax.main --config=tiny` runs, with the same keys; only the leading axis is new.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from experiments.tiny import check
+from solrl_jax import assemble, config, data, iteration, lora
+from solrl_jax.assemble import Parts
+from solrl_jax.config import Config, Stage
+from solrl_jax.rewards import Reward, Score, shapes
+from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, TrainState, Variables
+
+SPLITS = ("test", "compositional")
+FACTS = "shapes"
+
+
+class World(NamedTuple):
+    """`train`, and each split of `held_out`, are captions and their Prompts (leaves [captions, ...]), encoded once."""
+
+    parts: Parts
+    train: tuple[str, ...]
+    table: Prompts
+    held_out: Mapping[str, tuple[list[str], Prompts]]
+
+
+def open_world(cfg: Config, captions: int = 500) -> World:
+    """Everything that runs of `cfg` share, and `captions` of each held-out split.
+
+    Call this and all below under `jax.set_mesh(sharding.make_mesh(1))`.
+    """
+    parts = assemble.assemble(cfg, 1)
+
+    def encoded(captions: Sequence[str]) -> Prompts:
+        prompts = assemble.encode(parts, captions, parts.judged)
+        return prompts._replace(tokens={**prompts.tokens, FACTS: jnp.asarray(shapes.tokenize(captions))})
+
+    held_out = {s: (check.HERE / f"prompts/{s}.txt").read_text().splitlines()[:captions] for s in SPLITS}
+    train = parts.prompts.train
+    return World(parts, train, encoded(train), {s: (c, encoded(c)) for s, c in held_out.items()})
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def begin(world: World, cfg: Config, settings: Sequence[Mapping[str, float]], seeds: Sequence[int]) -> TrainState:
+    """States of one run per (setting, seed) pair, leaves [R, ...]; a setting replaces fields of `Hyper`."""
+
+    def state(setting: Mapping[str, float], seed: int) -> TrainState:
+        made = iteration.init_state(
+            jax.random.key(seed), world.parts.frozen, model=world.parts.model, optimizer=world.parts.optimizer, cfg=cfg
+        )
+        return made._replace(hyper=made.hyper._replace(**{k: jnp.float32(v) for k, v in setting.items()}))
+
+    states = [state(setting, seed) for setting, seed in zip(settings, seeds, strict=True)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *states)
+
+
+def picks(world: World, cfg: Config, seeds: Sequence[int], first: int, count: int) -> Int[np.ndarray, "T R P"]:
+    """The train prompts that each run draws in iterations first .. first + count, as the command does with its seed."""
+    place = {caption: i for i, caption in enumerate(world.train)}
+    rows = [[data.batch(world.train, s, first + i, cfg.prompts) for s in seeds] for i in range(count)]
+    return np.asarray([[[place[caption] for caption in batch] for batch in row] for row in rows], np.int32)
+
+
+def program(world: World, cfg: Config, score: Score) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """(states [R], table, frozen, picks [T, R, P]) -> states and metrics [T, R, ...], jitted."""
+    parts = world.parts
+    statics = {"model": parts.model, "score": score, "optimizer": parts.optimizer, "cfg": cfg}
+
+    def run(states: TrainState, table: Prompts, frozen: Frozen, picks: Int[Array, "T R P"]):
+        def one(state: TrainState, pick: Int[Array, "P"]):
+            return iteration.iteration_step(state, frozen, jax.tree.map(lambda x: x[pick], table), **statics)
+
+        return jax.lax.scan(lambda states, pick: jax.vmap(one)(states, pick), states, picks)
+
+    return jax.jit(run)
+
+
+def shuffled(score: Score) -> Score:
+    """`score` with the values of each call dealt anew among its images, by a permutation drawn from the images' bits.
+
+    Where a call holds one prompt's whole group, the control whose rewards say nothing about the pictures.
+    """
+
+    def deal(reward: Reward) -> Reward:
+        def dealt(params: Params, images: Float[Array, "B H W 3"], tokens: PyTree) -> Float[Array, "B"]:
+            bits = jnp.sum(jax.lax.bitcast_convert_type(images, jnp.uint32), dtype=jnp.uint32)
+            groups = jax.tree.leaves(tokens)[0].shape[0]
+            rows = reward.score(params, images, tokens).reshape(groups, -1)
+            return jax.random.permutation(jax.random.key(bits), rows, axis=1, independent=True).reshape(-1)
+
+        return reward._replace(score=dealt)
+
+    return Score(tuple(deal(r) for r in score.rewards), score.weights)
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    world: World,
+    adapters: Params,
+    split: str,
+    images: int = 4,
+    *,
+    model: Model | None = None,
+    cond: PyTree = None,
+    stage: Stage = Stage(steps=10, chunk=500),  # noqa: B008 - frozen
+    seed: int = 0,
+) -> dict[str, Float[np.ndarray, "R P n"]]:
+    """exact, share of facts and clipscore of R adapters (leaves [R, ...]) on a split's captions x fixed seeds.
+
+    And `spread`: the mean absolute difference, in 8-bit levels, between two pictures of one caption.
+    """
+    captions, prompts = world.held_out[split]
+    keys = jax.random.split(jax.random.key(seed), (len(captions), images))
+    prompts = prompts if cond is None else prompts._replace(cond=cond)
+    found = [
+        _measure(
+            jax.tree.map(lambda x: x[r], adapters),  # noqa: B023
+            world.parts.frozen,
+            prompts,
+            keys,
+            model=model or world.parts.model,
+            reward=world.parts.score.rewards[0],
+            stage=stage,
+            lora_cfg=world.parts.cfg.lora,
+        )
+        for r in range(jax.tree.leaves(adapters)[0].shape[0])
+    ]
+    return {name: np.stack([np.asarray(f[name], np.float64) for f in found]) for name in found[0]}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "reward", "stage", "lora_cfg"))
+def _measure(
+    adapter: Params,
+    frozen: Frozen,
+    prompts: Prompts,
+    keys: Key[Array, "P n"],
+    *,
+    model: Model,
+    reward: Reward,
+    stage: Stage,
+    lora_cfg: config.Lora,
+) -> dict[str, Array]:
+    variables = {"params": lora.graft(frozen.base, lora.merged_kernels(frozen.base, adapter, lora_cfg))}
+
+    def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]) -> dict[str, Array]:
+        images = model.decode(frozen.vae, iteration.integrate(variables, prompts.cond, keys, model=model, stage=stage))
+        verdict = shapes.judge(images, prompts.tokens[FACTS])
+        rows = images.reshape(*keys.shape, -1)
+        apart = jnp.abs(rows[:, :, None] - rows[:, None]).mean(-1).sum((1, 2)) / (keys.shape[1] * (keys.shape[1] - 1))
+        return {
+            "exact": verdict.exact.astype(jnp.float32),
+            "share of facts": verdict.share,
+            "clipscore": reward.score(frozen.rewards[reward.name], images, prompts.tokens[reward.name]),
+            "spread": 255 * jnp.repeat(apart, keys.shape[1]),
+        }
+
+    p = iteration.block_shape(stage.chunk, *keys.shape)
+    assert keys.shape[1] == p[1], "a block must hold a caption's pictures, else their spread is not theirs"
+    return iteration.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
+
+
+def guided(model: Model, weight: float) -> Model:
+    """Classifier-free guidance: v = v_empty + weight (v_caption - v_empty); cond is {"caption": ..., "empty": ...}."""
+
+    def velocity(variables: Variables, x: Array, sigma: Array, cond: Mapping[str, PyTree]) -> Array:
+        toward, away = (model.velocity(variables, x, sigma, cond[which]) for which in ("caption", "empty"))
+        return away + weight * (toward - away)
+
+    return model._replace(velocity=velocity)
+
+
+def interval(gain: Float[np.ndarray, "P"], draws: int = 10_000) -> list[float]:
+    """95 % bootstrap interval of the mean of `gain`, over prompts."""
+    rng = np.random.default_rng(0)
+    means = gain[rng.integers(0, len(gain), (draws, len(gain)))].mean(axis=1)
+    return [round(float(x), 4) for x in np.quantile(means, (0.025, 0.975))]
+
+
+def base_adapter(world: World, runs: int = 1) -> Params:
+    """Adapters [R, ...] that change nothing: the base."""
+    like = begin(world, world.parts.cfg, [{}] * runs, range(runs)).lora
+    return jax.tree.map(jnp.zeros_like, like)

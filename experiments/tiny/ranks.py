@@ -1,0 +1,99 @@
+"""Does a short low-precision rollout rank candidates as the full BF16 one does? Base and trained policy.
+
+    python -m experiments.tiny.ranks --run=RUN          # RUN's LoRA as the second policy; minutes on two CPU cores
+
+Every candidate is rolled out from the same noise by each preview and by the full rollout (BF16, 10 steps), whose
+CLIPScores are the truth. BF16 with 6 steps separates what the steps cost from what the precision costs. Three figures,
+means over captions: Spearman; the share of the true best K/2 among the K/2 chosen as best; and the kept contrast, the
+true mean of the chosen best minus that of the chosen worst, over what a perfect choice would keep.
+"""
+
+import argparse
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from experiments import results
+from experiments.tiny import check, lab
+from solrl_jax import config, iteration, lora, sharding
+from solrl_jax.config import Stage
+from solrl_jax.selection import select, spearman, take
+
+PREVIEWS = {
+    "NVFP4, 6 steps": ("nvfp4_emulated", 6),
+    "BF16, 6 steps": ("bf16", 6),
+    "NVFP4, 10 steps": ("nvfp4_emulated", 10),
+    "BF16, 4 steps": ("bf16", 4),
+    "NVFP4, 4 steps": ("nvfp4_emulated", 4),
+}
+FULL = ("bf16", 10)
+
+
+def fidelity(preview: Float[Array, "P N"], truth: Float[Array, "P N"], kept: int) -> dict[str, Float[np.ndarray, "P"]]:
+    """Each caption's three figures of a preview's rewards, for `kept` / 2 best and as many worst."""
+    half = kept // 2
+    key = jax.random.key(0)  # best_worst draws nothing from it
+    chosen, perfect = (np.asarray(select(r, kept, "best_worst", key)) for r in (preview, truth))
+    overlap = [len(set(a[:half]) & set(b[:half])) / half for a, b in zip(chosen, perfect, strict=True)]
+
+    def contrast(index: np.ndarray) -> np.ndarray:
+        kept_rewards = np.asarray(take(truth, jnp.asarray(index)))
+        return kept_rewards[:, :half].mean(1) - kept_rewards[:, half:].mean(1)
+
+    return {
+        "Spearman": np.asarray(spearman(preview, truth)),
+        f"overlap of the best {half}": np.asarray(overlap),
+        "kept contrast": contrast(chosen) / contrast(perfect),
+    }
+
+
+def rewards(opened: lab.World, adapter, captions: int, candidates: int, chunk: int) -> dict[tuple[str, int], Array]:
+    """CLIPScores [captions, candidates] of the same noise by every preview and by the full rollout."""
+    parts, cfg = opened.parts, opened.parts.cfg
+    prompts = jax.tree.map(lambda x: x[:captions], opened.held_out["test"][1])
+    keys = jax.random.split(jax.random.key(0), (captions, candidates))
+    kernels = lora.merged_kernels(parts.frozen.base, adapter, cfg.lora)
+    low = jax.jit(functools.partial(iteration.quantised, model=parts.model))(kernels, parts.frozen)
+    out = {}
+    for precision, steps in (*PREVIEWS.values(), FULL):
+        stage = Stage(steps, cfg.regenerate.solver, precision, chunk)
+        variables = iteration.policy_variables(kernels, None if precision == "bf16" else low, parts.frozen)
+        roll = functools.partial(iteration.rollout, model=parts.model, score=parts.score, stage=stage)
+        out[precision, steps] = jax.jit(lambda *a: roll(*a).reward)(variables, parts.frozen, prompts, keys)  # noqa: B023
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a run's folder or a LoRA file")
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--candidates", type=int, default=24)
+    parser.add_argument("--kept", type=int, default=8)
+    parser.add_argument("--chunk", type=int, default=24)
+    parser.add_argument("--out", type=Path, default=check.HERE / "results/ranks.json")
+    args = parser.parse_args(argv)
+    figures = {}
+    with jax.set_mesh(sharding.make_mesh(1)):
+        opened = lab.open_world(config.load("tiny"), args.prompts)
+        nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
+        policies = {"base": nothing}
+        if args.run:
+            policies["trained"] = lora.load(args.run, nothing, opened.parts.model.keys, opened.parts.cfg.lora)
+        for who, adapter in policies.items():
+            found = rewards(opened, adapter, args.prompts, args.candidates, args.chunk)
+            for name, preview in PREVIEWS.items():
+                for what, each in fidelity(found[preview], found[FULL], args.kept).items():
+                    figure = results.figure(
+                        float(each.mean()), "95 % bootstrap interval over captions", each.size, lab.interval(each)
+                    )
+                    figures[f"{who}, {name}: {what}"] = figure
+                    print(f"{figure['value']:.3f} {figure['spread']}  {who}, {name}: {what}", flush=True)
+    results.record(args.out, figures, run=str(args.run or ""))
+
+
+if __name__ == "__main__":
+    main()
