@@ -1,0 +1,153 @@
+"""What users get wrong, given to the command on a whole (nano) pipeline: exit code 2, the mend, nothing written."""
+
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from safetensors.numpy import load_file, save_file
+
+from solrl_jax import assemble, config, main
+from tests import nano
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with a whole pipeline, CLIP and prompts."""
+    folder = tmp_path_factory.mktemp("whole")
+    nano.build(folder)
+    return folder
+
+
+@pytest.fixture
+def command(whole, tmp_path, monkeypatch, capsys):
+    """command(**overrides) -> (exit code, error) of a training run on a copy of the whole folder, `command.folder`."""
+    folder = tmp_path / "world"
+    shutil.copytree(whole, folder)
+    made = nano.build(folder)
+    monkeypatch.setattr(config, "load", lambda spec, overrides: config.override(made, **overrides))
+
+    def run(**overrides):
+        words = [f"--config.{name}={value}" for name, value in overrides.items()]
+        with flagsaver.flagsaver():
+            code = main.main(main.parse(["x", "--config=nano", "--devices=1", f"--run_dir={tmp_path / 'run'}", *words]))
+        return code, capsys.readouterr().err
+
+    run.folder = folder
+    yield run
+    assert not (tmp_path / "run").exists()
+
+
+TRANSFORMER = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+CLIP = "clip/model.safetensors"
+KEY = "transformer_blocks.0.attn.to_q.weight"
+
+
+def without(file):
+    tensors = load_file(file)
+    del tensors[KEY]
+    save_file(tensors, file)
+
+
+def with_one_more(file):
+    save_file({**load_file(file), "left.over.weight": np.zeros(3, np.float32)}, file)
+
+
+def of_another_shape(file):
+    tensors = load_file(file)
+    save_file({**tensors, KEY: np.zeros((3, 5), np.float32)}, file)
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def cut_in_its_header(file):
+    file.write_bytes(file.read_bytes()[:20])
+
+
+def not_safetensors(file):
+    file.write_bytes(struct.pack("<Q", 1 << 60) + b"version https://git-lfs.github.com/spec/v1")
+
+
+def gone(file):
+    file.unlink()
+
+
+def folder_gone(file):
+    shutil.rmtree(file.parent)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "words"),
+    [
+        (TRANSFORMER, without, ["pipeline/transformer does not hold the weights", KEY]),
+        (TRANSFORMER, with_one_more, ["left.over.weight"]),
+        (TRANSFORMER, of_another_shape, [f"{KEY} has shape (5, 3), not (32, 32)"]),
+        (TRANSFORMER, cut_short, [TRANSFORMER, "is not a whole safetensors file", "download it again"]),
+        (TRANSFORMER, cut_in_its_header, [TRANSFORMER, "download it again"]),
+        (TRANSFORMER, not_safetensors, [TRANSFORMER, "download it again"]),
+        (TRANSFORMER, gone, ["transformer"]),
+        (TRANSFORMER, folder_gone, ["transformer"]),
+        ("pipeline/vae/diffusion_pytorch_model.safetensors", cut_short, ["vae"]),
+        ("pipeline/text_encoder_2/model.safetensors", gone, ["text_encoder_2"]),
+        ("pipeline/tokenizer/vocab.json", folder_gone, ["tokenizer"]),
+        ("pipeline/scheduler/scheduler_config.json", gone, ["scheduler_config.json"]),
+        (CLIP, cut_short, ["clip", "reward_paths: clipscore="]),
+        (CLIP, gone, ["clip", "reward_paths: clipscore="]),
+        ("clip/config.json", gone, ["clip", "reward_paths: clipscore="]),
+    ],
+)
+def test_damaged_files_are_named(command, file, damage, words):
+    damage(command.folder / file)
+    code, error = command()
+    assert code == 2 and error.startswith("error: ") and len(error.splitlines()) <= 2, error  # a second lists keys
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.path": "nowhere"}, "nowhere"),
+        ({"reward_paths": "clipscore=nowhere"}, "nowhere"),
+        ({"prompt_files": "nowhere"}, "nowhere does not exist"),
+        ({"kept": "10"}, "kept=10 of candidates=8: keep between 1 and 8"),
+        ({"kept": "3"}, "kept=3 is odd: best_worst keeps K/2 best and K/2 worst; use kept=4"),
+        ({"explore.steps": "0"}, "steps=0: a rollout takes at least one step"),
+        ({"regenerate.steps": "0"}, "steps=0: a rollout takes at least one step"),
+        ({"model.size": "13"}, "13"),
+    ],
+)
+def test_bad_values_are_answered_with_the_rule(command, overrides, message):
+    code, error = command(**overrides)
+    assert code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1 and message in error, error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "no prompts"),
+        (b"\n  \n", "no prompts"),
+        (b"a red circle\n\xff\xfe\x00bad\n", "prompts.txt"),
+    ],
+)
+def test_prompt_files_that_are_empty_or_not_text(command, content, message):
+    (command.folder / "prompts.txt").write_bytes(content)
+    code, error = command()
+    assert code == 2 and message in error and len(error.splitlines()) == 1, error
+
+
+def test_an_over_long_prompt_is_cut_and_said(whole, tmp_path):
+    """The run goes on: the text encoders' limits are the model's, and the user is told which prompts lose words."""
+    long = "a red circle left of a blue square " * 4
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join([*nano.PROMPTS, long]) + "\n")
+    parts = assemble.assemble(nano.build(whole, prompt_files=str(file)), 1)
+    said = [line for line in assemble.notes(parts) if "are cut" in line]
+    # 8 tokens: six words besides CLIP's two marks; T5 cuts words that are rare in the nano vocabulary to pieces.
+    assert [line.split(" reads")[0] for line in said] == [
+        "2 prompts are longer than clip",
+        "6 prompts are longer than t5",
+    ]
+    assert all("reads and are cut, e.g. 'a " in line for line in said)
