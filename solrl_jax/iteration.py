@@ -205,7 +205,7 @@ def learn(
 ) -> tuple[TrainState, Metrics]:
     """Advantages over the kept samples, `epochs` x `updates` steps of the LoRA, then the old policy follows.
 
-    An update takes K / updates samples of every prompt, so that which samples it takes does not depend on the devices.
+    An update takes K / updates samples of every prompt (`dealt`): which ones does not depend on the devices.
     """
     chex.assert_tree_shape_prefix(samples, samples.keys.shape)
     chex.assert_tree_shape_prefix(cond, samples.keys.shape[:1])
@@ -222,7 +222,7 @@ def learn(
         return state, {**metrics, "grad_norm": norm}
 
     epoch_of = jnp.repeat(jnp.arange(epochs), updates)
-    index = jnp.concatenate([shuffled(samples.keys, e, updates) for e in range(epochs)])
+    index = jnp.concatenate([dealt(samples.keys, samples.reward, e, updates) for e in range(epochs)])
     state, metrics = jax.lax.scan(update, state, (epoch_of, index))
     decay = algos.old_decay(state.updates, state.hyper.old_ramp, state.hyper.old_max)
     followed = jax.tree.map(lambda o, c: decay * o + (1 - decay) * c, old, state.lora)
@@ -234,13 +234,17 @@ def _use(key: Key[Array, ""], use: int, epoch: Int[Array, ""] | int) -> Key[Arra
     return jax.random.fold_in(jax.random.fold_in(key, use), epoch)
 
 
-def shuffled(keys: Key[Array, "P K"], epoch: int, updates: int) -> Array:
-    """[updates, P, K / updates]: each prompt's samples in an order of its own; sorted if one update takes them all."""
-    order = jax.vmap(jax.vmap(lambda k: jax.random.uniform(_use(k, ORDER, epoch))))(keys)
-    index = (
-        jnp.argsort(order, axis=-1) if updates > 1 else jnp.broadcast_to(jnp.arange(keys.shape[1])[None], keys.shape)
-    )
-    return index.reshape((keys.shape[0], updates, -1)).swapaxes(0, 1)
+def dealt(keys: Key[Array, "P K"], reward: Float[Array, "P K"], epoch: int, updates: int) -> Int[Array, "U P k"]:
+    """The K / updates samples that each update takes of every prompt, no sample twice.
+
+    One of each stratum, `updates` neighbours in the prompt's order of rewards, by chance: so every update sees good
+    and bad samples of a prompt, and advantages that nearly cancel. (The original shuffles all samples together.)
+    """
+    prompts, kept = keys.shape
+    order = jnp.argsort(reward, axis=-1, stable=True)
+    chance = jax.vmap(jax.vmap(lambda k: jax.random.uniform(_use(k, ORDER, epoch))))(keys)
+    strata, chance = (x.reshape(prompts, kept // updates, updates) for x in (order, take(chance, order)))
+    return jnp.moveaxis(jnp.take_along_axis(strata, jnp.argsort(chance, axis=-1), axis=-1), -1, 0)
 
 
 def samples_at_a_time(cfg: Config, held: int) -> int:
