@@ -1,6 +1,9 @@
 """results/*.json: what was measured, by which command, on what, with which versions, and tables made from it.
 
-python -m experiments.results experiments/tiny/README.md        # its tables anew from their files
+    python -m experiments.results experiments/tiny/README.md        # its tables anew from their files
+
+A README holds `<!-- table:FILE -->` ... `<!-- end -->`, a row a figure; or `<!-- matrix:FILES | FIGURE | FIGURE -->`,
+a row a file (FILES may have a *) and a column a figure.
 """
 
 import datetime
@@ -45,24 +48,52 @@ def _module() -> str:
     return spec.name if spec else sys.argv[0]
 
 
-def table(file: str | Path, unit_digits: int = 3) -> str:
+def cell(f: dict[str, Any], digits: int = 3) -> str:
+    """A figure as text: value, then its standard error, interval or repeats."""
+    text, spread = f"{f['value']:.{digits}f}", f["spread"]
+    if isinstance(spread, float):
+        return f"{text} ± {spread:.{digits}f}"
+    if isinstance(spread, dict):
+        parts = [_numbers(spread["interval"], digits)] if "interval" in spread else []
+        return " ".join([text, *parts]) + (f" ({_numbers(spread['seeds'], digits)[1:-1]})" if "seeds" in spread else "")
+    return f"{text} {_numbers(spread, digits)}" if spread else text
+
+
+def _numbers(values: list[float], digits: int) -> str:
+    return f"[{', '.join(f'{v:.{digits}f}' for v in values)}]"
+
+
+def table(file: str | Path) -> str:
     """The figures of a results file as a Markdown table."""
     data = json.loads(Path(file).read_text())
     rows = ["| figure | value | unit | n |", "|---|---|---|---|"]
-    for name, f in data["figures"].items():
-        spread = f" ± {f['spread']:.3f}" if isinstance(f["spread"], float) else f" {f['spread'] or ''}".rstrip()
-        rows.append(f"| {name} | {f['value']:.{unit_digits}f}{spread} | {f['unit']} | {f['n']} |")
+    rows += [f"| {name} | {cell(f)} | {f['unit']} | {f['n']} |" for name, f in data["figures"].items()]
+    return "\n".join(rows)
+
+
+def matrix(files: list[Path], columns: list[str]) -> str:
+    """A row a results file, named by its `arm` and told by its `about`; a column a figure, empty where it has none."""
+    rows = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for file in files:
+        data = json.loads(file.read_text())
+        cells = [cell(data["figures"][c]) if c in data["figures"] else "" for c in columns]
+        rows.append(f"| {data['arm']}: {data['about']} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def fill(readme: str | Path) -> None:
-    """Write the tables between "<!-- table:FILE -->" and "<!-- end -->" of a README anew from their files."""
+    """Make the tables of a README anew from their files. Raises FileNotFoundError for a pattern without files."""
     readme = Path(readme)
 
     def made(match: re.Match) -> str:
-        return f"{match[1]}\n{table(readme.parent / match[2])}\n<!-- end -->"
+        kind, (pattern, *columns) = match[2], [part.strip() for part in match[3].split("|")]
+        files = sorted(readme.parent.glob(pattern))
+        if not files:
+            raise FileNotFoundError(f"{readme}: there is no {pattern}")
+        text = table(files[0]) if kind == "table" else matrix(files, columns)
+        return f"{match[1]}\n{text}\n<!-- end -->"
 
-    text = re.sub(r"(<!-- table:(\S+) -->).*?<!-- end -->", made, readme.read_text(), flags=re.S)
+    text = re.sub(r"(<!-- (table|matrix):(.*?) -->).*?<!-- end -->", made, readme.read_text(), flags=re.S)
     readme.write_text(text)
 
 
