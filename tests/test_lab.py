@@ -1,0 +1,93 @@
+"""The lab of the small world: what its controls do, and that what it measures is what the plain functions give."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.tiny import check, evidence, lab, ranks
+from solrl_jax import config, sharding
+from solrl_jax.config import Stage
+from solrl_jax.rewards import Reward, Score
+
+
+def test_shuffled_rewards_stay_in_their_group_and_say_nothing():
+    level = Reward("level", lambda prompts: None, lambda params, images, tokens: images.mean((1, 2, 3)))
+    images = jnp.linspace(0, 1, 64).reshape(64, 1, 1, 1) * jnp.ones((64, 2, 2, 3))
+    score = jax.jit(lab.shuffled(Score((level,), (1.0,))).rewards[0].score)
+    dealt = np.asarray(score({}, images, jnp.zeros((2, 3)))).reshape(2, 32)
+    plain = np.asarray(level.score({}, images, None)).reshape(2, 32)
+    np.testing.assert_array_equal(np.sort(dealt), plain)  # each group keeps its values
+    assert all(abs(np.corrcoef(a, b)[0, 1]) < 0.5 for a, b in zip(dealt, plain, strict=True))
+    other = np.asarray(score({}, images[::-1], jnp.zeros((2, 3)))).reshape(2, 32)
+    assert not np.array_equal(np.argsort(other), np.argsort(dealt))
+
+
+def test_interval_covers_the_mean():
+    low, high = lab.interval(np.random.default_rng(0).normal(0.1, 1.0, 400))
+    assert low == pytest.approx(0.1 - 1.96 / 20, abs=0.06) and high == pytest.approx(0.1 + 1.96 / 20, abs=0.06)
+    assert lab.interval(np.full(5, 0.25)) == [0.25, 0.25]
+
+
+def test_fidelity_of_perfect_reversed_and_blind_previews():
+    truth = jax.random.normal(jax.random.key(0), (50, 24))
+    values = [{k: float(v.mean()) for k, v in ranks.fidelity(p, truth, 8).items()} for p in (truth, -truth)]
+    assert list(values[0].values()) == pytest.approx([1, 1, 1], abs=1e-6)
+    assert list(values[1].values()) == pytest.approx([-1, 0, -1], abs=1e-6)
+    blind = ranks.fidelity(jax.random.normal(jax.random.key(1), (50, 24)), truth, 8)
+    assert abs(blind["Spearman"].mean()) < 0.1 and abs(blind["kept contrast"].mean()) < 0.15
+    assert blind["overlap of the best 4"].mean() == pytest.approx(4 / 24, abs=0.08)
+
+
+def test_arms_have_the_sizes_that_they_claim():
+    steps = {name: evidence.image_steps(evidence.arm_config(arm)) for name, arm in evidence.ARMS.items()}
+    assert steps["sol_rl"] == {"nvfp4_emulated": 16 * 24 * 6, "bf16": 16 * 8 * 10}
+    assert steps["bf16"] == {"bf16": 16 * 24 * 6 + 16 * 8 * 10}
+    assert steps["naive_scaling"] == {"bf16": 16 * 24 * 10} and steps["naive_quant"] == {"nvfp4_emulated": 16 * 24 * 10}
+    assert steps["diffusionnft"] == {"bf16": 16 * 8 * 10}
+    assert evidence.arm_config(evidence.ARMS["random"]).selection == "random"
+
+
+def test_gains_are_paired_by_caption_and_noise():
+    base = {k: np.zeros((1, 3, 2)) for k in ("exact", "share of facts", "clipscore")} | {
+        "spread": np.full((1, 3, 2), 4.0)
+    }
+    found = {k: np.zeros((2, 3, 2)) for k in base} | {"spread": np.full((2, 3, 2), 2.0)}
+    found["exact"][1, :, 0] = 1  # the second seed is right in one of two pictures of each caption
+    figures = evidence.gains(base, found, "test")
+    gain = figures["test: gain of exact"]
+    assert gain["value"] == 0.25 and gain["spread"] == {"interval": [0.25, 0.25], "seeds": [0.0, 0.5]}
+    assert figures["test: spread of a caption's pictures"]["value"] == 0.5
+
+
+@pytest.fixture(scope="module")
+def opened():
+    with jax.set_mesh(sharding.make_mesh(1)):
+        yield lab.open_world(config.load("tiny"), 4)
+
+
+def test_measuring_is_what_the_plain_functions_give(opened):
+    """Against `check`, which draws and judges by itself; guidance of weight 1 is none."""
+    stage = Stage(steps=2, chunk=8)
+    nothing = lab.base_adapter(opened)
+    found = lab.measure(opened, nothing, "test", 2, stage=stage)
+    captions, prompts = opened.held_out["test"]
+    cfg = check.model_config(check.HERE / "pipeline")
+    frozen = opened.parts.frozen
+    images = check.draw_samples(cfg, frozen.base, frozen.vae, prompts.cond, 2, Stage(steps=2, chunk=2))
+    share, exact = check.exact(images, captions)
+    np.testing.assert_allclose(found["share of facts"][0], share, atol=1e-6)
+    np.testing.assert_array_equal(found["exact"][0], exact)
+    apart = 255 * np.abs(np.asarray(images[:, 0] - images[:, 1])).mean((1, 2, 3))
+    np.testing.assert_allclose(found["spread"][0][:, 0], apart, rtol=0.02)
+    both = {"caption": prompts.cond, "empty": jax.tree.map(jnp.zeros_like, prompts.cond)}
+    same = lab.measure(opened, nothing, "test", 2, stage=stage, model=lab.guided(opened.parts.model, 1.0), cond=both)
+    np.testing.assert_allclose(same["clipscore"], found["clipscore"], atol=2e-3)
+
+
+def test_picks_are_the_prompts_that_the_command_draws(opened):
+    rows = lab.picks(opened, opened.parts.cfg, [0, 1], 3, 2)
+    assert rows.shape == (2, 2, 16) and rows.min() >= 0 and rows.max() < 2000
+    assert all(len(set(row)) == 16 for row in rows.reshape(-1, 16))
+    np.testing.assert_array_equal(rows[1], lab.picks(opened, opened.parts.cfg, [0, 1], 4, 1)[0])
+    assert not np.array_equal(rows[:, 0], rows[:, 1])

@@ -1,0 +1,43 @@
+"""Results files and the tables made from them."""
+
+import json
+
+import pytest
+
+from experiments import results
+
+
+def test_tables_are_made_from_the_files(tmp_path):
+    one = {"exact": results.figure(0.5, "share", 10, [0.4, 0.6]), "time": results.figure(2.0, "s", 3, 0.1)}
+    two = {"exact": results.figure(0.25, "share", 10, {"interval": [0.2, 0.3], "seeds": [0.2, 0.3]})}
+    results.record(tmp_path / "arms/a.json", one, arm="a", about="first")
+    results.record(tmp_path / "arms/b.json", two, arm="b", about="second")
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "x\n<!-- table:arms/a.json -->\nold\n<!-- end -->\n"
+        "y\n<!-- matrix:arms/*.json | exact | time -->\n<!-- end -->\nz\n"
+    )
+    for _ in range(2):  # made anew from what it made
+        results.fill(readme)
+    assert readme.read_text().splitlines() == [
+        "x",
+        "<!-- table:arms/a.json -->",
+        "| figure | value | unit | n |",
+        "|---|---|---|---|",
+        "| exact | 0.500 [0.400, 0.600] | share | 10 |",
+        "| time | 2.000 ± 0.100 | s | 3 |",
+        "<!-- end -->",
+        "y",
+        "<!-- matrix:arms/*.json | exact | time -->",
+        "| | exact | time |",
+        "|---|---|---|",
+        "| a: first | 0.500 [0.400, 0.600] | 2.000 ± 0.100 |",
+        "| b: second | 0.250 [0.200, 0.300] (0.200, 0.300) |  |",
+        "<!-- end -->",
+        "z",
+    ]
+    facts = json.loads((tmp_path / "arms/a.json").read_text())
+    assert set(facts) >= {"command", "device", "versions", "commit", "date", "figures"}
+    readme.write_text("<!-- table:none.json -->\n<!-- end -->")
+    with pytest.raises(FileNotFoundError, match=r"there is no none.json"):
+        results.fill(readme)
