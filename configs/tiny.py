@@ -42,7 +42,7 @@ def base(reward: str) -> Config:
         learn=Learn(
             timestep_fraction=0.4,
             updates=4,  # 1
-            micro_batch=8,  # 12
+            micro_batch=32,  # 12
             learning_rate=1e-3,  # 3e-4
         ),
         evaluate=Evaluate(every=20, prompts=128, images=2, steps=10, rewards="shapes", grid=8, chunk=32),  # steps 28

@@ -249,7 +249,7 @@ def dealt(keys: Key[Array, "P K"], reward: Float[Array, "P K"], epoch: int, upda
 
 def samples_at_a_time(cfg: Config, held: int) -> int:
     """Samples whose points are made together, of the `held` that one device has in an update; ConfigError if uneven."""
-    group = max(1, cfg.learn.micro_batch // cfg.times)
+    group = min(held, max(1, cfg.learn.micro_batch // cfg.times))
     if held % group:
         raise ConfigError(
             f"learn.micro_batch={cfg.learn.micro_batch} takes {group} samples at a time, but a device holds {held} in "

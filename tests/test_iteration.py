@@ -355,9 +355,11 @@ def test_many_runs_as_one_program(folder):
     )
 
 
-def test_a_micro_batch_that_no_device_can_fill_is_refused(folder):
-    cfg = dataclasses.replace(nano.build(folder), learn=config.Learn(timestep_fraction=0.7, micro_batch=16))
+def test_a_micro_batch_that_does_not_divide_a_device_is_refused(folder):
+    learn = config.Learn(timestep_fraction=0.7, micro_batch=12)
+    cfg = dataclasses.replace(nano.build(folder), prompts=6, learn=learn)
+    assert iteration.samples_at_a_time(cfg, 24) == 6 and iteration.samples_at_a_time(cfg, 3) == 3  # at most 6
     with pytest.raises(
-        config.ConfigError, match=r"learn\.micro_batch=16 takes 8 samples at a time, but a device holds 4"
+        config.ConfigError, match=r"learn\.micro_batch=12 takes 6 samples at a time, but a device holds 8"
     ):
-        parts_of(cfg, 4)
+        parts_of(cfg, 3)

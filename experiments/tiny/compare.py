@@ -15,16 +15,10 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check
+from experiments.tiny.lab import interval
 from solrl_jax import config, lora
 from solrl_jax.models import flux
 from solrl_jax.rewards import clipscore
-
-
-def interval(gain: np.ndarray, draws: int = 10_000) -> list[float]:
-    """95 % bootstrap interval of the mean of gain [P], over prompts."""
-    rng = np.random.default_rng(0)
-    means = gain[rng.integers(0, len(gain), (draws, len(gain)))].mean(axis=1)
-    return [round(float(x), 4) for x in np.quantile(means, (0.025, 0.975))]
 
 
 def main(argv: list[str] | None = None) -> None:
