@@ -84,6 +84,6 @@ def test_the_clip_can_teach():
     tokens = reward.tokenize(captions)
     scores = np.asarray(jax.jit(reward.score)(params, images.reshape(-1, 32, 32, 3), tokens)).reshape(100, 24)
     varied = share.std(axis=1) > 0
-    assert float(spearman(jnp.asarray(scores[varied]), jnp.asarray(share[varied])).mean()) > 0.42
+    assert float(spearman(jnp.asarray(scores[varied]), jnp.asarray(share[varied])).mean()) > 0.5
     best = np.take_along_axis(right, scores.argmax(1)[:, None], 1)
-    assert best.mean() > right.mean() + 0.1 and 0.2 < right.mean() < 0.65
+    assert best.mean() > right.mean() + 0.1 and 0.4 < right.mean() < 0.65
