@@ -68,6 +68,12 @@ def run_whole(parts, iterations: int = 1, state=None):
     return state, metrics
 
 
+def begun(parts):
+    """A fresh state, 4 prompts and the keys of their 8 candidates; call it under the mesh."""
+    state = assemble.fresh(parts)
+    return state, assemble.encode(parts, nano.PROMPTS[:4], parts.score), iteration.sample_keys(state, 4, 8)
+
+
 def numbers(tree):
     return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
 
@@ -111,9 +117,7 @@ def stages_on(parts):
     """Preview, samples and the updated state, with the stages jitted under the mesh of `parts`."""
     run = iteration.Stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
-        state = assemble.fresh(parts)
-        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
-        keys = iteration.sample_keys(state, 4, 8)
+        state, prompts, keys = begun(parts)
         kernels = jax.jit(run.merged)(state, parts.frozen)
         low = jax.jit(run.quantised)(kernels, parts.frozen)
         preview = jax.jit(run.explore)(kernels, low, parts.frozen, prompts, keys)
@@ -156,9 +160,7 @@ def test_each_device_does_its_share(folder, devices, trips):
     parts = parts_of(nano.build(folder), devices)
     run = iteration.Stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
-        state = assemble.fresh(parts)
-        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
-        keys = iteration.sample_keys(state, 4, 8)
+        state, prompts, keys = begun(parts)
         text = str(jax.make_jaxpr(run.explore)(run.merged(state, parts.frozen), None, parts.frozen, prompts, keys))
     lengths = {int(n) for n in re.findall(r"\blength=(\d+)", text)}  # layers 1, chunks of a prompt 2, steps 2, prompts
     assert lengths == {1, 2, trips}
@@ -174,9 +176,7 @@ def test_a_sample_is_its_key(folder):
     parts = parts_of(nano.build(folder))
     run = iteration.Stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
-        state = assemble.fresh(parts)
-        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
-        keys = iteration.sample_keys(state, 4, 8)
+        state, prompts, keys = begun(parts)
         kernels = run.merged(state, parts.frozen)
         roll = jax.jit(lambda prompts, keys: run.regenerate(kernels, None, parts.frozen, prompts, keys))
         everything = roll(prompts, keys)
@@ -194,9 +194,7 @@ def test_blocks_of_any_size_give_the_same_samples(folder):
     parts = parts_of(nano.build(folder))
     run = iteration.Stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
-        state = assemble.fresh(parts)
-        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
-        keys = iteration.sample_keys(state, 4, 8)
+        state, prompts, keys = begun(parts)
         variables = iteration.policy_variables(run.merged(state, parts.frozen), None, parts.frozen)
 
         def rolled(chunk):
@@ -243,9 +241,7 @@ def test_low_precision_is_really_there(folder):
     parts = parts_of(nano.build(folder))
     run = iteration.Stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
-        state = assemble.fresh(parts)
-        prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
-        keys = iteration.sample_keys(state, 4, 8)
+        state, prompts, keys = begun(parts)
         kernels = run.merged(state, parts.frozen)
         low = run.quantised(kernels, parts.frozen)
         jax.config.update("jax_disable_most_optimizations", False)

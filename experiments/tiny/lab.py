@@ -9,6 +9,7 @@ The same functions as `python -m solrl_jax.main --config=tiny` runs, with the sa
 """
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, TrainState
 
 SPLITS = ("test", "compositional")
 FACTS = "shapes"
+FULL = Stage(steps=10, chunk=500)
 
 
 class World(NamedTuple):
@@ -119,7 +121,7 @@ def measure(
     *,
     model: Model | None = None,
     cond: PyTree = None,
-    stage: Stage = Stage(steps=10, chunk=500),  # noqa: B008 - frozen
+    stage: Stage = FULL,
     seed: int = 0,
 ) -> dict[str, Float[np.ndarray, "R P n"]]:
     """exact, share of facts and clipscore of R adapters (leaves [R, ...]) on a split's captions x fixed seeds.
@@ -131,7 +133,7 @@ def measure(
     prompts = prompts if cond is None else prompts._replace(cond=cond)
     found = [
         _measure(
-            jax.tree.map(lambda x: x[r], adapters),  # noqa: B023
+            jax.tree.map(operator.itemgetter(r), adapters),
             world.parts.frozen,
             prompts,
             keys,
@@ -171,8 +173,8 @@ def _measure(
             "spread": 255 * jnp.repeat(apart, keys.shape[1]),
         }
 
-    p = iteration.block_shape(stage.chunk, *keys.shape)
-    assert keys.shape[1] == p[1], "a block must hold a caption's pictures, else their spread is not theirs"
+    _, together = iteration.block_shape(stage.chunk, *keys.shape)
+    assert together == keys.shape[1], "a block must hold a caption's pictures, else their spread is not theirs"
     return iteration.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
 
 

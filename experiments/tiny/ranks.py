@@ -62,9 +62,13 @@ def rewards(opened: lab.World, adapter, captions: int, candidates: int, chunk: i
     for precision, steps in (*PREVIEWS.values(), FULL):
         stage = Stage(steps, cfg.regenerate.solver, precision, chunk)
         variables = iteration.policy_variables(kernels, None if precision == "bf16" else low, parts.frozen)
-        roll = functools.partial(iteration.rollout, model=parts.model, score=parts.score, stage=stage)
-        out[precision, steps] = jax.jit(lambda *a: roll(*a).reward)(variables, parts.frozen, prompts, keys)  # noqa: B023
+        roll = jax.jit(functools.partial(_reward, model=parts.model, score=parts.score, stage=stage))
+        out[precision, steps] = roll(variables, parts.frozen, prompts, keys)
     return out
+
+
+def _reward(*args, **statics) -> Float[Array, "P N"]:
+    return iteration.rollout(*args, **statics).reward
 
 
 def main(argv: list[str] | None = None) -> None:

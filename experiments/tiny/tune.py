@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.tiny import lab
-from solrl_jax import config, sharding
+from experiments.tiny import evidence, lab
+from solrl_jax import sharding
 
 SETTINGS = [
     {"learning_rate": r, "old_ramp": ramp, "old_max": m, "strength": b}
@@ -25,18 +25,21 @@ SETTINGS = [
 ]
 SIZES = {
     "default": {},
-    "updates=8": {"learn.updates": "8", "learn.micro_batch": "64"},
-    "updates=2": {"learn.updates": "2", "learn.micro_batch": "128"},
-    "times=9": {"learn.timestep_fraction": "0.9", "learn.micro_batch": "144"},
+    "updates=8": {"learn.updates": "8"},
+    "updates=2": {"learn.updates": "2"},
+    "times=9": {"learn.timestep_fraction": "0.9", "learn.micro_batch": "9"},
     "epochs=2": {"learn.epochs": "2"},
 }
-GPU = {"explore.chunk": "384", "regenerate.chunk": "128", "learn.micro_batch": "128"}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--marks", default="40", help="iterations after which to measure, e.g. default:40,120")
+    parser.add_argument(
+        "--marks",
+        default="40",
+        help="iterations after which to measure, multiples of the first; later ones for the default sizes alone",
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--limit", type=int, default=99)
     parser.add_argument("--sizes", default=",".join(SIZES))
@@ -46,24 +49,20 @@ def main(argv: list[str] | None = None) -> None:
     def say(*what):
         print(f"{time.time() - began:6.1f}", *what, flush=True)
 
-    cfgs = {n: config.load("tiny", {**GPU, **SIZES[n]}) for n in args.sizes.split(",")}
+    marks = [int(m) for m in args.marks.split(",")]
+    half = marks[0]
+    arms = {n: evidence.Arm(overrides=SIZES[n], every=half) for n in args.sizes.split(",")}
+    cfgs = {n: evidence.arm_config(arm) for n, arm in arms.items()}
     settings = [s for s in SETTINGS for _ in range(args.seeds)][: args.limit]
     seeds = [100 + i % args.seeds for i in range(len(settings))]
     with jax.set_mesh(sharding.make_mesh(1)):
         world = lab.open_world(next(iter(cfgs.values())))
         say("world open")
         states = lab.begin(world, world.parts.cfg, settings, seeds)
-        marks = [int(m) for m in args.marks.split(",")]
         rows = lab.picks(world, world.parts.cfg, seeds, 0, marks[-1])
-        half = marks[0]
-
-        def compiled(cfg):
-            with jax.set_mesh(sharding.make_mesh(1)):  # an ambient mesh is a thread's own
-                run = lab.program(world, cfg, world.parts.score)
-                return run.lower(states, world.table, world.parts.frozen, rows[:half]).compile()
-
         with ThreadPoolExecutor(8) as pool:
-            programs = dict(zip(cfgs, pool.map(compiled, cfgs.values()), strict=True))
+            waiting = {n: pool.submit(evidence.compiled, world, arms[n], cfgs[n], seeds) for n in arms}
+        programs = {n: program.result() for n, program in waiting.items()}
         say("compiled")
         base = {k: v.mean() for k, v in lab.measure(world, lab.base_adapter(world), "test").items()}
         say("base", {k: round(float(v), 4) for k, v in base.items()})
