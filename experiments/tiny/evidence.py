@@ -10,9 +10,11 @@ the default run's; chunks and micro-batches are a GPU's, which changes no number
 
 import argparse
 import functools
+import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -24,7 +26,7 @@ from experiments.tiny import check, lab, pretrain, world
 from solrl_jax import config, iteration, lora, sharding
 from solrl_jax.config import Config
 from solrl_jax.models import vae
-from solrl_jax.structs import TrainState
+from solrl_jax.structs import Hyper, TrainState
 
 PICTURES = 4  # of each caption
 
@@ -40,9 +42,12 @@ class Arm(NamedTuple):
     about: str = ""
 
 
+LONG = {"prompts": "64"}
 ARMS = {
     "sol_rl": Arm(about="the default run"),
-    "sol_rl_long": Arm(iterations=400, every=50, about="the default run, ten times as long"),
+    "long_5e-4": Arm("", LONG | {"learn.learning_rate": "5e-4"}, 300, 50, about="64 prompts an iteration, rate 5e-4"),
+    "long_1e-3": Arm("", LONG | {"learn.learning_rate": "1e-3"}, 300, 50, about="64 prompts an iteration, rate 1e-3"),
+    "long_2.5e-4": Arm("", LONG | {"learn.learning_rate": "2.5e-4"}, 300, 50, about="64 prompts, rate 2.5e-4"),
     "shuffled": Arm(shuffled=True, about="each group's rewards dealt anew among its pictures"),
     "random": Arm(overrides={"selection": "random"}, about="the kept 8 of 24 chosen at random"),
     "bf16": Arm(overrides={"explore.precision": "bf16"}, about="exploration in BF16"),
@@ -75,21 +80,36 @@ def image_steps(cfg: Config) -> dict[str, int]:
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def train(opened: lab.World, arm: Arm, cfg: Config, run, seeds: Sequence[int]) -> Iterator[tuple[int, TrainState]]:
-    """One state per seed; (iterations done, states) every `arm.every` of them."""
-    states = lab.begin(opened, cfg, [{}] * len(seeds), seeds)
-    for first in range(0, arm.iterations, arm.every):
-        rows = lab.picks(opened, cfg, seeds, first, arm.every)
+def train(
+    opened: lab.World, arm: Arm, cfg: Config, run, seeds: Sequence[int], scalars: Sequence[config.Learn] = ()
+) -> Iterator[tuple[int, TrainState]]:
+    """One state per seed; (iterations done, states) every `arm.every` of them. `scalars`: of each, if not cfg's."""
+    settings = [{name: getattr(learn, name) for name in Hyper._fields} for learn in scalars or [cfg.learn] * len(seeds)]
+    states, call = lab.begin(opened, cfg, settings, seeds), a_call(arm)
+    for first in range(0, arm.iterations, call):
+        rows = lab.picks(opened, cfg, seeds, first, call)
         states, _ = run(states, opened.table, opened.parts.frozen, rows)
-        yield first + arm.every, states
+        if (first + call) % arm.every == 0:
+            yield first + call, states
 
 
-def compiled(opened: lab.World, arm: Arm, cfg: Config, seeds: Sequence[int]):
-    """The arm's program, ready to run; several compile at once in threads."""
+def a_call(arm: Arm) -> int:
+    """Iterations of one call of an arm's program; arms that differ in length alone share the program."""
+    return math.gcd(arm.every, 10)
+
+
+def what_is_compiled(arm: Arm, cfg: Config) -> tuple[Config, bool, int]:
+    """What the arm's program depends on: not on the scalars of `Hyper`, which are data, nor on the length."""
+    scalars = {f"learn.{name}": getattr(config.Learn(), name) for name in Hyper._fields}
+    return config.override(cfg, **scalars, iterations=1), arm.shuffled, a_call(arm)
+
+
+def compiled(opened: lab.World, cfg: Config, shuffled: bool, call: int, seeds: Sequence[int]):
+    """The program of `call` iterations, ready to run; several compile at once in threads."""
     with jax.set_mesh(sharding.make_mesh(1)):  # an ambient mesh is a thread's own
-        score = lab.shuffled(opened.parts.score) if arm.shuffled else opened.parts.score
+        score = lab.shuffled(opened.parts.score) if shuffled else opened.parts.score
         states = lab.begin(opened, cfg, [{}] * len(seeds), seeds)
-        rows = lab.picks(opened, cfg, seeds, 0, arm.every)
+        rows = lab.picks(opened, cfg, seeds, 0, call)
         return lab.program(opened, cfg, score).lower(states, opened.table, opened.parts.frozen, rows).compile()
 
 
@@ -154,6 +174,70 @@ def gains(base: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], split
     return out
 
 
+class Bench(NamedTuple):
+    """What arms are measured with: `measure(adapters, split)`, the base's figures by split, where to write."""
+
+    opened: lab.World
+    measure: Callable[..., dict[str, np.ndarray]]
+    base: Mapping[str, Mapping[str, np.ndarray]]
+    seeds: Sequence[int]
+    out: Path
+    loras: Path | None
+    say: Callable[..., None]
+
+    def write(self, name: str, about: str, found: Mapping[str, Mapping], **more: Mapping[str, dict]) -> None:
+        figures = {k: v for split in found for k, v in gains(self.base[split], found[split], split).items()}
+        for key, f in figures.items():
+            print(f"    {f['value']:+.4f}  {key}  {f['spread']}", flush=True)
+        for extra in more.values():
+            figures |= extra
+        results.record(self.out / f"{name}.json", figures, arm=name, about=about, seeds=self.seeds)
+
+
+def run_arm(bench: Bench, name: str, arm: Arm, cfg: Config, program) -> None:
+    """Train and measure one arm; its file is written anew at every mark of the curve."""
+    steps, curve, began = image_steps(cfg), {}, time.perf_counter()
+    costs = {f"image-steps an iteration, {k}": results.figure(v, "image-steps", 1) for k, v in steps.items()}
+    for done, states in train(bench.opened, arm, cfg, program, bench.seeds):
+        found = bench.measure(states.lora, "test")
+        at = f"{done} iterations, {done * sum(steps.values())} image-steps"
+        for what in ("exact", "clipscore"):
+            value = found[what].mean(axis=(1, 2))
+            spread = {"seeds": [round(float(x), 4) for x in value]}
+            curve[f"{what} after {at}"] = results.figure(float(value.mean()), "mean", found[what].size, spread)
+        bench.say(name, at, {k: round(float(v.mean()), 4) for k, v in found.items()})
+        per = (time.perf_counter() - began) / done
+        wall = {"wall time an iteration": results.figure(per, f"s, {len(bench.seeds)} runs at once, with measuring", 1)}
+        both = {"test": found, "compositional": bench.measure(states.lora, "compositional")}
+        bench.write(name, arm.about, both, costs=costs, wall=wall, curve=curve)
+        if bench.loras:
+            first = jax.tree.map(lambda x: np.asarray(x[0]), states.lora)
+            bench.loras.mkdir(parents=True, exist_ok=True)
+            lora.save(bench.loras / f"{name}.safetensors", first, bench.opened.parts.model.keys, cfg.lora)
+
+
+def run_supervised(bench: Bench, cfg: Config, iterations: int) -> None:
+    trained = supervised(bench.opened, cfg, bench.seeds, iterations)
+    bench.say("supervised", iterations)
+    bench.write("supervised", OTHERS["supervised"], {s: bench.measure(trained, s) for s in lab.SPLITS})
+
+
+def run_guidance(bench: Bench, weights: Sequence[float] = (1.5, 2.0, 3.0)) -> None:
+    parts = bench.opened.parts
+    empty = jax.jit(parts.model.encode)(parts.text, parts.model.tokenize([""]))
+    nothing = lab.base_adapter(bench.opened)
+    for weight in weights:
+        found = {}
+        for split, (_, prompts) in bench.opened.held_out.items():
+            both = {
+                "caption": prompts.cond,
+                "empty": jax.tree.map(lambda e, c: jnp.broadcast_to(e, c.shape), empty, prompts.cond),
+            }
+            found[split] = bench.measure(nothing, split, model=lab.guided(parts.model, weight), cond=both)
+        bench.say("guidance", weight)
+        bench.write(f"guidance_{weight:g}", f"{OTHERS['guidance']}, weight {weight:g}", found)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join([*ARMS, *OTHERS]))
@@ -162,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
     parser.add_argument("--out", type=lambda p: check.HERE.joinpath(p), default=check.HERE / "results/arms")
+    parser.add_argument("--loras", type=Path, help="save the LoRA of each arm's first seed here")
     args = parser.parse_args(argv)
     names, seeds = args.arms.split(","), [int(s) for s in args.seeds.split(",")]
     if strange := [n for n in names if n not in (*ARMS, *OTHERS)]:
@@ -174,59 +259,26 @@ def main(argv: list[str] | None = None) -> None:
     def say(*what: object) -> None:
         print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
 
-    with jax.set_mesh(sharding.make_mesh(1)):
+    with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
         default = arm_config(ARMS["sol_rl"])
         opened = lab.open_world(default, args.prompts)
         cfgs = {n: arm_config(a) for n, a in arms.items()}
-        with ThreadPoolExecutor(8) as pool:
-            programs = {n: pool.submit(compiled, opened, arms[n], cfgs[n], seeds) for n in arms}
-        say(f"{len(opened.train)} train captions; compiled {', '.join(arms) or 'nothing'}")
-        measure = functools.partial(
-            lab.measure, opened, images=PICTURES, stage=config.Stage(steps=10, chunk=min(args.chunk, 4 * args.prompts))
-        )
+        own = {n: what_is_compiled(arms[n], cfgs[n]) for n in arms}
+        programs = {pool.submit(compiled, opened, *key, seeds): key for key in set(own.values())}
+        say(f"{len(opened.train)} train captions; compiling {', '.join(arms) or 'nothing'}")
+        stage = config.Stage(steps=10, chunk=min(args.chunk, PICTURES * args.prompts))
+        measure = functools.partial(lab.measure, opened, images=PICTURES, stage=stage)
         nothing = lab.base_adapter(opened)
         base = {split: measure(nothing, split) for split in lab.SPLITS}
         say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
-
-        def write(
-            name: str, about: str, found: Mapping[str, Mapping[str, np.ndarray]], more: Mapping[str, dict]
-        ) -> None:
-            figures = {k: v for split in lab.SPLITS for k, v in gains(base[split], found[split], split).items()}
-            for key, f in figures.items():
-                print(f"    {f['value']:+.4f}  {key}  {f['spread']}", flush=True)
-            results.record(args.out / f"{name}.json", {**figures, **more}, arm=name, about=about, seeds=seeds)
-
-        for name, arm in arms.items():
-            cfg, curve, now = cfgs[name], {}, time.perf_counter()
-            steps = image_steps(cfg)
-            for done, states in train(opened, arm, cfg, programs[name].result(), seeds):
-                found, at = measure(states.lora, "test"), f"{done} iterations, {done * sum(steps.values())} image-steps"
-                for what in ("exact", "clipscore"):
-                    value = found[what].mean(axis=(1, 2))
-                    spread = {"seeds": [round(float(x), 4) for x in value]}
-                    curve[f"{what} after {at}"] = results.figure(float(value.mean()), "mean", found[what].size, spread)
-                say(name, at, {k: round(float(v.mean()), 4) for k, v in found.items()})
-            per = (time.perf_counter() - now) / arm.iterations
-            more = {f"image-steps an iteration, {k}": results.figure(v, "image-steps", 1) for k, v in steps.items()}
-            more["wall time an iteration, measuring included"] = results.figure(per, f"s, {len(seeds)} runs at once", 1)
-            write(name, arm.about, {s: measure(states.lora, s) for s in lab.SPLITS}, {**more, **curve})
+        bench = Bench(opened, measure, base, seeds, args.out, args.loras, say)
         if "supervised" in names:
-            count = args.iterations or ARMS["sol_rl"].iterations
-            trained = supervised(opened, default, seeds, count)
-            write("supervised", OTHERS["supervised"], {s: measure(trained, s) for s in lab.SPLITS}, {})
+            run_supervised(bench, default, args.iterations or ARMS["sol_rl"].iterations)
         if "guidance" in names:
-            empty = jax.jit(opened.parts.model.encode)(opened.parts.text, opened.parts.model.tokenize([""]))
-            for weight in (1.5, 2.0, 3.0):
-                found = {}
-                for split in lab.SPLITS:
-                    own = opened.held_out[split][1].cond
-                    both = {
-                        "caption": own,
-                        "empty": jax.tree.map(lambda e, o: jnp.broadcast_to(e, o.shape), empty, own),
-                    }
-                    found[split] = measure(nothing, split, model=lab.guided(opened.parts.model, weight), cond=both)
-                say("guidance", weight)
-                write(f"guidance_{weight:g}", f"{OTHERS['guidance']}, weight {weight:g}", found, {})
+            run_guidance(bench)
+        for program in as_completed(programs):
+            for name in [n for n in arms if own[n] == programs[program]]:
+                run_arm(bench, name, arms[name], cfgs[name], program.result())
         say("done")
 
 

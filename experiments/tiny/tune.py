@@ -1,90 +1,86 @@
-"""Which settings teach best in the default run's 40 iterations? Settings x seeds as vmapped programs.
+"""Which settings teach best in a long run? One seed each, several settings at once in one vmapped program.
 
-    python -m experiments.tiny.tune --out=/tmp/tune.json           # a GPU's minutes
+    python -m experiments.tiny.tune                                # a GPU's minutes
+    python -m experiments.tiny.tune --marks=1 --prompts=10 --chunk=20 --out=/tmp/tune.json      # the same path in short
 
-Scalars (learning rate, strength, old policy) share a program; sizes (updates, times, prompts) need one each.
+Each setting is the long run (`evidence.LONG`: 64 prompts an iteration) with some words of its config changed. Settings
+that differ in scalars of `Hyper` alone share a program. Measured after each of `--marks` iterations on the test
+captions x 4, as in `evidence`.
 """
 
 import argparse
-import json
+import itertools
 import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
 
-from experiments.tiny import evidence, lab
-from solrl_jax import sharding
+from experiments import results
+from experiments.tiny import check, evidence, lab
+from solrl_jax import config, sharding
 
-SETTINGS = [
-    {"learning_rate": r, "old_ramp": ramp, "old_max": m, "strength": b}
-    for r in (5e-4, 1e-3, 2e-3)
-    for ramp, m in ((1e-3, 0.5), (1e-2, 0.9))
-    for b in (1.0, 0.3, 0.1)
-]
-SIZES = {
-    "default": {},
-    "updates=8": {"learn.updates": "8"},
-    "updates=2": {"learn.updates": "2"},
-    "times=9": {"learn.timestep_fraction": "0.9", "learn.micro_batch": "9"},
-    "epochs=2": {"learn.epochs": "2"},
-}
+ALL_LINEARS = {"lora.targets": "to_q,to_k,to_v,to_out.0,proj_mlp,proj_out,net.0.proj,net.2"}
 
 
-def main(argv: list[str] | None = None) -> None:
+def setting(rate: float, kl: float = 1e-4, more: Mapping[str, str] | None = None) -> dict[str, str]:
+    return {"learn.learning_rate": f"{rate:g}", "learn.kl_weight": f"{kl:g}", **(more or {})}
+
+
+SETTINGS: tuple[dict[str, str], ...] = (
+    setting(5e-4, 0.03),
+    setting(5e-4, 0.1),
+    setting(5e-4, 0.3),
+    setting(1e-3, 0.1),
+    setting(1e-3, 0.3),
+    setting(1e-3, 1.0),
+    setting(5e-4, more={"learn.strength": "2"}),
+    setting(5e-4, 0.3, {"learn.strength": "0.5"}),
+    setting(1e-3, more={"learn.old_ramp": "0.01", "learn.old_max": "0.9"}),
+    setting(5e-4, more=ALL_LINEARS),
+    setting(5e-4, 0.1, ALL_LINEARS),
+    setting(1e-3, 0.1, ALL_LINEARS),
+)
+AT_ONCE = 3
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--marks",
-        default="40",
-        help="iterations after which to measure, multiples of the first; later ones for the default sizes alone",
-    )
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--limit", type=int, default=99)
-    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--marks", default="60,120", help="iterations after which to measure")
+    parser.add_argument("--prompts", type=int, default=500, help="test captions")
+    parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
+    parser.add_argument("--seed", type=int, default=100)
+    parser.add_argument("--out", type=lambda p: check.HERE.joinpath(p), default=check.HERE / "results/tune.json")
     args = parser.parse_args(argv)
-    began = time.time()
-
-    def say(*what):
-        print(f"{time.time() - began:6.1f}", *what, flush=True)
-
     marks = [int(m) for m in args.marks.split(",")]
-    half = marks[0]
-    arms = {n: evidence.Arm(overrides=SIZES[n], every=half) for n in args.sizes.split(",")}
-    cfgs = {n: evidence.arm_config(arm) for n, arm in arms.items()}
-    settings = [s for s in SETTINGS for _ in range(args.seeds)][: args.limit]
-    seeds = [100 + i % args.seeds for i in range(len(settings))]
-    with jax.set_mesh(sharding.make_mesh(1)):
-        world = lab.open_world(next(iter(cfgs.values())))
-        say("world open")
-        states = lab.begin(world, world.parts.cfg, settings, seeds)
-        rows = lab.picks(world, world.parts.cfg, seeds, 0, marks[-1])
-        with ThreadPoolExecutor(8) as pool:
-            waiting = {n: pool.submit(evidence.compiled, world, arms[n], cfgs[n], seeds) for n in arms}
-        programs = {n: program.result() for n, program in waiting.items()}
-        say("compiled")
-        base = {k: v.mean() for k, v in lab.measure(world, lab.base_adapter(world), "test").items()}
-        say("base", {k: round(float(v), 4) for k, v in base.items()})
-        out = {"base": base, "settings": settings, "found": {}}
-        for name, run in programs.items():
-            state, now = states, time.time()
-            for at in range(0, marks[-1] if name == "default" else half, half):
-                state, metrics = jax.block_until_ready(
-                    run(state, world.table, world.parts.frozen, rows[at : at + half])
-                )
-                if at + half not in marks:
+    arms = [evidence.Arm("", evidence.LONG | words, marks[-1], marks[0]) for words in SETTINGS]
+    cfgs = [evidence.arm_config(arm) for arm in arms]
+    keys = [evidence.what_is_compiled(arm, cfg) for arm, cfg in zip(arms, cfgs, strict=True)]
+    seeds = [args.seed] * AT_ONCE
+    began, figures = time.perf_counter(), {}
+
+    with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
+        opened = lab.open_world(cfgs[0], args.prompts)
+        programs = {key: pool.submit(evidence.compiled, opened, *key, seeds) for key in dict.fromkeys(keys)}
+        stage = config.Stage(steps=10, chunk=min(args.chunk, 4 * args.prompts))
+        base = lab.measure(opened, lab.base_adapter(opened), "test", stage=stage)
+        groups = [list(g) for _, g in itertools.groupby(range(len(arms)), lambda i: keys[i])]
+        for group in (g[i : i + AT_ONCE] for g in groups for i in range(0, len(g), AT_ONCE)):
+            program, scalars = programs[keys[group[0]]].result(), [cfgs[i].learn for i in group]
+            for done, states in evidence.train(opened, arms[group[0]], cfgs[group[0]], program, seeds, scalars):
+                if done not in marks:
                     continue
-                say(name, at + half, f"{(time.time() - now) / (at + half):.3f} s an iteration")
-                found = lab.measure(world, state.lora, "test")
-                means = {k: v.mean((1, 2)).tolist() for k, v in found.items()}
-                out["found"][f"{name} at {at + half}"] = means
-                for i, setting in enumerate(settings):
-                    gains = " ".join(f"{k} {means[k][i] - base[k]:+.3f}" for k in means)
-                    print("   ", *setting.values(), gains, f"r {np.asarray(metrics['reward/mean'])[-5:, i].mean():.3f}")
-                say("measured")
-            args.out.write_text(json.dumps(out, default=float))
-        say("done")
+                found = lab.measure(opened, states.lora, "test", stage=stage)
+                for row, i in enumerate(group):
+                    name = ", ".join(f"{k.split('.')[-1]} {v}" for k, v in SETTINGS[i].items())
+                    for what in found:
+                        gain = float((found[what][row] - base[what]).mean())
+                        key = f"{name}, {done} iterations: gain of {what}"
+                        figures[key] = results.figure(gain, "mean, one training seed", found[what][row].size)
+                    gains = {k: round(float((v[row] - base[k]).mean()), 4) for k, v in found.items()}
+                    print(f"{time.perf_counter() - began:7.1f} s ", name, done, gains, flush=True)
+                results.record(args.out, figures, base={k: float(np.mean(v)) for k, v in base.items()})
 
 
 if __name__ == "__main__":
