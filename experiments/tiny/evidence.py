@@ -42,12 +42,15 @@ class Arm(NamedTuple):
     about: str = ""
 
 
-LONG = {"prompts": "64"}
+LONG = {"prompts": "64", "learn.learning_rate": "5e-4"}
+ALL_LINEARS = {"lora.targets": "to_q,to_k,to_v,to_out.0,proj_mlp,proj_out,net.0.proj,net.2"}
 ARMS = {
     "sol_rl": Arm(about="the default run"),
-    "long_5e-4": Arm("", LONG | {"learn.learning_rate": "5e-4"}, 300, 50, about="64 prompts an iteration, rate 5e-4"),
-    "long_1e-3": Arm("", LONG | {"learn.learning_rate": "1e-3"}, 300, 50, about="64 prompts an iteration, rate 1e-3"),
-    "long_2.5e-4": Arm("", LONG | {"learn.learning_rate": "2.5e-4"}, 300, 50, about="64 prompts, rate 2.5e-4"),
+    "long": Arm("", LONG | ALL_LINEARS | {"learn.kl_weight": "0.1"}, 400, 50, about="KL .1, all Linears adapted"),
+    "long_kl_0.03": Arm("", LONG | ALL_LINEARS | {"learn.kl_weight": "0.03"}, 300, 50, about="KL .03, all Linears"),
+    "long_5e-4": Arm("", LONG, 300, 50, about="KL 1e-4, attention alone, as the default run"),
+    "long_1e-3": Arm("", LONG | {"learn.learning_rate": "1e-3"}, 300, 50, about="the same at rate 1e-3"),
+    "long_2.5e-4": Arm("", LONG | {"learn.learning_rate": "2.5e-4"}, 300, 50, about="the same at rate 2.5e-4"),
     "shuffled": Arm(shuffled=True, about="each group's rewards dealt anew among its pictures"),
     "random": Arm(overrides={"selection": "random"}, about="the kept 8 of 24 chosen at random"),
     "bf16": Arm(overrides={"explore.precision": "bf16"}, about="exploration in BF16"),

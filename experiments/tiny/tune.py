@@ -21,8 +21,6 @@ from experiments import results
 from experiments.tiny import check, evidence, lab
 from solrl_jax import config, sharding
 
-ALL_LINEARS = {"lora.targets": "to_q,to_k,to_v,to_out.0,proj_mlp,proj_out,net.0.proj,net.2"}
-
 
 def setting(rate: float, kl: float = 1e-4, more: Mapping[str, str] | None = None) -> dict[str, str]:
     return {"learn.learning_rate": f"{rate:g}", "learn.kl_weight": f"{kl:g}", **(more or {})}
@@ -38,9 +36,9 @@ SETTINGS: tuple[dict[str, str], ...] = (
     setting(5e-4, more={"learn.strength": "2"}),
     setting(5e-4, 0.3, {"learn.strength": "0.5"}),
     setting(1e-3, more={"learn.old_ramp": "0.01", "learn.old_max": "0.9"}),
-    setting(5e-4, more=ALL_LINEARS),
-    setting(5e-4, 0.1, ALL_LINEARS),
-    setting(1e-3, 0.1, ALL_LINEARS),
+    setting(5e-4, more=evidence.ALL_LINEARS),
+    setting(5e-4, 0.1, evidence.ALL_LINEARS),
+    setting(1e-3, 0.1, evidence.ALL_LINEARS),
 )
 AT_ONCE = 3
 
