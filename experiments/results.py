@@ -3,7 +3,7 @@
     python -m experiments.results experiments/tiny/README.md        # its tables anew from their files
 
 A README holds `<!-- table:FILE -->` ... `<!-- end -->`, a row a figure; or `<!-- matrix:FILES | FIGURE | FIGURE -->`,
-a row a file (FILES may have a *) and a column a figure.
+a row a file (FILES: patterns with commas between, rows in their order), columns `FIGURE` or `FIGURE = title`.
 """
 
 import datetime
@@ -28,7 +28,10 @@ def record(file: str | Path, figures: dict[str, Any], **more: Any) -> None:
     """Write figures with command, device, versions, commit and date beside them."""
     import jax
 
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+
+    head = git("rev-parse", "HEAD")
     device = jax.devices()[0]
     facts = {
         "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
@@ -36,7 +39,7 @@ def record(file: str | Path, figures: dict[str, Any], **more: Any) -> None:
         if device.platform != "cpu"
         else f"cpu {platform.machine()}",
         "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}},
-        "commit": head.stdout.strip() or "unknown",
+        "commit": (head or "unknown") + (" and changes to it" if git("status", "--porcelain", "-uno") else ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,8 @@ def table(file: str | Path) -> str:
 
 def matrix(files: list[Path], columns: list[str]) -> str:
     """A row a results file, named by its `arm` and told by its `about`; a column a figure, empty where it has none."""
-    rows = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    columns, titles = zip(*((c.partition(" = ")[0], c.partition(" = ")[2] or c) for c in columns), strict=True)
+    rows = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
     for file in files:
         data = json.loads(file.read_text())
         cells = [cell(data["figures"][c]) if c in data["figures"] else "" for c in columns]
@@ -87,9 +91,10 @@ def fill(readme: str | Path) -> None:
 
     def made(match: re.Match) -> str:
         kind, (pattern, *columns) = match[2], [part.strip() for part in match[3].split("|")]
-        files = sorted(readme.parent.glob(pattern))
-        if not files:
-            raise FileNotFoundError(f"{readme}: there is no {pattern}")
+        found = {p.strip(): sorted(readme.parent.glob(p.strip())) for p in pattern.split(",")}
+        if lacking := [p for p, files in found.items() if not files]:
+            raise FileNotFoundError(f"{readme}: there is no {', '.join(lacking)}")
+        files = [file for some in found.values() for file in some]
         text = table(files[0]) if kind == "table" else matrix(files, columns)
         return f"{match[1]}\n{text}\n<!-- end -->"
 

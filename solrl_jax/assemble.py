@@ -179,6 +179,8 @@ def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
     like = blank(parts.cfg, parts.model, parts.mesh)
     if place is not None and lora_file is None:
         return checkpoint.restore(place, like, parts.cfg, only=INFERENCE).ema
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
-    found = zeros if lora_file is None else lora.load(lora_file, zeros, parts.model.keys, parts.cfg.lora)
+    if lora_file is None:
+        found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
+    else:
+        found = lora.load(lora_file, parts.frozen.base, parts.model.keys, parts.cfg.lora)
     return sharding.replicate(found, parts.mesh)

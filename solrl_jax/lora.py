@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from solrl_jax.config import ConfigError, Lora
-from solrl_jax.structs import Params, PyTree, Variables
+from solrl_jax.structs import Params, Variables
 from solrl_jax.weights import Rule, WeightsError, leaves_by_path, needed
 
 
@@ -63,6 +63,10 @@ def scaled(lora: Params, cfg: Lora) -> Params:
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x * (cfg.alpha / cfg.rank) if path[-1].key == "b" else x, lora
     )
+
+
+def rank(lora: Params) -> int:
+    return next(x.shape[-2] for path, x in leaves_by_path(lora).items() if path.endswith("/b"))
 
 
 def check(base: Params, lora: Params) -> None:
@@ -114,35 +118,61 @@ def save(file: str | Path, lora: Params, keys: Sequence[Rule], cfg: Lora) -> Non
     save_file(tensors, file, metadata={"format": "pt", "solrl_jax": made})
 
 
-def load(file: str | Path, like: Params, keys: Sequence[Rule], cfg: Lora) -> Params:
-    """A set of the shape of `like` from a file in the diffusers layout, at the scale that its metadata states (else 1).
+def load(file: str | Path, base: Params, keys: Sequence[Rule], cfg: Lora) -> Params:
+    """The set that a file in the diffusers layout holds, of the file's own rank and for the Linears that it names.
 
-    WeightsError where names or shapes differ.
+    B is divided by cfg's alpha / R, so that `scaled` gives the file's policy at the scale its metadata states (else 1).
+    Of `base` only shapes are used. WeightsError where a name fits no Linear, a layer of a stack lacks, a shape differs.
     """
     file = Path(file)
     if file.is_dir():
         file = file / "pytorch_lora_weights.safetensors"
-    if not file.is_file():
-        raise WeightsError(f"{file} does not exist: give a LoRA .safetensors file or the folder that holds it")
-    try:
-        with safe_open(file, "numpy") as f:
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - a safetensors handle is no dict
-            scale = _stated_scale(file, f.metadata() or {})
-    except SafetensorError as e:
-        raise WeightsError(f"{file} is not a whole safetensors file ({e})") from e
-    wanted = {f"transformer.{name}.lora_{part}.weight": x.T.shape for name, part, x in _public(like, keys)}
+    tensors, scale = _read(file)
+    linears: dict[str, Any] = {}
+    for path, kernel in leaves_by_path(base).items():
+        if path.endswith("/kernel") and kernel.ndim < 4:
+            _put(linears, path, kernel)
+    of_rank = next((len(x) for key, x in tensors.items() if key.endswith(".lora_A.weight")), 0)
+    present, wanted = [], {}
+    for leaf in needed(linears, keys):
+        inside, outside = leaf.shape[-2:]
+        shapes = {f"transformer.{k.removesuffix('.weight')}.lora_A.weight": (of_rank, inside) for k in leaf.keys}
+        shapes |= {k.replace(".lora_A.", ".lora_B."): (outside, of_rank) for k in shapes}
+        if shapes.keys() & tensors.keys():
+            present.append((leaf, list(shapes)))
+            wanted |= shapes
     problems = [f"missing {k}" for k in wanted if k not in tensors] + [
         f"unused {k}" for k in tensors if k not in wanted
     ]
     problems += [
         f"{k} has shape {v.shape}, not {wanted[k]}" for k, v in tensors.items() if k in wanted and v.shape != wanted[k]
     ]
-    if problems:
+    if problems or not tensors:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise WeightsError(
-            f"{file} is a LoRA for another model, rank or target list:\n  " + "\n  ".join(problems[:8]) + more
+            f"{file} is no LoRA of this model, in diffusers' names (transformer.*.lora_A.weight) and of one rank:\n  "
+            + "\n  ".join(problems[:8] or ["it is empty"])
+            + more
         )
-    return _private(tensors, like, keys, cfg.alpha / cfg.rank / scale)
+    divisor, out = cfg.alpha / cfg.rank / scale, {}
+    for leaf, names in present:
+        layers = [jnp.asarray(tensors[name].astype(np.float32).T) for name in names]
+        a, b = layers[: len(leaf.keys)], layers[len(leaf.keys) :]
+        a, b = (jnp.stack(x) if leaf.stacked else x[0] for x in (a, b))
+        _put(out, leaf.path.removesuffix("/kernel"), {"a": a, "b": b / divisor})
+    return out
+
+
+def _read(file: Path) -> tuple[dict[str, np.ndarray], float]:
+    """A file's tensors and the scale that its metadata states."""
+    if not file.is_file():
+        raise WeightsError(f"{file} does not exist: give a LoRA .safetensors file or the folder that holds it")
+    try:
+        with safe_open(file, "numpy") as f:
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - a safetensors handle is no dict
+            return tensors, _stated_scale(file, f.metadata() or {})
+    except SafetensorError as e:
+        raise WeightsError(f"{file} is not a whole safetensors file ({e})") from e
 
 
 def _stated_scale(file: Path, metadata: Mapping[str, str]) -> float:
@@ -172,13 +202,3 @@ def _public(tree: Params, keys: Sequence[Rule]):
         value = np.asarray(by_path[path], np.float32)
         for name, matrix in zip(names, value if stacked else value[None], strict=True):
             yield name, path[-1].upper(), matrix
-
-
-def _private(tensors: Mapping[str, np.ndarray], like: Params, keys: Sequence[Rule], divisor: float) -> PyTree:
-    out: dict[str, Any] = {}
-    for path, names, stacked in _modules(like, keys):
-        part = path[-1].upper()
-        layers = [tensors[f"transformer.{name}.lora_{part}.weight"].astype(np.float32).T for name in names]
-        value = jnp.asarray(np.stack(layers) if stacked else layers[0])
-        _put(out, path, value / divisor if part == "B" else value)
-    return out

@@ -40,7 +40,7 @@ def _sample(cfg: Config, run: Path, place: Path | None) -> int:
 def _export(cfg: Config, run: Path, place: Path | None) -> int:
     from solrl_jax import train
 
-    return train.export(cfg, run, place=place, devices=FLAGS.devices)
+    return train.export(cfg, run, place=place, lora_file=_lora(), devices=FLAGS.devices)
 
 
 MODES: dict[str, Callable[[Config, Path, Path | None], int]] = {
@@ -63,7 +63,9 @@ flags.DEFINE_string("prompts", None, "sample: a text file, a prompt a line")
 flags.DEFINE_string(
     "checkpoint", None, "eval, sample, export: a step of --run_dir or <run>/checkpoints/<step> (default: the newest)"
 )
-flags.DEFINE_string("lora", None, "eval, sample: a LoRA .safetensors file instead of a checkpoint")
+flags.DEFINE_string(
+    "lora", None, "eval, sample, export: a LoRA .safetensors file (or its folder) instead of a checkpoint"
+)
 flags.DEFINE_integer("devices", None, "how many devices to use (default: all)", lower_bound=1)
 
 

@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 
 from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, report
 from solrl_jax.assemble import Parts
-from solrl_jax.config import Config, ConfigError, to_json
+from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.log import Log, open_log
 from solrl_jax.structs import Model, Prompts, TrainState
 
@@ -259,11 +259,23 @@ def deliver(folder: Path, state: TrainState, model: Model, cfg: Config) -> Path:
     return file
 
 
-def export(cfg: Config, run: Path, *, place: Path | None, devices: int | None = None) -> int:
-    """--mode=export: the LoRA files of a checkpoint, in `run`. Needs no base weights."""
-    if place is None:
-        raise ConfigError("--mode=export needs --run_dir of a run, or --checkpoint=<run>/checkpoints/<step>")
+def export(
+    cfg: Config, run: Path, *, place: Path | None, lora_file: Path | None = None, devices: int | None = None
+) -> int:
+    """--mode=export: the LoRA files of a checkpoint, or a LoRA file anew, in `run`. Needs no base weights."""
     model = assemble.model_module(cfg).make(cfg.model)
+    if lora_file is not None:
+        base = jax.eval_shape(model.init, jax.random.key(0))
+        found = lora.load(lora_file, base, model.keys, Lora(rank=1, alpha=1.0))  # as it is: whatever scale it states
+        rank = lora.rank(found)
+        file = run / "pytorch_lora_weights.safetensors"
+        lora.save(file, found, model.keys, Lora(rank=rank, alpha=float(rank)))
+        print(f"{lora_file}: LoRA of rank {rank} in {file}, for scale 1")
+        return 0
+    if place is None:
+        raise ConfigError(
+            "--mode=export needs --run_dir of a run, --checkpoint=<run>/checkpoints/<step> or --lora=file.safetensors"
+        )
     like = assemble.blank(cfg, model, assemble.make_mesh(devices))
     state = checkpoint.restore(place, like, cfg, only=assemble.INFERENCE)
     file = deliver(run, state, model, cfg)

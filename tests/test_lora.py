@@ -172,10 +172,6 @@ def test_gradient(small):
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def zeros(adapter):
-    return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), adapter)
-
-
 def test_file_layout(small, tmp_path):
     lora.save(tmp_path / "new" / "set.safetensors", small.drawn, flux.KEYS, CFG)
     stored = load_file(tmp_path / "new" / "set.safetensors")
@@ -198,10 +194,10 @@ def test_round_trip(small, tmp_path, alpha):
     cfg, file = Lora(4, alpha), tmp_path / "pytorch_lora_weights.safetensors"
     lora.save(file, small.drawn, flux.KEYS, cfg)
     for place in (file, tmp_path):  # a file, or the folder that holds it
-        again = lora.load(place, zeros(small.drawn), flux.KEYS, cfg)
+        again = lora.load(place, small.base, flux.KEYS, cfg)
         assert jax.tree.structure(again) == jax.tree.structure(small.drawn)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-7), again, small.drawn)
-    other = lora.load(file, zeros(small.drawn), flux.KEYS, Lora(4, 2 * alpha))  # the same policy at another alpha
+    other = lora.load(file, small.base, flux.KEYS, Lora(4, 2 * alpha))  # the same policy at another alpha
     one, two = (lora.scaled(x, c) for x, c in ((again, cfg), (other, Lora(4, 2 * alpha))))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-7), one, two)
 
@@ -210,7 +206,7 @@ def test_half_precision_file(small, tmp_path):
     file = tmp_path / "set.safetensors"
     lora.save(file, small.drawn, flux.KEYS, CFG)
     save_file({key: x.astype(jnp.bfloat16) for key, x in load_file(file).items()}, file)
-    found = lora.load(file, zeros(small.drawn), flux.KEYS, CFG)
+    found = lora.load(file, small.base, flux.KEYS, CFG)
     assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(np.float32)}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-8), found, small.drawn)
 
@@ -221,7 +217,7 @@ def test_scale_in_the_metadata(small, tmp_path):
     lora.save(file, small.drawn, flux.KEYS, CFG)
     stated = {"transformer.r": 4, "transformer.lora_alpha": 12, "transformer.target_modules": ["to_q"]}
     save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(stated)})
-    found = lora.load(file, zeros(small.drawn), flux.KEYS, CFG)
+    found = lora.load(file, small.base, flux.KEYS, CFG)
     path = "transformer_blocks/attn/to_q/"
     before, after = leaves_by_path(small.drawn), leaves_by_path(found)
     np.testing.assert_array_equal(after[path + "a"], before[path + "a"])
@@ -229,7 +225,7 @@ def test_scale_in_the_metadata(small, tmp_path):
     stated["transformer.use_rslora"] = True
     save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(stated)})
     with pytest.raises(WeightsError, match="use_rslora"):
-        lora.load(file, zeros(small.drawn), flux.KEYS, CFG)
+        lora.load(file, small.base, flux.KEYS, CFG)
 
 
 def broken(name: str, tensors: dict) -> dict:
@@ -237,7 +233,7 @@ def broken(name: str, tensors: dict) -> dict:
     rest = {k: v for k, v in tensors.items() if k != key}
     return {
         "missing": rest,
-        "unused": tensors | {f"{FIRST.replace('to_q', 'add_q_proj')}.lora_A.weight": tensors[key]},
+        "unused": tensors | {f"{FIRST.replace('to_q', 'to_quux')}.lora_A.weight": tensors[key]},
         "shape": rest | {key: np.zeros((4, 47), np.float32)},
         "unprefixed": {k.removeprefix("transformer."): v for k, v in tensors.items()},
     }[name]
@@ -247,9 +243,9 @@ def broken(name: str, tensors: dict) -> dict:
     ("name", "words"),
     [
         ("missing", f"missing {FIRST}.lora_A.weight"),
-        ("unused", f"unused {FIRST.replace('to_q', 'add_q_proj')}.lora_A.weight"),
+        ("unused", f"unused {FIRST.replace('to_q', 'to_quux')}.lora_A.weight"),
         ("shape", rf"{FIRST}.lora_A.weight has shape \(4, 47\), not \(4, 48\)"),
-        ("unprefixed", r"missing transformer\.(.|\n)*and 60 more"),
+        ("unprefixed", r"transformer\.\*(.|\n)*unused single_transformer_blocks(.|\n)*and 26 more"),
     ],
 )
 def test_refused_files(small, tmp_path, name, words):
@@ -257,26 +253,37 @@ def test_refused_files(small, tmp_path, name, words):
     lora.save(file, small.drawn, flux.KEYS, CFG)
     save_file(broken(name, load_file(file)), file)
     with pytest.raises(WeightsError, match=words) as e:
-        lora.load(file, zeros(small.drawn), flux.KEYS, CFG)
+        lora.load(file, small.base, flux.KEYS, CFG)
     assert str(file) in str(e.value)
 
 
-def test_another_rank(small, tmp_path):
+def test_a_file_says_its_rank_and_modules(small, tmp_path):
+    """Any trained LoRA file is taken, whatever this run's config would train."""
     file = tmp_path / "set.safetensors"
-    lora.save(file, small.drawn, flux.KEYS, CFG)
-    like = lora.init(jax.random.key(0), small.base, flux.LORA_TARGETS, Lora(8))
-    with pytest.raises(WeightsError, match=r"(rank(.|\n)*)to_k.lora_A.weight has shape \(4, 48\), not \(8, 48\)"):
-        lora.load(file, like, flux.KEYS, Lora(8))
+    other = drawn(lora.init(jax.random.key(0), small.base, ("to_k", "proj_mlp", "ff.net.2"), Lora(8)), 0.1)
+    lora.save(file, other, flux.KEYS, Lora(8, 16.0))
+    found = lora.load(file, small.base, flux.KEYS, CFG)
+    assert leaves_by_path(found).keys() == leaves_by_path(other).keys()
+    one, two = lora.merged_kernels(small.base, found, CFG), lora.merged_kernels(small.base, other, Lora(8, 16.0))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, two)
+    tensors = load_file(file)
+    a, b = (f"{FIRST.replace('to_q', 'to_k')}.lora_{x}.weight" for x in "AB")
+    save_file({**tensors, a: tensors[a][:4].copy(), b: tensors[b][:, :4].copy()}, file)
+    with pytest.raises(WeightsError, match=r"of one rank:\n(.|\n)*has shape \("):
+        lora.load(file, small.base, flux.KEYS, CFG)
+    save_file({}, file)
+    with pytest.raises(WeightsError, match="it is empty"):
+        lora.load(file, small.base, flux.KEYS, CFG)
 
 
 def test_files_that_are_none(small, tmp_path):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     with pytest.raises(WeightsError, match=r"pytorch_lora_weights.safetensors does not exist"):
-        lora.load(tmp_path, zeros(small.drawn), flux.KEYS, CFG)
+        lora.load(tmp_path, small.base, flux.KEYS, CFG)
     lora.save(file, small.drawn, flux.KEYS, CFG)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(WeightsError, match=r"pytorch_lora_weights.safetensors is not a whole safetensors file"):
-        lora.load(tmp_path, zeros(small.drawn), flux.KEYS, CFG)
+        lora.load(tmp_path, small.base, flux.KEYS, CFG)
 
 
 # --- diffusers ------------------------------------------------------------------------------------------------------

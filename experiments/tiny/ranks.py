@@ -86,7 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
         policies = {"base": nothing}
         if args.run:
-            policies["trained"] = lora.load(args.run, nothing, opened.parts.model.keys, opened.parts.cfg.lora)
+            policies["trained"] = lora.load(
+                args.run, opened.parts.frozen.base, opened.parts.model.keys, opened.parts.cfg.lora
+            )
         for who, adapter in policies.items():
             found = rewards(opened, adapter, args.prompts, args.candidates, args.chunk)
             for name, preview in PREVIEWS.items():
