@@ -104,6 +104,8 @@ def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
         raise ConfigError(f"unexpected argument {strange[0]!r}: flags begin with --, as in --config=tiny")
     overrides = dict(word.removeprefix("config.").split("=", 1) for word in words)
     run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
+    if run is not None and run.exists() and not run.is_dir():
+        raise ConfigError(f"--run_dir={run} is a file: give a folder, new or of a run")
     place = _place(run)
     source = run if FLAGS.mode == "train" else (place or run)
     if FLAGS.config is None and source is not None and (FLAGS.resume or FLAGS.mode != "train"):

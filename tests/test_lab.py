@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tiny import check, evidence, lab, ranks
+from experiments import results
+from experiments.tiny import check, curves, evidence, lab, ranks
 from solrl_jax import config, sharding
 from solrl_jax.config import Stage
 from solrl_jax.rewards import Reward, Score
@@ -46,6 +47,26 @@ def test_arms_have_the_sizes_that_they_claim():
     assert steps["naive_scaling"] == {"bf16": 16 * 24 * 10} and steps["naive_quant"] == {"nvfp4_emulated": 16 * 24 * 10}
     assert steps["diffusionnft"] == {"bf16": 16 * 8 * 10}
     assert evidence.arm_config(evidence.ARMS["random"]).selection == "random"
+
+
+def test_arms_that_differ_in_scalars_or_length_share_a_program():
+    def key(name: str):
+        arm = evidence.ARMS[name]
+        return evidence.what_is_compiled(arm, evidence.arm_config(arm))
+
+    assert key("long") == key("long_kl_0.03") and key("long_5e-4") == key("long_1e-3")
+    assert len({key(n) for n in ("sol_rl", "shuffled", "bf16", "long", "long_5e-4")}) == 5
+
+
+def test_curves_begin_at_the_base(tmp_path):
+    found = {
+        "test: gain of exact": results.figure(0.25, "", 1),
+        "exact after 20 iterations, 400 image-steps": results.figure(0.75, "", 1),
+        "exact after 10 iterations, 200 image-steps": results.figure(0.625, "", 1),
+    }
+    results.record(tmp_path / "arm.json", found)
+    assert curves.points(tmp_path / "arm.json", "exact", "iterations") == [(0, 0.5), (10, 0.625), (20, 0.75)]
+    assert curves.points(tmp_path / "arm.json", "exact", "image-steps")[1:] == [(200, 0.625), (400, 0.75)]
 
 
 def test_gains_are_paired_by_caption_and_noise():

@@ -15,7 +15,7 @@ def test_tables_are_made_from_the_files(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(
         "x\n<!-- table:arms/a.json -->\nold\n<!-- end -->\n"
-        "y\n<!-- matrix:arms/*.json | exact | time -->\n<!-- end -->\nz\n"
+        "y\n<!-- matrix:arms/b.json, arms/a.json | exact = right | time -->\n<!-- end -->\nz\n"
     )
     for _ in range(2):  # made anew from what it made
         results.fill(readme)
@@ -28,11 +28,11 @@ def test_tables_are_made_from_the_files(tmp_path):
         "| time | 2.000 ± 0.100 | s | 3 |",
         "<!-- end -->",
         "y",
-        "<!-- matrix:arms/*.json | exact | time -->",
-        "| | exact | time |",
+        "<!-- matrix:arms/b.json, arms/a.json | exact = right | time -->",
+        "| | right | time |",
         "|---|---|---|",
-        "| a: first | 0.500 [0.400, 0.600] | 2.000 ± 0.100 |",
         "| b: second | 0.250 [0.200, 0.300] (0.200, 0.300) |  |",
+        "| a: first | 0.500 [0.400, 0.600] | 2.000 ± 0.100 |",
         "<!-- end -->",
         "z",
     ]

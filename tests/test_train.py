@@ -310,3 +310,6 @@ def test_through_the_command_line(toy, tmp_path, capsys, monkeypatch):
     with flagsaver.flagsaver():
         assert main.main(main.parse(["solrl_jax", f"--run_dir={run}", "--mode=eval", "--checkpoint=77"])) == 2
     assert "there is no checkpoint" in capsys.readouterr().err
+    with flagsaver.flagsaver():
+        assert main.main(main.parse(["solrl_jax", f"--run_dir={run}/config.json", "--config=toy"])) == 2
+    assert "config.json is a file: give a folder" in capsys.readouterr().err
