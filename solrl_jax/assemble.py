@@ -6,7 +6,7 @@ Cheap checks come first, so that a typo is answered before gigabytes are read, a
 import functools
 import importlib
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,10 +16,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from solrl_jax import checkpoint, data, iteration, lora, rewards, sharding
+from solrl_jax.conditioning import Conditioner
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.quant import coverage
 from solrl_jax.rewards import Score
-from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, TrainState
+from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
 
 INFERENCE = ("model.name", "lora.")
 """Fields of a checkpoint's config that must be the same for drawing with it; the rest is free."""
@@ -31,13 +32,12 @@ class Parts(NamedTuple):
     cfg: Config
     mesh: Mesh
     model: Model
-    encode: Callable[[Params, PyTree], PyTree]  # model.encode, jitted
+    text: Conditioner  # prompts -> conditioning
     optimizer: optax.GradientTransformation
     score: Score
     judged: Score
     frozen: Frozen  # with the trained rewards' towers
     towers: dict[str, Params]  # the held-out rewards' towers
-    text: Params
     prompts: data.PromptSet
 
 
@@ -61,20 +61,19 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
         coverage.check(model, cfg.model.min_quantised_flops)
     score, judged, towers = _rewards(cfg) if purpose != "sample" else (Score((), ()), Score((), ()), {})
     rewards.tokenize(judged, (*prompts.train, *prompts.test))  # a caption that a reward cannot read stops us now
-    base, vae, text = model_module(cfg).load(cfg.model)
-    trained = {name: towers.pop(name) for name in score.names}
     place = functools.partial(sharding.replicate, mesh=mesh)
+    base, vae, text = model_module(cfg).load(cfg.model, place)
+    trained = {name: towers.pop(name) for name in score.names}
     return Parts(
         cfg=cfg,
         mesh=mesh,
         model=model,
-        encode=jax.jit(model.encode),
+        text=Conditioner(model, text, mesh, group=cfg.prompts, stay=not cfg.encode_ahead),
         optimizer=iteration.make_optimizer(cfg),
         score=score,
         judged=judged,
-        frozen=place(Frozen(base, vae, trained)),
+        frozen=Frozen(base, vae, place(trained)),
         towers=place(towers),
-        text=place(text),
         prompts=prompts,
     )
 
@@ -148,11 +147,9 @@ def notes(parts: Parts) -> list[str]:
     return low + out
 
 
-def encode(parts: Parts, prompts: Sequence[str], score: Score) -> Prompts:
+def encode(parts: Parts, prompts: Sequence[str], score: Score, ahead: Sequence[str] = ()) -> Prompts:
     """Conditioning and reward tokens of P prompts, split over the devices; P is a multiple of their number."""
-    tokens = sharding.split(parts.model.tokenize(prompts), parts.mesh)
-    cond = sharding.split(parts.encode(parts.text, tokens), parts.mesh)
-    return Prompts(cond, sharding.split(rewards.tokenize(score, prompts), parts.mesh))
+    return Prompts(parts.text(prompts, ahead), sharding.split(rewards.tokenize(score, prompts), parts.mesh))
 
 
 def fresh(parts: Parts) -> TrainState:

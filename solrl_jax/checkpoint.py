@@ -30,7 +30,7 @@ from solrl_jax.structs import PyTree, TrainState
 from solrl_jax.weights import leaves_by_path
 
 CHANGEABLE = (
-    *("name", "iterations", "save_every", "keep", "evaluate."),  # no number of the training hangs on these
+    *("name", "iterations", "save_every", "keep", "encode_ahead", "evaluate."),  # no number hangs on these
     *("model.path", "reward_paths", "prompt_files"),  # folders move; that they hold the same is the user's word
 )
 """Fields that a resumed run may change, by their beginning."""

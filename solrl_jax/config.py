@@ -157,6 +157,7 @@ class Config:
     seed: int = 42
     save_every: int = 20  # iterations between checkpoints; 0: only where the run ends or is stopped
     keep: int = 3  # checkpoints
+    encode_ahead: int = 0  # iterations whose prompts are encoded together, then the text encoders leave; 0: they stay
     staged: bool = True  # stages jitted apart (progress, stage times); False: one jit of the whole iteration_step
 
     def __post_init__(self):
@@ -190,6 +191,7 @@ class Config:
         )
         _require(self.seed >= 0, f"seed={self.seed}: 0 or more")
         _require(self.iterations >= 0, f"iterations={self.iterations}: 0 or more")
+        _require(self.encode_ahead >= 0, f"encode_ahead={self.encode_ahead}: 0 (the text encoders stay) or more")
         _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
         _require(self.keep >= 1, f"keep={self.keep}: keep at least one checkpoint")
 

@@ -98,12 +98,14 @@ def iterations(
     parts: Parts, state: TrainState, out: Log, stop: threading.Event
 ) -> Iterator[tuple[TrainState, Metrics]]:
     """Each finished iteration's state and metrics. Raises TrainError, after the state it is about, to stop a run."""
-    step = stepper(parts, out, stop)
-    while (done := int(state.iteration)) < parts.cfg.iterations and not stop.is_set():
+    step, cfg = stepper(parts, out, stop), parts.cfg
+    while (done := int(state.iteration)) < cfg.iterations and not stop.is_set():
         times: dict[str, float] = {}
         with iteration.clock(times, "encode"):
-            batch = data.batch(parts.prompts.train, parts.cfg.seed, done, parts.cfg.prompts)
-            prompts = jax.block_until_ready(assemble.encode(parts, batch, parts.score))
+            upcoming = range(done, min(done + max(1, cfg.encode_ahead), cfg.iterations))
+            drawn = [p for i in upcoming for p in data.batch(parts.prompts.train, cfg.seed, i, cfg.prompts)]
+            batch, ahead = drawn[: cfg.prompts], drawn[cfg.prompts :]
+            prompts = jax.block_until_ready(assemble.encode(parts, batch, parts.score, ahead))
         try:
             new, metrics = step(state, prompts, times)
         except Stopped:
@@ -263,6 +265,10 @@ def export(
     cfg: Config, run: Path, *, place: Path | None, lora_file: Path | None = None, devices: int | None = None
 ) -> int:
     """--mode=export: the LoRA files of a checkpoint, or a LoRA file anew, in `run`. Needs no base weights."""
+    if place is None and lora_file is None:
+        raise ConfigError(
+            "--mode=export needs --run_dir of a run, --checkpoint=<run>/checkpoints/<step> or --lora=file.safetensors"
+        )
     model = assemble.model_module(cfg).make(cfg.model)
     if lora_file is not None:
         base = jax.eval_shape(model.init, jax.random.key(0))
@@ -272,10 +278,7 @@ def export(
         lora.save(file, found, model.keys, Lora(rank=rank, alpha=float(rank)))
         print(f"{lora_file}: LoRA of rank {rank} in {file}, for scale 1")
         return 0
-    if place is None:
-        raise ConfigError(
-            "--mode=export needs --run_dir of a run, --checkpoint=<run>/checkpoints/<step> or --lora=file.safetensors"
-        )
+    assert place is not None
     like = assemble.blank(cfg, model, assemble.make_mesh(devices))
     state = checkpoint.restore(place, like, cfg, only=assemble.INFERENCE)
     file = deliver(run, state, model, cfg)

@@ -8,7 +8,7 @@ ones are both errors), and reading it backwards saves a tree in the public layou
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,10 @@ class Rule(NamedTuple):
 
 _TO_OURS = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
 _TO_THEIRS = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1)}
+
+
+Place = Callable[[np.ndarray], Any]
+"""Takes a leaf that was just read to where it belongs: onto the devices, say."""
 
 
 class Leaf(NamedTuple):
@@ -68,7 +72,10 @@ def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
 
 
 class Files:
-    """A checkpoint folder's tensors, read one by one: {key: tensor} over one file or over shards with an index."""
+    """A checkpoint folder's tensors, read one by one: {key: tensor} over one file or over shards with an index.
+
+    Files are mapped, so what was read stays in the process until `close`; the next read opens them again.
+    """
 
     def __init__(self, folder: str | Path, stem: str):
         self.folder = Path(folder)
@@ -93,8 +100,15 @@ class Files:
     def __getitem__(self, key: str) -> np.ndarray:
         return self._handle(self.where[key]).get_tensor(key)
 
+    def shape(self, key: str) -> tuple[int, ...]:
+        """From the header alone."""
+        return tuple(self._handle(self.where[key]).get_slice(key).get_shape())
+
     def keys(self) -> Iterable[str]:
         return self.where.keys()
+
+    def close(self) -> None:
+        self._open.clear()
 
 
 def _shards(folder: Path, stem: str) -> list[Path]:
@@ -120,11 +134,14 @@ def load(
     dtype: Any = None,
     aliases: Sequence[tuple[str, str]] = (),
     droppable: Sequence[str] = (),
+    place: Place | None = None,
 ) -> PyTree:
     """Read the tree of `spec` (from eval_shape) out of `files`; leaves are numpy arrays of `dtype` (None: as stored).
 
-    `aliases` are (regex, replacement) pairs that turn other spellings of keys into the table's; `droppable` are regexes
-    of keys that may be left over. Missing, unused and wrongly shaped keys are all listed in one WeightsError.
+    `place` takes each leaf to where it belongs as soon as it is read, so that the host never holds more than one leaf,
+    a stack of layers at most. `aliases` are (regex, replacement) pairs that turn other spellings of keys into the
+    table's; `droppable` are regexes of keys that may be left over. Missing, unused and wrongly shaped keys are all
+    listed in one WeightsError before any tensor is read.
     """
     names: dict[str, str] = {}
     for key in files.keys():  # noqa: SIM118
@@ -133,29 +150,39 @@ def load(
             public = re.sub(pattern, replacement, public)
         names[public] = key
     wanted = needed(spec, rules)
-    want = {key for leaf in wanted for key in leaf.keys}
-    problems = [f"missing {key}" for leaf in wanted for key in leaf.keys if key not in names]
-    problems += [f"unused {k}" for k in names if k not in want and not any(re.fullmatch(d, k) for d in droppable)]
-    values: dict[str, np.ndarray] = {}
-    for leaf in wanted:
-        if any(key not in names for key in leaf.keys):
-            continue
-        arrays = [_ours(files[names[key]], leaf.layout) for key in leaf.keys]
-        shape = leaf.shape[1:] if leaf.stacked else leaf.shape
-        bad = [
-            f"{key} has shape {a.shape}, not {shape}"
-            for key, a in zip(leaf.keys, arrays, strict=True)
-            if a.shape != shape
-        ]
-        if bad:
-            problems += bad
-            continue
-        value = np.stack(arrays) if leaf.stacked else np.asarray(arrays[0], order="C")
-        values[leaf.path] = value if dtype is None else value.astype(dtype)
-    if problems:
+    if problems := _problems(files, names, wanted, droppable):
         shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise WeightsError(f"{files.folder} does not hold the weights that its config describes:\n  {shown}")
-    return jax.tree.unflatten(jax.tree.structure(spec), [values[leaf.path] for leaf in wanted])
+    values, place = [], place or (lambda x: x)
+    for leaf in wanted:  # no name holds what was read: it is let go before the next leaf is
+        values.append(place(_read(files, leaf, [names[key] for key in leaf.keys], dtype)))
+        files.close()
+    return jax.tree.unflatten(jax.tree.structure(spec), values)
+
+
+def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], droppable: Sequence[str]) -> list[str]:
+    """What is missing, left over or of another shape, by headers alone."""
+    want = {key for leaf in wanted for key in leaf.keys}
+    found = [f"missing {key}" for leaf in wanted for key in leaf.keys if key not in names]
+    found += [f"unused {k}" for k in names if k not in want and not any(re.fullmatch(d, k) for d in droppable)]
+    for leaf in wanted:
+        shape = leaf.shape[1:] if leaf.stacked else leaf.shape
+        there = {key: _ours_shape(files.shape(names[key]), leaf.layout) for key in leaf.keys if key in names}
+        found += [f"{key} has shape {s}, not {shape}" for key, s in there.items() if s != shape]
+    return found
+
+
+def _read(files: Files, leaf: Leaf, keys: Sequence[str], dtype: Any) -> np.ndarray:
+    """One leaf in our layout, its layers stacked as they come."""
+    if not leaf.stacked:
+        value = _ours(files[keys[0]], leaf.layout)
+        return np.asarray(value, order="C", dtype=value.dtype if dtype is None else dtype)
+    if dtype is None:
+        return np.stack([_ours(files[key], leaf.layout) for key in keys])
+    stack = np.empty(leaf.shape, dtype)
+    for i, key in enumerate(keys):
+        stack[i] = _ours(files[key], leaf.layout)
+    return stack
 
 
 def save(
@@ -181,6 +208,11 @@ def save(
 def _ours(x: np.ndarray, layout: str) -> np.ndarray:
     axes = _TO_OURS[layout]
     return x if axes is None or x.ndim != len(axes) else x.transpose(axes)
+
+
+def _ours_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    axes = _TO_OURS[layout]
+    return shape if axes is None or len(shape) != len(axes) else tuple(shape[i] for i in axes)
 
 
 def _theirs(x: np.ndarray, layout: str) -> np.ndarray:

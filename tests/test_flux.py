@@ -39,6 +39,12 @@ class Held(weights.Files):
     def __getitem__(self, key):
         return self.tensors[key].numpy()
 
+    def shape(self, key):
+        return tuple(self.tensors[key].shape)
+
+    def close(self):
+        pass
+
 
 def make_transformer(folder, **changes):
     model = randomise(FluxTransformer2DModel(**SMALL | {"guidance_embeds": True} | changes))

@@ -46,9 +46,9 @@ TOY = Model(
 )
 
 
-def load(cfg):
+def load(cfg, place):
     rng = np.random.default_rng(0)
-    base = {"to_q": {"kernel": rng.normal(0, 0.2, (WIDTH, WIDTH)).astype(np.float32)}}
+    base = {"to_q": {"kernel": place(rng.normal(0, 0.2, (WIDTH, WIDTH)).astype(np.float32))}}
     return base, {}, {"embed": rng.normal(0, 1, (8, WIDTH)).astype(np.float32)}
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +98,24 @@ def test_dtypes(folder):
     assert {x.dtype for x in load_file(folder / "model.safetensors").values()} == {np.dtype(jnp.bfloat16)}
     identical(load(folder), half)
     identical(load(folder, dtype=np.float32), jax.tree.map(np.float32, half))
+
+
+def test_a_leaf_is_placed_as_soon_as_it_is_read(tmp_path):
+    """The host holds one stack of layers and one layer more, whatever the size of the whole."""
+    layers, width, blocks = 8, 256, 6
+    rules = [Rule(r"(.+)/kernel", r"\1.{layer}.weight", "linear")]
+    tree = {f"block{i}": {"kernel": np.full((layers, width, width), i, np.float32)} for i in range(blocks)}
+    weights.save(tree, rules, tmp_path / "model.safetensors")
+    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    files, seen = Files(tmp_path, "model"), []
+    tracemalloc.start()
+    weights.load(files, spec, rules, dtype=np.float32, place=lambda x: seen.append((x.shape, float(x.mean()))))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seen == [((layers, width, width), float(i)) for i in range(blocks)]
+    stack = layers * width * width * 4
+    assert stack < peak < 1.5 * stack
+    assert not files._open  # nothing stays mapped
 
 
 def test_folders_are_made(tmp_path):

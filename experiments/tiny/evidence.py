@@ -126,8 +126,7 @@ def supervised(opened: lab.World, cfg: Config, seeds: Sequence[int], iterations:
     for seed in seeds:
         rng = np.random.default_rng([seed, 1])
         scenes = world.sample_scenes(rng, 4096, "train")
-        tokens = parts.model.tokenize(world.captions(scenes, rng))
-        pools.append({"scenes": tuple(scenes), "cond": jax.jit(parts.model.encode)(parts.text, tokens)})
+        pools.append({"scenes": tuple(scenes), "cond": parts.text(world.captions(scenes, rng))})
     pool = jax.tree.map(lambda *x: jnp.stack(x), *pools)
 
     def loss(adapter, base, batch, x0, key):
@@ -227,7 +226,7 @@ def run_supervised(bench: Bench, cfg: Config, iterations: int) -> None:
 
 def run_guidance(bench: Bench, weights: Sequence[float] = (1.5, 2.0, 3.0)) -> None:
     parts = bench.opened.parts
-    empty = jax.jit(parts.model.encode)(parts.text, parts.model.tokenize([""]))
+    empty = parts.text([""])
     nothing = lab.base_adapter(bench.opened)
     for weight in weights:
         found = {}

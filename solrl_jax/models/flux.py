@@ -334,14 +334,18 @@ def make(cfg: config.Model) -> Model:
     )
 
 
-def load(cfg: config.Model) -> tuple[Params, Params, Params]:
-    """(transformer, VAE decoder, text encoders {clip, t5}) of the folder, in the dtypes `make`'s functions expect."""
+def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:
+    """(transformer, VAE decoder, text encoders {clip, t5}) of the folder, in the dtypes `make`'s functions expect.
+
+    Transformer and decoder go where `place` takes them, leaf by leaf as they are read; the text encoders are numpy.
+    """
     folder, dtype = Path(cfg.path), jnp.dtype(cfg.dtype)
     model = make(cfg)
     _tokenizers(str(folder))  # missing ones are said before gigabytes are read
     spec = jax.eval_shape(model.init, jax.random.key(0))
-    base = weights.load(weights.Files(folder / "transformer", "diffusion_pytorch_model"), spec, KEYS, dtype=dtype)
-    _, decoder = vae.load_vae(folder / "vae", F32)
+    files = weights.Files(folder / "transformer", "diffusion_pytorch_model")
+    base = weights.load(files, spec, KEYS, dtype=dtype, place=place)
+    _, decoder = vae.load_vae(folder / "vae", F32, place=place)
     _, clip = text.load_clip_text(folder / "text_encoder", dtype)
     _, t5 = text.load_t5(folder / "text_encoder_2", dtype)
     return base, decoder, {"clip": clip, "t5": t5}

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from solrl_jax import weights
 from solrl_jax.models.layers import F32, Linear, attention
 from solrl_jax.structs import Images, Latents, Params
-from solrl_jax.weights import Rule
+from solrl_jax.weights import Place, Rule
 
 Features = Float[Array, "B h w C"]
 
@@ -202,12 +202,17 @@ VAE_ALIASES = (  # the attention's spelling in old diffusers
 )
 
 
-def load_vae(folder: str | Path, dtype: Any = jnp.bfloat16, encoder: bool = False) -> tuple[Decoder | Encoder, Params]:
-    """Module and parameters (numpy, in `dtype`) of the decoder, or of the encoder, of a folder in diffusers' layout."""
+def load_vae(
+    folder: str | Path, dtype: Any = jnp.bfloat16, encoder: bool = False, place: Place | None = None
+) -> tuple[Decoder | Encoder, Params]:
+    """Module and parameters (numpy, or where `place` takes them; in `dtype`) of the decoder, or of the encoder, of a
+    folder in diffusers' layout."""
     cfg = VaeConfig.read(folder)
     module = (Encoder if encoder else Decoder)(cfg, dtype)
     sample = (1, cfg.factor, cfg.factor, cfg.in_channels) if encoder else (1, 1, 1, cfg.latent_channels)
     spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(sample))["params"]
     rules, other = (ENCODER_KEYS, r"decoder\..*") if encoder else (DECODER_KEYS, r"encoder\..*")
     files = weights.Files(folder, "diffusion_pytorch_model")
-    return module, weights.load(files, spec, rules, dtype=dtype, aliases=VAE_ALIASES, droppable=(other,))
+    return module, weights.load(
+        files, spec, rules, dtype=dtype, aliases=VAE_ALIASES, droppable=(other,), place=place
+    )

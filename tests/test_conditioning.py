@@ -1,0 +1,77 @@
+"""Prompts are encoded once, in calls of one size, and the text encoders leave the devices if they are not to stay."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solrl_jax import conditioning, sharding, structs
+from solrl_jax.conditioning import Conditioner
+
+PROMPTS = [f"prompt {i}" for i in range(10)]
+
+
+class Seen(types.SimpleNamespace):
+    """What was asked of the model: each call's prompts, and how often `encode` was traced."""
+
+
+def made(stay: bool, devices: int = 2, group: int = 3) -> tuple[Seen, Conditioner]:
+    """Tokens are the prompt's number; conditioning is table[number] in bf16, and its first entry squared."""
+    seen, table = Seen(calls=[], traces=0), np.arange(40, dtype=np.float32).reshape(10, 4) / 8
+
+    def tokenize(prompts):
+        seen.calls.append(list(prompts))
+        return np.asarray([int(p.split()[1]) for p in prompts], np.int32)
+
+    def encode(params, tokens):
+        seen.traces += 1
+        row = params["table"][tokens]
+        return {"text": row.astype(jnp.bfloat16), "pooled": row[:, :1] ** 2}
+
+    nothing = dict.fromkeys(structs.Model._fields, lambda *_: None) | {
+        "name": "numbers",
+        "lora_targets": (),
+        "keys": (),
+    }
+    nothing["quant_rule"] = structs.QuantRule((), 0)
+    fields = {k: v for k, v in nothing.items() if k not in structs.Model._field_defaults}
+    model = structs.Model(**fields | {"tokenize": tokenize, "encode": encode})
+    return seen, Conditioner(model, {"table": table}, sharding.make_mesh(devices), group=group, stay=stay)
+
+
+@pytest.mark.parametrize("stay", [True, False])
+def test_each_prompt_once_in_calls_of_one_size(stay):
+    seen, encode = made(stay)
+    first = encode(PROMPTS[:4], ahead=PROMPTS[4:6])
+    assert [len(call) for call in seen.calls] == [4, 4]  # 3 prompts would not divide over 2 devices
+    assert seen.calls == [PROMPTS[:4], [*PROMPTS[4:6], PROMPTS[5], PROMPTS[5]]]
+    np.testing.assert_array_equal(np.asarray(first["pooled"])[:, 0], (np.arange(4) * 0.5) ** 2)
+    assert first["text"].dtype == jnp.bfloat16 and first["text"].sharding.spec == sharding.SPLIT
+    again = encode([PROMPTS[5], PROMPTS[0], PROMPTS[5], PROMPTS[1]], ahead=PROMPTS)  # all known: nothing runs
+    np.testing.assert_array_equal(np.asarray(again["pooled"])[:, 0], [6.25, 0, 6.25, 0.25])
+    assert len(seen.calls) == 2 and seen.traces == 1
+    encode(PROMPTS[6:8])
+    assert len(seen.calls) == 3 and seen.traces == 1  # one compiled program serves all
+
+
+def test_the_encoders_leave_unless_they_stay():
+    before = set(map(id, jax.live_arrays()))
+    _, encode = made(stay=False)
+    kept = encode(PROMPTS[:2])
+    own = [x for x in jax.live_arrays() if id(x) not in before]
+    assert {x.shape for x in own} == {kept["text"].shape, kept["pooled"].shape}
+    _, encode = made(stay=True)
+    encode(PROMPTS[:2])
+    assert any(x.shape == (10, 4) for x in jax.live_arrays() if id(x) not in before)
+
+
+def test_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(conditioning, "MOST", 4)
+    seen, encode = made(stay=True, devices=1, group=2)
+    for i in range(0, 10, 2):
+        encode(PROMPTS[i : i + 2])
+    assert list(encode.kept) == PROMPTS[6:] and len(seen.calls) == 5
+    encode(PROMPTS[:2])
+    assert len(seen.calls) == 6 and list(encode.kept) == [*PROMPTS[8:], *PROMPTS[:2]]
