@@ -1,7 +1,7 @@
 """The small world: all of Sol-RL on a bare 2-core machine, in minutes.
 
     python -m solrl_jax.main --config=tiny                           sol_rl, trained on CLIPScore
-    python -m solrl_jax.main --config=tiny:naive_scaling             another family, see RECIPES
+    python -m solrl_jax.main --config=tiny:naive_scaling             another family; --config=tiny:help lists them
     python -m solrl_jax.main --config=tiny --config.explore.precision=bf16
 
 A 3.7M-parameter FLUX at 32 px with its own VAE, text encoders and CLIP, all made by experiments/tiny/pretrain.py. The
@@ -11,11 +11,11 @@ hold enough updates to learn. Beside each stands the value of Sol-RL on FLUX.1-d
 
 from pathlib import Path
 
-from solrl_jax.config import FAMILIES, Config, ConfigError, Evaluate, Learn, Lora, Model, Stage, family
+from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, choose, recipes
 
 WORLD = Path(__file__).resolve().parent.parent / "experiments" / "tiny"
 REWARDS = ("clipscore", "shapes")
-RECIPES = tuple(f"{name}_{reward}" for name in FAMILIES for reward in REWARDS)
+RECIPES = recipes(REWARDS)
 
 
 def base(reward: str) -> Config:
@@ -53,9 +53,4 @@ def base(reward: str) -> Config:
 
 def config(recipe: str) -> Config:
     """`recipe` is FAMILY, FAMILY_REWARD, or nothing for sol_rl_clipscore."""
-    name, _, reward = recipe.rpartition("_")
-    if reward not in REWARDS:
-        name, reward = recipe or "sol_rl", "clipscore"
-    if name not in FAMILIES:
-        raise ConfigError(f"--config=tiny:{recipe}: use one of {', '.join(RECIPES)}, or a family alone")
-    return family(base(reward), name)
+    return choose(base, REWARDS, recipe)

@@ -12,6 +12,10 @@ _ACCELERATORS = ("nvidia[0-9]*", "dxg", "kfd", "accel[0-9]*", "vfio/[0-9]*")  # 
 if "JAX_PLATFORMS" not in os.environ and not any(glob.glob(f"/dev/{node}") for node in _ACCELERATORS):
     os.environ["JAX_PLATFORMS"] = "cpu"
 
+# On FLUX's products cuBLASLt, with biases in its epilogue, beats the Triton kernels that XLA would search for minutes.
+if glob.glob("/dev/nvidia[0-9]*") and "xla_gpu_enable_triton_gemm" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_triton_gemm=false".strip()
+
 # JAX reserves 75 % of a GPU at first use by default: too little for 12B parameters on 80 GB.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
 

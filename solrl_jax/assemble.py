@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import checkpoint, data, iteration, lora, rewards, sharding
+from solrl_jax import checkpoint, convert, data, iteration, lora, rewards, sharding
 from solrl_jax.conditioning import Conditioner
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.quant import coverage
@@ -50,6 +50,8 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
     For "sample" neither prompts nor rewards are read. Raises ConfigError, DataError or WeightsError.
     """
     use_compilation_cache()
+    if purpose != "sample":
+        _check_rewards(cfg)
     mesh = make_mesh(devices, cfg.prompts if purpose == "train" else 0)
     if purpose == "train":
         iteration.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // mesh.size)
@@ -62,7 +64,7 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
     score, judged, towers = _rewards(cfg) if purpose != "sample" else (Score((), ()), Score((), ()), {})
     rewards.tokenize(judged, (*prompts.train, *prompts.test))  # a caption that a reward cannot read stops us now
     place = functools.partial(sharding.replicate, mesh=mesh)
-    base, vae, text = model_module(cfg).load(cfg.model, place)
+    base, vae, text = read_weights(cfg, mesh)
     trained = {name: towers.pop(name) for name in score.names}
     return Parts(
         cfg=cfg,
@@ -78,12 +80,26 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
     )
 
 
+def read_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
+    """(base, VAE) on the devices of `mesh`, text encoders as numpy, of a public folder or of a converted one."""
+    module, folder = model_module(cfg), Path(cfg.model.path)
+    if convert.is_converted(folder):
+        return convert.restore(folder, module.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
+    return module.load(cfg.model, functools.partial(sharding.replicate, mesh=mesh))
+
+
+def _check_rewards(cfg: Config) -> None:
+    """By their names alone; ConfigError for one that is not there."""
+    rewards.parse_paths(cfg.reward_paths)
+    rewards.parse(cfg.evaluate.rewards)
+    if not rewards.parse(cfg.reward):
+        raise ConfigError(f"reward is empty: name what to train on, of {', '.join(rewards.available())}")
+
+
 def _rewards(cfg: Config) -> tuple[Score, Score, dict[str, Params]]:
     """What is trained on, that and the held-out rewards, and all towers. A reward in both counts as trained on."""
     paths = rewards.parse_paths(cfg.reward_paths)
     trained, others = rewards.parse(cfg.reward), rewards.parse(cfg.evaluate.rewards)
-    if not trained:
-        raise ConfigError(f"reward is empty: name what to train on, of {', '.join(rewards.available())}")
     score, towers = rewards.load_rewards(cfg.reward, paths)
     held_out, more = rewards.load_rewards(",".join(name for name in others if name not in trained), paths)
     return score, Score(score.rewards + held_out.rewards, score.weights + held_out.weights), {**towers, **more}
@@ -102,7 +118,7 @@ def make_mesh(devices: int | None, prompts: int = 0) -> Mesh:
 def _prompts(cfg: Config, purpose: Purpose) -> data.PromptSet:
     """The prompt files' content, enough of it for the batches that will be drawn."""
     if not cfg.prompt_files:
-        raise ConfigError("prompt_files is empty: give a .txt file of prompts, or a folder with train.txt and test.txt")
+        raise ConfigError(f"prompt_files is empty, say what to train on: --prompts={data.LAYOUT}")
     prompts = data.read(cfg.prompt_files)
     wanted = [("prompts", cfg.prompts, prompts.train)] if purpose == "train" else []
     wanted += (
@@ -179,5 +195,5 @@ def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
     if lora_file is None:
         found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
     else:
-        found = lora.load(lora_file, parts.frozen.base, parts.model.keys, parts.cfg.lora)
+        found = lora.load(lora_file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
     return sharding.replicate(found, parts.mesh)

@@ -1,5 +1,6 @@
 """What prompts become before the step: text encoders run outside it, once a prompt, and may leave the devices."""
 
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -43,6 +44,6 @@ class Conditioner:
             some = prompts[i : i + self.group]
             tokens = self.model.tokenize([*some, *[some[-1]] * (self.group - len(some))])
             rows = jax.device_get(self.encode(params, sharding.split(tokens, self.mesh)))
-            self.kept |= {prompt: jax.tree.map(lambda x: x[j], rows) for j, prompt in enumerate(some)}  # noqa: B023
+            self.kept |= {prompt: jax.tree.map(operator.itemgetter(j), rows) for j, prompt in enumerate(some)}
         if not self.stay:
             jax.tree.map(lambda x: x.delete(), params)

@@ -1,7 +1,7 @@
 """Frozen dataclasses: one run, whole. Every field is validated where it is made, with the value, the rule and the mend.
 
 Sizes are global (prompts, candidates, kept); what one device does follows from them. A config file in configs/ defines
-`config(recipe: str) -> Config`; `--config=tiny:sol_rl_clipscore` names file and recipe.
+`config(recipe: str) -> Config` and RECIPES, all there are; `--config=tiny:sol_rl_clipscore` names file and recipe.
 """
 
 import dataclasses
@@ -11,11 +11,13 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft")
+ALIASES = {"compile": "naive_scaling"}
+"""Families of the original that are another one here, where everything is compiled."""
 Precision = Literal["bf16", "nvfp4_emulated"]
 
 
@@ -30,7 +32,10 @@ def _require(ok: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Which network, from where. `path` is a diffusers pipeline folder; `text_tokens` T5 tokens; `size` pixels."""
+    """Which network, from where: `path` is a diffusers pipeline folder or a model of huggingface.co, "org/name".
+
+    `size` is in pixels, `text_tokens` in T5 tokens.
+    """
 
     name: str = "flux"
     path: str = ""
@@ -141,9 +146,9 @@ class Config:
 
     name: str = ""
     model: Model = dataclasses.field(default_factory=Model)
-    prompt_files: str = ""  # a folder with train.txt and test.txt, or one file
+    prompt_files: str = ""  # a folder with train.txt and test.txt, or one file (see data.read)
     reward: str = ""  # "clipscore" or a weighted mix "pickscore:1,hpsv2:0.5"
-    reward_paths: tuple[str, ...] = ()  # "clipscore=folder"
+    reward_paths: tuple[str, ...] = ()  # "clipscore=folder", or "clipscore=org/name" of huggingface.co
     prompts: int = 48
     candidates: int = 96
     kept: int = 24
@@ -234,13 +239,64 @@ def family(config: Config, name: str) -> Config:
     raise ConfigError(f"unknown family {name!r}: use one of {', '.join(FAMILIES)}")
 
 
+def recipes(rewards: Sequence[str]) -> tuple[str, ...]:
+    """FAMILY_REWARD of every family and reward, aliases last."""
+    return tuple(f"{name}_{reward}" for name in (*FAMILIES, *ALIASES) for reward in rewards)
+
+
+def choose(base: Callable[[str], Config], rewards: Sequence[str], recipe: str) -> Config:
+    """The config of FAMILY_REWARD, of a FAMILY alone or of "": the default is sol_rl, and the first of `rewards`.
+
+    `base(reward)` is sol_rl on that reward. Raises ConfigError for another recipe, with the nearest.
+    """
+    found = next((r for r in rewards if recipe.endswith(f"_{r}")), None)
+    name = recipe.removesuffix(f"_{found}") if found else recipe or FAMILIES[0]
+    reward = found or rewards[0]
+    if name not in (*FAMILIES, *ALIASES):
+        at = base(reward).name
+        near = difflib.get_close_matches(recipe, (*FAMILIES, *ALIASES, *recipes(rewards)), 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"--config={at}:{recipe}: no such recipe; {hint}use FAMILY_REWARD, of {', '.join((*FAMILIES, *ALIASES))} "
+            f"and {', '.join(rewards)} (--config={at}:help lists them)"
+        )
+    return family(base(reward), ALIASES.get(name, name))
+
+
+def help_lines(name: str) -> list[str]:
+    """What `--config=<name>:help` prints: the config file's own words, and every recipe in one line."""
+    module = _module(name)
+    made = {recipe: module.config(recipe) for recipe in module.RECIPES}
+    default, width = module.config(""), max(map(len, made))
+    first = next(recipe for recipe, cfg in made.items() if cfg == default)
+    lines = [*(module.__doc__ or "").strip().splitlines(), "", f"Recipes of --config={name}:RECIPE (default: {first})"]
+    for recipe, cfg in made.items():
+        same = next((f"; the same as {real}" for old, real in ALIASES.items() if recipe.startswith(old)), "")
+        here = (Path(__file__).parent / "rewards" / f"{cfg.reward}.py").is_file()
+        missing = "" if here else f" ({cfg.reward} is not here yet)"
+        lines.append(f"  {recipe:{width}}  {describe(cfg)}{same}{missing}")
+    return [*lines, "A FAMILY alone is trained on the default's reward."]
+
+
+def describe(config: Config) -> str:
+    """The rollout in one line: "explore 96 x 6 steps nvfp4_emulated, regenerate 24 x 10 steps bf16"."""
+    rollouts = [f"{name} {count} x {stage.steps} steps {stage.precision}" for name, stage, count in config.stages()]
+    if config.explore is not None:
+        return ", ".join(rollouts)
+    return f"{rollouts[0].replace('regenerate', 'roll out')}, keep {config.kept}"
+
+
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
     """`tiny` or `tiny:sol_rl_clipscore` -> Config, with {"explore.steps": "4"} overrides applied in order."""
     name, _, recipe = spec.partition(":")
+    return override(_module(name).config(recipe), **(overrides or {}))
+
+
+def _module(name: str) -> types.ModuleType:
+    """configs/<name>.py."""
     if name not in available():
-        raise ConfigError(f"--config={spec}: there is no configs/{name}.py; use one of {', '.join(available())}")
-    config = importlib.import_module(f"configs.{name}").config(recipe)
-    return override(config, **(overrides or {}))
+        raise ConfigError(f"--config={name}: there is no configs/{name}.py; use one of {', '.join(available())}")
+    return importlib.import_module(f"configs.{name}")
 
 
 def available() -> list[str]:

@@ -1,6 +1,10 @@
-"""Prompts: text files in, batches out. A batch is a pure function of (seed, step), so a resumed run draws the same."""
+"""Prompts: text or JSON-lines files in, batches out.
+
+A batch is a pure function of (seed, step), so a resumed run draws the same.
+"""
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,31 +27,46 @@ class PromptSet(NamedTuple):
     repeated: int
 
 
-def read(path: str | Path) -> PromptSet:
-    """A folder with train.txt and test.txt, or one .txt (then test = train); UTF-8, a prompt a line.
+LAYOUT = (
+    "DIR with train.txt and test.txt (a prompt a line), or with train_metadata.jsonl and test_metadata.jsonl "
+    '({"prompt": ...} a line), or one .txt or .jsonl file'
+)
 
-    Raises DataError for what is not there, not UTF-8 or holds no prompt.
+
+def read(path: str | Path) -> PromptSet:
+    """A folder with train.txt and test.txt, or train_metadata.jsonl and test_metadata.jsonl; or one file for both.
+
+    Where a split has both kinds, its .txt is read. Raises DataError for what is not there, not UTF-8, not the layout
+    of `read_file`, or holds no prompt.
     """
     path = Path(path)
     if not path.is_dir():
         prompts, blank, repeated = read_file(path)
         return PromptSet(prompts, prompts, blank, repeated)
-    train, test = read_file(path / "train.txt"), read_file(path / "test.txt")
+    train, test = read_file(_split(path, "train")), read_file(_split(path, "test"))
     return PromptSet(train[0], test[0], train[1] + test[1], train[2] + test[2])
 
 
+def _split(folder: Path, split: str) -> Path:
+    names = (f"{split}.txt", f"{split}_metadata.jsonl")
+    for name in names:
+        if (folder / name).exists():
+            return folder / name
+    raise DataError(f"{folder} holds neither {names[0]} nor {names[1]}: give {LAYOUT}")
+
+
 def read_file(file: str | Path) -> tuple[tuple[str, ...], int, int]:
-    """(prompts, blank lines, repeated lines) of one file."""
+    """(prompts, blank lines, repeated lines) of one UTF-8 file: a prompt a line, in .jsonl as {"prompt": ...}."""
     file = Path(file)
     try:
         lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError:
-        raise DataError(
-            f"{file} does not exist: give a .txt file of prompts, or a folder with train.txt and test.txt"
-        ) from None
+        raise DataError(f"{file} does not exist: give {LAYOUT}") from None
     except OSError as e:
         raise DataError(f"{file} cannot be read: {e.strerror}") from e
     texts = [_decode(line, file, number) for number, line in enumerate(lines, 1)]
+    if file.suffix == ".jsonl":
+        texts = [_prompt(text, file, number) if text else "" for number, text in enumerate(texts, 1)]
     prompts = dict.fromkeys(t for t in texts if t)  # distinct, in order
     if not prompts:
         raise DataError(
@@ -67,6 +86,27 @@ def _decode(line: bytes, file: Path, number: int) -> str:
     if "\0" in text:
         raise DataError(f"{file}, line {number}: holds a zero byte (is it UTF-16?); save it as UTF-8")
     return text
+
+
+def _prompt(line: str, file: Path, number: int) -> str:
+    """The "prompt" of a line of JSON, stripped; other fields are not looked at."""
+    rule = 'a line is an object with a text as "prompt"'
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as e:
+        raise DataError(f"{file}, line {number}: not JSON at column {e.colno} ({e.msg}); {rule}") from None
+    except RecursionError:
+        raise DataError(f"{file}, line {number}: JSON nested too deep; {rule}") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{file}, line {number}: a JSON {type(found).__name__}; {rule}")
+    if not isinstance(found.get("prompt"), str):
+        what = f'no "prompt", it has {", ".join(found) or "nothing":.80}'
+        what = f'its "prompt" is {json.dumps(found["prompt"]):.40}' if "prompt" in found else what
+        raise DataError(f"{file}, line {number}: {what}; {rule}")
+    try:
+        return _decode(found["prompt"].encode(), file, number)
+    except UnicodeEncodeError:
+        raise DataError(f"{file}, line {number}: half a surrogate pair in its prompt; write it whole") from None
 
 
 def batch(prompts: Sequence[str], seed: int, step: int, count: int) -> list[str]:

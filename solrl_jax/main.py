@@ -43,30 +43,58 @@ def _export(cfg: Config, run: Path, place: Path | None) -> int:
     return train.export(cfg, run, place=place, lora_file=_lora(), devices=FLAGS.devices)
 
 
+def _convert(cfg: Config, run: Path, place: Path | None) -> int:
+    from solrl_jax import assemble, convert, hub
+
+    convert.convert(assemble.model_module(cfg).load(cfg.model), hub.pipeline(cfg.model.path), run)
+    print(f"converted {cfg.model.path}: use it as --config.model.path={run}")
+    return 0
+
+
+def _plan(cfg: Config, run: Path, place: Path | None) -> int:
+    from solrl_jax import plan
+
+    return plan.run_plan(cfg, devices=FLAGS.devices, card=FLAGS.card)
+
+
 MODES: dict[str, Callable[[Config, Path, Path | None], int]] = {
     "train": _train,
     "eval": _eval,
     "sample": _sample,
     "export": _export,
+    "convert": _convert,
+    "plan": _plan,
 }
 
 flags.DEFINE_string(
-    "config", None, "NAME or NAME:RECIPE, a file of configs/; --config.explore.steps=4 overrides any field"
+    "config",
+    None,
+    "NAME or NAME:RECIPE, a file of configs/; NAME:help lists recipes; --config.explore.steps=4 overrides any field",
 )
 flags.DEFINE_enum(
-    "mode", "train", list(MODES), "train; eval: rewards of a policy; sample: pictures of --prompt; export: LoRA files"
+    "mode",
+    "train",
+    list(MODES),
+    "train; eval: rewards of a policy; sample: pictures of --prompt; export: LoRA files; convert: the weights of "
+    "--config.model.path to --run_dir, in a form that loads faster; plan: memory and time of a run on --card",
 )
 flags.DEFINE_string("run_dir", None, "directory of the run (default: runs/<config>-<time>)")
 flags.DEFINE_bool("resume", False, "train: go on from the newest whole checkpoint of --run_dir")
 flags.DEFINE_string("prompt", None, "sample: one prompt")
-flags.DEFINE_string("prompts", None, "sample: a text file, a prompt a line")
+flags.DEFINE_string(
+    "prompts",
+    None,
+    "sample: a file, a prompt a line; else short for --config.prompt_files: a folder with train.txt and test.txt, or "
+    "with train_metadata.jsonl and test_metadata.jsonl, or one .txt or .jsonl file",
+)
 flags.DEFINE_string(
     "checkpoint", None, "eval, sample, export: a step of --run_dir or <run>/checkpoints/<step> (default: the newest)"
 )
 flags.DEFINE_string(
     "lora", None, "eval, sample, export: a LoRA .safetensors file (or its folder) instead of a checkpoint"
 )
-flags.DEFINE_integer("devices", None, "how many devices to use (default: all)", lower_bound=1)
+flags.DEFINE_integer("devices", None, "how many devices to use (default: all; plan: 1)", lower_bound=1)
+flags.DEFINE_string("card", "H100 80GB", "plan: the GPU to plan for")
 
 
 def parse(argv: Sequence[str]) -> list[str]:
@@ -86,6 +114,10 @@ def main(argv: Sequence[str]) -> int:
     if not FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # app.run's default is INFO, at which orbax tells of every save
     try:
+        name, _, recipe = (FLAGS.config or "").partition(":")
+        if recipe == "help":
+            print("\n".join(config.help_lines(name)))
+            return 0
         cfg, run, place = _meant(argv[1:])
         return MODES[FLAGS.mode](cfg, run, place)
     except KeyboardInterrupt:
@@ -103,6 +135,9 @@ def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
     if strange := [w for w in words if not w.startswith("config.")]:
         raise ConfigError(f"unexpected argument {strange[0]!r}: flags begin with --, as in --config=tiny")
     overrides = dict(word.removeprefix("config.").split("=", 1) for word in words)
+    short = FLAGS.prompts if FLAGS.mode != "sample" else None
+    if short and overrides.setdefault("prompt_files", short) != short:
+        raise ConfigError("--prompts and --config.prompt_files name two things: give one of them")
     run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
     if run is not None and run.exists() and not run.is_dir():
         raise ConfigError(f"--run_dir={run} is a file: give a folder, new or of a run")
@@ -125,7 +160,7 @@ def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
 def _place(run: Path | None) -> Path | None:
     """The checkpoint that eval, sample and export take: --checkpoint, else the newest of an existing run, else none."""
     inside = run is not None and (run / "config.json").exists()
-    if FLAGS.mode == "train" or FLAGS.lora or not (FLAGS.checkpoint or inside):
+    if FLAGS.mode in ("train", "plan") or FLAGS.lora or not (FLAGS.checkpoint or inside):
         return None
     from solrl_jax import checkpoint
 

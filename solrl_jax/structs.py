@@ -42,6 +42,7 @@ class Model(NamedTuple):
     lora_targets: tuple[str, ...]
     quant_rule: "QuantRule"
     keys: tuple  # weights.Rule table: our parameter paths <-> the public checkpoint's keys
+    comfy: tuple = ()  # lora.Fused table: the modules of ComfyUI's LoRA files; none: no such files
 
 
 class QuantRule(NamedTuple):

@@ -19,11 +19,11 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, report
+from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, model_card, report
 from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.log import Log, open_log
-from solrl_jax.structs import Model, Prompts, TrainState
+from solrl_jax.structs import Model, Params, Prompts, TrainState
 
 Metrics = dict[str, float]
 SKIPS = 3
@@ -242,7 +242,8 @@ def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
         return
     file = deliver(run, state, parts.model, parts.cfg)
     print(
-        f"done: {page} in a browser shows the run, tensorboard --logdir={run} its curves; the LoRA is {file}",
+        f"done: {page} in a browser shows the run, tensorboard --logdir={run} its curves; the LoRA is {file}, "
+        "its model_card.md says how to load it",
         flush=True,
     )
 
@@ -254,11 +255,28 @@ def again(run: Path, devices: int) -> str:
 
 
 def deliver(folder: Path, state: TrainState, model: Model, cfg: Config) -> Path:
-    """pytorch_lora_weights.safetensors, the trained LoRA as it is (as Sol-RL saves it), and its average in ema/."""
-    file = folder / "pytorch_lora_weights.safetensors"
-    lora.save(file, state.lora, model.keys, cfg.lora)
+    """The trained LoRA as it is (as Sol-RL saves it), for diffusers and ComfyUI, its average in ema/, a model card."""
+    file = write_lora(folder, state.lora, model, cfg.lora, cfg.name)
     lora.save(folder / "ema" / file.name, state.ema, model.keys, cfg.lora)
+    targets = cfg.lora.targets or model.lora_targets
+    comfy = comfy_name(cfg.name) if model.comfy else ""
+    model_card.write(folder, cfg, int(state.iteration), int(state.updates), targets, comfy)
     return file
+
+
+def write_lora(folder: Path, adapter: Params, model: Model, how: Lora, name: str) -> Path:
+    """pytorch_lora_weights.safetensors, and comfyui/<name>.safetensors where the model has that layout."""
+    file = folder / "pytorch_lora_weights.safetensors"
+    lora.save(file, adapter, model.keys, how)
+    if model.comfy:
+        base = jax.eval_shape(model.init, jax.random.key(0))
+        lora.save_fused(folder / comfy_name(name), adapter, base, model.keys, model.comfy, how)
+    return file
+
+
+def comfy_name(name: str) -> str:
+    """In a folder of its own: diffusers takes a folder of one LoRA file, ComfyUI lists files by their names."""
+    return f"comfyui/{name or 'lora'}.safetensors"
 
 
 def export(
@@ -272,15 +290,15 @@ def export(
     model = assemble.model_module(cfg).make(cfg.model)
     if lora_file is not None:
         base = jax.eval_shape(model.init, jax.random.key(0))
-        found = lora.load(lora_file, base, model.keys, Lora(rank=1, alpha=1.0))  # as it is: whatever scale it states
+        as_it_is = Lora(rank=1, alpha=1.0)  # whatever scale it states
+        found = lora.load(lora_file, base, model.keys, as_it_is, model.comfy)
         rank = lora.rank(found)
-        file = run / "pytorch_lora_weights.safetensors"
-        lora.save(file, found, model.keys, Lora(rank=rank, alpha=float(rank)))
+        file = write_lora(run, found, model, Lora(rank=rank, alpha=float(rank)), cfg.name)
         print(f"{lora_file}: LoRA of rank {rank} in {file}, for scale 1")
         return 0
     assert place is not None
     like = assemble.blank(cfg, model, assemble.make_mesh(devices))
     state = checkpoint.restore(place, like, cfg, only=assemble.INFERENCE)
-    file = deliver(run, state, model, cfg)
+    file = deliver(run, state, model, checkpoint.load_config(place))  # the card tells of the run, not of the flags
     print(f"{place}: LoRA in {file}, its average in {file.parent / 'ema' / file.name}")
     return 0

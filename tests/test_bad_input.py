@@ -1,5 +1,6 @@
 """What users get wrong, given to the command on a whole (nano) pipeline: exit code 2, the mend, nothing written."""
 
+import json
 import shutil
 import struct
 
@@ -116,7 +117,13 @@ def test_damaged_files_are_named(command, file, damage, words):
         ({"kept": "3"}, "kept=3 is odd: best_worst keeps K/2 best and K/2 worst; use kept=4"),
         ({"explore.steps": "0"}, "steps=0: a rollout takes at least one step"),
         ({"regenerate.steps": "0"}, "steps=0: a rollout takes at least one step"),
-        ({"model.size": "13"}, "13"),
+        ({"model.size": "13"}, "model.size=13: use a multiple of 4 pixels"),
+        (
+            {"model.path": "org/flux"},
+            "org/flux is no folder here and not whole in the hub's cache, and HF_HUB_OFFLINE is",
+        ),
+        ({"reward_paths": "clipscore=org/clip"}, "org/clip is no folder here"),
+        ({"reward": "pikscore"}, "unknown reward 'pikscore' in 'pikscore': use one of clipscore"),
     ],
 )
 def test_bad_values_are_answered_with_the_rule(command, overrides, message):
@@ -134,6 +141,39 @@ def test_bad_values_are_answered_with_the_rule(command, overrides, message):
 )
 def test_prompt_files_that_are_empty_or_not_text(command, content, message):
     (command.folder / "prompts.txt").write_bytes(content)
+    code, error = command()
+    assert code == 2 and message in error and len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'{"prompt": "a red circle"}\n{"text": "a blue square"}\n',
+            'train_metadata.jsonl, line 2: no "prompt", it has text',
+        ),
+        (b'{"prompt": "a red circle"}\na blue square\n', "train_metadata.jsonl, line 2: not JSON at column 1"),
+        (b'{"prompt": "a red \xff"}\n', "train_metadata.jsonl, line 1: byte 19 (0xff) is not UTF-8"),
+        (None, "holds neither train.txt nor train_metadata.jsonl"),
+    ],
+)
+def test_folders_of_json_lines(command, content, message):
+    if content is not None:
+        (command.folder / "train_metadata.jsonl").write_bytes(content)
+    code, error = command(prompt_files=str(command.folder))
+    assert code == 2 and message in error and len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize(
+    ("file", "kind", "message"),
+    [
+        ("model_index.json", "StableDiffusion3Pipeline", "holds a StableDiffusion3Pipeline, not a FluxPipeline: "),
+        ("model_index.json", "SanaPipeline", "holds a SanaPipeline, not a FluxPipeline: "),
+        ("transformer/config.json", "SanaTransformer2DModel", "holds a SanaTransformer2DModel, not a FluxTransformer"),
+    ],
+)
+def test_the_folder_of_another_model(command, file, kind, message):
+    (command.folder / "pipeline" / file).write_text(json.dumps({"_class_name": kind}))
     code, error = command()
     assert code == 2 and message in error and len(error.splitlines()) == 1, error
 

@@ -32,7 +32,7 @@ def test_a_folder_has_two_splits(tmp_path):
         (b"\n \n", r"p.txt holds no prompts \(only blank lines\)"),
         (b"good\nbad \xff byte\n", r"p.txt, line 2: byte 5 \(0xff\) is not UTF-8"),
         ("good".encode("utf-16-le"), r"p.txt, line 1: holds a zero byte \(is it UTF-16\?\)"),
-        (None, r"p.txt does not exist: give a .txt file"),
+        (None, r"p.txt does not exist: give DIR with train.txt and test.txt"),
     ],
 )
 def test_bad_files_are_named(tmp_path, content, message):
@@ -44,8 +44,52 @@ def test_bad_files_are_named(tmp_path, content, message):
 
 
 def test_a_folder_without_its_files(tmp_path):
-    with pytest.raises(data.DataError, match=r"train.txt does not exist"):
+    with pytest.raises(
+        data.DataError, match=r"holds neither train.txt nor train_metadata.jsonl: give DIR with train.txt"
+    ):
         data.read(tmp_path)
+    (tmp_path / "train.txt").write_text("a\n")
+    with pytest.raises(data.DataError, match=r"holds neither test.txt nor test_metadata.jsonl"):
+        data.read(tmp_path)
+
+
+def test_json_lines_as_one_file_as_a_folder_and_beside_text(tmp_path):
+    train = tmp_path / "train_metadata.jsonl"
+    train.write_text(
+        '{"tag": "x", "prompt": " a cat "}\r\n\n{"prompt": "a \\u00e9 dog"}\n{"prompt": "a cat"}\n{"prompt": ""}\n'
+    )
+    both = data.PromptSet(("a cat", "a é dog"), ("a cat", "a é dog"), 2, 1)
+    assert data.read(train) == both
+    (tmp_path / "test_metadata.jsonl").write_text('{"prompt": "a test"}')
+    assert data.read(tmp_path) == both._replace(test=("a test",))
+    (tmp_path / "train.txt").write_text("from text\n")  # where both are, the text is read
+    assert data.read(tmp_path) == data.PromptSet(("from text",), ("a test",), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b'{"prompt": "a"}\n{"prompt": "b"\n',
+            r"p.jsonl, line 2: not JSON at column 15 \(Expecting ',' delimiter\); a line",
+        ),
+        (b"a plain prompt\n", r"p.jsonl, line 1: not JSON at column 1 .*a line is an object with a text as \"prompt\""),
+        (b'["a"]\n', r"line 1: a JSON list; a line is an object"),
+        (b'\n{"text": "a", "tag": 1}\n', r'line 2: no "prompt", it has text, tag; a line is an object'),
+        (b"{}\n", r'line 1: no "prompt", it has nothing; a line'),
+        (b'{"prompt": ["a"]}\n', r'line 1: its "prompt" is \["a"\]; a line'),
+        (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"line 2: byte 13 \(0xff\) is not UTF-8; save it as UTF-8"),
+        (b'{"prompt": "a\\u0000b"}\n', r"line 1: holds a zero byte"),
+        (b'{"prompt": "a\\ud83d"}\n', r"line 1: half a surrogate pair in its prompt"),
+        (b"[" * 100_000, r"line 1: JSON nested too deep"),
+        (b"\n\n", r"p.jsonl holds no prompts \(only blank lines\)"),
+    ],
+)
+def test_bad_json_lines_are_named(tmp_path, content, message):
+    file = tmp_path / "p.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(data.DataError, match=message):
+        data.read(file)
 
 
 @settings(max_examples=60, deadline=None)

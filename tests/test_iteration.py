@@ -18,17 +18,17 @@ from tests import nano
 
 STATICS = ("model", "score", "optimizer", "cfg")
 GOLDEN = {
-    "explore/reward_mean": 0.205091,
-    "grad_norm": 0.4238,
-    "kl_div": 0.00188428,
-    "loss": 10.0949,
+    "explore/reward_mean": 0.205179,
+    "grad_norm": 0.382633,
+    "kl_div": 0.00155582,
+    "loss": 10.1403,
     "old_decay": 0.004,
-    "old_deviate": 0.000583368,
-    "reward/max": 0.262571,
-    "reward/mean": 0.19994,
-    "reward/min": 0.162682,
-    "reward/range": 0.00893116,
-    "reward_std_mean": 0.00341448,
+    "old_deviate": 0.000516406,
+    "reward/max": 0.262578,
+    "reward/mean": 0.200695,
+    "reward/min": 0.162667,
+    "reward/range": 0.0092477,
+    "reward_std_mean": 0.0036247,
 }
 
 

@@ -49,6 +49,10 @@ def load_small(spec, overrides):
         (["--config=small", "--config.kept=999"], "kept=999 of candidates=96"),
         (["--config=small", "--config.prompts=3"], "prompts=3, but p.txt has 2 distinct ones"),
         (["--config=small", "--config.prompt_files=q.txt"], "q.txt does not exist"),
+        (["--config=small", "--prompts=q.txt"], "q.txt does not exist"),
+        (["--config=small", "--prompts=q.txt", "--config.prompt_files=p.txt"], "name two things: give one of them"),
+        (["--config=small", "--mode=eval", "--prompts=q.txt"], "q.txt does not exist"),
+        (["--config=large:help"], "there is no configs/large.py; use one of small"),
         (["--config=small", "--config.model.name=flax"], "model.name=flax: there is no models/flax.py"),
         (["--config=small", "--devices=64"], "64 devices asked for"),
         (["--config=small", "--resume"], "--resume needs --run_dir"),
@@ -107,10 +111,27 @@ def shell(*words, **environment):
 
 def test_help_and_unknown_flags_answer_without_jax():
     found = shell("-X", "importtime", "-m", "solrl_jax.main", "--help")
-    assert "--config" in found.stdout and "<train|eval|sample|export>" in found.stdout
+    assert "--config" in found.stdout and "<train|eval|sample|export" in found.stdout
     assert " jax\n" not in found.stderr and " transformers\n" not in found.stderr
     found = shell("-m", "solrl_jax.main", "--confg=tiny")
     assert found.returncode == 1 and "Unknown command line flag 'confg'. Did you mean: config" in found.stderr
+
+
+@pytest.mark.parametrize(("name", "recipes"), [("flux", 20), ("tiny", 10)])
+def test_recipes_are_listed_without_jax(name, recipes):
+    found = shell("-X", "importtime", "-m", "solrl_jax.main", f"--config={name}:help")
+    assert found.returncode == 0 and " jax\n" not in found.stderr
+    after = found.stdout.split(f"Recipes of --config={name}:RECIPE (default: sol_rl_clipscore)\n")[1]
+    assert len(after.splitlines()) == recipes + 1 and after.startswith("  sol_rl_clipscore ")
+
+
+def test_prompts_are_short_for_prompt_files_but_in_sample_mode(command, monkeypatch):
+    seen = []
+    for mode in ("train", "sample"):
+        monkeypatch.setitem(main.MODES, mode, lambda cfg, run, place: seen.append(cfg.prompt_files) or 0)
+        for words in ([], ["--prompts=other"], ["--prompts=other", "--config.prompt_files=other"]):
+            assert command("--config=small", f"--mode={mode}", *words)[0] == 0
+    assert seen == ["p.txt", "other", "other", "p.txt", "p.txt", "other"]
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dxg"), reason="there is a GPU")

@@ -39,6 +39,8 @@ def test_a_run_writes_what_the_readme_says(runs):
         "grids/000000.png",
         "grids/000002.png",
         "ema/pytorch_lora_weights.safetensors",
+        "comfyui/nano.safetensors",
+        "model_card.md",
     ):
         assert (run / name).stat().st_size > 0, name
     assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir()) == ["1", "2"]

@@ -41,7 +41,7 @@ def test_recipes():
         made["naive_quant_shapes"].regenerate.precision == "nvfp4_emulated"
         and made["naive_quant_shapes"].reward == "shapes"
     )
-    with pytest.raises(config.ConfigError, match="use one of sol_rl_clipscore"):
+    with pytest.raises(config.ConfigError, match="did you mean sol_rl"):
         config.load("tiny:solrl")
 
 

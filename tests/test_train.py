@@ -281,6 +281,7 @@ def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
     assert train.export(toy, tmp_path / "out", place=place, devices=1) == 0
     out, mine = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "out", run))
     jax.tree.map(np.testing.assert_array_equal, out, mine)
+    assert "2 of 2, 4 prompts each" in (tmp_path / "out" / "model_card.md").read_text()  # the run's config, not `toy`
     assert train.export(toy, tmp_path / "again", place=None, lora_file=run, devices=1) == 0  # from a LoRA file
     again = load_file(tmp_path / "again" / "pytorch_lora_weights.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again, mine)

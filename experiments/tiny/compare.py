@@ -51,7 +51,10 @@ def main(argv: list[str] | None = None) -> None:
     with jax.set_mesh(sharding.make_mesh(1)):
         opened = lab.open_world(config.load("tiny"), args.prompts)
         parts = opened.parts
-        trained = [lora.load(file, parts.frozen.base, parts.model.keys, parts.cfg.lora) for file in args.loras]
+        trained = [
+            lora.load(file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
+            for file in args.loras
+        ]
         nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
         if args.pictures:
             named = {file.stem: adapter for file, adapter in zip(args.loras, trained, strict=True)}

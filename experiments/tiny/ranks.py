@@ -86,8 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
         policies = {"base": nothing}
         if args.run:
+            parts = opened.parts
             policies["trained"] = lora.load(
-                args.run, opened.parts.frozen.base, opened.parts.model.keys, opened.parts.cfg.lora
+                args.run, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy
             )
         for who, adapter in policies.items():
             found = rewards(opened, adapter, args.prompts, args.candidates, args.chunk)

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from solrl_jax import config, weights
+from solrl_jax import config, hub, weights
+from solrl_jax.lora import Fused
 from solrl_jax.models import text, vae
 from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, gelu_tanh, normalise, sinusoid
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, Variables
 from solrl_jax.weights import Rule
 
+PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # of the same parts
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 QUANT_SKIP = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
 
@@ -269,7 +271,7 @@ def sigmas(steps: int, tokens: int, scheduler: dict[str, Any]) -> np.ndarray:
         shift = np.exp(base + (tokens - low) * (top - base) / (high - low))
     else:
         shift = scheduler.get("shift", 1.0)
-    return np.append(shift / (shift + 1 / u - 1), 0.0)
+    return np.append(shift / (shift + (1 / u - 1)), 0.0)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -277,11 +279,12 @@ def sigmas(steps: int, tokens: int, scheduler: dict[str, Any]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def make(cfg: config.Model) -> Model:
-    """The pure functions of the pipeline folder `cfg.path`. Cached: the same config is the same static argument.
+    """The pure functions of the pipeline `cfg.path` (hub.pipeline). Cached: the same config, the same static argument.
 
     Conditioning: {"text" [G, L, Dt], "pooled" [G, Dp]}. Guidance embedding 1.0 throughout, no classifier-free guidance.
     """
-    folder = Path(cfg.path)
+    folder = hub.pipeline(cfg.path, configs_only=True)
+    hub.check_pipeline(folder, PIPELINES)
     flux = FluxConfig.read(folder / "transformer")
     vae_cfg = vae.VaeConfig.read(folder / "vae")
     scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
@@ -331,6 +334,7 @@ def make(cfg: config.Model) -> Model:
         lora_targets=LORA_TARGETS,
         quant_rule=QuantRule(QUANT_SKIP, cfg.min_dim),
         keys=KEYS,
+        comfy=COMFY,
     )
 
 
@@ -339,9 +343,9 @@ def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params,
 
     Transformer and decoder go where `place` takes them, leaf by leaf as they are read; the text encoders are numpy.
     """
-    folder, dtype = Path(cfg.path), jnp.dtype(cfg.dtype)
-    model = make(cfg)
-    _tokenizers(str(folder))  # missing ones are said before gigabytes are read
+    model, dtype = make(cfg), jnp.dtype(cfg.dtype)
+    _tokenizers(str(hub.pipeline(cfg.path, configs_only=True)))  # missing ones are said before gigabytes are read
+    folder = hub.pipeline(cfg.path)
     spec = jax.eval_shape(model.init, jax.random.key(0))
     files = weights.Files(folder / "transformer", "diffusion_pytorch_model")
     base = weights.load(files, spec, KEYS, dtype=dtype, place=place)
@@ -349,6 +353,32 @@ def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params,
     _, clip = text.load_clip_text(folder / "text_encoder", dtype)
     _, t5 = text.load_t5(folder / "text_encoder_2", dtype)
     return base, decoder, {"clip": clip, "t5": t5}
+
+
+def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
+    """What `load` returns, as ShapeDtypeStructs: from the folder's configs alone."""
+    folder, dtype = hub.pipeline(cfg.path, configs_only=True), jnp.dtype(cfg.dtype)
+    key, ids, vae_cfg = jax.random.key(0), jnp.zeros((1, 2), jnp.int32), vae.VaeConfig.read(folder / "vae")
+    clip, t5 = text_modules(folder, dtype)
+    text_init = {"clip": lambda k: clip.init(k, ids)["params"], "t5": lambda k: t5.init(k, ids)["params"]}
+    decoder = vae.Decoder(vae_cfg, F32)
+
+    def decoder_init(k: Key[Array, ""]) -> Params:
+        return decoder.init(k, jnp.zeros((1, 1, 1, vae_cfg.latent_channels)))["params"]
+
+    def typed(tree: PyTree, to: Any) -> PyTree:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, to), tree)
+
+    encoders = {name: typed(jax.eval_shape(init, key), dtype) for name, init in text_init.items()}
+    return typed(jax.eval_shape(make(cfg).init, key), dtype), typed(jax.eval_shape(decoder_init, key), F32), encoders
+
+
+def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
+    """What `tokenize` gives for so many prompts, as ShapeDtypeStructs."""
+    folder = hub.pipeline(cfg.path, configs_only=True)
+    clip = text.ClipTextConfig.read(folder / "text_encoder").max_position_embeddings
+    lengths = {"clip": clip, "t5": cfg.text_tokens}
+    return {name: jax.ShapeDtypeStruct((prompts, length), jnp.int32) for name, length in lengths.items()}
 
 
 def text_modules(folder: Path, dtype: Any) -> tuple[nn.Module, nn.Module]:
@@ -395,4 +425,42 @@ KEYS = (
     Rule(_STACK + "/bias", r"\1.{layer}.\2.bias"),
     Rule(r"(.+)/kernel", r"\1.weight", "linear"),
     Rule(r"(.+)/bias", r"\1.bias"),
+)
+
+# Black Forest Labs' module names, by which ComfyUI and kohya's trainer know FLUX, and the Linears each is made of.
+_COMFY_BLOCKS = {
+    ("double_blocks_{layer}_", "transformer_blocks.{layer}."): {
+        "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "img_attn_proj": ("attn.to_out.0",),
+        "txt_attn_proj": ("attn.to_add_out",),
+        "img_mlp_0": ("ff.net.0.proj",),
+        "img_mlp_2": ("ff.net.2",),
+        "txt_mlp_0": ("ff_context.net.0.proj",),
+        "txt_mlp_2": ("ff_context.net.2",),
+        "img_mod_lin": ("norm1.linear",),
+        "txt_mod_lin": ("norm1_context.linear",),
+    },
+    ("single_blocks_{layer}_", "single_transformer_blocks.{layer}."): {
+        "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+        "linear2": ("proj_out",),
+        "modulation_lin": ("norm.linear",),
+    },
+    ("", ""): {"img_in": ("x_embedder",), "txt_in": ("context_embedder",), "final_layer_linear": ("proj_out",)},
+    ("", "time_text_embed."): {
+        "time_in_in_layer": ("timestep_embedder.linear_1",),
+        "time_in_out_layer": ("timestep_embedder.linear_2",),
+        "guidance_in_in_layer": ("guidance_embedder.linear_1",),
+        "guidance_in_out_layer": ("guidance_embedder.linear_2",),
+        "vector_in_in_layer": ("text_embedder.linear_1",),
+        "vector_in_out_layer": ("text_embedder.linear_2",),
+    },
+}
+COMFY = (
+    *(
+        Fused(theirs + name, tuple(ours + part for part in parts))
+        for (theirs, ours), modules in _COMFY_BLOCKS.items()
+        for name, parts in modules.items()
+    ),
+    Fused("final_layer_adaLN_modulation_1", ("norm_out.linear",), swapped=True),  # shift, scale there
 )

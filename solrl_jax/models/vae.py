@@ -213,6 +213,4 @@ def load_vae(
     spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(sample))["params"]
     rules, other = (ENCODER_KEYS, r"decoder\..*") if encoder else (DECODER_KEYS, r"encoder\..*")
     files = weights.Files(folder, "diffusion_pytorch_model")
-    return module, weights.load(
-        files, spec, rules, dtype=dtype, aliases=VAE_ALIASES, droppable=(other,), place=place
-    )
+    return module, weights.load(files, spec, rules, dtype=dtype, aliases=VAE_ALIASES, droppable=(other,), place=place)

@@ -43,7 +43,10 @@ def parse(mixture: str) -> dict[str, float]:
     for part in filter(None, (p.strip() for p in mixture.split(","))):
         name, _, text = (p.strip() for p in part.partition(":"))
         if name not in available():
-            raise ConfigError(f"unknown reward {name!r} in {mixture!r}: use one of {', '.join(available())}")
+            raise ConfigError(
+                f"unknown reward {name!r} in {mixture!r}: use one of {', '.join(available())} "
+                f"(there is no solrl_jax/rewards/{name}.py)"
+            )
         if name in weights:
             raise ConfigError(f"reward {name!r} is twice in {mixture!r}: name it once, with one weight")
         try:
@@ -58,7 +61,7 @@ def parse(mixture: str) -> dict[str, float]:
 
 
 def parse_paths(pairs: Sequence[str]) -> dict[str, str]:
-    """("clipscore=folder",) -> {"clipscore": "folder"}; ConfigError for what is not name=folder."""
+    """("clipscore=folder",) -> {"clipscore": "folder"}, or org/name; ConfigError for what is not name=folder."""
     paths = {}
     for pair in pairs:
         name, sign, folder = pair.partition("=")

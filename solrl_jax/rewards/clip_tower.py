@@ -181,11 +181,14 @@ HF_KEYS = (
 
 def load_clip(folder: str | Path, dtype: Any = F32) -> tuple[ClipTower, Params]:
     """Module that computes in `dtype`, and f32 parameters (numpy), of a CLIPModel folder in transformers' layout."""
-    cfg = ClipConfig.read(folder)
-    tower = ClipTower(cfg, dtype)
-    size = cfg.vision.image_size
-    pixels, ids = jnp.zeros((1, size, size, cfg.vision.num_channels)), jnp.zeros((1, 2), jnp.int32)
-    spec = jax.eval_shape(tower.init, jax.random.key(0), pixels, ids)["params"]
+    tower = ClipTower(ClipConfig.read(folder), dtype)
     # f32 whatever the dtype: exp(logit_scale) would be off by 0.3 percent in bf16.
     files, droppable = weights.Files(folder, "model"), (r".*\.position_ids",)
-    return tower, weights.load(files, spec, HF_KEYS, dtype=F32, droppable=droppable)
+    return tower, weights.load(files, shapes(tower), HF_KEYS, dtype=F32, droppable=droppable)
+
+
+def shapes(tower: ClipTower) -> Params:
+    """The tower's parameters as ShapeDtypeStructs, f32."""
+    cfg = tower.cfg.vision
+    pixels, ids = jnp.zeros((1, cfg.image_size, cfg.image_size, cfg.num_channels)), jnp.zeros((1, 2), jnp.int32)
+    return jax.eval_shape(tower.init, jax.random.key(0), pixels, ids)["params"]

@@ -13,26 +13,46 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from solrl_jax import weights
+from solrl_jax import hub, weights
 from solrl_jax.models.layers import F32
 from solrl_jax.models.text import ClipTextConfig, require_tokenizer
 from solrl_jax.rewards import clip_tower
-from solrl_jax.rewards.clip_tower import ClipConfig, ClipTower
+from solrl_jax.rewards.clip_tower import ClipConfig, ClipTower, ClipVisionConfig
 from solrl_jax.structs import Images, Params, PerSample, Reward
 
 
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
-    """The reward of a CLIPModel folder (weights, config.json, tokenizer) in transformers' layout, and its f32 weights.
+    """The reward of a CLIPModel (hub.model: weights, config.json, tokenizer in transformers' layout), its f32 weights.
 
     `dtype` is what the towers compute in. The same folder, config and dtype give the same Reward, as a static argument
     of jit must be.
     """
     if path is None:
-        raise weights.WeightsError("clipscore needs the folder of a CLIP model, e.g. of openai/clip-vit-large-patch14")
+        raise weights.WeightsError("clipscore needs the folder of a CLIP model, or openai/clip-vit-large-patch14")
+    path = hub.model(str(path))
     tower, params = clip_tower.load_clip(path, jnp.dtype(dtype))
-    folder = str(Path(path).resolve())
+    folder = str(path.resolve())
     check_tokenizer(folder, tower.cfg.text)
     return _reward(folder, tower.cfg, jnp.dtype(dtype), *clip_tower.read_mean_std(folder)), params
+
+
+PUBLIC = ClipConfig(
+    ClipTextConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072, projection_dim=768),
+    ClipVisionConfig(1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, patch_size=14),
+    projection_dim=768,
+)
+"""openai/clip-vit-large-patch14."""
+
+
+def shapes(path: str | Path | None) -> tuple[Reward, Params, Any]:
+    """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: from config.json alone.
+
+    Sizes are PUBLIC's where there is no such folder.
+    """
+    cfg = ClipConfig.read(path) if path is not None and Path(path).is_dir() else PUBLIC
+    ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)
+    reward = _reward(str(path), cfg, jnp.dtype(F32), clip_tower.OPENAI_MEAN, clip_tower.OPENAI_STD)
+    return reward, clip_tower.shapes(ClipTower(cfg, F32)), {"ids": ids}
 
 
 @functools.lru_cache

@@ -342,3 +342,8 @@ def make(path: str | None = None) -> tuple[Reward, dict[str, Any]]:
     if path is not None:
         raise ValueError(f"reward shapes has no weights to load, path is {path!r}: leave it out")
     return Reward("shapes", tokenize, _score), {}
+
+
+def shapes(path: str | None) -> tuple[Reward, dict[str, Any], Any]:
+    """The reward, no weights, and one prompt's tokens as a ShapeDtypeStruct (see clipscore.shapes)."""
+    return *make(path), jax.ShapeDtypeStruct((1, len(FACTS)), jnp.int32)

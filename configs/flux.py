@@ -1,0 +1,62 @@
+"""FLUX.1-dev at 512 px: Sol-RL as published, with the settings of its FLUX runs.
+
+    python -m solrl_jax.main --config=flux --prompts=DIR                      sol_rl, trained on CLIPScore
+    python -m solrl_jax.main --config=flux:naive_scaling_clipscore --prompts=DIR
+    python -m solrl_jax.main --config=flux --prompts=DIR --config.model.path=FLUX.1-dev
+
+DIR holds train.txt and test.txt, a prompt a line, or train_metadata.jsonl and test_metadata.jsonl. The weights, 34 GB,
+come from huggingface.co once their licence is accepted (https://huggingface.co/black-forest-labs/FLUX.1-dev, then
+`hf auth login`), or from --config.model.path, a folder in diffusers' layout. CLIPScore's CLIP (1.7 GB) is fetched too.
+
+Memory: not yet measured on a card. The transformer is 23.8 GB; T5, 9.5 GB, leaves the card while it trains. Meant for
+one GPU of 80 GB and up: `--config=flux --mode=plan` estimates every stage, on other GPUs with --card and --devices.
+Time: not yet measured on a card. The paper gives 169 s an iteration on eight B200 with native FP4, 79 of them rollout.
+NVFP4 is emulated here in bf16 for now: the numbers of a 4-bit explorer, not its speed.
+"""
+
+from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, choose, recipes
+
+REWARDS = ("clipscore", "pickscore", "hpsv2", "imagereward")
+RECIPES = recipes(REWARDS)
+
+
+def base(reward: str) -> Config:
+    """sol_rl on `reward`."""
+    return Config(
+        name="flux",
+        model=Model(
+            path="black-forest-labs/FLUX.1-dev",
+            size=512,
+            text_tokens=128,
+            remat=True,
+            min_dim=1000,
+            min_quantised_flops=0.9,  # the rule covers all of the blocks'; less is another network
+        ),
+        reward=reward,
+        reward_paths=("clipscore=openai/clip-vit-large-patch14",),
+        prompts=48,
+        candidates=96,
+        kept=24,
+        explore=Stage(steps=6, solver="dpm2", precision="nvfp4_emulated", chunk=24),
+        regenerate=Stage(steps=10, solver="dpm2", precision="bf16", chunk=24),
+        lora=Lora(rank=32, alpha=64.0),
+        learn=Learn(
+            timestep_fraction=0.4,
+            updates=1,
+            micro_batch=12,
+            learning_rate=3e-4,
+            kl_weight=1e-4,
+            clip_norm=1.0,
+            ema_max=0.9,
+        ),
+        evaluate=Evaluate(every=20, prompts=128, steps=28, solver="dpm2", grid=8, chunk=16),
+        iterations=300,
+        seed=42,
+        save_every=5,  # iterations are long
+        encode_ahead=20,  # T5 comes to the card for 960 prompts at a time
+    )
+
+
+def config(recipe: str) -> Config:
+    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for sol_rl_clipscore; the original's "flux1_" may be before it."""
+    return choose(base, REWARDS, recipe.removeprefix("flux1_"))

@@ -1,0 +1,158 @@
+"""FLUX.1-dev at full size with random weights: one forward pass, one micro-step, whole iterations, stage by stage.
+
+    python -m experiments.flux_h100.run --prompts=1 --out=experiments/flux_h100/results/iteration.json      # an H100
+    python -m experiments.flux_h100.run --config=tiny --prompts=2 --repeat=1 --out=/tmp/i.json      # the path in short
+
+Random weights take the time and the memory of real ones; what the pictures and rewards are is of no matter. Every
+figure is the median of `--repeat` calls after a first one, whose excess over that median is given as compile time.
+"""
+
+import argparse
+import functools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import results
+from solrl_jax import assemble, config, iteration, plan, sharding, sizes
+from solrl_jax.config import Config
+from solrl_jax.models import flux_dev
+from solrl_jax.structs import PyTree
+
+
+def drawn(tree: PyTree, seed: int = 0) -> PyTree:
+    """Arrays for ShapeDtypeStructs, one at a time: floats ~ N(0, 0.02^2), integers small."""
+
+    @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+    def draw(key, shape, dtype):
+        if jnp.issubdtype(dtype, jnp.integer):
+            return jax.random.randint(key, shape, 1, 8, dtype)
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
+
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(structure, [draw(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+
+
+def timed(call: Callable[[], Any], repeat: int) -> tuple[list[float], float]:
+    """Seconds of each call but the first, and how much longer the first one took."""
+    seconds = []
+    for _ in range(repeat + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:], seconds[0] - statistics.median(seconds[1:])
+
+
+class Bench:
+    """Everything that an iteration takes, drawn at random on the device; `figures` is what was measured."""
+
+    def __init__(self, cfg: Config, repeat: int):
+        self.cfg, self.repeat, self.figures = cfg, repeat, {}
+        self.sizes = sizes.read(cfg, 1)
+        self.optimizer = iteration.make_optimizer(cfg)
+        self.frozen = drawn(self.sizes.frozen)
+        self.statics = {"model": self.sizes.model, "optimizer": self.optimizer, "cfg": cfg}
+
+    def note(self, name: str, seconds: list[float], tflop: float = 0.0, **more: float) -> None:
+        median = statistics.median(seconds)
+        spread = [round(min(seconds), 4), round(max(seconds), 4)] if len(seconds) > 1 else None
+        self.figures[name] = results.figure(median, "s; median [least, most]", len(seconds), spread)
+        if tflop:
+            self.figures[f"{name}: rate"] = results.figure(tflop / median, "TFLOP/s", len(seconds))
+        self.figures |= {f"{name}: {k}": results.figure(v, "s", 1) for k, v in more.items()}
+        print(f"{median:9.4f} s  {tflop / median:7.1f} TFLOP/s  {name}  {more or ''}", flush=True)
+
+    def peak(self, name: str) -> None:
+        """The most bytes in use so far (a GPU tells; a CPU does not)."""
+        if stats := jax.local_devices()[0].memory_stats():
+            self.figures[name] = results.figure(stats["peak_bytes_in_use"] / 1e9, "GB", 1)
+            print(f"{stats['peak_bytes_in_use'] / 1e9:9.2f} GB  {name}", flush=True)
+
+    def encode(self) -> None:
+        """Text encoders, which then leave; sets `prompts`."""
+        text, tokens = drawn(self.sizes.text), drawn(self.sizes.tokens)
+        encode = jax.jit(self.sizes.model.encode)
+        seconds, compiling = timed(lambda: encode(text, tokens), self.repeat)
+        self.note(f"encode {self.cfg.prompts} prompts", seconds, compile=compiling)
+        self.prompts = sizes.Prompts(encode(text, tokens), drawn(self.sizes.prompts.tokens))
+        self.peak("peak with the text encoders")
+        jax.tree.map(lambda x: x.delete(), text)
+
+    def forward(self, batch: int) -> None:
+        """One velocity of `batch` images by the bf16 network."""
+        model = self.sizes.model
+        noise = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), batch))
+        cond = jax.tree.map(lambda c: jnp.repeat(c[:1], batch, axis=0), self.prompts.cond)
+        velocity, sigma = jax.jit(model.velocity), jnp.full((batch,), 0.5)
+        seconds, compiling = timed(lambda: velocity({"params": self.frozen.base}, noise, sigma, cond), self.repeat)
+        flop = plan.per_image_flops(self.sizes)["forward"].total() * batch
+        self.note(f"bf16 forward of {batch}", seconds, flop / 1e12, compile=compiling)
+
+    def micro_step(self) -> None:
+        """Forward of the trained, the old and the reference policy and the gradient, of one micro-batch."""
+        cfg, model = self.cfg, self.sizes.model
+        kept = max(1, cfg.learn.micro_batch // cfg.times)
+        state = self.state()
+        keys = jax.random.split(jax.random.key(1), (1, kept))
+        x0 = jnp.zeros((1, kept, *jax.eval_shape(model.noise, keys[0, 0]).shape))
+        cond = jax.tree.map(lambda c: c[:1], self.prompts.cond)
+        step = jax.jit(functools.partial(iteration.gradients, model=model, cfg=cfg))
+        call = functools.partial(step, state, state.old, self.frozen, cond, keys, x0, jnp.ones((1, kept)))
+        seconds, compiling = timed(call, self.repeat)
+        self.note(f"micro-step of {kept * cfg.times} points", seconds, compile=compiling)
+        self.peak("peak after the micro-step")
+
+    def state(self) -> iteration.TrainState:
+        return iteration.init_state(jax.random.key(0), self.frozen, **self.statics)
+
+    def iterations(self) -> None:
+        """Whole iterations, staged; each stage's seconds and rate."""
+        staged, state, rows = iteration.Staged(score=self.sizes.score, **self.statics), self.state(), []
+        for _ in range(self.repeat + 1):
+            times: dict[str, float] = {}
+            state, _ = staged(state, self.frozen, self.prompts, times)
+            rows.append(times)
+        for name in rows[0]:
+            seconds = [row[name] for row in rows[1:]]
+            uses = {} if name == "select" else {"use": plan.use_of(name, self.cfg, self.sizes, 1, plan.CARDS[CARD])}
+            tflop = sum(use.flops.total() for use in uses.values()) / 1e12
+            self.note(name, seconds, tflop, compile=rows[0][name] - statistics.median(seconds))
+        self.note("iteration", [sum(row.values()) for row in rows[1:]])
+        self.peak("peak of the whole")
+
+
+CARD = "H100 80GB"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="flux")
+    parser.add_argument("--prompts", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--batch", default="24", help="of the forward pass alone; several with commas")
+    parser.add_argument("--set", default="", help="config words, field=value with commas: explore.precision=bf16")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    assemble.use_compilation_cache()
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh(1)):
+        words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
+        here = {"model.path": str(flux_dev.write(folder))} if args.config.startswith("flux") else {}
+        cfg = config.load(args.config, {"prompts": str(args.prompts), **here, **words})
+        bench = Bench(cfg, args.repeat)
+        for step in (bench.encode, *(functools.partial(bench.forward, int(b)) for b in args.batch.split(","))):
+            step()
+        bench.micro_step()
+        results.record(args.out, bench.figures, config=config.to_json(cfg))  # what there is, should the rest not fit
+        bench.iterations()
+    results.record(args.out, bench.figures, config=config.to_json(cfg))
+
+
+if __name__ == "__main__":
+    main()

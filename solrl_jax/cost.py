@@ -1,0 +1,240 @@
+"""FLOPs and live memory of a traced program, from its jaxpr alone: nothing is compiled, nothing is allocated.
+
+XLA's own cost analysis counts a loop's body once; here it counts as often as it runs.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
+from solrl_jax import sharding
+
+CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "shard_map")
+CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call")
+VIEWS = {"reshape", "squeeze", "expand_dims", "transpose"}
+FUSED = VIEWS | {
+    *("add", "add_any", "sub", "mul", "div", "rem", "neg", "abs", "sign", "floor", "ceil", "round", "square"),
+    *("exp", "exp2", "expm1", "log", "log1p", "sin", "cos", "tan", "tanh", "logistic", "erf", "rsqrt", "sqrt", "cbrt"),
+    *("pow", "integer_pow", "max", "min", "clamp", "select_n", "and", "or", "not", "xor", "eq", "ne", "lt", "le"),
+    *("gt", "ge", "is_finite", "nextafter", "shift_left", "shift_right_logical", "shift_right_arithmetic"),
+    *("convert_element_type", "bitcast_convert_type", "reduce_precision", "broadcast_in_dim", "iota", "concatenate"),
+    *("pad", "rev", "slice", "split", "dynamic_slice", "stack", "unstack"),
+}
+"""Element by element, or only moving elements: XLA makes these part of the kernel that reads the result."""
+
+
+class Value:
+    """One array of a running program, of so many bytes; the object itself is its name."""
+
+    def __init__(self, aval: Any, stored: bool = True):
+        self.bytes = nbytes(aval) if stored else 0
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of all leaves that have a shape and a dtype (a random key has 8)."""
+    leaves = [x for x in jax.tree.leaves(tree) if hasattr(x, "shape") and hasattr(x, "dtype")]
+    return sum(math.prod(x.shape) * getattr(x.dtype, "itemsize", 8) for x in leaves)
+
+
+def trace(f: Callable[..., Any], *args: Any) -> Jaxpr:
+    """The program f of shapes (jax.ShapeDtypeStruct leaves), of one device of a mesh.
+
+    As for a GPU, if a CUDA plugin is installed: without one JAX cannot trace the fused attention.
+    """
+    gpu = AbstractDevice("GPU", None, "gpu") if any(map(find_spec, CUDA)) else None
+    mesh = AbstractMesh((1,), (sharding.DATA,), axis_types=(AxisType.Auto,), abstract_device=gpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.make_jaxpr(f)(*args).jaxpr
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------------------------
+
+
+def flops(jaxpr: Jaxpr) -> Counter[str]:
+    """2 x multiply-adds of products and convolutions, by the dtype of their operands ("float32 highest": not as TF32).
+
+    Loops count as often as they run, of a `cond` the costlier branch; a `while` counts once, as its trips are unknown.
+    Elementwise work is not counted.
+    """
+    total: Counter[str] = Counter()
+    for eqn, _, _ in _inlined(jaxpr, [Value(v.aval) for v in jaxpr.invars])[0]:
+        if eqn.primitive.name in PRODUCTS:
+            exact = jax.lax.Precision.HIGHEST in (eqn.params.get("precision") or ())
+            total[f"{_aval(eqn, 1).dtype}{' highest' if exact else ''}"] += PRODUCTS[eqn.primitive.name](eqn)
+        elif bodies := list(_bodies(eqn)):
+            found = max((flops(body) for body in bodies), key=lambda c: c.total())
+            total.update({dtype: n * eqn.params.get("length", 1) for dtype, n in found.items()})
+    return total
+
+
+def _aval(eqn: JaxprEqn, which: int) -> Any:
+    return eqn.invars[which].aval
+
+
+def _out(eqn: JaxprEqn) -> Any:
+    return eqn.outvars[0].aval
+
+
+def _dot(eqn: JaxprEqn) -> int:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    return 2 * math.prod(_out(eqn).shape) * math.prod([_aval(eqn, 0).shape[i] for i in contracted])
+
+
+def _convolution(eqn: JaxprEqn) -> int:
+    kernel, numbers = _aval(eqn, 1).shape, eqn.params["dimension_numbers"]
+    return 2 * math.prod(_out(eqn).shape) * math.prod(kernel) // kernel[numbers.rhs_spec[0]]
+
+
+def _attention(eqn: JaxprEqn) -> int:
+    """cuDNN's fused kernel: two products, and in its backward pass five (the scores are made again)."""
+    b, queries, heads, width = _aval(eqn, 0).shape
+    count = 5 if "bwd" in eqn.primitive.name else 2
+    return 2 * count * b * heads * queries * _aval(eqn, 1).shape[1] * width
+
+
+PRODUCTS = {
+    "dot_general": _dot,
+    "conv_general_dilated": _convolution,
+    "dot_product_attention_fwd_wrapper": _attention,
+    "dot_product_attention_bwd_wrapper": _attention,
+}
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak(jaxpr: Jaxpr) -> int:
+    """Most bytes that live at once, results included, the program's own inputs not.
+
+    A walk in program order. A result of FUSED takes no room of its own: it keeps what it is made from alive, until a
+    product, a loop or another operation that wants an array reads it, or until it is at most half of that (a cast to
+    bf16, a sum of two). A loop takes its carry once, its body's own peak, and all of what it stacks: so a backward
+    pass's residuals count. Not counted: workspaces of libraries, and what XLA reorders, pads, fragments or copies.
+    """
+    return _peak(jaxpr, [Value(v.aval, stored=False) for v in jaxpr.invars])
+
+
+class _Live:
+    """Which arrays are in memory from when to when, while a program is walked."""
+
+    def __init__(self, inputs: Sequence[Value]):
+        self.sources = {v: frozenset((v,)) for v in inputs}  # the stored ones that a value is or is computed from
+        self.views = set(inputs)  # values that are in memory, or another's bytes seen otherwise
+        self.born: dict[Value, int] = {}
+        self.last: dict[Value, int] = {}
+
+    def of(self, values: Sequence[Value]) -> frozenset[Value]:
+        return frozenset().union(*(self.sources.get(v, ()) for v in values))
+
+    def read(self, values: Sequence[Value], at: int) -> None:
+        for v in self.of(values):
+            self.born.setdefault(v, at)  # a slice that a loop reads is made where it is first used
+            self.last[v] = at
+
+    def store(self, v: Value, at: int) -> None:
+        self.read((v,), at)
+        self.sources[v] = frozenset((v,))
+        self.views.add(v)
+        self.born[v] = self.last[v] = at
+
+    def bytes_at(self, count: int) -> np.ndarray:
+        change = np.zeros(count + 1, np.int64)
+        for v, since in self.born.items():
+            change[since] += v.bytes
+            change[self.last[v] + 1] -= v.bytes
+        return np.cumsum(change)
+
+
+def _peak(jaxpr: Jaxpr, inputs: list[Value]) -> int:
+    live, inside = _Live(inputs), [0]
+    equations, results = _inlined(jaxpr, inputs)
+    for at, (eqn, ins, outs) in enumerate(equations, 1):
+        name = eqn.primitive.name
+        if name in FUSED:
+            of = live.of(ins)
+            live.sources |= dict.fromkeys(outs, of)
+            if name in VIEWS and ins[0] in live.views:
+                live.views.update(outs)
+            elif 2 * sum(v.bytes for v in outs) <= sum(v.bytes for v in of):
+                for v in outs:
+                    live.store(v, at)
+            inside.append(0)
+            continue
+        for v in ins if not name.startswith(("reduce_", "arg")) else ():
+            if v not in live.views:
+                live.store(v, at)
+        live.read(ins, at)
+        for v in outs:
+            live.store(v, at)
+        inside.append(_inside(eqn))
+    for v in results:
+        if v not in live.views:
+            live.store(v, len(inside))
+    live.read(results, len(inside))
+    inside.append(0)
+    return int(max(live.bytes_at(len(inside)) + np.array([*inside, 0])))
+
+
+def _inside(eqn: JaxprEqn) -> int:
+    """Peak of an operation's body. A scan's constants and carry live outside, its slices come and go."""
+    skip = eqn.params["num_consts"] + eqn.params["num_carry"] if eqn.primitive.name == "scan" else 0
+    slices = eqn.primitive.name == "scan"
+    return max(
+        (
+            _peak(body, [Value(v.aval, stored=slices and i >= skip) for i, v in enumerate(body.invars)])
+            for body in _bodies(eqn)
+        ),
+        default=0,
+    )
+
+
+# --- the walk -------------------------------------------------------------------------------------------------------
+
+
+Step = tuple[JaxprEqn, list[Value], list[Value]]
+
+
+def _inlined(jaxpr: Jaxpr, inputs: list[Value]) -> tuple[list[Step], list[Value]]:
+    """(equation, its inputs, its outputs) in program order with every call inlined, and the results."""
+    env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+    env |= {v: Value(v.aval, stored=False) for v in jaxpr.constvars}
+    steps: list[Step] = []
+    for eqn in jaxpr.eqns:
+        ins, called = _values(env, eqn.invars), _called(eqn)
+        if called is None:
+            outs = [Value(v.aval) for v in eqn.outvars]
+            steps.append((eqn, ins, outs))
+        else:
+            inner, outs = _inlined(called, ins)
+            steps += inner
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return steps, _values(env, jaxpr.outvars)
+
+
+def _values(env: dict[Any, Value], variables: Sequence[Any]) -> list[Value]:
+    """A literal is a value without bytes."""
+    return [Value(v.aval, stored=False) if isinstance(v, Literal) else env[v] for v in variables]
+
+
+def _called(eqn: JaxprEqn) -> Jaxpr | None:
+    """The program that a call stands for."""
+    if eqn.primitive.name not in (*CALLS, *CUSTOM_CALLS):
+        return None
+    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return getattr(inner, "jaxpr", inner)
+
+
+def _bodies(eqn: JaxprEqn) -> Iterator[Jaxpr]:
+    """The programs that a loop or a choice runs."""
+    for name in ("jaxpr", "body_jaxpr", "branches"):
+        found = eqn.params.get(name, ())
+        for body in found if isinstance(found, tuple) else (found,):
+            yield getattr(body, "jaxpr", body)

@@ -1,0 +1,109 @@
+"""Folders of models, by path or by their name on huggingface.co ("black-forest-labs/FLUX.1-dev").
+
+A folder is taken as it is. A name is looked for in the hub's cache first (HF_HOME), without the network, then fetched;
+of a repository only the files that the loaders read, so not the single-file checkpoints beside the diffusers layout.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+from solrl_jax import config, weights
+from solrl_jax.weights import WeightsError
+
+SITE = "https://huggingface.co"
+_FITS = {"FluxPipeline": "flux", "StableDiffusion3Pipeline": "sd35", "SanaPipeline": "sana"}
+
+
+def pipeline(path: str, configs_only: bool = False) -> Path:
+    """The folder of a diffusers pipeline; with `configs_only` no weights are fetched, configs and tokenizers are.
+
+    Raises WeightsError, in one line, for what cannot be had.
+    """
+    heavy = ("transformer/*.safetensors", "vae/*.safetensors", "text_encoder*/*.safetensors")
+    small = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")
+    return _resolve(path, small, () if configs_only else heavy, ", --config.model.path=DIR")
+
+
+def model(path: str) -> Path:
+    """The folder of one model in transformers' layout, as of a CLIP. Raises WeightsError as `pipeline` does."""
+    return _resolve(path, ("config.json", "*.json", "*.txt"), ("model*.safetensors",), "")
+
+
+def is_name(path: str) -> bool:
+    """Whether `path` is written like a name on the hub, org/name, and is nothing here."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", path, re.ASCII) is not None and not Path(path).exists()
+
+
+def _resolve(path: str, small: tuple[str, ...], heavy: tuple[str, ...], flag: str) -> Path:
+    if is_name(path):
+        return _fetch(path, small, heavy, flag)
+    if not path or not Path(path).is_dir():
+        what = f"{path} is not a directory" if path else "no model is given"
+        raise WeightsError(f"{what}: give the folder of a model in its public layout{flag}, or org/name of {SITE}")
+    return Path(path)
+
+
+@functools.lru_cache(maxsize=16)
+def _fetch(name: str, small: tuple[str, ...], heavy: tuple[str, ...], flag: str) -> Path:
+    """The folder in the hub's cache, which is enough if it has the first of `small` and every one of `heavy`.
+
+    A cache that other programs filled may hold a part of a repository without saying so.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = [*small, *heavy]
+    try:
+        try:
+            found = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
+            if all(any(found.glob(pattern)) for pattern in (small[0], *heavy)):
+                return found
+        except LocalEntryNotFoundError:
+            pass
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    except Exception as e:  # the hub's own kinds, its HTTP library's, the disk's: each ends in one line
+        raise WeightsError(_said(name, flag, e)) from e
+
+
+def _said(name: str, flag: str, e: Exception) -> str:
+    """What is wrong with the hub's `name`, where it is, what to do."""
+    from huggingface_hub import errors
+
+    page = f"{SITE}/{name}"
+    status = next((r.status_code for x in (e, e.__cause__) if (r := getattr(x, "response", None)) is not None), None)
+    licence = f"accept the licence at {page} and run `hf auth login`"
+    if isinstance(e, errors.GatedRepoError):
+        return f"{name} is behind a licence: {licence}, or give a folder{flag}"
+    if isinstance(e, errors.HFValidationError):
+        return f"{name} is no folder here and no name that {SITE} could have: give org/name, or a folder{flag}"
+    if isinstance(e, errors.RepositoryNotFoundError) or status == 401:
+        mend = f"mend the name, or {licence}, or give a folder{flag}"
+        return f"{name} is no folder here, and {page} is not there for you: {mend}"
+    if isinstance(e, errors.OfflineModeIsEnabled) or isinstance(e.__cause__, errors.OfflineModeIsEnabled):
+        why = "is no folder here and not whole in the hub's cache, and HF_HUB_OFFLINE is set"
+    elif isinstance(e, errors.LocalEntryNotFoundError) and not status:
+        why = "is no folder here and not whole in the hub's cache, and the hub cannot be reached"
+    else:
+        reason = f"the hub answers {status}" if status else f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+        why = f"cannot be fetched ({reason})"
+    return f"{name} {why}: with network access {licence}, or give a folder{flag}"
+
+
+def check_pipeline(folder: Path, kinds: tuple[str, ...]) -> None:
+    """WeightsError unless model_index.json, if there is one, names a pipeline class of `kinds`."""
+    if not (folder / "model_index.json").is_file():
+        return
+    kind = str(weights.read_json(folder / "model_index.json").get("_class_name"))
+    if kind not in kinds:
+        here, fit = _configs(), _FITS.get(kind)
+        mend = f"use --config={fit}" if fit in here else f"no config is for it, there are {', '.join(here)}"
+        raise WeightsError(f"{folder} holds a {kind}, not a {kinds[0]}: {mend}")
+
+
+def _configs() -> list[str]:
+    """The configs there are; none outside the repository, where the package may be a library."""
+    try:
+        return config.available()
+    except config.ConfigError:
+        return []

@@ -1,0 +1,94 @@
+"""model_card.md beside a run's LoRA files: what they were trained from, how, for how long, and how to load them."""
+
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from solrl_jax.config import Config, Lora, Stage
+
+PACKAGES = ("jax", "flax", "optax")
+
+
+def family(cfg: Config) -> str:
+    """The name of the config's rollout; the inverse of `config.family`."""
+    if cfg.explore is not None:
+        return "sol_rl"
+    if cfg.regenerate.precision != "bf16":
+        return "naive_quant"
+    return "diffusionnft" if cfg.selection == "all" else "naive_scaling"
+
+
+def write(folder: Path, cfg: Config, iterations: int, updates: int, targets: tuple[str, ...], comfy: str = "") -> Path:
+    """Make <folder>/model_card.md. `targets` are what the LoRA adapts, `comfy` its ComfyUI file within the folder."""
+    name = cfg.name or folder.name
+    rows = facts(cfg, iterations, updates, targets)
+    parts = [
+        f"# {name}",
+        f"A LoRA for `{cfg.model.path or cfg.model.name}`, trained by reinforcement learning on rewards of "
+        "its own pictures (Sol-RL, arXiv 2604.06916).",
+        "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
+        "## Use it",
+        loading(cfg, comfy),
+    ]
+    file = folder / "model_card.md"
+    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return file
+
+
+def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) -> dict[str, str]:
+    """The card's table."""
+    learn = cfg.learn
+    return {
+        "base": f"`{cfg.model.path}` (model {cfg.model.name}), whose licence this LoRA is under",
+        "family": f"{family(cfg)}: {_rollouts(cfg)}",
+        "reward": _mixture(cfg.reward),
+        "iterations": f"{iterations} of {cfg.iterations}, {cfg.prompts} prompts each; {updates} updates",
+        "prompts": f"`{cfg.prompt_files}`",
+        "learning": f"{learn.algorithm}, rate {learn.learning_rate:g}, KL weight {learn.kl_weight:g}, "
+        f"seed {cfg.seed}; every value is in config.json of the run",
+        "LoRA": f"{_lora(cfg.lora)}, on {', '.join(targets)}",
+        "pictures in training": f"{cfg.model.size} px, guidance 1.0 (no classifier-free guidance)",
+        "made with": ", ".join(
+            [*(f"{p} {metadata.version(p)}" for p in PACKAGES), f"Python {platform.python_version()}"]
+        ),
+    }
+
+
+def _rollouts(cfg: Config) -> str:
+    def stage(s: Stage) -> str:
+        return f"{s.steps} {s.solver} steps in {s.precision}"
+
+    chosen = f"{cfg.kept} kept ({cfg.selection})"
+    if cfg.explore is None:
+        return f"{cfg.candidates} pictures a prompt in {stage(cfg.regenerate)}, {chosen}"
+    return (
+        f"{cfg.candidates} candidates a prompt in {stage(cfg.explore)}, {chosen} and drawn in {stage(cfg.regenerate)}"
+    )
+
+
+def _mixture(text: str) -> str:
+    """ "pickscore,hpsv2:0.5" -> "1 x pickscore + 0.5 x hpsv2"."""
+    parts = [part.strip().partition(":") for part in text.split(",") if part.strip()]
+    return " + ".join(f"{weight.strip() or 1} x {name.strip()}" for name, _, weight in parts)
+
+
+def _lora(cfg: Lora) -> str:
+    return f"rank {cfg.rank}, alpha {cfg.alpha:g} folded into the factors (so the scale to load it at is 1)"
+
+
+def loading(cfg: Config, comfy: str) -> str:
+    """How diffusers and ComfyUI take the files."""
+    lines = [
+        "diffusers (the trained policy; its running average is in `ema/`):",
+        "",
+        "```python",
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        "",
+        f'pipe = DiffusionPipeline.from_pretrained("{cfg.model.path}", torch_dtype=torch.bfloat16)',
+        'pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")  # "." is this folder',
+        "```",
+    ]
+    if comfy:
+        lines += ["", f"ComfyUI: copy `{comfy}` to `models/loras`, load it by a LoRA loader at strength 1."]
+    return "\n".join(lines)

@@ -1,0 +1,246 @@
+"""--mode=plan: memory and time of a run before it is one, from shapes alone; no weights, no accelerator, seconds.
+
+The stages are traced as they run (`iteration.Stages`, the encoders), with one device's share of the prompts, so a
+change of the code is a change of the plan. Memory is what lies on a device while a stage runs: weights, LoRA sets and
+moments, merged and quantised kernels by their shapes; activations, with the stage's results and a backward pass's
+residuals, by `cost.peak` of its program. Not counted: libraries' workspaces, what XLA copies, pads or reorders,
+fragmentation, the runtime's own few hundred MB, and evaluation. Seconds are FLOPs at a stated share of the card's peak.
+
+Activations of FLUX.1-dev in GB, here and as XLA allots them where it compiles for an H100 (jax 0.10.2, 24 images at
+512 px): a forward pass 2.5 and 1.9, explore with its decode 19.3 and 16.1, learn 8.8 and 8.0; quantise 0.4 and 3.6.
+"""
+
+import dataclasses
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from solrl_jax import assemble, cost, iteration
+from solrl_jax.config import Config, ConfigError, override
+from solrl_jax.cost import nbytes
+from solrl_jax.models import flux_dev
+from solrl_jax.quant import coverage
+from solrl_jax.sizes import Sizes, batch, blank, keys, parameters, read, samples
+
+
+class Card(NamedTuple):
+    """Memory in GiB and peak in TFLOP/s, dense bf16."""
+
+    memory: float | int
+    peak: float | int
+
+
+CARDS = {
+    "H100 80GB": Card(80, 989),
+    "H200 141GB": Card(141, 989),
+    "A100 80GB": Card(80, 312),
+    "RTX 4090 24GB": Card(24, 165),
+    "B200 180GB": Card(180, 2250),
+}
+USABLE = 0.92  # share of a card that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)
+FRACTION = 0.6  # share of its peak that a card reaches
+EMULATED = 0.8  # and of that what is left where NVFP4 is emulated in bf16
+RATES = {"float32": 0.5, "float32 highest": 1 / 16, "float8_e4m3fn": 2.0}  # peaks over bf16's; f32 runs as TF32
+
+
+class Use(NamedTuple):
+    """One stage of an iteration: bytes on each device, FLOPs of all devices by operand dtype, seconds to expect."""
+
+    stage: str
+    weights: int
+    adapters: int
+    merged: int
+    quantised: int
+    activations: int
+    flops: Counter[str]
+    seconds: float
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters + self.merged + self.quantised + self.activations
+
+
+class Plan(NamedTuple):
+    cfg: Config
+    devices: int
+    card: str
+    sizes: Sizes
+    uses: tuple[Use, ...]
+    advice: tuple[str, ...]  # of the stages that do not fit
+
+
+def room(card: str) -> float:
+    """Bytes that a run may use; ConfigError for an unknown card."""
+    if card not in CARDS:
+        raise ConfigError(f"--card={card}: use one of {', '.join(CARDS)}")
+    return USABLE * CARDS[card].memory * 2**30
+
+
+def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
+    """The plan of a config whose model folder holds config files at least. Raises ConfigError or WeightsError."""
+    most, sizes = room(card), read(cfg, devices)
+    stages = ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn")
+    uses = tuple(use_of(stage, cfg, sizes, devices, CARDS[card]) for stage in stages)
+    advice = (advise(use, cfg, sizes, devices, card) for use in uses if use.total > most)
+    return Plan(cfg, devices, card, sizes, uses, tuple(advice))
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
+    """What `stage` takes, as `iteration.Staged` runs it: rollouts one block of prompts a call."""
+    model, frozen, mine = sizes.model, sizes.frozen, cfg.prompts // devices
+    run, state = iteration.Stages(model, sizes.score, iteration.make_optimizer(cfg), cfg), blank(cfg, sizes)
+    precision, calls, kernels, low = "bf16", 1, {}, None
+    if stage == "encode":
+        f, args = model.encode, (sizes.text, sizes.tokens)
+    elif stage == "learn":
+        f, args = run.learn, (state, frozen, sizes.prompts.cond, samples(cfg, sizes, mine))
+    else:
+        kernels = jax.eval_shape(run.merged, state, frozen)
+        low = jax.eval_shape(run.quantised, kernels, frozen)
+        f, args = lambda state, frozen: run.quantised(run.merged(state, frozen), frozen), (state, frozen)
+    for _, rollout, images in (found for found in cfg.stages() if found[0] == stage):
+        precision, together = rollout.precision, iteration.block_shape(rollout.chunk, mine, images)[0]
+        calls, low = mine // together, None if stage == "regenerate" and precision == "bf16" else low
+        f, args = getattr(run, stage), (kernels, low, frozen, batch(sizes.prompts, together), keys(together, images))
+    program = cost.trace(f, *args)
+    flops = Counter({dtype: n * calls * devices for dtype, n in cost.flops(program).items()})
+    text = nbytes(sizes.text) if stage == "encode" or not cfg.encode_ahead else 0
+    return Use(
+        stage=stage,
+        weights=nbytes((frozen, sizes.towers)) + text,
+        adapters=nbytes(state),
+        merged=nbytes(kernels),
+        quantised=nbytes(low),
+        activations=cost.peak(program) - (nbytes(low) if stage == "quantise" else 0),
+        flops=flops,
+        seconds=seconds(flops, card, devices) / (EMULATED if precision.endswith("_emulated") else 1),
+    )
+
+
+def seconds(flops: Counter[str], card: Card, devices: int = 1) -> float:
+    """Time of so many FLOPs at FRACTION of the peak of `devices` cards."""
+    return sum(n / RATES.get(dtype, 1.0) for dtype, n in flops.items()) / (FRACTION * card.peak * 1e12 * devices)
+
+
+# --- advice ---------------------------------------------------------------------------------------------------------
+
+
+def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: str) -> str:
+    """The first of `remedies`, each on top of those before, with which the stage fits; else what remains to do."""
+    changes: dict[str, str] = {}
+    need = f"{use.stage} does not fit: {_gb(use.total)} of {_gb(room(card))} GB; "
+    for field, value in remedies(use.stage, cfg):
+        if field.endswith(("chunk", "micro_batch")) and use.total - use.activations > room(card):
+            break  # fewer samples at a time cannot help
+        try:
+            other = override(cfg, **{**changes, field: value})
+            use = use_of(use.stage, other, _like(sizes, other, cfg), devices, CARDS[card])
+        except ConfigError:  # a size that does not divide
+            continue
+        changes[field] = value
+        if use.total <= room(card):
+            return (
+                f"{need}it does ({_gb(use.total)} GB) with {' '.join(f'--config.{k}={v}' for k, v in changes.items())}"
+            )
+    towers = {**sizes.frozen.rewards, **sizes.towers}
+    less = "".join(f", reward (without {name}: -{_gb(nbytes(x))} GB)" for name, x in towers.items() if nbytes(x))
+    even = "".join(f" with --config.{k}={v}" for k, v in changes.items() if k == "encode_ahead")
+    return (
+        f"{need}what no chunk changes takes {_gb(use.total - use.activations)} GB{even}. Take a larger card, or lower "
+        f"lora.rank={cfg.lora.rank}{less}"
+    )
+
+
+def remedies(stage: str, cfg: Config) -> Iterator[tuple[str, str]]:
+    """(config field, value) that lower a stage's memory, the cheapest in time first."""
+    if not cfg.encode_ahead and stage != "encode":
+        yield "encode_ahead", "20"
+    if stage == "learn" and not cfg.model.remat:
+        yield "model.remat", "true"
+    chunks = {name: rollout.chunk for name, rollout, _ in cfg.stages()} | {"learn": cfg.learn.micro_batch}
+    for size in range(chunks.get(stage, 1) - 1, 0, -1):
+        if chunks[stage] % size == 0:
+            yield "learn.micro_batch" if stage == "learn" else f"{stage}.chunk", str(size)
+
+
+def _like(sizes: Sizes, new: Config, cfg: Config) -> Sizes:
+    """The same shapes for a config that differs in chunks or in remat."""
+    return sizes if new.model == cfg.model else sizes._replace(model=assemble.model_module(new).make(new.model))
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+HEADER = f"{'GB a device':<12}{'weights':>9}{'LoRA':>7}{'merged':>8}{'quantised':>11}{'activations':>13}{'total':>8}"
+
+
+def report(p: Plan) -> list[str]:
+    """The plan as lines: what there is, a table of the stages, what it assumes, what to change."""
+    model, frozen, card, spent = p.sizes.model, p.sizes.frozen, CARDS[p.card], sum(u.seconds for u in p.uses)
+    held = {
+        "transformer": frozen.base,
+        "LoRA": blank(p.cfg, p.sizes).lora,
+        "VAE decoder": frozen.vae,
+        "text encoders": p.sizes.text,
+    }
+    held |= {f"reward {name}": x for name, x in {**frozen.rewards, **p.sizes.towers}.items() if parameters(x)}
+    per_image = [f"{name} {flops.total() / 1e12:.4g}" for name, flops in per_image_flops(p.sizes).items()]
+    return [
+        f"{p.cfg.name or 'run'} at {p.cfg.model.size} px on {p.devices} x {p.card}: {_gb(room(p.card))} GB usable of "
+        f"{_gb(card.memory * 2**30)}, {card.peak:g} TFLOP/s in bf16",
+        *(f"  {name}: {parameters(x):,} parameters, {_gb(nbytes(x))} GB" for name, x in held.items()),
+        f"  TFLOP an image: {', '.join(per_image)}",
+        *([f"  {line}" for line in coverage.report(coverage.uses(model))[:1]] if p.cfg.low_precision else []),
+        "",
+        f"{HEADER}{'':12}{'TFLOP':>11}{'seconds':>10}",
+        *(_row(use, room(p.card)) for use in p.uses),
+        f"an iteration: {spent:,.3g} s, {p.cfg.iterations} of them {p.cfg.iterations * spent / 3600:,.3g} h",
+        "",
+        f"seconds: at {FRACTION:.0%} of the bf16 peak, f32 operands (as TF32) at half of it; emulated NVFP4 brings no "
+        f"speed: bf16's time / {EMULATED}",
+        "activations: an estimate from the traced program; no library workspaces, no evaluation",
+        *p.sizes.notes,
+        *(p.advice or (f"fits {p.card}",)),
+    ]
+
+
+def _row(use: Use, most: float | int) -> str:
+    fit = "fits" if use.total <= most else f"{_gb(use.total - most)} over"
+    held = (use.weights, use.adapters, use.merged, use.quantised, use.activations)
+    sizes = "".join(f"{_gb(x) if x else '-':>{width}}" for x, width in zip(held, (9, 7, 8, 11, 13), strict=True))
+    work = f"{use.flops.total() / 1e12:>11,.4g}{use.seconds:>10,.3g}"
+    return f"{use.stage:<12}{sizes}{_gb(use.total):>8}  {fit:<10}{work}"
+
+
+def per_image_flops(sizes: Sizes) -> dict[str, Counter[str]]:
+    """Of one forward pass of the transformer and of one decode, one image."""
+    noise = jax.eval_shape(lambda: sizes.model.noise(jax.random.key(0)))
+    x, sigma = jax.ShapeDtypeStruct((1, *noise.shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    forward = {"params": sizes.frozen.base}, x, sigma, batch(sizes.prompts.cond, 1)
+    return {
+        "forward": cost.flops(cost.trace(sizes.model.velocity, *forward)),
+        "decode": cost.flops(cost.trace(sizes.model.decode, sizes.frozen.vae, x)),
+    }
+
+
+def run_plan(cfg: Config, *, devices: int | None = None, card: str = "H100 80GB") -> int:
+    """Print the plan of a run on so many devices (1 by default). FLUX.1-dev, where absent, has its public sizes."""
+    room(card)  # a wrong name is answered at once
+    absent = cfg.model.name == "flux" and cfg.model.path in ("", flux_dev.HUB_ID)
+    with tempfile.TemporaryDirectory() as folder:
+        if absent:
+            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=str(flux_dev.write(folder))))
+            print(f"{flux_dev.HUB_ID} with its public sizes")
+        print("\n".join(report(plan(cfg, devices or 1, card))))
+    return 0
+
+
+def _gb(size: float | int) -> str:
+    return f"{size / 1e9:.1f}" if size >= 1e9 else f"{size / 1e9:.2g}"

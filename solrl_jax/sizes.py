@@ -1,0 +1,87 @@
+"""Everything a run holds, as shapes and dtypes (jax.ShapeDtypeStruct): `assemble` without a weight being read."""
+
+import functools
+import importlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from solrl_jax import assemble, iteration, rewards
+from solrl_jax.config import Config, ConfigError
+from solrl_jax.rewards import Score
+from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, Rollout, TrainState
+
+
+class Sizes(NamedTuple):
+    """Everything a run holds, in shapes; prompts and tokens are one device's share."""
+
+    model: Model
+    score: Score
+    frozen: Frozen
+    towers: dict[str, Params]  # of the held-out rewards
+    text: Params
+    tokens: PyTree
+    prompts: Prompts
+    notes: tuple[str, ...]
+
+
+def read(cfg: Config, devices: int) -> Sizes:
+    """Shapes and dtypes as `assemble` would load and place them."""
+    if cfg.prompts % devices:
+        raise ConfigError(f"prompts={cfg.prompts} do not divide over {devices} devices: use a multiple of {devices}")
+    module, mine = assemble.model_module(cfg), cfg.prompts // devices
+    model = module.make(cfg.model)
+    base, vae, text = module.shapes(cfg.model)
+    paths, notes = rewards.parse_paths(cfg.reward_paths), []
+    wanted, found = rewards.parse(cfg.reward), {}
+    for name in {**wanted, **rewards.parse(cfg.evaluate.rewards)}:
+        shapes = getattr(importlib.import_module(f"solrl_jax.rewards.{name}"), "shapes", None)
+        if shapes is None:
+            notes.append(f"reward {name} is not counted: rewards/{name}.py defines no shapes(path)")
+            continue
+        found[name] = shapes(paths.get(name))
+        if jax.tree.leaves(found[name][1]) and not Path(paths.get(name, "?")).is_dir():
+            notes.append(f"reward {name} has its public sizes here: there is no folder reward_paths={name}=...")
+    trained = [name for name in wanted if name in found]
+    tokens = module.token_shapes(cfg.model, mine)
+    judged = {name: batch(found[name][2], mine) for name in trained}
+    return Sizes(
+        model=model,
+        score=Score(tuple(found[name][0] for name in trained), tuple(wanted[name] for name in trained)),
+        frozen=Frozen(base, vae, {name: found[name][1] for name in trained}),
+        towers={name: params for name, (_, params, _) in found.items() if name not in trained},
+        text=text,
+        tokens=tokens,
+        prompts=Prompts(jax.eval_shape(model.encode, text, tokens), judged),
+        notes=tuple(notes),
+    )
+
+
+def batch(tree: PyTree, count: int) -> PyTree:
+    """Shapes with a leading axis of `count` for the one they have."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)
+
+
+def keys(prompts: int, images: int) -> Any:
+    return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (prompts, images)))
+
+
+def samples(cfg: Config, sizes: Sizes, prompts: int) -> Rollout:
+    """The kept samples of so many prompts."""
+    grid = (prompts, cfg.kept)
+    noise = jax.eval_shape(lambda: sizes.model.noise(jax.random.key(0)))
+    reward: Any = jax.ShapeDtypeStruct(grid, jnp.float32)
+    x0: Any = jax.ShapeDtypeStruct((*grid, *noise.shape), jnp.float32)
+    return Rollout(keys(*grid), x0, reward, {name: reward for name in sizes.score.names})
+
+
+def blank(cfg: Config, sizes: Sizes) -> TrainState:
+    """A run's state in shapes."""
+    begin = functools.partial(iteration.init_state, model=sizes.model, optimizer=iteration.make_optimizer(cfg), cfg=cfg)
+    return jax.eval_shape(lambda frozen: begin(jax.random.key(0), frozen), sizes.frozen)
+
+
+def parameters(tree: PyTree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))

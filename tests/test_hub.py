@@ -1,0 +1,243 @@
+"""Models by folder or by name: what is asked of the hub, and that every way it fails ends in one line. No network."""
+
+import json
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from solrl_jax import assemble, config, hub
+from solrl_jax.config import ConfigError
+from solrl_jax.models import flux, flux_dev
+from solrl_jax.rewards import clipscore
+from solrl_jax.weights import WeightsError
+
+NAME = "org/flux"
+PAGE = f"https://huggingface.co/{NAME}"
+SMALL = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model"]
+HEAVY = ["transformer/*.safetensors", "vae/*.safetensors", "text_encoder*/*.safetensors"]
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """What was asked of snapshot_download, (patterns, local_files_only); `asked.local` and `asked.far` answer it."""
+
+    class Asked(list):
+        local: object = errors.LocalEntryNotFoundError("not in the cache")
+        far: object = tmp_path / "fetched"
+
+    calls = Asked()
+
+    def download(name, *, allow_patterns, local_files_only=False):
+        assert name in (NAME, "org/clip")
+        calls.append((allow_patterns, local_files_only))
+        answer = calls.local if local_files_only else calls.far
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    hub._fetch.cache_clear()
+    yield calls
+    hub._fetch.cache_clear()
+
+
+def test_a_folder_is_taken_as_it_is(asked, tmp_path):
+    (tmp_path / "org" / "flux").mkdir(parents=True)
+    assert str(hub.pipeline(NAME)) == NAME and hub.model(str(tmp_path)) == tmp_path and not asked
+
+
+@pytest.mark.parametrize(
+    "path", ["nowhere", "/no/where", "./org/flux", "../flux", "a/b/c", "org/", "~/flux", "org/fl ux"]
+)
+def test_what_is_no_name_is_not_asked_for(asked, path):
+    with pytest.raises(
+        WeightsError, match=r"is not a directory: give the folder of a model .*--config.model.path=DIR, or"
+    ):
+        hub.pipeline(path)
+    assert not asked
+
+
+def test_no_model_is_said():
+    with pytest.raises(WeightsError, match=r"no model is given: give the folder"):
+        hub.pipeline("")
+
+
+def test_only_what_is_read_is_fetched_and_once(asked, tmp_path):
+    assert hub.pipeline(NAME, configs_only=True) == hub.pipeline(NAME, configs_only=True) == tmp_path / "fetched"
+    assert asked == [(SMALL, True), (SMALL, False)]
+    assert hub.pipeline(NAME) == hub.pipeline(NAME) == tmp_path / "fetched"
+    assert asked[2:] == [(SMALL + HEAVY, True), (SMALL + HEAVY, False)]
+    assert hub.model("org/clip") == tmp_path / "fetched"
+    assert asked[-1] == (["config.json", "*.json", "*.txt", "model*.safetensors"], False)
+
+
+@pytest.mark.parametrize("there", [[], ["transformer/a.safetensors", "text_encoder_2/b.safetensors"]])
+def test_a_cache_with_a_part_of_it_is_not_enough_for_weights(asked, tmp_path, there):
+    asked.local = tmp_path / "cached"
+    for file in ("model_index.json", *there):
+        (asked.local / file).parent.mkdir(parents=True, exist_ok=True)
+        (asked.local / file).touch()
+    assert hub.pipeline(NAME, configs_only=True) == asked.local and [local for _, local in asked] == [True]
+    assert hub.pipeline(NAME) == tmp_path / "fetched"
+    (asked.local / "vae").mkdir()
+    for file in ("vae/c.safetensors", "transformer/a.safetensors", "text_encoder/b.safetensors"):
+        (asked.local / file).parent.mkdir(exist_ok=True)
+        (asked.local / file).touch()
+    hub._fetch.cache_clear()
+    assert hub.pipeline(NAME) == asked.local
+
+
+def test_the_real_cache_is_read_without_network(tmp_path, monkeypatch):
+    """The hub's own layout of folders, as any version of its client left it; HF_HUB_OFFLINE is set in tests."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    root, commit = tmp_path / "models--org--cached", "a" * 40
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    flux_dev.write(root / "snapshots" / commit)
+    (root / "snapshots" / commit / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    assert flux.make(config.Model(path="org/cached")).name == "flux"
+    assert flux.token_shapes(config.Model(path="org/cached"), 3)["t5"].shape == (3, 128)
+    with pytest.raises(
+        WeightsError, match=r"org/absent is no folder here and not whole in the hub's cache, and HF_HUB_OFF"
+    ):
+        hub.pipeline("org/absent", configs_only=True)
+
+
+class ReadTimeout(Exception):
+    """Of the hub's HTTP library, which is another one from version to version."""
+
+
+def answer(kind, status):
+    return kind(f"{status} Error\nfor url", response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+def caused(e, cause):
+    e.__cause__ = cause
+    return e
+
+
+LICENCE = f"accept the licence at {PAGE} and run `hf auth login`"
+FOLDER = "or give a folder, --config.model.path=DIR"
+ABSENT = f"{NAME} is no folder here and not whole in the hub's cache"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (answer(errors.GatedRepoError, 403), f"{NAME} is behind a licence: {LICENCE}, {FOLDER}"),
+        (
+            answer(errors.RepositoryNotFoundError, 401),
+            f"{NAME} is no folder here, and {PAGE} is not there for you: mend the name, or {LICENCE}, {FOLDER}",
+        ),
+        (
+            answer(errors.HfHubHTTPError, 401),
+            f"{NAME} is no folder here, and {PAGE} is not there for you: mend the name, or {LICENCE}, {FOLDER}",
+        ),
+        (
+            answer(errors.HfHubHTTPError, 503),
+            f"{NAME} cannot be fetched (the hub answers 503): with network access {LICENCE}, {FOLDER}",
+        ),
+        (
+            caused(errors.LocalEntryNotFoundError("no"), answer(errors.HfHubHTTPError, 500)),
+            f"{NAME} cannot be fetched (the hub answers 500): with network access {LICENCE}, {FOLDER}",
+        ),
+        (
+            errors.HFValidationError("Repo id must\nbe"),
+            f"{NAME} is no folder here and no name that https://huggingface.co could have: give org/name, "
+            "or a folder, --config.model.path=DIR",
+        ),
+        (
+            errors.OfflineModeIsEnabled("offline"),
+            f"{ABSENT}, and HF_HUB_OFFLINE is set: with network access {LICENCE}, {FOLDER}",
+        ),
+        (
+            caused(errors.LocalEntryNotFoundError("no"), errors.OfflineModeIsEnabled("offline")),
+            f"{ABSENT}, and HF_HUB_OFFLINE is set: with network access {LICENCE}, {FOLDER}",
+        ),
+        (
+            errors.LocalEntryNotFoundError("Got: ConnectError\nhere"),
+            f"{ABSENT}, and the hub cannot be reached: with network access {LICENCE}, {FOLDER}",
+        ),
+        (
+            ReadTimeout("The read timed out\nhere"),
+            f"{NAME} cannot be fetched (ReadTimeout: The read timed out): with network access {LICENCE}, {FOLDER}",
+        ),
+        (
+            OSError(28, "No space left on device"),
+            f"{NAME} cannot be fetched (OSError: [Errno 28] No space left on device): with network access {LICENCE}, "
+            + FOLDER,
+        ),
+    ],
+)
+def test_every_failure_is_one_line_with_the_page_and_the_mend(asked, error, message):
+    asked.far = error
+    with pytest.raises(WeightsError) as raised:
+        flux.make(config.Model(path=NAME))
+    assert str(raised.value) == message and "\n" not in message
+    with pytest.raises(WeightsError):  # a failure is not remembered
+        hub.pipeline(NAME, configs_only=True)
+    assert len(asked) == 4
+
+
+def test_a_reward_by_its_name_fails_the_same_way(asked):
+    asked.far = errors.LocalEntryNotFoundError("no")
+    with pytest.raises(WeightsError, match=r"org/clip is no folder here .* and run `hf auth login`, or give a folder$"):
+        clipscore.make("org/clip")
+
+
+def test_a_run_asks_for_configs_before_anything_large(asked, tmp_path):
+    """A licence that was not accepted is said before CLIP or weights are fetched."""
+    (tmp_path / "p.txt").write_text("\n".join(map(str, range(200))))
+    asked.far = answer(errors.GatedRepoError, 401)
+    made = config.load("flux", {"model.path": NAME, "prompt_files": "p.txt", "reward_paths": "clipscore=org/clip"})
+    with pytest.raises(WeightsError, match="behind a licence"):
+        assemble.assemble(made, 1)
+    assert asked == [(SMALL, True), (SMALL, False)]
+
+
+@pytest.mark.parametrize("reward", ["pickscore", "hpsv2", "imagereward"])
+def test_a_reward_that_is_not_here_is_said_before_anything_is_fetched(asked, reward, monkeypatch):
+    monkeypatch.setattr("solrl_jax.rewards.available", lambda: ["clipscore", "shapes"])
+    message = rf"unknown reward '{reward}' in '{reward}': use one of clipscore, shapes \(there is no solrl_jax/rewards/"
+    with pytest.raises(ConfigError, match=message):
+        assemble.assemble(config.load(f"flux:sol_rl_{reward}"), 1)
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("kind", "mend"),
+    [
+        ("StableDiffusion3Pipeline", "no config is for it, there are flux, tiny"),
+        ("SanaPipeline", "use --config=sana"),
+        ("FluxFillPipeline", "no config is for it, there are flux, sana, tiny"),
+        (None, "no config is for it"),
+    ],
+)
+def test_the_pipeline_of_another_model_is_named_with_its_config(tmp_path, monkeypatch, kind, mend):
+    there = ["flux", "sana", "tiny"] if "sana" in mend else ["flux", "tiny"]
+    monkeypatch.setattr(config, "available", lambda: there)
+    flux_dev.write(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(WeightsError, match=rf"holds a {kind}, not a FluxPipeline: {mend}"):
+        flux.make(config.Model(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("kind", ["FluxPipeline", "FluxImg2ImgPipeline"])
+def test_flux_pipelines_and_folders_without_an_index_are_taken(tmp_path, kind):
+    flux_dev.write(tmp_path)
+    assert flux.make(config.Model(path=str(tmp_path))).name == "flux"
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    assert flux.make(config.Model(path=str(tmp_path), text_tokens=64)).name == "flux"
+
+
+def test_resolution_and_transformer_of_flux_dev(tmp_path):
+    flux_dev.write(tmp_path)
+    with pytest.raises(ConfigError, match=r"model.size=500: use a multiple of 16 pixels \(VAE x8, 2x2 patches\)"):
+        flux.make(config.Model(path=str(tmp_path), size=500))
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
+    with pytest.raises(WeightsError, match=r"transformer holds a SD3Transformer2DModel, not a FluxTransformer2DModel"):
+        flux.make(config.Model(path=str(tmp_path), text_tokens=32))

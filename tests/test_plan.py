@@ -1,0 +1,228 @@
+"""The plan of FLUX.1-dev in numbers, from config files alone; costs of small programs against counts by hand."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl.testing import flagsaver
+
+from solrl_jax import cost, main, plan, sizes
+from solrl_jax.config import Stage
+from solrl_jax.models import flux
+from solrl_jax.quant import coverage
+from tests import flux_dev
+
+S, F32, BF16 = jax.ShapeDtypeStruct, jnp.float32, jnp.bfloat16
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("flux")
+
+
+@pytest.fixture(scope="module")
+def planned(folder):
+    return plan.plan(flux_dev.config(folder))
+
+
+def by_stage(p):
+    return {use.stage: use for use in p.uses}
+
+
+# --- cost of small programs -----------------------------------------------------------------------------------------
+
+
+def test_flops_of_products_convolutions_and_loops():
+    def f(x, w, k):
+        def body(x, _):
+            return jax.nn.silu(x @ w), None
+
+        x, _ = jax.lax.scan(body, x, None, length=7)
+        return x, jax.lax.conv_general_dilated(k, jnp.ones((3, 3, 4, 5)), (1, 1), "SAME", dimension_numbers=LAST)
+
+    LAST = ("NHWC", "HWIO", "NHWC")
+    program = cost.trace(f, S((2, 8), BF16), S((8, 8), BF16), S((1, 6, 6, 4), F32))
+    assert cost.flops(program) == {"bfloat16": 7 * 2 * 2 * 8 * 8, "float32": 2 * 6 * 6 * 5 * 3 * 3 * 4}
+    exact = cost.trace(lambda x: jnp.dot(x, x, precision="highest"), S((4, 4), F32))
+    assert cost.flops(exact) == {"float32 highest": 2 * 4**3}
+
+
+def test_peak_of_fused_chains_products_and_loops():
+    x, kib = S((16, 16), F32), 1024
+    assert cost.peak(cost.trace(lambda x: jnp.exp(x) * 2 + 1, x)) == kib  # one kernel, one result
+    assert cost.peak(cost.trace(lambda x: jnp.exp(x) @ x, x)) == 2 * kib  # the operand is written
+    assert cost.peak(cost.trace(lambda x: ((x @ x) @ x) @ x, x)) == 2 * kib  # the first is freed
+
+    def stacked(x):
+        return jax.lax.scan(lambda c, _: (c @ c, c), x, None, length=10)
+
+    assert cost.peak(cost.trace(stacked, x)) == (10 + 1 + 1) * kib  # what it stacks, its carry, and the next one
+
+
+def test_peak_of_training_counts_residuals_and_less_of_them_with_remat():
+    def loss(w, x, block):
+        return jnp.sum(jax.lax.scan(lambda x, _: (block(x, w), None), x, None, length=20)[0])
+
+    def block(x, w):
+        return jnp.tanh(jnp.tanh(x @ w) @ w)
+
+    plain, again = (
+        cost.peak(cost.trace(jax.grad(lambda w, x, f=f: loss(w, x, f)), S((8, 8), F32), S((1024, 8), F32)))
+        for f in (block, jax.checkpoint(block))
+    )
+    state = 1024 * 8 * 4
+    assert 20 * state < again < 30 * state < 40 * state < plain
+
+
+# --- FLUX.1-dev -----------------------------------------------------------------------------------------------------
+
+
+def test_parameters_and_bytes(planned):
+    found = planned.sizes
+    assert sizes.parameters(found.frozen.base) == 11_901_408_320
+    assert sizes.parameters(found.frozen.vae) == 49_545_475
+    assert sizes.parameters(sizes.blank(planned.cfg, found).lora) == 37_355_520
+    assert {name: sizes.parameters(x) for name, x in found.text.items()} == {"clip": 123_060_480, "t5": 4_762_310_656}
+    assert sizes.parameters(found.frozen.rewards["clipscore"]) == 427_616_513
+    use = by_stage(planned)["explore"]
+    assert use.weights == 2 * 11_901_408_320 + 4 * (49_545_475 + 427_616_513)
+    assert use.adapters == pytest.approx(5 * 4 * 37_355_520, abs=100)  # current, old, average and two moments
+    assert use.merged == 2 * (19 * 4 + 38 * 3) * 3072**2
+    low = sum(u.weights for u in coverage.uses(found.model) if u.quantised)
+    assert use.quantised == pytest.approx(low * 4.5 / 8, rel=1e-6) == pytest.approx(6.657e9, rel=1e-3)
+
+
+def test_flops(planned):
+    flops = plan.per_image_flops(planned.sizes)
+    assert flops["forward"].total() == pytest.approx(15.8125e12, rel=1e-4)  # models.md section 6
+    assert flops["decode"].total() == pytest.approx(2.515e12, rel=1e-3)
+    linears = sum(u.flops for u in coverage.uses(planned.sizes.model))
+    assert linears == pytest.approx(14.883e12, rel=1e-4)
+    stages = by_stage(planned)
+    images, kept = 48 * 96, 48 * 24
+    assert stages["explore"].flops["bfloat16"] == pytest.approx(images * 6 * 15.8125e12, rel=1e-3)
+    assert stages["regenerate"].flops["bfloat16"] == pytest.approx(kept * 10 * 15.8125e12, rel=1e-3)
+    assert stages["explore"].flops["float32"] == pytest.approx(images * 2.515e12, rel=1e-3)
+    # Three forwards, one for the gradients of activations, and what remat runs again: no gradient of a base kernel.
+    forwards = stages["learn"].flops["bfloat16"] / (kept * 6 * 15.8125e12)
+    assert 4.3 < forwards < 5.2
+
+
+def test_memory_of_the_stages(planned):
+    """GB on one H100; text encoders only while they encode."""
+    total = {name: use.total / 1e9 for name, use in by_stage(planned).items()}
+    assert not planned.advice and all(use.total < plan.room("H100 80GB") for use in planned.uses)
+    assert 35 < total["encode"] < 39 and 35 < total["quantise"] < 42
+    assert 35 < total["explore"] < 60 and 30 < total["regenerate"] < 52 and 30 < total["learn"] < 45
+    staying = sizes_with(planned, encode_ahead=0, stage="learn")
+    assert staying.weights - by_stage(planned)["learn"].weights == 2 * (123_060_480 + 4_762_310_656)
+
+
+def sizes_with(planned, stage, **changes):
+    cfg = dataclasses.replace(planned.cfg, **changes)
+    return plan.use_of(stage, cfg, plan._like(planned.sizes, cfg, planned.cfg), 1, plan.CARDS["H100 80GB"])
+
+
+def test_less_at_a_time_takes_less(planned):
+    stages = by_stage(planned)
+    half = sizes_with(planned, "explore", explore=dataclasses.replace(planned.cfg.explore, chunk=12))
+    assert half.activations < 0.6 * stages["explore"].activations
+    assert half.flops == pytest.approx(stages["explore"].flops, rel=0.01)
+    stored = sizes_with(planned, "learn", model=dataclasses.replace(planned.cfg.model, remat=False))
+    assert stored.activations > 3 * stages["learn"].activations and stored.flops.total() < stages["learn"].flops.total()
+
+
+def test_seconds():
+    card = plan.CARDS["H100 80GB"]
+    work = cost.Counter({"bfloat16": 989 * 10**12})
+    assert plan.seconds(work, card) == pytest.approx(1 / 0.6) and plan.seconds(work, card, 8) == pytest.approx(
+        0.125 / 0.6
+    )
+    assert plan.seconds(cost.Counter({"float32": 989 * 10**12}), card) == pytest.approx(2 / 0.6)
+
+
+def test_emulation_and_devices_change_seconds_not_work(planned):
+    bf16 = sizes_with(planned, "explore", explore=Stage(steps=6, precision="bf16"))
+    low = by_stage(planned)["explore"]
+    assert low.seconds == pytest.approx(bf16.seconds / 0.8, rel=1e-2) and low.flops == pytest.approx(
+        bf16.flops, rel=1e-2
+    )
+    cfg = planned.cfg
+    eight = plan.use_of("regenerate", cfg, sizes.read(cfg, 8), 8, plan.CARDS["H100 80GB"])
+    one = by_stage(planned)["regenerate"]
+    assert eight.flops == one.flops and eight.seconds == pytest.approx(one.seconds / 8) and eight.total == one.total
+
+
+# --- advice ---------------------------------------------------------------------------------------------------------
+
+
+def test_advice_names_the_field_to_change(planned, monkeypatch):
+    card = "H100 80GB"
+
+    def advice(stage, share, **changes):
+        """With a card that holds all but the given share of the stage's activations."""
+        cfg = dataclasses.replace(planned.cfg, **changes)
+        shapes = plan._like(planned.sizes, cfg, planned.cfg)
+        use = plan.use_of(stage, cfg, shapes, 1, plan.CARDS[card])
+        most = use.total - share * use.activations
+        monkeypatch.setitem(plan.CARDS, card, plan.Card(most / plan.USABLE / 2**30, 989))
+        return plan.advise(use, cfg, shapes, 1, card)
+
+    assert advice("explore", 0.3).endswith("--config.explore.chunk=12")
+    assert advice("encode", 1.01).endswith("lora.rank=32, reward (without clipscore: -1.7 GB)")
+
+
+def test_remedies_come_cheapest_in_time_first(planned):
+    cfg = dataclasses.replace(planned.cfg, encode_ahead=0, model=dataclasses.replace(planned.cfg.model, remat=False))
+    assert list(plan.remedies("encode", cfg)) == [] and list(plan.remedies("quantise", cfg)) == [("encode_ahead", "20")]
+    assert list(plan.remedies("learn", cfg))[:4] == [
+        *(("encode_ahead", "20"), ("model.remat", "true"), ("learn.micro_batch", "6"), ("learn.micro_batch", "4")),
+    ]
+    assert [int(size) for _, size in plan.remedies("regenerate", planned.cfg)] == [12, 8, 6, 4, 3, 2, 1]
+
+
+def test_report_of_a_card_that_is_too_small(planned):
+    lines = plan.report(planned._replace(card="RTX 4090 24GB", advice=("explore does not fit: ...",)))
+    text = "\n".join(lines)
+    assert "11,901,408,320 parameters, 23.8 GB" in text and "forward 15.81" in text and " over " in text
+    assert lines[-1] == "explore does not fit: ..." and "at 60% of the bf16 peak" in text
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def command(*words):
+    with flagsaver.flagsaver():
+        return main.main(main.parse(["solrl_jax", "--mode=plan", *words]))
+
+
+def test_plan_of_the_small_world(capsys, monkeypatch):
+    monkeypatch.setattr(jax, "device_put", None)  # nothing is placed
+    assert command("--config=tiny") == 0
+    out = capsys.readouterr().out
+    assert "tiny at 32 px on 1 x H100 80GB" in out and "fits H100 80GB" in out.splitlines()[-1]
+    assert [line.split()[0] for line in out.splitlines() if " fits " in line] == [
+        *("encode", "quantise", "explore", "regenerate", "learn")
+    ]
+
+
+def test_what_is_wrong_is_said(capsys):
+    assert command("--config=tiny", "--card=H100") == 2
+    assert "--card=H100: use one of H100 80GB, H200 141GB, A100 80GB" in capsys.readouterr().err
+    assert command("--config=tiny", "--devices=3") == 2
+    assert "prompts=16 do not divide over 3 devices" in capsys.readouterr().err
+    assert command("--config=tiny", "--config.model.path=nowhere") == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_flux_dev_that_is_not_here_has_its_public_sizes(planned, capsys, monkeypatch):
+    def on_folder(cfg, devices, card):
+        assert flux.FluxConfig.read(f"{cfg.model.path}/transformer") == flux.FluxConfig()
+        return planned
+
+    monkeypatch.setattr(plan, "plan", on_folder)
+    model = dataclasses.replace(planned.cfg.model, path="black-forest-labs/FLUX.1-dev")
+    assert plan.run_plan(dataclasses.replace(planned.cfg, model=model)) == 0
+    out = capsys.readouterr().out
+    assert "FLUX.1-dev with its public sizes" in out and out.endswith("fits H100 80GB\n")
