@@ -336,6 +336,13 @@ def test_refused_folders(copy, part, values, words):
     assert str(copy) in str(e.value)
 
 
+@pytest.mark.parametrize("values", [{"use_beta_sigmas": True}, {"time_shift_type": "linear"}, {"shift_terminal": 0.1}])
+def test_schedules_that_are_not_ours_are_refused(copy, values):
+    rewrite(copy / "scheduler" / "scheduler_config.json", **values)
+    with pytest.raises(weights.WeightsError, match=f"asks for {{'{next(iter(values))}': .*not FLUX's schedule"):
+        flux.make(model_config(copy))
+
+
 def test_size_that_does_not_divide():
     with pytest.raises(config.ConfigError, match=r"model.size=36: use a multiple of 8 pixels"):
         flux.make(model_config(size=36))

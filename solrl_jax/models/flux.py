@@ -288,6 +288,7 @@ def make(cfg: config.Model) -> Model:
     flux = FluxConfig.read(folder / "transformer")
     vae_cfg = vae.VaeConfig.read(folder / "vae")
     scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
+    _check_scheduler(folder, scheduler)
     dtype = jnp.dtype(cfg.dtype)
     factor = 2 ** (len(vae_cfg.block_out_channels) - 1)
     if cfg.size % (2 * factor):
@@ -388,6 +389,19 @@ def text_modules(folder: Path, dtype: Any) -> tuple[nn.Module, nn.Module]:
 
 def _shift_fields(scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
     return [(k, v) for k, v in scheduler.items() if isinstance(v, int | float)]
+
+
+def _check_scheduler(folder: Path, scheduler: dict[str, Any]) -> None:
+    """WeightsError for options of FlowMatchEulerDiscreteScheduler that would give other sigmas than ours."""
+    known = {"time_shift_type": ("exponential", None), "shift_terminal": (None,)}
+    known |= dict.fromkeys(("invert_sigmas", "stochastic_sampling"), (False, None))
+    known |= dict.fromkeys(
+        (f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta", "lu", "flow")), (False, None)
+    )
+    if strange := {k: scheduler[k] for k, values in known.items() if k in scheduler and scheduler[k] not in values}:
+        raise weights.WeightsError(
+            f"{folder}/scheduler/scheduler_config.json asks for {strange}: not FLUX's schedule, not known here"
+        )
 
 
 def _cached_sigmas(tokens: int, scheduler: tuple[tuple[str, Any], ...], steps: int) -> np.ndarray:
