@@ -127,7 +127,8 @@ def sizes_with(planned, stage, **changes):
 def test_less_at_a_time_takes_less(planned):
     stages = by_stage(planned)
     half = sizes_with(planned, "explore", explore=dataclasses.replace(planned.cfg.explore, chunk=12))
-    assert half.activations < 0.6 * stages["explore"].activations
+    # Not half: the largest thing is the decode, of 8 pictures at a time or 6.
+    assert half.activations < 0.8 * stages["explore"].activations
     assert half.flops == pytest.approx(stages["explore"].flops, rel=0.01)
     stored = sizes_with(planned, "learn", model=dataclasses.replace(planned.cfg.model, remat=False))
     assert stored.activations > 3 * stages["learn"].activations and stored.flops.total() < stages["learn"].flops.total()
@@ -169,7 +170,7 @@ def test_advice_names_the_field_to_change(planned, monkeypatch):
         monkeypatch.setitem(plan.CARDS, card, plan.Card(most / plan.USABLE / 2**30, 989))
         return plan.advise(use, cfg, shapes, 1, card)
 
-    assert advice("explore", 0.3).endswith("--config.explore.chunk=12")
+    assert advice("explore", 0.3).endswith("--config.explore.chunk=4")
     assert advice("encode", 1.01).endswith("lora.rank=32, reward (without clipscore: -1.7 GB)")
 
 

@@ -56,6 +56,29 @@ def test_decode(tmp_path, config):
     assert error(images, (theirs / 2 + 0.5).clamp(0, 1)) < 1e-5
 
 
+@pytest.mark.parametrize(("pixels", "together"), [(10**6, 6), (4 * 16 * 24, 3), (16 * 24, 1), (1, 1)])
+def test_decode_takes_so_many_pixels_at_a_time(tmp_path, monkeypatch, pixels, together):
+    make_vae(tmp_path, **THREE)
+    module, params = vae.load_vae(tmp_path, jnp.float32)
+    latents = jax.random.normal(jax.random.key(0), (6, 4, 6, module.cfg.latent_channels))
+    whole, seen = decode(module, params, latents), []
+    monkeypatch.setattr(vae, "TOGETHER", pixels)
+    monkeypatch.setattr(vae.Decoder, "__call__", noting(vae.Decoder.__call__, seen))
+    found = vae.decode(module, params, latents)
+    assert set(seen) == {together}
+    np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+def noting(call, seen: list):
+    """The same call; the batch of each is noted."""
+
+    def noted(self, z):
+        seen.append(z.shape[0])
+        return call(self, z)
+
+    return noted
+
+
 @pytest.mark.parametrize("config", [THREE, FOUR], ids=["three", "four"])
 def test_encode(tmp_path, config):
     model = make_vae(tmp_path, **config)
