@@ -303,14 +303,6 @@ def test_a_model_without_the_layout(small):
 
 
 @pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine torch's threads wait on each other for seconds
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
 def narrow(monkeypatch):
     """diffusers' converter knows FLUX.1-dev's widths only: the same code with the small world's."""
     source, wide = inspect.getsource(conversion._convert_kohya_flux_lora_to_diffusers), "[3072, 3072, 3072, 12288]"

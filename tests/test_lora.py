@@ -291,14 +291,6 @@ def test_files_that_are_none(small, tmp_path):
 # --- diffusers ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine torch's threads wait on each other for seconds
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_diffusers_draws_our_pictures(tmp_path):
     """The committed small world in f32, four Euler steps: our policy, and the file of it at scale 1 in diffusers."""

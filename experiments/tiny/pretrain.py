@@ -24,7 +24,7 @@ import optax
 
 from experiments.tiny import check, tokenizers_local, world
 from solrl_jax import config, weights
-from solrl_jax.models import flux, text, vae
+from solrl_jax.models import flux, flux_dev, text, vae
 from solrl_jax.rewards import clip_tower
 from solrl_jax.structs import Model
 
@@ -64,16 +64,7 @@ TRANSFORMER = {
     "guidance_embeds": True,
     "axes_dims_rope": [4, 14, 14],
 }
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-}
+SCHEDULER = flux_dev.CONFIGS["scheduler/scheduler_config.json"] | {"num_train_timesteps": 1000}
 TEXT = {
     "architectures": ["CLIPTextModel"],
     "model_type": "clip_text_model",
