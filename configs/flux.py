@@ -28,7 +28,9 @@ def base(reward: str) -> Config:
             path="black-forest-labs/FLUX.1-dev",
             size=512,
             text_tokens=128,
+            vae_dtype="bfloat16",  # as the original, which decodes under autocast
             remat=True,
+            remat_keeps=("attention", "mlp"),
             min_dim=1000,
             min_quantised_flops=0.9,  # the rule covers all of the blocks'; less is another network
         ),
