@@ -30,6 +30,7 @@ class Rule(NamedTuple):
     path: str
     key: str
     layout: str = "same"  # same | linear: [in, out] here, [out, in] there | conv: HWIO here, OIHW there
+    part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal parts of the first axis there, as of a fused q, k, v
 
 
 _TO_OURS = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
@@ -45,6 +46,7 @@ class Leaf(NamedTuple):
     keys: tuple[str, ...]
     stacked: bool
     layout: str
+    part: tuple[int, int]
     shape: tuple[int, ...]
 
 
@@ -64,7 +66,7 @@ def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
                 key = match.expand(rule.key).replace("/", ".")
                 stacked = "{layer}" in key
                 keys = tuple(key.replace("{layer}", str(i)) for i in range(leaf.shape[0])) if stacked else (key,)
-                found.append(Leaf(path, keys, stacked, rule.layout, tuple(leaf.shape)))
+                found.append(Leaf(path, keys, stacked, rule.layout, rule.part, tuple(leaf.shape)))
                 break
         else:
             raise WeightsError(f"no rule of the key table matches parameter {path!r}")
@@ -167,21 +169,21 @@ def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], dr
     found += [f"unused {k}" for k in names if k not in want and not any(re.fullmatch(d, k) for d in droppable)]
     for leaf in wanted:
         shape = leaf.shape[1:] if leaf.stacked else leaf.shape
-        there = {key: _ours_shape(files.shape(names[key]), leaf.layout) for key in leaf.keys if key in names}
+        there = {key: _ours_shape(files.shape(names[key]), leaf) for key in leaf.keys if key in names}
         found += [f"{key} has shape {s}, not {shape}" for key, s in there.items() if s != shape]
-    return found
+    return list(dict.fromkeys(found))  # the parts of one tensor name it once
 
 
 def _read(files: Files, leaf: Leaf, keys: Sequence[str], dtype: Any) -> np.ndarray:
     """One leaf in our layout, its layers stacked as they come."""
     if not leaf.stacked:
-        value = _ours(files[keys[0]], leaf.layout)
+        value = _ours(files[keys[0]], leaf)
         return np.asarray(value, order="C", dtype=value.dtype if dtype is None else dtype)
     if dtype is None:
-        return np.stack([_ours(files[key], leaf.layout) for key in keys])
+        return np.stack([_ours(files[key], leaf) for key in keys])
     stack = np.empty(leaf.shape, dtype)
     for i, key in enumerate(keys):
-        stack[i] = _ours(files[key], leaf.layout)
+        stack[i] = _ours(files[key], leaf)
     return stack
 
 
@@ -195,23 +197,27 @@ def save(
 ) -> None:
     """Write `tree` as one safetensors file in the public layout; the inverse of `load`."""
     by_path = leaves_by_path(tree)
-    tensors: dict[str, np.ndarray] = {}
+    parts: dict[str, dict[int, np.ndarray]] = {}
     for leaf in needed(tree, rules):
         value = np.asarray(by_path[leaf.path])
         value = value if dtype is None else value.astype(dtype)
         for i, key in enumerate(leaf.keys):
-            tensors[key] = _theirs(value[i, ...] if leaf.stacked else value, leaf.layout)
+            own = _theirs(value[i, ...] if leaf.stacked else value, leaf.layout)
+            parts.setdefault(key, {})[leaf.part[0]] = own
+    tensors = {k: x[0] if len(x) == 1 else np.concatenate([x[i] for i in sorted(x)]) for k, x in parts.items()}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
 
 
-def _ours(x: np.ndarray, layout: str) -> np.ndarray:
-    axes = _TO_OURS[layout]
+def _ours(x: np.ndarray, leaf: Leaf) -> np.ndarray:
+    axes, (i, n) = _TO_OURS[leaf.layout], leaf.part
+    x = x if n == 1 else x[i * len(x) // n : (i + 1) * len(x) // n]
     return x if axes is None or x.ndim != len(axes) else x.transpose(axes)
 
 
-def _ours_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    axes = _TO_OURS[layout]
+def _ours_shape(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
+    axes, n = _TO_OURS[leaf.layout], leaf.part[1]
+    shape = shape if n == 1 or not shape or shape[0] % n else (shape[0] // n, *shape[1:])
     return shape if axes is None or len(shape) != len(axes) else tuple(shape[i] for i in axes)
 
 
