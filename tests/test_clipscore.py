@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from experiments.tiny.tokenizers_local import write_clip_tokenizer
 from solrl_jax import weights
 from solrl_jax.models.text import ClipTextConfig
-from solrl_jax.rewards import clip_tower, clipscore
+from solrl_jax.rewards import clip_tower, clipscore, preprocess
 
 PROMPTS = ["a red circle left of a blue square", "two green triangles", "a white area, and more words than fit here"]
 LENGTH = 10
@@ -32,7 +32,7 @@ def write_clip(folder, act="quick_gelu", eos=None, **config):
     return model
 
 
-def pixels_of(images, mean=clip_tower.OPENAI_MEAN, std=clip_tower.OPENAI_STD, size=32):
+def pixels_of(images, mean=preprocess.OPENAI_MEAN, std=preprocess.OPENAI_STD, size=32):
     """torch's own resize of the short edge, the middle, and standardising; NHWC [0, 1] -> NCHW."""
     x = torch.tensor(images).permute(0, 3, 1, 2)
     height, width = x.shape[2:]

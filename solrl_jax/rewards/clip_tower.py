@@ -24,11 +24,9 @@ from solrl_jax.models.text import (
     clip_text_rules,
     run_layers,
 )
-from solrl_jax.structs import Images, Params, PerSample
+from solrl_jax.structs import Params, PerSample
 from solrl_jax.weights import Rule
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 _table = nn.initializers.normal(0.02)
 
 
@@ -134,34 +132,6 @@ def pair_cosines(image: Float[Array, "B D"], text: Float[Array, "G D"]) -> PerSa
         raise ValueError(f"{len(image)} images of {groups} prompts: each prompt must have equally many")
     grouped = image.reshape(groups, -1, image.shape[-1])
     return jnp.sum(grouped * text[:, None], axis=-1).reshape(-1)
-
-
-def resize_crop(images: Images, size: int, method: str) -> Float[Array, "B {size} {size} 3"]:
-    """Short edge to `size` (antialiased, values neither rounded nor clipped; unless it is that), then the middle.
-
-    `method` is "linear" or "cubic": jax.image.resize equals torchvision's antialiased float resize to 1e-6.
-    """
-    height, width = images.shape[1:3]
-    short = min(height, width)
-    if short != size:
-        height, width = (size if n == short else int(size * n / short) for n in (height, width))
-        images = jax.image.resize(images, (len(images), height, width, 3), method, antialias=True)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return images[:, top : top + size, left : left + size]
-
-
-def standardise(images: Images, mean: tuple[float, ...], std: tuple[float, ...]) -> Images:
-    """(x - mean) / std by channel."""
-    centred = images - jnp.asarray(mean, F32).reshape(1, 1, 1, 3)
-    return centred / jnp.asarray(std, F32).reshape(1, 1, 1, 3)
-
-
-def read_mean_std(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of preprocessor_config.json; OpenAI's numbers, which all known CLIPs use, where the file or a key is missing."""
-    file = Path(folder) / "preprocessor_config.json"
-    values = weights.read_json(file) if file.is_file() else {}
-    mean, std = values.get("image_mean") or OPENAI_MEAN, values.get("image_std") or OPENAI_STD
-    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 HF_KEYS = (

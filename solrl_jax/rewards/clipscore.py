@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from solrl_jax import hub, weights
 from solrl_jax.models.layers import F32
 from solrl_jax.models.text import ClipTextConfig, require_tokenizer
-from solrl_jax.rewards import clip_tower
+from solrl_jax.rewards import clip_tower, preprocess
 from solrl_jax.rewards.clip_tower import ClipConfig, ClipTower, ClipVisionConfig
 from solrl_jax.structs import Images, Params, PerSample, Reward
 
@@ -33,7 +33,7 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     tower, params = clip_tower.load_clip(path, jnp.dtype(dtype))
     folder = str(path.resolve())
     check_tokenizer(folder, tower.cfg.text)
-    return _reward(folder, tower.cfg, jnp.dtype(dtype), *clip_tower.read_mean_std(folder)), params
+    return _reward(folder, tower.cfg, jnp.dtype(dtype), *preprocess.read_mean_std(folder)), params
 
 
 PUBLIC = ClipConfig(
@@ -51,7 +51,7 @@ def shapes(path: str | Path | None) -> tuple[Reward, Params, Any]:
     """
     cfg = ClipConfig.read(path) if path is not None and Path(path).is_dir() else PUBLIC
     ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)
-    reward = _reward(str(path), cfg, jnp.dtype(F32), clip_tower.OPENAI_MEAN, clip_tower.OPENAI_STD)
+    reward = _reward(str(path), cfg, jnp.dtype(F32), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
     return reward, clip_tower.shapes(ClipTower(cfg, F32)), {"ids": ids}
 
 
@@ -94,8 +94,8 @@ def _score(
 ) -> PerSample:
     """Images f32 [0, 1], B of them for G prompts."""
     with jax.default_matmul_precision("highest"):  # GPUs would take TF32, and group advantages divide by a small spread
-        images = clip_tower.resize_crop(images.astype(F32), tower.cfg.vision.image_size, "linear")
-        pixels = clip_tower.standardise(images, mean, std)
+        images = preprocess.resize_crop(images.astype(F32), tower.cfg.vision.image_size, "linear")
+        pixels = preprocess.standardise(images, mean, std)
         image = jnp.asarray(tower.apply({"params": params}, pixels, method="image_features"))
         text = jnp.asarray(tower.apply({"params": params}, jnp.asarray(tokens["ids"]), method="text_features"))
     return jnp.exp(params["logit_scale"]) * clip_tower.pair_cosines(image, text) / 100
