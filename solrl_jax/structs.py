@@ -21,6 +21,10 @@ PerSample = Float[Array, "B"]
 Keys = Key[Array, "*batch"]
 
 
+class WeightsError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, the keys and what to do."""
+
+
 class Model(NamedTuple):
     """A text-to-image flow model as pure functions; made by `models.<name>.make`. Hashable, a static argument.
 
