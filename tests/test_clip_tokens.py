@@ -57,7 +57,7 @@ def test_open_clips_own_file(tmp_path):
     c, a_end = ord("c") - ord("!"), 256 + ord("a") - ord("!")
     assert ids.tolist() == [[514, 513, c, a_end, 515, 515, 0, 0]]
     cfg = ClipTextConfig(vocab_size=515, eos_token_id=2)
-    with pytest.raises(WeightsError, match="the tokenizer has 516 tokens and ends with 515, but .* vocab_size 515"):
+    with pytest.raises(WeightsError, match=r"the tokenizer has 516 tokens and ends with 515, but .* vocab_size 515"):
         clip_tokens.check_open_clip(cfg, str(tmp_path))
     (tmp_path / clip_tokens.GZIP).write_bytes(b"\x1f\x8b\x08cut")
     clip_tokens.read_vocabulary.cache_clear()

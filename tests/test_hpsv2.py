@@ -119,7 +119,7 @@ def test_v2_0_is_not_taken_for_v2_1(tmp_path, name):
     with pytest.raises(WeightsError, match=rf"{file} is HPS v2.0, whose scores are not those of v2.1: give {FILE}$"):
         hpsv2.make(file)
     if name.startswith("HPS"):
-        with pytest.raises(WeightsError, match="is HPS v2.0"):
+        with pytest.raises(WeightsError, match=r"is HPS v2\.0"):
             hpsv2.make(tmp_path)
 
 
@@ -196,5 +196,5 @@ def test_an_embedding_smaller_than_the_vocabulary(tmp_path):
     config["model_cfg"]["text_cfg"]["vocab_size"] = 49000
     save_file(state, file)
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(WeightsError, match="the tokenizer has 49408 tokens .* vocab_size 49000"):
+    with pytest.raises(WeightsError, match=r"the tokenizer has 49408 tokens .* vocab_size 49000"):
         hpsv2.make(file)

@@ -31,7 +31,7 @@ TOKENIZERS = ("tokenizer.json", "vocab.json")
 
 
 def find(folder: str | Path, also: Sequence[str] = ()) -> str:
-    """The folder itself if it holds a tokenizer, one of TOKENIZERS or `also`; if not, HUB_ID's, if cached from there."""
+    """The folder itself if it holds a tokenizer, one of TOKENIZERS or `also`; if not, HUB_ID's, fetched once."""
     names = (*TOKENIZERS, *also)
     if any((Path(folder) / name).is_file() for name in names):
         return str(Path(folder).resolve())
