@@ -33,7 +33,7 @@ def base(reward: str) -> Config:
             min_quantised_flops=0.9,  # the rule covers all of the blocks'; less is another network
         ),
         reward=reward,
-        reward_paths=("clipscore=openai/clip-vit-large-patch14",),
+        reward_paths=("clipscore=openai/clip-vit-large-patch14", "imagereward=zai-org/ImageReward"),
         prompts=48,
         candidates=96,
         kept=24,

@@ -25,9 +25,16 @@ def pipeline(path: str, configs_only: bool = False) -> Path:
     return _resolve(path, small, () if configs_only else heavy, ", --config.model.path=DIR")
 
 
-def model(path: str) -> Path:
-    """The folder of one model in transformers' layout, as of a CLIP. Raises WeightsError as `pipeline` does."""
-    return _resolve(path, ("config.json", "*.json", "*.txt"), ("model*.safetensors",), "")
+def model(
+    path: str,
+    small: tuple[str, ...] = ("config.json", "*.json", "*.txt"),
+    heavy: tuple[str, ...] = ("model*.safetensors",),
+) -> Path:
+    """The folder of one model, by default in transformers' layout as of a CLIP. Raises WeightsError as `pipeline` does.
+
+    `small` and `heavy` are what a name's repository is read of; the first of `small` and all of `heavy` must be there.
+    """
+    return _resolve(path, small, heavy, "")
 
 
 def is_name(path: str) -> bool:
