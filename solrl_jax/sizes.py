@@ -41,9 +41,9 @@ def read(cfg: Config, devices: int) -> Sizes:
         if shapes is None:
             notes.append(f"reward {name} is not counted: rewards/{name}.py defines no shapes(path)")
             continue
-        found[name] = shapes(paths.get(name))
-        if jax.tree.leaves(found[name][1]) and not Path(paths.get(name, "?")).is_dir():
-            notes.append(f"reward {name} has its public sizes here: there is no folder reward_paths={name}=...")
+        found[name] = shapes(paths.get(name), cfg.reward_dtype)
+        if jax.tree.leaves(found[name][1]) and not Path(paths.get(name, "?")).exists():
+            notes.append(f"reward {name} has its public sizes here: nothing is at reward_paths={name}=...")
     trained = [name for name in wanted if name in found]
     tokens = module.token_shapes(cfg.model, mine)
     judged = {name: batch(found[name][2], mine) for name in trained}

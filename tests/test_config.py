@@ -93,7 +93,12 @@ def test_flux_is_the_published_run():
     learn = Learn(timestep_fraction=0.4, updates=1, micro_batch=12, learning_rate=3e-4, kl_weight=1e-4, clip_norm=1.0)
     assert cfg.learn == learn and cfg.learn.ema_max == 0.9 and cfg.learn.strength == 1.0
     assert (cfg.evaluate.every, cfg.evaluate.steps, cfg.evaluate.solver) == (20, 28, "dpm2")
-    assert (cfg.reward, cfg.reward_paths) == ("clipscore", ("clipscore=openai/clip-vit-large-patch14",))
+    assert (cfg.reward, cfg.reward_dtype) == ("clipscore", "float32")
+    assert {
+        "clipscore=openai/clip-vit-large-patch14",
+        "pickscore=yuvalkirstain/PickScore_v1",
+        "hpsv2=xswu/HPSv2",
+    } <= {*cfg.reward_paths}
 
 
 def test_recipes_have_the_names_of_the_original():
@@ -138,7 +143,8 @@ def test_help_has_every_recipe_in_one_line():
     assert "Recipes of --config=flux:RECIPE (default: sol_rl_clipscore)" in lines
     assert [line.split()[0] for line in lines if line[:2] == "  " and line[2] != " "] == FLUX
     assert all("; the same as naive_scaling" in line for line in lines if line.startswith("  compile_"))
-    assert not any("clipscore is not here yet" in line for line in lines)
+    for reward in ("clipscore", "pickscore", "hpsv2"):
+        assert not any(f"{reward} is not here yet" in line for line in lines)
     assert sum(line.startswith("  ") and line[2] != " " for line in config.help_lines("tiny")) == 10
     with pytest.raises(
         ConfigError, match=r"--config=nothing: there is no configs/nothing.py; use one of .*flux, .*tiny"
