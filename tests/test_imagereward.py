@@ -177,8 +177,8 @@ def test_the_published_pickle(mine):
     _, before = imagereward.make(mine)
     torch.save({key: torch.tensor(x) for key, x in load_file(file).items()}, mine / "ImageReward.pt")
     file.unlink()
-    _, params = imagereward.make(mine)
-    jax.tree.map(np.testing.assert_array_equal, params, before)
+    for path in (mine, mine / "ImageReward.pt"):
+        jax.tree.map(np.testing.assert_array_equal, imagereward.make(path)[1], before)
 
 
 def test_there_and_back(folder, tmp_path):
@@ -224,6 +224,24 @@ def test_vocabulary_as_tokenizer_json(mine):
     jax.tree.map(np.testing.assert_array_equal, again.tokenize(small.NASTY), found)
 
 
+def test_from_the_hub(folder, tmp_path, monkeypatch):
+    """The repository of the weights has no vocabulary: it is BERT's. Files of the hub's cache are links to blobs."""
+    blobs, snapshots = tmp_path / "blobs", {"zai-org/ImageReward": tmp_path / "a", imagereward.BERT: tmp_path / "b"}
+    for path in (blobs, *snapshots.values()):
+        path.mkdir()
+    state = {key: torch.tensor(x) for key, x in load_file(folder / "ImageReward.safetensors").items()}
+    torch.save(state, blobs / "0")
+    shutil.copy(folder / "med_config.json", blobs / "1")
+    shutil.copy(folder / "vocab.txt", blobs / "2")
+    for link, blob in (("a/ImageReward.pt", "0"), ("a/med_config.json", "1"), ("b/vocab.txt", "2")):
+        (tmp_path / link).symlink_to(blobs / blob)
+    monkeypatch.setattr("solrl_jax.hub._fetch", lambda name, *_: snapshots[name])
+    reward, params = imagereward.make("zai-org/ImageReward")
+    ours, before = imagereward.make(folder)
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    jax.tree.map(np.testing.assert_array_equal, reward.tokenize(PROMPTS), ours.tokenize(PROMPTS))
+
+
 def test_what_is_missing_or_wrong(folder, tmp_path):
     words = (folder / "vocab.txt").read_text(encoding="utf-8")
     count = len(words.splitlines())
@@ -242,17 +260,16 @@ def test_what_is_missing_or_wrong(folder, tmp_path):
     assert f"{count + 3} words with [DEC] and [ENC], not {count + 2}" in said("vocab.txt", words + "Cased\n")
     message = "vocab.txt has no [SEP]: ImageReward takes the vocabulary of google-bert/bert-base-uncased"
     assert message in said("vocab.txt", words.replace("[SEP]", "</s>"))
-    assert "holds no vocab.txt or tokenizer.json: put google-bert/bert-base-uncased's into it" in said(
-        "vocab.txt", None
-    )
-    message = "holds none of ImageReward.safetensors, model.safetensors, ImageReward.pt: download"
+    message = "holds no vocab.txt or tokenizer.json: put that of google-bert/bert-base-uncased there (google-bert/"
+    assert message in said("vocab.txt", None)
+    message = "holds none of ImageReward.safetensors, model.safetensors, ImageReward.pt: get"
     assert message in said("ImageReward.safetensors", None)
     assert "is not a whole safetensors file" in said("ImageReward.safetensors", "version https://git-lfs")
     assert "hidden_act 'swish_2' is not known here" in said("med_config.json", '{"hidden_act": "swish_2"}')
     assert "med_config.json is not JSON" in said("med_config.json", "{")
     assert f"not {30524}" in said("med_config.json", None)  # the public sizes
     for path, message in (
-        (None, "imagereward needs the folder of ImageReward.pt"),
+        (None, "imagereward needs ImageReward.pt, its folder"),
         ("zai-org/ImageReward", "zai-org/ImageReward is no folder here and not whole in the hub's cache"),
     ):
         with pytest.raises(WeightsError, match=message):
@@ -264,7 +281,7 @@ def test_what_is_missing_or_wrong(folder, tmp_path):
 
 def test_public_size(folder):
     """Parameters and names of ImageReward.pt (rewards.md section 5), from shapes alone, whatever its folder lacks."""
-    reward, params, tokens = imagereward.shapes("zai-org/ImageReward")
+    reward, params, tokens = imagereward.shapes("zai-org/ImageReward", "bfloat16")
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 446_206_689
     names = {key for leaf in weights.needed(params, blip.KEYS) for key in leaf.keys}
     assert len(names) == 624 - 4  # less the projections that score nothing

@@ -17,38 +17,46 @@ from solrl_jax import hub, weights
 from solrl_jax.models.layers import F32
 from solrl_jax.rewards import blip, preprocess
 from solrl_jax.rewards.blip import Blip, BlipConfig
-from solrl_jax.structs import Images, Params, PerSample, Reward
+from solrl_jax.structs import Images, Params, PerSample, Reward, WeightsError
 
 LENGTH = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 FILES = ("ImageReward.safetensors", "model.safetensors", "ImageReward.pt")
-VOCABULARY = ("vocab.txt", "tokenizer.json")
+VOCABULARIES = ("vocab.txt", "tokenizer.json")
 BERT = "google-bert/bert-base-uncased"
 
 
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
-    """The reward of a folder with one of FILES, a VOCABULARY and maybe med_config.json, or zai-org/ImageReward; f32.
+    """The reward of a .pt or .safetensors file, of a folder with one of FILES, or of zai-org/ImageReward; f32 weights.
 
-    `dtype` is what the transformers compute in. The same folder, config and dtype give the same Reward, as a static
-    argument of jit must be.
+    Beside the file may be one of VOCABULARIES, else BERT's is fetched, and med_config.json, else the sizes are the
+    public ones. `dtype` is what the transformers compute in. The same folder, config and dtype give the same Reward, as
+    a static argument of jit must be.
     """
     if path is None:
-        raise weights.WeightsError("imagereward needs the folder of ImageReward.pt, or zai-org/ImageReward")
-    folder = hub.model(str(path), ("med_config.json", "*.txt"), ("ImageReward.pt",))
-    cfg = BlipConfig.read(folder)
-    words = _vocabulary_file(folder, fetched=hub.is_name(str(path)))
+        raise WeightsError("imagereward needs ImageReward.pt, its folder, or zai-org/ImageReward")
+    file = find(path)
+    cfg, words = BlipConfig.read(file.parent), _vocabulary_file(file.parent)
     _check_tokenizer(words, cfg)
-    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise weights.WeightsError(f"{folder} holds none of {', '.join(FILES)}: download ImageReward.pt into it")
     return _reward(words, cfg, jnp.dtype(dtype)), blip.load(file, Blip(cfg))
 
 
-def shapes(path: str | Path | None) -> tuple[Reward, Params, Any]:
-    """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: from med_config.json alone."""
-    cfg = BlipConfig() if path is None else BlipConfig.read(path)
-    ids, mask = (jax.ShapeDtypeStruct((1, LENGTH), dtype) for dtype in (jnp.int32, jnp.bool_))
-    return _reward(str(path), cfg, jnp.dtype(F32)), blip.shapes(Blip(cfg)), {"ids": ids, "mask": mask}
+def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
+    """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: no weights are read."""
+    cfg = BlipConfig() if path is None else BlipConfig.read(Path(path).parent if Path(path).is_file() else path)
+    ids, mask = (jax.ShapeDtypeStruct((1, LENGTH), kind) for kind in (jnp.int32, jnp.bool_))
+    return _reward(str(path), cfg, jnp.dtype(dtype)), blip.shapes(Blip(cfg)), {"ids": ids, "mask": mask}
+
+
+def find(path: str | Path) -> Path:
+    """The weights' file, which `path` is, holds, or names on the hub."""
+    if Path(path).is_file():
+        return Path(path)
+    folder = hub.model(str(path), ("med_config.json", "*.txt"), ("ImageReward.pt",))
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise WeightsError(f"{folder} holds none of {', '.join(FILES)}: get ImageReward.pt from zai-org/ImageReward")
+    return file
 
 
 @functools.lru_cache
@@ -59,14 +67,15 @@ def _reward(words: str, cfg: BlipConfig, dtype: jnp.dtype) -> Reward:
 # ---- text
 
 
-def _vocabulary_file(folder: Path, fetched: bool) -> str:
-    """The folder's own, or where it is the hub's, which has none, BERT's on the hub."""
-    file = next((folder / name for name in VOCABULARY if (folder / name).is_file()), None)
-    if file is None and fetched:
-        file = hub.model(BERT, ("vocab.txt",), ()) / "vocab.txt"
-    if file is None:
-        raise weights.WeightsError(f"{folder} holds no {' or '.join(VOCABULARY)}: put {BERT}'s into it")
-    return str(file.resolve())
+def _vocabulary_file(folder: Path) -> str:
+    """The folder's, or where it has none, as ImageReward's own on the hub, BERT's."""
+    for name in VOCABULARIES:
+        if (folder / name).is_file():
+            return str(folder.resolve() / name)
+    try:
+        return str(hub.model(BERT, ("vocab.txt",), ()).resolve() / "vocab.txt")
+    except WeightsError as e:
+        raise WeightsError(f"{folder} holds no {' or '.join(VOCABULARIES)}: put that of {BERT} there ({e})") from e
 
 
 def _read_vocabulary(file: str) -> dict[str, int]:
@@ -92,7 +101,7 @@ def _check_tokenizer(file: str, cfg: BlipConfig) -> None:
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in vocabulary]
     if missing or len(tokenizer) != cfg.text.vocab_size:
         count = f"{len(tokenizer)} words with [DEC] and [ENC], not {cfg.text.vocab_size}"
-        raise weights.WeightsError(
+        raise WeightsError(
             f"{file} has {f'no {missing[0]}' if missing else count}: ImageReward takes the vocabulary of {BERT}"
         )
 
