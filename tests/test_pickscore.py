@@ -1,5 +1,7 @@
 """PickScore against transformers' CLIPModel on small random weights with ViT-H/14's shape of head, through files."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,3 +111,29 @@ def test_without_a_tokenizer_the_hubs_is_taken(tmp_path, clip, monkeypatch):
     assert pickscore.make(tmp_path)[0] == reward
     with pytest.raises(weights.WeightsError, match="pickscore needs the folder of a CLIP model, or yuvalkirstain/Pick"):
         pickscore.make(None)
+
+
+@pytest.mark.slow
+def test_full_size(tmp_path, one_thread):
+    """Both towers of ViT-H/14 in float32 (rewards.md section 7: cosines to 1e-6), through float16 files as HPSv2's."""
+    cfg = clip_tower.VIT_H_14
+    sides = {
+        side: {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name != "projection_dim"}
+        for side, part in (("text_config", cfg.text), ("vision_config", cfg.vision))
+    }
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig(**sides, projection_dim=cfg.projection_dim))
+    randomise(model.half().to_empty(device="cpu")).save_pretrained(tmp_path)
+    del model  # 2 GB, and two of 4 GB after it: never both
+    model = CLIPModel.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    images = np.random.default_rng(0).normal(size=(2, 224, 224, 3)).astype(np.float32)
+    ids = np.pad(np.random.default_rng(0).integers(0, 49406, (2, 20)), ((0, 0), (0, 57)), constant_values=49407)
+    with torch.no_grad():
+        out = model(pixel_values=torch.tensor(images).permute(0, 3, 1, 2), input_ids=torch.tensor(ids))
+    theirs = (out.image_embeds * out.text_embeds).sum(-1).numpy()
+    del model
+    tower = clip_tower.ClipTower(clip_tower.ClipConfig.read(tmp_path))
+    spec, files = clip_tower.shapes(tower), weights.Files(tmp_path)
+    params = weights.load(files, spec, clip_tower.HF_KEYS, dtype=jnp.float32, place=jax.device_put)
+    ours = jax.jit(clip_tower.cosines, static_argnums=0)(tower, params, images, ids)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)

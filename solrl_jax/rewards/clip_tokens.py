@@ -134,7 +134,7 @@ def read_vocabulary(folder: str) -> Vocabulary:
     else:
         tokenizer = hf_tokenizer(folder)
         model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-        vocab, merges = model["vocab"], [tuple(m.split() if isinstance(m, str) else m) for m in model["merges"]]
+        vocab, merges = model["vocab"], [(a, b) for a, b in model["merges"]]
         start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     return Vocabulary(BPE(vocab, merges, end_of_word_suffix="</w>"), start, end, max(vocab.values()) + 1)
 

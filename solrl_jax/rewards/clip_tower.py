@@ -73,10 +73,9 @@ class ClipConfig:
     def read_open_clip(cls, folder: str | Path) -> "ClipConfig":
         """Of open_clip_config.json; WeightsError for a CLIP that is built otherwise."""
         file = Path(folder) / "open_clip_config.json"
-        values = weights.read_json(file).get("model_cfg")
         try:
-            return cls._of_open_clip(**values)
-        except (TypeError, ValueError, AttributeError) as e:  # a field that is not known here, or is not there
+            return cls._of_open_clip(**weights.read_json(file)["model_cfg"])
+        except (TypeError, ValueError, KeyError) as e:  # a field that is not known here, or is not there
             raise weights.WeightsError(f"{file} describes a model that is not read here: {e}") from e
 
     @classmethod
