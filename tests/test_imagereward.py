@@ -210,6 +210,9 @@ def test_strict_keys(mine):
         f"unused {layer}crossattention.self.kye.bias",
         "mlp.layers.7.weight has shape (8, 1), not (16, 1)",
     ]
+    save_file({"visual_projection.weight": np.ones((2, 2), np.float32)}, file)
+    with pytest.raises(WeightsError, match=r"safetensors holds another model, without BLIP: give ImageReward\.pt"):
+        imagereward.make(mine)
 
 
 def test_vocabulary_as_tokenizer_json(mine):

@@ -17,7 +17,7 @@ from solrl_jax import weights
 from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention
 from solrl_jax.models.text import ClipLayer, check_layer_config, run_layers
 from solrl_jax.rewards.clip_tower import ClipVisionConfig
-from solrl_jax.structs import Params, PerSample
+from solrl_jax.structs import Params, PerSample, WeightsError
 from solrl_jax.weights import Rule
 
 HEAD = (1024, 128, 64, 16, 1)
@@ -224,4 +224,7 @@ def shapes(module: Blip) -> Params:
 
 def load(file: str | Path, module: Blip) -> Params:
     """f32 parameters (numpy) of ImageReward.pt, or of the same tensors as safetensors."""
-    return weights.load(weights.Files(file), shapes(module), KEYS, dtype=F32, droppable=DROPPABLE)
+    files = weights.Files(file)
+    if not any(key.startswith("blip.") for key in files.keys()):  # noqa: SIM118
+        raise WeightsError(f"{file} holds another model, without BLIP: give ImageReward.pt")
+    return weights.load(files, shapes(module), KEYS, dtype=F32, droppable=DROPPABLE)

@@ -22,7 +22,7 @@ PROMPTS = (
     "Déjà-vu: two [ENC] triangles, [PAD] and 日本",
     "an area " + "and more words than fit here " * 9,
 )
-SHAPES = {"square": (48, 48), "as it is": (32, 32), "wide": (40, 67), "tall": (65, 40), "small": (20, 20)}
+SHAPES = {"square": (48, 48), "as it is": (32, 32), "wide": (40, 69), "tall": (65, 40), "small": (20, 20)}
 VISION = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
 VISION |= {"image_size": 32, "patch_size": 8}
 TEXT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
