@@ -109,12 +109,12 @@ def pil_digits(before: int, after: int) -> tuple[Float32[np.ndarray, "d {after} 
     A digit is below 2**bits, so that the sum of a row's products with levels stays below 2**24, where f32 is exact. The
     highest digit has the sign.
     """
-    weights = pil_weights(before, after)
-    taps = int(np.max(np.sum(weights != 0, axis=1)))
+    whole = pil_weights(before, after)
+    taps = int(np.max(np.sum(whole != 0, axis=1)))
     bits = int(np.log2(2**24 / (255 * taps)))
     shifts = range(0, SHIFT, bits)
-    low = [(weights >> shift) & ((1 << bits) - 1) for shift in shifts[:-1]]
-    return np.stack([*low, weights >> shifts[-1]]).astype(np.float32), bits
+    low = [(whole >> shift) & ((1 << bits) - 1) for shift in shifts[:-1]]
+    return np.stack([*low, whole >> shifts[-1]]).astype(np.float32), bits
 
 
 def pil_weights(before: int, after: int) -> Int64[np.ndarray, "{after} {before}"]:
