@@ -43,7 +43,7 @@ def base(reward: str) -> Config:
         prompts=48,
         candidates=96,
         kept=24,
-        explore=Stage(steps=6, solver="dpm2", precision="nvfp4_emulated", chunk=24),
+        explore=Stage(steps=6, solver="dpm2", precision="auto", chunk=24),
         regenerate=Stage(steps=10, solver="dpm2", precision="bf16", chunk=24),
         lora=Lora(rank=32, alpha=64.0),
         learn=Learn(

@@ -3,6 +3,7 @@
 Cheap checks come first, so that a typo is answered before gigabytes are read, and nothing is written.
 """
 
+import dataclasses
 import functools
 import importlib
 import types
@@ -15,9 +16,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import checkpoint, convert, data, iteration, lora, rewards, sharding
+from solrl_jax import checkpoint, convert, data, iteration, lora, quant, rewards, sharding
 from solrl_jax.conditioning import Conditioner
-from solrl_jax.config import Config, ConfigError
+from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.quant import coverage
 from solrl_jax.rewards import Score
 from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
@@ -44,12 +45,35 @@ class Parts(NamedTuple):
 Purpose = Literal["train", "eval", "sample"]
 
 
+def resolved(cfg: Config, capability: float | None) -> Config:
+    """The config with what "auto" is on a device of that compute capability (None: no CUDA device).
+
+    Raises ConfigError where the device cannot do what is asked.
+    """
+
+    def stage(name: str, s: Stage) -> Stage:
+        try:
+            return dataclasses.replace(s, precision=quant.resolve(s.precision, capability))
+        except quant.Unsupported as e:
+            raise ConfigError(f"{name}.{e}") from None
+
+    return dataclasses.replace(cfg, **{name: stage(name, s) for name, s, _ in cfg.stages()})
+
+
+def capability() -> float | None:
+    """Compute capability of the first device, None where it is no CUDA device."""
+    device = jax.devices()[0]
+    return float(device.compute_capability) if device.platform == "gpu" else None
+
+
 def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train") -> Parts:
     """Read what `cfg` names and place it, replicated, on the first `devices` devices (all by default).
 
     For "sample" neither prompts nor rewards are read. Raises ConfigError, DataError or WeightsError.
     """
     use_compilation_cache()
+    if purpose == "train":
+        cfg = resolved(cfg, capability())
     if purpose != "sample":
         _check_rewards(cfg)
     mesh = make_mesh(devices, cfg.prompts if purpose == "train" else 0)
@@ -60,7 +84,7 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
     prompts = _prompts(cfg, purpose) if purpose != "sample" else data.PromptSet((), (), 0, 0)
     model = model_module(cfg).make(cfg.model)
     if purpose == "train" and cfg.low_precision:
-        coverage.check(model, cfg.model.min_quantised_flops)
+        coverage.check(model, cfg.low_precision, cfg.model.min_quantised_flops)
     score, judged, towers = _rewards(cfg) if purpose != "sample" else (Score((), ()), Score((), ()), {})
     rewards.tokenize(judged, (*prompts.train, *prompts.test))  # a caption that a reward cannot read stops us now
     place = functools.partial(sharding.replicate, mesh=mesh)
@@ -153,7 +177,8 @@ def use_compilation_cache() -> None:
 def notes(parts: Parts) -> list[str]:
     """What a user should know before a run: what is quantised; how many prompts, what was dropped, what is cut."""
     p = parts.prompts
-    low = coverage.report(coverage.uses(parts.model)) if parts.cfg.low_precision else []
+    precision = parts.cfg.low_precision
+    low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
     out = [f"{len(p.train)} training prompts, {len(p.test)} test prompts"]
     if p.blank or p.repeated:
         out[0] += f" ({p.repeated} repeated and {p.blank} blank lines dropped)"

@@ -18,7 +18,8 @@ from typing import Any, Literal
 FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft")
 ALIASES = {"compile": "naive_scaling"}
 """Families of the original that are another one here, where everything is compiled."""
-Precision = Literal["bf16", "nvfp4_emulated"]
+Precision = Literal["auto", "bf16", "fp8", "nvfp4_native", "nvfp4_emulated"]
+"""Of a rollout (solrl_jax.quant); auto is the device's best low one."""
 
 
 class ConfigError(ValueError):
@@ -42,12 +43,15 @@ class Model:
     size: int = 512
     text_tokens: int = 128
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: bool = True
+    remat: bool = True  # recompute blocks in the backward pass, but for what `remat_keeps` names
+    remat_keeps: tuple[str, ...] = ()  # of "attention", "qkv", "mlp": faster, and so much more memory
     min_dim: int = 1000  # quantise only Linears with max(in, out) above this
     min_quantised_flops: float = 0.0  # a run whose rule covers a smaller share of the blocks' FLOPs stops
 
     def __post_init__(self):
         _require(self.size > 0, f"model.size={self.size}: give pixels, 1 or more")
+        strange = sorted(set(self.remat_keeps) - {"attention", "qkv", "mlp"})
+        _require(not strange, f"model.remat_keeps={','.join(self.remat_keeps)}: use some of attention, qkv, mlp")
         _require(self.text_tokens > 0, f"model.text_tokens={self.text_tokens}: give 1 or more")
         _require(0 <= self.min_quantised_flops <= 1, "model.min_quantised_flops is a share, 0 to 1")
 
@@ -154,7 +158,7 @@ class Config:
     candidates: int = 96
     kept: int = 24
     selection: Literal["best_worst", "top", "random", "all"] = "best_worst"
-    explore: Stage | None = dataclasses.field(default_factory=lambda: Stage(steps=6, precision="nvfp4_emulated"))
+    explore: Stage | None = dataclasses.field(default_factory=lambda: Stage(steps=6, precision="auto"))
     regenerate: Stage = dataclasses.field(default_factory=Stage)
     lora: Lora = dataclasses.field(default_factory=Lora)
     learn: Learn = dataclasses.field(default_factory=Learn)
@@ -182,6 +186,10 @@ class Config:
                 f"{name}.chunk={stage.chunk} neither divides a prompt's {count} images nor takes whole prompts of {p}: "
                 f"use one of {_divisors(count) + [count * d for d in _divisors(p)[1:]]}",
             )
+        _require(
+            len(self._low()) < 2,
+            f"the rollouts run in {' and in '.join(self._low())}: kernels are quantised once, name one low precision",
+        )
         u, t, m = self.learn.updates, self.times, self.learn.micro_batch
         _require(k % u == 0, f"learn.updates={u} does not divide kept={k}: use one of {_divisors(k)}")
         fraction, steps = self.learn.timestep_fraction, self.regenerate.steps
@@ -207,9 +215,12 @@ class Config:
         return int(self.learn.timestep_fraction * self.regenerate.steps + 1e-9)
 
     @property
-    def low_precision(self) -> bool:
-        """Whether any rollout runs on quantised kernels."""
-        return any(stage.precision != "bf16" for _, stage, _ in self.stages())
+    def low_precision(self) -> str | None:
+        """The precision of the quantised kernels that rollouts run on, if any does."""
+        return next(iter(self._low()), None)
+
+    def _low(self) -> list[str]:
+        return sorted({stage.precision for _, stage, _ in self.stages()} - {"bf16"})
 
     def stages(self) -> list[tuple[str, Stage, int]]:
         """(name, stage, images a prompt) of the rollouts, in order."""
@@ -227,7 +238,7 @@ def family(config: Config, name: str) -> Config:
     diffusionnft (K of K, nothing selected). One-stage families have explore = None (algorithms.md section 6)."""
     if name == "sol_rl":
         return config
-    low = config.explore.precision if config.explore else "nvfp4_emulated"
+    low = config.explore.precision if config.explore else "auto"
     full = dataclasses.replace(
         config.regenerate, chunk=config.explore.chunk if config.explore else config.regenerate.chunk
     )

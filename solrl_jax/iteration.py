@@ -89,9 +89,9 @@ def merged(state: TrainState, frozen: Frozen, cfg: Config) -> dict[str, Array]:
     return lora.merged_kernels(frozen.base, state.old, cfg.lora)
 
 
-def quantised(kernels: dict[str, Array], frozen: Frozen, model: Model) -> Params:
+def quantised(kernels: dict[str, Array], frozen: Frozen, model: Model, precision: str) -> Params:
     """The explorer's quantised kernels, made once per policy update from the merged policy."""
-    return quant.quantise_tree(lora.graft(frozen.base, kernels), model.quant_rule)
+    return quant.quantise_tree(lora.graft(frozen.base, kernels), quant.rule_of(model.quant_rules, precision), precision)
 
 
 def policy_variables(kernels: dict[str, Array], low: Params | None, frozen: Frozen) -> Variables:
@@ -406,7 +406,8 @@ class Stages(NamedTuple):
 
     def quantised(self, kernels: dict[str, Array], frozen: Frozen) -> Params | None:
         """None where no stage explores in low precision."""
-        return quantised(kernels, frozen, self.model) if self.cfg.low_precision else None
+        low = self.cfg.low_precision
+        return quantised(kernels, frozen, self.model, low) if low else None
 
     def explore(self, kernels, low, frozen: Frozen, prompts: Prompts, keys) -> Rollout:
         assert self.cfg.explore is not None

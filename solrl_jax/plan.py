@@ -25,26 +25,33 @@ from solrl_jax.cost import nbytes
 from solrl_jax.models import flux_dev
 from solrl_jax.quant import coverage
 from solrl_jax.sizes import Sizes, batch, blank, keys, parameters, read, samples
+from solrl_jax.structs import Model
 
 
 class Card(NamedTuple):
-    """Memory in GiB and peak in TFLOP/s, dense bf16."""
+    """Memory in GiB, peak in TFLOP/s (dense bf16), compute capability."""
 
     memory: float | int
     peak: float | int
+    capability: float
 
 
 CARDS = {
-    "H100 80GB": Card(80, 989),
-    "H200 141GB": Card(141, 989),
-    "A100 80GB": Card(80, 312),
-    "RTX 4090 24GB": Card(24, 165),
-    "B200 180GB": Card(180, 2250),
+    "H100 80GB": Card(80, 989, 9.0),
+    "H200 141GB": Card(141, 989, 9.0),
+    "A100 80GB": Card(80, 312, 8.0),
+    "RTX 4090 24GB": Card(24, 165, 8.9),
+    "B200 180GB": Card(180, 2250, 10.0),
 }
 USABLE = 0.92  # share of a card that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)
 FRACTION = 0.6  # share of its peak that a card reaches
 EMULATED = 0.8  # and of that what is left where NVFP4 is emulated in bf16
-RATES = {"float32": 0.5, "float32 highest": 1 / 16, "float8_e4m3fn": 2.0}  # peaks over bf16's; f32 runs as TF32
+RATES = {
+    "float32": 0.5,
+    "float32 highest": 1 / 16,
+    "float8_e4m3fn": 2.0,
+    "float4_e2m1fn": 4.0,
+}  # peaks over bf16's; f32 runs as TF32
 
 
 class Use(NamedTuple):
@@ -82,7 +89,8 @@ def room(card: str) -> float:
 
 def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
     """The plan of a config whose model folder holds config files at least. Raises ConfigError or WeightsError."""
-    most, sizes = room(card), read(cfg, devices)
+    most, cfg = room(card), assemble.resolved(cfg, CARDS[card].capability)
+    sizes = read(cfg, devices)
     stages = ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn")
     uses = tuple(use_of(stage, cfg, sizes, devices, CARDS[card]) for stage in stages)
     advice = (advise(use, cfg, sizes, devices, card) for use in uses if use.total > most)
@@ -164,6 +172,8 @@ def remedies(stage: str, cfg: Config) -> Iterator[tuple[str, str]]:
         yield "encode_ahead", "20"
     if stage == "learn" and not cfg.model.remat:
         yield "model.remat", "true"
+    if stage == "learn" and cfg.model.remat_keeps:
+        yield "model.remat_keeps", ""
     chunks = {name: rollout.chunk for name, rollout, _ in cfg.stages()} | {"learn": cfg.learn.micro_batch}
     for size in range(chunks.get(stage, 1) - 1, 0, -1):
         if chunks[stage] % size == 0:
@@ -197,7 +207,7 @@ def report(p: Plan) -> list[str]:
         f"{_gb(card.memory * 2**30)}, {card.peak:g} TFLOP/s in bf16",
         *(f"  {name}: {parameters(x):,} parameters, {_gb(nbytes(x))} GB" for name, x in held.items()),
         f"  TFLOP an image: {', '.join(per_image)}",
-        *([f"  {line}" for line in coverage.report(coverage.uses(model))[:1]] if p.cfg.low_precision else []),
+        *(f"  {line}" for line in _covered(model, p.cfg.low_precision)),
         "",
         f"{HEADER}{'':12}{'TFLOP':>11}{'seconds':>10}",
         *(_row(use, room(p.card)) for use in p.uses),
@@ -209,6 +219,10 @@ def report(p: Plan) -> list[str]:
         *p.sizes.notes,
         *(p.advice or (f"fits {p.card}",)),
     ]
+
+
+def _covered(model: Model, precision: str | None) -> list[str]:
+    return coverage.report(coverage.uses(model, precision), precision)[:1] if precision else []
 
 
 def _row(use: Use, most: float | int) -> str:

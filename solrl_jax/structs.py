@@ -5,9 +5,11 @@ S image tokens, L text tokens, D width, H heads, R LoRA rank; latents and images
 sigma is in [0, 1] and 1 is pure noise: x_t = (1 - t) x0 + t eps, v = eps - x0.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float, Int, Key
 
 PyTree = Any
@@ -25,6 +27,14 @@ class WeightsError(ValueError):
     """A checkpoint that cannot be used; the message names the file, the keys and what to do."""
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A value that is part of a tree's structure: known while a program is traced, and another one a new program."""
+
+    value: Any
+
+
 class Model(NamedTuple):
     """A text-to-image flow model as pure functions; made by `models.<name>.make`. Hashable, a static argument.
 
@@ -32,6 +42,7 @@ class Model(NamedTuple):
     encode(text_params, tokens) -> conditioning, leaves [G, ...];
     noise(key) -> one sample's x_1, f32 [h, w, c]; sigmas(steps) -> f64 [steps + 1], falling from 1 to 0;
     velocity(variables, x, sigma, cond) -> f32 like x, for x f32 [B, h, w, c], sigma f32 [B] and cond leaves [B, ...];
+    largest(variables, x, sigma, cond) -> {Linear's path: the largest |input| that it sees in this call, f32 []};
     decode(vae_params, latents) -> images f32 [B, H, W, 3] in [0, 1]; init(key) -> a fresh base.
     """
 
@@ -41,19 +52,31 @@ class Model(NamedTuple):
     noise: Callable[[Keys], Array]
     sigmas: Callable[[int], Any]
     velocity: Callable[[Variables, Array, Array, PyTree], Array]
+    largest: Callable[[Variables, Array, Array, PyTree], dict[str, Array]]
     decode: Callable[[Params, Array], Array]
     init: Callable[[Keys], Params]
     lora_targets: tuple[str, ...]
-    quant_rule: "QuantRule"
+    quant_rules: "QuantRules"
     keys: tuple  # weights.Rule table: our parameter paths <-> the public checkpoint's keys
     comfy: tuple = ()  # lora.Fused table: the modules of ComfyUI's LoRA files; none: no such files
 
 
 class QuantRule(NamedTuple):
-    """Which Linears the explorer quantises: dotted name holds no `skip` substring and max(in, out) > `min_dim`."""
+    """Which Linears the explorer quantises: no `skip` pattern is in the dotted name, and max(in, out) > `min_dim`.
+
+    `units` are FP8's (quant.fp8), (Linear's path, unit of its input); 1 for those not named.
+    """
 
     skip: tuple[str, ...]
     min_dim: int
+    units: tuple[tuple[str, float], ...] = ()
+
+
+class QuantRules(NamedTuple):
+    """A rule for both forms of NVFP4, which is the original's, and one for FP8."""
+
+    nvfp4: QuantRule
+    fp8: QuantRule
 
 
 class Reward(NamedTuple):

@@ -19,15 +19,18 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, model_card, report
+from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, model_card, report, sharding
 from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.log import Log, open_log
+from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.structs import Model, Params, Prompts, TrainState
 
 Metrics = dict[str, float]
 SKIPS = 3
 """Non-finite updates in a row after which a run stops."""
+CALIBRATION = 8
+"""Prompts, a picture each, on which the units of FP8's inputs are measured."""
 
 
 class TrainError(RuntimeError):
@@ -40,10 +43,11 @@ class Stopped(Exception):
 
 def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None = None) -> int:
     """Train `cfg` in the directory `run`, from its newest whole checkpoint if `resume`. Returns the exit code."""
+    cfg = assemble.resolved(cfg, assemble.capability())
     state, said = start(cfg, run, resume, devices)
     parts = assemble.assemble(cfg, devices)
     with jax.set_mesh(parts.mesh), signals() as stop:
-        state = state or assemble.fresh(parts)
+        parts, state = ready(parts), state or assemble.fresh(parts)
         run.mkdir(parents=True, exist_ok=True)
         checkpoint.replace(run / "config.json", to_json(cfg))
         held_out = parts.judged.names[len(parts.score.names) :]
@@ -94,6 +98,29 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
     return state
 
 
+def ready(parts: Parts) -> Parts:
+    """`parts` with the units of FP8's inputs, where exploration runs in FP8: measured on the first iteration's prompts,
+    with the base, so that a resumed run finds the same."""
+    low = next((stage for _, stage, _ in parts.cfg.stages() if stage.precision == "fp8"), None)
+    if low is None:
+        return parts
+    cond = sharding.replicate(jax.device_get(parts.text(*drawn(parts, 0))), parts.mesh)
+    cond = jax.tree.map(lambda c: c[:CALIBRATION], cond)
+    variables, key = {"params": parts.frozen.base}, jax.random.key(parts.cfg.seed)
+    try:
+        return parts._replace(model=calibrated(parts.model, variables, cond, key, low.steps))
+    except FloatingPointError as e:
+        raise TrainError(f"FP8 cannot be calibrated: {e}; see whether the weights are whole") from None
+
+
+def drawn(parts: Parts, done: int) -> tuple[list[str], list[str]]:
+    """The prompts of the iteration after `done`, and those that come next and are encoded with them."""
+    cfg = parts.cfg
+    upcoming = range(done, min(done + max(1, cfg.encode_ahead), cfg.iterations))
+    found = [p for i in upcoming for p in data.batch(parts.prompts.train, cfg.seed, i, cfg.prompts)]
+    return found[: cfg.prompts], found[cfg.prompts :]
+
+
 def iterations(
     parts: Parts, state: TrainState, out: Log, stop: threading.Event
 ) -> Iterator[tuple[TrainState, Metrics]]:
@@ -102,9 +129,7 @@ def iterations(
     while (done := int(state.iteration)) < cfg.iterations and not stop.is_set():
         times: dict[str, float] = {}
         with iteration.clock(times, "encode"):
-            upcoming = range(done, min(done + max(1, cfg.encode_ahead), cfg.iterations))
-            drawn = [p for i in upcoming for p in data.batch(parts.prompts.train, cfg.seed, i, cfg.prompts)]
-            batch, ahead = drawn[: cfg.prompts], drawn[cfg.prompts :]
+            batch, ahead = drawn(parts, done)
             prompts = jax.block_until_ready(assemble.encode(parts, batch, parts.score, ahead))
         try:
             new, metrics = step(state, prompts, times)

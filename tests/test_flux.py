@@ -186,15 +186,16 @@ def test_packing():
 @pytest.mark.parametrize(("height", "width", "tokens"), [(32, 32, 128), (2, 5, 3)])
 def test_rope_table(height, width, tokens):
     cos, sin = flux.rope_table(FluxConfig(), height, width, tokens)
-    assert cos.shape == sin.shape == (tokens + height * width, 64) and cos.dtype == np.float32
+    assert cos.shape == sin.shape == (tokens + height * width, 128) and cos.dtype == np.float32
     ids = torch.cat([torch.zeros(tokens, 3), image_ids(height, width)])
     public_cos, public_sin = FluxPosEmbed(10000, (16, 56, 56))(ids)
-    np.testing.assert_allclose(np.repeat(cos, 2, axis=1), public_cos, atol=1e-7)
-    np.testing.assert_allclose(np.repeat(sin, 2, axis=1), public_sin, atol=1e-7)
+    np.testing.assert_allclose(cos, public_cos, atol=1e-7)
+    np.testing.assert_allclose(sin[:, 1::2], public_sin[:, 1::2], atol=1e-7)
+    np.testing.assert_array_equal(sin[:, 0::2], -sin[:, 1::2])  # the sign of a pair's rotation
     assert (cos[:tokens] == 1).all() and (sin[:tokens] == 0).all()  # text is not rotated
     row, column = 1, width - 1
     at = tokens + row * width + column
-    np.testing.assert_allclose(sin[at, [0, 8, 36]], [0, np.sin(row), np.sin(column)], atol=1e-7)
+    np.testing.assert_allclose(sin[at, [1, 17, 73]], [0, np.sin(row), np.sin(column)], atol=1e-7)
 
 
 LITERAL = {  # models.md section 9.1

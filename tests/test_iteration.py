@@ -277,7 +277,7 @@ def test_coverage_of_flux_dev(tmp_path):
     for name, values in configs.items():
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         pretrain.write_json(tmp_path / name / file, values)
-    found = coverage.uses(flux.make(config.Model(path=str(tmp_path), size=512, text_tokens=128)))
+    found = coverage.uses(flux.make(config.Model(path=str(tmp_path), size=512, text_tokens=128)), "nvfp4_emulated")
     assert (sum(u.layers for u in found if u.quantised), sum(u.layers for u in found)) == (495, 504)
     assert sum(u.weights for u in found if u.quantised) == 11_834_425_344
     assert coverage.share(found, "flops") == pytest.approx(0.9997, abs=5e-5)
@@ -285,10 +285,11 @@ def test_coverage_of_flux_dev(tmp_path):
 
 
 def test_coverage_of_nano(folder):
-    nano_uses = coverage.check(parts_of(nano.build(folder)).model, 0.9)
+    nano_uses = coverage.check(parts_of(nano.build(folder)).model, "nvfp4_emulated", 0.9)
     assert coverage.share(nano_uses, "flops", blocks=True) == 1.0
     with pytest.raises(config.ConfigError, match=r"covers 0.0% of the blocks' FLOPs.*lower model.min_dim=1000"):
-        coverage.check(parts_of(nano.build(folder)).model._replace(quant_rule=quant.QuantRule((), 1000)), 0.9)
+        rules = quant.QuantRules(quant.QuantRule((), 1000), quant.QuantRule((), 0))
+        coverage.check(parts_of(nano.build(folder)).model._replace(quant_rules=rules), "nvfp4_emulated", 0.9)
 
 
 def test_a_bad_gradient_changes_nothing_and_is_counted(folder):

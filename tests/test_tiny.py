@@ -53,7 +53,7 @@ def test_every_device_count_that_divides_works(devices):
 
 
 def test_the_rule_covers_the_blocks():
-    found = coverage.check(flux.make(config.load("tiny").model), 0.9)
+    found = coverage.check(flux.make(config.load("tiny").model), "nvfp4_emulated", 0.9)
     assert coverage.share(found, "flops", blocks=True) == 1.0 and coverage.share(found, "weights") > 0.9
 
 

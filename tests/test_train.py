@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from solrl_jax import assemble, checkpoint, config, data, evaluate, log, main, rewards, train
-from solrl_jax.structs import Model, QuantRule, Reward
+from solrl_jax.structs import Model, QuantRule, QuantRules, Reward
 from solrl_jax.weights import Rule
 
 WIDTH = 16
@@ -38,10 +38,11 @@ TOY = Model(
     noise=lambda key: jax.random.normal(key, (4, 4, 1)),
     sigmas=lambda steps: np.linspace(1, 0, steps + 1),
     velocity=velocity,
+    largest=lambda *_: {},
     decode=lambda params, x: jnp.broadcast_to(jax.nn.sigmoid(x), (*x.shape[:3], 3)),
     init=lambda key: {"to_q": {"kernel": jax.random.normal(key, (WIDTH, WIDTH))}},
     lora_targets=("to_q",),
-    quant_rule=QuantRule((), 0),
+    quant_rules=QuantRules(QuantRule((), 0), QuantRule((), 0)),
     keys=(Rule(r"(.+)/kernel", r"\1.weight", "linear"),),
 )
 

@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import results
-from solrl_jax import assemble, config, iteration, plan, sharding, sizes
+from experiments import profile, results
+from solrl_jax import assemble, config, iteration, plan, quant, sharding, sizes
 from solrl_jax.config import Config
 from solrl_jax.models import flux_dev
 from solrl_jax.structs import PyTree
@@ -53,8 +53,8 @@ def timed(call: Callable[[], Any], repeat: int) -> tuple[list[float], float]:
 class Bench:
     """Everything that an iteration takes, drawn at random on the device; `figures` is what was measured."""
 
-    def __init__(self, cfg: Config, repeat: int):
-        self.cfg, self.repeat, self.figures = cfg, repeat, {}
+    def __init__(self, cfg: Config, repeat: int, folder: Path | None = None):
+        self.cfg, self.repeat, self.folder, self.figures = cfg, repeat, folder, {}
         self.sizes = sizes.read(cfg, 1)
         self.optimizer = iteration.make_optimizer(cfg)
         self.frozen = drawn(self.sizes.frozen)
@@ -85,19 +85,46 @@ class Bench:
         self.peak("peak with the text encoders")
         jax.tree.map(lambda x: x.delete(), text)
 
-    def forward(self, batch: int) -> None:
-        """One velocity of `batch` images by the bf16 network."""
+    def forward(self, precision: str, batch: int) -> None:
+        """One velocity of `batch` images."""
         model = self.sizes.model
+        variables = {"params": self.frozen.base}
+        if precision != "bf16":
+            variables["quant"] = self.quantised(precision)
         noise = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), batch))
         cond = jax.tree.map(lambda c: jnp.repeat(c[:1], batch, axis=0), self.prompts.cond)
         velocity, sigma = jax.jit(model.velocity), jnp.full((batch,), 0.5)
-        seconds, compiling = timed(lambda: velocity({"params": self.frozen.base}, noise, sigma, cond), self.repeat)
+        call = functools.partial(velocity, variables, noise, sigma, cond)
+        seconds, compiling = timed(call, self.repeat)
         flop = plan.per_image_flops(self.sizes)["forward"].total() * batch
-        self.note(f"bf16 forward of {batch}", seconds, flop / 1e12, compile=compiling)
+        self.note(f"{precision} forward of {batch}", seconds, flop / 1e12, compile=compiling)
+        self.profiled(f"{precision} forward of {batch}", call)
 
-    def micro_step(self) -> None:
+    @functools.lru_cache(maxsize=1)  # noqa: B019 - one low-precision copy at a time is what a card holds
+    def quantised(self, precision: str) -> PyTree:
+        """The low-precision copy of the base, made in one program; the time of that too."""
+        rule = quant.rule_of(self.sizes.model.quant_rules, precision)
+        make = jax.jit(functools.partial(quant.quantise_tree, rule=rule, precision=precision))
+        seconds, compiling = timed(lambda: make(self.frozen.base), self.repeat)
+        self.note(f"{precision} quantise", seconds, compile=compiling)
+        return make(self.frozen.base)
+
+    def profiled(self, name: str, call: Callable[[], Any]) -> None:
+        """Seconds by kind of kernel, on a GPU; every kernel's in a text file of --profile."""
+        if self.folder is None:
+            return
+        found = profile.kernels(call)
+        for kind, seconds in profile.groups(found).items():
+            self.figures[f"{name}: {kind}"] = results.figure(seconds, "s", 1)
+            print(f"{seconds:9.4f} s  {name}: {kind}", flush=True)
+        lines = [f"{s * 1e3:10.3f} ms  {profile.group(*k):26} {k[1]:40} {k[0]}" for k, s in found.most_common(150)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f"{name.replace(' ', '_')}.txt").write_text("\n".join(lines) + "\n")
+
+    def micro_step(self, keeps: str) -> None:
         """Forward of the trained, the old and the reference policy and the gradient, of one micro-batch."""
-        cfg, model = self.cfg, self.sizes.model
+        cfg = config.override(self.cfg, **{"model.remat_keeps": keeps})
+        model = assemble.model_module(cfg).make(cfg.model)
         kept = max(1, cfg.learn.micro_batch // cfg.times)
         state = self.state()
         keys = jax.random.split(jax.random.key(1), (1, kept))
@@ -106,8 +133,10 @@ class Bench:
         step = jax.jit(functools.partial(iteration.gradients, model=model, cfg=cfg))
         call = functools.partial(step, state, state.old, self.frozen, cond, keys, x0, jnp.ones((1, kept)))
         seconds, compiling = timed(call, self.repeat)
-        self.note(f"micro-step of {kept * cfg.times} points", seconds, compile=compiling)
-        self.peak("peak after the micro-step")
+        name = f"micro-step of {kept * cfg.times} points, keeping {keeps or 'nothing'}"
+        self.note(name, seconds, compile=compiling)
+        self.profiled(name, call)
+        self.peak(f"peak after the {name}")
 
     def state(self) -> iteration.TrainState:
         return iteration.init_state(jax.random.key(0), self.frozen, **self.statics)
@@ -136,7 +165,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="flux")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--batch", default="24", help="of the forward pass alone; several with commas")
+    parser.add_argument("--forward", default="bf16:24", help="PRECISION:BATCH of forward passes, several with commas")
+    parser.add_argument("--keeps", default="", help="model.remat_keeps of micro-steps; several with semicolons")
+    parser.add_argument("--only", default="encode,forward,micro_step,iterations", help="of these")
+    parser.add_argument("--profile", type=Path, help="folder for every kernel's time")
     parser.add_argument("--set", default="", help="config words, field=value with commas: explore.precision=bf16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
@@ -145,13 +177,23 @@ def main(argv: list[str] | None = None) -> None:
         words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
         here = {"model.path": str(flux_dev.write(folder))} if args.config.startswith("flux") else {}
         cfg = config.load(args.config, {"prompts": str(args.prompts), **here, **words})
-        bench = Bench(cfg, args.repeat)
-        for step in (bench.encode, *(functools.partial(bench.forward, int(b)) for b in args.batch.split(","))):
-            step()
-        bench.micro_step()
-        results.record(args.out, bench.figures, config=config.to_json(cfg))  # what there is, should the rest not fit
-        bench.iterations()
-    results.record(args.out, bench.figures, config=config.to_json(cfg))
+        cfg = assemble.resolved(cfg, assemble.capability())
+        bench = Bench(cfg, args.repeat, args.profile)
+        forwards = (word.split(":") for word in args.forward.split(","))
+        steps = [
+            ("encode", bench.encode),
+            *(("forward", functools.partial(bench.forward, p, int(b))) for p, b in forwards),
+            *(("micro_step", functools.partial(bench.micro_step, keeps)) for keeps in args.keeps.split(";")),
+            ("iterations", bench.iterations),
+        ]
+        for name, step in steps:
+            if name in args.only.split(","):
+                try:
+                    step()
+                except jax.errors.JaxRuntimeError as e:  # out of memory: said, and the rest goes on
+                    print(f"{name} failed: {str(e)[:300]}", flush=True)
+                    bench.figures[f"{name} failed"] = results.figure(0, str(e)[:300], 0)
+                results.record(args.out, bench.figures, config=config.to_json(cfg))
 
 
 if __name__ == "__main__":

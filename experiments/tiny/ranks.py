@@ -57,7 +57,8 @@ def rewards(opened: lab.World, adapter, captions: int, candidates: int, chunk: i
     prompts = jax.tree.map(lambda x: x[:captions], opened.held_out["test"][1])
     keys = jax.random.split(jax.random.key(0), (captions, candidates))
     kernels = lora.merged_kernels(parts.frozen.base, adapter, cfg.lora)
-    low = jax.jit(functools.partial(iteration.quantised, model=parts.model))(kernels, parts.frozen)
+    quantised = functools.partial(iteration.quantised, model=parts.model, precision="nvfp4_emulated")
+    low = jax.jit(quantised)(kernels, parts.frozen)
     out = {}
     for precision, steps in (*PREVIEWS.values(), FULL):
         stage = Stage(steps, cfg.regenerate.solver, precision, chunk)

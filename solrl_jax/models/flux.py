@@ -14,18 +14,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, hub, weights
 from solrl_jax.lora import Fused
 from solrl_jax.models import text, vae
-from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, gelu_tanh, normalise, sinusoid
-from solrl_jax.structs import Model, Params, PyTree, QuantRule, Variables
+from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen, keeping, normalise, sinusoid
+from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # of the same parts
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-QUANT_SKIP = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
+NVFP4_SKIP = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
+# Modulation sees a row a picture, the last projection gives 64 channels: 8-bit products bring those nothing.
+FP8_SKIP = (*NVFP4_SKIP, r"\bnorm", r"^proj_out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,22 +95,49 @@ def gated(x: Array, gate: Array, y: Array) -> Array:
     return (x.astype(F32) + gate * y.astype(F32)).astype(x.dtype)
 
 
+Rope = tuple[Array, Array]
+"""cos and signed sin, f32 [S, d] (rope_table)."""
+
+
 def rope_table(cfg: FluxConfig, height: int, width: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos, sin f32 [tokens + height * width, d/2]; text first with position 0 (no rotation), angles in f64."""
+    """cos and sin for `rotate`, f32 [tokens + height * width, d]; text first with position 0 (no rotation), angles in
+    f64. An angle holds for a pair of channels (2k, 2k+1): cos twice, -sin and sin."""
     rows, cols = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     image = np.stack([np.zeros_like(rows), rows, cols], axis=-1).reshape(-1, 3)
     ids = np.concatenate([np.zeros((tokens, 3)), image]).astype(np.float64)
     angles = [ids[:, i, None] * 10000.0 ** (-np.arange(0, d, 2) / d)[None, :] for i, d in enumerate(cfg.axes_dims_rope)]
-    angle = np.concatenate(angles, axis=-1)
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    angle = np.repeat(np.concatenate(angles, axis=-1), 2, axis=-1)
+    sign = np.where(np.arange(angle.shape[-1]) % 2, 1.0, -1.0)
+    return np.cos(angle).astype(np.float32), (sign * np.sin(angle)).astype(np.float32)
 
 
-def rotate(x: Float[Array, "B S H d"], cos: Array, sin: Array) -> Float[Array, "B S H d"]:
-    """RoPE on interleaved pairs (2k, 2k+1), in f32."""
-    pairs = x.astype(F32).reshape((*x.shape[:-1], -1, 2))
-    even, odd = pairs[..., 0], pairs[..., 1]
-    cos, sin = cos[None, :, None, :], sin[None, :, None, :]
-    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape).astype(x.dtype)
+def rotate(x: Float[Array, "B S H d"], rope: Rope) -> Float[Array, "B S H d"]:
+    """RoPE of f32 x. Written with each pair swapped, not taken apart: XLA then reads and writes whole rows."""
+    cos, sin = (table[None, :, None, :] for table in rope)
+    swapped = jnp.flip(x.reshape((*x.shape[:-1], -1, 2)), axis=-1).reshape(x.shape)
+    return x * cos + swapped * sin
+
+
+class RotaryNorm(nn.Module):
+    """RoPE of RMSNorm(x), in x's dtype.
+
+    A rotation keeps lengths, so that the division by rms(x) can come last: reading x twice (for its length, for all the
+    rest) and writing once is the least that XLA's kernels take.
+    """
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S H d"], rope: Rope) -> Float[Array, "B S H d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), F32).astype(F32)
+        y = x.astype(F32)
+        norm = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (rotate(y * scale.reshape(1, 1, 1, -1), rope) * norm).astype(x.dtype)
+
+
+def rows(x: Float[Array, "B S D"]) -> Float[Array, "BS D"]:
+    """Tokens of all samples as rows: only then does XLA make both GELU and the cast to FP8 part of the product."""
+    return x.reshape(-1, x.shape[-1])
 
 
 class FeedForward(nn.Module):
@@ -115,8 +145,8 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        y = Linear(4 * x.shape[-1], dtype=self.dtype, name="net.0.proj")(x)
-        return Linear(x.shape[-1], dtype=self.dtype, name="net.2")(gelu_tanh(y))
+        y = checkpoint_name(Linear(4 * x.shape[-1], dtype=self.dtype, name="net.0.proj")(rows(x)), "mlp")
+        return Linear(x.shape[-1], dtype=self.dtype, name="net.2")(gelu_tanh(y)).reshape(x.shape)
 
 
 class JointAttention(nn.Module):
@@ -126,24 +156,24 @@ class JointAttention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, text: Array | None, rope: tuple[Array, Array]) -> Any:
-        q, k, v = self._qkv(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
-        if text is not None:
-            names = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-            joint = zip(self._qkv(text, *names), (q, k, v), strict=True)
-            q, k, v = (jnp.concatenate(pair, axis=1) for pair in joint)
-        out = attention(rotate(q, *rope), rotate(k, *rope), v)
-        out = out.reshape((*out.shape[:2], -1))
+    def __call__(self, x: Array, text: Array | None, rope: Rope) -> Any:
+        names = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
         if text is None:
-            return out
+            return rows(attention(*self._qkv(x, rope, *names)).reshape(x.shape))
         split = text.shape[1]
+        of_text, of_image = tuple(t[:split] for t in rope), tuple(t[split:] for t in rope)
+        added = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+        streams = self._qkv(text, of_text, *added), self._qkv(x, of_image, *names)
+        out = attention(*(jnp.concatenate(pair, axis=1) for pair in zip(*streams, strict=True)))
+        out = out.reshape((*out.shape[:2], -1))
         image_out = Linear(x.shape[-1], dtype=self.dtype, name="to_out.0")(out[:, split:])
         return image_out, Linear(x.shape[-1], dtype=self.dtype, name="to_add_out")(out[:, :split])
 
-    def _qkv(self, x: Array, names: Sequence[str], norms: Sequence[str]) -> list[Array]:
-        heads = self.cfg.num_attention_heads, self.cfg.attention_head_dim
-        q, k, v = (Linear(self.cfg.width, dtype=self.dtype, name=n)(x).reshape((*x.shape[:2], *heads)) for n in names)
-        return [RMSNorm(name=norms[0])(q), RMSNorm(name=norms[1])(k), v]
+    def _qkv(self, x: Array, rope: Any, names: Sequence[str], norms: Sequence[str]) -> list[Array]:
+        shape = (*x.shape[:2], self.cfg.num_attention_heads, self.cfg.attention_head_dim)
+        q, k, v = (Linear(self.cfg.width, dtype=self.dtype, name=n)(x).reshape(shape) for n in names)
+        q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+        return [RotaryNorm(name=norms[0])(q, rope), RotaryNorm(name=norms[1])(k, rope), v]
 
 
 class DoubleBlock(nn.Module):
@@ -151,7 +181,7 @@ class DoubleBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, streams: tuple[Array, Array], cond: Array, rope: tuple[Array, Array]):
+    def __call__(self, streams: tuple[Array, Array], cond: Array, rope: Rope):
         x, text = streams
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = Modulation(6, self.dtype, name="norm1")(cond)
         t_shift_a, t_scale_a, t_gate_a, t_shift_m, t_scale_m, t_gate_m = Modulation(
@@ -171,13 +201,13 @@ class SingleBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Array, cond: Array, rope: tuple[Array, Array]):
+    def __call__(self, x: Array, cond: Array, rope: Rope):
         shift, scale, gate = Modulation(3, self.dtype, name="norm")(cond)
         h = modulate(x, shift, scale, self.dtype)
-        mlp = gelu_tanh(Linear(4 * self.cfg.width, dtype=self.dtype, name="proj_mlp")(h))
+        mlp = checkpoint_name(Linear(4 * self.cfg.width, dtype=self.dtype, name="proj_mlp")(rows(h)), "mlp")
         out = JointAttention(self.cfg, self.dtype, name="attn")(h, None, rope)
-        y = Linear(self.cfg.width, dtype=self.dtype, name="proj_out")(jnp.concatenate([out, mlp], axis=-1))
-        return gated(x, gate, y), None
+        y = Linear(self.cfg.width, dtype=self.dtype, name="proj_out")(out, gelu_tanh(mlp))
+        return gated(x, gate, y.reshape(x.shape)), None
 
 
 class Embedder(nn.Module):
@@ -215,11 +245,10 @@ class FluxTransformer(nn.Module):
     cfg: FluxConfig
     dtype: Any = jnp.bfloat16
     remat: bool = False
+    keeps: tuple[str, ...] = ()  # of what remat would recompute: "attention", "qkv", "mlp"
 
     @nn.compact
-    def __call__(
-        self, x: Array, text: Array, pooled: Array, sigma: Array, guidance: Array, rope: tuple[Array, Array]
-    ) -> Array:
+    def __call__(self, x: Array, text: Array, pooled: Array, sigma: Array, guidance: Array, rope: Rope) -> Array:
         cond = Conditioning(self.cfg, self.dtype, name="time_text_embed")(sigma, guidance, pooled)
         x = Linear(self.cfg.width, dtype=self.dtype, name="x_embedder")(x)
         text = Linear(self.cfg.width, dtype=self.dtype, name="context_embedder")(text)
@@ -233,8 +262,8 @@ class FluxTransformer(nn.Module):
     def _stack(self, block: type[nn.Module], layers: int, name: str) -> nn.Module:
         """Equal layers as one scan: compile time does not grow with depth."""
         scanned = nn.scan(
-            nn.remat(block, prevent_cse=False) if self.remat else block,
-            variable_axes={"params": 0, "lora": 0, "quant": 0},
+            nn.remat(block, prevent_cse=False, policy=keeping(self.keeps)) if self.remat else block,
+            variable_axes={"params": 0, "lora": 0, "quant": 0, "largest": 0},
             split_rngs={"params": True},
             in_axes=cast(Any, (nn.broadcast, nn.broadcast)),  # unannotated in flax: inferred as int from its default
             length=layers,
@@ -301,16 +330,20 @@ def make(cfg: config.Model) -> Model:
         )
     side = cfg.size // factor
     tokens = (side // 2) ** 2
-    network = FluxTransformer(flux, dtype, cfg.remat)
+    network = FluxTransformer(flux, dtype, cfg.remat, cfg.remat_keeps)
     rope = rope_table(flux, side // 2, side // 2, cfg.text_tokens)
     shape = (side, side, vae_cfg.latent_channels)
     decoder = vae.Decoder(vae_cfg, F32)
 
+    def run(variables: Variables, x: Array, sigma: Array, cond: PyTree, **how: Any) -> Any:
+        given = pack(x).astype(dtype), cond["text"], cond["pooled"], sigma, jnp.ones_like(sigma)
+        return network.apply(variables, *given, tuple(map(jnp.asarray, rope)), **how)
+
     def velocity(variables: Variables, x: Array, sigma: Array, cond: PyTree) -> Array:
-        guidance = jnp.ones_like(sigma)
-        table = tuple(map(jnp.asarray, rope))
-        v = network.apply(variables, pack(x).astype(dtype), cond["text"], cond["pooled"], sigma, guidance, table)
-        return unpack(jnp.asarray(v).astype(F32), side, side)
+        return unpack(jnp.asarray(run(variables, x, sigma, cond)).astype(F32), side, side)
+
+    def largest(variables: Variables, x: Array, sigma: Array, cond: PyTree) -> dict[str, Array]:
+        return inputs_seen(run(variables, x, sigma, cond, mutable=["largest"])[1])
 
     def init(key: Key[Array, ""]) -> Params:
         x, text = jnp.zeros((1, tokens, flux.in_channels)), jnp.zeros((1, cfg.text_tokens, flux.joint_attention_dim))
@@ -330,10 +363,11 @@ def make(cfg: config.Model) -> Model:
         noise=lambda key: jax.random.normal(key, shape),
         sigmas=functools.partial(_cached_sigmas, tokens, tuple(sorted(_shift_fields(scheduler)))),
         velocity=velocity,
+        largest=largest,
         decode=lambda params, latents: vae.decode(decoder, params, latents),
         init=init,
         lora_targets=LORA_TARGETS,
-        quant_rule=QuantRule(QUANT_SKIP, cfg.min_dim),
+        quant_rules=QuantRules(QuantRule(NVFP4_SKIP, cfg.min_dim), QuantRule(FP8_SKIP, cfg.min_dim)),
         keys=KEYS,
         comfy=COMFY,
     )

@@ -4,6 +4,7 @@
 one module serves as reference {params}, policy {params, lora} and explorer {params, quant}.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from solrl_jax import quant, sharding
+from solrl_jax import sharding
 
 F32 = jnp.float32
 LONG = 256
@@ -19,29 +20,54 @@ LONG = 256
 
 
 class Linear(nn.Module):
-    """y = x W + (x A) B + b. W [in, out] in the network's dtype, A [in, R] and B [R, out] f32, alpha/R folded in."""
+    """y = x W + (x A) B + b. W [in, out] in the network's dtype, A [in, R] and B [R, out] f32, alpha/R folded in.
+
+    x may come as several parts of its last axis, which are then never put together in memory.
+    """
 
     features: int
     use_bias: bool = True
     dtype: Any = jnp.bfloat16
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __call__(self, *parts: Float[Array, "*batch _"]) -> Float[Array, "*batch out"]:
         # f32 results of bf16 products: on CPUs up to twice as fast as bf16 ones. On GPUs they would double the traffic,
         # and cuBLASLt adds a bias to its f32 sums before it rounds them, so there the result is the same without.
         out = self.dtype if sharding.platform() == "gpu" else F32
+        if self.is_mutable_collection("largest") and not self.is_initializing():
+            self.sow("largest", "x", jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in parts])).astype(F32))
         if self.has_variable("quant", "kernel"):
-            y = quant.matmul(x, self.get_variable("quant", "kernel"))
+            y = self.get_variable("quant", "kernel").matmul(parts, out)
         else:
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), F32)
-            y = jnp.dot(x.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=out)
+            inside = sum(x.shape[-1] for x in parts)
+            kernel = self.param("kernel", nn.initializers.lecun_normal(), (inside, self.features), F32)
+            y = _product(parts, kernel, self.dtype, out)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), F32)
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.has_variable("lora", "a"):
-            down = jnp.dot(x.astype(F32), self.get_variable("lora", "a"))
-            y = y + jnp.dot(down, self.get_variable("lora", "b"))
+            down = _product(parts, self.get_variable("lora", "a"), self.dtype, out)
+            y = y + _product((down,), self.get_variable("lora", "b"), self.dtype, out)
         return y.astype(self.dtype)
+
+
+def inputs_seen(variables: Mapping[str, Any]) -> dict[str, Array]:
+    """{Linear's path: largest |input|} of a call with the collection `largest` mutable, over a stack's layers."""
+    found = jax.tree_util.tree_leaves_with_path(variables["largest"])
+    return {
+        "/".join(key.key for key in path if hasattr(key, "key")).removesuffix("/x"): jnp.max(x) for path, x in found
+    }
+
+
+def _product(parts: Sequence[Array], w: Array, dtype: Any, out: Any) -> Array:
+    """x w in `out`, of x's parts along the contracted axis, both operands in `dtype`."""
+    total, at = None, 0
+    for x in parts:
+        rows = w[at : at + x.shape[-1]]
+        y = jnp.dot(x.astype(dtype), rows.astype(dtype), preferred_element_type=out)
+        total, at = y if total is None else total + y, at + x.shape[-1]
+    assert total is not None
+    return total
 
 
 class RMSNorm(nn.Module):
@@ -98,6 +124,18 @@ def attention(
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=F32).astype(q.dtype)
+
+
+def keeping(names: Sequence[str]) -> Callable[..., Any]:
+    """The policy of jax.checkpoint that keeps the results of this name (`checkpoint_name`) for the backward pass;
+    "attention" keeps that of the fused kernel, with the sums that its own backward kernel asks for."""
+    named = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def policy(primitive: Any, *args: Any, **params: Any) -> Any:
+        fused = "attention" in names and primitive.name == "dot_product_attention_fwd_wrapper"
+        return fused or named(primitive, *args, **params)
+
+    return policy
 
 
 def sinusoid(t: Float[Array, "B"], width: int = 256) -> Float[Array, "B width"]:

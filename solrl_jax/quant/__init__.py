@@ -1,59 +1,56 @@
-"""Low-precision products: quantised kernels, the trees they sit in, and the one matmul that knows them.
+"""Low precision: what a rollout may run in, and the trees of quantised kernels it runs on.
 
-Precisions, one static choice per run: bf16 (nothing is quantised), nvfp4_emulated (NVFP4 products computed exactly
-in bf16 on any device: the same products as native NVFP4, only the order of summation differs).
+A precision is one static choice per stage of a run, resolved once from the device (`resolve`):
+
+    bf16             nothing is quantised
+    fp8              e4m3 kernels and inputs, on GPUs from compute capability 8.9 (fp8.py)
+    nvfp4_native     NVFP4 kernels and inputs through the tensor cores' block-scaled product, from capability 10
+    nvfp4_emulated   the same products, exact in bf16, on any device (nvfp4.py); only the order of summation differs
 """
 
+import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn, UInt8
-
-from solrl_jax.quant import nvfp4
-from solrl_jax.structs import Params, QuantRule
+from solrl_jax.quant import fp8, nvfp4
+from solrl_jax.quant.fp8 import Fp8
+from solrl_jax.quant.nvfp4 import Nvfp4
+from solrl_jax.structs import Params, QuantRule, QuantRules
 from solrl_jax.weights import leaves_by_path
 
-
-class QTensor(NamedTuple):
-    """An NVFP4 kernel of a Linear, the contracted axis ("in") last: 4.5 bits an element. Stacked layers lead."""
-
-    codes: UInt8[Array, "*layers out half_in"]
-    scales: Float8e4m3fn[Array, "*layers out blocks"]
-    g: Float[Array, "*layers"]
+LEAST = {"fp8": 8.9, "nvfp4_native": 10.0}
+"""Compute capability from which a precision can run."""
 
 
-def quantise(kernel: Float[Array, "*layers in out"]) -> QTensor:
-    """One global scale a kernel (a layer of a stack is a kernel of its own)."""
-    if kernel.ndim > 2:  # one layer at a time: a whole stack in f32 would not fit at FLUX's size
-        return jax.lax.map(quantise, kernel)
-    w = kernel.T.astype(jnp.float32)
-    values, scale, g = nvfp4.encode(w, jnp.max(jnp.abs(w), keepdims=True))
-    codes = nvfp4.pack(nvfp4.code_of(values).reshape(w.shape))
-    return QTensor(codes, scale[..., 0].astype(jnp.float8_e4m3fn), g[0, 0])
+class Unsupported(ValueError):
+    """A precision that the device does not have."""
 
 
-def dequantise(q: QTensor, dtype=jnp.float32) -> Float[Array, "*layers in out"]:
-    """The kernel that `q` stands for, g included."""
-    return (jnp.swapaxes(_scaled(q), -1, -2) * q.g[..., None, None]).astype(dtype)
+def resolve(precision: str, capability: float | None) -> str:
+    """The precision itself, or for "auto" the device's best: `capability` is a CUDA device's, None for other devices.
+
+    Raises Unsupported where the device cannot do what is asked: nothing falls back in silence.
+    """
+    have = 0.0 if capability is None else capability
+    if precision == "auto":
+        return next((p for p in ("nvfp4_native", "fp8") if have >= LEAST[p]), "nvfp4_emulated")
+    if have < (least := LEAST.get(precision, 0.0)):
+        found = "it is no CUDA device" if capability is None else f"this one has {capability}"
+        raise Unsupported(
+            f"precision {precision} needs a GPU of compute capability {least} or more; {found}: use auto, "
+            "nvfp4_emulated or bf16"
+        )
+    return precision
 
 
-def _scaled(q: QTensor) -> Float[Array, "*layers out in"]:
-    """Code values times block scales: exact in bf16."""
-    values = nvfp4.value_of(nvfp4.unpack(q.codes))
-    blocks = values.reshape((*q.scales.shape, nvfp4.BLOCK)) * q.scales.astype(jnp.float32)[..., None]
-    return blocks.reshape(values.shape)
+def bits(precision: str) -> float:
+    """Of a quantised weight, block scales included."""
+    return {"bf16": 16, "fp8": 8}.get(precision, 4.5)
 
 
-def matmul(x: Float[Array, "*batch in"], q: QTensor) -> Float[Array, "*batch out"]:
-    """x W with both operands in NVFP4, f32: exact products in bf16, f32 sums, then g_x (a row's) times g_w."""
-    a, g = nvfp4.fake_quantise(x)
-    w = _scaled(q).astype(jnp.bfloat16)
-    y = jax.lax.dot_general(
-        a.astype(jnp.bfloat16), w, (((a.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-    )
-    return y * (g * q.g)
+def rule_of(rules: QuantRules, precision: str) -> QuantRule:
+    """The rule by which a low precision chooses its Linears."""
+    return rules.fp8 if precision == "fp8" else rules.nvfp4
 
 
 def chosen(params: Params, rule: QuantRule) -> dict[str, tuple[int, ...]]:
@@ -64,13 +61,20 @@ def chosen(params: Params, rule: QuantRule) -> dict[str, tuple[int, ...]]:
         for p, s in kernels.items()
         if len(s) in (2, 3)
         and max(s[-2:]) > rule.min_dim
-        and not any(skip in p.replace("/", ".") for skip in rule.skip)
+        and not any(re.search(skip, p.removesuffix("/kernel").replace("/", ".")) for skip in rule.skip)
     }
 
 
-def quantise_tree(params: Params, rule: QuantRule) -> dict[str, Any]:
-    """The `quant` collection of the explorer: a QTensor where the rule takes a kernel, nothing elsewhere."""
-    paths = chosen(params, rule)
+def quantise(kernel: Any, precision: str, unit: float = 1.0) -> Fp8 | Nvfp4:
+    """A kernel [*layers, in, out] in a low precision; `unit` is fp8's, of the inputs."""
+    if precision == "fp8":
+        return fp8.quantise(kernel, unit)
+    return nvfp4.quantise(kernel, native=precision == "nvfp4_native")
+
+
+def quantise_tree(params: Params, rule: QuantRule, precision: str) -> dict[str, Any]:
+    """The `quant` collection of the explorer: a quantised kernel where the rule takes one, nothing elsewhere."""
+    paths, units = chosen(params, rule), dict(rule.units)
 
     def walk(tree: Mapping[str, Any], at: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -80,7 +84,7 @@ def quantise_tree(params: Params, rule: QuantRule) -> dict[str, Any]:
                 if inner := walk(node, path):
                     out[name] = inner
             elif path in paths:
-                out[name] = quantise(node)
+                out[name] = quantise(node, precision, units.get(at, 1.0))
         return out
 
     return walk(params, "")

@@ -22,8 +22,11 @@ class Use(NamedTuple):
     quantised: bool
 
 
-def uses(model: Model) -> list[Use]:
-    """Every Linear of `model`, in the order of the forward pass; rows are seen while the shapes are traced."""
+def uses(model: Model, precision: str) -> list[Use]:
+    """Every Linear of `model` in the order of the forward pass, and whether `precision` quantises it.
+
+    Rows are seen while the shapes are traced.
+    """
     rows: dict[str, int] = {}
 
     def watch(call, args, kwargs, context):
@@ -33,7 +36,8 @@ def uses(model: Model) -> list[Use]:
 
     with nn.intercept_methods(watch):
         params = jax.eval_shape(lambda key: model.init(key), jax.random.key(0))  # a new function: no cached trace
-    chosen, kernels = quant.chosen(params, model.quant_rule), leaves_by_path(params)
+    chosen = quant.chosen(params, quant.rule_of(model.quant_rules, precision))
+    kernels = leaves_by_path(params)
     found = []
     for path, count in rows.items():
         shape = kernels[f"{path}/kernel"].shape
@@ -49,28 +53,28 @@ def share(found: list[Use], what: str, blocks: bool = False) -> float:
     return sum(getattr(u, what) for u in rows if u.quantised) / sum(getattr(u, what) for u in rows)
 
 
-def check(model: Model, least: float) -> list[Use]:
-    """The Linears, if the rule covers at least the share `least` of the blocks' FLOPs; ConfigError otherwise."""
+def check(model: Model, precision: str, least: float) -> list[Use]:
+    """The Linears, if the precision's rule covers at least `least` of the blocks' FLOPs; ConfigError otherwise."""
     from solrl_jax.config import ConfigError
 
-    found = uses(model)
+    found = uses(model, precision)
     covered = share(found, "flops", blocks=True)
     if covered < least:
         raise ConfigError(
-            f"the quantisation rule covers {covered:.1%} of the blocks' FLOPs, model.min_quantised_flops asks for "
-            f"{least:.0%}: lower model.min_dim={model.quant_rule.min_dim} or model.min_quantised_flops"
+            f"the rule of {precision} covers {covered:.1%} of the blocks' FLOPs, model.min_quantised_flops asks for "
+            f"{least:.0%}: lower model.min_dim={model.quant_rules.nvfp4.min_dim} or model.min_quantised_flops"
         )
     return found
 
 
-def report(found: list[Use]) -> list[str]:
+def report(found: list[Use], precision: str) -> list[str]:
     """Lines for the log: totals, then what stays in full precision."""
     linears, low = sum(u.layers for u in found), sum(u.layers for u in found if u.quantised)
-    size = sum(u.weights for u in found if u.quantised)
+    size, bits = sum(u.weights for u in found if u.quantised), quant.bits(precision)
     kept = ", ".join(u.path.replace("/", ".") for u in found if not u.quantised)
     return [
-        f"low precision: {low} of {linears} Linears, {share(found, 'weights'):.1%} of their weights, "
+        f"{precision}: {low} of {linears} Linears, {share(found, 'weights'):.1%} of their weights, "
         f"{share(found, 'flops'):.1%} of their FLOPs ({share(found, 'flops', blocks=True):.1%} in the blocks), "
-        f"{size * 4.5 / 8 / 1e6:.2f} MB at 4.5 bits instead of {size * 2 / 1e6:.2f} MB in bf16",
+        f"{size * bits / 8 / 1e6:.2f} MB at {bits:g} bits instead of {size * 2 / 1e6:.2f} MB in bf16",
         f"in full precision: {kept or 'none'}",
     ]

@@ -7,11 +7,22 @@ g = max|x| / 2688, 2688 = 6 * 448. That is 4.5 bits an element. Two codes a byte
 The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. Rounding is arithmetic in f32, never a
 cast there and back: XLA removes such a pair on GPUs and the network silently runs unquantised. A cast of an already
 rounded value is exact, so for storage it is harmless.
+
+`Nvfp4.matmul` multiplies NVFP4 kernels with NVFP4 inputs. Emulated, it is exact: e2m1 x e4m3 has at most 6 significant
+bits and bf16 has 8, so the products are the native ones. Native (not yet run on a Blackwell card) it is XLA's
+block-scaled dot, which cuDNN takes from compute capability 10.
 """
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float8e4m3fn, UInt8
+
+from solrl_jax import sharding
+from solrl_jax.structs import Static
 
 BLOCK = 16
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
@@ -77,6 +88,74 @@ def encode(
     gain = jnp.minimum(1.0 / (scale * s_dec), FLT_MAX)
     values = round_e2m1(blocks * gain[..., None])
     return values, scale[..., None], amax * jnp.float32(1 / FULL)
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+class Nvfp4(NamedTuple):
+    """A kernel of a Linear, the contracted axis ("in") last: 4.5 bits an element. Stacked layers lead."""
+
+    codes: UInt8[Array, "*layers out half_in"]
+    scales: Float8e4m3fn[Array, "*layers out blocks"]
+    g: Float[Array, "*layers"]
+    native: Static  # bool
+
+    def matmul(self, parts: Sequence[Float[Array, "*batch _"]], out: Any) -> Float[Array, "*batch out"]:
+        """x W in `out` with both operands in NVFP4, of x's parts along the contracted axis; g_x (a row's) times g_w
+        comes after the sum."""
+        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        product = _native if self.native.value else _emulated
+        y, g = product(x, self, out)
+        return (y.astype(jnp.float32) * (g * self.g)).astype(out)
+
+    def dequantise(self) -> Float[Array, "*layers in out"]:
+        """The kernel that is stood for, f32, g included."""
+        return jnp.swapaxes(_scaled(self), -1, -2) * self.g[..., None, None]
+
+
+def quantise(kernel: Float[Array, "*layers in out"], native: bool = False) -> Nvfp4:
+    """One global scale a kernel (a layer of a stack is a kernel of its own)."""
+    if kernel.ndim > 2:  # one layer at a time: a whole stack in f32 would not fit at FLUX's size
+        return lax.map(lambda k: quantise(k, native), kernel)
+    w = kernel.T.astype(jnp.float32)
+    values, scale, g = encode(w, jnp.max(jnp.abs(w), keepdims=True))
+    codes = pack(code_of(values).reshape(w.shape))
+    return Nvfp4(codes, scale[..., 0].astype(jnp.float8_e4m3fn), g[0, 0], Static(native))
+
+
+def _scaled(q: Nvfp4) -> Float[Array, "*layers out in"]:
+    """Code values times block scales: exact in bf16."""
+    values = value_of(unpack(q.codes))
+    blocks = values.reshape((*q.scales.shape, BLOCK)) * q.scales.astype(jnp.float32)[..., None]
+    return blocks.reshape(values.shape)
+
+
+def _emulated(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Array]:
+    """Exact products in bf16, f32 sums."""
+    a, g = fake_quantise(x)
+    w = _scaled(q).astype(jnp.bfloat16)
+    contracted = (((a.ndim - 1,), (1,)), ((), ()))
+    return lax.dot_general(a.astype(jnp.bfloat16), w, contracted, preferred_element_type=out), g
+
+
+def _native(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Array]:
+    """Through the block-scaled product; elsewhere than on a GPU the same operands are multiplied in f32."""
+    values, scales, g = encode(x, jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    a = values.reshape(-1, x.shape[-1]).astype(jnp.float4_e2m1fn)
+    a_scales = scales.reshape(a.shape[0], -1).astype(jnp.float8_e4m3fn)
+    w = lax.bitcast_convert_type(q.codes, jnp.float4_e2m1fn).reshape(q.codes.shape[0], -1)
+    if sharding.platform() == "gpu":
+        operands = (o[None] for o in (a, w, a_scales, q.scales))
+        y = jax.nn.scaled_matmul(*operands, preferred_element_type=out)[0]
+    else:
+        y = _decoded(a, a_scales) @ _decoded(w, q.scales).T
+    return y.reshape((*x.shape[:-1], -1)), g
+
+
+def _decoded(codes: Array, scales: Array) -> Array:
+    blocks = codes.astype(jnp.float32).reshape((*scales.shape, BLOCK))
+    return (blocks * scales.astype(jnp.float32)[..., None]).reshape(codes.shape)
 
 
 def fake_quantise(x: Float[Array, "*d K"]) -> tuple[Float[Array, "*d K"], Float[Array, "*d 1"]]:

@@ -1,0 +1,67 @@
+"""FP8, e4m3: a kernel and its inputs as 8-bit floats, each with one scale, the product one cuBLASLt call on Hopper.
+
+e4m3 keeps a relative precision of 2^-4 over a range of 2^14 (2^-6 to 448), so a scale need only bring the numbers into
+that range: one a kernel is as exact as one a column (spec/nvfp4.md section 4: .0375 against .0373), and an input's may
+be fixed for a run (`unit`, a power of two: dividing by it rounds nothing). Being scalars, both ride in the product's
+epilogue, beside bias and GELU, and no pass over the input is needed to find its maximum; a sample cannot depend on its
+batch-mates. Inputs beyond 448 units saturate.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float8e4m3fn
+
+from solrl_jax.structs import Static
+
+MAX = 448.0
+MARGIN = 2.0
+"""Room above the largest input that calibration saw."""
+
+
+class Fp8(NamedTuple):
+    """A kernel of a Linear, the contracted axis ("in") last: the layout that Hopper's tensor cores take."""
+
+    codes: Float8e4m3fn[Array, "*layers out in"]
+    scale: Float[Array, "*layers"]
+    unit: Static  # float: inputs are held as x / unit
+
+    def matmul(self, parts: Sequence[Float[Array, "*batch _"]], out: Any) -> Float[Array, "*batch out"]:
+        """x W in `out`, of x's parts along the contracted axis."""
+        total, at = None, 0
+        factor = self.unit.value * self.scale
+        for x in parts:
+            w = self.codes[:, at : at + x.shape[-1]]
+            y = jax.lax.dot_general(
+                encode(x, self.unit.value), w, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=out
+            ) * factor.astype(out)
+            total, at = y if total is None else total + y, at + x.shape[-1]
+        assert total is not None
+        return total
+
+    def dequantise(self) -> Float[Array, "*layers in out"]:
+        """The kernel that is stood for, f32."""
+        return jnp.swapaxes(self.codes.astype(jnp.float32), -1, -2) * self.scale[..., None, None]
+
+
+def encode(x: Float[Array, "*d"], scale: Float[Array, ""] | float) -> Float8e4m3fn[Array, "*d"]:
+    """x / scale, to the nearest even, saturating at 448: a bare cast would give NaN beyond 464."""
+    return jnp.clip(x * (1 / scale), -MAX, MAX).astype(jnp.float8_e4m3fn)
+
+
+def quantise(kernel: Float[Array, "*layers in out"], unit: float = 1.0) -> Fp8:
+    """One scale a kernel (a layer of a stack is a kernel of its own)."""
+    if kernel.ndim > 2:
+        return jax.lax.map(lambda k: quantise(k, unit), kernel)
+    w = kernel.T.astype(jnp.float32)
+    most = jnp.max(jnp.abs(w))
+    scale = jnp.where(most > 0, most * jnp.float32(1 / MAX), 1.0)
+    return Fp8(encode(w, scale), scale, Static(unit))
+
+
+def unit_of(largest: float) -> float:
+    """The power of two in which inputs up to MARGIN x `largest` fit; 1 where nothing was seen."""
+    return 2.0 ** math.ceil(math.log2(MARGIN * largest / MAX)) if 0 < largest < math.inf else 1.0
