@@ -7,7 +7,7 @@
 DIR holds train.txt and test.txt, a prompt a line, or train_metadata.jsonl and test_metadata.jsonl. The weights, 34 GB,
 come from huggingface.co once their licence is accepted (https://huggingface.co/black-forest-labs/FLUX.1-dev, then
 `hf auth login`), or from --config.model.path, a folder in diffusers' layout. The reward's weights are fetched too, or
-read from --config.reward_paths: CLIPScore's 1.7 GB, PickScore's 3.9 GB, HPSv2's 2.0 GB.
+read from --config.reward_paths: CLIPScore's 1.7 GB, PickScore's 3.9 GB, HPSv2's 2.0 GB, ImageReward's 1.8 GB.
 
 Memory: not yet measured on a card. The transformer is 23.8 GB; T5, 9.5 GB, leaves the card while it trains. Meant for
 one GPU of 80 GB and up: `--config=flux --mode=plan` estimates every stage, on other GPUs with --card and --devices.
@@ -40,6 +40,7 @@ def base(reward: str) -> Config:
             "clipscore=openai/clip-vit-large-patch14",
             "pickscore=yuvalkirstain/PickScore_v1",
             "hpsv2=xswu/HPSv2",
+            "imagereward=zai-org/ImageReward",
         ),
         prompts=48,
         candidates=96,

@@ -258,16 +258,16 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return read_json(Path(folder) / "config.json")
 
 
-def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None):
-    """Dataclass `cls` from `values`, by default the folder's config.json.
+def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None, name: str = "config.json"):
+    """Dataclass `cls` from `values`, by default all that the folder's file `name` holds.
 
     Its own fields only, lists as tuples; missing and null ones keep the default. What the class refuses is a
     WeightsError.
     """
     names = {field.name for field in dataclasses.fields(cls)}
-    found = read_config(folder) if values is None else values
+    found = read_json(Path(folder) / name) if values is None else values
     given = {name: value for name, value in found.items() if name in names and value is not None}
     try:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     except ValueError as e:
-        raise WeightsError(f"{Path(folder) / 'config.json'}: {e}") from e
+        raise WeightsError(f"{Path(folder) / name}: {e}") from e

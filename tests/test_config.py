@@ -98,7 +98,8 @@ def test_flux_is_the_published_run():
         "clipscore=openai/clip-vit-large-patch14",
         "pickscore=yuvalkirstain/PickScore_v1",
         "hpsv2=xswu/HPSv2",
-    } <= {*cfg.reward_paths}
+        "imagereward=zai-org/ImageReward",
+    } == {*cfg.reward_paths}
 
 
 def test_recipes_have_the_names_of_the_original():
@@ -143,7 +144,7 @@ def test_help_has_every_recipe_in_one_line():
     assert "Recipes of --config=flux:RECIPE (default: sol_rl_clipscore)" in lines
     assert [line.split()[0] for line in lines if line[:2] == "  " and line[2] != " "] == FLUX
     assert all("; the same as naive_scaling" in line for line in lines if line.startswith("  compile_"))
-    for reward in ("clipscore", "pickscore", "hpsv2"):
+    for reward in ("clipscore", "pickscore", "hpsv2", "imagereward"):
         assert not any(f"{reward} is not here yet" in line for line in lines)
     assert sum(line.startswith("  ") and line[2] != " " for line in config.help_lines("tiny")) == 10
     with pytest.raises(

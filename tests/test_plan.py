@@ -108,6 +108,17 @@ def test_rewards_that_are_not_here_have_their_public_sizes(planned):
     assert sum("has its public sizes here" in note for note in found.notes) == 3
 
 
+def test_imagereward_without_its_weights(planned):
+    """The vision is .12 TFLOP an image (rewards.md section 7), the text that looks at it .016 more."""
+    found = sizes.read(dataclasses.replace(planned.cfg, reward="imagereward"), 1)
+    params, reward = found.frozen.rewards["imagereward"], found.score.rewards[0]
+    assert sizes.parameters(params) == 446_206_689
+    tokens = found.prompts.tokens["imagereward"]
+    assert {name: x.shape for name, x in tokens.items()} == {"ids": (48, 35), "mask": (48, 35)}
+    program = cost.trace(reward.score, params, S((24, 512, 512, 3), F32), sizes.batch(tokens, 1))
+    assert cost.flops(program)["float32 highest"] == pytest.approx(24 * 0.139e12, rel=0.03)
+
+
 def test_bfloat16_rewards_cost_less(planned):
     """Their products are bf16 then; an image through ViT-H/14 takes .32 TFLOP (rewards.md section 7)."""
     flops = {}
