@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ftfy
 import numpy as np
-import regex
 from jaxtyping import Int
 
 from solrl_jax import hub
@@ -78,9 +76,7 @@ def hf(folder: str, length: int, prompts: Sequence[str]) -> Tokens:
 # ---- open_clip's flavour
 
 _START, _END = "<start_of_text>", "<end_of_text>"  # which a caption may spell out, as any other word
-_WORDS = regex.compile(
-    rf"{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
-)
+_WORDS = rf"{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 
 
 class Vocabulary(NamedTuple):
@@ -110,12 +106,16 @@ def check_open_clip(cfg: ClipTextConfig, folder: str) -> None:
 
 def clean(text: str) -> str:
     """Mended, without entities (which may have been escaped twice), one space between words, lower case."""
+    import ftfy  # of HPSv2 alone
+
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 def _encode(vocabulary: Vocabulary, text: str) -> list[int]:
+    import regex  # which knows \p{L}
+
     special, ids = {_START: vocabulary.start, _END: vocabulary.end}, []
-    for word in _WORDS.findall(text):
+    for word in regex.findall(_WORDS, text, regex.IGNORECASE):
         if word in special:
             ids.append(special[word])
         else:
