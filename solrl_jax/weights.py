@@ -77,6 +77,8 @@ class Files:
     Files are mapped, so what was read stays in the process until `close`; the next read opens them again.
     """
 
+    twice: tuple[str, ...] = ()  # what is said of keys that two files hold
+
     def __init__(self, folder: str | Path, stem: str):
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -85,6 +87,8 @@ class Files:
         self.where: dict[str, Path] = {}
         for file in _shards(self.folder, stem):
             for key in self._handle(file).keys():  # noqa: SIM118 - a safetensors handle is no dict
+                if key in self.where:
+                    self.twice += (f"{key} is in {self.where[key].name} and in {file.name}",)
                 self.where[key] = file
 
     def _handle(self, file: Path):
@@ -95,6 +99,8 @@ class Files:
                 raise WeightsError(f"{file} is named by the index but is not there: download it again") from e
             except SafetensorError as e:
                 raise WeightsError(f"{file} is not a whole safetensors file ({e}): download it again") from e
+            except OSError as e:
+                raise WeightsError(f"{file} cannot be read: {e.strerror or e}") from e
         return self._open[file]
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -121,6 +127,8 @@ def _shards(folder: Path, stem: str) -> list[Path]:
                 return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
             except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise WeightsError(f"{index} is not a safetensors index ({e!r}): download it again") from e
+            except OSError as e:
+                raise WeightsError(f"{index} cannot be read: {e.strerror}") from e
         if (folder / f"{name}.safetensors").is_file():
             return [folder / f"{name}.safetensors"]
     raise WeightsError(f"{folder} holds no {stem}.safetensors (nor an index, nor a bf16 or fp16 variant of it)")
@@ -134,23 +142,19 @@ def load(
     dtype: Any = None,
     aliases: Sequence[tuple[str, str]] = (),
     droppable: Sequence[str] = (),
+    copies: Sequence[str] = (),
     place: Place | None = None,
 ) -> PyTree:
     """Read the tree of `spec` (from eval_shape) out of `files`; leaves are numpy arrays of `dtype` (None: as stored).
 
     `place` takes each leaf to where it belongs as soon as it is read, so that the host never holds more than one leaf,
     a stack of layers at most. `aliases` are (regex, replacement) pairs that turn other spellings of keys into the
-    table's; `droppable` are regexes of keys that may be left over. Missing, unused and wrongly shaped keys are all
-    listed in one WeightsError before any tensor is read.
+    table's; `droppable` are regexes of keys that may be left over, `copies` keys that may be there in two spellings.
+    Missing, unused, wrongly shaped and repeated keys are all listed in one WeightsError before any tensor is read.
     """
-    names: dict[str, str] = {}
-    for key in files.keys():  # noqa: SIM118
-        public = key
-        for pattern, replacement in aliases:
-            public = re.sub(pattern, replacement, public)
-        names[public] = key
+    names, twice = _spelt(files.keys(), aliases, copies)
     wanted = needed(spec, rules)
-    if problems := _problems(files, names, wanted, droppable):
+    if problems := [*files.twice, *twice, *_problems(files, names, wanted, droppable)]:
         shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise WeightsError(f"{files.folder} does not hold the weights that its config describes:\n  {shown}")
     values, place = [], place or (lambda x: x)
@@ -158,6 +162,23 @@ def load(
         values.append(place(_read(files, leaf, [names[key] for key in leaf.keys], dtype)))
         files.close()
     return jax.tree.unflatten(jax.tree.structure(spec), values)
+
+
+def _spelt(
+    keys: Iterable[str], aliases: Sequence[tuple[str, str]], copies: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """{the table's spelling of a key: the file's}, its own before another, and which are in two and no copies."""
+    names: dict[str, str] = {}
+    twice = []
+    for key in keys:
+        public = key
+        for pattern, replacement in aliases:
+            public = re.sub(pattern, replacement, public)
+        if public in names and public not in copies:
+            twice.append(f"{names[public]} and {key} are the same, {public}")
+        if public == key or public not in names:
+            names[public] = key
+    return names, twice
 
 
 def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], droppable: Sequence[str]) -> list[str]:
@@ -224,9 +245,11 @@ def read_json(file: str | Path) -> dict[str, Any]:
     """A JSON file of a checkpoint (bare -Infinity is accepted: public scheduler configs hold it)."""
     file = Path(file)
     if not file.is_file():
-        raise WeightsError(f"{file} is missing: {file.parent.parent} is not a model folder in the public layout")
+        raise WeightsError(f"{file} is missing: {file.parent} is no folder of a model in its public layout")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise WeightsError(f"{file} cannot be read: {e.strerror}") from e
     except ValueError as e:
         raise WeightsError(f"{file} is not JSON ({e}): download it again") from e
     if not isinstance(found, dict):
@@ -239,16 +262,39 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return read_json(Path(folder) / "config.json")
 
 
-def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None):
-    """Dataclass `cls` from `values`, by default the folder's config.json.
+def stored(folder: str | Path, stem: str) -> list[Path]:
+    """The files that `Files` reads, there or not; WeightsError where the folder names none."""
+    return _shards(Path(folder), stem)
 
-    Its own fields only, lists as tuples; missing and null ones keep the default. What the class refuses is a
-    WeightsError.
+
+def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None, file: str = "config.json"):
+    """Dataclass `cls` from `values`, by default the folder's config.json; errors name `file`.
+
+    Its own fields only, lists as tuples; missing and null ones keep the default. What is of another kind than its
+    field's default (`_unlike`) and what the class refuses is a WeightsError.
     """
-    names = {field.name for field in dataclasses.fields(cls)}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
     found = read_config(folder) if values is None else values
-    given = {name: value for name, value in found.items() if name in names and value is not None}
+    given = {name: value for name, value in found.items() if name in defaults and value is not None}
+    for name, value in given.items():
+        if wanted := _unlike(value, defaults[name]):
+            raise WeightsError(f"{Path(folder) / file}: {name} is {value!r}, not {wanted}: download it again")
     try:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
     except ValueError as e:
-        raise WeightsError(f"{Path(folder) / 'config.json'}: {e}") from e
+        raise WeightsError(f"{Path(folder) / file}: {e}") from e
+
+
+def _unlike(value: Any, default: Any) -> str | None:
+    """What `value` should be, given a field's default; None where it is. Counts and sizes are above 0."""
+    if isinstance(default, tuple):
+        fits = isinstance(value, list | tuple) and value and not any(_unlike(x, default[0]) for x in value)
+        return None if fits else f"a list, each {_KINDS[type(default[0])]}"
+    numbers = (int, float) if isinstance(default, float) else (type(default),)
+    fits = isinstance(value, numbers) and isinstance(value, bool) == isinstance(default, bool)
+    if fits and type(default) is int and default > 0:
+        fits = value > 0
+    return None if fits else _KINDS.get(type(default))
+
+
+_KINDS = {bool: "true or false", int: "a whole number above 0", float: "a number", str: "a text"}
