@@ -102,9 +102,7 @@ class Schedule:
             (f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta", "lu", "flow")), (False, None)
         )
         if strange := {k: raw[k] for k, values in known.items() if k in raw and raw[k] not in values}:
-            raise weights.WeightsError(
-                f"{Path(folder) / name} asks for {strange}: not FLUX's schedule, not known here"
-            )
+            raise weights.WeightsError(f"{Path(folder) / name} asks for {strange}: not FLUX's schedule, not known here")
         return weights.from_config(cls, folder, raw, name)
 
 
@@ -330,8 +328,8 @@ def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
     u = np.linspace(1, 1 / steps, steps)
     if schedule.use_dynamic_shifting:
         low, high = schedule.base_image_seq_len, schedule.max_image_seq_len
-        slope = (schedule.max_shift - schedule.base_shift) / (high - low)
-        shift = np.exp(schedule.base_shift + (tokens - low) * slope)
+        base, top = schedule.base_shift, schedule.max_shift
+        shift = np.exp(base + (tokens - low) * (top - base) / (high - low))
     else:
         shift = schedule.shift
     return np.append(shift / (shift + (1 / u - 1)), 0.0)

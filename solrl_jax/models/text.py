@@ -262,9 +262,7 @@ T5_KEYS = (
 T5_ALIASES = ((r"^encoder\.embed_tokens\.weight$", "shared.weight"),)  # a copy, or the only one
 
 
-def load_t5(
-    folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None = None
-) -> tuple[T5Encoder, Params]:
+def load_t5(folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None = None) -> tuple[T5Encoder, Params]:
     """Module and parameters (numpy, or where `place` takes them; in `dtype`) of a folder in transformers' layout."""
     module = T5Encoder(T5Config.read(folder), dtype)
     return module, _load(module, folder, T5_KEYS, place=place, aliases=T5_ALIASES, copies=("shared.weight",))

@@ -28,7 +28,7 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     of jit must be.
     """
     if path is None:
-        raise weights.WeightsError("clipscore needs the folder of a CLIP model, or openai/clip-vit-large-patch14")
+        raise weights.WeightsError(f"clipscore needs the folder of a CLIP model, or {HUB_ID}")
     path = hub.model(str(path))
     tower, params = clip_tower.load_clip(path, jnp.dtype(dtype))
     folder = str(path.resolve())
@@ -36,20 +36,22 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     return _reward(folder, tower.cfg, jnp.dtype(dtype), *clip_tower.read_mean_std(folder)), params
 
 
+HUB_ID = "openai/clip-vit-large-patch14"
 PUBLIC = ClipConfig(
     ClipTextConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072, projection_dim=768),
     ClipVisionConfig(1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, patch_size=14),
     projection_dim=768,
 )
-"""openai/clip-vit-large-patch14."""
+"""HUB_ID's."""
 
 
 def shapes(path: str | Path | None) -> tuple[Reward, Params, Any]:
     """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: from config.json alone.
 
-    Sizes are PUBLIC's where there is no such folder.
+    Sizes are PUBLIC's where there is no such folder and none in the hub's cache.
     """
-    cfg = ClipConfig.read(path) if path is not None and Path(path).is_dir() else PUBLIC
+    folder = hub.here(path)
+    cfg = PUBLIC if folder is None else ClipConfig.read(folder)
     ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)
     reward = _reward(str(path), cfg, jnp.dtype(F32), clip_tower.OPENAI_MEAN, clip_tower.OPENAI_STD)
     return reward, clip_tower.shapes(ClipTower(cfg, F32)), {"ids": ids}
