@@ -1,12 +1,13 @@
 """FLUX.1-dev at 512 px: Sol-RL as published, with the settings of its FLUX runs.
 
     python -m solrl_jax.main --config=flux --prompts=DIR                      sol_rl, trained on CLIPScore
-    python -m solrl_jax.main --config=flux:naive_scaling_clipscore --prompts=DIR
+    python -m solrl_jax.main --config=flux:naive_scaling_pickscore --prompts=DIR
     python -m solrl_jax.main --config=flux --prompts=DIR --config.model.path=FLUX.1-dev
 
 DIR holds train.txt and test.txt, a prompt a line, or train_metadata.jsonl and test_metadata.jsonl. The weights, 34 GB,
 come from huggingface.co once their licence is accepted (https://huggingface.co/black-forest-labs/FLUX.1-dev, then
-`hf auth login`), or from --config.model.path, a folder in diffusers' layout. CLIPScore's CLIP (1.7 GB) is fetched too.
+`hf auth login`), or from --config.model.path, a folder in diffusers' layout. The reward's weights are fetched too, or
+read from --config.reward_paths: CLIPScore's 1.7 GB, PickScore's 3.9 GB, HPSv2's 2.0 GB, ImageReward's 1.8 GB.
 
 Memory: not yet measured on a card. The transformer is 23.8 GB; T5, 9.5 GB, leaves the card while it trains. Meant for
 one GPU of 80 GB and up: `--config=flux --mode=plan` estimates every stage, on other GPUs with --card and --devices.
@@ -28,12 +29,19 @@ def base(reward: str) -> Config:
             path="black-forest-labs/FLUX.1-dev",
             size=512,
             text_tokens=128,
+            vae_dtype="bfloat16",  # as the original, which decodes under autocast
             remat=True,
+            remat_keeps=("attention", "mlp"),
             min_dim=1000,
             min_quantised_flops=0.9,  # the rule covers all of the blocks'; less is another network
         ),
         reward=reward,
-        reward_paths=("clipscore=openai/clip-vit-large-patch14",),
+        reward_paths=(
+            "clipscore=openai/clip-vit-large-patch14",
+            "pickscore=yuvalkirstain/PickScore_v1",
+            "hpsv2=xswu/HPSv2",
+            "imagereward=zai-org/ImageReward",
+        ),
         prompts=48,
         candidates=96,
         kept=24,

@@ -43,6 +43,7 @@ class Model:
     size: int = 512
     text_tokens: int = 128
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    vae_dtype: Literal["bfloat16", "float32"] = "float32"  # of the decoder's convolutions; its weights are f32
     remat: bool = True  # recompute blocks in the backward pass, but for what `remat_keeps` names
     remat_keeps: tuple[str, ...] = ()  # of "attention", "qkv", "mlp": faster, and so much more memory
     min_dim: int = 1000  # quantise only Linears with max(in, out) above this
@@ -153,6 +154,7 @@ class Config:
     prompt_files: str = ""  # a folder with train.txt and test.txt, or one file (see data.read)
     reward: str = ""  # "clipscore" or a weighted mix "pickscore:1,hpsv2:0.5"
     reward_paths: tuple[str, ...] = ()  # "clipscore=folder", or "clipscore=org/name" of huggingface.co
+    reward_dtype: Literal["float32", "bfloat16"] = "float32"  # what their networks compute in; weights stay float32
     prompts: int = 48
     candidates: int = 96
     kept: int = 24

@@ -33,13 +33,20 @@ def pipeline(path: str, configs_only: bool = False) -> Path:
     return _resolve(path, small, () if configs_only else WEIGHTS, ", --config.model.path=DIR")
 
 
-def model(path: str) -> Path:
-    """The folder of one model in transformers' layout, as of a CLIP. Raises WeightsError as `pipeline` does."""
-    return _resolve(path, ("config.json", "*.json", "*.txt"), ("model*.safetensors",), "")
+def model(
+    path: str,
+    small: tuple[str, ...] = ("config.json", "*.json", "*.txt"),
+    heavy: tuple[str, ...] = ("model*.safetensors",),
+) -> Path:
+    """The folder of one model, by default in transformers' layout as of a CLIP. Raises WeightsError as `pipeline` does.
+
+    `small` and `heavy` are what a name's repository is read of; the first of `small` and all of `heavy` must be there.
+    """
+    return _resolve(path, small, heavy, "")
 
 
-def here(path: str | Path | None) -> Path | None:
-    """What is at `path`, or the folder in the hub's cache of a model with that name and a config.json; None if neither.
+def here(path: str | Path | None, file: str = "config.json") -> Path | None:
+    """What is at `path`, or the folder in the hub's cache of a model with that name and such a file; None if neither.
 
     Without the network.
     """
@@ -48,7 +55,7 @@ def here(path: str | Path | None) -> Path | None:
     if path is None or Path(path).exists():
         return path if path is None else Path(path)
     try:
-        found = huggingface_hub.try_to_load_from_cache(str(path), "config.json") if is_name(str(path)) else None
+        found = huggingface_hub.try_to_load_from_cache(str(path), file) if is_name(str(path)) else None
     except ValueError:  # no name that the hub could have
         found = None
     return Path(found).parent if isinstance(found, str) else None

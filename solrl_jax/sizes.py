@@ -41,11 +41,11 @@ def read(cfg: Config, devices: int) -> Sizes:
         if shapes is None:
             notes.append(f"reward {name} is not counted: rewards/{name}.py defines no shapes(path)")
             continue
-        found[name] = shapes(paths.get(name))
-        if jax.tree.leaves(found[name][1]) and hub.here(paths.get(name)) is None:
-            of = f", {reward.HUB_ID}'s" if hasattr(reward, "HUB_ID") else ""
-            path = paths.get(name, "...")
-            notes.append(f"reward {name} has its public sizes here{of}: nothing is at reward_paths={name}={path}")
+        found[name] = shapes(paths.get(name), cfg.reward_dtype)
+        path, public = paths.get(name), getattr(reward, "HUB_ID", "another model")
+        if jax.tree.leaves(found[name][1]) and path != public and hub.here(path) is None:
+            what = f"nothing is at reward_paths={name}={path or '...'}"
+            notes.append(f"reward {name} has its public sizes here, {public}'s: {what}")
     trained = [name for name in wanted if name in found]
     tokens = module.token_shapes(cfg.model, mine)
     judged = {name: batch(found[name][2], mine) for name in trained}

@@ -23,6 +23,10 @@ PerSample = Float[Array, "B"]
 Keys = Key[Array, "*batch"]
 
 
+class WeightsError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, the keys and what to do."""
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static:

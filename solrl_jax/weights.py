@@ -2,7 +2,8 @@
 
 A table of `Rule`s says, for every path of our tree, the checkpoint key(s) it comes from and the layout it has there.
 Because the table starts from our tree, reading it forwards lists exactly the keys that are needed (missing and unused
-ones are both errors), and reading it backwards saves a tree in the public layout. Weights are data: safetensors only.
+ones are both errors), and reading it backwards saves a tree in the public layout. Weights are data: safetensors, or
+where there are none torch's pickles, read without running them.
 """
 
 import dataclasses
@@ -17,11 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from solrl_jax.structs import PyTree
-
-
-class WeightsError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, the keys and what to do."""
+from solrl_jax import pickles
+from solrl_jax.structs import PyTree, WeightsError
 
 
 class Rule(NamedTuple):
@@ -30,6 +28,7 @@ class Rule(NamedTuple):
     path: str
     key: str
     layout: str = "same"  # same | linear: [in, out] here, [out, in] there | conv: HWIO here, OIHW there
+    part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal parts of the first axis there, as of a fused q, k, v
 
 
 _TO_OURS = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
@@ -45,6 +44,7 @@ class Leaf(NamedTuple):
     keys: tuple[str, ...]
     stacked: bool
     layout: str
+    part: tuple[int, int]
     shape: tuple[int, ...]
 
 
@@ -64,7 +64,7 @@ def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
                 key = match.expand(rule.key).replace("/", ".")
                 stacked = "{layer}" in key
                 keys = tuple(key.replace("{layer}", str(i)) for i in range(leaf.shape[0])) if stacked else (key,)
-                found.append(Leaf(path, keys, stacked, rule.layout, tuple(leaf.shape)))
+                found.append(Leaf(path, keys, stacked, rule.layout, rule.part, tuple(leaf.shape)))
                 break
         else:
             raise WeightsError(f"no rule of the key table matches parameter {path!r}")
@@ -72,20 +72,23 @@ def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
 
 
 class Files:
-    """A checkpoint folder's tensors, read one by one: {key: tensor} over one file or over shards with an index.
+    """A checkpoint's tensors, read one by one: {key: tensor} over one file or over shards with an index.
 
-    Files are mapped, so what was read stays in the process until `close`; the next read opens them again.
+    `path` is a folder with files of the name `stem`, or one file. Files are mapped, so what was read stays in the
+    process until `close`; the next read opens them again.
     """
 
     twice: tuple[str, ...] = ()  # what is said of keys that two files hold
 
-    def __init__(self, folder: str | Path, stem: str):
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise WeightsError(f"{self.folder} is not a directory: give the folder of a model in its public layout")
+    def __init__(self, path: str | Path, stem: str = "model"):
+        self.path = Path(path)
+        if not self.path.exists():
+            raise WeightsError(
+                f"{self.path} is not a directory, nor a file: give the folder of a model in its public layout"
+            )
         self._open: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
-        for file in _shards(self.folder, stem):
+        for file in [self.path] if self.path.is_file() else _shards(self.path, stem):
             for key in self._handle(file).keys():  # noqa: SIM118 - a safetensors handle is no dict
                 if key in self.where:
                     self.twice += (f"{key} is in {self.where[key].name} and in {file.name}",)
@@ -94,7 +97,7 @@ class Files:
     def _handle(self, file: Path):
         if file not in self._open:
             try:
-                self._open[file] = safe_open(file, "numpy")
+                self._open[file] = pickles.read(file) if pickles.is_checkpoint(file) else safe_open(file, "numpy")
             except FileNotFoundError as e:
                 raise WeightsError(f"{file} is named by the index but is not there: download it again") from e
             except SafetensorError as e:
@@ -104,11 +107,13 @@ class Files:
         return self._open[file]
 
     def __getitem__(self, key: str) -> np.ndarray:
-        return self._handle(self.where[key]).get_tensor(key)
+        handle = self._handle(self.where[key])
+        return np.array(handle[key]) if isinstance(handle, dict) else handle.get_tensor(key)
 
     def shape(self, key: str) -> tuple[int, ...]:
         """From the header alone."""
-        return tuple(self._handle(self.where[key]).get_slice(key).get_shape())
+        handle = self._handle(self.where[key])
+        return handle[key].shape if isinstance(handle, dict) else tuple(handle.get_slice(key).get_shape())
 
     def keys(self) -> Iterable[str]:
         return self.where.keys()
@@ -118,20 +123,30 @@ class Files:
 
 
 def _shards(folder: Path, stem: str) -> list[Path]:
-    """No-variant files first, then bf16, then fp16; an index before a single file of the same variant."""
-    for variant in ("", "bf16", "fp16"):
-        name = f"{stem}.{variant}" if variant else stem
-        index = folder / (f"{stem}.safetensors.index.{variant}.json" if variant else f"{stem}.safetensors.index.json")
-        if index.is_file():
-            try:
-                return sorted({folder / file for file in json.loads(index.read_text())["weight_map"].values()})
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise WeightsError(f"{index} is not a safetensors index ({e!r}): download it again") from e
-            except OSError as e:
-                raise WeightsError(f"{index} cannot be read: {e.strerror}") from e
-        if (folder / f"{name}.safetensors").is_file():
-            return [folder / f"{name}.safetensors"]
-    raise WeightsError(f"{folder} holds no {stem}.safetensors (nor an index, nor a bf16 or fp16 variant of it)")
+    """No-variant files first, then bf16, fp16, torch's pickles; of each an index before a single file."""
+    pickled = "pytorch_model" if stem == "model" else stem  # transformers' two names, diffusers' one
+    for name, index in (
+        (f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
+        (f"{stem}.bf16.safetensors", f"{stem}.safetensors.index.bf16.json"),
+        (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"),
+        (f"{pickled}.bin", f"{pickled}.bin.index.json"),
+    ):
+        if (folder / index).is_file():
+            return _indexed(folder / index)
+        if (folder / name).is_file():
+            return [folder / name]
+    raise WeightsError(
+        f"{folder} holds no {stem}.safetensors (nor an index, nor a bf16 or fp16 variant of it) and no {pickled}.bin"
+    )
+
+
+def _indexed(index: Path) -> list[Path]:
+    try:
+        return sorted({index.parent / file for file in json.loads(index.read_text())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise WeightsError(f"{index} is not an index of weights ({e!r}): download it again") from e
+    except OSError as e:
+        raise WeightsError(f"{index} cannot be read: {e.strerror}") from e
 
 
 def load(
@@ -156,7 +171,7 @@ def load(
     wanted = needed(spec, rules)
     if problems := [*files.twice, *twice, *_problems(files, names, wanted, droppable)]:
         shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise WeightsError(f"{files.folder} does not hold the weights that its config describes:\n  {shown}")
+        raise WeightsError(f"{files.path} does not hold the weights that its config describes:\n  {shown}")
     values, place = [], place or (lambda x: x)
     for leaf in wanted:  # no name holds what was read: it is let go before the next leaf is
         values.append(place(_read(files, leaf, [names[key] for key in leaf.keys], dtype)))
@@ -188,21 +203,21 @@ def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], dr
     found += [f"unused {k}" for k in names if k not in want and not any(re.fullmatch(d, k) for d in droppable)]
     for leaf in wanted:
         shape = leaf.shape[1:] if leaf.stacked else leaf.shape
-        there = {key: _ours_shape(files.shape(names[key]), leaf.layout) for key in leaf.keys if key in names}
+        there = {key: _ours_shape(files.shape(names[key]), leaf) for key in leaf.keys if key in names}
         found += [f"{key} has shape {s}, not {shape}" for key, s in there.items() if s != shape]
-    return found
+    return list(dict.fromkeys(found))  # the parts of one tensor name it once
 
 
 def _read(files: Files, leaf: Leaf, keys: Sequence[str], dtype: Any) -> np.ndarray:
     """One leaf in our layout, its layers stacked as they come."""
     if not leaf.stacked:
-        value = _ours(files[keys[0]], leaf.layout)
+        value = _ours(files[keys[0]], leaf)
         return np.asarray(value, order="C", dtype=value.dtype if dtype is None else dtype)
     if dtype is None:
-        return np.stack([_ours(files[key], leaf.layout) for key in keys])
+        return np.stack([_ours(files[key], leaf) for key in keys])
     stack = np.empty(leaf.shape, dtype)
     for i, key in enumerate(keys):
-        stack[i] = _ours(files[key], leaf.layout)
+        stack[i] = _ours(files[key], leaf)
     return stack
 
 
@@ -216,23 +231,27 @@ def save(
 ) -> None:
     """Write `tree` as one safetensors file in the public layout; the inverse of `load`."""
     by_path = leaves_by_path(tree)
-    tensors: dict[str, np.ndarray] = {}
+    parts: dict[str, dict[int, np.ndarray]] = {}
     for leaf in needed(tree, rules):
         value = np.asarray(by_path[leaf.path])
         value = value if dtype is None else value.astype(dtype)
         for i, key in enumerate(leaf.keys):
-            tensors[key] = _theirs(value[i, ...] if leaf.stacked else value, leaf.layout)
+            own = _theirs(value[i, ...] if leaf.stacked else value, leaf.layout)
+            parts.setdefault(key, {})[leaf.part[0]] = own
+    tensors = {k: x[0] if len(x) == 1 else np.concatenate([x[i] for i in sorted(x)]) for k, x in parts.items()}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
 
 
-def _ours(x: np.ndarray, layout: str) -> np.ndarray:
-    axes = _TO_OURS[layout]
+def _ours(x: np.ndarray, leaf: Leaf) -> np.ndarray:
+    axes, (i, n) = _TO_OURS[leaf.layout], leaf.part
+    x = x if n == 1 else x[i * len(x) // n : (i + 1) * len(x) // n]
     return x if axes is None or x.ndim != len(axes) else x.transpose(axes)
 
 
-def _ours_shape(shape: tuple[int, ...], layout: str) -> tuple[int, ...]:
-    axes = _TO_OURS[layout]
+def _ours_shape(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
+    axes, n = _TO_OURS[leaf.layout], leaf.part[1]
+    shape = shape if n == 1 or not shape or shape[0] % n else (shape[0] // n, *shape[1:])
     return shape if axes is None or len(shape) != len(axes) else tuple(shape[i] for i in axes)
 
 
@@ -267,22 +286,22 @@ def stored(folder: str | Path, stem: str) -> list[Path]:
     return _shards(Path(folder), stem)
 
 
-def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None, file: str = "config.json"):
-    """Dataclass `cls` from `values`, by default the folder's config.json; errors name `file`.
+def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None, name: str = "config.json"):
+    """Dataclass `cls` from `values`, by default all that the folder's file `name` holds.
 
     Its own fields only, lists as tuples; missing and null ones keep the default. What is of another kind than its
     field's default (`_unlike`) and what the class refuses is a WeightsError.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-    found = read_config(folder) if values is None else values
-    given = {name: value for name, value in found.items() if name in defaults and value is not None}
-    for name, value in given.items():
-        if wanted := _unlike(value, defaults[name]):
-            raise WeightsError(f"{Path(folder) / file}: {name} is {value!r}, not {wanted}: download it again")
+    file, defaults = Path(folder) / name, {field.name: field.default for field in dataclasses.fields(cls)}
+    found = read_json(file) if values is None else values
+    given = {key: value for key, value in found.items() if key in defaults and value is not None}
+    for key, value in given.items():
+        if wanted := _unlike(value, defaults[key]):
+            raise WeightsError(f"{file}: {key} is {value!r}, not {wanted}: download it again")
     try:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
     except ValueError as e:
-        raise WeightsError(f"{Path(folder) / file}: {e}") from e
+        raise WeightsError(f"{file}: {e}") from e
 
 
 def _unlike(value: Any, default: Any) -> str | None:

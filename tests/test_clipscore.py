@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from experiments.tiny.tokenizers_local import write_clip_tokenizer
 from solrl_jax import weights
 from solrl_jax.models.text import ClipTextConfig
-from solrl_jax.rewards import clip_tower, clipscore
+from solrl_jax.rewards import clip_tokens, clip_tower, clipscore, preprocess
 
 PROMPTS = ["a red circle left of a blue square", "two green triangles", "a white area, and more words than fit here"]
 LENGTH = 10
@@ -32,7 +32,7 @@ def write_clip(folder, act="quick_gelu", eos=None, **config):
     return model
 
 
-def pixels_of(images, mean=clip_tower.OPENAI_MEAN, std=clip_tower.OPENAI_STD, size=32):
+def pixels_of(images, mean=preprocess.OPENAI_MEAN, std=preprocess.OPENAI_STD, size=32):
     """torch's own resize of the short edge, the middle, and standardising; NHWC [0, 1] -> NCHW."""
     x = torch.tensor(images).permute(0, 3, 1, 2)
     height, width = x.shape[2:]
@@ -216,10 +216,9 @@ def test_errors(tmp_path):
     (tmp_path / "elsewhere.json").rename(tmp_path / "vocab.json")
     folder = str(tmp_path.resolve())
     count = len(CLIPTokenizer.from_pretrained(folder))
-    with pytest.raises(weights.WeightsError, match="vocab_size 100"):
-        clipscore.check_tokenizer(folder, ClipTextConfig(vocab_size=100, eos_token_id=2))
-    with pytest.raises(weights.WeightsError, match="eos_token_id 7"):
-        clipscore.check_tokenizer(folder, ClipTextConfig(vocab_size=count, eos_token_id=7))
+    for changes in ({"vocab_size": 100, "eos_token_id": 2}, {"vocab_size": count, "eos_token_id": 7}):
+        with pytest.raises(weights.WeightsError, match=" and ".join(f"{k} {v}" for k, v in changes.items())):
+            clip_tokens.check_hf(ClipTextConfig(**changes), folder)
 
     file = tmp_path / "model.safetensors"
     stored = load_file(file)

@@ -35,8 +35,7 @@ def made(stay: bool, devices: int = 2, group: int = 3) -> tuple[Seen, Conditione
         "lora_targets": (),
         "keys": (),
     }
-    rule = structs.QuantRule((), 0)
-    nothing["quant_rules"] = structs.QuantRules(rule, rule)
+    nothing["quant_rules"] = structs.QuantRules(structs.QuantRule((), 0), structs.QuantRule((), 0))
     fields = {k: v for k, v in nothing.items() if k not in structs.Model._field_defaults}
     model = structs.Model(**fields | {"tokenize": tokenize, "encode": encode})
     return seen, Conditioner(model, {"table": table}, sharding.make_mesh(devices), group=group, stay=stay)

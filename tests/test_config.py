@@ -88,12 +88,18 @@ def test_flux_is_the_published_run():
     assert (cfg.model.path, cfg.model.size, cfg.model.text_tokens) == ("black-forest-labs/FLUX.1-dev", 512, 128)
     assert (cfg.model.min_dim, cfg.model.remat, cfg.seed, cfg.selection) == (1000, True, 42, "best_worst")
     assert (cfg.prompts, cfg.candidates, cfg.kept, cfg.times) == (48, 96, 24, 4)
-    assert cfg.explore == Stage(6, "dpm2", "nvfp4_emulated", 24) and cfg.regenerate == Stage(10, "dpm2", "bf16", 24)
+    assert cfg.explore == Stage(6, "dpm2", "auto", 24) and cfg.regenerate == Stage(10, "dpm2", "bf16", 24)
     assert (cfg.lora.rank, cfg.lora.alpha, cfg.lora.targets) == (32, 64.0, ())
     learn = Learn(timestep_fraction=0.4, updates=1, micro_batch=12, learning_rate=3e-4, kl_weight=1e-4, clip_norm=1.0)
     assert cfg.learn == learn and cfg.learn.ema_max == 0.9 and cfg.learn.strength == 1.0
     assert (cfg.evaluate.every, cfg.evaluate.steps, cfg.evaluate.solver) == (20, 28, "dpm2")
-    assert (cfg.reward, cfg.reward_paths) == ("clipscore", ("clipscore=openai/clip-vit-large-patch14",))
+    assert (cfg.reward, cfg.reward_dtype) == ("clipscore", "float32")
+    assert {
+        "clipscore=openai/clip-vit-large-patch14",
+        "pickscore=yuvalkirstain/PickScore_v1",
+        "hpsv2=xswu/HPSv2",
+        "imagereward=zai-org/ImageReward",
+    } == {*cfg.reward_paths}
 
 
 def test_recipes_have_the_names_of_the_original():
@@ -103,9 +109,9 @@ def test_recipes_have_the_names_of_the_original():
     for recipe, cfg in made.items():
         assert cfg == config.load(f"flux:flux1_{recipe}") and recipe.endswith(f"_{cfg.reward}") and cfg.name == "flux"
     assert {n: config.describe(made[f"{n}_hpsv2"]) for n in (*config.FAMILIES, "compile")} == {
-        "sol_rl": "explore 96 x 6 steps nvfp4_emulated, regenerate 24 x 10 steps bf16",
+        "sol_rl": "explore 96 x 6 steps auto, regenerate 24 x 10 steps bf16",
         "naive_scaling": "roll out 96 x 10 steps bf16, keep 24",
-        "naive_quant": "roll out 96 x 10 steps nvfp4_emulated, keep 24",
+        "naive_quant": "roll out 96 x 10 steps auto, keep 24",
         "diffusionnft": "roll out 24 x 10 steps bf16, keep 24",
         "compile": "roll out 96 x 10 steps bf16, keep 24",
     }
@@ -138,7 +144,8 @@ def test_help_has_every_recipe_in_one_line():
     assert "Recipes of --config=flux:RECIPE (default: sol_rl_clipscore)" in lines
     assert [line.split()[0] for line in lines if line[:2] == "  " and line[2] != " "] == FLUX
     assert all("; the same as naive_scaling" in line for line in lines if line.startswith("  compile_"))
-    assert not any("clipscore is not here yet" in line for line in lines)
+    for reward in ("clipscore", "pickscore", "hpsv2", "imagereward"):
+        assert not any(f"{reward} is not here yet" in line for line in lines)
     assert sum(line.startswith("  ") and line[2] != " " for line in config.help_lines("tiny")) == 10
     with pytest.raises(
         ConfigError, match=r"--config=nothing: there is no configs/nothing.py; use one of .*flux, .*tiny"

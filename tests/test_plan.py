@@ -9,7 +9,7 @@ import pytest
 from absl.testing import flagsaver
 
 from solrl_jax import cost, main, plan, sizes
-from solrl_jax.config import Stage
+from solrl_jax.config import Evaluate, Stage
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
 from tests import flux_dev
@@ -92,6 +92,47 @@ def test_parameters_and_bytes(planned):
     assert use.merged == 2 * (19 * 4 + 38 * 3) * 3072**2
     low = sum(u.weights for u in coverage.uses(found.model, "fp8") if u.quantised)
     assert use.quantised == pytest.approx(low, rel=1e-6) == pytest.approx(8.60e9, rel=1e-2)
+
+
+def test_rewards_that_are_not_here_have_their_public_sizes(planned):
+    cfg = dataclasses.replace(planned.cfg, reward="pickscore:1,hpsv2:0.5", evaluate=Evaluate(rewards="clipscore"))
+    found = sizes.read(cfg, 1)
+    assert {name: sizes.parameters(x) for name, x in found.frozen.rewards.items()} == {
+        "pickscore": 986_109_441,
+        "hpsv2": 986_109_441,
+    }
+    assert {name: sizes.parameters(x) for name, x in found.towers.items()} == {"clipscore": 427_616_513}
+    assert {name: x["ids"].shape for name, x in found.prompts.tokens.items()} == {
+        "pickscore": (48, 77),
+        "hpsv2": (48, 77),
+    }
+    assert sum("has its public sizes here" in note for note in found.notes) == 3
+
+
+def test_imagereward_without_its_weights(planned):
+    """The vision is .12 TFLOP an image (rewards.md section 7), the text that looks at it .016 more."""
+    found = sizes.read(dataclasses.replace(planned.cfg, reward="imagereward"), 1)
+    params, reward = found.frozen.rewards["imagereward"], found.score.rewards[0]
+    assert sizes.parameters(params) == 446_206_689
+    tokens = found.prompts.tokens["imagereward"]
+    assert {name: x.shape for name, x in tokens.items()} == {"ids": (48, 35), "mask": (48, 35)}
+    program = cost.trace(reward.score, params, S((24, 512, 512, 3), F32), sizes.batch(tokens, 1))
+    assert cost.flops(program)["float32 highest"] == pytest.approx(24 * 0.139e12, rel=0.03)
+
+
+def test_bfloat16_rewards_cost_less(planned):
+    """Their products are bf16 then; an image through ViT-H/14 takes .32 TFLOP (rewards.md section 7)."""
+    flops = {}
+    for dtype in ("float32", "bfloat16"):
+        cfg = dataclasses.replace(planned.cfg, reward="pickscore", reward_dtype=dtype)
+        found = sizes.read(cfg, 1)
+        images, tokens = S((24, 512, 512, 3), F32), sizes.batch(found.prompts.tokens["pickscore"], 1)
+        program = cost.trace(found.score.rewards[0].score, found.frozen.rewards["pickscore"], images, tokens)
+        flops[dtype] = cost.flops(program)
+    assert flops["float32"]["float32 highest"] == pytest.approx(24 * 0.335e12, rel=0.03)
+    assert flops["bfloat16"].total() == flops["float32"].total()
+    half = sum(n for dtype, n in flops["bfloat16"].items() if dtype.startswith("bfloat16"))
+    assert half > 0.98 * flops["bfloat16"].total()
 
 
 def test_flops(planned):
@@ -219,6 +260,7 @@ def test_a_reward_that_is_here_has_its_own_sizes(planned, tmp_path, monkeypatch)
     assert read(snapshot) == read("org/clip") == (small, [])
     note = "reward clipscore has its public sizes here, openai/clip-vit-large-patch14's: nothing is at reward_paths="
     assert read("org/other") == (427_616_513, [f"{note}clipscore=org/other"])
+    assert read("openai/clip-vit-large-patch14") == (427_616_513, [])  # they are its own
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -134,8 +134,8 @@ def test_needed():
     found = {leaf.path: leaf for leaf in weights.needed(SPEC, RULES)}
     q = found["blocks/attn/q/kernel"]
     assert (q.keys, q.stacked, q.layout) == (tuple(f"blocks.{i}.attn.q.weight" for i in range(3)), True, "linear")
-    assert found["head/kernel"][1:] == (("head.weight",), False, "linear", (5, 7))
-    assert found["temperature"][1:] == (("logit_scale",), False, "same", ())
+    assert found["head/kernel"][1:] == (("head.weight",), False, "linear", (0, 1), (5, 7))
+    assert found["temperature"][1:] == (("logit_scale",), False, "same", (0, 1), ())
 
 
 def test_first_rule_wins(folder):
@@ -229,6 +229,40 @@ def test_long_lists_are_cut(folder):
         load(folder)
 
 
+# --- fused tensors --------------------------------------------------------------------------------------------------
+
+FUSED = (
+    Rule(r"(q)/kernel", "{layer}.in_proj", "linear", (0, 3)),
+    Rule(r"(k)/kernel", "{layer}.in_proj", "linear", (1, 3)),
+    Rule(r"(v)/kernel", "{layer}.in_proj", "linear", (2, 3)),
+)
+
+
+def test_parts_of_one_tensor(tmp_path):
+    """q, k and v are rows 0-3, 4-7 and 8-11 of what is stored; saved again it is the same."""
+    stored = {f"{i}.in_proj": np.arange(60, dtype=np.float32).reshape(12, 5) + 100 * i for i in range(2)}
+    save_file(stored, tmp_path / "model.safetensors")
+    spec = {name: {"kernel": jax.ShapeDtypeStruct((2, 5, 4), jnp.float32)} for name in "qkv"}
+    tree = weights.load(Files(tmp_path, "model"), spec, FUSED)
+    for i, name in enumerate("qkv"):
+        np.testing.assert_array_equal(tree[name]["kernel"][1], stored["1.in_proj"][4 * i : 4 * i + 4].T)
+    weights.save(tree, FUSED, tmp_path / "again.safetensors")
+    again = load_file(tmp_path / "again.safetensors")
+    assert again.keys() == stored.keys()
+    assert all(np.array_equal(again[key], stored[key]) for key in stored)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [(11, r"1.in_proj has shape \(5, 11\), not \(5, 4\)"), (9, r"1.in_proj has shape \(5, 3\), not \(5, 4\)")],
+)
+def test_a_fused_tensor_that_does_not_fit_is_named_once(tmp_path, rows, message):
+    save_file({"1.in_proj": np.ones((rows, 5), np.float32)}, tmp_path / "model.safetensors")
+    spec = {name: {"kernel": jax.ShapeDtypeStruct((2, 5, 4), jnp.float32)} for name in "qkv"}
+    with pytest.raises(WeightsError, match=rf":\n  missing 0.in_proj\n  {message}$"):
+        weights.load(Files(tmp_path, "model"), spec, FUSED)
+
+
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +282,7 @@ def test_file_preference(tmp_path):
     for key, file in order:
         assert list(Files(tmp_path, "model").keys()) == [key]
         (tmp_path / file).unlink()
-    with pytest.raises(WeightsError, match=r"holds no model.safetensors \(nor an index"):
+    with pytest.raises(WeightsError, match=r"holds no model.safetensors \(nor an index.*no pytorch_model.bin"):
         Files(tmp_path, "model")
 
 
@@ -272,7 +306,7 @@ def test_shards(folder):
 def test_broken_index(folder, text):
     index = folder / "model.safetensors.index.json"
     index.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(WeightsError, match=r"index.json is not a safetensors index .* download it again"):
+    with pytest.raises(WeightsError, match=r"index.json is not an index of weights .* download it again"):
         load(folder)
 
 

@@ -9,35 +9,24 @@ figure is the median of `--repeat` calls after a first one, whose excess over th
 
 import argparse
 import functools
+import math
 import statistics
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from experiments import profile, results
-from solrl_jax import assemble, config, iteration, plan, quant, sharding, sizes
+from solrl_jax import assemble, config, iteration, plan, quant, rewards, sharding, sizes
 from solrl_jax.config import Config
 from solrl_jax.models import flux_dev
-from solrl_jax.structs import PyTree
-
-
-def drawn(tree: PyTree, seed: int = 0) -> PyTree:
-    """Arrays for ShapeDtypeStructs, one at a time: floats ~ N(0, 0.02^2), integers small."""
-
-    @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
-    def draw(key, shape, dtype):
-        if jnp.issubdtype(dtype, jnp.integer):
-            return jax.random.randint(key, shape, 1, 8, dtype)
-        return jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype)
-
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(structure, [draw(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+from solrl_jax.structs import Prompts, PyTree, Variables
 
 
 def timed(call: Callable[[], Any], repeat: int) -> tuple[list[float], float]:
@@ -51,14 +40,40 @@ def timed(call: Callable[[], Any], repeat: int) -> tuple[list[float], float]:
 
 
 class Bench:
-    """Everything that an iteration takes, drawn at random on the device; `figures` is what was measured."""
+    """Everything that an iteration takes, drawn at random on the mesh; `figures` is what was measured."""
 
-    def __init__(self, cfg: Config, repeat: int, folder: Path | None = None):
-        self.cfg, self.repeat, self.folder, self.figures = cfg, repeat, folder, {}
+    def __init__(self, cfg: Config, mesh: Mesh, repeat: int, folder: Path | None = None):
+        self.cfg, self.mesh, self.repeat, self.folder, self.figures = cfg, mesh, repeat, folder, {}
         self.sizes = sizes.read(cfg, 1)
         self.optimizer = iteration.make_optimizer(cfg)
-        self.frozen = drawn(self.sizes.frozen)
+        self.frozen = self.drawn(self.sizes.frozen)
         self.statics = {"model": self.sizes.model, "optimizer": self.optimizer, "cfg": cfg}
+
+    def resize(self, cfg: Config) -> None:
+        """Go on with a config of fewer prompts."""
+        self.cfg, self.statics = cfg, {**self.statics, "cfg": cfg}
+        few = jax.device_get(jax.tree.map(lambda x: x[: cfg.prompts], self.prompts))
+        self.prompts = sharding.split(few, self.mesh)
+
+    def drawn(self, tree: PyTree, split: bool = False) -> PyTree:
+        """Arrays for ShapeDtypeStructs, one at a time, on every device or split over them: norms' scales 1, kernels
+        with the variance that keeps a signal's size, the rest of floats ~ N(0, 0.02^2), integers small."""
+        place = NamedSharding(self.mesh, sharding.SPLIT if split else sharding.WHOLE)
+
+        @functools.partial(jax.jit, static_argnames=("shape", "dtype", "spread"), out_shardings=place)
+        def draw(key, shape, dtype, spread):
+            if jnp.issubdtype(dtype, jnp.integer):
+                return jax.random.randint(key, shape, 1, 8, dtype)
+            return jax.random.normal(key, shape, dtype) * jnp.asarray(spread, dtype)
+
+        def leaf(path, x):
+            name, key = str(getattr(path[-1], "key", "")), jax.random.key(zlib.crc32(str(path).encode()))
+            if name == "scale":
+                return jnp.ones(x.shape, x.dtype, device=place)
+            fan_in = math.prod(x.shape[:-1]) if x.ndim == 4 else x.shape[-2] if x.ndim > 1 else 1
+            return draw(key, x.shape, x.dtype, fan_in**-0.5 if name == "kernel" else 0.02)
+
+        return jax.tree_util.tree_map_with_path(leaf, tree)
 
     def note(self, name: str, seconds: list[float], tflop: float = 0.0, **more: float) -> None:
         median = statistics.median(seconds)
@@ -77,20 +92,24 @@ class Bench:
 
     def encode(self) -> None:
         """Text encoders, which then leave; sets `prompts`."""
-        text, tokens = drawn(self.sizes.text), drawn(self.sizes.tokens)
+        text, tokens = self.drawn(self.sizes.text), self.drawn(self.sizes.tokens, split=True)
         encode = jax.jit(self.sizes.model.encode)
         seconds, compiling = timed(lambda: encode(text, tokens), self.repeat)
         self.note(f"encode {self.cfg.prompts} prompts", seconds, compile=compiling)
-        self.prompts = sizes.Prompts(encode(text, tokens), drawn(self.sizes.prompts.tokens))
+        self.prompts = Prompts(encode(text, tokens), self.drawn(self.sizes.prompts.tokens, split=True))
         self.peak("peak with the text encoders")
         jax.tree.map(lambda x: x.delete(), text)
 
-    def forward(self, precision: str, batch: int) -> None:
-        """One velocity of `batch` images."""
-        model = self.sizes.model
+    def forward(self, precision: str, batches: str) -> None:
+        """One velocity of so many images, for every one of `batches`."""
         variables = {"params": self.frozen.base}
         if precision != "bf16":
             variables["quant"] = self.quantised(precision)
+        for batch in map(int, batches.split("/")):
+            self.velocity(variables, precision, batch)
+
+    def velocity(self, variables: Variables, precision: str, batch: int) -> None:
+        model = self.sizes.model
         noise = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), batch))
         cond = jax.tree.map(lambda c: jnp.repeat(c[:1], batch, axis=0), self.prompts.cond)
         velocity, sigma = jax.jit(model.velocity), jnp.full((batch,), 0.5)
@@ -100,7 +119,6 @@ class Bench:
         self.note(f"{precision} forward of {batch}", seconds, flop / 1e12, compile=compiling)
         self.profiled(f"{precision} forward of {batch}", call)
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - one low-precision copy at a time is what a card holds
     def quantised(self, precision: str) -> PyTree:
         """The low-precision copy of the base, made in one program; the time of that too."""
         rule = quant.rule_of(self.sizes.model.quant_rules, precision)
@@ -121,6 +139,25 @@ class Bench:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{name.replace(' ', '_')}.txt").write_text("\n".join(lines) + "\n")
 
+    def decode(self, dtype: str, batch: int) -> None:
+        """Latents of `batch` images to pictures, the decoder's convolutions in `dtype`."""
+        cfg = config.override(self.cfg, **{"model.vae_dtype": dtype})
+        model = assemble.model_module(cfg).make(cfg.model)
+        latents = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), batch))
+        call = functools.partial(jax.jit(model.decode), self.frozen.vae, latents)
+        seconds, compiling = timed(call, self.repeat)
+        flop = plan.per_image_flops(self.sizes)["decode"].total() * batch
+        self.note(f"decode of {batch}, {dtype}", seconds, flop / 1e12, compile=compiling)
+        self.profiled(f"decode of {batch}, {dtype}", call)
+
+    def reward(self, batch: int) -> None:
+        """The trained reward of `batch` pictures of one prompt."""
+        images = jnp.full((batch, self.cfg.model.size, self.cfg.model.size, 3), 0.5)
+        tokens = jax.tree.map(lambda x: x[:1], self.prompts.tokens)
+        score = jax.jit(functools.partial(rewards.score_images, self.sizes.score))
+        seconds, compiling = timed(lambda: score(self.frozen.rewards, images, tokens), self.repeat)
+        self.note(f"reward of {batch}: {', '.join(self.sizes.score.names)}", seconds, compile=compiling)
+
     def micro_step(self, keeps: str) -> None:
         """Forward of the trained, the old and the reference policy and the gradient, of one micro-batch."""
         cfg = config.override(self.cfg, **{"model.remat_keeps": keeps})
@@ -139,10 +176,11 @@ class Bench:
         self.peak(f"peak after the {name}")
 
     def state(self) -> iteration.TrainState:
-        return iteration.init_state(jax.random.key(0), self.frozen, **self.statics)
+        state = iteration.init_state(jax.random.key(0), self.frozen, **self.statics)
+        return sharding.replicate(state, self.mesh)
 
-    def iterations(self) -> None:
-        """Whole iterations, staged; each stage's seconds and rate."""
+    def iterations(self, tflop: dict[str, float]) -> None:
+        """Whole iterations, staged; each stage's seconds and rate, `tflop` is `work`'s."""
         staged, state, rows = iteration.Staged(score=self.sizes.score, **self.statics), self.state(), []
         for _ in range(self.repeat + 1):
             times: dict[str, float] = {}
@@ -150,14 +188,16 @@ class Bench:
             rows.append(times)
         for name in rows[0]:
             seconds = [row[name] for row in rows[1:]]
-            uses = {} if name == "select" else {"use": plan.use_of(name, self.cfg, self.sizes, 1, plan.CARDS[CARD])}
-            tflop = sum(use.flops.total() for use in uses.values()) / 1e12
-            self.note(name, seconds, tflop, compile=rows[0][name] - statistics.median(seconds))
+            self.note(name, seconds, tflop.get(name, 0.0), compile=rows[0][name] - statistics.median(seconds))
         self.note("iteration", [sum(row.values()) for row in rows[1:]])
         self.peak("peak of the whole")
 
 
-CARD = "H100 80GB"
+def work(cfg: Config, devices: int) -> dict[str, float]:
+    """TFLOP of every stage of an iteration, of one device; called outside of any mesh of several devices."""
+    share, card = sizes.read(cfg, devices), plan.CARDS["H100 80GB"]
+    stages = ("encode", "quantise", *(name for name, *_ in cfg.stages()), "learn")
+    return {s: plan.use_of(s, cfg, share, devices, card).flops.total() / devices / 1e12 for s in stages}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -165,26 +205,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="flux")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--forward", default="bf16:24", help="PRECISION:BATCH of forward passes, several with commas")
-    parser.add_argument("--keeps", default="", help="model.remat_keeps of micro-steps; several with semicolons")
-    parser.add_argument("--only", default="encode,forward,micro_step,iterations", help="of these")
+    parser.add_argument("--forward", default="bf16:24", help="PRECISION:BATCH/BATCH of forward passes, with commas")
+    parser.add_argument("--decode", default="bfloat16:24", help="DTYPE:BATCH of decodes, several with commas")
+    parser.add_argument("--keeps", default="attention,mlp", help="model.remat_keeps of micro-steps; with semicolons")
+    parser.add_argument("--only", default="encode,forward,decode,reward,micro_step,iterations", help="of these")
     parser.add_argument("--profile", type=Path, help="folder for every kernel's time")
     parser.add_argument("--set", default="", help="config words, field=value with commas: explore.precision=bf16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     assemble.use_compilation_cache()
-    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh(1)):
+    mesh = sharding.make_mesh(1)
+    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
         here = {"model.path": str(flux_dev.write(folder))} if args.config.startswith("flux") else {}
         cfg = config.load(args.config, {"prompts": str(args.prompts), **here, **words})
         cfg = assemble.resolved(cfg, assemble.capability())
-        bench = Bench(cfg, args.repeat, args.profile)
-        forwards = (word.split(":") for word in args.forward.split(","))
+        bench = Bench(cfg, mesh, args.repeat, args.profile)
+        forwards, decodes = ([word.split(":") for word in words.split(",")] for words in (args.forward, args.decode))
         steps = [
             ("encode", bench.encode),
-            *(("forward", functools.partial(bench.forward, p, int(b))) for p, b in forwards),
+            *(("forward", functools.partial(bench.forward, p, b)) for p, b in forwards),
+            *(("decode", functools.partial(bench.decode, d, int(b))) for d, b in decodes),
+            ("reward", functools.partial(bench.reward, 24)),
             *(("micro_step", functools.partial(bench.micro_step, keeps)) for keeps in args.keeps.split(";")),
-            ("iterations", bench.iterations),
+            ("iterations", functools.partial(bench.iterations, work(cfg, 1))),
         ]
         for name, step in steps:
             if name in args.only.split(","):

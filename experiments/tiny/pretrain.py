@@ -25,7 +25,7 @@ import optax
 from experiments.tiny import check, tokenizers_local, world
 from solrl_jax import config, weights
 from solrl_jax.models import flux, flux_dev, text, vae
-from solrl_jax.rewards import clip_tower
+from solrl_jax.rewards import clip_tower, preprocess
 from solrl_jax.structs import Model
 
 HERE = Path(__file__).parent
@@ -309,7 +309,7 @@ def train_clip(folder: Path, pipeline: Path, vae_params, pool, steps: int, batch
 
     def loss(params, batch, key):
         both = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), batch)  # [n, 2, ...]: a scene and its mutation
-        pixels = clip_tower.standardise(soften(pictures(both), key), clip_tower.OPENAI_MEAN, clip_tower.OPENAI_STD)
+        pixels = preprocess.standardise(soften(pictures(both), key), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
         image, words = tower.apply({"params": params}, pixels, both["tokens"])
         same = jnp.all(both["tokens"][:, None] == both["tokens"][None], axis=-1) & ~jnp.eye(len(pixels), dtype=bool)
         scale = jnp.exp(jnp.minimum(params["logit_scale"], np.log(100.0)))

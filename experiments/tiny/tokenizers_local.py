@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from solrl_jax.rewards.clip_tokens import byte_alphabet
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -22,12 +24,12 @@ def write_clip_tokenizer(folder: str | Path, texts: Iterable[str], length: int =
     """
     from transformers import CLIPTokenizer
 
-    plain = CLIPTokenizer(vocab=_ids([*byte_alphabet(), START, END]), merges=[]).backend_tokenizer
+    letters = [*byte_alphabet().values()]
+    plain = CLIPTokenizer(vocab=_ids([*letters, START, END]), merges=[]).backend_tokenizer
     words = Counter(
         word for text in texts for word, _ in plain.pre_tokenizer.pre_tokenize_str(plain.normalizer.normalize_str(text))
     )
     merges = learn_merges(words)
-    letters = byte_alphabet()
     merged = dict.fromkeys(a + b for a, b in merges)  # two pairs may spell the same token
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), *merged, START, END]
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": length, "bos_token": START}
@@ -39,12 +41,6 @@ def write_clip_tokenizer(folder: str | Path, texts: Iterable[str], length: int =
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
     return len(vocabulary)
-
-
-def byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes: printable Latin-1 as itself first, the rest from U+0100 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    return [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
 
 
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:

@@ -364,7 +364,7 @@ def make(cfg: config.Model) -> Model:
     network = FluxTransformer(flux, dtype, cfg.remat, cfg.remat_keeps)
     rope = rope_table(flux, side // 2, side // 2, cfg.text_tokens)
     shape = (side, side, vae_cfg.latent_channels)
-    decoder = vae.Decoder(vae_cfg, F32)
+    decoder = vae.Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype))
 
     def run(variables: Variables, x: Array, sigma: Array, cond: PyTree, **how: Any) -> Any:
         given = pack(x).astype(dtype), cond["text"], cond["pooled"], sigma, jnp.ones_like(sigma)

@@ -41,13 +41,13 @@ class Linear(nn.Module):
         else:
             inside = sum(x.shape[-1] for x in parts)
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (inside, self.features), F32)
-            y = _product(parts, kernel, self.dtype, out)
+            y = _product(parts, jnp.asarray(kernel), self.dtype, out)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), F32)
             y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         if self.has_variable("lora", "a"):
-            down = _product(parts, self.get_variable("lora", "a"), self.dtype, out)
-            y = y + _product((down,), self.get_variable("lora", "b"), self.dtype, out)
+            a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "ab")
+            y = y + _product((_product(parts, a, self.dtype, out),), b, self.dtype, out)
         return y.astype(self.dtype)
 
 

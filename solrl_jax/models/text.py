@@ -24,12 +24,12 @@ from solrl_jax.weights import Place, Rule
 _table = nn.initializers.normal(0.02)
 
 
-def run_layers(layer: nn.Module, count: int, x: Array, bias: Array | None) -> tuple[Array, Array]:
-    """`layer(x, bias)` applied `count` times, each time with weights of its own; also what the last one was given."""
+def run_layers(layer: nn.Module, count: int, x: Array, *context: Array | None) -> tuple[Array, Array]:
+    """`layer(x, *context)` applied `count` times, each time with its own weights; also what the last one was given."""
 
     def step(layer, carry, _):
         x, _ = carry
-        return (layer(x, bias), x), None
+        return (layer(x, *context), x), None
 
     scan = nn.scan(step, variable_axes={"params": 0}, split_rngs={"params": True}, length=count)
     return scan(layer, (x, x), None)[0]

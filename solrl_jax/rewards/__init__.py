@@ -71,14 +71,17 @@ def parse_paths(pairs: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def load_rewards(mixture: str, paths: Mapping[str, str]) -> tuple[Score, dict[str, Params]]:
-    """The mixture and its towers' weights by reward name, read from paths[name]. Raises ConfigError or WeightsError."""
+def load_rewards(mixture: str, paths: Mapping[str, str], dtype: str = "float32") -> tuple[Score, dict[str, Params]]:
+    """The mixture, computed in `dtype`, and its towers' weights by reward name, read from paths[name].
+
+    Raises ConfigError or WeightsError.
+    """
     weights = parse(mixture)
     rewards, params = [], {}
     for name in weights:
         module = importlib.import_module(f"solrl_jax.rewards.{name}")
         try:
-            reward, params[name] = module.make(paths.get(name))
+            reward, params[name] = module.make(paths.get(name), dtype)
         except WeightsError as e:
             raise WeightsError(f"{e} (config field reward_paths: {name}=folder)") from e
         except ValueError as e:

@@ -1,9 +1,10 @@
 """CLIP with both towers, and the pieces that every CLIP reward shares (spec/rewards.md sections 2-4).
 
-The parameter tree knows no naming: HF_KEYS is transformers' CLIPModel, another spelling is another table.
+The parameter tree knows no naming: HF_KEYS is transformers' CLIPModel, OPEN_CLIP_KEYS is open_clip's CLIP.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
@@ -24,11 +26,9 @@ from solrl_jax.models.text import (
     clip_text_rules,
     run_layers,
 )
-from solrl_jax.structs import Images, Params, PerSample
+from solrl_jax.structs import Params, PerSample
 from solrl_jax.weights import Rule
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 _table = nn.initializers.normal(0.02)
 
 
@@ -68,6 +68,40 @@ class ClipConfig:
         text = weights.from_config(ClipTextConfig, folder, {**_part(values, "text_config", folder), **outer})
         vision = weights.from_config(ClipVisionConfig, folder, _part(values, "vision_config", folder))
         return cls(text, vision, text.projection_dim)
+
+    @classmethod
+    def read_open_clip(cls, folder: str | Path) -> "ClipConfig":
+        """Of open_clip_config.json; WeightsError for a CLIP that is built otherwise."""
+        file = Path(folder) / "open_clip_config.json"
+        try:
+            return cls._of_open_clip(**weights.read_json(file)["model_cfg"])
+        except (TypeError, ValueError, KeyError) as e:  # a field that is not known here, or is not there
+            raise weights.WeightsError(f"{file} describes a model that is not read here: {e}") from e
+
+    @classmethod
+    def _of_open_clip(
+        cls, embed_dim: int, vision_cfg: Mapping[str, Any], text_cfg: Mapping[str, Any], quick_gelu: bool = False
+    ) -> "ClipConfig":
+        act = "quick_gelu" if quick_gelu else "gelu"
+
+        def vision(image_size: int, layers: int, width: int, patch_size: int, head_width: int = 64):
+            sizes = {"num_attention_heads": width // head_width, "intermediate_size": 4 * width, "hidden_act": act}
+            return ClipVisionConfig(width, layers, image_size=image_size, patch_size=patch_size, **sizes)
+
+        def text(context_length: int, vocab_size: int, width: int, heads: int, layers: int):
+            sizes = {"intermediate_size": 4 * width, "max_position_embeddings": context_length, "hidden_act": act}
+            # eos_token_id 2: the end is the largest id, as open_clip finds it.
+            return ClipTextConfig(vocab_size, width, layers, heads, **sizes, eos_token_id=2, projection_dim=embed_dim)
+
+        return cls(text(**text_cfg), vision(**vision_cfg), embed_dim)
+
+
+VIT_H_14 = ClipConfig(
+    ClipTextConfig(49408, 1024, 24, 16, 4096, 77, "gelu", eos_token_id=2, projection_dim=1024),
+    ClipVisionConfig(1280, 32, 16, 5120, patch_size=14, hidden_act="gelu"),
+    projection_dim=1024,
+)
+"""laion/CLIP-ViT-H-14-laion2B-s32B-b79K, from which PickScore and HPSv2 were trained; 16 heads of 80 in the vision."""
 
 
 def _part(values: Mapping[str, Any], name: str, folder: str | Path) -> Mapping[str, Any]:
@@ -130,6 +164,16 @@ def _unit(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
+def cosines(
+    tower: ClipTower, params: Params, pixels: Float[Array, "B S S 3"], ids: Int[Array | np.ndarray, "G L"]
+) -> PerSample:
+    """Cosine of image i and prompt i // (B // G). Full precision: GPUs would take TF32 for f32."""
+    with jax.default_matmul_precision("highest"):
+        image = jnp.asarray(tower.apply({"params": params}, pixels, method="image_features"))
+        text = jnp.asarray(tower.apply({"params": params}, jnp.asarray(ids), method="text_features"))
+    return pair_cosines(image, text)
+
+
 def pair_cosines(image: Float[Array, "B D"], text: Float[Array, "G D"]) -> PerSample:
     """Cosine of image i and prompt i // (B // G), both of length one."""
     groups = len(text)
@@ -137,34 +181,6 @@ def pair_cosines(image: Float[Array, "B D"], text: Float[Array, "G D"]) -> PerSa
         raise ValueError(f"{len(image)} images of {groups} prompts: each prompt must have equally many")
     grouped = image.reshape(groups, -1, image.shape[-1])
     return jnp.sum(grouped * text[:, None], axis=-1).reshape(-1)
-
-
-def resize_crop(images: Images, size: int, method: str) -> Float[Array, "B {size} {size} 3"]:
-    """Short edge to `size` (antialiased, values neither rounded nor clipped; unless it is that), then the middle.
-
-    `method` is "linear" or "cubic": jax.image.resize equals torchvision's antialiased float resize to 1e-6.
-    """
-    height, width = images.shape[1:3]
-    short = min(height, width)
-    if short != size:
-        height, width = (size if n == short else int(size * n / short) for n in (height, width))
-        images = jax.image.resize(images, (len(images), height, width, 3), method, antialias=True)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return images[:, top : top + size, left : left + size]
-
-
-def standardise(images: Images, mean: tuple[float, ...], std: tuple[float, ...]) -> Images:
-    """(x - mean) / std by channel."""
-    centred = images - jnp.asarray(mean, F32).reshape(1, 1, 1, 3)
-    return centred / jnp.asarray(std, F32).reshape(1, 1, 1, 3)
-
-
-def read_mean_std(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of preprocessor_config.json; OpenAI's numbers, which all known CLIPs use, where the file or a key is missing."""
-    file = Path(folder) / "preprocessor_config.json"
-    values = weights.read_json(file) if file.is_file() else {}
-    mean, std = values.get("image_mean") or OPENAI_MEAN, values.get("image_std") or OPENAI_STD
-    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 HF_KEYS = (
@@ -182,12 +198,73 @@ HF_KEYS = (
 )
 
 
+def _open_clip_layer_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """Rules of one tower's stacked layers, as text.clip_layer_rules; q, k and v are thirds of one tensor."""
+    layer = theirs + "transformer.resblocks.{layer}."
+    thirds = [(f"{ours}layers/{name}/", (i, 3)) for i, name in enumerate("qkv")]
+    return (
+        *(Rule(at + "kernel", layer + "attn.in_proj_weight", "linear", part) for at, part in thirds),
+        *(Rule(at + "bias", layer + "attn.in_proj_bias", part=part) for at, part in thirds),
+        Rule(ours + r"layers/out/kernel", layer + "attn.out_proj.weight", "linear"),
+        Rule(ours + r"layers/out/bias", layer + "attn.out_proj.bias"),
+        Rule(ours + r"layers/fc1/kernel", layer + "mlp.c_fc.weight", "linear"),
+        Rule(ours + r"layers/fc1/bias", layer + "mlp.c_fc.bias"),
+        Rule(ours + r"layers/fc2/kernel", layer + "mlp.c_proj.weight", "linear"),
+        Rule(ours + r"layers/fc2/bias", layer + "mlp.c_proj.bias"),
+        Rule(ours + r"layers/norm(1|2)/scale", layer + r"ln_\1.weight"),
+        Rule(ours + r"layers/norm(1|2)/bias", layer + r"ln_\1.bias"),
+    )
+
+
+OPEN_CLIP_KEYS = (
+    Rule(r"text/token_embedding", "token_embedding.weight"),
+    Rule(r"text/position_embedding", "positional_embedding"),
+    *_open_clip_layer_rules("text/", ""),
+    Rule(r"text/final_norm/scale", "ln_final.weight"),
+    Rule(r"text/final_norm/bias", "ln_final.bias"),
+    Rule(r"text/projection/kernel", "text_projection"),  # [in, out] there too
+    Rule(r"vision/class_embedding", "visual.class_embedding"),
+    Rule(r"vision/position_embedding", "visual.positional_embedding"),
+    Rule(r"vision/patch_embedding/kernel", "visual.conv1.weight", "conv"),
+    Rule(r"vision/(pre|post)_norm/scale", r"visual.ln_\1.weight"),
+    Rule(r"vision/(pre|post)_norm/bias", r"visual.ln_\1.bias"),
+    *_open_clip_layer_rules("vision/", "visual."),
+    Rule(r"vision/projection/kernel", "visual.proj"),
+    Rule(r"logit_scale", "logit_scale"),
+)
+
+
 def load_clip(folder: str | Path, dtype: Any = F32) -> tuple[ClipTower, Params]:
     """Module that computes in `dtype`, and f32 parameters (numpy), of a CLIPModel folder in transformers' layout."""
     tower = ClipTower(ClipConfig.read(folder), dtype)
     # f32 whatever the dtype: exp(logit_scale) would be off by 0.3 percent in bf16.
     files, droppable = weights.Files(folder, "model"), (r".*\.position_ids",)
     return tower, weights.load(files, shapes(tower), HF_KEYS, dtype=F32, droppable=droppable)
+
+
+def load_open_clip(file: str | Path, cfg: ClipConfig, dtype: Any = F32) -> tuple[ClipTower, Params]:
+    """As `load_clip`, of one file in open_clip's naming. Raises WeightsError for one of another architecture."""
+    tower, files = ClipTower(cfg, dtype), weights.Files(file)
+    _check_open_clip(files, cfg)
+    aliases = ((r"^module\.", ""),)  # what training on several GPUs puts before every key
+    return tower, weights.load(files, shapes(tower), OPEN_CLIP_KEYS, dtype=F32, aliases=aliases)
+
+
+def _check_open_clip(files: weights.Files, cfg: ClipConfig) -> None:
+    """A file of another kind is named in one line, where `load` would list all of its keys."""
+    keys = {key.removeprefix("module."): key for key in files.keys()}  # noqa: SIM118
+    patches, tokens = (keys.get(key) for key in ("visual.conv1.weight", "token_embedding.weight"))
+    if patches is None or tokens is None:
+        what = "transformers' naming, not open_clip's" if "logit_scale" in keys else "no CLIP in open_clip's naming"
+        raise weights.WeightsError(f"{files.path} holds {what}: give another file")
+    layers = Counter(key.split(".")[0] for key in keys if key.endswith(".ln_1.weight"))
+    width, _, patch, _ = files.shape(patches)
+    found = (width, layers["visual"], patch, files.shape(tokens)[1], layers["transformer"])
+    vision, text = cfg.vision, cfg.text
+    wanted = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, text.hidden_size, text.num_hidden_layers)
+    if found != wanted:
+        said = "vision {} wide, {} layers, patches of {}; text {} wide, {} layers"
+        raise weights.WeightsError(f"{files.path} is another CLIP: {said.format(*found)}, not {said.format(*wanted)}")
 
 
 def shapes(tower: ClipTower) -> Params:

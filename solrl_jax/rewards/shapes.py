@@ -337,13 +337,16 @@ def _score(
     return judge(images, tokens).share
 
 
-def make(path: str | None = None) -> tuple[Reward, dict[str, Any]]:
-    """The judge as a reward: share of the caption's stated facts that are right, 0 to 1. No weights, so no path."""
+def make(path: str | None = None, dtype: Any = jnp.float32) -> tuple[Reward, dict[str, Any]]:
+    """The judge as a reward: share of the caption's stated facts that are right, 0 to 1.
+
+    It has no weights, so no path, and no network, so that `dtype` changes nothing.
+    """
     if path is not None:
         raise ValueError(f"reward shapes has no weights to load, path is {path!r}: leave it out")
     return Reward("shapes", tokenize, _score), {}
 
 
-def shapes(path: str | None) -> tuple[Reward, dict[str, Any], Any]:
+def shapes(path: str | None, dtype: Any = jnp.float32) -> tuple[Reward, dict[str, Any], Any]:
     """The reward, no weights, and one prompt's tokens as a ShapeDtypeStruct (see clipscore.shapes)."""
     return *make(path), jax.ShapeDtypeStruct((1, len(FACTS)), jnp.int32)

@@ -1,0 +1,149 @@
+"""Checkpoints of torch.save (.pt, .pth, .bin) without torch, and without running what a pickle may ask for.
+
+Such a file is a zip: <root>/data.pkl describes the tensors, <root>/data/<name> are their storages, raw and not
+compressed. A pickle names functions and has them called, any function of any module. Here only the few names that build
+tensors are known, and they build inert descriptions; every other name is refused (spec/rewards.md section 6).
+"""
+
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from solrl_jax.structs import WeightsError
+
+_DTYPES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+_ZIP, _OLD = b"PK\x03\x04", bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # torch's magic number, itself a pickle
+
+
+def is_checkpoint(file: Path) -> bool:
+    """By its name."""
+    return file.suffix in (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read(file: str | Path) -> dict[str, np.ndarray]:
+    """{key: tensor} of a state dict, or of the "state_dict" in what surrounds it.
+
+    The arrays are mapped from the file, so that a tensor is read when it is first used. Raises WeightsError for a file
+    that is damaged, that asks for anything but tensors, or whose state dict holds something else.
+    """
+    file = Path(file)
+    with file.open("rb") as f:
+        start = f.read(len(_OLD))
+    if start == _OLD:
+        raise WeightsError(
+            f"{file} is in torch's format of before version 1.6: write it anew with "
+            f'torch.save(torch.load("{file.name}", weights_only=True), "{file.name}")'
+        )
+    if not _ZIP.startswith(start[:4]):
+        raise WeightsError(f"{file} is no checkpoint of torch.save (it begins with {start!r}): download it again")
+    try:
+        return _read(file)
+    except WeightsError:
+        raise
+    except Exception as e:  # zipfile, pickle and numpy let out nearly anything where bytes are missing or wrong
+        raise WeightsError(f"{file} is not a whole file of torch.save ({e!r}): download it again") from e
+
+
+def _read(file: Path) -> dict[str, np.ndarray]:
+    with zipfile.ZipFile(file) as archive:
+        main = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
+        if main is None:
+            raise WeightsError(f"{file} is a zip file without data.pkl, no checkpoint of torch.save")
+        storages = _storages(file, archive, main.removesuffix(".pkl") + "/")
+        with archive.open(main) as data:
+            found = _Unpickler(data, file).load()
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        found = found["state_dict"]  # beside it are epochs, names, an optimiser
+    if not isinstance(found, dict):
+        raise WeightsError(f"{file} holds a {type(found).__name__}, not a dict of tensors")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, _Tensor):
+            raise WeightsError(f"{file} holds a {type(value).__name__} as {key!r} where only named tensors may be")
+    return {key: _array(tensor, storages) for key, tensor in found.items()}
+
+
+def _storages(file: Path, archive: zipfile.ZipFile, folder: str) -> dict[str, np.ndarray]:
+    """The bytes of each storage under `folder`, mapped."""
+    whole, found = np.memmap(file, np.uint8, "r"), {}
+    for entry in archive.infolist():
+        if not entry.filename.startswith(folder):
+            continue
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise WeightsError(f"{file} is compressed, which torch.save never does: unpack it, zip it again with -0")
+        # An entry's header is 30 bytes, a name and padding, whose lengths are the last two of its numbers.
+        header = whole[entry.header_offset : entry.header_offset + 30].tobytes()
+        begin = entry.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+        found[entry.filename.removeprefix(folder)] = whole[begin : begin + entry.file_size]
+    return found
+
+
+class _Storage(NamedTuple):
+    kind: str  # a key of _DTYPES
+    name: str
+    count: int
+
+
+class _Tensor(NamedTuple):
+    """Offset and strides in elements, as torch counts."""
+
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Gives dicts, numbers, strings and _Tensors, and functions that are gone with it: nothing of ours to tamper with.
+
+    numpy's dtypes and arrays, which a pickle could change under us, are made only afterwards.
+    """
+
+    def __init__(self, data: Any, file: Path):
+        super().__init__(data)
+        self.file = file
+        self.known = {
+            "collections.OrderedDict": OrderedDict,
+            "torch._utils._rebuild_tensor_v2": lambda storage, offset, shape, strides, *_: _Tensor(
+                storage, offset, shape, strides
+            ),
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            **{f"torch.{kind}": kind for kind in _DTYPES},
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (full := f"{module}.{name}") not in self.known:
+            raise WeightsError(
+                f"{self.file} asks for {full}, which is no part of a tensor. Nothing of it was run: a pickle can do "
+                f"anything. Get the weights as safetensors, or, if you trust where it is from, save their state dict "
+                f"alone with torch"
+            )
+        return self.known[full]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        _, kind, name, _device, count = pid
+        return _Storage(kind, name, count)
+
+
+def _array(tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
+    """A view of the storage's bytes; numpy refuses one that would reach beyond them."""
+    (kind, name, count), offset, shape, strides = tensor
+    dtype, data = _DTYPES[kind], storages[name]
+    if len(data) != count * dtype.itemsize:
+        raise ValueError(f"storage {name} has {len(data)} bytes, not {count} of {dtype}")
+    return np.ndarray(shape, dtype, data.data, offset * dtype.itemsize, [dtype.itemsize * s for s in strides])

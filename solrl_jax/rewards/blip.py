@@ -1,0 +1,230 @@
+"""BLIP's ViT, its BERT that looks at pictures (MED), and ImageReward's head: the network of spec/rewards.md section 5.
+
+Reimplemented for ImageReward, whose features are BLIP's ITM ones but for the first token, which stays [CLS].
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from solrl_jax import weights
+from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention
+from solrl_jax.models.text import ClipLayer, check_layer_config, run_layers
+from solrl_jax.rewards.clip_tower import ClipVisionConfig
+from solrl_jax.structs import Params, PerSample, WeightsError
+from solrl_jax.weights import Rule
+
+HEAD = (1024, 128, 64, 16, 1)
+_table = nn.initializers.normal(0.02)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlipVisionConfig(ClipVisionConfig):
+    """The ViT-L/16 that ImageReward takes and no file of it describes."""
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    patch_size: int = 16
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class MedConfig:
+    """med_config.json; the defaults are the public file's. Its encoder_width is not the pictures' and never used."""
+
+    vocab_size: int = 30524
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self):
+        check_layer_config(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlipConfig:
+    """The defaults are ImageReward's."""
+
+    vision: BlipVisionConfig = BlipVisionConfig()
+    text: MedConfig = MedConfig()
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "BlipConfig":
+        """From med_config.json if it is there; a "vision_config" in it, which the public one lacks, is read too."""
+        if not (Path(folder) / "med_config.json").is_file():
+            return cls()
+        values = weights.read_json(Path(folder) / "med_config.json")
+        vision = values.get("vision_config") or {}
+        return cls(
+            weights.from_config(BlipVisionConfig, folder, vision, "med_config.json"),
+            weights.from_config(MedConfig, folder, values, "med_config.json"),
+        )
+
+
+class BlipVision(nn.Module):
+    """Normalised pixels -> the states of the class token and of all patches, after the final norm."""
+
+    cfg: BlipVisionConfig
+    dtype: Any = F32
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B H W c"]) -> Float[Array, "B S W_"]:
+        cfg, patch = self.cfg, (self.cfg.patch_size, self.cfg.patch_size)
+        width, count = cfg.hidden_size, (cfg.image_size // cfg.patch_size) ** 2
+        embed = nn.Conv(width, patch, patch, padding="VALID", dtype=self.dtype, name="patch_embedding")
+        patches = embed(pixels).reshape(-1, count, width)
+        first = jnp.asarray(self.param("class_embedding", _table, (1, 1, width), F32), self.dtype)
+        positions = jnp.asarray(self.param("position_embedding", _table, (1, 1 + count, width), F32), self.dtype)
+        x = jnp.concatenate([jnp.broadcast_to(first, (len(pixels), 1, width)), patches], axis=1) + positions
+        x, _ = run_layers(ClipLayer(cfg, self.dtype, name="layers"), cfg.num_hidden_layers, x, None)
+        return LayerNorm(cfg.layer_norm_eps, name="norm")(x)
+
+
+class MedAttention(nn.Module):
+    """LN(x + attention of x to `memory`)."""
+
+    cfg: MedConfig
+    dtype: Any = F32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], memory: Float[Array, "B S M"], bias: Float[Array, "#B #H L S"] | None = None
+    ) -> Float[Array, "B L D"]:
+        cfg, linear = self.cfg, partial(Linear, self.cfg.hidden_size, dtype=self.dtype)
+        q, k, v = (
+            linear(name=name)(given).reshape(*given.shape[:2], cfg.num_attention_heads, -1)
+            for name, given in (("q", x), ("k", memory), ("v", memory))
+        )
+        o = attention(q, k, v, bias=bias).reshape(x.shape)
+        return LayerNorm(cfg.layer_norm_eps, name="norm")(x + linear(name="out")(o))
+
+
+class MedLayer(nn.Module):
+    """BERT's layer, norms last, with a look at the picture between the words' attention and the MLP."""
+
+    cfg: MedConfig
+    dtype: Any = F32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], bias: Float[Array, "B 1 L L"], picture: Float[Array, "B S M"]
+    ) -> Float[Array, "B L D"]:
+        cfg, linear = self.cfg, partial(Linear, dtype=self.dtype)
+        x = MedAttention(cfg, self.dtype, name="words")(x, x, bias)
+        x = MedAttention(cfg, self.dtype, name="picture")(x, picture)
+        h = ACTIVATIONS[cfg.hidden_act](linear(cfg.intermediate_size, name="fc1")(x))
+        return LayerNorm(cfg.layer_norm_eps, name="norm")(x + linear(cfg.hidden_size, name="fc2")(h))
+
+
+class MedText(nn.Module):
+    """Words of G prompts, looking at B pictures -> states of the first token. Picture i is of prompt i // (B // G).
+
+    Only the embeddings are the prompt's own: from the first layer on, every state has seen a picture.
+    """
+
+    cfg: MedConfig
+    dtype: Any = F32
+
+    @nn.compact
+    def __call__(
+        self, ids: Int[Array, "G L"], mask: Bool[Array, "G L"], picture: Float[Array, "B S M"]
+    ) -> Float[Array, "B D"]:
+        cfg, (groups, length) = self.cfg, ids.shape
+        if len(picture) % groups:
+            raise ValueError(f"{len(picture)} images of {groups} prompts: each prompt must have equally many")
+        words = self.param("word_embedding", _table, (cfg.vocab_size, cfg.hidden_size), F32)
+        positions = self.param("position_embedding", _table, (cfg.max_position_embeddings, cfg.hidden_size), F32)
+        x = jnp.asarray(words)[ids].astype(F32) + jnp.asarray(positions[None, :length], F32)
+        x = LayerNorm(cfg.layer_norm_eps, name="norm")(x).astype(self.dtype)
+        bias = jnp.where(mask, 0.0, -1e4)[:, None, None, :]
+        bias = jnp.broadcast_to(bias, (groups, 1, length, length))
+        x, bias = (jnp.repeat(each, len(picture) // groups, axis=0) for each in (x, bias))
+        x, _ = run_layers(MedLayer(cfg, self.dtype, name="layers"), cfg.num_hidden_layers, x, bias, picture)
+        return x[:, 0]
+
+
+class Blip(nn.Module):
+    """ImageReward before its scores are centred: one number for each picture and its prompt, f32."""
+
+    cfg: BlipConfig
+    dtype: Any = F32
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "B H W 3"], ids: Int[Array, "G L"], mask: Bool[Array, "G L"]) -> PerSample:
+        picture = BlipVision(self.cfg.vision, self.dtype, name="vision")(pixels)
+        x = MedText(self.cfg.text, self.dtype, name="text")(ids, mask, picture)
+        for i, width in enumerate(HEAD):  # no activations: the published weights were trained without
+            x = Linear(width, dtype=F32, name=f"head_{i}")(x)
+        return x[:, 0]
+
+
+def _linear_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return Rule(ours + "/kernel", theirs + ".weight", "linear"), Rule(ours + "/bias", theirs + ".bias")
+
+
+def _norm_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
+    return Rule(ours + "/scale", theirs + ".weight"), Rule(ours + "/bias", theirs + ".bias")
+
+
+_VIT, _BERT = "blip.visual_encoder.", "blip.text_encoder."
+_BLOCK, _LAYER = _VIT + "blocks.{layer}.", _BERT + "encoder.layer.{layer}."
+KEYS = (
+    Rule("vision/class_embedding", _VIT + "cls_token"),
+    Rule("vision/position_embedding", _VIT + "pos_embed"),
+    Rule("vision/patch_embedding/kernel", _VIT + "patch_embed.proj.weight", "conv"),
+    Rule("vision/patch_embedding/bias", _VIT + "patch_embed.proj.bias"),
+    *(Rule(f"vision/layers/{x}/kernel", _BLOCK + "attn.qkv.weight", "linear", (i, 3)) for i, x in enumerate("qkv")),
+    *(Rule(f"vision/layers/{x}/bias", _BLOCK + "attn.qkv.bias", "same", (i, 3)) for i, x in enumerate("qkv")),
+    *_linear_rules("vision/layers/out", _BLOCK + "attn.proj"),
+    *_linear_rules("vision/layers/(fc1|fc2)", _BLOCK + r"mlp.\1"),
+    *_norm_rules("vision/layers/(norm1|norm2)", _BLOCK + r"\1"),
+    *_norm_rules("vision/norm", _VIT + "norm"),
+    Rule("text/(word|position)_embedding", _BERT + r"embeddings.\1_embeddings.weight"),
+    *_norm_rules("text/norm", _BERT + "embeddings.LayerNorm"),
+    *(
+        rule
+        for ours, theirs in (("text/layers/words/", "attention."), ("text/layers/picture/", "crossattention."))
+        for rule in (
+            *_linear_rules(ours + "q", _LAYER + theirs + "self.query"),
+            *_linear_rules(ours + "k", _LAYER + theirs + "self.key"),
+            *_linear_rules(ours + "v", _LAYER + theirs + "self.value"),
+            *_linear_rules(ours + "out", _LAYER + theirs + "output.dense"),
+            *_norm_rules(ours + "norm", _LAYER + theirs + "output.LayerNorm"),
+        )
+    ),
+    *_linear_rules("text/layers/fc1", _LAYER + "intermediate.dense"),
+    *_linear_rules("text/layers/fc2", _LAYER + "output.dense"),
+    *_norm_rules("text/layers/norm", _LAYER + "output.LayerNorm"),
+    *(rule for i, j in enumerate((0, 2, 4, 6, 7)) for rule in _linear_rules(f"head_{i}", f"mlp.layers.{j}")),
+)
+DROPPABLE = (r"blip\.text_encoder\.embeddings\.position_ids", r"blip\.(vision|text)_proj\.(weight|bias)")
+"""A buffer, and BLIP's projections for retrieval, which score nothing."""
+
+
+def shapes(module: Blip) -> Params:
+    """The module's parameters as ShapeDtypeStructs, f32."""
+    cfg = module.cfg.vision
+    pixels = jnp.zeros((1, cfg.image_size, cfg.image_size, cfg.num_channels))
+    ids = jnp.zeros((1, 2), jnp.int32)
+    return jax.eval_shape(module.init, jax.random.key(0), pixels, ids, ids == 0)["params"]
+
+
+def load(file: str | Path, module: Blip) -> Params:
+    """f32 parameters (numpy) of ImageReward.pt, or of the same tensors as safetensors."""
+    files = weights.Files(file)
+    if not any(key.startswith("blip.") for key in files.keys()):  # noqa: SIM118
+        raise WeightsError(f"{file} holds another model, without BLIP: give ImageReward.pt")
+    return weights.load(files, shapes(module), KEYS, dtype=F32, droppable=DROPPABLE)

@@ -1,0 +1,159 @@
+"""Captions -> CLIP's token ids, in both flavours (spec/rewards.md section 3.1): one vocabulary, two ways to clean text.
+
+transformers' (CLIPScore, PickScore) collapses spaces and lowers; open_clip's (HPSv2) first mends the text with ftfy, so
+that curly quotes become straight, and reads HTML's entities. The vocabulary is a file of the user's or of the hub:
+vocab.json and merges.txt, or tokenizer.json, of any CLIP; for open_clip's flavour also its own .txt.gz.
+"""
+
+import functools
+import gzip
+import html
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ftfy
+import numpy as np
+import regex
+from jaxtyping import Int
+
+from solrl_jax import hub
+from solrl_jax.models.text import ClipTextConfig
+from solrl_jax.structs import WeightsError
+
+Tokens = dict[str, Int[np.ndarray, "G L"]]  # {"ids": ids}
+HUB_ID = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Whose tokenizer is taken where weights come without one: PickScore and HPSv2 were trained from this model."""
+GZIP = "bpe_simple_vocab_16e6.txt.gz"
+TOKENIZERS = ("tokenizer.json", "vocab.json")
+
+
+def find(folder: str | Path, also: Sequence[str] = ()) -> str:
+    """The folder itself if it holds a tokenizer, one of TOKENIZERS or `also`; if not, HUB_ID's, fetched once."""
+    names = (*TOKENIZERS, *also)
+    if any((Path(folder) / name).is_file() for name in names):
+        return str(Path(folder).resolve())
+    try:
+        return str(hub.model(HUB_ID, ("vocab.json", "merges.txt", "tokenizer_config.json"), ()).resolve())
+    except WeightsError as e:
+        raise WeightsError(
+            f"{folder} holds no tokenizer: put vocab.json and merges.txt of any CLIP there, as of "
+            f"openai/clip-vit-large-patch14{''.join(f', or {name}' for name in also)} ({e})"
+        ) from e
+
+
+def check(cfg: ClipTextConfig, folder: str, count: int, end: int) -> None:
+    """Tokenizer and weights must be of one model: else ids run past the embeddings, or no id is the end."""
+    if count > cfg.vocab_size or cfg.eos_token_id not in (2, end):
+        raise WeightsError(
+            f"{folder}: the tokenizer has {count} tokens and ends with {end}, "
+            f"but the model's config says vocab_size {cfg.vocab_size} and eos_token_id {cfg.eos_token_id}"
+        )
+
+
+# ---- transformers' flavour
+
+
+@functools.lru_cache
+def hf_tokenizer(folder: str) -> Any:
+    """transformers' CLIPTokenizer of a folder that holds its files."""
+    from transformers import CLIPTokenizer  # seconds to import
+
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def check_hf(cfg: ClipTextConfig, folder: str) -> None:
+    tokenizer = hf_tokenizer(folder)
+    check(cfg, folder, len(tokenizer), tokenizer.eos_token_id)
+
+
+def hf(folder: str, length: int, prompts: Sequence[str]) -> Tokens:
+    """Start, at most length - 2 tokens, end; padded with the end."""
+    how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "np"}
+    return {"ids": hf_tokenizer(folder)(list(prompts), **how)["input_ids"].astype(np.int32)}
+
+
+# ---- open_clip's flavour
+
+_START, _END = "<start_of_text>", "<end_of_text>"  # which a caption may spell out, as any other word
+_WORDS = regex.compile(
+    rf"{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
+)
+
+
+class Vocabulary(NamedTuple):
+    """A byte-pair encoding, as tokenizers.models.BPE, and the ids around a text."""
+
+    bpe: Any
+    start: int
+    end: int
+    size: int
+
+
+def open_clip(folder: str, length: int, prompts: Sequence[str]) -> Tokens:
+    """Start, the tokens, end; cut at `length` with the end as the last; padded with 0."""
+    vocabulary = read_vocabulary(folder)
+    out = np.zeros((len(prompts), length), np.int32)
+    for row, prompt in zip(out, prompts, strict=True):
+        ids = [vocabulary.start, *_encode(vocabulary, clean(prompt)), vocabulary.end][:length]
+        row[: len(ids)] = ids
+        row[len(ids) - 1] = vocabulary.end
+    return {"ids": out}
+
+
+def check_open_clip(cfg: ClipTextConfig, folder: str) -> None:
+    vocabulary = read_vocabulary(folder)
+    check(cfg, folder, vocabulary.size, vocabulary.end)
+
+
+def clean(text: str) -> str:
+    """Mended, without entities (which may have been escaped twice), one space between words, lower case."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def _encode(vocabulary: Vocabulary, text: str) -> list[int]:
+    special, ids = {_START: vocabulary.start, _END: vocabulary.end}, []
+    for word in _WORDS.findall(text):
+        if word in special:
+            ids.append(special[word])
+        else:
+            spelled = "".join(byte_alphabet()[byte] for byte in word.encode())
+            ids += [token.id for token in vocabulary.bpe.tokenize(spelled)]
+    return ids
+
+
+@functools.lru_cache
+def read_vocabulary(folder: str) -> Vocabulary:
+    """Of open_clip's file if the folder has it, else of transformers' files."""
+    from tokenizers.models import BPE
+
+    if (Path(folder) / GZIP).is_file():
+        vocab, merges, start, end = _read_gzip(Path(folder) / GZIP)
+    else:
+        tokenizer = hf_tokenizer(folder)
+        model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+        vocab, merges = model["vocab"], [(a, b) for a, b in model["merges"]]
+        start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return Vocabulary(BPE(vocab, merges, end_of_word_suffix="</w>"), start, end, max(vocab.values()) + 1)
+
+
+def _read_gzip(file: Path) -> tuple[dict[str, int], list[tuple[str, str]], int, int]:
+    """Ids in CLIP's order: bytes, bytes that end a word, merges (the first 48,894 of the file's), start, end."""
+    try:
+        lines = gzip.decompress(file.read_bytes()).decode().split("\n")
+        merges = [(a, b) for a, b in (line.split() for line in lines[1 : 49152 - 256 - 2 + 1] if line)]
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        raise WeightsError(f"{file} is not open_clip's vocabulary ({e!r}): download it again") from e
+    letters = byte_alphabet().values()
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(a + b for a, b in merges), _START, _END]
+    return {token: i for i, token in enumerate(tokens)}, merges, len(tokens) - 2, len(tokens) - 1
+
+
+@functools.cache
+def byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable stand-ins for the 256 bytes: printable Latin-1 as itself first, the rest from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -1,0 +1,131 @@
+"""ImageReward: BLIP reads the picture and the prompt together, a linear head judges (spec/rewards.md sections 0-3, 5).
+
+8-bit pictures through Pillow's bicubic resize, text in 35 wordpieces of uncased BERT, as in Sol-RL's reference.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from solrl_jax import hub, weights
+from solrl_jax.models.layers import F32
+from solrl_jax.rewards import blip, preprocess
+from solrl_jax.rewards.blip import Blip, BlipConfig
+from solrl_jax.structs import Images, Params, PerSample, Reward, WeightsError
+
+LENGTH = 35
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+FILES = ("ImageReward.safetensors", "model.safetensors", "ImageReward.pt")
+VOCABULARIES = ("vocab.txt", "tokenizer.json")
+HUB_ID = "zai-org/ImageReward"
+BERT = "google-bert/bert-base-uncased"
+
+
+def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
+    """The reward of a .pt or .safetensors file, of a folder with one of FILES, or of zai-org/ImageReward; f32 weights.
+
+    Beside the file may be one of VOCABULARIES, else BERT's is fetched, and med_config.json, else the sizes are the
+    public ones. `dtype` is what the transformers compute in. The same folder, config and dtype give the same Reward, as
+    a static argument of jit must be.
+    """
+    if path is None:
+        raise WeightsError(f"imagereward needs ImageReward.pt, its folder, or {HUB_ID}")
+    file = find(path)
+    cfg, words = BlipConfig.read(file.parent), _vocabulary_file(file.parent)
+    _check_tokenizer(words, cfg)
+    return _reward(words, cfg, jnp.dtype(dtype)), blip.load(file, Blip(cfg))
+
+
+def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
+    """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: no weights are read."""
+    found = hub.here(path, "med_config.json")
+    cfg = BlipConfig() if found is None else BlipConfig.read(found.parent if found.is_file() else found)
+    ids, mask = (jax.ShapeDtypeStruct((1, LENGTH), kind) for kind in (jnp.int32, jnp.bool_))
+    return _reward(str(path), cfg, jnp.dtype(dtype)), blip.shapes(Blip(cfg)), {"ids": ids, "mask": mask}
+
+
+def find(path: str | Path) -> Path:
+    """The weights' file, which `path` is, holds, or names on the hub."""
+    if Path(path).is_file():
+        return Path(path)
+    folder = hub.model(str(path), ("med_config.json", "*.txt"), ("ImageReward.pt",))
+    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise WeightsError(f"{folder} holds none of {', '.join(FILES)}: get ImageReward.pt from {HUB_ID}")
+    return file
+
+
+@functools.lru_cache
+def _reward(words: str, cfg: BlipConfig, dtype: jnp.dtype) -> Reward:
+    return Reward("imagereward", functools.partial(_tokenize, words), functools.partial(_score, Blip(cfg, dtype)))
+
+
+# ---- text
+
+
+def _vocabulary_file(folder: Path) -> str:
+    """The folder's, or where it has none, as ImageReward's own on the hub, BERT's."""
+    for name in VOCABULARIES:
+        if (folder / name).is_file():
+            return str(folder.resolve() / name)
+    try:
+        return str(hub.model(BERT, ("vocab.txt",), ()).resolve() / "vocab.txt")
+    except WeightsError as e:
+        raise WeightsError(f"{folder} holds no {' or '.join(VOCABULARIES)}: put that of {BERT} there ({e})") from e
+
+
+def _read_vocabulary(file: str) -> dict[str, int]:
+    """{wordpiece: id} of vocab.txt or tokenizer.json."""
+    if file.endswith(".json"):
+        return dict(weights.read_json(file).get("model", {}).get("vocab", {}))
+    return {line: i for i, line in enumerate(Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n"))}
+
+
+@functools.lru_cache
+def _tokenizer(file: str) -> Any:
+    """Uncased BERT's, with the two tokens that BLIP added; its vocabulary alone is the user's."""
+    from transformers import BertTokenizer  # seconds to import
+
+    tokenizer = BertTokenizer(vocab=_read_vocabulary(file))
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "extra_special_tokens": ["[ENC]"]})
+    return tokenizer
+
+
+def _check_tokenizer(file: str, cfg: BlipConfig) -> None:
+    """Every vocabulary has a number of words of its own; a cased or multilingual one would score, and score wrongly."""
+    vocabulary, tokenizer = _read_vocabulary(file), _tokenizer(file)
+    missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in vocabulary]
+    if missing or len(tokenizer) != cfg.text.vocab_size:
+        count = f"{len(tokenizer)} words with [DEC] and [ENC], not {cfg.text.vocab_size}"
+        raise WeightsError(
+            f"{file} has {f'no {missing[0]}' if missing else count}: ImageReward takes the vocabulary of {BERT}"
+        )
+
+
+def _tokenize(file: str, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    """ids int32 and mask bool, both [G, LENGTH]: [CLS], at most 33 wordpieces, [SEP], padding where mask is False.
+
+    The mask is not ids != 0: a prompt may hold the word [PAD].
+    """
+    how = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "np"}
+    found = _tokenizer(file)(list(prompts), **how)
+    return {"ids": found["input_ids"].astype(np.int32), "mask": found["attention_mask"].astype(bool)}
+
+
+# ---- score
+
+
+def _score(module: Blip, params: Params, images: Images, tokens: Mapping[str, Array]) -> PerSample:
+    """Images f32 [0, 1], B of them for G prompts."""
+    with jax.default_matmul_precision("highest"):  # GPUs would take TF32, and group advantages divide by a small spread
+        pixels = preprocess.pil_bicubic(images.astype(F32), module.cfg.vision.image_size, floor=False)
+        pixels = preprocess.standardise(pixels, preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
+        ids, mask = (jnp.asarray(tokens[name]) for name in ("ids", "mask"))
+        raw = jnp.asarray(module.apply({"params": params}, pixels, ids, mask))
+    return (raw - MEAN) / STD

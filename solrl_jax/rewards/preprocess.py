@@ -1,0 +1,139 @@
+"""Pictures [0, 1] -> what the reward networks look at, inside jit (spec/rewards.md section 2).
+
+Each reference resizes in its own way, and group advantages divide by a small spread, so each way is kept: floats with
+or without the overshoot of a cubic, or Pillow's bytes, rounded after each of two passes.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Float64, Int64
+
+from solrl_jax import weights
+from solrl_jax.structs import Images
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def standardise(images: Images, mean: tuple[float, ...], std: tuple[float, ...]) -> Images:
+    """(x - mean) / std by channel."""
+    centred = images - jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, 3)
+    return centred / jnp.asarray(std, jnp.float32).reshape(1, 1, 1, 3)
+
+
+def read_mean_std(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of preprocessor_config.json; OpenAI's numbers, which all known CLIPs use, where the file or a key is missing."""
+    file = Path(folder) / "preprocessor_config.json"
+    values = weights.read_json(file) if file.is_file() else {}
+    mean, std = values.get("image_mean") or OPENAI_MEAN, values.get("image_std") or OPENAI_STD
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+# ---- floats: torchvision's antialiased resizes of tensors, which jax.image.resize equals to 1e-6
+
+
+def resize_crop(images: Images, size: int, method: str) -> Float[Array, "B {size} {size} 3"]:
+    """CLIPScore: short edge to `size` (antialiased, neither rounded nor clipped; unless it is that), then the middle.
+
+    `method` is "linear" or "cubic".
+    """
+    height, width = images.shape[1:3]
+    short = min(height, width)
+    if short != size:
+        height, width = (_scaled(n, short, size) for n in (height, width))
+        images = jax.image.resize(images, (len(images), height, width, 3), method, antialias=True)
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return images[:, top : top + size, left : left + size]
+
+
+def resize_pad(images: Images, size: int) -> Float[Array, "B {size} {size} 3"]:
+    """HPSv2: long edge to `size` (cubic, antialiased; the overshoot beyond [0, 1] stays), black around the middle."""
+    height, width = images.shape[1:3]
+    if max(height, width) != size:
+        height, width = (round(n * (size / max(images.shape[1:3]))) for n in (height, width))
+        images = jax.image.resize(images, (len(images), height, width, 3), "cubic", antialias=True)
+    down, right = size - height, size - width
+    return jnp.pad(images, ((0, 0), (down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0)))
+
+
+def _scaled(n: int, short: int, size: int) -> int:
+    """An edge of n pixels when the short one becomes `size`; torchvision and transformers cut the fraction off."""
+    return size if n == short else int(size * n / short)
+
+
+# ---- bytes: Pillow's bicubic resize of 8-bit images, to the last bit
+
+SHIFT = 22  # Pillow's weights are integers, in units of 2**-22
+
+
+def pil_bicubic(images: Images, size: int, *, floor: bool = True) -> Float[Array, "B {size} {size} 3"]:
+    """PickScore and ImageReward: as 8-bit pictures through Pillow, short edge to `size`, then the middle; levels / 255.
+
+    Where the middle is half a pixel off, transformers takes the floor, torchvision (ImageReward) the even neighbour:
+    floor=False. The resize is one, so where both are asked for XLA computes it once. Pictures taller than 2:1 are
+    resized as by Pillow 12, rows first; 13 begins with the columns there.
+    """
+    levels = jnp.clip(jnp.round(images.astype(jnp.float32) * 255), 0, 255)
+    height, width = images.shape[1:3]
+    height, width = (_scaled(n, min(images.shape[1:3]), size) for n in (height, width))
+    levels = _resample(levels, 2, width)  # the rows first, rounded, and then the columns
+    levels = _resample(levels, 1, height)
+    top, left = ((n - size) // 2 if floor else round((n - size) / 2) for n in (height, width))
+    return levels[:, top : top + size, left : left + size] / 255
+
+
+def _resample(levels: Images, axis: int, count: int) -> Float[Array, "B h w 3"]:
+    """One pass along axis 1 (rows) or 2 (columns): sums of whole levels times whole weights, rounded, 0 to 255.
+
+    The sums, up to 2**31, are made of digits of the weights that are small enough for f32 sums to be exact: f32 is
+    what GPUs multiply fast. HIGHEST because TF32 products are not exact.
+    """
+    if levels.shape[axis] == count:
+        return levels
+    digits, bits = pil_digits(levels.shape[axis], count)
+    subscripts = "bhwc,doh->dbowc" if axis == 1 else "bhwc,dow->dbhoc"
+    parts = jnp.einsum(subscripts, levels, digits, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
+    half = 1 << (SHIFT - 1)
+    total = sum((part << (bits * i) for i, part in enumerate(parts)), start=half)
+    return jnp.clip(total >> SHIFT, 0, 255).astype(jnp.float32)
+
+
+@functools.lru_cache
+def pil_digits(before: int, after: int) -> tuple[Float32[np.ndarray, "d {after} {before}"], int]:
+    """pil_weights in d digits of so many bits, the lowest first: weights = sum of digits[i] << (bits * i).
+
+    A digit is below 2**bits, so that the sum of a row's products with levels stays below 2**24, where f32 is exact. The
+    highest digit has the sign.
+    """
+    whole = pil_weights(before, after)
+    taps = int(np.max(np.sum(whole != 0, axis=1)))
+    bits = int(np.log2(2**24 / (255 * taps)))
+    shifts = range(0, SHIFT, bits)
+    low = [(whole >> shift) & ((1 << bits) - 1) for shift in shifts[:-1]]
+    return np.stack([*low, whole >> shifts[-1]]).astype(np.float32), bits
+
+
+def pil_weights(before: int, after: int) -> Int64[np.ndarray, "{after} {before}"]:
+    """Pillow's bicubic weights from `before` to `after` pixels, in units of 2**-SHIFT; all but a row's window are 0."""
+    scale = before / after
+    stretch = max(scale, 1.0)
+    out = np.zeros((after, before), np.int64)
+    for i in range(after):
+        centre = (i + 0.5) * scale
+        low, high = max(int(centre - 2 * stretch + 0.5), 0), min(int(centre + 2 * stretch + 0.5), before)
+        window = _keys_cubic((np.arange(low, high) - centre + 0.5) / stretch)
+        exact = window / window.sum() * 2**SHIFT
+        out[i, low:high] = np.trunc(exact + np.copysign(0.5, exact))
+    return out
+
+
+def _keys_cubic(x: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
+    """Keys' cubic kernel with a = -1/2."""
+    a, x = -0.5, np.abs(x)
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
