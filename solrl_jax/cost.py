@@ -84,6 +84,10 @@ def _aval(eqn: JaxprEqn, which: int) -> Any:
     return eqn.invars[which].aval
 
 
+def _shape(v: Any) -> tuple[int, ...]:
+    return getattr(v.aval, "shape", ())
+
+
 def _out(eqn: JaxprEqn) -> Any:
     return eqn.outvars[0].aval
 
@@ -190,15 +194,14 @@ def _peak(jaxpr: Jaxpr, inputs: list[Value]) -> int:
 
 def _inside(eqn: JaxprEqn) -> int:
     """Peak of an operation's body. A scan's constants and carry live outside, its slices come and go."""
-    skip = eqn.params["num_consts"] + eqn.params["num_carry"] if eqn.primitive.name == "scan" else 0
-    slices = eqn.primitive.name == "scan"
-    return max(
-        (
-            _peak(body, [Value(v.aval, stored=slices and i >= skip) for i, v in enumerate(body.invars)])
-            for body in _bodies(eqn)
-        ),
-        default=0,
-    )
+
+    def inputs(body: Jaxpr) -> list[Value]:
+        if eqn.primitive.name != "scan":
+            return [Value(v.aval, stored=False) for v in body.invars]
+        pairs = zip(eqn.invars, body.invars, strict=True)
+        return [Value(inner.aval, stored=_shape(outer) != _shape(inner)) for outer, inner in pairs]
+
+    return max((_peak(body, inputs(body)) for body in _bodies(eqn)), default=0)
 
 
 # --- the walk -------------------------------------------------------------------------------------------------------
