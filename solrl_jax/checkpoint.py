@@ -100,19 +100,17 @@ def write(run: Path, step: int, state: PyTree, cfg: Config) -> Path:
     try:
         _write(place, step, state, cfg)
     except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
-        cause = _cause(e)
+        why = cause(e)
     else:
         _drop_older(run, step, cfg.keep)
         return place
     # Out of the handler, so that the failed writes that orbax left in the air are let go before our own message.
     gc.collect()
     shutil.rmtree(place, ignore_errors=True)
-    raise CheckpointError(f"checkpoint {place} could not be written: {cause}. {_intact(run)}")
+    raise CheckpointError(f"checkpoint {place} could not be written: {why}. {_intact(run)}")
 
 
 def _write(place: Path, step: int, state: PyTree, cfg: Config) -> None:
-    import orbax.checkpoint as ocp
-
     shutil.rmtree(place, ignore_errors=True)  # a damaged or cut save of the same step
     place.mkdir(parents=True)
     needed, free = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), shutil.disk_usage(place).free
@@ -120,13 +118,20 @@ def _write(place: Path, step: int, state: PyTree, cfg: Config) -> None:
         raise OSError(
             errno.ENOSPC, f"no space left on the disk ({needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
         )
-    with _quiet(), ocp.StandardCheckpointer() as writer:
-        writer.save((place / "state").resolve(), state)
-        writer.wait_until_finished()
+    save_tree(place / "state", state)
     replace(place / "config.json", config.to_json(cfg))
     manifest = {"step": step, "tree": describe(state), "files": hashes(place)}
     replace(place / "manifest.json", json.dumps(manifest, indent=1))
     _sync(place)
+
+
+def save_tree(place: Path, tree: PyTree) -> None:
+    """Orbax writes `tree`; on return it is on disk."""
+    import orbax.checkpoint as ocp
+
+    with _quiet(), ocp.StandardCheckpointer() as writer:
+        writer.save(place.resolve(), tree)
+        writer.wait_until_finished()
 
 
 def _drop_older(run: Path, step: int, keep: int) -> None:
@@ -149,7 +154,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _cause(e: Exception) -> str:
+def cause(e: Exception) -> str:
     """ "No space left on device" out of an OSError or out of tensorstore's long message."""
     code = re.search(r"os_error_code='(\d+)'", str(e))
     if code:

@@ -1,17 +1,20 @@
 """Weights in a form that loads faster: --mode=convert reads a public folder once and writes down what `load` gives.
 
     <out>/model_index.json, */config.json, tokenizer*/, ...   as they were: <out> is a model.path like any other
-    <out>/weights/                                            orbax: {"base", "vae", "text"}, dtypes as they train
+    <out>/weights/base, vae, text                             orbax, dtypes as they train
     <out>/weights.json      written last: the tree, SHA-256 of the files of weights/ and of those it was made from
 
 Restoring puts every leaf straight onto the devices of whatever mesh there is, in parallel and without transposing.
 """
 
 import concurrent.futures
+import contextlib
+import gc
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from solrl_jax import checkpoint
-from solrl_jax.config import ConfigError
+from solrl_jax import checkpoint, hub
+from solrl_jax.config import ConfigError, Model
 from solrl_jax.structs import Params
 from solrl_jax.weights import WeightsError
 
@@ -35,44 +38,68 @@ def is_converted(folder: Path) -> bool:
     return (folder / MANIFEST).is_file()
 
 
-def convert(trees: Trees, source: Path, out: Path) -> None:
-    """Write `trees` (base, vae, text), read from the pipeline folder `source`, and its small files to `out`.
+def convert(module: Any, cfg: Model, out: Path) -> None:
+    """Write the weights that `module` (models/<name>.py) reads of `cfg`, and the pipeline's small files, to `out`.
 
-    Raises ConfigError where `out` is there already, WeightsError where it cannot be written (full disk).
+    Raises ConfigError where `out` is there already, WeightsError where it cannot be written (full disk): before weights
+    are fetched or read, as far as that can be known.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"--run_dir={out} is not empty: give a new folder for the converted weights")
-    needed, where = sum(x.nbytes for x in jax.tree.leaves(trees)), out.parent
-    while not where.exists():
-        where = where.parent
-    if (free := shutil.disk_usage(where).free) < 1.05 * needed:
+    with _said(out):
+        if out.is_dir() and any(out.iterdir()):
+            raise ConfigError(f"--run_dir={out} is not empty: give a new folder for the converted weights")
+        where = next(p for p in (out, *out.absolute().parents) if p.exists())
+        if not where.is_dir() or not os.access(where, os.W_OK | os.X_OK):
+            raise WeightsError(f"{out}: {where} is no folder that can be written to")
+        free = shutil.disk_usage(where).free
+    needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(module.shapes(cfg)))
+    if free < 1.05 * needed:
         raise WeightsError(f"{out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
     try:
-        _write(trees, source, out)
+        with _said(out):
+            _write(module, cfg, out)
     except BaseException:
+        gc.collect()  # writes that orbax left in the air are let go first
         shutil.rmtree(out, ignore_errors=True)  # a part of it would be taken for a folder without weights
         raise
 
 
-def _write(trees: Trees, source: Path, out: Path) -> None:
-    import orbax.checkpoint as ocp
+@contextlib.contextmanager
+def _said(place: Path) -> Iterator[None]:
+    """What the disk refuses as a WeightsError; tensorstore tells of it in a ValueError."""
+    try:
+        yield
+    except OSError as e:
+        raise WeightsError(f"{e.filename or place}: {checkpoint.cause(e)}") from None
+    except ValueError as e:
+        if "os_error_code" not in str(e):
+            raise
+        raise WeightsError(f"{place}: {checkpoint.cause(e)}") from None
 
+
+def _write(module: Any, cfg: Model, out: Path) -> None:
+    """One tree after another, each gone before the next is read. As JAX's own arrays: orbax copies numpy's."""
+    trees, described = module.parts(cfg, jax.device_put, jax.device_put), {}
+    for name in NAMES:
+        described |= _save(out / "weights", name, next(trees))
+    source = hub.pipeline(cfg.path)
     files = [f for f in sorted(source.rglob("*")) if f.is_file() and not f.relative_to(source).parts[0].startswith(".")]
     for file in files:
         if not file.name.endswith(WEIGHTS) and len(file.relative_to(source).parts) <= 2:
             (out / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / file.relative_to(source))
-    tree = dict(zip(NAMES, trees, strict=True))
-    with ocp.StandardCheckpointer() as writer:
-        writer.save((out / "weights").resolve(), tree)
-        writer.wait_until_finished()
     manifest = {
         "source": str(source),
-        "made from": hashes(source, [f for f in files if f.name.endswith(".safetensors")]),
-        "tree": checkpoint.describe(tree),
+        "made from": hashes(source, hub.read_of(source)),
+        "tree": described,
         "files": hashes(out, (out / "weights").rglob("*")),
     }
     checkpoint.replace(out / MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _save(folder: Path, name: str, tree: Params) -> dict[str, str]:
+    """Write one tree, and describe it."""
+    checkpoint.save_tree(folder / name, tree)
+    return checkpoint.describe({name: tree})
 
 
 def hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
@@ -95,7 +122,8 @@ def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
     import orbax.checkpoint as ocp
 
     manifest = _manifest(folder)
-    found = hashes(folder, (folder / "weights").rglob("*"))
+    with _said(folder):
+        found = hashes(folder, (folder / "weights").rglob("*"))
     bad = sorted(k for k in {**manifest["files"], **found} if manifest["files"].get(k) != found.get(k))
     if bad:
         raise WeightsError(f"{folder}: {bad[0]} is not what was written (by SHA-256; {len(bad)} such): convert again")
@@ -108,16 +136,16 @@ def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
             f"{folder} was converted for another config: {k} is {there.get(k, 'absent')} there and "
             f"{wanted.get(k, 'absent')} here, {len(differ)} such: convert again with this --config"
         )
-    on_devices = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-    on_host = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree["text"])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    like["text"] = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree["text"])
     with ocp.StandardCheckpointer() as reader:
-        read = reader.restore((folder / "weights").resolve(), {**on_devices, "text": on_host})
-    return read["base"], read["vae"], read["text"]
+        base, vae, text = (reader.restore((folder / "weights" / name).resolve(), like[name]) for name in NAMES)
+    return base, vae, text
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return {"files": dict(manifest["files"]), "tree": dict(manifest["tree"])}
-    except (ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError) as e:
         raise WeightsError(f"{folder / MANIFEST} cannot be read ({e!r}): convert again") from None

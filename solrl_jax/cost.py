@@ -44,12 +44,17 @@ def nbytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * getattr(x.dtype, "itemsize", 8) for x in leaves)
 
 
+def as_on_gpus() -> bool:
+    """Whether programs are traced as for a GPU: a CUDA plugin is installed."""
+    return any(map(find_spec, CUDA))
+
+
 def trace(f: Callable[..., Any], *args: Any) -> Jaxpr:
     """The program f of shapes (jax.ShapeDtypeStruct leaves), of one device of a mesh.
 
     As for a GPU, if a CUDA plugin is installed: without one JAX cannot trace the fused attention.
     """
-    gpu = AbstractDevice("GPU", None, "gpu") if any(map(find_spec, CUDA)) else None
+    gpu = AbstractDevice("GPU", None, "gpu") if as_on_gpus() else None
     mesh = AbstractMesh((1,), (sharding.DATA,), axis_types=(AxisType.Auto,), abstract_device=gpu)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.make_jaxpr(f)(*args).jaxpr

@@ -4,14 +4,23 @@ A folder is taken as it is. A name is looked for in the hub's cache first (HF_HO
 of a repository only the files that the loaders read, so not the single-file checkpoints beside the diffusers layout.
 """
 
+import fnmatch
 import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from solrl_jax import config, weights
 from solrl_jax.weights import WeightsError
 
 SITE = "https://huggingface.co"
+WEIGHTS = (
+    *(f"{part}/diffusion_pytorch_model*.safetensors" for part in ("transformer", "vae")),
+    "text_encoder*/model*.safetensors",
+)
+"""The weights of a pipeline as patterns, folder/stem*.ending."""
+_CONFIGS = ("config.json", *(f"{part}_config.json" for part in ("scheduler", "tokenizer", "preprocessor")))
+_VOCABULARIES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
 _FITS = {"FluxPipeline": "flux", "StableDiffusion3Pipeline": "sd35", "SanaPipeline": "sana"}
 
 
@@ -20,9 +29,8 @@ def pipeline(path: str, configs_only: bool = False) -> Path:
 
     Raises WeightsError, in one line, for what cannot be had.
     """
-    heavy = ("transformer/*.safetensors", "vae/*.safetensors", "text_encoder*/*.safetensors")
     small = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")
-    return _resolve(path, small, () if configs_only else heavy, ", --config.model.path=DIR")
+    return _resolve(path, small, () if configs_only else WEIGHTS, ", --config.model.path=DIR")
 
 
 def model(
@@ -35,6 +43,22 @@ def model(
     `small` and `heavy` are what a name's repository is read of; the first of `small` and all of `heavy` must be there.
     """
     return _resolve(path, small, heavy, "")
+
+
+def here(path: str | Path | None, file: str = "config.json") -> Path | None:
+    """What is at `path`, or the folder in the hub's cache of a model with that name and such a file; None if neither.
+
+    Without the network.
+    """
+    import huggingface_hub
+
+    if path is None or Path(path).exists():
+        return path if path is None else Path(path)
+    try:
+        found = huggingface_hub.try_to_load_from_cache(str(path), file) if is_name(str(path)) else None
+    except ValueError:  # no name that the hub could have
+        found = None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def is_name(path: str) -> bool:
@@ -53,9 +77,9 @@ def _resolve(path: str, small: tuple[str, ...], heavy: tuple[str, ...], flag: st
 
 @functools.lru_cache(maxsize=16)
 def _fetch(name: str, small: tuple[str, ...], heavy: tuple[str, ...], flag: str) -> Path:
-    """The folder in the hub's cache, which is enough if it has the first of `small` and every one of `heavy`.
+    """The folder in the hub's cache if it is `_whole`; else what is not there is fetched.
 
-    A cache that other programs filled may hold a part of a repository without saying so.
+    A download that was cut short, or other programs, leave a part of a repository there without saying so.
     """
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -64,13 +88,59 @@ def _fetch(name: str, small: tuple[str, ...], heavy: tuple[str, ...], flag: str)
     try:
         try:
             found = Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True))
-            if all(any(found.glob(pattern)) for pattern in (small[0], *heavy)):
+            if _whole(found, small[0], heavy):
                 return found
         except LocalEntryNotFoundError:
             pass
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as e:  # the hub's own kinds, its HTTP library's, the disk's: each ends in one line
         raise WeightsError(_said(name, flag, e)) from e
+
+
+def _whole(folder: Path, first: str, heavy: tuple[str, ...]) -> bool:
+    """Whether `folder` holds the file `first`, all weights that `heavy` names, and what a pipeline's index names."""
+    try:
+        parts = _components(folder) if first == "model_index.json" else ()
+        return (
+            (folder / first).is_file()
+            and all(_configured(folder / part) for part in parts)
+            and all(file.is_file() for pattern in heavy for file in _stored(folder, pattern, parts))
+        )
+    except WeightsError:
+        return False
+
+
+def _components(folder: Path) -> tuple[str, ...]:
+    """The folders of a pipeline's parts, by its model_index.json: {"vae": ["diffusers", "AutoencoderKL"], ...}."""
+    index = weights.read_json(folder / "model_index.json")
+    return tuple(name for name, kind in index.items() if isinstance(kind, list) and None not in kind)
+
+
+def _configured(part: Path) -> bool:
+    """Whether a part of a pipeline has its config, a tokenizer its vocabulary too."""
+    words = not part.name.startswith("tokenizer") or any(
+        all((part / name).is_file() for name in names) for names in _VOCABULARIES
+    )
+    return words and any((part / name).is_file() for name in _CONFIGS)
+
+
+def _stored(folder: Path, pattern: str, parts: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files, there or not, that are read of what folder/stem*.ending names, in `parts` and in the folders there.
+
+    WeightsError where a folder names none.
+    """
+    where, _, file = pattern.rpartition("/")
+    if "*" not in file:
+        yield folder / pattern
+        return
+    found = {*fnmatch.filter(parts, where), *(f.name for f in folder.glob(where) if f.is_dir())} if where else {""}
+    for part in sorted(found or {where}):
+        yield from weights.stored(folder / part, file.partition("*")[0])
+
+
+def read_of(folder: Path) -> list[Path]:
+    """The files of weights that are read of a pipeline's folder."""
+    return [file for pattern in WEIGHTS for file in _stored(folder, pattern)]
 
 
 def _said(name: str, flag: str, e: Exception) -> str:

@@ -10,6 +10,7 @@ the rows of several Linears (`Fused`); the model's table says which.
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -332,6 +333,8 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], float | None]:
             return tensors, _stated_alpha(file, f.metadata() or {})
     except SafetensorError as e:
         raise WeightsError(f"{file} is not a whole safetensors file ({e})") from e
+    except OSError as e:
+        raise WeightsError(f"{file} cannot be read: {e.strerror or e}") from e
 
 
 def _spelt(key: str) -> str:
@@ -344,12 +347,20 @@ def _spelt(key: str) -> str:
 
 def _stated_alpha(file: Path, metadata: Mapping[str, str]) -> float | None:
     """The alpha of the `lora_adapter_metadata` that diffusers writes when it does not fold (models.md section 10)."""
-    stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        stated = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")).items())
+    except (ValueError, AttributeError) as e:
+        raise WeightsError(f"{file}: its lora_adapter_metadata is no JSON object ({e}): export it again") from None
     found = {key.removeprefix("transformer."): value for key, value in stated.items()}
     odd = [name for name in ("alpha_pattern", "use_rslora", "use_dora") if found.get(name)]
     if odd:
         raise WeightsError(f"{file} is a LoRA with {', '.join(odd)}: give one with the same alpha / r everywhere")
-    return float(found["lora_alpha"]) if {"lora_alpha", "r"} <= found.keys() else None
+    if not {"lora_alpha", "r"} <= found.keys():
+        return None
+    alpha = found["lora_alpha"]
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise WeightsError(f"{file}: its lora_adapter_metadata says lora_alpha {alpha!r}, no number: export it again")
+    return float(alpha)
 
 
 def _modules(tree: Params, keys: Sequence[Rule]):

@@ -44,17 +44,26 @@ def _export(cfg: Config, run: Path, place: Path | None) -> int:
 
 
 def _convert(cfg: Config, run: Path, place: Path | None) -> int:
-    from solrl_jax import assemble, convert, hub
+    _on_cpu()
+    from solrl_jax import assemble, convert
 
-    convert.convert(assemble.model_module(cfg).load(cfg.model), hub.pipeline(cfg.model.path), run)
+    convert.convert(assemble.model_module(cfg), cfg.model, run)
     print(f"converted {cfg.model.path}: use it as --config.model.path={run}")
     return 0
 
 
 def _plan(cfg: Config, run: Path, place: Path | None) -> int:
+    _on_cpu()
     from solrl_jax import plan
 
     return plan.run_plan(cfg, devices=FLAGS.devices, card=FLAGS.card)
+
+
+def _on_cpu() -> None:
+    """No GPU is taken, nor its memory: a training run beside this one keeps it. Before JAX makes its first array."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 MODES: dict[str, Callable[[Config, Path, Path | None], int]] = {

@@ -188,6 +188,10 @@ def _like(sizes: Sizes, new: Config, cfg: Config) -> Sizes:
 # --- report ---------------------------------------------------------------------------------------------------------
 
 
+NO_PLUGIN = (
+    f"activations: no CUDA plugin is installed here ({' or '.join(cost.CUDA)}), so they are those of unfused attention "
+    "and of f32 products: more than a GPU takes"
+)
 HEADER = f"{'GB a device':<12}{'weights':>9}{'LoRA':>7}{'merged':>8}{'quantised':>11}{'activations':>13}{'total':>8}"
 
 
@@ -216,6 +220,7 @@ def report(p: Plan) -> list[str]:
         f"seconds: at {FRACTION:.0%} of the bf16 peak, f32 operands (as TF32) at half of it; emulated NVFP4 brings no "
         f"speed: bf16's time / {EMULATED}",
         "activations: an estimate from the traced program; no library workspaces, no evaluation",
+        *(() if cost.as_on_gpus() else (NO_PLUGIN,)),
         *p.sizes.notes,
         *(p.advice or (f"fits {p.card}",)),
     ]

@@ -2,13 +2,12 @@
 
 import functools
 import importlib
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import assemble, iteration, rewards
+from solrl_jax import assemble, hub, iteration, rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import Score
 from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, Rollout, TrainState
@@ -37,13 +36,16 @@ def read(cfg: Config, devices: int) -> Sizes:
     paths, notes = rewards.parse_paths(cfg.reward_paths), []
     wanted, found = rewards.parse(cfg.reward), {}
     for name in {**wanted, **rewards.parse(cfg.evaluate.rewards)}:
-        shapes = getattr(importlib.import_module(f"solrl_jax.rewards.{name}"), "shapes", None)
+        reward = importlib.import_module(f"solrl_jax.rewards.{name}")
+        shapes = getattr(reward, "shapes", None)
         if shapes is None:
             notes.append(f"reward {name} is not counted: rewards/{name}.py defines no shapes(path)")
             continue
         found[name] = shapes(paths.get(name), cfg.reward_dtype)
-        if jax.tree.leaves(found[name][1]) and not Path(paths.get(name, "?")).exists():
-            notes.append(f"reward {name} has its public sizes here: nothing is at reward_paths={name}=...")
+        path, public = paths.get(name), getattr(reward, "HUB_ID", "another model")
+        if jax.tree.leaves(found[name][1]) and path != public and hub.here(path) is None:
+            what = f"nothing is at reward_paths={name}={path or '...'}"
+            notes.append(f"reward {name} has its public sizes here, {public}'s: {what}")
     trained = [name for name in wanted if name in found]
     tokens = module.token_shapes(cfg.model, mine)
     judged = {name: batch(found[name][2], mine) for name in trained}

@@ -78,6 +78,8 @@ class Files:
     process until `close`; the next read opens them again.
     """
 
+    twice: tuple[str, ...] = ()  # what is said of keys that two files hold
+
     def __init__(self, path: str | Path, stem: str = "model"):
         self.path = Path(path)
         if not self.path.exists():
@@ -88,6 +90,8 @@ class Files:
         self.where: dict[str, Path] = {}
         for file in [self.path] if self.path.is_file() else _shards(self.path, stem):
             for key in self._handle(file).keys():  # noqa: SIM118 - a safetensors handle is no dict
+                if key in self.where:
+                    self.twice += (f"{key} is in {self.where[key].name} and in {file.name}",)
                 self.where[key] = file
 
     def _handle(self, file: Path):
@@ -98,6 +102,8 @@ class Files:
                 raise WeightsError(f"{file} is named by the index but is not there: download it again") from e
             except SafetensorError as e:
                 raise WeightsError(f"{file} is not a whole safetensors file ({e}): download it again") from e
+            except OSError as e:
+                raise WeightsError(f"{file} cannot be read: {e.strerror or e}") from e
         return self._open[file]
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -139,6 +145,8 @@ def _indexed(index: Path) -> list[Path]:
         return sorted({index.parent / file for file in json.loads(index.read_text())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise WeightsError(f"{index} is not an index of weights ({e!r}): download it again") from e
+    except OSError as e:
+        raise WeightsError(f"{index} cannot be read: {e.strerror}") from e
 
 
 def load(
@@ -149,23 +157,19 @@ def load(
     dtype: Any = None,
     aliases: Sequence[tuple[str, str]] = (),
     droppable: Sequence[str] = (),
+    copies: Sequence[str] = (),
     place: Place | None = None,
 ) -> PyTree:
     """Read the tree of `spec` (from eval_shape) out of `files`; leaves are numpy arrays of `dtype` (None: as stored).
 
     `place` takes each leaf to where it belongs as soon as it is read, so that the host never holds more than one leaf,
     a stack of layers at most. `aliases` are (regex, replacement) pairs that turn other spellings of keys into the
-    table's; `droppable` are regexes of keys that may be left over. Missing, unused and wrongly shaped keys are all
-    listed in one WeightsError before any tensor is read.
+    table's; `droppable` are regexes of keys that may be left over, `copies` keys that may be there in two spellings.
+    Missing, unused, wrongly shaped and repeated keys are all listed in one WeightsError before any tensor is read.
     """
-    names: dict[str, str] = {}
-    for key in files.keys():  # noqa: SIM118
-        public = key
-        for pattern, replacement in aliases:
-            public = re.sub(pattern, replacement, public)
-        names[public] = key
+    names, twice = _spelt(files.keys(), aliases, copies)
     wanted = needed(spec, rules)
-    if problems := _problems(files, names, wanted, droppable):
+    if problems := [*files.twice, *twice, *_problems(files, names, wanted, droppable)]:
         shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise WeightsError(f"{files.path} does not hold the weights that its config describes:\n  {shown}")
     values, place = [], place or (lambda x: x)
@@ -173,6 +177,23 @@ def load(
         values.append(place(_read(files, leaf, [names[key] for key in leaf.keys], dtype)))
         files.close()
     return jax.tree.unflatten(jax.tree.structure(spec), values)
+
+
+def _spelt(
+    keys: Iterable[str], aliases: Sequence[tuple[str, str]], copies: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """{the table's spelling of a key: the file's}, its own before another, and which are in two and no copies."""
+    names: dict[str, str] = {}
+    twice = []
+    for key in keys:
+        public = key
+        for pattern, replacement in aliases:
+            public = re.sub(pattern, replacement, public)
+        if public in names and public not in copies:
+            twice.append(f"{names[public]} and {key} are the same, {public}")
+        if public == key or public not in names:
+            names[public] = key
+    return names, twice
 
 
 def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], droppable: Sequence[str]) -> list[str]:
@@ -243,9 +264,11 @@ def read_json(file: str | Path) -> dict[str, Any]:
     """A JSON file of a checkpoint (bare -Infinity is accepted: public scheduler configs hold it)."""
     file = Path(file)
     if not file.is_file():
-        raise WeightsError(f"{file} is missing: {file.parent.parent} is not a model folder in the public layout")
+        raise WeightsError(f"{file} is missing: {file.parent} is no folder of a model in its public layout")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise WeightsError(f"{file} cannot be read: {e.strerror}") from e
     except ValueError as e:
         raise WeightsError(f"{file} is not JSON ({e}): download it again") from e
     if not isinstance(found, dict):
@@ -258,16 +281,39 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return read_json(Path(folder) / "config.json")
 
 
+def stored(folder: str | Path, stem: str) -> list[Path]:
+    """The files that `Files` reads, there or not; WeightsError where the folder names none."""
+    return _shards(Path(folder), stem)
+
+
 def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None, name: str = "config.json"):
     """Dataclass `cls` from `values`, by default all that the folder's file `name` holds.
 
-    Its own fields only, lists as tuples; missing and null ones keep the default. What the class refuses is a
-    WeightsError.
+    Its own fields only, lists as tuples; missing and null ones keep the default. What is of another kind than its
+    field's default (`_unlike`) and what the class refuses is a WeightsError.
     """
-    names = {field.name for field in dataclasses.fields(cls)}
-    found = read_json(Path(folder) / name) if values is None else values
-    given = {name: value for name, value in found.items() if name in names and value is not None}
+    file, defaults = Path(folder) / name, {field.name: field.default for field in dataclasses.fields(cls)}
+    found = read_json(file) if values is None else values
+    given = {key: value for key, value in found.items() if key in defaults and value is not None}
+    for key, value in given.items():
+        if wanted := _unlike(value, defaults[key]):
+            raise WeightsError(f"{file}: {key} is {value!r}, not {wanted}: download it again")
     try:
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
     except ValueError as e:
-        raise WeightsError(f"{Path(folder) / name}: {e}") from e
+        raise WeightsError(f"{file}: {e}") from e
+
+
+def _unlike(value: Any, default: Any) -> str | None:
+    """What `value` should be, given a field's default; None where it is. Counts and sizes are above 0."""
+    if isinstance(default, tuple):
+        fits = isinstance(value, list | tuple) and value and not any(_unlike(x, default[0]) for x in value)
+        return None if fits else f"a list, each {_KINDS[type(default[0])]}"
+    numbers = (int, float) if isinstance(default, float) else (type(default),)
+    fits = isinstance(value, numbers) and isinstance(value, bool) == isinstance(default, bool)
+    if fits and type(default) is int and default > 0:
+        fits = value > 0
+    return None if fits else _KINDS.get(type(default))
+
+
+_KINDS = {bool: "true or false", int: "a whole number above 0", float: "a number", str: "a text"}

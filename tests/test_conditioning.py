@@ -1,4 +1,4 @@
-"""Prompts are encoded once, in calls of one size, and the text encoders leave the devices if they are not to stay."""
+"""Prompts are kept when encoded, in calls of one size; the text encoders leave the devices if they are not to stay."""
 
 import types
 
@@ -57,13 +57,14 @@ def test_each_prompt_once_in_calls_of_one_size(stay):
 
 
 def test_the_encoders_leave_unless_they_stay():
-    before = set(map(id, jax.live_arrays()))
+    held = jax.live_arrays()  # alive, so that no new array has the id of one of them
+    before = set(map(id, held))
     _, encode = made(stay=False)
     kept = encode(PROMPTS[:2])
     own = [x for x in jax.live_arrays() if id(x) not in before]
     assert {x.shape for x in own} == {kept["text"].shape, kept["pooled"].shape}
-    _, encode = made(stay=True)
-    encode(PROMPTS[:2])
+    _, staying = made(stay=True)
+    staying(PROMPTS[:2])
     assert any(x.shape == (10, 4) for x in jax.live_arrays() if id(x) not in before)
 
 
@@ -75,3 +76,22 @@ def test_memory_is_bounded(monkeypatch):
     assert list(encode.kept) == PROMPTS[6:] and len(seen.calls) == 5
     encode(PROMPTS[:2])
     assert len(seen.calls) == 6 and list(encode.kept) == [*PROMPTS[8:], *PROMPTS[:2]]
+    encode(PROMPTS[8:])  # what was used is kept longer than what is newer
+    encode(PROMPTS[4:6])
+    assert len(seen.calls) == 7 and set(encode.kept) == {*PROMPTS[8:], *PROMPTS[4:6]}
+
+
+def test_what_comes_next_is_not_forgotten(monkeypatch):
+    """Three iterations of 2 prompts are encoded together, MOST is 4: each is encoded once while they are drawn."""
+    monkeypatch.setattr(conditioning, "MOST", 4)
+    seen, encode = made(stay=False, devices=1, group=2)
+    drawn = [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 8, 9]  # 2 and 3 come again while they are kept
+    for i in range(0, 12, 2):
+        now, ahead = ([PROMPTS[j] for j in drawn[a:b]] for a, b in ((i, i + 2), (i + 2, i + 6)))
+        first = encode(now, ahead)
+        np.testing.assert_array_equal(np.asarray(first["pooled"])[:, 0], (np.asarray(drawn[i : i + 2]) * 0.5) ** 2)
+        assert set(now) <= set(encode.kept) and len(encode.kept) <= 6
+    asked = [int(p.split()[1]) for call in seen.calls for p in call]
+    assert asked == list(range(10))
+    encode(PROMPTS[:2])  # as an evaluation does, without naming what comes
+    assert len(encode.kept) == 6

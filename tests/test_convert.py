@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import types
+import weakref
 from pathlib import Path
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from solrl_jax import assemble, config, convert, sharding
+from solrl_jax import assemble, checkpoint, config, convert, sharding
 from solrl_jax.models import flux
 from solrl_jax.weights import WeightsError
 from tests import nano
@@ -24,7 +26,7 @@ def public(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(public, tmp_path_factory):
     out, cfg = tmp_path_factory.mktemp("out") / "converted", nano.build(public)
-    convert.convert(flux.load(cfg.model), Path(cfg.model.path), out)
+    convert.convert(flux, cfg.model, out)
     return out
 
 
@@ -45,13 +47,14 @@ def test_the_same_weights_on_any_mesh(public, converted, devices):
 
 def test_it_is_a_model_folder_and_names_its_sources(public, converted):
     source = Path(nano.build(public).model.path)
+    read = list(source.rglob("*.safetensors"))
+    assert len(read) == 4 and not list(converted.rglob("*.safetensors"))
     tokens = [
         flux.make(moved(nano.build(public), folder).model).tokenize(nano.PROMPTS) for folder in (source, converted)
     ]
     jax.tree.map(np.testing.assert_array_equal, *tokens)
-    assert not list(converted.rglob("*.safetensors"))
     found = json.loads((converted / "weights.json").read_text())
-    files = {f.relative_to(source).as_posix(): f for f in source.rglob("*.safetensors")}
+    files = {f.relative_to(source).as_posix(): f for f in read}
     assert found["made from"] == {name: hashlib.sha256(f.read_bytes()).hexdigest() for name, f in files.items()}
     assert found["tree"].keys() and all(k.split("/")[0] in convert.NAMES for k in found["tree"])
 
@@ -78,17 +81,99 @@ def test_a_flipped_byte_and_another_config_are_named(public, converted, tmp_path
 
 def test_nothing_is_overwritten_and_a_cut_conversion_leaves_nothing(public, converted, tmp_path, monkeypatch):
     cfg = nano.build(public)
-    trees, source = flux.load(cfg.model), Path(cfg.model.path)
     with pytest.raises(config.ConfigError, match="is not empty: give a new folder"):
-        convert.convert(trees, source, converted)
+        convert.convert(flux, cfg.model, converted)
 
     def fails(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(convert, "hashes", fails)
     with pytest.raises(KeyboardInterrupt):
-        convert.convert(trees, source, tmp_path / "cut")
+        convert.convert(flux, cfg.model, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
-    with pytest.raises(WeightsError, match=r"0\.0 GB are needed, 0\.0 GB are free"):
-        convert.convert(trees, source, tmp_path / "full")
+
+
+class Unread:
+    """A model of whose weights 34 GB would have to be read, and may not be."""
+
+    @staticmethod
+    def shapes(cfg):
+        return jax.ShapeDtypeStruct((17 * 10**9,), "bfloat16"), {}, {}
+
+    def __getattr__(self, name):
+        raise AssertionError(f"{name} was asked for")
+
+
+def test_what_can_be_known_is_told_before_anything_is_read(tmp_path, monkeypatch):
+    model = config.Model(path="org/absent")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 35 * 10**9))
+    with pytest.raises(WeightsError, match=r"full: 34\.0 GB are needed, 35\.0 GB are free there$"):
+        convert.convert(Unread(), model, tmp_path / "full")
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightsError, match=rf"{tmp_path}/file/a/b: {tmp_path}/file is no folder that can be written"):
+        convert.convert(object(), model, tmp_path / "file" / "a" / "b")
+    with pytest.raises(config.ConfigError, match="is not empty"):
+        convert.convert(object(), model, tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(WeightsError, match=f"new: {tmp_path} is no folder that can be written to"):
+        convert.convert(object(), model, tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device", "/disk/x"), "^/disk/x: No space left on device$"),
+        (PermissionError(13, "Permission denied"), "out: Permission denied$"),
+        (ValueError("INTERNAL: Failed to write [os_error_code='28']"), "out: No space left on device$"),
+    ],
+)
+def test_what_the_disk_refuses_midway_is_one_line(public, tmp_path, monkeypatch, error, message):
+    def refused(place, tree, write=checkpoint.save_tree):
+        if place.name == "vae":
+            raise error
+        write(place, tree)
+
+    monkeypatch.setattr(checkpoint, "save_tree", refused)
+    with pytest.raises(WeightsError, match=message):
+        convert.convert(flux, nano.build(public).model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_defect_is_not_the_disks(public, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save_tree", lambda place, tree: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        convert.convert(flux, nano.build(public).model, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_read_back_is_told(public, converted, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied", "weights/x")
+
+    monkeypatch.setattr(convert, "hashes", denied)
+    with pytest.raises(WeightsError, match=r"^weights/x: Permission denied$"):
+        assemble.read_weights(moved(nano.build(public), converted), sharding.make_mesh(1))
+
+
+def test_one_tree_is_held_at_a_time_and_other_checkpoints_are_not_hashed(public, tmp_path):
+    cfg, alive, counts = nano.build(public), [], []
+    shutil.copytree(cfg.model.path, tmp_path / "clone")
+    (tmp_path / "clone" / "flux1-dev.safetensors").write_bytes(b"24 GB")
+    (tmp_path / "clone" / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
+
+    def parts(*how):
+        trees = flux.parts(*how)
+        for _ in convert.NAMES:
+            tree = next(trees)
+            counts.append(sum(x() is not None for x in alive))
+            alive.extend(map(weakref.ref, jax.tree.leaves(tree)))
+            yield tree
+            del tree
+
+    module = types.SimpleNamespace(parts=parts, shapes=flux.shapes)
+    convert.convert(module, moved(cfg, tmp_path / "clone").model, tmp_path / "out")
+    assert len(alive) > 50 and counts == [0, 0, 0]
+    names = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+    names |= dict.fromkeys(("text_encoder", "text_encoder_2"), "model")
+    found = json.loads((tmp_path / "out" / "weights.json").read_text())["made from"]
+    assert found.keys() == {f"{part}/{stem}.safetensors" for part, stem in names.items()}

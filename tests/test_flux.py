@@ -24,6 +24,7 @@ SMALL = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 3, 
 SMALL |= {"pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6), "num_layers": 1, "num_single_layers": 1}
 PIPELINE = tiny.WORLD / "pipeline"
 SCHEDULER = json.loads((PIPELINE / "scheduler" / "scheduler_config.json").read_text())
+SCHEDULE = flux.Schedule.read(PIPELINE / "scheduler")
 PROMPTS = (tiny.WORLD / "prompts" / "test.txt").read_text().splitlines()[:3]
 
 
@@ -211,7 +212,7 @@ LITERAL = {  # models.md section 9.1
 @pytest.mark.parametrize("steps", [6, 10, 28])
 @pytest.mark.parametrize("tokens", [16, 1024, 4096])
 def test_sigmas(steps, tokens):
-    ours = flux.sigmas(steps, tokens, SCHEDULER)
+    ours = flux.sigmas(steps, tokens, SCHEDULE)
     scheduler = FlowMatchEulerDiscreteScheduler(**{k: v for k, v in SCHEDULER.items() if k[0] != "_"})
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=calculate_shift(tokens))
     assert (ours.dtype, ours.shape) == (np.float64, (steps + 1,))
@@ -238,7 +239,7 @@ def test_sigmas_of_other_schedulers(values):
     found = scheduler.config
     names = "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift"
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6), mu=calculate_shift(1024, *(found[n] for n in names)))
-    np.testing.assert_allclose(flux.sigmas(6, 1024, values), scheduler.sigmas, rtol=1e-6, atol=0)
+    np.testing.assert_allclose(flux.sigmas(6, 1024, flux.Schedule(**values)), scheduler.sigmas, rtol=1e-6, atol=0)
 
 
 # --- the committed small world --------------------------------------------------------------------------------------
@@ -299,7 +300,7 @@ def test_small_world_is_made_and_loaded_in_its_dtype():
     assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, spec)
     ids = model.tokenize(["a red circle", "a red circle " * 30])
     assert {name: x.shape for name, x in ids.items()} == {"clip": (2, 24), "t5": (2, 24)}
-    np.testing.assert_allclose(model.sigmas(10), flux.sigmas(10, 16, SCHEDULER), rtol=0)
+    np.testing.assert_allclose(model.sigmas(10), flux.sigmas(10, 16, SCHEDULE), rtol=0)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -337,10 +338,48 @@ def test_refused_folders(copy, part, values, words):
     assert str(copy) in str(e.value)
 
 
-@pytest.mark.parametrize("values", [{"use_beta_sigmas": True}, {"time_shift_type": "linear"}, {"shift_terminal": 0.1}])
+@pytest.mark.parametrize(
+    "values",
+    [
+        *({"use_beta_sigmas": True}, {"time_shift_type": "linear"}, {"shift_terminal": 0.1}),
+        {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+    ],
+)
 def test_schedules_that_are_not_ours_are_refused(copy, values):
     rewrite(copy / "scheduler" / "scheduler_config.json", **values)
     with pytest.raises(weights.WeightsError, match=f"asks for {{'{next(iter(values))}': .*not FLUX's schedule"):
+        flux.make(model_config(copy))
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "words"),
+    [
+        ("transformer/config.json", {"num_layers": "1"}, "num_layers is '1', not a whole number above 0"),
+        ("transformer/config.json", {"num_layers": True}, "num_layers is True, not a whole number above 0"),
+        ("transformer/config.json", {"axes_dims_rope": 16}, "axes_dims_rope is 16, not a list, each a whole number"),
+        ("transformer/config.json", {"axes_dims_rope": [16, 16]}, r"axes_dims_rope \(16, 16\) are not three even"),
+        ("transformer/config.json", {"axes_dims_rope": [4, 15, 13]}, "axes_dims_rope .* are not three even numbers"),
+        ("transformer/config.json", {"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number above"),
+        ("transformer/config.json", {"guidance_embeds": 1}, "guidance_embeds is 1, not true or false"),
+        ("vae/config.json", {"norm_num_groups": 0}, "norm_num_groups is 0, not a whole number above 0"),
+        ("vae/config.json", {"block_out_channels": []}, r"block_out_channels is \[\], not a list, each a whole"),
+        ("vae/config.json", {"scaling_factor": "1"}, "scaling_factor is '1', not a number"),
+        ("text_encoder/config.json", {"num_attention_heads": 0}, "num_attention_heads is 0, not a whole number"),
+        ("text_encoder/config.json", {"hidden_act": 3}, "hidden_act is 3, not a text"),
+        ("text_encoder_2/config.json", {"num_heads": -4}, "num_heads is -4, not a whole number above 0"),
+        ("scheduler/scheduler_config.json", {"shift": "3.0"}, "shift is '3.0', not a number"),
+        ("scheduler/scheduler_config.json", {"shift": 0.0}, "shift 0.0 is no number above 0"),
+        (
+            "scheduler/scheduler_config.json",
+            {"max_image_seq_len": 256},
+            "base_image_seq_len and max_.* are both 256",
+        ),
+        ("scheduler/scheduler_config.json", {"use_dynamic_shifting": "no"}, "use_dynamic_shifting is 'no', not true"),
+    ],
+)
+def test_damaged_values_are_named_with_their_file(copy, file, values, words):
+    rewrite(copy / file, **values)
+    with pytest.raises(weights.WeightsError, match=rf"{copy / file}: {words}"):
         flux.make(model_config(copy))
 
 

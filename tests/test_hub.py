@@ -16,7 +16,8 @@ from solrl_jax.weights import WeightsError
 NAME = "org/flux"
 PAGE = f"https://huggingface.co/{NAME}"
 SMALL = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model"]
-HEAVY = ["transformer/*.safetensors", "vae/*.safetensors", "text_encoder*/*.safetensors"]
+HEAVY = [f"{part}/diffusion_pytorch_model*.safetensors" for part in ("transformer", "vae")]
+HEAVY += ["text_encoder*/model*.safetensors"]
 
 
 @pytest.fixture
@@ -74,20 +75,83 @@ def test_only_what_is_read_is_fetched_and_once(asked, tmp_path):
     assert asked[-1] == (["config.json", "*.json", "*.txt", "model*.safetensors"], False)
 
 
-@pytest.mark.parametrize("there", [[], ["transformer/a.safetensors", "text_encoder_2/b.safetensors"]])
-def test_a_cache_with_a_part_of_it_is_not_enough_for_weights(asked, tmp_path, there):
-    asked.local = tmp_path / "cached"
-    for file in ("model_index.json", *there):
-        (asked.local / file).parent.mkdir(parents=True, exist_ok=True)
-        (asked.local / file).touch()
-    assert hub.pipeline(NAME, configs_only=True) == asked.local and [local for _, local in asked] == [True]
+INDEX = {
+    "_class_name": "FluxPipeline",
+    "image_encoder": [None, None],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "T5EncoderModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+    "transformer": ["diffusers", "FluxTransformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+WORDS = ("tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/tokenizer.json")
+WORDS = (*WORDS, "tokenizer/tokenizer_config.json", "tokenizer_2/tokenizer_config.json")
+SHARDS = tuple(f"diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
+LARGE = (*(f"transformer/{shard}" for shard in SHARDS), "vae/diffusion_pytorch_model.safetensors")
+LARGE = (*LARGE, "text_encoder/model.safetensors", "text_encoder_2/model.fp16.safetensors")
+
+
+def whole(folder):
+    """FLUX.1-dev's files, empty but for what says where others are: the transformer in three shards."""
+    flux_dev.write(folder)
+    for file in (*WORDS, *LARGE):
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).touch()
+    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    map_ = {f"{i}.weight": shard for i, shard in enumerate(SHARDS)}
+    index = folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": map_}))
+    return folder
+
+
+def test_a_whole_cache_needs_no_network(asked, tmp_path):
+    asked.local = whole(tmp_path / "cached")
+    assert hub.pipeline(NAME) == hub.pipeline(NAME, configs_only=True) == asked.local
+    assert [local for _, local in asked] == [True, True]
+    assert hub.read_of(asked.local) == [asked.local / file for file in LARGE]
+
+
+@pytest.mark.parametrize("gone", [*LARGE, "transformer/diffusion_pytorch_model.safetensors.index.json"])
+def test_a_download_that_was_cut_short_goes_on(asked, tmp_path, gone):
+    """One weight file lacks: its configs are there, what is large is asked for again."""
+    asked.local = whole(tmp_path / "cached")
+    (asked.local / gone).unlink()
+    assert hub.pipeline(NAME, configs_only=True) == asked.local and len(asked) == 1
     assert hub.pipeline(NAME) == tmp_path / "fetched"
-    (asked.local / "vae").mkdir()
-    for file in ("vae/c.safetensors", "transformer/a.safetensors", "text_encoder/b.safetensors"):
-        (asked.local / file).parent.mkdir(exist_ok=True)
+    assert asked[1:] == [(SMALL + HEAVY, True), (SMALL + HEAVY, False)]
+
+
+@pytest.mark.parametrize("gone", ["model_index.json", *flux_dev.CONFIGS, *WORDS])
+def test_configs_that_lack_are_fetched(asked, tmp_path, gone):
+    asked.local = whole(tmp_path / "cached")
+    (asked.local / gone).unlink()
+    assert hub.pipeline(NAME, configs_only=True) == hub.pipeline(NAME) == tmp_path / "fetched"
+    assert [local for _, local in asked] == [True, False] * 2
+
+
+def test_an_index_of_parts_that_is_cut_is_fetched_again(asked, tmp_path):
+    asked.local = whole(tmp_path / "cached")
+    (asked.local / "model_index.json").write_text("{")
+    assert hub.pipeline(NAME, configs_only=True) == tmp_path / "fetched"
+
+
+@pytest.mark.parametrize(
+    ("files", "enough"),
+    [
+        (("config.json", "model.safetensors"), True),
+        (("config.json", "model-00001-of-00002.safetensors"), False),
+        (("config.json",), False),
+        (("model.safetensors",), False),
+    ],
+)
+def test_a_reward_of_which_a_part_is_cached(asked, tmp_path, files, enough):
+    asked.local = tmp_path / "cached"
+    asked.local.mkdir()
+    for file in files:
         (asked.local / file).touch()
-    hub._fetch.cache_clear()
-    assert hub.pipeline(NAME) == asked.local
+    assert hub.model("org/clip") == (asked.local if enough else tmp_path / "fetched")
 
 
 def test_the_real_cache_is_read_without_network(tmp_path, monkeypatch):
@@ -100,6 +164,9 @@ def test_the_real_cache_is_read_without_network(tmp_path, monkeypatch):
     (root / "snapshots" / commit / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     assert flux.make(config.Model(path="org/cached")).name == "flux"
     assert flux.token_shapes(config.Model(path="org/cached"), 3)["t5"].shape == (3, 128)
+    (root / "snapshots" / commit / "config.json").write_text("{}")
+    assert hub.here("org/cached") == root / "snapshots" / commit and hub.here(str(root)) == root
+    assert hub.here("org/absent") is hub.here("nowhere") is hub.here("a--b/c") is hub.here(None) is None
     with pytest.raises(
         WeightsError, match=r"org/absent is no folder here and not whole in the hub's cache, and HF_HUB_OFF"
     ):

@@ -228,6 +228,26 @@ def test_scale_in_the_metadata(small, tmp_path):
         lora.load(file, small.base, flux.KEYS, CFG)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ("{", r"is no JSON object \(Expecting"),
+        ("[]", "is no JSON object"),
+        ("3", "is no JSON object"),
+        ('{"r": 4, "lora_alpha": null}', "says lora_alpha None, no number"),
+        ('{"r": 4, "lora_alpha": "x"}', "says lora_alpha 'x', no number"),
+        ('{"r": 4, "lora_alpha": NaN}', "says lora_alpha nan, no number"),
+        ('{"r": 4, "lora_alpha": [8]}', r"says lora_alpha \[8\], no number"),
+    ],
+)
+def test_metadata_that_cannot_be_read(small, tmp_path, metadata, words):
+    file = tmp_path / "set.safetensors"
+    lora.save(file, small.drawn, flux.KEYS, CFG)
+    save_file(load_file(file), file, metadata={"lora_adapter_metadata": metadata})
+    with pytest.raises(WeightsError, match=rf"^{file}: its lora_adapter_metadata {words}.*export it again$"):
+        lora.load(file, small.base, flux.KEYS, CFG)
+
+
 def broken(name: str, tensors: dict) -> dict:
     key = f"{FIRST}.lora_A.weight"
     rest = {k: v for k, v in tensors.items() if k != key}

@@ -144,6 +144,25 @@ def test_without_a_gpu_nothing_is_printed(code):
     )
 
 
+ON_CPU = """
+import jax
+from absl.testing import flagsaver
+from solrl_jax import convert, main, plan
+convert.convert = lambda *_: None
+plan.run_plan = lambda *_, **__: print(jax.devices()) or 0
+with flagsaver.flagsaver():
+    assert main.main(main.parse(["x", "--config=tiny", "--mode={mode}"])) == 0
+print(jax.default_backend())
+"""
+
+
+@pytest.mark.parametrize("mode", ["plan", "convert"])
+def test_plan_and_convert_leave_the_gpu_alone(mode):
+    """They run where CUDA is asked for and there is none: it is not looked for."""
+    found = shell("-c", ON_CPU.format(mode=mode), JAX_PLATFORMS="cuda")
+    assert (found.returncode, found.stdout.splitlines()[-1]) == (0, "cpu"), found.stderr
+
+
 def test_mixtures_are_weighted_sums_with_their_parts():
     one = rewards.Reward("one", len, lambda params, images, tokens: images.mean((1, 2, 3)))
     two = rewards.Reward("two", len, lambda params, images, tokens: images.max((1, 2, 3)) * params["scale"])

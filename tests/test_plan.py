@@ -1,6 +1,7 @@
 """The plan of FLUX.1-dev in numbers, from config files alone; costs of small programs against counts by hand."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -230,6 +231,36 @@ def test_report_of_a_card_that_is_too_small(planned):
     text = "\n".join(lines)
     assert "11,901,408,320 parameters, 23.8 GB" in text and "forward 15.81" in text and " over " in text
     assert lines[-1] == "explore does not fit: ..." and "at 60% of the bf16 peak" in text
+
+
+@pytest.mark.parametrize("plugin", ["json", "no_such_plugin"])
+def test_the_report_says_whether_a_gpu_was_traced(planned, monkeypatch, plugin):
+    monkeypatch.setattr(plan, "per_image_flops", lambda sizes: {})
+    monkeypatch.setattr(plan, "_covered", lambda *_: [])
+    monkeypatch.setattr(cost, "CUDA", (plugin,))
+    notes = [line for line in plan.report(planned) if "no CUDA plugin is installed here" in line]
+    assert len(notes) == (plugin != "json") and all("unfused attention" in line for line in notes)
+
+
+def test_a_reward_that_is_here_has_its_own_sizes(planned, tmp_path, monkeypatch):
+    """In a folder, and by its name in the hub's cache; the public model's where there is neither."""
+    root, commit = tmp_path / "models--org--clip", "a" * 40
+    snapshot = root / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    (snapshot / "config.json").write_text(json.dumps({"text_config": {"vocab_size": 1000}}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def read(path):
+        found = sizes.read(dataclasses.replace(planned.cfg, reward_paths=(f"clipscore={path}",)), 1)
+        return sizes.parameters(found.frozen.rewards["clipscore"]), [n for n in found.notes if "clipscore" in n]
+
+    small = 151_277_313 - (49_408 - 1000) * 512  # transformers' default CLIP is ViT-B/32, here with fewer words
+    assert read(snapshot) == read("org/clip") == (small, [])
+    note = "reward clipscore has its public sizes here, openai/clip-vit-large-patch14's: nothing is at reward_paths="
+    assert read("org/other") == (427_616_513, [f"{note}clipscore=org/other"])
+    assert read("openai/clip-vit-large-patch14") == (427_616_513, [])  # they are its own
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

@@ -169,6 +169,31 @@ def test_droppable(folder):
         load(folder, droppable=(r"position_ids", "encoder"))  # the whole name must match
 
 
+def test_two_spellings_of_one_key_are_told(folder):
+    other = np.ones((7, 5), np.float32)
+    change(folder, **{"module.head.weight": other})
+    aliases = ((r"^module\.", ""),)
+    with pytest.raises(WeightsError) as e:
+        load(folder, aliases=aliases)
+    assert [line.strip() for line in str(e.value).splitlines()[1:]] == [
+        "head.weight and module.head.weight are the same, head.weight"
+    ]
+    identical(load(folder, aliases=aliases, copies=("head.weight",)), tree_of())  # the table's own spelling is read
+    change(folder, **{"head.weight": None, "a.head.weight": other})
+    aliases = ((r"^(module|a)\.", ""),)
+    assert (load(folder, aliases=aliases, copies=("head.weight",))["head"]["kernel"] == 1).all()
+
+
+def test_a_key_of_two_shards_is_told(folder):
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({"head.weight": stored["head.weight"]}, folder / "b.safetensors")
+    index = {"weight_map": dict.fromkeys(stored, "a.safetensors") | {"head.weight": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeightsError, match=r":\n  head.weight is in a.safetensors and in b.safetensors$"):
+        load(folder)
+
+
 def test_all_problems_at_once(folder):
     changes = {"blocks.1.gain": None, "extra": np.ones(1, np.float32), "table.weight": np.ones((2, 6), np.float32)}
     changes |= {"blocks.2.attn.q.weight": np.ones((5, 3), np.float32), "logit_scale": np.ones(1, np.float32)}
@@ -285,6 +310,24 @@ def test_broken_index(folder, text):
         load(folder)
 
 
+def test_an_index_that_names_a_directory(folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"head.weight": "."}}))
+    with pytest.raises(WeightsError, match=rf"^{folder} cannot be read: .*(No such device|Is a directory)"):
+        load(folder)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "config.json"])
+def test_a_file_that_may_not_be_read(folder, file, monkeypatch):
+    (folder / file).write_text("{}")
+
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied", "x")
+
+    monkeypatch.setattr("pathlib.Path.read_text", denied)
+    with pytest.raises(WeightsError, match=rf"^{folder / file} cannot be read: Permission denied$"):
+        load(folder) if "index" in file else weights.read_config(folder)
+
+
 @pytest.mark.parametrize("cut", [0, 4, 100, -1])
 def test_truncated_file(folder, cut):
     file = folder / "model.safetensors"
@@ -306,6 +349,9 @@ class Sizes:
     width: int = 8
     stages: tuple[int, ...] = (1, 2)
     scale: float = 0.5
+    offset: int = 0
+    exact: bool = True
+    name: str = "a"
 
     def __post_init__(self):
         if self.width % 2:
@@ -318,6 +364,7 @@ class Sizes:
         ("{}", Sizes()),
         ('{"width": 6, "stages": [3, 4, 5], "_class_name": "X"}', Sizes(6, (3, 4, 5))),
         ('{"width": null, "scale": -Infinity}', Sizes(scale=-np.inf)),
+        ('{"scale": 2, "offset": -3, "exact": false, "name": "b"}', Sizes(scale=2, offset=-3, exact=False, name="b")),
     ],
 )
 def test_from_config(tmp_path, text, found):
@@ -332,7 +379,19 @@ def test_from_config(tmp_path, text, found):
         (b'{"width": 7', "is not JSON"),
         (b'{"width": "\xff"}', "is not JSON"),
         (b"[1, 2]", "holds a list"),
-        (None, "config.json is missing"),
+        (None, r"config.json is missing: /\S+/test_config_that_cannot_be_use\d+ is no folder of a model"),
+        (b'{"width": "8"}', "width is '8', not a whole number above 0: download it again"),
+        (b'{"width": 8.0}', "width is 8.0, not a whole number above 0"),
+        (b'{"width": 0}', "width is 0, not a whole number above 0"),
+        (b'{"width": true}', "width is True, not a whole number above 0"),
+        (b'{"stages": 3}', "stages is 3, not a list, each a whole number above 0"),
+        (b'{"stages": [3, "4"]}', r"stages is \[3, '4'\], not a list, each a whole number above 0"),
+        (b'{"stages": []}', r"stages is \[\], not a list"),
+        (b'{"scale": "x"}', "scale is 'x', not a number"),
+        (b'{"scale": false}', "scale is False, not a number"),
+        (b'{"offset": 1.5}', "offset is 1.5, not a whole number"),
+        (b'{"exact": 1}', "exact is 1, not true or false"),
+        (b'{"name": ["a"]}', r"name is \['a'\], not a text"),
     ],
 )
 def test_config_that_cannot_be_used(tmp_path, text, words):

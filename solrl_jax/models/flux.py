@@ -6,7 +6,7 @@ dtype; LayerNorm, modulation and RoPE in f32. Where the reference rounds (bf16 t
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,9 +43,11 @@ class FluxConfig:
     joint_attention_dim: int = 4096
     pooled_projection_dim: int = 768
     guidance_embeds: bool = True
-    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
     def __post_init__(self):
+        if len(self.axes_dims_rope) != 3 or any(d % 2 for d in self.axes_dims_rope):
+            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} are not three even numbers")
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(
                 f"axes_dims_rope {self.axes_dims_rope} do not add up to attention_head_dim {self.attention_head_dim}"
@@ -69,6 +71,39 @@ class FluxConfig:
         return weights.from_config(
             cls, folder, {"guidance_embeds": False} | raw
         )  # diffusers' default, not the dev model's
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The fields of scheduler_config.json that shape the sigmas; the defaults are diffusers'."""
+
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+
+    def __post_init__(self):
+        if not 0 < self.shift < np.inf:
+            raise ValueError(f"shift {self.shift} is no number above 0")
+        if self.max_image_seq_len == self.base_image_seq_len:
+            raise ValueError(f"base_image_seq_len and max_image_seq_len are both {self.max_image_seq_len}")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Schedule":
+        """From scheduler_config.json; a scheduler or options of it that would give other sigmas are refused."""
+        name = "scheduler_config.json"
+        raw = weights.read_json(Path(folder) / name)
+        known = {"time_shift_type": ("exponential", None), "shift_terminal": (None,)}
+        known |= {"_class_name": ("FlowMatchEulerDiscreteScheduler",)}
+        known |= dict.fromkeys(("invert_sigmas", "stochastic_sampling"), (False, None))
+        known |= dict.fromkeys(
+            (f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta", "lu", "flow")), (False, None)
+        )
+        if strange := {k: raw[k] for k, values in known.items() if k in raw and raw[k] not in values}:
+            raise weights.WeightsError(f"{Path(folder) / name} asks for {strange}: not FLUX's schedule, not known here")
+        return weights.from_config(cls, folder, raw, name)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -288,18 +323,15 @@ def unpack(tokens: Float[Array, "B S C"], height: int, width: int) -> Float[Arra
     return x.reshape(b, height, width, c // 4)
 
 
-def sigmas(steps: int, tokens: int, scheduler: dict[str, Any]) -> np.ndarray:
-    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by mu, which grows with the image tokens; then 0 (models.md 9.1).
-
-    `scheduler` is scheduler_config.json; missing fields have the defaults of FlowMatchEulerDiscreteScheduler.
-    """
+def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
+    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by mu, which grows with the image tokens; then 0 (models.md 9.1)."""
     u = np.linspace(1, 1 / steps, steps)
-    if scheduler.get("use_dynamic_shifting", False):
-        low, high = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-        base, top = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+    if schedule.use_dynamic_shifting:
+        low, high = schedule.base_image_seq_len, schedule.max_image_seq_len
+        base, top = schedule.base_shift, schedule.max_shift
         shift = np.exp(base + (tokens - low) * (top - base) / (high - low))
     else:
-        shift = scheduler.get("shift", 1.0)
+        shift = schedule.shift
     return np.append(shift / (shift + (1 / u - 1)), 0.0)
 
 
@@ -316,8 +348,7 @@ def make(cfg: config.Model) -> Model:
     hub.check_pipeline(folder, PIPELINES)
     flux = FluxConfig.read(folder / "transformer")
     vae_cfg = vae.VaeConfig.read(folder / "vae")
-    scheduler = weights.read_json(folder / "scheduler" / "scheduler_config.json")
-    _check_scheduler(folder, scheduler)
+    schedule = Schedule.read(folder / "scheduler")
     dtype = jnp.dtype(cfg.dtype)
     factor = 2 ** (len(vae_cfg.block_out_channels) - 1)
     if cfg.size % (2 * factor):
@@ -361,7 +392,7 @@ def make(cfg: config.Model) -> Model:
         tokenize=functools.partial(tokenize, str(folder), cfg.text_tokens),
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
-        sigmas=functools.partial(_cached_sigmas, tokens, tuple(sorted(_shift_fields(scheduler)))),
+        sigmas=lambda steps: sigmas(steps, tokens, schedule),
         velocity=velocity,
         largest=largest,
         decode=lambda params, latents: vae.decode(decoder, params, latents),
@@ -378,16 +409,23 @@ def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params,
 
     Transformer and decoder go where `place` takes them, leaf by leaf as they are read; the text encoders are numpy.
     """
+    base, decoder, encoders = parts(cfg, place)
+    return base, decoder, encoders
+
+
+def parts(
+    cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
+) -> Iterator[Params]:
+    """What `load` returns, one after another, each read when it is asked for."""
     model, dtype = make(cfg), jnp.dtype(cfg.dtype)
     _tokenizers(str(hub.pipeline(cfg.path, configs_only=True)))  # missing ones are said before gigabytes are read
     folder = hub.pipeline(cfg.path)
     spec = jax.eval_shape(model.init, jax.random.key(0))
     files = weights.Files(folder / "transformer", "diffusion_pytorch_model")
-    base = weights.load(files, spec, KEYS, dtype=dtype, place=place)
-    _, decoder = vae.load_vae(folder / "vae", F32, place=place)
-    _, clip = text.load_clip_text(folder / "text_encoder", dtype)
-    _, t5 = text.load_t5(folder / "text_encoder_2", dtype)
-    return base, decoder, {"clip": clip, "t5": t5}
+    yield weights.load(files, spec, KEYS, dtype=dtype, place=place)  # no name holds what was given
+    yield vae.load_vae(folder / "vae", F32, place=place)[1]
+    clip = text.load_clip_text(folder / "text_encoder", dtype, place=place_text)[1]
+    yield {"clip": clip, "t5": text.load_t5(folder / "text_encoder_2", dtype, place=place_text)[1]}
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
@@ -419,27 +457,6 @@ def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
 def text_modules(folder: Path, dtype: Any) -> tuple[nn.Module, nn.Module]:
     clip = text.ClipText(text.ClipTextConfig.read(folder / "text_encoder"), dtype)
     return clip, text.T5Encoder(text.T5Config.read(folder / "text_encoder_2"), dtype)
-
-
-def _shift_fields(scheduler: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(k, v) for k, v in scheduler.items() if isinstance(v, int | float)]
-
-
-def _check_scheduler(folder: Path, scheduler: dict[str, Any]) -> None:
-    """WeightsError for options of FlowMatchEulerDiscreteScheduler that would give other sigmas than ours."""
-    known = {"time_shift_type": ("exponential", None), "shift_terminal": (None,)}
-    known |= dict.fromkeys(("invert_sigmas", "stochastic_sampling"), (False, None))
-    known |= dict.fromkeys(
-        (f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta", "lu", "flow")), (False, None)
-    )
-    if strange := {k: scheduler[k] for k, values in known.items() if k in scheduler and scheduler[k] not in values}:
-        raise weights.WeightsError(
-            f"{folder}/scheduler/scheduler_config.json asks for {strange}: not FLUX's schedule, not known here"
-        )
-
-
-def _cached_sigmas(tokens: int, scheduler: tuple[tuple[str, Any], ...], steps: int) -> np.ndarray:
-    return sigmas(steps, tokens, dict(scheduler))
 
 
 @functools.lru_cache(maxsize=4)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from solrl_jax import weights
 from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, RMSNorm, attention, gelu_tanh
 from solrl_jax.structs import Params
-from solrl_jax.weights import Rule
+from solrl_jax.weights import Place, Rule
 
 _table = nn.initializers.normal(0.02)
 
@@ -159,13 +159,16 @@ CLIP_TEXT_ALIASES = ((r"^(?=(embeddings|encoder|final_layer_norm)\.)", "text_mod
 CLIP_TEXT_DROPPABLE = (r".*\.position_ids", r"text_projection\.weight")
 
 
-def load_clip_text(folder: str | Path, dtype: Any = jnp.bfloat16, project: bool = False) -> tuple[ClipText, Params]:
-    """Module and parameters (numpy, in `dtype`) of a folder in transformers' layout.
+def load_clip_text(
+    folder: str | Path, dtype: Any = jnp.bfloat16, project: bool = False, place: Place | None = None
+) -> tuple[ClipText, Params]:
+    """Module and parameters (numpy, or where `place` takes them; in `dtype`) of a folder in transformers' layout.
 
     FLUX wants the pooled state as it is; SD3 wants project=True, for which the file must hold text_projection.weight.
     """
     module = ClipText(ClipTextConfig.read(folder), dtype, project)
-    return module, _load(module, folder, CLIP_TEXT_KEYS, CLIP_TEXT_ALIASES, CLIP_TEXT_DROPPABLE)
+    how = {"aliases": CLIP_TEXT_ALIASES, "droppable": CLIP_TEXT_DROPPABLE}
+    return module, _load(module, folder, CLIP_TEXT_KEYS, place=place, **how)
 
 
 # ---- T5
@@ -259,13 +262,12 @@ T5_KEYS = (
 T5_ALIASES = ((r"^encoder\.embed_tokens\.weight$", "shared.weight"),)  # a copy, or the only one
 
 
-def load_t5(folder: str | Path, dtype: Any = jnp.bfloat16) -> tuple[T5Encoder, Params]:
-    """Module and parameters (numpy, in `dtype`) of a folder in transformers' layout."""
+def load_t5(folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None = None) -> tuple[T5Encoder, Params]:
+    """Module and parameters (numpy, or where `place` takes them; in `dtype`) of a folder in transformers' layout."""
     module = T5Encoder(T5Config.read(folder), dtype)
-    return module, _load(module, folder, T5_KEYS, T5_ALIASES, ())
+    return module, _load(module, folder, T5_KEYS, place=place, aliases=T5_ALIASES, copies=("shared.weight",))
 
 
-def _load(module: ClipText | T5Encoder, folder: str | Path, keys, aliases, droppable) -> Params:
+def _load(module: ClipText | T5Encoder, folder: str | Path, keys: tuple[Rule, ...], **how: Any) -> Params:
     spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    files = weights.Files(folder, "model")
-    return weights.load(files, spec, keys, dtype=module.dtype, aliases=aliases, droppable=droppable)
+    return weights.load(weights.Files(folder, "model"), spec, keys, dtype=module.dtype, **how)

@@ -63,11 +63,11 @@ class ClipConfig:
     @classmethod
     def read(cls, folder: str | Path) -> "ClipConfig":
         values = weights.read_config(folder)
-        text = weights.from_config(ClipTextConfig, folder, _part(values, "text_config"))
-        vision = weights.from_config(ClipVisionConfig, folder, _part(values, "vision_config"))
         # The text tower's own projection_dim is for a text encoder that stands alone; here the outer one counts.
-        width = values.get("projection_dim") or cls.projection_dim
-        return cls(dataclasses.replace(text, projection_dim=width), vision, width)
+        outer = {"projection_dim": values.get("projection_dim")}
+        text = weights.from_config(ClipTextConfig, folder, {**_part(values, "text_config", folder), **outer})
+        vision = weights.from_config(ClipVisionConfig, folder, _part(values, "vision_config", folder))
+        return cls(text, vision, text.projection_dim)
 
     @classmethod
     def read_open_clip(cls, folder: str | Path) -> "ClipConfig":
@@ -104,10 +104,13 @@ VIT_H_14 = ClipConfig(
 """laion/CLIP-ViT-H-14-laion2B-s32B-b79K, from which PickScore and HPSv2 were trained; 16 heads of 80 in the vision."""
 
 
-def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _part(values: Mapping[str, Any], name: str, folder: str | Path) -> Mapping[str, Any]:
     """Old configs carry the sub-config twice; as in transformers the "_dict" spelling wins where it is not null."""
     old = values.get(name + "_dict")
-    return (values.get(name) or {}) if old is None else old
+    found = (values.get(name) or {}) if old is None else old
+    if not isinstance(found, Mapping):
+        raise weights.WeightsError(f"{Path(folder) / 'config.json'}: {name} is {found!r}, not an object")
+    return found
 
 
 class ClipVision(nn.Module):

@@ -19,12 +19,13 @@ from solrl_jax.rewards import clip_tokens, clip_tower, preprocess
 from solrl_jax.rewards.clip_tower import ClipConfig, ClipTower, ClipVisionConfig
 from solrl_jax.structs import Images, Params, PerSample, Reward
 
+HUB_ID = "openai/clip-vit-large-patch14"
 PUBLIC = ClipConfig(
     ClipTextConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072, projection_dim=768),
     ClipVisionConfig(1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, patch_size=14),
     projection_dim=768,
 )
-"""openai/clip-vit-large-patch14."""
+"""HUB_ID's."""
 
 
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
@@ -34,7 +35,7 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     of jit must be.
     """
     if path is None:
-        raise weights.WeightsError("clipscore needs the folder of a CLIP model, or openai/clip-vit-large-patch14")
+        raise weights.WeightsError(f"clipscore needs the folder of a CLIP model, or {HUB_ID}")
     path = hub.model(str(path))
     tower, params = clip_tower.load_clip(path, jnp.dtype(dtype))
     folder = str(path.resolve())
@@ -45,9 +46,10 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
     """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: from config.json alone.
 
-    Sizes are PUBLIC's where there is no such folder.
+    Sizes are PUBLIC's where there is no such folder and none in the hub's cache.
     """
-    cfg = ClipConfig.read(path) if path is not None and Path(path).is_dir() else PUBLIC
+    folder = hub.here(path)
+    cfg = PUBLIC if folder is None else ClipConfig.read(folder)
     ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)
     reward = _reward(str(path), cfg, jnp.dtype(dtype), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
     return reward, clip_tower.shapes(ClipTower(cfg)), {"ids": ids}

@@ -21,7 +21,7 @@ from solrl_jax.rewards import clip_tokens, clip_tower, preprocess
 from solrl_jax.rewards.clip_tower import VIT_H_14, ClipConfig, ClipTower
 from solrl_jax.structs import Images, Params, PerSample, Reward, WeightsError
 
-PUBLIC_FILE = "HPS_v2.1_compressed.pt"
+HUB_ID, PUBLIC_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 
 
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
@@ -31,7 +31,7 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     clip_tokens.HUB_ID's. A file of other sizes has its open_clip_config.json beside it.
     """
     if path is None:
-        raise WeightsError(f"hpsv2 needs {PUBLIC_FILE}, its folder, or xswu/HPSv2")
+        raise WeightsError(f"hpsv2 needs {PUBLIC_FILE}, its folder, or {HUB_ID}")
     file = find(path)
     tower, params = clip_tower.load_open_clip(file, _config(file.parent), jnp.dtype(dtype))
     tokenizer = clip_tokens.find(file.parent, also=(clip_tokens.GZIP,))
@@ -41,7 +41,8 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
     """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: no weights are read."""
-    cfg = VIT_H_14 if path is None else _config(Path(path).parent if Path(path).is_file() else Path(path))
+    found = hub.here(path, "open_clip_config.json")
+    cfg = VIT_H_14 if found is None else _config(found.parent if found.is_file() else found)
     ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)
     return _reward(str(path), cfg, jnp.dtype(dtype)), clip_tower.shapes(ClipTower(cfg)), {"ids": ids}
 
@@ -53,7 +54,7 @@ def find(path: str | Path) -> Path:
         folder = hub.model(str(path), (PUBLIC_FILE,), ())
         found = [f for kind in ("safetensors", "pt") for f in sorted(folder.glob(f"HPS_v2*.{kind}"))]
         if not found:
-            raise WeightsError(f"{folder} holds no {PUBLIC_FILE} (nor a .safetensors of it): get it from xswu/HPSv2")
+            raise WeightsError(f"{folder} holds no {PUBLIC_FILE} (nor a .safetensors of it): get it from {HUB_ID}")
         file = next((f for f in found if not _is_v2_0(f)), found[0])
     if _is_v2_0(file):
         raise WeightsError(f"{file} is HPS v2.0, whose scores are not those of v2.1: give {PUBLIC_FILE}")

@@ -23,6 +23,7 @@ LENGTH = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 FILES = ("ImageReward.safetensors", "model.safetensors", "ImageReward.pt")
 VOCABULARIES = ("vocab.txt", "tokenizer.json")
+HUB_ID = "zai-org/ImageReward"
 BERT = "google-bert/bert-base-uncased"
 
 
@@ -34,7 +35,7 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     a static argument of jit must be.
     """
     if path is None:
-        raise WeightsError("imagereward needs ImageReward.pt, its folder, or zai-org/ImageReward")
+        raise WeightsError(f"imagereward needs ImageReward.pt, its folder, or {HUB_ID}")
     file = find(path)
     cfg, words = BlipConfig.read(file.parent), _vocabulary_file(file.parent)
     _check_tokenizer(words, cfg)
@@ -43,7 +44,8 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
     """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: no weights are read."""
-    cfg = BlipConfig() if path is None else BlipConfig.read(Path(path).parent if Path(path).is_file() else path)
+    found = hub.here(path, "med_config.json")
+    cfg = BlipConfig() if found is None else BlipConfig.read(found.parent if found.is_file() else found)
     ids, mask = (jax.ShapeDtypeStruct((1, LENGTH), kind) for kind in (jnp.int32, jnp.bool_))
     return _reward(str(path), cfg, jnp.dtype(dtype)), blip.shapes(Blip(cfg)), {"ids": ids, "mask": mask}
 
@@ -55,7 +57,7 @@ def find(path: str | Path) -> Path:
     folder = hub.model(str(path), ("med_config.json", "*.txt"), ("ImageReward.pt",))
     file = next((folder / name for name in FILES if (folder / name).is_file()), None)
     if file is None:
-        raise WeightsError(f"{folder} holds none of {', '.join(FILES)}: get ImageReward.pt from zai-org/ImageReward")
+        raise WeightsError(f"{folder} holds none of {', '.join(FILES)}: get ImageReward.pt from {HUB_ID}")
     return file
 
 

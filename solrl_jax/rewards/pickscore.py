@@ -19,6 +19,8 @@ from solrl_jax.rewards import clip_tokens, clip_tower, preprocess
 from solrl_jax.rewards.clip_tower import VIT_H_14, ClipConfig, ClipTower
 from solrl_jax.structs import Images, Params, PerSample, Reward
 
+HUB_ID = "yuvalkirstain/PickScore_v1"
+
 
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     """The reward of a CLIPModel (hub.model: weights, config.json, maybe a tokenizer), its f32 weights; as clipscore's.
@@ -26,7 +28,7 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     Without a tokenizer in the folder it is clip_tokens.HUB_ID's, the model that PickScore was trained from.
     """
     if path is None:
-        raise weights.WeightsError("pickscore needs the folder of a CLIP model, or yuvalkirstain/PickScore_v1")
+        raise weights.WeightsError(f"pickscore needs the folder of a CLIP model, or {HUB_ID}")
     path = hub.model(str(path))
     tower, params = clip_tower.load_clip(path, jnp.dtype(dtype))
     tokenizer = clip_tokens.find(path)
@@ -36,7 +38,8 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
     """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens; ViT-H/14's without such a folder."""
-    cfg = ClipConfig.read(path) if path is not None and Path(path).is_dir() else VIT_H_14
+    folder = hub.here(path)
+    cfg = VIT_H_14 if folder is None else ClipConfig.read(folder)
     ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)
     reward = _reward(str(path), cfg, jnp.dtype(dtype), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
     return reward, clip_tower.shapes(ClipTower(cfg)), {"ids": ids}
