@@ -54,7 +54,9 @@ def load(cfg, place):
 
 
 def reward_module(name, score):
-    return types.SimpleNamespace(make=lambda path=None: (Reward(name, tokenize, score), {"scale": np.float32(1)}))
+    return types.SimpleNamespace(
+        make=lambda path=None, dtype=None: (Reward(name, tokenize, score), {"scale": np.float32(1)})
+    )
 
 
 def bright(params, images, tokens):
