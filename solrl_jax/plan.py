@@ -43,6 +43,7 @@ CARDS = {
     "RTX 4090 24GB": Card(24, 165, 8.9),
     "B200 180GB": Card(180, 2250, 10.0),
 }
+CAUTION = 0.3  # of the activations that a plan counts
 USABLE = 0.92  # share of a card that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)
 FRACTION = 0.6  # share of its peak that a card reaches
 EMULATED = 0.8  # and of that what is left where NVFP4 is emulated in bf16
@@ -80,20 +81,26 @@ class Plan(NamedTuple):
     advice: tuple[str, ...]  # of the stages that do not fit
 
 
-def room(card: str) -> float:
-    """Bytes that a run may use; ConfigError for an unknown card."""
-    if card not in CARDS:
-        raise ConfigError(f"--card={card}: use one of {', '.join(CARDS)}")
-    return USABLE * CARDS[card].memory * 2**30
+def card_of(name: str) -> Card:
+    """ConfigError for an unknown card."""
+    if name not in CARDS:
+        raise ConfigError(f"--card={name}: use one of {', '.join(CARDS)}")
+    return CARDS[name]
+
+
+def room(card: Card) -> float:
+    """Bytes that a run may use."""
+    return USABLE * card.memory * 2**30
 
 
 def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
     """The plan of a config whose model folder holds config files at least. Raises ConfigError or WeightsError."""
-    most, cfg = room(card), assemble.resolved(cfg, CARDS[card].capability)
+    found = card_of(card)
+    most, cfg = room(found), assemble.resolved(cfg, found.capability)
     sizes = read(cfg, devices)
     stages = ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn")
-    uses = tuple(use_of(stage, cfg, sizes, devices, CARDS[card]) for stage in stages)
-    advice = (advise(use, cfg, sizes, devices, card) for use in uses if use.total > most)
+    uses = tuple(use_of(stage, cfg, sizes, devices, found) for stage in stages)
+    advice = (advise(use, cfg, sizes, devices, found) for use in uses if use.total > most)
     return Plan(cfg, devices, card, sizes, uses, tuple(advice))
 
 
@@ -137,10 +144,22 @@ def seconds(flops: Counter[str], card: Card, devices: int = 1) -> float:
     return sum(n / RATES.get(dtype, 1.0) for dtype, n in flops.items()) / (FRACTION * card.peak * 1e12 * devices)
 
 
+def check_fits(cfg: Config, devices: int, most: float) -> None:
+    """ConfigError, with the plan's numbers and what to change, where a stage cannot fit `most` bytes a device.
+
+    Activations are estimated up to CAUTION too high, and by so much a stage may be over.
+    """
+    sizes, card = read(cfg, devices), Card(most / USABLE / 2**30, 1, 0.0)
+    stages = ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn")
+    for use in (use_of(stage, cfg, sizes, devices, card) for stage in stages):
+        if use.total - CAUTION * use.activations > most:
+            raise ConfigError(f"this GPU is too small: {advise(use, cfg, sizes, devices, card)}; see --mode=plan")
+
+
 # --- advice ---------------------------------------------------------------------------------------------------------
 
 
-def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: str) -> str:
+def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> str:
     """The first of `remedies`, each on top of those before, with which the stage fits; else what remains to do."""
     changes: dict[str, str] = {}
     need = f"{use.stage} does not fit: {_gb(use.total)} of {_gb(room(card))} GB; "
@@ -149,7 +168,7 @@ def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: str) -> str:
             break  # fewer samples at a time cannot help
         try:
             other = override(cfg, **{**changes, field: value})
-            use = use_of(use.stage, other, _like(sizes, other, cfg), devices, CARDS[card])
+            use = use_of(use.stage, other, _like(sizes, other, cfg), devices, card)
         except ConfigError:  # a size that does not divide
             continue
         changes[field] = value
@@ -207,14 +226,14 @@ def report(p: Plan) -> list[str]:
     held |= {f"reward {name}": x for name, x in {**frozen.rewards, **p.sizes.towers}.items() if parameters(x)}
     per_image = [f"{name} {flops.total() / 1e12:.4g}" for name, flops in per_image_flops(p.sizes).items()]
     return [
-        f"{p.cfg.name or 'run'} at {p.cfg.model.size} px on {p.devices} x {p.card}: {_gb(room(p.card))} GB usable of "
+        f"{p.cfg.name or 'run'} at {p.cfg.model.size} px on {p.devices} x {p.card}: {_gb(room(card))} GB usable of "
         f"{_gb(card.memory * 2**30)}, {card.peak:g} TFLOP/s in bf16",
         *(f"  {name}: {parameters(x):,} parameters, {_gb(nbytes(x))} GB" for name, x in held.items()),
         f"  TFLOP an image: {', '.join(per_image)}",
         *(f"  {line}" for line in _covered(model, p.cfg.low_precision)),
         "",
         f"{HEADER}{'':12}{'TFLOP':>11}{'seconds':>10}",
-        *(_row(use, room(p.card)) for use in p.uses),
+        *(_row(use, room(card)) for use in p.uses),
         f"an iteration: {spent:,.3g} s, {p.cfg.iterations} of them {p.cfg.iterations * spent / 3600:,.3g} h",
         "",
         f"seconds: at {FRACTION:.0%} of the bf16 peak, f32 operands (as TF32) at half of it; emulated NVFP4 brings no "
@@ -251,7 +270,7 @@ def per_image_flops(sizes: Sizes) -> dict[str, Counter[str]]:
 
 def run_plan(cfg: Config, *, devices: int | None = None, card: str = "H100 80GB") -> int:
     """Print the plan of a run on so many devices (1 by default). FLUX.1-dev, where absent, has its public sizes."""
-    room(card)  # a wrong name is answered at once
+    card_of(card)  # a wrong name is answered at once
     absent = cfg.model.name == "flux" and cfg.model.path in ("", flux_dev.HUB_ID)
     with tempfile.TemporaryDirectory() as folder:
         if absent:

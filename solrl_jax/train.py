@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, model_card, report, sharding
+from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, model_card, plan, report, sharding
 from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.log import Log, open_log
@@ -45,6 +45,8 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
     """Train `cfg` in the directory `run`, from its newest whole checkpoint if `resume`. Returns the exit code."""
     cfg = assemble.resolved(cfg, assemble.capability())
     state, said = start(cfg, run, resume, devices)
+    if (most := memory_limit()) is not None:
+        plan.check_fits(cfg, devices or jax.device_count(), most)
     parts = assemble.assemble(cfg, devices)
     with jax.set_mesh(parts.mesh), signals() as stop:
         parts, state = ready(parts), state or assemble.fresh(parts)
@@ -60,6 +62,11 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
     finish(parts, state, run, bool(stop.is_set()))
     return 0
+
+
+def memory_limit() -> float | None:
+    """Bytes that JAX may take on each device; None where the device does not say (a CPU)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def start(cfg: Config, run: Path, resume: bool, devices: int | None) -> tuple[TrainState | None, list[str]]:

@@ -372,7 +372,7 @@ def test_a_run_delivers_both_layouts_and_a_card(small, tmp_path):
     for words in (
         "# mine\n",
         "| base | `/models/FLUX.1-dev` (model flux), whose licence this LoRA is under |",
-        "sol_rl: 96 candidates a prompt in 6 dpm2 steps in nvfp4_emulated, 24 kept (best_worst) and drawn in 10 dpm2",
+        "sol_rl: 96 candidates a prompt in 6 dpm2 steps in auto, 24 kept (best_worst) and drawn in 10 dpm2",
         "| reward | 1 x pickscore + 0.5 x hpsv2 |",
         "120 of 300, 48 prompts each; 240 updates",
         "rank 4, alpha 8 folded into the factors (so the scale to load it at is 1), on to_q, to_k, to_v, to_out.0",

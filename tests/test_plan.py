@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import flagsaver
 
-from solrl_jax import cost, main, plan, sizes
+from solrl_jax import cost, main, plan, sizes, train
 from solrl_jax.config import Evaluate, Stage
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
@@ -143,8 +143,8 @@ def test_flops(planned):
     assert linears == pytest.approx(14.883e12, rel=1e-4)
     stages = by_stage(planned)
     images, kept = 48 * 96, 48 * 24
-    low = stages["explore"].flops.total() - stages["explore"].flops["float32"]
-    assert low == pytest.approx(images * 6 * 15.8125e12, rel=1e-3)
+    explore = stages["explore"].flops
+    assert explore["float8_e4m3fn"] + explore["bfloat16"] == pytest.approx(images * 6 * 15.8125e12, rel=1e-3)
     assert stages["regenerate"].flops["bfloat16"] == pytest.approx(kept * 10 * 15.8125e12, rel=1e-3)
     assert stages["explore"].flops["float32"] == pytest.approx(images * 2.515e12, rel=1e-3)
     # Three forwards, one for the gradients of activations, and what remat runs again: no gradient of a base kernel.
@@ -155,7 +155,7 @@ def test_flops(planned):
 def test_memory_of_the_stages(planned):
     """GB on one H100; text encoders only while they encode."""
     total = {name: use.total / 1e9 for name, use in by_stage(planned).items()}
-    assert not planned.advice and all(use.total < plan.room("H100 80GB") for use in planned.uses)
+    assert not planned.advice and all(use.total < plan.room(plan.CARDS["H100 80GB"]) for use in planned.uses)
     assert 35 < total["encode"] < 39 and 35 < total["quantise"] < 42
     assert 35 < total["explore"] < 60 and 30 < total["regenerate"] < 52 and 30 < total["learn"] < 45
     staying = sizes_with(planned, encode_ahead=0, stage="learn")
@@ -187,8 +187,11 @@ def test_seconds():
 
 
 def test_emulation_and_devices_change_seconds_not_work(planned):
-    bf16 = sizes_with(planned, "explore", explore=Stage(steps=6, precision="bf16"))
-    low = by_stage(planned)["explore"]
+    bf16, low = (
+        sizes_with(planned, "explore", explore=Stage(steps=6, precision=p)) for p in ("bf16", "nvfp4_emulated")
+    )
+    fp8 = by_stage(planned)["explore"]
+    assert fp8.flops.total() == pytest.approx(bf16.flops.total(), rel=1e-2) and fp8.seconds < 0.6 * bf16.seconds
     assert low.seconds == pytest.approx(bf16.seconds / 0.8, rel=1e-2) and low.flops == pytest.approx(
         bf16.flops, rel=1e-2
     )
@@ -201,20 +204,37 @@ def test_emulation_and_devices_change_seconds_not_work(planned):
 # --- advice ---------------------------------------------------------------------------------------------------------
 
 
-def test_advice_names_the_field_to_change(planned, monkeypatch):
-    card = "H100 80GB"
+def card_without(use, share):
+    """A card that holds all of a stage but the given share of its activations."""
+    return plan.Card((use.total - share * use.activations) / plan.USABLE / 2**30, 989, 9.0)
 
-    def advice(stage, share, **changes):
-        """With a card that holds all but the given share of the stage's activations."""
-        cfg = dataclasses.replace(planned.cfg, **changes)
-        shapes = plan._like(planned.sizes, cfg, planned.cfg)
-        use = plan.use_of(stage, cfg, shapes, 1, plan.CARDS[card])
-        most = use.total - share * use.activations
-        monkeypatch.setitem(plan.CARDS, card, plan.Card(most / plan.USABLE / 2**30, 989))
-        return plan.advise(use, cfg, shapes, 1, card)
+
+def test_advice_names_the_field_to_change(planned):
+    def advice(stage, share):
+        use = by_stage(planned)[stage]
+        return plan.advise(use, planned.cfg, planned.sizes, 1, card_without(use, share))
 
     assert advice("explore", 0.3).endswith("--config.explore.chunk=4")
     assert advice("encode", 1.01).endswith("lora.rank=32, reward (without clipscore: -1.7 GB)")
+
+
+def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(planned, tmp_path, monkeypatch):
+    """With the plan's numbers; an estimate that is a little over the room is let through, as it may be too high."""
+    learn = by_stage(planned)["learn"]
+    assert learn.total == max(use.total for use in planned.uses)
+    for share, fits in ((0.2, True), (0.5, False)):
+        most = plan.room(card_without(learn, share))
+        if fits:
+            plan.check_fits(planned.cfg, 1, most)
+        else:
+            with pytest.raises(
+                config.ConfigError, match=r"too small: learn does not fit: \d+\.\d of \d+\.\d GB; it does"
+            ):
+                plan.check_fits(planned.cfg, 1, most)
+    monkeypatch.setattr(train, "memory_limit", lambda: 24e9)
+    with pytest.raises(ConfigError, match=r"too small: encode does not fit: .* of 24.0 GB"):
+        train.train(planned.cfg, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_remedies_come_cheapest_in_time_first(planned):

@@ -45,7 +45,7 @@ def resolve(precision: str, capability: float | None) -> str:
 
 def bits(precision: str) -> float:
     """Of a quantised weight, block scales included."""
-    return {"bf16": 16, "fp8": 8}.get(precision, 4.5)
+    return {"bf16": 16.0, "fp8": 8.0}.get(precision, 4.5)
 
 
 def rule_of(rules: QuantRules, precision: str) -> QuantRule:
