@@ -9,7 +9,7 @@ import pytest
 from absl.testing import flagsaver
 
 from solrl_jax import cost, main, plan, sizes, train
-from solrl_jax.config import Evaluate, Stage
+from solrl_jax.config import ConfigError, Evaluate, Stage
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
 from tests import flux_dev

@@ -20,13 +20,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from experiments import profile, results
 from solrl_jax import assemble, config, iteration, plan, quant, rewards, sharding, sizes
 from solrl_jax.config import Config
 from solrl_jax.models import flux_dev
 from solrl_jax.structs import Prompts, PyTree, Variables
+
+
+def drawn(tree: PyTree, place: Sharding | None = None) -> PyTree:
+    """Random arrays for ShapeDtypeStructs, one at a time where they belong: norms' scales 1, kernels with the variance
+    that keeps a signal's size, the rest of floats ~ N(0, 0.02^2), integers small."""
+
+    @functools.partial(jax.jit, static_argnames=("shape", "dtype", "spread"), out_shardings=place)
+    def draw(key, shape, dtype, spread):
+        if jnp.issubdtype(dtype, jnp.integer):
+            return jax.random.randint(key, shape, 1, 8, dtype)
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(spread, dtype)
+
+    def leaf(path, x):
+        name, key = str(getattr(path[-1], "key", "")), jax.random.key(zlib.crc32(str(path).encode()))
+        if name == "scale":
+            return jnp.ones(x.shape, x.dtype, device=place)
+        fan_in = math.prod(x.shape[:-1]) if x.ndim == 4 else x.shape[-2] if x.ndim > 1 else 1
+        return draw(key, x.shape, x.dtype, fan_in**-0.5 if name == "kernel" else 0.02)
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
 def timed(call: Callable[[], Any], repeat: int) -> tuple[list[float], float]:
@@ -56,24 +76,8 @@ class Bench:
         self.prompts = sharding.split(few, self.mesh)
 
     def drawn(self, tree: PyTree, split: bool = False) -> PyTree:
-        """Arrays for ShapeDtypeStructs, one at a time, on every device or split over them: norms' scales 1, kernels
-        with the variance that keeps a signal's size, the rest of floats ~ N(0, 0.02^2), integers small."""
-        place = NamedSharding(self.mesh, sharding.SPLIT if split else sharding.WHOLE)
-
-        @functools.partial(jax.jit, static_argnames=("shape", "dtype", "spread"), out_shardings=place)
-        def draw(key, shape, dtype, spread):
-            if jnp.issubdtype(dtype, jnp.integer):
-                return jax.random.randint(key, shape, 1, 8, dtype)
-            return jax.random.normal(key, shape, dtype) * jnp.asarray(spread, dtype)
-
-        def leaf(path, x):
-            name, key = str(getattr(path[-1], "key", "")), jax.random.key(zlib.crc32(str(path).encode()))
-            if name == "scale":
-                return jnp.ones(x.shape, x.dtype, device=place)
-            fan_in = math.prod(x.shape[:-1]) if x.ndim == 4 else x.shape[-2] if x.ndim > 1 else 1
-            return draw(key, x.shape, x.dtype, fan_in**-0.5 if name == "kernel" else 0.02)
-
-        return jax.tree_util.tree_map_with_path(leaf, tree)
+        """On every device, or split over them."""
+        return drawn(tree, NamedSharding(self.mesh, sharding.SPLIT if split else sharding.WHOLE))
 
     def note(self, name: str, seconds: list[float], tflop: float = 0.0, **more: float) -> None:
         median = statistics.median(seconds)

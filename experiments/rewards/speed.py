@@ -1,0 +1,75 @@
+"""Pictures a second of each reward, preprocessing included, at full size with random weights.
+
+    python -m experiments.rewards.speed --out=experiments/rewards/results/speed.json                      # an H100
+    python -m experiments.rewards.speed --pictures=2 --sizes=64 --rewards=clipscore --out=/tmp/r.json     # in short
+
+`--pictures` pictures of one prompt, 24 at a time; towers in float32 (exact products, the default) and in bfloat16.
+Random towers tell nothing of how the two rank pictures: that needs the public weights.
+"""
+
+import argparse
+import functools
+import importlib
+import statistics
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from experiments import results
+from experiments.flux_h100.run import drawn, timed
+from solrl_jax import assemble, sharding, sizes
+
+REWARDS = "clipscore,pickscore,hpsv2,imagereward"
+TOGETHER = 24
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rewards", default=REWARDS)
+    parser.add_argument("--pictures", type=int, default=96)
+    parser.add_argument("--sizes", default="512,1024")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    assemble.use_compilation_cache()
+    figures, together = {}, {}
+    with jax.set_mesh(sharding.make_mesh(1)):
+        for name in args.rewards.split(","):
+            shapes = importlib.import_module(f"solrl_jax.rewards.{name}").shapes
+            params = drawn(shapes(None)[1])
+            for dtype in ("float32", "bfloat16"):
+                reward, _, tokens = shapes(None, jnp.dtype(dtype))
+                ids = drawn(sizes.batch(tokens, 1))
+                chunks = max(1, args.pictures // TOGETHER)
+
+                @jax.jit
+                def score(params, images, ids, reward=reward, chunks=chunks):
+                    parts = images.reshape(chunks, -1, *images.shape[1:])
+                    return jax.lax.map(lambda part: reward.score(params, part, ids), parts)
+
+                for side in map(int, args.sizes.split(",")):
+                    images = jax.random.uniform(jax.random.key(0), (args.pictures, side, side, 3))
+                    seconds, compiling = timed(functools.partial(score, params, images, ids), args.repeat)
+                    median = statistics.median(seconds)
+                    rate = args.pictures / median
+                    case = f"{dtype}, {side} px"
+                    together[case] = together.get(case, 0.0) + median
+                    figures[f"{name}, {case}"] = results.figure(rate, "pictures/s", args.repeat)
+                    figures[f"{name}, {case}: seconds"] = results.figure(
+                        median, "s", args.repeat, [min(seconds), max(seconds)]
+                    )
+                    print(
+                        f"{median:8.4f} s {args.pictures / median:8.0f} /s  {name} {case} (+{compiling:.1f} s)",
+                        flush=True,
+                    )
+            del params
+            results.record(args.out, figures)
+    for case, seconds in together.items():
+        figures[f"all, {case}: seconds of {args.pictures}"] = results.figure(seconds, "s", args.repeat)
+        print(f"{seconds:8.4f} s  all {case}")
+    results.record(args.out, figures)
+
+
+if __name__ == "__main__":
+    main()
