@@ -35,9 +35,9 @@ def drawn(tree: PyTree, place: Sharding | None = None) -> PyTree:
 
     @functools.partial(jax.jit, static_argnames=("shape", "dtype", "spread"), out_shardings=place)
     def draw(key, shape, dtype, spread):
-        if jnp.issubdtype(dtype, jnp.integer):
-            return jax.random.randint(key, shape, 1, 8, dtype)
-        return jax.random.normal(key, shape, dtype) * jnp.asarray(spread, dtype)
+        if jnp.issubdtype(dtype, jnp.floating):
+            return jax.random.normal(key, shape, dtype) * jnp.asarray(spread, dtype)
+        return jax.random.randint(key, shape, 1, 8).astype(dtype)  # a mask is all true
 
     def leaf(path, x):
         name, key = str(getattr(path[-1], "key", "")), jax.random.key(zlib.crc32(str(path).encode()))

@@ -3,7 +3,7 @@
     python -m experiments.tiny.ranks --run=RUN          # RUN's LoRA as the second policy; minutes on two CPU cores
 
 Every candidate is rolled out from the same noise by each preview and by the full rollout (BF16, 10 steps), whose
-CLIPScores are the truth. BF16 with 6 steps separates what the steps cost from what the precision costs. Three figures,
+CLIPScores are the truth. BF16 with as few steps separates what the steps cost from what the precision costs. Three figures,
 means over captions: Spearman; the share of the true best K/2 among the K/2 chosen as best; and the kept contrast, the
 true mean of the chosen best minus that of the chosen worst, over what a perfect choice would keep.
 """
@@ -19,16 +19,15 @@ from jaxtyping import Array, Float
 
 from experiments import results
 from experiments.tiny import check, lab
-from solrl_jax import config, iteration, lora, sharding
+from solrl_jax import config, iteration, lora, sharding, train
 from solrl_jax.config import Stage
+from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.selection import select, spearman, take
+from solrl_jax.structs import PyTree
 
-PREVIEWS = {
-    "NVFP4, 6 steps": ("nvfp4_emulated", 6),
-    "BF16, 6 steps": ("bf16", 6),
-    "NVFP4, 10 steps": ("nvfp4_emulated", 10),
-    "BF16, 4 steps": ("bf16", 4),
-    "NVFP4, 4 steps": ("nvfp4_emulated", 4),
+PRECISIONS = {"BF16": "bf16", "FP8": "fp8", "NVFP4": "nvfp4_emulated"}
+PREVIEWS = {f"{name}, {steps} steps": (p, steps) for name, p in PRECISIONS.items() for steps in (2, 4, 6, 8)} | {
+    f"{name}, 10 steps": (PRECISIONS[name], 10) for name in ("FP8", "NVFP4")
 }
 FULL = ("bf16", 10)
 
@@ -57,13 +56,17 @@ def rewards(opened: lab.World, adapter, captions: int, candidates: int, chunk: i
     prompts = jax.tree.map(lambda x: x[:captions], opened.held_out["test"][1])
     keys = jax.random.split(jax.random.key(0), (captions, candidates))
     kernels = lora.merged_kernels(parts.frozen.base, adapter, cfg.lora)
-    quantised = functools.partial(iteration.quantised, model=parts.model, precision="nvfp4_emulated")
-    low = jax.jit(quantised)(kernels, parts.frozen)
+    some = jax.tree.map(lambda x: x[: train.CALIBRATION], prompts.cond)
+    model = calibrated(parts.model, {"params": parts.frozen.base}, some, jax.random.key(0), FULL[1])
+    low: dict[str, PyTree] = {"bf16": None}
+    for precision in ("fp8", "nvfp4_emulated"):
+        quantised = functools.partial(iteration.quantised, model=model, precision=precision)
+        low[precision] = jax.jit(quantised)(kernels, parts.frozen)
     out = {}
     for precision, steps in (*PREVIEWS.values(), FULL):
         stage = Stage(steps, cfg.regenerate.solver, precision, chunk)
-        variables = iteration.policy_variables(kernels, None if precision == "bf16" else low, parts.frozen)
-        roll = jax.jit(functools.partial(_reward, model=parts.model, score=parts.score, stage=stage))
+        variables = iteration.policy_variables(kernels, low[precision], parts.frozen)
+        roll = jax.jit(functools.partial(_reward, model=model, score=parts.score, stage=stage))
         out[precision, steps] = roll(variables, parts.frozen, prompts, keys)
     return out
 
