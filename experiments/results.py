@@ -2,7 +2,8 @@
 
     python -m experiments.results experiments/tiny/README.md        # its tables anew from their files
 
-A README holds `<!-- table:FILE -->` ... `<!-- end -->`, a row a figure; or `<!-- matrix:FILES | FIGURE | FIGURE -->`,
+A README holds `<!-- table:FILE -->` ... `<!-- end -->`, a row a figure (with `FILE | REGEX` those whose whole name
+matches); or `<!-- matrix:FILES | FIGURE | FIGURE -->`,
 a row a file (FILES: patterns with commas between, rows in their order), columns `FIGURE` or `FIGURE = title`.
 """
 
@@ -34,7 +35,7 @@ def record(file: str | Path, figures: dict[str, Any], **more: Any) -> None:
     head = git("rev-parse", "HEAD")
     device = jax.devices()[0]
     facts = {
-        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", _module(), *map(_told, sys.argv[1:])]),
         "device": f"{len(jax.devices())} x {device.device_kind}"
         if device.platform != "cpu"
         else f"cpu {platform.machine()}",
@@ -44,6 +45,12 @@ def record(file: str | Path, figures: dict[str, Any], **more: Any) -> None:
     }
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(json.dumps({**facts, **more, "figures": figures}, indent=1) + "\n")
+
+
+def _told(word: str) -> str:
+    """An argument as a command elsewhere would have it: of an absolute path its last part."""
+    flag, sign, value = word.partition("=")
+    return f"{flag}{sign}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 def _module() -> str:
@@ -66,11 +73,15 @@ def _numbers(values: list[float], digits: int) -> str:
     return f"[{', '.join(f'{v:.{digits}f}' for v in values)}]"
 
 
-def table(file: str | Path) -> str:
-    """The figures of a results file as a Markdown table."""
+def table(file: str | Path, pattern: str = ".*") -> str:
+    """The figures of a results file, those whose name matches `pattern`, as a Markdown table."""
     data = json.loads(Path(file).read_text())
     rows = ["| figure | value | unit | n |", "|---|---|---|---|"]
-    rows += [f"| {name} | {cell(f)} | {f['unit']} | {f['n']} |" for name, f in data["figures"].items()]
+    rows += [
+        f"| {name} | {cell(f)} | {f['unit']} | {f['n']} |"
+        for name, f in data["figures"].items()
+        if re.fullmatch(pattern, name)
+    ]
     return "\n".join(rows)
 
 
@@ -90,12 +101,12 @@ def fill(readme: str | Path) -> None:
     readme = Path(readme)
 
     def made(match: re.Match) -> str:
-        kind, (pattern, *columns) = match[2], [part.strip() for part in match[3].split("|")]
+        kind, (pattern, *columns) = match[2], [part.strip() for part in match[3].split(" | ")]
         found = {p.strip(): sorted(readme.parent.glob(p.strip())) for p in pattern.split(",")}
         if lacking := [p for p, files in found.items() if not files]:
             raise FileNotFoundError(f"{readme}: there is no {', '.join(lacking)}")
         files = [file for some in found.values() for file in some]
-        text = table(files[0]) if kind == "table" else matrix(files, columns)
+        text = table(files[0], *columns) if kind == "table" else matrix(files, columns)
         return f"{match[1]}\n{text}\n<!-- end -->"
 
     text = re.sub(r"(<!-- (table|matrix):(.*?) -->).*?<!-- end -->", made, readme.read_text(), flags=re.S)

@@ -36,6 +36,8 @@ def test_tables_are_made_from_the_files(tmp_path):
         "<!-- end -->",
         "z",
     ]
+    assert results.table(tmp_path / "arms/a.json", "t.*").splitlines()[2:] == ["| time | 2.000 ± 0.100 | s | 3 |"]
+    assert results._told("--out=/a/b/c.json") == "--out=c.json" and results._told("--out=b/c.json") == "--out=b/c.json"
     facts = json.loads((tmp_path / "arms/a.json").read_text())
     assert set(facts) >= {"command", "device", "versions", "commit", "date", "figures"}
     readme.write_text("<!-- table:none.json -->\n<!-- end -->")

@@ -8,6 +8,7 @@ figure is the median of `--repeat` calls after a first one, whose excess over th
 """
 
 import argparse
+import dataclasses
 import functools
 import math
 import statistics
@@ -197,6 +198,11 @@ class Bench:
         self.peak("peak of the whole")
 
 
+def public(cfg: Config) -> Config:
+    """The config with the name of the model whose sizes these are for the folder that they were read from."""
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=flux_dev.HUB_ID))
+
+
 def work(cfg: Config, devices: int) -> dict[str, float]:
     """TFLOP of every stage of an iteration, of one device; called outside of any mesh of several devices."""
     share, card = sizes.read(cfg, devices), plan.CARDS["H100 80GB"]
@@ -241,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
                 except jax.errors.JaxRuntimeError as e:  # out of memory: said, and the rest goes on
                     print(f"{name} failed: {str(e)[:300]}", flush=True)
                     bench.figures[f"{name} failed"] = results.figure(0, str(e)[:300], 0)
-                results.record(args.out, bench.figures, config=config.to_json(cfg))
+                results.record(args.out, bench.figures, config=config.to_json(public(cfg)))
 
 
 if __name__ == "__main__":

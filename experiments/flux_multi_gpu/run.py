@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import results
-from experiments.flux_h100.run import Bench, work
+from experiments.flux_h100.run import Bench, public, work
 from solrl_jax import assemble, config, iteration, sharding
 from solrl_jax.config import Config
 from solrl_jax.models import flux_dev
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
             gc.collect()
     figures["efficiency"] = results.figure(rate[count] / (count * rate[1]), "of perfect scaling", args.repeat)
     figures["gradients apart"] = results.figure(apart(gradients[1], gradients[count]), "|a - b| / |a|", 1)
-    results.record(args.out, figures, config=config.to_json(cfg))
+    results.record(args.out, figures, config=config.to_json(public(cfg)))
     print(f"efficiency {figures['efficiency']['value']:.3f}, gradients apart {figures['gradients apart']['value']:.2e}")
 
 

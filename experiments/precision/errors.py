@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import results
-from experiments.flux_h100.run import drawn
+from experiments.flux_h100.run import drawn, public
 from solrl_jax import assemble, config, quant, sharding, sizes
 from solrl_jax.models import flux_dev
 from solrl_jax.quant.calibrate import calibrated
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
                 figures[f"{precision}, sigma {sigma}"] = results.figure(error, "of |v|", args.pictures)
                 print(f"{error:.4f}  {precision} sigma {sigma}", flush=True)
             del variables
-    results.record(args.out, figures, config=config.to_json(cfg))
+    results.record(args.out, figures, config=config.to_json(public(cfg)))
 
 
 def shallow(folder: Path, layers: str) -> Path:

@@ -3,9 +3,9 @@
     python -m experiments.tiny.ranks --run=RUN          # RUN's LoRA as the second policy; minutes on two CPU cores
 
 Every candidate is rolled out from the same noise by each preview and by the full rollout (BF16, 10 steps), whose
-CLIPScores are the truth. BF16 with as few steps separates what the steps cost from what the precision costs. Three figures,
-means over captions: Spearman; the share of the true best K/2 among the K/2 chosen as best; and the kept contrast, the
-true mean of the chosen best minus that of the chosen worst, over what a perfect choice would keep.
+CLIPScores are the truth. BF16 with as few steps separates what the steps cost from what the precision costs. Three
+figures, means over captions: Spearman; the share of the true best K/2 among the K/2 chosen as best; and the kept
+contrast, the true mean of the chosen best minus that of the chosen worst, over what a perfect choice would keep.
 """
 
 import argparse
