@@ -22,14 +22,14 @@ def calibrated(model: Model, variables: Variables, cond: PyTree, key: Key[Array,
     x = jax.vmap(model.noise)(jax.random.split(key, prompts))
 
     @jax.jit
-    def step(x, sigma, following):
+    def step(variables, cond, x, sigma, following):  # not closed over: weights would become part of the program
         times = jnp.full((prompts,), sigma)
         seen = model.largest(variables, x, times, cond)
         return x + (following - sigma) * model.velocity(variables, x, times, cond), seen
 
     largest: dict[str, float] = {}
     for sigma, following in itertools.pairwise(sigmas):
-        x, seen = step(x, jnp.float32(sigma), jnp.float32(following))
+        x, seen = step(variables, cond, x, jnp.float32(sigma), jnp.float32(following))
         for path, value in jax.device_get(seen).items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"the input of {path} is not finite at sigma {sigma:.3f}")
