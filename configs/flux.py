@@ -9,7 +9,7 @@ come from huggingface.co once their licence is accepted (https://huggingface.co/
 `hf auth login`), or from --config.model.path, a folder in diffusers' layout. The reward's weights are fetched too, or
 read from --config.reward_paths: CLIPScore's 1.7 GB, PickScore's 3.9 GB, HPSv2's 2.0 GB, ImageReward's 1.8 GB.
 
-Memory: 62 GB at most on an H100, measured with random weights (experiments/flux_h100); --config.model.remat_keeps= takes
+Memory: 62 GB at most on an H100, with random weights (experiments/flux_h100); with --config.model.remat_keeps= it takes
 45 and 6 % longer to learn. T5, 9.5 GB, leaves the card while it trains. `--config=flux --mode=plan` estimates every
 stage, on other GPUs with --card and --devices.
 Time: 29 s a prompt and iteration on one H100 (explore 10.0 in FP8, regenerate 6.5, learn 12.5), so 23 minutes an
