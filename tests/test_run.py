@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from solrl_jax import train
+from solrl_jax import assemble, train
+from solrl_jax.config import Evaluate, Stage
 from tests import nano
 
 NAMES = {
@@ -59,3 +60,20 @@ def test_resume_is_bit_for_bit(runs):
         {k: v for k, v in lines(runs / name)[-1].items() if not k.startswith("time")} for name in ("whole", "parts")
     ]
     assert last[0] == last[1]
+
+
+def test_a_run_on_a_card_with_fp8(tmp_path, monkeypatch):
+    """auto is FP8 there: said in config.json, and calibrated by a resumed run to the same units and rewards."""
+    monkeypatch.setattr(assemble, "capability", lambda: 9.0)
+    seen = []
+    real = train.calibrated
+    monkeypatch.setattr(train, "calibrated", lambda *given: seen.append(real(*given)) or seen[-1])
+    cfg = nano.build(tmp_path, evaluate=Evaluate(every=0), explore=Stage(steps=2, precision="auto", chunk=4))
+    train.train(cfg, tmp_path / "whole", devices=1)
+    assert json.loads((tmp_path / "whole/config.json").read_text())["explore"]["precision"] == "fp8"
+    train.train(dataclasses.replace(cfg, iterations=1), tmp_path / "parts", devices=1)
+    train.train(cfg, tmp_path / "parts", resume=True, devices=1)
+    units = {model.quant_rules.fp8.units for model in seen}
+    assert len(seen) == 3 and len(units) == 1 and {2**-k for k in range(1, 12)} >= {unit for _, unit in units.pop()}
+    rewards = [[line["reward/mean"] for line in lines(tmp_path / name)] for name in ("whole", "parts")]
+    assert rewards[0] == rewards[1] and len(rewards[0]) == 2
