@@ -7,8 +7,8 @@ residuals, by `cost.peak` of its program. Not counted: libraries' workspaces, wh
 fragmentation, the runtime's own few hundred MB, and evaluation. Seconds are FLOPs at a stated share of the card's peak.
 
 Activations of FLUX.1-dev in GB, here and as XLA allots them where it compiles for an H100 (jax 0.10.2, micro-batches of
-12 points at 512 px): learn 9.4 and 6.5 where remat keeps nothing, 33.7 and 30.8 where it keeps attention and the MLP. On
-an H100 a whole iteration peaked at 61.7 GB; the largest stage here is learn, 60.1.
+12 points at 512 px): learn 9.4 and 6.5 where remat keeps nothing, 33.7 and 30.8 where it keeps attention and the MLP.
+On an H100 a whole iteration peaked at 61.7 GB; the largest stage here is learn, 60.1.
 """
 
 import dataclasses
