@@ -1,5 +1,6 @@
 """What XLA makes of FLUX at its true width for an H100: the kernels that the speed hangs on, without a card."""
 
+import functools
 import re
 from collections import Counter
 
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import lora, sharding
+from solrl_jax import lora, quant, sharding
 from solrl_jax.config import Lora
 from solrl_jax.models import flux
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
+from solrl_jax.structs import QuantRule, QuantRules
 from tests import card
 
 B, S, L = 8, 1024, 128  # XLA would merge the q, k, v of smaller batches, at the price of copies
@@ -56,9 +58,50 @@ def test_forward(h100):
     assert found["__cudnn$fmhaSoftmax"] == 2 and set(found) == {"__cudnn$fmhaSoftmax", "__cublas$lt$matmul"}
     assert len(made) == found["__cublas$lt$matmul"] and {dtype for dtype, *_ in made} == {"bf16"}
     epilogues = Counter(epilogue for _, elements, epilogue in made if elements >= B * S * CFG.width)
-    assert epilogues == {"BIAS": 10, "BIAS_GELU": 2}  # of the image's products; proj_out gives 64 channels
+    # Of the image's products; proj_out gives 64 channels, the single block's is two, the second added to the first.
+    assert epilogues == {"BIAS": 10, "BIAS_GELU": 2, "DEFAULT": 1}
     scores = B * CFG.num_attention_heads * (S + L) ** 2 * 2
     assert program.memory_analysis().temp_size_in_bytes < 1.5 * scores  # 0.62 GB; scores in f32 alone would be 1.02
+
+
+def low(precision: str):
+    """(module, its base and the low-precision copy as shapes)"""
+    module, base = network()
+    rules = QuantRules(QuantRule(flux.NVFP4_SKIP, 1000), QuantRule(flux.FP8_SKIP, 1000))
+    make = functools.partial(quant.quantise_tree, rule=quant.rule_of(rules, precision), precision=precision)
+    return module, {"params": base, "quant": jax.eval_shape(make, base)}
+
+
+def test_forward_in_fp8(h100):
+    """One FP8 product a Linear (text's q, k and v as one, the single block's proj_out two), GELU and cast in it."""
+    module, variables = low("fp8")
+    program = card.compiled(lambda v, *x: module.apply(v, *x, ROPE), variables, *given(B), on=h100)
+    text = program.as_text()
+    found = re.findall(r'= \(?(\w+)\[[\d,]+\].*"__cublas\$lt\$matmul\$f8".*"epilogue":"(\w+)"', text)
+    double, single = 4 + 2 + 4, 3 + 1 + 2
+    assert len(found) == double + single and Counter(found)["f8e4m3fn", "BIAS_GELU"] == 3
+    assert {dtype for dtype, epilogue in found if epilogue != "BIAS_GELU"} == {"bf16"}
+    assert calls(text)["__cudnn$fmhaSoftmax"] == 2 and "wrapped_dot" not in text
+    assert not re.findall(r"= f8e4m3fn\[[^\]]*\]\S* transpose", text)  # weights lie as the tensor cores take them
+    assert program.memory_analysis().temp_size_in_bytes < 0.4e9  # 0.33
+
+
+@pytest.mark.slow
+def test_forward_in_emulated_nvfp4(h100):
+    """BF16 products of rounded operands: no scaled dot, which an H100 would run as a scalar loop."""
+    module, variables = low("nvfp4_emulated")
+    text = card.compiled(lambda v, *x: module.apply(v, *x, ROPE), variables, *given(B), on=h100).as_text()
+    assert "round-nearest-even" in text and not re.search("wrapped_dot|block_scaled", text)
+    assert {dtype for dtype, *_ in products(text)} == {"bf16"} and calls(text)["__cublas$lt$matmul"] > 20
+
+
+def test_forward_in_native_nvfp4():
+    """For a B200: cuDNN's block-scaled product for each of the 14 + 6 Linears of the blocks and the last projection."""
+    module, variables = low("nvfp4_native")
+    on = card.mesh("b200")
+    text = card.compiled(lambda v, *x: module.apply(v, *x, ROPE), variables, *given(B), on=on).as_text()
+    scaled = re.findall(r'= \(?(\w+)\[[\d,]+\].*"__cudnn\$blockScaledDot"', text)
+    assert scaled == ["bf16"] * 21 and "round-nearest-even" in text and "wrapped_dot" not in text
 
 
 @pytest.mark.slow
