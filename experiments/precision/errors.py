@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
             for sigma, t, v32 in zip(SIGMAS, times, truth, strict=True):
                 v = np.asarray(velocity(variables, x, t, cond), np.float64)
                 error = float(np.linalg.norm(v - v32) / np.linalg.norm(v32))
-                figures[f"{precision}, sigma {sigma}"] = results.figure(error, "of |v|", args.pictures)
+                figures[f"{precision}, sigma {sigma}"] = results.figure(error, "relative", args.pictures)
                 print(f"{error:.4f}  {precision} sigma {sigma}", flush=True)
             del variables
     results.record(args.out, figures, config=config.to_json(public(cfg)))
