@@ -36,7 +36,7 @@ def test_error_of_a_product(kind, bound):
     x, w = drawn(kind)
     found = apart(product(x, fp8.quantise(w, fp8.unit_of(float(jnp.max(jnp.abs(x)))))), x, w)
     assert abs(found - bound) < 0.002
-    scale = jnp.max(jnp.abs(w), axis=0) / fp8.MAX
+    scale = jnp.max(jnp.abs(w), axis=0, keepdims=True) / fp8.MAX
     unit = fp8.unit_of(float(jnp.max(jnp.abs(x))))
     by_column = fp8.encode(x, unit).astype(F32) @ fp8.encode(w / scale, 1.0).astype(F32) * (unit * scale)
     assert abs(apart(by_column, x, w) / found - 1) < 0.02
