@@ -75,7 +75,9 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
     if purpose == "train":
         cfg = resolved(cfg, capability())
     if purpose != "sample":
-        _check_rewards(cfg)
+        check_rewards(cfg)
+        if not rewards.parse(cfg.reward):
+            raise ConfigError(f"reward is empty: name what to train on, of {', '.join(rewards.available())}")
     mesh = make_mesh(devices, cfg.prompts if purpose == "train" else 0)
     if purpose == "train":
         iteration.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // mesh.size)
@@ -85,7 +87,7 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
     model = model_module(cfg).make(cfg.model)
     if purpose == "train" and cfg.low_precision:
         coverage.check(model, cfg.low_precision, cfg.model.min_quantised_flops)
-    score, judged, towers = _rewards(cfg) if purpose != "sample" else (Score((), ()), Score((), ()), {})
+    score, judged, towers = read_rewards(cfg) if purpose != "sample" else (Score((), ()), Score((), ()), {})
     rewards.tokenize(judged, (*prompts.train, *prompts.test))  # a caption that a reward cannot read stops us now
     place = functools.partial(sharding.replicate, mesh=mesh)
     base, vae, text = read_weights(cfg, mesh)
@@ -112,15 +114,13 @@ def read_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
     return module.load(cfg.model, functools.partial(sharding.replicate, mesh=mesh))
 
 
-def _check_rewards(cfg: Config) -> None:
-    """By their names alone; ConfigError for one that is not there."""
+def check_rewards(cfg: Config) -> tuple[str, ...]:
+    """Names of the rewards to train on and of those to watch, before any is read; ConfigError if one is not there."""
     rewards.parse_paths(cfg.reward_paths)
-    rewards.parse(cfg.evaluate.rewards)
-    if not rewards.parse(cfg.reward):
-        raise ConfigError(f"reward is empty: name what to train on, of {', '.join(rewards.available())}")
+    return (*rewards.parse(cfg.reward), *rewards.parse(cfg.evaluate.rewards))
 
 
-def _rewards(cfg: Config) -> tuple[Score, Score, dict[str, Params]]:
+def read_rewards(cfg: Config) -> tuple[Score, Score, dict[str, Params]]:
     """What is trained on, that and the held-out rewards, and all towers. A reward in both counts as trained on."""
     paths = rewards.parse_paths(cfg.reward_paths)
     trained, others = rewards.parse(cfg.reward), rewards.parse(cfg.evaluate.rewards)

@@ -58,22 +58,53 @@ def _split(folder: Path, split: str) -> Path:
 def read_file(file: str | Path) -> tuple[tuple[str, ...], int, int]:
     """(prompts, blank lines, repeated lines) of one UTF-8 file: a prompt a line, in .jsonl as {"prompt": ...}."""
     file = Path(file)
+    texts = _lines(file, LAYOUT)
+    if file.suffix == ".jsonl":
+        texts = [_text(text, file, number) if text else "" for number, text in enumerate(texts, 1)]
+    prompts = dict.fromkeys(t for t in texts if t)  # distinct, in order
+    if not prompts:
+        raise DataError(f"{file} holds no prompts ({_nothing(texts)}): write one a line")
+    blank = sum(not t for t in texts[:-1])  # nothing after the last newline is no line
+    return tuple(prompts), blank, sum(map(bool, texts)) - len(prompts)
+
+
+CAPTIONS = (
+    'a file with a prompt a line, of the pictures by their names, or a .jsonl file of {"file": ..., "prompt": ...}'
+)
+
+
+def read_captions(file: str | Path) -> list[tuple[str, str]]:
+    """[(picture's file name, "" in a text file; its prompt)], a line each, in order, repeated ones too.
+
+    Raises DataError as `read_file`, and for a blank line before the last prompt: a picture would get its neighbour's.
+    """
+    file = Path(file)
+    texts = _lines(file, CAPTIONS)
+    while texts and not texts[-1]:
+        texts.pop()
+    if not texts:
+        raise DataError(f"{file} holds no prompts: give {CAPTIONS}")
+    if "" in texts:
+        raise DataError(f"{file}, line {texts.index('') + 1}: is blank; write the prompt of a picture on every line")
+    if file.suffix != ".jsonl":
+        return [("", text) for text in texts]
+    numbered = list(enumerate(texts, 1))
+    return [(_text(text, file, i, "file"), _text(text, file, i)) for i, text in numbered]
+
+
+def _lines(file: Path, layout: str) -> list[str]:
+    """The stripped lines of a UTF-8 file, with the empty one after the last newline; DataError says what to give."""
     try:
         lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError:
-        raise DataError(f"{file} does not exist: give {LAYOUT}") from None
+        raise DataError(f"{file} does not exist: give {layout}") from None
     except OSError as e:
         raise DataError(f"{file} cannot be read: {e.strerror}") from e
-    texts = [_decode(line, file, number) for number, line in enumerate(lines, 1)]
-    if file.suffix == ".jsonl":
-        texts = [_prompt(text, file, number) if text else "" for number, text in enumerate(texts, 1)]
-    prompts = dict.fromkeys(t for t in texts if t)  # distinct, in order
-    if not prompts:
-        raise DataError(
-            f"{file} holds no prompts ({'it is empty' if lines == [b''] else 'only blank lines'}): write one a line"
-        )
-    blank = sum(not t for t in texts[:-1])  # nothing after the last newline is no line
-    return tuple(prompts), blank, sum(map(bool, texts)) - len(prompts)
+    return [_decode(line, file, number) for number, line in enumerate(lines, 1)]
+
+
+def _nothing(texts: list[str]) -> str:
+    return "it is empty" if len(texts) == 1 else "only blank lines"
 
 
 def _decode(line: bytes, file: Path, number: int) -> str:
@@ -88,9 +119,9 @@ def _decode(line: bytes, file: Path, number: int) -> str:
     return text
 
 
-def _prompt(line: str, file: Path, number: int) -> str:
-    """The "prompt" of a line of JSON, stripped; other fields are not looked at."""
-    rule = 'a line is an object with a text as "prompt"'
+def _text(line: str, file: Path, number: int, field: str = "prompt") -> str:
+    """The text `field` of a line of JSON, stripped; other fields are not looked at."""
+    rule = f'a line is an object with a text as "{field}"'
     try:
         found = json.loads(line)
     except json.JSONDecodeError as e:
@@ -99,14 +130,14 @@ def _prompt(line: str, file: Path, number: int) -> str:
         raise DataError(f"{file}, line {number}: JSON nested too deep; {rule}") from None
     if not isinstance(found, dict):
         raise DataError(f"{file}, line {number}: a JSON {type(found).__name__}; {rule}")
-    if not isinstance(found.get("prompt"), str):
-        what = f'no "prompt", it has {", ".join(found) or "nothing":.80}'
-        what = f'its "prompt" is {json.dumps(found["prompt"]):.40}' if "prompt" in found else what
+    if not isinstance(found.get(field), str):
+        what = f'no "{field}", it has {", ".join(found) or "nothing":.80}'
+        what = f'its "{field}" is {json.dumps(found[field]):.40}' if field in found else what
         raise DataError(f"{file}, line {number}: {what}; {rule}")
     try:
-        return _decode(found["prompt"].encode(), file, number)
+        return _decode(found[field].encode(), file, number)
     except UnicodeEncodeError:
-        raise DataError(f"{file}, line {number}: half a surrogate pair in its prompt; write it whole") from None
+        raise DataError(f"{file}, line {number}: half a surrogate pair in its {field}; write it whole") from None
 
 
 def batch(prompts: Sequence[str], seed: int, step: int, count: int) -> list[str]:

@@ -37,6 +37,12 @@ def _sample(cfg: Config, run: Path, place: Path | None) -> int:
     return evaluate.run_sample(cfg, run, prompts=texts, place=place, lora_file=_lora(), devices=FLAGS.devices)
 
 
+def _score(cfg: Config, run: Path, place: Path | None) -> int:
+    from solrl_jax import score
+
+    return score.run_score(cfg, run, prompts=FLAGS.prompts, images=FLAGS.images, devices=FLAGS.devices)
+
+
 def _export(cfg: Config, run: Path, place: Path | None) -> int:
     from solrl_jax import train
 
@@ -70,6 +76,7 @@ MODES: dict[str, Callable[[Config, Path, Path | None], int]] = {
     "train": _train,
     "eval": _eval,
     "sample": _sample,
+    "score": _score,
     "export": _export,
     "convert": _convert,
     "plan": _plan,
@@ -84,8 +91,9 @@ flags.DEFINE_enum(
     "mode",
     "train",
     list(MODES),
-    "train; eval: rewards of a policy; sample: pictures of --prompt; export: LoRA files; convert: the weights of "
-    "--config.model.path to --run_dir, in a form that loads faster; plan: memory and time of a run on --card",
+    "train; eval: rewards of a policy; sample: pictures of --prompt; score: rewards of the pictures in --images; "
+    "export: LoRA files; convert: the weights of --config.model.path to --run_dir, in a form that loads faster; "
+    "plan: memory and time of a run on --card",
 )
 flags.DEFINE_string("run_dir", None, "directory of the run (default: runs/<config>-<time>)")
 flags.DEFINE_bool("resume", False, "train: go on from the newest whole checkpoint of --run_dir")
@@ -93,9 +101,11 @@ flags.DEFINE_string("prompt", None, "sample: one prompt")
 flags.DEFINE_string(
     "prompts",
     None,
-    "sample: a file, a prompt a line; else short for --config.prompt_files: a folder with train.txt and test.txt, or "
+    "sample: a file, a prompt a line; score: the same, a line per picture in the order of their names, or a .jsonl file "
+    'of {"file": ..., "prompt": ...}; else short for --config.prompt_files: a folder with train.txt and test.txt, or '
     "with train_metadata.jsonl and test_metadata.jsonl, or one .txt or .jsonl file",
 )
+flags.DEFINE_string("images", None, "score: the folder of the pictures, .png, .jpg, .jpeg or .webp")
 flags.DEFINE_string(
     "checkpoint", None, "eval, sample, export: a step of --run_dir or <run>/checkpoints/<step> (default: the newest)"
 )
@@ -144,7 +154,7 @@ def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
     if strange := [w for w in words if not w.startswith("config.")]:
         raise ConfigError(f"unexpected argument {strange[0]!r}: flags begin with --, as in --config=tiny")
     overrides = dict(word.removeprefix("config.").split("=", 1) for word in words)
-    short = FLAGS.prompts if FLAGS.mode != "sample" else None
+    short = FLAGS.prompts if FLAGS.mode not in ("sample", "score") else None
     if short and overrides.setdefault("prompt_files", short) != short:
         raise ConfigError("--prompts and --config.prompt_files name two things: give one of them")
     run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
@@ -152,7 +162,9 @@ def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
         raise ConfigError(f"--run_dir={run} is a file: give a folder, new or of a run")
     place = _place(run)
     source = run if FLAGS.mode == "train" else (place or run)
-    if FLAGS.config is None and source is not None and (FLAGS.resume or FLAGS.mode != "train"):
+    if FLAGS.mode == "score" and FLAGS.config is None and not (run and (run / "config.json").exists()):
+        cfg = config.override(Config(), **overrides)  # only its rewards matter
+    elif FLAGS.config is None and source is not None and (FLAGS.resume or FLAGS.mode != "train"):
         from solrl_jax import checkpoint
 
         cfg = config.override(checkpoint.load_config(source), **overrides)
@@ -169,7 +181,7 @@ def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
 def _place(run: Path | None) -> Path | None:
     """The checkpoint that eval, sample and export take: --checkpoint, else the newest of an existing run, else none."""
     inside = run is not None and (run / "config.json").exists()
-    if FLAGS.mode in ("train", "plan") or FLAGS.lora or not (FLAGS.checkpoint or inside):
+    if FLAGS.mode in ("train", "plan", "score") or FLAGS.lora or not (FLAGS.checkpoint or inside):
         return None
     from solrl_jax import checkpoint
 

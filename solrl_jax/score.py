@@ -1,0 +1,173 @@
+"""--mode=score: every reward of pictures on disk, as a table and a CSV. The text-to-image model is not read."""
+
+import csv
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from solrl_jax import assemble, data, rewards
+from solrl_jax.config import Config, ConfigError
+from solrl_jax.rewards import Score
+from solrl_jax.structs import Params
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class PictureError(ValueError):
+    """A picture that cannot be scored; the message names the file."""
+
+
+class Picture(NamedTuple):
+    name: str  # beneath the folder of the pictures
+    prompt: str
+    size: tuple[int, int]  # width, height
+
+
+def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None, devices: int | None) -> int:
+    """Print a line per picture of the folder `images` and the means, write <run>/scores.csv; on one device.
+
+    The rewards are cfg.reward's and cfg.evaluate.rewards'; weights of a mix play no part. Raises ConfigError, DataError,
+    PictureError or WeightsError, and has written nothing then.
+    """
+    if not prompts or not images:
+        raise ConfigError("--mode=score needs --prompts=FILE and --images=DIR, the prompts of the pictures in DIR")
+    if devices not in (None, 1):
+        raise ConfigError(f"--devices={devices}: --mode=score uses one device, leave it out")
+    if not assemble.check_rewards(cfg):
+        raise ConfigError(f"no reward is named: give --config.reward=NAME, of {', '.join(rewards.available())}")
+    folder = Path(images)
+    assemble.use_compilation_cache()
+    found = pair(data.read_captions(prompts), folder, prompts)
+    left = len(set(pictures_in(folder)) - {p.name for p in found})
+    _, judged, towers = assemble.read_rewards(cfg)
+    scores = score_files(judged, jax.device_put(towers), found, folder, cfg.evaluate.chunk)
+    print("\n".join(table(found, scores)))
+    print(f"scores: {write_csv(run / 'scores.csv', found, scores)}")
+    if left:
+        print(f"{left} pictures of {folder} are not named in {prompts} and were not scored")
+    return 0
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def pair(captions: Sequence[tuple[str, str]], folder: Path, file: str) -> list[Picture]:
+    """Pictures and prompts: those that `captions` of `file` names, else all of the folder in the order of their names.
+
+    All are decoded, so that a broken last one is found before hours are spent on the others. Raises PictureError.
+    """
+    if not folder.is_dir():
+        raise PictureError(f"--images={folder} is not a folder: give the folder of the pictures")
+    names = [name for name, _ in captions if name] or pictures_in(folder)
+    if not names:
+        raise PictureError(f"--images={folder} holds no picture: give a folder of {', '.join(ENDINGS)}")
+    if len(names) != len(captions):
+        raise PictureError(
+            f"{file} has {len(captions)} prompts and {folder} {len(names)} pictures: write one line per picture, in the "
+            'order of their names, or a .jsonl file of {"file": ..., "prompt": ...}'
+        )
+    pairs = zip(names, (prompt for _, prompt in captions), strict=True)
+    return [Picture(name, prompt, read(folder / name).shape[1::-1]) for name, prompt in pairs]
+
+
+def pictures_in(folder: Path) -> list[str]:
+    """Names of a folder's own pictures, sorted as text: 10.png is before 9.png, and 09.png before both."""
+    return sorted(f.name for f in folder.iterdir() if f.suffix.lower() in ENDINGS)
+
+
+def read(file: Path) -> UInt8[np.ndarray, "H W 3"]:
+    """A picture as 8-bit RGB, as the rewards' references read it: transparency and EXIF's rotation are left out.
+
+    Of an animation it is the first picture. Raises PictureError.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode[0] in "IF":
+                raise PictureError(f"{file} has more than 8 bits a channel ({image.mode}): save it as 8-bit RGB")
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise PictureError(f"{file} does not exist: name the pictures as they are in the folder of --images") from None
+    except PictureError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow raises at broken files
+        raise PictureError(f"{file} cannot be read as a picture ({str(e).splitlines()[0]}): save it anew") from e
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def score_files(
+    score: Score, towers: dict[str, Params], pictures: Sequence[Picture], folder: Path, chunk: int
+) -> dict[str, Float[np.ndarray, "n"]]:
+    """Each reward's score of n pictures; at most `chunk` pictures, all of one size, go through the networks together.
+
+    A reward that cannot read a prompt or pictures of a size raises ConfigError.
+    """
+    scores = {name: np.zeros(len(pictures), np.float32) for name in score.names}
+    rewards.tokenize(score, [p.prompt for p in pictures])  # what cannot be read is found before the first chunk
+    for size in dict.fromkeys(p.size for p in pictures):
+        places = [i for i, p in enumerate(pictures) if p.size == size]
+        together = min(chunk, len(places))
+        for start in range(0, len(places), together):
+            some = places[start : start + together]
+            full = [*some, *[some[-1]] * (together - len(some))]  # one shape, compiled once
+            images = np.stack([read(folder / pictures[i].name) for i in full])
+            for name, values in score_arrays(score, towers, images, [pictures[i].prompt for i in full]).items():
+                scores[name][some] = values[: len(some)]
+    return scores
+
+
+def score_arrays(
+    score: Score, towers: dict[str, Params], images: UInt8[np.ndarray, "B H W 3"], prompts: Sequence[str]
+) -> dict[str, Float[np.ndarray, "B"]]:
+    """Each reward's score of B pictures, one prompt each. Raises ConfigError for what a reward cannot read."""
+    tokens, floats = rewards.tokenize(score, prompts), images.astype(np.float32) / 255
+    found = {}
+    for reward in score.rewards:
+        try:
+            found[reward.name] = np.asarray(_jitted(reward.score)(towers[reward.name], floats, tokens[reward.name]))
+        except ValueError as e:  # of the shapes, while the program is traced
+            height, width = images.shape[1:3]
+            raise ConfigError(f"reward {reward.name} cannot score pictures of {width}x{height}: {e}") from e
+    return found
+
+
+_jitted = functools.lru_cache(jax.jit)
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def table(pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]]) -> list[str]:
+    """A head, a line per picture, and the means."""
+    width = max(len("picture"), *(len(p.name) for p in pictures))
+    prompts = [p.prompt if len(p.prompt) <= 40 else f"{p.prompt[:37]}..." for p in pictures]
+    room = max(len("prompt"), *map(len, prompts))
+
+    def line(name: str, prompt: str, cells: Sequence[str]) -> str:
+        padded = (f"{cell:>{max(10, len(reward))}}" for cell, reward in zip(cells, scores, strict=True))
+        return "  ".join([f"{name:{width}}", f"{prompt:{room}}", *padded])
+
+    rows = zip(pictures, prompts, zip(*scores.values(), strict=True), strict=True)
+    return [
+        line("picture", "prompt", list(scores)),
+        *(line(p.name, prompt, [f"{value:.4f}" for value in values]) for p, prompt, values in rows),
+        line("mean", "", [f"{values.mean():.4f}" for values in scores.values()]),
+    ]
+
+
+def write_csv(file: Path, pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]]) -> Path:
+    """A head "file,prompt,<reward>..." and a line per picture, with all digits that float32 has; no means."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8", newline="") as f:
+        out = csv.writer(f)
+        out.writerow(["file", "prompt", *scores])
+        for i, picture in enumerate(pictures):
+            out.writerow([picture.name, picture.prompt, *(f"{values[i]:.9g}" for values in scores.values())])
+    return file

@@ -1,0 +1,132 @@
+"""--mode=score: pictures on disk, as the rewards score them as arrays; what is wrong is one line, nothing written."""
+
+import csv
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+from configs.tiny import WORLD
+from solrl_jax import main, rewards, score
+
+CLIP = (f"--config.reward_paths=clipscore={WORLD / 'clip'}", "--config.reward=clipscore")
+PROMPTS = ["a red circle", "a blue square left of a green cross", "a small yellow triangle"]
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """command(...) -> (exit code, stdout, stderr) of --mode=score, in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        with flagsaver.flagsaver():
+            code = main.main(main.parse(["solrl_jax", "--mode=score", "--run_dir=out", *words]))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """{name: array} of tmp_path/pictures, of two sizes, exactly as they are on disk; prompts in tmp_path/p.txt."""
+    (tmp_path / "pictures").mkdir()
+    random, found = np.random.default_rng(0), {}
+    for name, shape in (("a.png", (32, 32, 3)), ("b.webp", (64, 40, 3)), ("c.PNG", (32, 32, 3))):
+        found[name] = random.integers(0, 256, shape, np.uint8)
+        Image.fromarray(found[name]).save(tmp_path / "pictures" / name, lossless=True)
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n")
+    return found
+
+
+def scored(images, prompts):
+    """CLIPScore of single pictures, given as arrays."""
+    mix, towers = rewards.load_rewards("clipscore", {"clipscore": str(WORLD / "clip")})
+    one = []
+    for image, prompt in zip(images, prompts, strict=True):
+        args = (towers, image[None] / np.float32(255), rewards.tokenize(mix, [prompt]))
+        one.append(rewards.score_images(mix, *jax.tree.map(jnp.asarray, args))[0][0])
+    return np.array(one)
+
+
+def lines(tmp_path):
+    with (tmp_path / "out" / "scores.csv").open(newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.mark.parametrize("chunk", [1, 24])
+def test_scores_are_those_of_the_arrays(command, pictures, tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("solrl_jax.assemble.read_weights", None)  # the text-to-image model is not touched
+    code, out, err = command(*CLIP, "--prompts=p.txt", "--images=pictures", f"--config.evaluate.chunk={chunk}")
+    assert (code, err) == (0, "")
+    found, wanted = lines(tmp_path), scored(pictures.values(), PROMPTS)
+    assert [(line["file"], line["prompt"]) for line in found] == list(zip(pictures, PROMPTS, strict=True))
+    np.testing.assert_allclose([float(line["clipscore"]) for line in found], wanted, rtol=1e-5)
+    head, *rows, mean, last = out.splitlines()
+    assert head.split() == ["picture", "prompt", "clipscore"] and mean.split() == ["mean", f"{wanted.mean():.4f}"]
+    assert [row.split()[-1] for row in rows] == [f"{value:.4f}" for value in wanted]
+    assert last == "scores: out/scores.csv"
+
+
+def test_a_jsonl_names_its_pictures_and_a_config_its_rewards(command, pictures, tmp_path):
+    pairs = [("c.PNG", PROMPTS[2]), ("a.png", PROMPTS[0]), ("c.PNG", PROMPTS[0])]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"file": f, "prompt": p}) + "\n" for f, p in pairs))
+    code, out, _ = command("--config=tiny", "--prompts=p.jsonl", "--images=pictures")
+    assert code == 0 and "1 pictures of pictures are not named in p.jsonl and were not scored" in out
+    found = lines(tmp_path)
+    assert [(line["file"], line["prompt"]) for line in found] == pairs
+    assert list(found[0]) == ["file", "prompt", "clipscore", "shapes"]
+    wanted = scored([pictures[f] for f, _ in pairs], [p for _, p in pairs])
+    np.testing.assert_allclose([float(line["clipscore"]) for line in found], wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*CLIP, "--prompts=p.txt"), "needs --prompts=FILE and --images=DIR"),
+        (("--prompts=p.txt", "--images=pictures"), "no reward is named: give --config.reward=NAME"),
+        (("--config.reward=clipscore", "--prompts=p.txt", "--images=pictures"), "needs the folder of a CLIP model"),
+        ((*CLIP, "--prompts=q.txt", "--images=pictures"), "q.txt does not exist"),
+        ((*CLIP, "--prompts=two.txt", "--images=pictures"), "two.txt has 2 prompts and pictures 3 pictures"),
+        ((*CLIP, "--prompts=gap.txt", "--images=pictures"), "gap.txt, line 2: is blank"),
+        ((*CLIP, "--prompts=void.txt", "--images=pictures"), "void.txt holds no prompts"),
+        ((*CLIP, "--prompts=none.jsonl", "--images=pictures"), "pictures/z.png does not exist"),
+        ((*CLIP, "--prompts=bare.jsonl", "--images=pictures"), 'bare.jsonl, line 1: no "file"'),
+        ((*CLIP, "--prompts=p.txt", "--images=nowhere"), "--images=nowhere is not a folder"),
+        ((*CLIP, "--prompts=p.txt", "--images=empty"), "--images=empty holds no picture"),
+        ((*CLIP, "--prompts=p.txt", "--images=broken"), "broken/cut.png cannot be read as a picture"),
+        ((*CLIP, "--prompts=p.txt", "--images=deep"), "deep/deep.png has more than 8 bits a channel"),
+        ((*CLIP, "--prompts=p.txt", "--images=pictures", "--devices=2"), "--mode=score uses one device"),
+        (("--config.reward=shapes", "--prompts=p.txt", "--images=pictures"), "cannot score pictures of 40x64"),
+        (("--config.reward=shapes", "--prompts=cat.txt", "--images=pictures"), "shapes cannot read a prompt"),
+    ],
+)
+def test_what_is_wrong_is_one_line(command, pictures, tmp_path, words, message):
+    for name, text in (
+        ("two.txt", "a\nb\n"),
+        ("gap.txt", "a\n\nb\n"),
+        ("void.txt", "\n"),
+        ("none.jsonl", '{"file": "z.png", "prompt": "a"}\n'),
+        ("bare.jsonl", '{"prompt": "a"}\n'),
+        ("cat.txt", "a cat\n" * 3),
+    ):
+        (tmp_path / name).write_text(text)
+    for name in ("empty", "broken", "deep"):
+        (tmp_path / name).mkdir()
+    whole = (tmp_path / "pictures" / "a.png").read_bytes()
+    for i in range(3):
+        (tmp_path / "broken" / ("cut.png" if i == 1 else f"{i}.png")).write_bytes(whole[: len(whole) // (1 + (i == 1))])
+        (tmp_path / "deep" / f"{i}.png").write_bytes(whole)
+    (tmp_path / "deep" / "0.png").unlink()
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "deep" / "deep.png")
+    code, _, err = command(*words)
+    assert code == 2 and err.startswith("error: ") and message in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_long_prompts_are_shortened_in_the_table_only():
+    rows = score.table([score.Picture("a.png", "x" * 60, (1, 1))], {"nice": np.ones(1, np.float32)})
+    assert "x" * 37 + "...  " in rows[1] and len({len(row) for row in rows}) == 1
