@@ -88,6 +88,8 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
     if purpose == "train" and cfg.low_precision:
         coverage.check(model, cfg.low_precision, cfg.model.min_quantised_flops)
     score, judged, towers = read_rewards(cfg) if purpose != "sample" else (Score((), ()), Score((), ()), {})
+    if purpose == "train" and not cfg.staged and score.on_host:
+        raise ConfigError(f"staged=false, but reward {score.on_host[0].name} runs on the host: set staged=true")
     rewards.tokenize(judged, (*prompts.train, *prompts.test))  # a caption that a reward cannot read stops us now
     place = functools.partial(sharding.replicate, mesh=mesh)
     base, vae, text = read_weights(cfg, mesh)

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from solrl_jax import assemble, data, iteration, lora, sharding
 from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Stage
-from solrl_jax.rewards import Score, score_images
+from solrl_jax.rewards import Score, score_images, score_on_host
 from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
 
 EVALUATION = 0xE7A1  # folded into the seed's key: apart from every key of the training
@@ -78,7 +78,8 @@ def pictures(
         stage=Stage(cfg.steps, cfg.solver, "bf16", cfg.chunk),
     )
     images, scores = jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], (images, scores))
-    return Pictures(eight_bit(images), scores)
+    images = eight_bit(images)
+    return Pictures(images, {**scores, **score_on_host(score, images, prompts)[1]})
 
 
 def eight_bit(images: Float[np.ndarray, "*batch H W 3"]) -> UInt8[np.ndarray, "*batch H W 3"]:
@@ -92,7 +93,7 @@ def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], UInt8[np.
     """
     cfg = parts.cfg
     found = pictures(parts, adapter, fixed_prompts(parts), score=parts.judged)
-    means = {name: float(scores.mean()) for name, scores in found.scores.items()}
+    means = {name: float(found.scores[name].mean()) for name in parts.judged.names}
     total = sum(w * means[name] for name, w in zip(parts.score.names, parts.score.weights, strict=True))
     metrics = {f"eval_reward_{name}": mean for name, mean in means.items()} | {"eval_reward_avg": total}
     return metrics, found.images[: cfg.evaluate.grid, 0]

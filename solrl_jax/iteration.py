@@ -14,18 +14,19 @@ Families of one stage are the same with explore = None: all candidates in one ro
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
 from solrl_jax import algos, lora, quant, sampler, sharding
 from solrl_jax.config import Config, ConfigError, Stage
-from solrl_jax.rewards import Score, score_images
+from solrl_jax.rewards import Score, eight_bit, own, score_images, score_on_host
 from solrl_jax.selection import select, spearman, take
 from solrl_jax.structs import (
     Frozen,
@@ -115,10 +116,20 @@ def rollout(
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
         x0 = integrate(variables, prompts.cond, keys, model=model, stage=stage)
         images = model.decode(frozen.vae, x0)
-        return x0, *score_images(score, frozen.rewards, images, prompts.tokens)
+        shown = eight_bit(images) if score.on_host else None
+        return x0, *score_images(score, frozen.rewards, images, prompts.tokens), shown
 
-    x0, reward, parts = by_block(block, stage.chunk)(variables, frozen, prompts, keys)
-    return Rollout(keys, x0, reward, parts)
+    return Rollout(keys, *by_block(block, stage.chunk)(variables, frozen, prompts, keys))
+
+
+def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree]) -> Rollout:
+    """The same samples with the rewards that run on the host: pictures go there, scores come back. Not for jit."""
+    if rollout.images is None:
+        return rollout
+    texts = own.from_bytes(np.asarray(tokens[score.on_host[0].name]))
+    found = score_on_host(score, np.asarray(rollout.images), texts)
+    total, parts = jax.device_put(found, rollout.reward.sharding)
+    return rollout._replace(reward=rollout.reward + total, parts={**rollout.parts, **parts}, images=None)
 
 
 def integrate(
@@ -375,6 +386,8 @@ def iteration_step(
     cfg: Config,
 ) -> tuple[TrainState, Metrics]:
     """One iteration over P prompts. Pure; jit it whole under `jax.set_mesh`, with the keyword arguments static."""
+    if score.on_host:
+        raise ConfigError(f"reward {score.on_host[0].name} runs on the host, between the stages: set staged=true")
     run = Stages(model, score, optimizer, cfg)
     count = jax.tree.leaves(prompts)[0].shape[0]
     chex.assert_tree_shape_prefix(prompts, (count,))  # fields of NamedTuples are not seen by jaxtyping
@@ -488,7 +501,8 @@ class Staged:
         with clock(times, name):
             for i in range(0, count, step):
                 group, group_keys = jax.tree.map(lambda x: x[i : i + step], (prompts, keys))  # noqa: B023
-                parts.append(jax.block_until_ready(self.jit[name](*rest, group, group_keys)))
+                rolled = jax.block_until_ready(self.jit[name](*rest, group, group_keys))
+                parts.append(with_host(rolled, self.stages.score, group.tokens))
                 between(name, (i + step) / count)
         return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 

@@ -101,9 +101,9 @@ flags.DEFINE_string("prompt", None, "sample: one prompt")
 flags.DEFINE_string(
     "prompts",
     None,
-    "sample: a file, a prompt a line; score: the same, a line per picture in the order of their names, or a .jsonl file "
-    'of {"file": ..., "prompt": ...}; else short for --config.prompt_files: a folder with train.txt and test.txt, or '
-    "with train_metadata.jsonl and test_metadata.jsonl, or one .txt or .jsonl file",
+    "sample: a file, a prompt a line; score: the same, a line per picture in the order of their names, or a .jsonl "
+    'file of {"file": ..., "prompt": ...}; else short for --config.prompt_files: a folder with train.txt and test.txt, '
+    "or with train_metadata.jsonl and test_metadata.jsonl, or one .txt or .jsonl file",
 )
 flags.DEFINE_string("images", None, "score: the folder of the pictures, .png, .jpg, .jpeg or .webp")
 flags.DEFINE_string(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from solrl_jax import assemble, data, rewards
 from solrl_jax.config import Config, ConfigError
-from solrl_jax.rewards import Score
+from solrl_jax.rewards import Score, own
 from solrl_jax.structs import Params
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -32,8 +32,8 @@ class Picture(NamedTuple):
 def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None, devices: int | None) -> int:
     """Print a line per picture of the folder `images` and the means, write <run>/scores.csv; on one device.
 
-    The rewards are cfg.reward's and cfg.evaluate.rewards'; weights of a mix play no part. Raises ConfigError, DataError,
-    PictureError or WeightsError, and has written nothing then.
+    The rewards are cfg.reward's and cfg.evaluate.rewards'; weights of a mix play no part. Raises ConfigError,
+    DataError, PictureError, RewardError or WeightsError, and has written nothing then.
     """
     if not prompts or not images:
         raise ConfigError("--mode=score needs --prompts=FILE and --images=DIR, the prompts of the pictures in DIR")
@@ -69,8 +69,8 @@ def pair(captions: Sequence[tuple[str, str]], folder: Path, file: str) -> list[P
         raise PictureError(f"--images={folder} holds no picture: give a folder of {', '.join(ENDINGS)}")
     if len(names) != len(captions):
         raise PictureError(
-            f"{file} has {len(captions)} prompts and {folder} {len(names)} pictures: write one line per picture, in the "
-            'order of their names, or a .jsonl file of {"file": ..., "prompt": ...}'
+            f"{file} has {len(captions)} prompts and {folder} {len(names)} pictures: write one line per picture, in "
+            'the order of their names, or a .jsonl file of {"file": ..., "prompt": ...}'
         )
     pairs = zip(names, (prompt for _, prompt in captions), strict=True)
     return [Picture(name, prompt, read(folder / name).shape[1::-1]) for name, prompt in pairs]
@@ -130,8 +130,13 @@ def score_arrays(
     tokens, floats = rewards.tokenize(score, prompts), images.astype(np.float32) / 255
     found = {}
     for reward in score.rewards:
+        if reward.host is not None:
+            found[reward.name] = own.ask(reward, images, prompts)
+            continue
         try:
             found[reward.name] = np.asarray(_jitted(reward.score)(towers[reward.name], floats, tokens[reward.name]))
+        except own.RewardError:
+            raise
         except ValueError as e:  # of the shapes, while the program is traced
             height, width = images.shape[1:3]
             raise ConfigError(f"reward {reward.name} cannot score pictures of {width}x{height}: {e}") from e

@@ -1,7 +1,6 @@
 """Everything a run holds, as shapes and dtypes (jax.ShapeDtypeStruct): `assemble` without a weight being read."""
 
 import functools
-import importlib
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 
 from solrl_jax import assemble, hub, iteration, rewards
 from solrl_jax.config import Config, ConfigError
-from solrl_jax.rewards import Score
+from solrl_jax.rewards import Score, own
 from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, Rollout, TrainState
 
 
@@ -36,14 +35,14 @@ def read(cfg: Config, devices: int) -> Sizes:
     paths, notes = rewards.parse_paths(cfg.reward_paths), []
     wanted, found = rewards.parse(cfg.reward), {}
     for name in {**wanted, **rewards.parse(cfg.evaluate.rewards)}:
-        reward = importlib.import_module(f"solrl_jax.rewards.{name}")
+        reward = rewards.module(name)
         shapes = getattr(reward, "shapes", None)
         if shapes is None:
             notes.append(f"reward {name} is not counted: rewards/{name}.py defines no shapes(path)")
             continue
         found[name] = shapes(paths.get(name), cfg.reward_dtype)
         path, public = paths.get(name), getattr(reward, "HUB_ID", "another model")
-        if jax.tree.leaves(found[name][1]) and path != public and hub.here(path) is None:
+        if not own.is_own(name) and jax.tree.leaves(found[name][1]) and path != public and hub.here(path) is None:
             what = f"nothing is at reward_paths={name}={path or '...'}"
             notes.append(f"reward {name} has its public sizes here, {public}'s: {what}")
     trained = [name for name in wanted if name in found]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 PyTree = Any
 Params = Mapping[str, Any]
@@ -85,11 +85,13 @@ class Reward(NamedTuple):
     tokenize(prompts) -> arrays [G, ...] on the host;
     score(params, images f32 [B, H, W, 3], tokens [G, ...]) -> f32 [B].
     B is a multiple of G and image i belongs to prompt i // (B // G), so that a prompt is encoded once per group.
+    `host`, where there is one, is asked on the host instead of `score`: host(images u8 [B, H, W, 3], B prompts) -> [B].
     """
 
     name: str
     tokenize: Callable[[Sequence[str]], PyTree]
     score: Callable[[Params, Array, PyTree], Array]
+    host: Callable[[Any, Sequence[str]], Any] | None = None
 
 
 class Prompts(NamedTuple):
@@ -132,12 +134,16 @@ class TrainState(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Samples of one stage. `keys` are the samples: noise(key) is where each began."""
+    """Samples of one stage. `keys` are the samples: noise(key) is where each began.
+
+    `images`, 8 bits, are there until the rewards that run on the host have seen them; without such rewards never.
+    """
 
     keys: Key[Array, "P K"]
     x0: Float[Array, "P K h w c"]
     reward: Float[Array, "P K"]
     parts: Mapping[str, Float[Array, "P K"]]
+    images: UInt8[Array, "P K H W 3"] | None = None
 
 
 class Points(NamedTuple):

@@ -24,6 +24,7 @@ from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.log import Log, open_log
 from solrl_jax.quant.calibrate import calibrated
+from solrl_jax.rewards.own import RewardError
 from solrl_jax.structs import Model, Params, Prompts, TrainState
 
 Metrics = dict[str, float]
@@ -58,7 +59,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 out.say(line)
             try:
                 state = loop(parts, state, run, out, stop)
-            except TrainError as e:
+            except (TrainError, RewardError) as e:
                 raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
     finish(parts, state, run, bool(stop.is_set()))
     return 0

@@ -1,4 +1,5 @@
-"""Weighted mixtures of rewards: "pickscore:1,hpsv2:0.5". A reward is a file of this folder that defines `make`.
+"""Weighted mixtures of rewards: "pickscore:1,hpsv2:0.5". A reward is a file of this folder that defines `make`, or by
+a name with a dot one of the user's own (`own`), which may run on the host.
 
 The weighted sum is on the rewards' raw scales (algorithms.md 1.6); the parts stay beside it.
 """
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 from solrl_jax.config import ConfigError
+from solrl_jax.rewards import own
 from solrl_jax.structs import Params, PyTree, Reward
 from solrl_jax.weights import WeightsError
 
@@ -26,6 +29,10 @@ class Score(NamedTuple):
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(reward.name for reward in self.rewards)
+
+    @property
+    def on_host(self) -> tuple[Reward, ...]:
+        return tuple(reward for reward in self.rewards if reward.host is not None)
 
 
 def available() -> list[str]:
@@ -42,11 +49,7 @@ def parse(mixture: str) -> dict[str, float]:
     weights: dict[str, float] = {}
     for part in filter(None, (p.strip() for p in mixture.split(","))):
         name, _, text = (p.strip() for p in part.partition(":"))
-        if name not in available():
-            raise ConfigError(
-                f"unknown reward {name!r} in {mixture!r}: use one of {', '.join(available())} "
-                f"(there is no solrl_jax/rewards/{name}.py)"
-            )
+        module(name, mixture)
         if name in weights:
             raise ConfigError(f"reward {name!r} is twice in {mixture!r}: name it once, with one weight")
         try:
@@ -60,12 +63,24 @@ def parse(mixture: str) -> dict[str, float]:
     return weights
 
 
+def module(name: str, mixture: str = "") -> Any:
+    """What defines a reward's `make`: a file of this folder or, for a name with a dot, own.Own. Raises ConfigError."""
+    if own.is_own(name):
+        return own.find(name)
+    if name not in available():
+        raise ConfigError(
+            f"unknown reward {name!r} in {mixture or name!r}: use one of {', '.join(available())} "
+            f"(there is no solrl_jax/rewards/{name}.py), or one of your own by its name with a dot, my_file.function"
+        )
+    return importlib.import_module(f"solrl_jax.rewards.{name}")
+
+
 def parse_paths(pairs: Sequence[str]) -> dict[str, str]:
     """("clipscore=folder",) -> {"clipscore": "folder"}, or org/name; ConfigError for what is not name=folder."""
     paths = {}
     for pair in pairs:
         name, sign, folder = pair.partition("=")
-        if not sign or not folder or name not in available():
+        if not sign or not folder or not (own.is_own(name) or name in available()):
             raise ConfigError(f"reward_paths={pair!r}: give name=folder, the name one of {', '.join(available())}")
         paths[name] = folder
     return paths
@@ -79,9 +94,8 @@ def load_rewards(mixture: str, paths: Mapping[str, str], dtype: str = "float32")
     weights = parse(mixture)
     rewards, params = [], {}
     for name in weights:
-        module = importlib.import_module(f"solrl_jax.rewards.{name}")
         try:
-            reward, params[name] = module.make(paths.get(name), dtype)
+            reward, params[name] = module(name).make(paths.get(name), dtype)
         except WeightsError as e:
             raise WeightsError(f"{e} (config field reward_paths: {name}=folder)") from e
         except ValueError as e:
@@ -104,9 +118,31 @@ def tokenize(score: Score, prompts: Sequence[str]) -> dict[str, PyTree]:
 def score_images(
     score: Score, params: Mapping[str, Params], images: Float[Array, "B H W C"], tokens: Mapping[str, Any]
 ) -> tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]:
-    """Weighted sum and parts of B images of G prompts (token leaves [G, ...]); image i is of prompt i // (B // G)."""
-    parts = {r.name: r.score(params[r.name], images, tokens[r.name]) for r in score.rewards}
-    total = jnp.zeros(images.shape[0])
-    for weight, part in zip(score.weights, parts.values(), strict=True):
-        total = total + weight * part
+    """Weighted sum and parts of B images of G prompts (token leaves [G, ...]); image i is of prompt i // (B // G).
+
+    Without the rewards that run on the host, which `score_on_host` adds.
+    """
+    parts, total = {}, jnp.zeros(images.shape[0])
+    for weight, r in zip(score.weights, score.rewards, strict=True):
+        if r.host is None:
+            parts[r.name] = r.score(params[r.name], images, tokens[r.name])
+            total = total + weight * parts[r.name]
+    return total, parts
+
+
+def eight_bit(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
+    """What rewards on the host look at, of images in [0, 1]."""
+    return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8)
+
+
+def score_on_host(
+    score: Score, images: UInt8[np.ndarray, "P n H W 3"], prompts: Sequence[str]
+) -> tuple[Float[np.ndarray, "P n"], dict[str, Float[np.ndarray, "P n"]]]:
+    """Weighted sum and parts of the rewards that run on the host alone. Raises own.RewardError."""
+    shape, each = images.shape[:2], [prompt for prompt in prompts for _ in range(images.shape[1])]
+    flat, total, parts = images.reshape((-1, *images.shape[2:])), np.zeros(shape, np.float32), {}
+    for weight, reward in zip(score.weights, score.rewards, strict=True):
+        if reward.host is not None:
+            parts[reward.name] = own.ask(reward, flat, each).reshape(shape)
+            total = total + np.float32(weight) * parts[reward.name]
     return total, parts

@@ -1,0 +1,191 @@
+"""Rewards of the user's own, by a dotted name: `package.module`, or `module.function` of a single file.
+
+A module defines `make(path, dtype) -> (Reward, params)` as the rewards of this folder do, and is scored on the devices;
+or, under `HOST = True`, `score(images, prompts) -> one number per picture`, plain Python that is called on the host
+between the staged calls. In the second spelling the named function is that `make` or that `score`.
+"""
+
+import functools
+import importlib
+import importlib.util
+import sys
+import traceback
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from solrl_jax.config import ConfigError
+from solrl_jax.structs import Params, PyTree, Reward
+
+LONGEST = 4096
+"""Bytes of a prompt that travel to a host function."""
+
+
+class RewardError(ValueError):
+    """A reward that gave no score per picture; the message names the reward and what it gave."""
+
+
+class Own(NamedTuple):
+    """What a module of `solrl_jax.rewards` defines, of a reward of the user's own; `shapes` reads its weights."""
+
+    make: Callable[[str | None, Any], tuple[Reward, Params]]
+    shapes: Callable[[str | None, Any], tuple[Reward, Params, PyTree]]
+
+
+def is_own(name: str) -> bool:
+    return "." in name
+
+
+def find(name: str) -> Own:
+    """The reward of a dotted name, from sys.path or the current folder. Its file is run: ConfigError where it fails."""
+    module, function = _module(name)
+    host = getattr(module, "HOST", False)
+    wanted = function or ("score" if host else "make")
+    found = getattr(module, wanted, None)
+    if not callable(found):
+        rule = "a function make(path, dtype), or HOST = True and a function score(images, prompts)"
+        raise ConfigError(f"reward {name!r}: {_place(module)} defines no function {wanted}: it needs {rule}")
+    make = functools.partial(_on_host if host else _on_device, name, found)
+    return Own(make, functools.partial(_shapes, make))
+
+
+# --- import ---------------------------------------------------------------------------------------------------------
+
+
+def _module(name: str) -> tuple[types.ModuleType, str]:
+    """(module, "") where `name` is a module's, else (the module before its last dot, what is behind it)."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"reward {name!r} is no dotted name: give package.module, or module.function")
+    folder = str(Path.cwd())
+    if not {"", folder} & set(sys.path):
+        sys.path.append(folder)  # as `python -m` has it
+    importlib.invalidate_caches()
+    before, _, last = name.rpartition(".")
+    for module, function in ((name, ""), (before, last)):
+        if _is_there(module, name):
+            return _guarded(name, importlib.import_module, module), function
+    raise ConfigError(
+        f"reward {name!r}: there is no module {name} and no module {before} in {folder} or on sys.path (PYTHONPATH)"
+    )
+
+
+def _is_there(module: str, name: str) -> bool:
+    """Whether there is such a module. The packages around it are imported; ConfigError where that fails."""
+
+    def look() -> bool:
+        try:
+            return importlib.util.find_spec(module) is not None
+        except ModuleNotFoundError as e:
+            if e.name is not None and f"{module}.".startswith(f"{e.name}."):  # itself, not what its package imports
+                return False
+            raise
+
+    return _guarded(name, look)
+
+
+def _guarded(name: str, run: Callable, *args: Any) -> Any:
+    """run(*args), which runs the user's file; an error there is a ConfigError that names its line."""
+    try:
+        return run(*args)
+    except ConfigError:
+        raise
+    except Exception as e:
+        at = [frame for frame in traceback.extract_tb(e.__traceback__) if not frame.filename.startswith("<frozen")][-1]
+        where = (e.filename, e.lineno) if isinstance(e, SyntaxError) else (at.filename, at.lineno)
+        what = str(e).splitlines()[0] if str(e) else "no message"
+        raise ConfigError(
+            f"reward {name!r} cannot be made: {type(e).__name__}: {what} ({where[0]}, line {where[1]})"
+        ) from e
+
+
+def _place(module: types.ModuleType) -> str:
+    return getattr(module, "__file__", None) or module.__name__
+
+
+# --- on the devices -------------------------------------------------------------------------------------------------
+
+
+def _on_device(name: str, make: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params]:
+    """The user's (Reward, params), under the dotted name; ConfigError where it is something else."""
+    found = _guarded(name, make, path, dtype)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Reward)):
+        raise ConfigError(
+            f"reward {name!r}: its function gives {type(found).__name__}: return (solrl_jax.structs.Reward, params)"
+        )
+    return _checked(name, found[0]), found[1]
+
+
+@functools.lru_cache
+def _checked(name: str, reward: Reward) -> Reward:
+    """The same reward gives the same result, as a static argument of jit must be."""
+    return Reward(name, reward.tokenize, functools.partial(_score, name, reward.score))
+
+
+def _score(name: str, score: Callable, params: Params, images: Array, tokens: PyTree) -> Float[Array, "B"]:
+    found = score(params, images, tokens)
+    if found.shape != (len(images),):  # (B, 1) would be broadcast to (B, B)
+        raise RewardError(f"reward {name} gives {list(found.shape)} for {len(images)} pictures: give [{len(images)}]")
+    return found.astype("float32")
+
+
+def _shapes(make: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params, PyTree]:
+    """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens."""
+    reward, params = make(path, dtype)
+    return reward, *jax.eval_shape(lambda: (params, reward.tokenize([""])))
+
+
+# --- on the host ----------------------------------------------------------------------------------------------------
+
+
+def _on_host(name: str, function: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params]:
+    if path is not None:
+        raise ConfigError(f"reward {name!r} runs on the host and reads no path ({path!r}): leave out its reward_paths")
+    return Reward(name, to_bytes, _nowhere, function), {}
+
+
+def _nowhere(params: Params, images: Array, tokens: PyTree) -> Float[Array, "B"]:
+    raise ConfigError("a reward that runs on the host cannot be part of a jitted program: set staged=true")
+
+
+def to_bytes(prompts: Sequence[str]) -> UInt8[np.ndarray, "G L"]:
+    """Prompts as UTF-8, filled up with zeros: as tokens they travel with the prompts. ValueError for a longer one."""
+    coded = [prompt.encode() for prompt in prompts]
+    for text in coded:
+        if len(text) > LONGEST:
+            raise ValueError(
+                f"{len(text)} bytes, of {LONGEST} that travel to the host: {text[:40].decode(errors='ignore')!r}..."
+            )
+    rows = b"".join(text.ljust(LONGEST, b"\0") for text in coded)
+    return np.frombuffer(rows, np.uint8).reshape(-1, LONGEST)
+
+
+def from_bytes(rows: UInt8[np.ndarray, "G L"]) -> list[str]:
+    return [row.tobytes().rstrip(b"\0").decode() for row in rows]
+
+
+def ask(reward: Reward, images: UInt8[np.ndarray, "B H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, "B"]:
+    """A host reward's scores of B pictures, one prompt each. Raises RewardError for anything but B finite numbers."""
+    assert reward.host is not None
+    found, rule = (
+        reward.host(images.copy(), list(prompts)),
+        f"it must return {len(images)} finite numbers, a picture each",
+    )
+    try:
+        scores = np.asarray(found, np.float32)
+    except (TypeError, ValueError) as e:
+        raise RewardError(f"reward {reward.name} returned {type(found).__name__}: {rule}") from e
+    if scores.shape != (len(images),):
+        raise RewardError(
+            f"reward {reward.name} returned shape {list(scores.shape)} for {len(images)} pictures: {rule}"
+        )
+    if not np.isfinite(scores).all():
+        first = int(np.argmin(np.isfinite(scores)))
+        raise RewardError(
+            f"reward {reward.name} returned {scores[first]} for a picture of {prompts[first]!r:.60}: {rule}"
+        )
+    return scores

@@ -1,0 +1,187 @@
+"""Rewards of the user's own: the README's two, on the devices and on the host; and what can be wrong with one."""
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from solrl_jax import assemble, config, evaluate, iteration, rewards, sizes, train
+from solrl_jax.rewards import own
+from tests.test_train import TOY, compiled, load, metrics_of  # noqa: F401 - `compiled` is used by its name
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+DEVICE, HOST = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder, with the README's my_reward.py and my_rules.py; imports are forgotten after a test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    (tmp_path / "my_reward.py").write_text(DEVICE)
+    (tmp_path / "my_rules.py").write_text(HOST)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in {file.stem for file in tmp_path.iterdir()}:
+            del sys.modules[name]
+
+
+@pytest.fixture
+def toy(folder, monkeypatch):
+    """A run of the toy model in the current folder."""
+    monkeypatch.setattr(assemble, "model_module", lambda cfg: types.SimpleNamespace(make=lambda c: TOY, load=load))
+    (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(7)))
+    return config.Config(
+        name="toy",
+        model=config.Model(name="toy"),
+        prompt_files="prompts.txt",
+        reward="my_reward.brightness",
+        prompts=4,
+        candidates=4,
+        kept=2,
+        explore=config.Stage(steps=2, solver="euler", precision="bf16", chunk=4),
+        regenerate=config.Stage(steps=4, chunk=2),
+        lora=config.Lora(rank=2, alpha=4.0),
+        learn=config.Learn(micro_batch=2, learning_rate=0.03),
+        evaluate=config.Evaluate(every=2, prompts=3, images=2, grid=2, steps=3, chunk=4),
+        iterations=2,
+    )
+
+
+def test_the_readmes_examples_are_short():
+    assert len(DEVICE.strip().splitlines()) <= 15 and len(HOST.strip().splitlines()) <= 15
+
+
+def test_the_readmes_reward_on_the_devices_and_on_the_host(toy, tmp_path):
+    mix = config.override(toy, reward="my_reward.brightness:1,my_rules.contrast:0.5")
+    assert train.train(mix, tmp_path / "run", devices=2) == 0
+    last = metrics_of(tmp_path / "run")[2]
+    for name in ("explore/reward_{}", "reward/{}", "eval_reward_{}"):
+        assert np.isfinite([last[name.format("my_reward.brightness")], last[name.format("my_rules.contrast")]]).all()
+    parts = last["reward/my_reward.brightness"], last["reward/my_rules.contrast"]
+    np.testing.assert_allclose(last["reward/mean"], parts[0] + 0.5 * parts[1], rtol=1e-5)
+
+
+def test_a_host_reward_is_the_same_as_on_the_devices(toy, folder):
+    """Each picture with its own prompt, over two devices, in blocks; selection and training follow."""
+    (folder / "same.py").write_text(
+        "import numpy as np\nfrom solrl_jax.structs import Reward\n"
+        "def letters(prompts):\n    return np.array([ord(p[-1]) for p in prompts], np.float32)\n"
+        "def score(params, images, tokens):\n"
+        "    return images.mean((1, 2, 3)) + 0.01 * tokens.repeat(len(images) // len(tokens))\n"
+        "def device(path, dtype):\n    return Reward('x', letters, score), {}\n"
+    )
+    (folder / "host.py").write_text(
+        "HOST = True\nfrom same import letters\n"
+        "def score(images, prompts):\n    return images.mean((1, 2, 3)) / 255 + 0.01 * letters(prompts)\n"
+        "def device(images, prompts):\n    return score(images, prompts)\n"
+    )
+    found = []
+    for name in ("same.device", "host.device"):
+        train.train(config.override(toy, reward=name, iterations=1), folder / name, devices=2)
+        found.append({k.replace(name, "x"): v for k, v in metrics_of(folder / name)[1].items()})
+    assert found[0].keys() == found[1].keys()
+    for key in ("reward/mean", "reward/range", "explore/reward_mean", "eval_reward_x"):
+        np.testing.assert_allclose(found[0][key], found[1][key], atol=0.004, err_msg=key)  # bytes are coarser
+
+
+def test_one_jitted_step_refuses_a_host_reward(toy, tmp_path):
+    whole = config.override(toy, reward="my_rules.contrast", staged=False)
+    with pytest.raises(config.ConfigError, match=r"staged=false, but reward my_rules\.contrast runs on the host"):
+        train.train(whole, tmp_path / "run", devices=1)
+    parts = assemble.assemble(config.override(whole, staged=True), 1)
+    statics = {"model": TOY, "score": parts.score, "optimizer": parts.optimizer, "cfg": parts.cfg}
+    with jax.set_mesh(parts.mesh), pytest.raises(config.ConfigError, match="set staged=true"):
+        prompts = assemble.encode(parts, ["a"] * 4, parts.score)
+        iteration.iteration_step(assemble.fresh(parts), parts.frozen, prompts, **statics)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("[1.0]", r"returned shape \[1\] for 4 pictures: it must return 4 finite numbers"),
+        ("images.mean((1, 2))", r"returned shape \[4, 3\] for 4 pictures"),
+        ("[float('nan')] * len(images)", r"returned nan for a picture of 'prompt \d'"),
+        ("'good'", "returned str: it must return 4 finite numbers"),
+        ("None", r"returned"),
+    ],
+)
+def test_what_a_host_function_must_return(toy, folder, result, message):
+    (folder / "wrong.py").write_text(f"HOST = True\ndef score(images, prompts):\n    return {result}\n")
+    (folder / "wrong").mkdir()  # no package: the file is taken
+    (folder / "pack").mkdir()
+    (folder / "pack" / "wrong.py").write_text((folder / "wrong.py").read_text())
+    bad = config.override(toy, reward="pack.wrong", **{"evaluate.every": 0})
+    with pytest.raises(train.TrainError, match=f"reward pack.wrong {message}.*Checkpoints"):
+        train.train(bad, folder / "run", devices=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("nowhere.at", None, "there is no module nowhere.at and no module nowhere in "),
+        ("my_reward.dark", None, "my_reward.py defines no function dark: it needs a function make"),
+        ("my reward.x", None, "is no dotted name"),
+        (".brightness", None, "is no dotted name"),
+        (
+            "bad.x",
+            "import no_such_thing\n",
+            r"ModuleNotFoundError: No module named 'no_such_thing' \(.*bad.py, line 1\)",
+        ),
+        ("bad.x", "\n1 / 0\n", r"ZeroDivisionError: division by zero \(.*bad.py, line 2\)"),
+        ("bad.x", "def x(:\n", r"SyntaxError: .*bad.py, line 1\)"),
+        ("pack.bad", "make = 3\n", "bad.py defines no function make"),
+        ("pack.bad", "HOST = True\n", "bad.py defines no function score"),
+        ("pack.bad", "import no_such_thing\n", r"No module named 'no_such_thing' \(.*bad.py, line 1\)"),
+        ("bad.x", "def x(path, dtype):\n    return 3\n", "its function gives int: return"),
+        ("bad.x", "def x(path, dtype):\n    raise OSError('gone')\n", r"OSError: gone \(.*bad.py, line 2\)"),
+    ],
+)
+def test_what_is_wrong_with_a_name_or_its_file(toy, folder, name, text, message):
+    (folder / "pack").mkdir()
+    if text is not None:
+        (folder / ("pack/bad.py" if name == "pack.bad" else "bad.py")).write_text(text)
+    with pytest.raises(config.ConfigError, match=message) as found:
+        train.train(config.override(toy, reward=name), folder / "run", devices=1)
+    assert len(str(found.value).splitlines()) == 1 and not (folder / "run").exists()
+
+
+def test_a_device_reward_of_a_wrong_shape_is_not_broadcast(folder):
+    (folder / "flat.py").write_text(DEVICE.replace("(1, 2, 3)", "(1, 2)"))
+    mix, params = rewards.load_rewards("flat.brightness", {})
+    with pytest.raises(own.RewardError, match=r"flat.brightness gives \[2, 3\] for 2 pictures: give \[2\]"):
+        images = jax.numpy.zeros((2, 4, 4, 3))
+        rewards.score_images(mix, params, images, rewards.tokenize(mix, ["a", "b"]))
+
+
+def test_prompts_travel_as_bytes():
+    texts = ["", "a cat", "чёрный кот", "\N{CAT FACE}"]
+    assert own.from_bytes(own.to_bytes(texts)) == texts
+    with pytest.raises(ValueError, match="5000 bytes, of 4096"):
+        own.to_bytes(["x" * 5000])
+
+
+def test_the_plan_counts_them_and_paths_reach_them(folder):
+    found = rewards.module("my_reward.brightness").shapes(None, "float32")
+    assert found[1]["scale"].shape == () and found[2].shape == (1,) and sizes.own is own
+    assert rewards.parse_paths(["my_reward.brightness=x"]) == {"my_reward.brightness": "x"}
+    one, two = (rewards.load_rewards("my_reward.brightness", {})[0] for _ in range(2))
+    assert one == two and hash(one) == hash(two)  # no new program
+    with pytest.raises(config.ConfigError, match="runs on the host and reads no path"):
+        rewards.load_rewards("my_rules.contrast", {"my_rules.contrast": "x"})
+
+
+def test_they_score_pictures_on_disk(folder):
+    from solrl_jax import score
+
+    mix, params = rewards.load_rewards("my_reward.brightness,my_rules.contrast", {})
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    found = score.score_arrays(mix, params, images, ["a", "b", "c"])
+    np.testing.assert_allclose(found["my_reward.brightness"], images.mean((1, 2, 3)) / 255, rtol=1e-5)
+    np.testing.assert_allclose(found["my_rules.contrast"], images.std((1, 2, 3)) / 255, rtol=1e-5)
+    assert evaluate.eight_bit(np.ones((1, 1, 1, 3), np.float32)).max() == 255
