@@ -125,10 +125,9 @@ def check_rewards(cfg: Config) -> tuple[str, ...]:
 def read_rewards(cfg: Config) -> tuple[Score, Score, dict[str, Params]]:
     """What is trained on, that and the held-out rewards, and all towers. A reward in both counts as trained on."""
     paths = rewards.parse_paths(cfg.reward_paths)
-    trained, others = rewards.parse(cfg.reward), rewards.parse(cfg.evaluate.rewards)
     score, towers = rewards.load_rewards(cfg.reward, paths, cfg.reward_dtype)
-    held_out = ",".join(name for name in others if name not in trained)
-    held_out, more = rewards.load_rewards(held_out, paths, cfg.reward_dtype)
+    names = ",".join(rewards.held_out(cfg.reward, cfg.evaluate.rewards))
+    held_out, more = rewards.load_rewards(names, paths, cfg.reward_dtype)
     return score, Score(score.rewards + held_out.rewards, score.weights + held_out.weights), {**towers, **more}
 
 

@@ -5,7 +5,7 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from solrl_jax import checkpoint, config, log
+from solrl_jax import checkpoint, config, log, rewards
 
 Points = Sequence[tuple[int, float]]
 
@@ -24,6 +24,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto; padding: 1rem; color: #1f2328 }
 svg, img { width: 100%; height: auto } figure { margin: 1.5rem 0 } figcaption { font-weight: 600 }
 img { max-width: 40rem; display: block } svg text { font-size: 11px }
+p { border-left: .3rem solid #d1242f; padding-left: .6rem }
 table { border-collapse: collapse; font-size: .85rem }
 td { border-top: 1px solid #d0d7de; padding: .15rem .6rem .15rem 0; overflow-wrap: anywhere }
 """
@@ -92,7 +93,8 @@ def write(run: Path) -> Path:
     lines = log.read(run / "metrics.jsonl")
     cfg = checkpoint.load_config(run)
     title = f"{cfg.name or run.name}: {max((line['iteration'] for line in lines), default=0)} iterations"
-    parts = [f"<h1>{html.escape(title)}</h1>", summary(lines)]
+    said = log.exploited(lines, rewards.held_out(cfg.reward, cfg.evaluate.rewards))
+    parts = [f"<h1>{html.escape(title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in said), summary(lines)]
     for file in reversed(grids(run)):
         picture = base64.b64encode(file.read_bytes()).decode()
         parts.append(

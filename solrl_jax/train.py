@@ -19,10 +19,10 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, model_card, plan, report, sharding
+from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, model_card, plan, report, rewards, sharding
 from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Lora, to_json
-from solrl_jax.log import Log, open_log
+from solrl_jax.log import Log, exploited, open_log, read
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.rewards.own import RewardError
 from solrl_jax.structs import Model, Params, Prompts, TrainState
@@ -97,6 +97,8 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                     metrics |= evaluated(parts, state, run, out, base)
                 began, metrics["time/iteration"] = time.perf_counter(), time.perf_counter() - began
                 out.write(done, metrics)
+                if "eval_reward_avg" in metrics:
+                    warn(cfg, run, out)
                 if cfg.save_every and done % cfg.save_every == 0:
                     saver.save(state)
         finally:
@@ -240,6 +242,12 @@ def evaluated(
     prompts = evaluate.fixed_prompts(parts)[: len(images)]
     evaluate.write_grid(run / "grids" / f"{number:06d}.png", prompts, columns | {f"iteration {number}": images})
     return metrics | times
+
+
+def warn(cfg: Config, run: Path, out: Log) -> None:
+    """Say which held-out rewards have fallen since the first evaluation, of this process or the one before it."""
+    for line in exploited(read(run / "metrics.jsonl"), rewards.held_out(cfg.reward, cfg.evaluate.rewards)):
+        out.say(line)
 
 
 # --- ends -----------------------------------------------------------------------------------------------------------

@@ -89,6 +89,38 @@ def test_duration(seconds, text):
     assert log.duration(seconds) == text
 
 
+def lines(trained, held_out, name="eval_reward_shapes"):
+    rows = zip(trained, held_out, strict=True)
+    return [{"iteration": 20 * i, "eval_reward_avg": a, name: b} for i, (a, b) in enumerate(rows)]
+
+
+def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_told():
+    (said,) = log.exploited([*lines([0.1, 0.9, 0.3], [0.5, 0.9, 0.25]), {"iteration": 41}], {"shapes": 1.0})
+    assert said.startswith("warning: from iteration 0 to 40 the trained reward rose by 0.2 (0.1 to 0.3) while shapes, ")
+    assert "held out, fell by 0.25 (0.5 to 0.25)" in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out", "weight"),
+    [
+        ([0.1, 0.3], [0.5, 0.6], 1.0),  # both rise
+        ([0.3, 0.1], [0.5, 0.2], 1.0),  # both fall
+        ([0.1, 0.3], [0.5, 0.5], 1.0),
+        ([0.1, 0.3], [0.5, 0.2], -1.0),  # the lower the better
+        ([0.1, 0.3], [0.5, None], 1.0),  # not finite
+        ([0.1], [0.5], 1.0),
+        ([], [], 1.0),
+    ],
+)
+def test_nothing_is_told_where_nothing_is_wrong(trained, held_out, weight):
+    assert log.exploited(lines(trained, held_out), {"shapes": weight}) == []
+
+
+def test_a_held_out_reward_of_negative_weight_is_better_the_lower_it_is():
+    (said,) = log.exploited(lines([0.1, 0.3], [0.5, 0.7]), {"shapes": -0.5})
+    assert "shapes, held out, rose by 0.2 (0.5 to 0.7)" in said
+
+
 def test_curves_show_names_ranges_and_lone_points():
     svg = report.curve({"a<b": [(1, 0.5), (2, 1.5)], "lone": [(3, 1.0)]})
     assert "a&lt;b 1.5" in svg and svg.count("<polyline") == 2 and svg.count("<circle") == 3

@@ -174,4 +174,5 @@ def test_mixtures_are_weighted_sums_with_their_parts():
     assert score.names == ("one", "two") and hash(score) == hash(rewards.Score((one, two), (1.0, 0.5)))
     empty, none = rewards.score_images(rewards.Score((), ()), {}, images, {})
     assert none == {} and empty.shape == (4,)
+    assert rewards.parse("pickscore:1,hpsv2:0.5") == {"pickscore": 1.0, "hpsv2": 0.5}
     assert rewards.parse("shapes") == {"shapes": 1.0} and "shapes" in rewards.available()

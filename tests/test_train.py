@@ -67,6 +67,10 @@ def broken(params, images, tokens):
     return jnp.log(-images.mean((1, 2, 3)))
 
 
+def plain(params, images, tokens):
+    return jnp.full(images.shape[0], 0.25)
+
+
 def dark(params, images, tokens):
     return 1 - images.min((1, 2, 3))
 
@@ -87,8 +91,8 @@ def compiled(tmp_path_factory):
 def toy(monkeypatch, tmp_path):
     """The toy config; runs go to tmp_path."""
     monkeypatch.setattr(assemble, "model_module", lambda cfg: types.SimpleNamespace(make=lambda c: TOY, load=load))
-    monkeypatch.setattr(rewards, "available", lambda: ["bright", "dark", "broken"])
-    for score in (bright, dark, broken):
+    monkeypatch.setattr(rewards, "available", lambda: ["bright", "dark", "broken", "plain"])
+    for score in (bright, dark, broken, plain):
         monkeypatch.setitem(sys.modules, f"solrl_jax.rewards.{score.__name__}", reward_module(score.__name__, score))
     (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(7)))
     return config.Config(
@@ -288,6 +292,44 @@ def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
     assert train.export(toy, tmp_path / "again", place=None, lora_file=run, devices=1) == 0  # from a LoRA file
     again = load_file(tmp_path / "again" / "pytorch_lora_weights.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again, mine)
+
+
+def test_a_mix_is_trained_on_with_its_parts_and_others_are_only_watched(toy, tmp_path):
+    run = tmp_path / "run"
+    mix = config.override(toy, reward="bright:1,dark:0.5", iterations=1, **{"evaluate.rewards": "dark,plain"})
+    train.train(mix, run, devices=1)
+    found = metrics_of(run)[1]
+    for mean, part in (("reward/mean", "reward/{}"), ("explore/reward_mean", "explore/reward_{}"),
+                       ("eval_reward_avg", "eval_reward_{}")):  # fmt: skip
+        assert found[mean] == pytest.approx(found[part.format("bright")] + 0.5 * found[part.format("dark")], rel=1e-5)
+    assert found["eval_reward_plain"] == pytest.approx(0.25)
+    assert not {"reward/plain", "explore/reward_plain"} & found.keys()
+    assert rewards.held_out(mix.reward, mix.evaluate.rewards) == {"plain": 1.0}
+
+
+@pytest.mark.parametrize(("step", "told"), [(-0.25, True), (0.0, False)])
+def test_a_held_out_reward_that_falls_is_told_in_the_log_and_in_the_report(
+    toy, tmp_path, monkeypatch, capsys, step, told
+):
+    """The second evaluation is of a resumed run: the first is known from the file. The numbers are made up."""
+    run, real, count = tmp_path / "run", evaluate.evaluate, iter(range(9))
+
+    def made_up(parts, adapter):
+        metrics, images = real(parts, adapter)
+        i = next(count)
+        return {**metrics, "eval_reward_avg": 0.5 + i / 8, "eval_reward_dark": 1 + step * i}, images
+
+    monkeypatch.setattr(evaluate, "evaluate", made_up)
+    train.train(config.override(toy, iterations=1), run, devices=1)
+    train.train(config.override(toy, iterations=2), run, resume=True, devices=1)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    page = (run / "report.html").read_text()
+    if told:
+        assert [line.split(" the trained")[0] for line in said] == [f"warning: from iteration 0 to {i}" for i in (1, 2)]
+        assert "rose by 0.25 (0.5 to 0.75) while dark, held out, fell by 0.5 (1 to 0.5): " in said[1]
+        assert said[1] in page and said[0] not in page
+    else:
+        assert said == [] and "warning: " not in page
 
 
 def test_report_is_one_readable_file(toy, tmp_path):

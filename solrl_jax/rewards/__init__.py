@@ -63,6 +63,12 @@ def parse(mixture: str) -> dict[str, float]:
     return weights
 
 
+def held_out(trained: str, others: str) -> dict[str, float]:
+    """The rewards of the mixture `others` that `trained` has not: a reward in both counts as trained on."""
+    mine = parse(trained)
+    return {name: weight for name, weight in parse(others).items() if name not in mine}
+
+
 def module(name: str, mixture: str = "") -> Any:
     """What defines a reward's `make`: a file of this folder or, for a name with a dot, own.Own. Raises ConfigError."""
     if own.is_own(name):
