@@ -34,7 +34,7 @@ def draw(
     score: Score,
     stage: Stage,
 ) -> tuple[Float[Array, "P n H W 3"], dict[str, Float[Array, "P n"]]]:
-    """Images in [0, 1] of P prompts, one per key, and each reward's score of them."""
+    """Images in [0, 1] of P prompts, one per key, and their scores by the rewards that run on the devices."""
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
         images = model.decode(frozen.vae, iteration.integrate(variables, prompts.cond, keys, model=model, stage=stage))

@@ -96,7 +96,9 @@ def read(file: Path) -> UInt8[np.ndarray, "H W 3"]:
     except PictureError:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow raises at broken files
-        raise PictureError(f"{file} cannot be read as a picture ({str(e).splitlines()[0]}): save it anew") from e
+        raise PictureError(
+            f"{file} cannot be read as a picture ({(str(e) or type(e).__name__).splitlines()[0]}): save it anew"
+        ) from e
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
