@@ -86,7 +86,8 @@ def test_rewards_are_checked_by_name_and_weight(command, monkeypatch):
 
 
 def test_dotted_overrides_in_both_spellings(command):
-    parsed = main.parse(["x", "--config=small", "--config.explore.steps=4", "--config.seed", "7", "-config.kept=8"])
+    with flagsaver.flagsaver():  # what is parsed here must not be what later tests were given
+        parsed = main.parse(["x", "--config=small", "--config.explore.steps=4", "--config.seed", "7", "-config.kept=8"])
     assert parsed == ["x", "config.explore.steps=4", "config.seed=7", "config.kept=8"]
 
 

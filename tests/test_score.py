@@ -23,7 +23,7 @@ def command(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def run(*words):
-        with flagsaver.flagsaver():
+        with flagsaver.flagsaver(config=None):
             code = main.main(main.parse(["solrl_jax", "--mode=score", "--run_dir=out", *words]))
         return code, *capsys.readouterr()
 
