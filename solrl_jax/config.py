@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from solrl_jax import sampler
+
 FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft")
 ALIASES = {"compile": "naive_scaling"}
 """Families of the original that are another one here, where everything is compiled."""
@@ -59,16 +61,54 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One ODE rollout: how many steps, by which solver, in which precision, how many images at a time."""
+    """One rollout: how many steps, by which solver, in which precision, how many images at a time.
+
+    `eta` is the solver's noise (sampler.table), 0 for the ODE. A `window` of W steps, begun by chance for each sample
+    within the first `window_within`, keeps the noise to those (Flow-GRPO-Fast); 0: every step has it.
+    """
 
     steps: int = 10
-    solver: Literal["euler", "dpm1", "dpm2"] = "dpm2"
+    solver: Literal["euler", "dpm1", "dpm2", "ddim", "sde", "dance", "cps", "sa_solver"] = "dpm2"
     precision: Precision = "bf16"
     chunk: int = 24
+    eta: float = 0.0
+    window: int = 0
+    window_within: int = 0
+    shift: float = 0.0  # of sigmas in equal steps (sampler.shifted); 0: the model's own sigmas
+    shared_noise: bool = False  # a prompt's samples all begin with the same noise
 
     def __post_init__(self):
         _require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
         _require(self.chunk >= 1, f"chunk={self.chunk}: give 1 or more images at a time")
+        most = sampler.largest_eta(self.solver)
+        _require(
+            0 <= self.eta <= most and self.eta < math.inf,
+            f"eta={self.eta}: {self.solver} takes " + (f"0 to {most:g}" if most else "0 only, it solves the ODE"),
+        )
+        _require(0 <= self.shift < math.inf, f"shift={self.shift}: 0 (the model's sigmas) or a positive number")
+        _require(
+            not self.shared_noise or self.stochastic,
+            f"shared_noise=true with solver={self.solver}, eta={self.eta}: all samples of a prompt would be the same",
+        )
+        if self.window or self.window_within:
+            _require(
+                self.stochastic and self.solver in sampler.MARKOV,
+                f"window={self.window}: only {', '.join(sampler.MARKOV)} with eta > 0 have noise for a window",
+            )
+            _require(
+                1 <= self.window <= self.window_within <= self.steps,
+                f"window={self.window}, window_within={self.window_within} of steps={self.steps}: a window has 1 or "
+                "more steps, and lies within the first window_within of them",
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    @property
+    def trainable(self) -> int:
+        """Consecutive steps that have a log-probability: the window's, or all but the last (algorithms.md 3, 5)."""
+        return (self.window or self.steps - 1) if self.stochastic and self.solver in sampler.MARKOV else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +126,26 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Learn:
-    """The policy update (algorithms.md section 2 and 6). `micro_batch` counts (sample, time) points a forward pass."""
+    """The policy update (algorithms.md sections 2 to 6). `micro_batch` counts (sample, time) points a forward pass."""
 
-    algorithm: Literal["nft"] = "nft"
+    algorithm: Literal["nft", "awm", "flow_grpo", "dance_grpo"] = "nft"
     timestep_fraction: float = 0.6
+    first_time: int = 0  # AWM: number of the first rollout time that is trained
     updates: int = 1  # optimiser steps per pass over the kept samples
     epochs: int = 1  # passes over the kept samples, each with fresh times and noise
     micro_batch: int = 12
     learning_rate: float = 3e-4
     kl_weight: float = 1e-4
-    strength: float = 1.0
+    lag_weight: float = 1.0  # AWM: of the distance to the old policy
+    clip_range: float = 1e-4  # AWM, GRPO: a sample whose ratio of probabilities left 1 -+ this is not pulled further
+    strength: float = 1.0  # NFT: beta of v+ and v-
+    advantage_spread: Literal["all", "prompt", "prompt_unbiased"] = "all"  # what rewards are divided by the std of
     advantage_clip: float = 5.0
     advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
     clip_norm: float = 1.0
     weight_decay: float = 1e-4
-    old_ramp: float = 1e-3  # old <- c old + (1 - c) current, c = min(old_ramp * updates, old_max)
+    old_wait: float = 0.0  # old <- c old + (1 - c) current, c = min(old_ramp * (updates - old_wait), old_max)
+    old_ramp: float = 1e-3
     old_max: float = 0.5
     ema_max: float = 0.9
 
@@ -110,11 +155,14 @@ class Learn:
         )
         for name in ("updates", "epochs", "micro_batch"):
             _require(getattr(self, name) >= 1, f"learn.{name}={getattr(self, name)}: give 1 or more")
-        for name in ("learning_rate", "kl_weight", "weight_decay", "old_ramp", "old_max", "ema_max"):
+        numbers = ("learning_rate", "kl_weight", "lag_weight", "weight_decay", "old_wait", "old_ramp", "old_max")
+        for name in (*numbers, "ema_max"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"learn.{name}={value}: give a finite number, 0 or more")
         _require(0 < self.clip_norm < math.inf, f"learn.clip_norm={self.clip_norm}: give a positive number")
         _require(self.ema_max < 1, f"learn.ema_max={self.ema_max}: 0 (no average) up to below 1")
+        _require(self.clip_range > 0, f"learn.clip_range={self.clip_range}: a positive number, such as 1e-4")
+        _require(self.first_time >= 0, f"learn.first_time={self.first_time}: 0 or more")
         _require(self.strength > 0, f"learn.strength={self.strength}: a positive number (1.0 or 0.1 in the paper)")
         _require(self.advantage_clip > 0, f"learn.advantage_clip={self.advantage_clip}: a positive number")
         _require(0 <= self.old_max < 1, f"learn.old_max={self.old_max}: 0 (old = current) up to below 1")
@@ -191,10 +239,9 @@ class Config:
             len(self._low()) < 2,
             f"the rollouts run in {' and in '.join(self._low())}: kernels are quantised once, name one low precision",
         )
+        self._check_algorithm()
         u, t, m = self.learn.updates, self.times, self.learn.micro_batch
         _require(k % u == 0, f"learn.updates={u} does not divide kept={k}: use one of {_divisors(k)}")
-        fraction, steps = self.learn.timestep_fraction, self.regenerate.steps
-        _require(t >= 1, f"learn.timestep_fraction={fraction}: no time of {steps} steps is trained, raise it")
         _require(
             m % t == 0 or t % m == 0,
             f"learn.micro_batch={m} is neither a multiple nor a divisor of the {t} trained times a sample has: use {t}",
@@ -210,10 +257,51 @@ class Config:
         _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
         _require(self.keep >= 1, f"keep={self.keep}: keep at least one checkpoint")
 
+    def _check_algorithm(self) -> None:
+        """Whether what the algorithm learns from is what the rollout leaves."""
+        name, stage, t = self.learn.algorithm, self.regenerate, self.times
+        _require(
+            self.explore is None or not (self.explore.stochastic or stage.stochastic),
+            f"explore.eta={self.explore and self.explore.eta}, regenerate.eta={stage.eta}: the kept seeds would be "
+            "drawn anew with other noise in every step, so the preview would say nothing of them: set eta=0, or take "
+            "a family of one stage",
+        )
+        fraction, steps = self.learn.timestep_fraction, stage.steps
+        _require(t >= 1, f"learn.timestep_fraction={fraction}: no time of {steps} steps is trained, raise it")
+        if name == "awm":
+            last, first = int(0.9 * steps), self.learn.first_time
+            _require(
+                t <= last - first,
+                f"learn.algorithm=awm trains {t} times of {steps}, one of each stratum of those from number {first} "
+                f"to {last - 1}: use learn.timestep_fraction={max(0, last - first) / steps:g} or less, or more steps",
+            )
+        if self.of_steps:
+            _require(
+                stage.trainable > 0,
+                f"learn.algorithm={name} needs the probability of a step, which solver={stage.solver} with "
+                f"eta={stage.eta} has not: use {', '.join(sampler.MARKOV)} with eta > 0",
+            )
+            _require(
+                t <= stage.trainable,
+                f"learn.timestep_fraction={fraction} is {t} of {steps} steps, but only {stage.trainable} have a "
+                f"probability that is trained on: use {stage.trainable / steps:g} or less",
+            )
+            _require(
+                stage.precision == "bf16",
+                f"regenerate.precision={stage.precision}: learn.algorithm={name} takes the ratio of the trained policy "
+                "to the one that drew the samples, which would be another network: use bf16",
+            )
+
+    @property
+    def of_steps(self) -> bool:
+        """Whether the algorithm learns from the rollout's own steps, not from its pictures noised anew."""
+        return self.learn.algorithm in ("flow_grpo", "dance_grpo")
+
     @property
     def times(self) -> int:
-        """Trained times a sample has: T = int(fraction * steps)."""
-        return int(self.learn.timestep_fraction * self.regenerate.steps + 1e-9)
+        """Trained times a sample has: T = int(fraction * steps), or the window's steps."""
+        whole = int(self.learn.timestep_fraction * self.regenerate.steps + 1e-9)
+        return min(whole, self.regenerate.window) if self.of_steps and self.regenerate.window else whole
 
     @property
     def low_precision(self) -> str | None:

@@ -10,8 +10,9 @@ from solrl_jax.config import Learn
 from solrl_jax.structs import Hyper, Points, Velocities
 
 
-def hyper(strength=1.0, kl_weight=1e-4):
-    return Hyper(*(jnp.float32(x) for x in (3e-4, kl_weight, strength, 1e-3, 0.5)))
+def hyper(**changes):
+    values = {name: getattr(Learn(), name) for name in Hyper._fields} | changes
+    return Hyper(**{name: jnp.float32(x) for name, x in values.items()})
 
 
 def problem(batch=3, shape=(4, 4, 2)):
@@ -39,8 +40,12 @@ def test_equal_rewards_give_no_advantage():
 
 
 def test_decays_golden():
-    ramp, top = jnp.float32(0.001), jnp.float32(0.5)
-    assert [float(algos.old_decay(jnp.int32(k), ramp, top)) for k in (0, 100, 900)] == [0.0, pytest.approx(0.1), 0.5]
+    def decay(k, *how):
+        return float(algos.old_decay(jnp.int32(k), *map(jnp.float32, how)))
+
+    assert [decay(k, 0, 0.001, 0.5) for k in (0, 100, 900)] == [0.0, pytest.approx(0.1), 0.5]
+    late = [decay(k, 75, 0.0075, 0.999) for k in (74, 75, 115, 209)]
+    assert late == [0.0, 0.0, pytest.approx(0.3), pytest.approx(0.999)]
     ema = [float(algos.ema_decay(jnp.int32(k), m)) for k, m in ((1, 0.9), (80, 0.9), (890, 0.99))]
     assert ema == [pytest.approx(2 / 11), pytest.approx(0.9), pytest.approx(0.99)]
 
@@ -49,7 +54,7 @@ def test_decays_golden():
 def test_nft_gradient_identity(strength):
     """At v = v_old the gradient is A_clip dL/dv with dL/dv = -2 t (x0hat - x0) / (w D), whatever the strength."""
     points, old, ref, advantage = problem()
-    h = hyper(strength, kl_weight=0.0)
+    h = hyper(strength=strength, kl_weight=0.0)
     grad = jax.grad(lambda v: jnp.sum(loss(v, points, old, ref, advantage, h)[0]))(old)
     t = points.t[:, None, None, None]
     error = points.x_t - t * old - points.x0
@@ -62,7 +67,7 @@ def test_nft_gradient_identity(strength):
 def test_nft_value_at_the_old_policy(strength):
     """Loss 5 / strength * L, no KL where current = reference."""
     points, old, _, advantage = problem()
-    value, metrics = loss(old, points, old, old, advantage, hyper(strength))
+    value, metrics = loss(old, points, old, old, advantage, hyper(strength=strength))
     error = points.x_t - points.t[:, None, None, None] * old - points.x0
     matching = jnp.mean(error**2, axis=(1, 2, 3)) / jnp.mean(jnp.abs(error), axis=(1, 2, 3))
     np.testing.assert_allclose(value, 5 / strength * matching, rtol=1e-5)
@@ -74,7 +79,7 @@ def test_nft_against_numpy():
     """The whole formula in f64 away from the old policy."""
     points, old, ref, advantage = problem()
     v = old + 0.1 * ref
-    beta, h = 0.1, hyper(0.1)
+    beta, h = 0.1, hyper(strength=0.1)
     p, n = (np.asarray(x, np.float64) for x in (beta * v + (1 - beta) * old, (1 + beta) * old - beta * v))
     x_t, x0, t = (np.asarray(x, np.float64) for x in (points.x_t, points.x0, points.t[:, None, None, None]))
 
@@ -103,11 +108,12 @@ def test_advantage_modes():
 
 def test_points_are_distinct_rollout_times():
     sigmas = jnp.linspace(1, 0.1, 10)
-    points = algos.nft_points(jax.random.key(3), jnp.ones((4, 4, 2)), sigmas, 6)
+    sample, schedule = algos.Sample(jnp.ones((4, 4, 2))), algos.Schedule(sigmas)
+    points = algos.nft_points(jax.random.key(3), sample, schedule, 6, Learn())
     assert len(set(np.asarray(points.t).tolist())) == 6 and set(np.asarray(points.t).tolist()) <= set(
         np.asarray(sigmas).tolist()
     )
     eps = (points.x_t - (1 - points.t[:, None, None, None]) * points.x0) / points.t[:, None, None, None]
     assert abs(float(jnp.std(eps)) - 1) < 0.15 and points.x_t.shape == (6, 4, 4, 2)
-    other = algos.nft_points(jax.random.key(4), jnp.ones((4, 4, 2)), sigmas, 6)
+    other = algos.nft_points(jax.random.key(4), sample, schedule, 6, Learn())
     assert not np.array_equal(points.t, other.t)

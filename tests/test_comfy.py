@@ -332,7 +332,10 @@ def test_diffusers_draws_our_pictures(tmp_path):
     @jax.jit
     def ours(variables):
         return model.decode(
-            decoder, sampler.sample(lambda x, s: model.velocity(variables, x, s, cond), x1, model.sigmas(3), "euler")
+            decoder,
+            sampler.sample(
+                lambda x, s: model.velocity(variables, x, s, cond), x1, sampler.table(model.sigmas(3), "euler")
+            ),
         )
 
     def theirs():

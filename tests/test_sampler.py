@@ -43,15 +43,17 @@ def reference(x, sigmas, second_order):
 
 @pytest.mark.parametrize(("solver", "second"), [("euler", False), ("dpm1", False), ("dpm2", True)])
 def test_solvers_equal_their_formulas(solver, second):
-    x = jax.jit(lambda x: sampler.sample(toy, x, FLUX_10, solver))(noise())
+    x = jax.jit(lambda x: sampler.sample(toy, x, sampler.table(FLUX_10, solver)))(noise())
     np.testing.assert_allclose(x, reference(noise(), FLUX_10, second), rtol=2e-5, atol=2e-6)
 
 
 def test_dpm2_with_three_steps_is_first_order():
     sigmas = np.array([1, 0.8, 0.4, 0])
-    np.testing.assert_array_equal(sampler.table(sigmas, "dpm2").x0_prev, 0)
+    np.testing.assert_array_equal(sampler.table(sigmas, "dpm2").x0[:, 1], 0)
     np.testing.assert_allclose(
-        sampler.sample(toy, noise(), sigmas, "dpm2"), sampler.sample(toy, noise(), sigmas, "euler"), rtol=1e-6
+        sampler.sample(toy, noise(), sampler.table(sigmas, "dpm2")),
+        sampler.sample(toy, noise(), sampler.table(sigmas, "euler")),
+        rtol=1e-6,
     )
 
 
@@ -59,14 +61,14 @@ def test_straight_paths_are_exact_in_one_step():
     """v = eps - x0 is constant along a straight path: any number of steps lands on x0."""
     x0, eps = noise() * 0.5, jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
     for sigmas in ([1, 0], [1, 0.7, 0.2, 0]):
-        out = sampler.sample(lambda x, s: eps - x0, eps, np.array(sigmas), "dpm2")
+        out = sampler.sample(lambda x, s: eps - x0, eps, sampler.table(np.array(sigmas), "dpm2"))
         np.testing.assert_allclose(out, x0, atol=2e-6)
 
 
 def test_samples_do_not_depend_on_their_batch():
     x = noise()
-    both = sampler.sample(toy, x, FLUX_10, "dpm2")
-    np.testing.assert_allclose(sampler.sample(toy, x[1:], FLUX_10, "dpm2"), both[1:], rtol=1e-6)
+    both = sampler.sample(toy, x, sampler.table(FLUX_10, "dpm2"))
+    np.testing.assert_allclose(sampler.sample(toy, x[1:], sampler.table(FLUX_10, "dpm2")), both[1:], rtol=1e-6)
 
 
 @pytest.mark.parametrize("sigmas", [[1.0], [1, 0.5, 0.6, 0], [1, 0.5], [1.2, 0.5, 0]])
