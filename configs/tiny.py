@@ -11,7 +11,8 @@ hold enough updates to learn. Beside each stands the value of Sol-RL on FLUX.1-d
 
 from pathlib import Path
 
-from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, choose, recipes
+from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
+from solrl_jax.recipes import choose, recipes
 
 WORLD = Path(__file__).resolve().parent.parent / "experiments" / "tiny"
 REWARDS = ("clipscore", "shapes")

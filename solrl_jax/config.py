@@ -11,17 +11,17 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from solrl_jax import sampler
-
-FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft")
-ALIASES = {"compile": "naive_scaling"}
-"""Families of the original that are another one here, where everything is compiled."""
 Precision = Literal["auto", "bf16", "fp8", "nvfp4_native", "nvfp4_emulated"]
 """Of a rollout (solrl_jax.quant); auto is the device's best low one."""
+Solver = Literal["euler", "dpm1", "dpm2", "ddim", "sde", "dance", "cps", "sa_solver"]
+NOISE = {"ddim": 1.0, "sde": math.inf, "dance": math.inf, "cps": 1.0, "sa_solver": math.inf}
+"""The most eta that a solver takes; those that are not here solve the ODE."""
+MARKOV = ("ddim", "sde", "dance", "cps")
+"""Solvers whose steps, with eta > 0, are Gaussians given where they begin: they have a probability."""
 
 
 class ConfigError(ValueError):
@@ -68,7 +68,7 @@ class Stage:
     """
 
     steps: int = 10
-    solver: Literal["euler", "dpm1", "dpm2", "ddim", "sde", "dance", "cps", "sa_solver"] = "dpm2"
+    solver: Solver = "dpm2"
     precision: Precision = "bf16"
     chunk: int = 24
     eta: float = 0.0
@@ -80,7 +80,7 @@ class Stage:
     def __post_init__(self):
         _require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
         _require(self.chunk >= 1, f"chunk={self.chunk}: give 1 or more images at a time")
-        most = sampler.largest_eta(self.solver)
+        most = NOISE.get(self.solver, 0.0)
         _require(
             0 <= self.eta <= most and self.eta < math.inf,
             f"eta={self.eta}: {self.solver} takes " + (f"0 to {most:g}" if most else "0 only, it solves the ODE"),
@@ -92,8 +92,8 @@ class Stage:
         )
         if self.window or self.window_within:
             _require(
-                self.stochastic and self.solver in sampler.MARKOV,
-                f"window={self.window}: only {', '.join(sampler.MARKOV)} with eta > 0 have noise for a window",
+                self.stochastic and self.solver in MARKOV,
+                f"window={self.window}: only {', '.join(MARKOV)} with eta > 0 have noise for a window",
             )
             _require(
                 1 <= self.window <= self.window_within <= self.steps,
@@ -108,7 +108,7 @@ class Stage:
     @property
     def trainable(self) -> int:
         """Consecutive steps that have a log-probability: the window's, or all but the last (algorithms.md 3, 5)."""
-        return (self.window or self.steps - 1) if self.stochastic and self.solver in sampler.MARKOV else 0
+        return (self.window or self.steps - 1) if self.stochastic and self.solver in MARKOV else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +279,7 @@ class Config:
             _require(
                 stage.trainable > 0,
                 f"learn.algorithm={name} needs the probability of a step, which solver={stage.solver} with "
-                f"eta={stage.eta} has not: use {', '.join(sampler.MARKOV)} with eta > 0",
+                f"eta={stage.eta} has not: use {', '.join(MARKOV)} with eta > 0",
             )
             _require(
                 t <= stage.trainable,
@@ -322,78 +322,13 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def family(config: Config, name: str) -> Config:
-    """The rollout of a family: sol_rl, naive_scaling (all N in BF16), naive_quant (low precision throughout) or
-    diffusionnft (K of K, nothing selected). One-stage families have explore = None (algorithms.md section 6)."""
-    if name == "sol_rl":
-        return config
-    low = config.explore.precision if config.explore else "auto"
-    full = dataclasses.replace(
-        config.regenerate, chunk=config.explore.chunk if config.explore else config.regenerate.chunk
-    )
-    if name == "naive_scaling":
-        return dataclasses.replace(config, explore=None, regenerate=full)
-    if name == "naive_quant":
-        return dataclasses.replace(config, explore=None, regenerate=dataclasses.replace(full, precision=low))
-    if name == "diffusionnft":
-        return dataclasses.replace(config, explore=None, candidates=config.kept, selection="all")
-    raise ConfigError(f"unknown family {name!r}: use one of {', '.join(FAMILIES)}")
-
-
-def recipes(rewards: Sequence[str]) -> tuple[str, ...]:
-    """FAMILY_REWARD of every family and reward, aliases last."""
-    return tuple(f"{name}_{reward}" for name in (*FAMILIES, *ALIASES) for reward in rewards)
-
-
-def choose(base: Callable[[str], Config], rewards: Sequence[str], recipe: str) -> Config:
-    """The config of FAMILY_REWARD, of a FAMILY alone or of "": the default is sol_rl, and the first of `rewards`.
-
-    `base(reward)` is sol_rl on that reward. Raises ConfigError for another recipe, with the nearest.
-    """
-    found = next((r for r in rewards if recipe.endswith(f"_{r}")), None)
-    name = recipe.removesuffix(f"_{found}") if found else recipe or FAMILIES[0]
-    reward = found or rewards[0]
-    if name not in (*FAMILIES, *ALIASES):
-        at = base(reward).name
-        near = difflib.get_close_matches(recipe, (*FAMILIES, *ALIASES, *recipes(rewards)), 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"--config={at}:{recipe}: no such recipe; {hint}use FAMILY_REWARD, of {', '.join((*FAMILIES, *ALIASES))} "
-            f"and {', '.join(rewards)} (--config={at}:help lists them)"
-        )
-    return family(base(reward), ALIASES.get(name, name))
-
-
-def help_lines(name: str) -> list[str]:
-    """What `--config=<name>:help` prints: the config file's own words, and every recipe in one line."""
-    module = _module(name)
-    made = {recipe: module.config(recipe) for recipe in module.RECIPES}
-    default, width = module.config(""), max(map(len, made))
-    first = next(recipe for recipe, cfg in made.items() if cfg == default)
-    lines = [*(module.__doc__ or "").strip().splitlines(), "", f"Recipes of --config={name}:RECIPE (default: {first})"]
-    for recipe, cfg in made.items():
-        same = next((f"; the same as {real}" for old, real in ALIASES.items() if recipe.startswith(old)), "")
-        here = (Path(__file__).parent / "rewards" / f"{cfg.reward}.py").is_file()
-        missing = "" if here else f" ({cfg.reward} is not here yet)"
-        lines.append(f"  {recipe:{width}}  {describe(cfg)}{same}{missing}")
-    return [*lines, "A FAMILY alone is trained on the default's reward."]
-
-
-def describe(config: Config) -> str:
-    """The rollout in one line: "explore 96 x 6 steps nvfp4_emulated, regenerate 24 x 10 steps bf16"."""
-    rollouts = [f"{name} {count} x {stage.steps} steps {stage.precision}" for name, stage, count in config.stages()]
-    if config.explore is not None:
-        return ", ".join(rollouts)
-    return f"{rollouts[0].replace('regenerate', 'roll out')}, keep {config.kept}"
-
-
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
     """`tiny` or `tiny:sol_rl_clipscore` -> Config, with {"explore.steps": "4"} overrides applied in order."""
     name, _, recipe = spec.partition(":")
-    return override(_module(name).config(recipe), **(overrides or {}))
+    return override(module(name).config(recipe), **(overrides or {}))
 
 
-def _module(name: str) -> types.ModuleType:
+def module(name: str) -> types.ModuleType:
     """configs/<name>.py."""
     if name not in available():
         raise ConfigError(f"--config={name}: there is no configs/{name}.py; use one of {', '.join(available())}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from solrl_jax import config
+from solrl_jax import config, recipes
 from solrl_jax.config import Config, ConfigError
 
 FLAGS = flags.FLAGS
@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         name, _, recipe = (FLAGS.config or "").partition(":")
         if recipe == "help":
-            print("\n".join(config.help_lines(name)))
+            print("\n".join(recipes.help_lines(name)))
             return 0
         cfg, run, place = _meant(argv[1:])
         return MODES[FLAGS.mode](cfg, run, place)

@@ -8,17 +8,16 @@ and density algorithms ask (`gaussians`, `log_prob`).
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from solrl_jax.config import MARKOV, NOISE, Solver
+
 F32 = jnp.float32
-SOLVERS = ("euler", "dpm1", "dpm2", "ddim", "sde", "dance", "cps", "sa_solver")
-MARKOV = ("ddim", "sde", "dance", "cps")
-"""Solvers whose steps, with eta > 0, are Gaussians given x."""
 
 
 class Table(NamedTuple):
@@ -51,10 +50,10 @@ def table(sigmas: np.ndarray, solver: str, eta: float = 0.0) -> Table:
     sigmas = np.asarray(sigmas, np.float64)
     if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[0] > 1 or sigmas[-1] != 0 or np.any(np.diff(sigmas) >= 0):
         raise ValueError(f"sigmas {sigmas} must fall strictly from at most 1 to 0 in one step or more")
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}: use one of {', '.join(SOLVERS)}")
-    if not 0 <= eta <= largest_eta(solver):
-        raise ValueError(f"eta={eta}: the noise of {solver} is 0 to {largest_eta(solver)}")
+    if solver not in get_args(Solver):
+        raise ValueError(f"unknown solver {solver!r}: use one of {', '.join(get_args(Solver))}")
+    if not 0 <= eta <= NOISE.get(solver, 0.0):
+        raise ValueError(f"eta={eta}: the noise of {solver} is 0 to {NOISE.get(solver, 0.0):g}")
     if solver == "sa_solver":
         return _sa_solver(sigmas, eta)
     s, t = sigmas[:-1], sigmas[1:]
@@ -76,11 +75,6 @@ def table(sigmas: np.ndarray, solver: str, eta: float = 0.0) -> Table:
         ehat = t * np.sqrt(1 - share**2)  # x' = (1 - t) x0hat + ehat (x - (1 - s) x0hat) / s + t share z
         return Table(s, ehat / s, ((1 - t) - ehat * (1 - s) / s)[:, None], t * share)
     return Table(s, t / s, (1 - t / s)[:, None], none)
-
-
-def largest_eta(solver: str) -> float:
-    """How noisy a solver can be: 0 for those that solve the ODE."""
-    return {"ddim": 1.0, "cps": 1.0, "sde": math.inf, "dance": math.inf, "sa_solver": math.inf}.get(solver, 0.0)
 
 
 def _sde(s: np.ndarray, t: np.ndarray, eta: float, solver: str) -> Table:
@@ -135,7 +129,7 @@ def shifted(steps: int, shift: float) -> np.ndarray:
 def windowed(inside: Table, outside: Table, first: Int[Array, "B"], length: int) -> Table:
     """Columns [N, B]: each sample takes `inside`'s steps first .. first + length - 1, and `outside`'s elsewhere."""
     step = jnp.arange(len(inside.sigma))[:, None]
-    within = (step >= first) & (step < first + length)
+    within = (step >= first[None]) & (step < first[None] + length)
 
     def column(a: np.ndarray, b: np.ndarray) -> Array:
         mask = within.reshape(within.shape + (1,) * (a.ndim - 1))

@@ -147,6 +147,7 @@ def iterations(
             return
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         check_rewards(numbers, done + 1)
+        check_ratio(numbers, done + 1, cfg.learn.clip_range)
         state = new
         yield state, numbers | {f"time/{name}": seconds for name, seconds in times.items()}
         if int(state.skipped) >= SKIPS:
@@ -201,6 +202,20 @@ def check_rewards(metrics: Metrics, number: int) -> None:
         told = ", ".join(f"{name} = {value}" for name, value in (named or bad).items())
         raise TrainError(
             f"iteration {number}: a reward is not finite: {told}; look at its weights and at the pictures it got"
+        )
+
+
+def check_ratio(metrics: Metrics, number: int, clip_range: float) -> None:
+    """Raises TrainError where ratios of probabilities are clipped at what is mere rounding.
+
+    Of an iteration's first update the ratio is 1; how far it is off is what the network's rounding does to it.
+    """
+    noise = metrics.get("ratio/noise", 0.0)
+    if not clip_range >= 10 * noise:
+        raise TrainError(
+            f"iteration {number}: before an update the ratio of probabilities is off by {noise:.1e} from rounding, "
+            f"more than a tenth of learn.clip_range={clip_range:g}: use {10 * noise:.0e} or more, learn.updates=1 "
+            "(whose ratio is exactly 1) or model.dtype=float32"
         )
 
 
