@@ -168,8 +168,8 @@ def trajectory(
         return sampler.sample(velocity, x1, steps, noise if stage.stochastic else None), None
     x0, states = sampler.sample(velocity, x1, steps, noise, keep_path=True)
     states = jnp.concatenate([states, x0[None]])  # [N + 1, B, ...]
-    number = first[:, None] + jnp.arange(stage.trainable + 1)
-    return x0, Path(states[number, jnp.arange(len(own))[:, None]], first)
+    window = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=stage.trainable + 1)
+    return x0, Path(jax.vmap(window, in_axes=(1, 0))(states, first), first)
 
 
 def sigmas_of(model: Model, stage: Stage) -> np.ndarray:

@@ -16,20 +16,21 @@ from solrl_jax.config import Config, ConfigError
 FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft")
 ALIASES = {"compile": "naive_scaling"}
 """Families of the original that are another one here, where everything is compiled."""
+_GRPO = {"updates": 2, "kl_weight": 0.0, "old_max": 0.0}
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "flow_grpo": (
         {"steps": 6, "solver": "sde", "eta": 0.9},
-        {"algorithm": "flow_grpo", "timestep_fraction": 0.99, "updates": 2, "kl_weight": 0.0, "clip_range": 1e-4},
+        {"algorithm": "flow_grpo", "timestep_fraction": 0.99, "clip_range": 1e-4, **_GRPO},
     ),
     "flow_grpo_fast": (
         {"steps": 6, "solver": "cps", "eta": 0.8, "window": 3, "window_within": 3},
-        {"algorithm": "flow_grpo", "timestep_fraction": 0.99, "updates": 2, "kl_weight": 0.0, "clip_range": 1e-5},
+        {"algorithm": "flow_grpo", "timestep_fraction": 0.99, "clip_range": 1e-5, **_GRPO},
     ),
     "dance_grpo": (
         {"steps": 12, "solver": "dance", "eta": 0.3, "shift": 3.0, "shared_noise": True},
         {
-            **{"algorithm": "dance_grpo", "timestep_fraction": 0.5, "updates": 2, "kl_weight": 0.0},
-            **{"clip_range": 1e-4, "advantage_spread": "prompt_unbiased"},
+            **{"algorithm": "dance_grpo", "timestep_fraction": 0.5, "clip_range": 1e-4},
+            **{"advantage_spread": "prompt_unbiased", **_GRPO},
         },
     ),
     "awm": (
