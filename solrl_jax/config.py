@@ -206,7 +206,7 @@ class Config:
     prompts: int = 48
     candidates: int = 96
     kept: int = 24
-    selection: Literal["best_worst", "top", "random", "all"] = "best_worst"
+    selection: Literal["best_worst", "top", "max_variance", "random", "all"] = "best_worst"
     explore: Stage | None = dataclasses.field(default_factory=lambda: Stage(steps=6, precision="auto"))
     regenerate: Stage = dataclasses.field(default_factory=Stage)
     lora: Lora = dataclasses.field(default_factory=Lora)

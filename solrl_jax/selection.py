@@ -9,8 +9,9 @@ def select(reward: Float[Array, "P N"], kept: int, rule: str, key: Key[Array, ""
     """Indices of the kept candidates, no candidate twice.
 
     best_worst: the K - K//2 highest and the K//2 lowest, best first; top: the K highest; random: K without
-    replacement; all: every one, in order (K = N). One stable sort serves both ends, so that ties never pick a candidate
-    twice (algorithms.md section 8, item 30). Raises ValueError for an unknown rule or more kept than candidates.
+    replacement; max_variance: those K whose rewards vary most, always some of the best and some of the worst
+    (arXiv 2504.13818); all: every one, in order (K = N). One stable sort serves both ends, so that ties never pick a
+    candidate twice (algorithms.md section 8, item 30). Raises ValueError for an unknown rule or more kept than candidates.
     """
     prompts, candidates = reward.shape
     if not 1 <= kept <= candidates:
@@ -25,7 +26,13 @@ def select(reward: Float[Array, "P N"], kept: int, rule: str, key: Key[Array, ""
     if rule == "best_worst":
         worst = kept // 2
         return jnp.concatenate([order[:, : kept - worst], order[:, candidates - worst :]], axis=-1)
-    raise ValueError(f"unknown selection rule {rule!r}: use best_worst, top, random or all")
+    if rule == "max_variance":
+        place = jnp.arange(kept)[None]
+        best = jnp.arange(kept + 1)[:, None]  # split i keeps the i best and the K - i worst
+        place = place + jnp.where(place < best, 0, candidates - kept)
+        splits = take(reward, order)[:, place]  # [P, K + 1, K]
+        return take(order, place[jnp.argmax(jnp.var(splits, axis=-1), axis=-1)])
+    raise ValueError(f"unknown selection rule {rule!r}: use best_worst, top, max_variance, random or all")
 
 
 def take(x: Array, index: Int[Array, "P K"]) -> Array:

@@ -1,5 +1,7 @@
 """Selection: golden indices, ties, properties."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ def test_golden():
     np.testing.assert_array_equal(select(REWARD, 6, "all", KEY), [range(6), range(6)])
 
 
-@pytest.mark.parametrize("rule", ["best_worst", "top", "random"])
+@pytest.mark.parametrize("rule", ["best_worst", "top", "max_variance", "random"])
 @pytest.mark.parametrize("kept", [2, 8, 24])
 def test_ties_never_pick_twice(rule, kept):
     """All equal: the original picks 12 distinct of 24; one sort cannot (algorithms.md section 8, item 30)."""
@@ -29,6 +31,18 @@ def test_ties_never_pick_twice(rule, kept):
 def test_keeping_all_keeps_every_candidate():
     index = select(REWARD, 6, "best_worst", KEY)
     np.testing.assert_array_equal(np.sort(index, axis=-1), [range(6), range(6)])
+
+
+def test_max_variance_is_the_best_of_all_subsets():
+    """Against every subset of 4 of 8, on skewed rewards, whose best split is not the middle one."""
+    reward = jax.random.normal(KEY, (16, 8)) ** 3
+    kept = take(reward, select(reward, 4, "max_variance", KEY))
+    subsets = np.array(list(itertools.combinations(range(8), 4)))
+    best = np.var(np.asarray(reward)[:, subsets], axis=-1).max(axis=1)
+    np.testing.assert_allclose(np.var(np.asarray(kept), axis=-1), best, rtol=1e-5)
+    assert (np.diff(np.asarray(kept), axis=-1) <= 0).all()  # best first
+    middle = take(reward, select(reward, 4, "best_worst", KEY))
+    assert (np.var(np.asarray(middle), axis=-1) < best - 1e-3).any()
 
 
 def test_permuting_candidates_permutes_the_kept():
