@@ -11,7 +11,9 @@ def select(reward: Float[Array, "P N"], kept: int, rule: str, key: Key[Array, ""
     best_worst: the K - K//2 highest and the K//2 lowest, best first; top: the K highest; random: K without
     replacement; max_variance: those K whose rewards vary most, always some of the best and some of the worst
     (arXiv 2504.13818); all: every one, in order (K = N). One stable sort serves both ends, so that ties never pick a
-    candidate twice (algorithms.md section 8, item 30). Raises ValueError for an unknown rule or more kept than candidates.
+    candidate twice (algorithms.md section 8, item 30).
+
+    Raises ValueError for an unknown rule or for more kept than there are candidates.
     """
     prompts, candidates = reward.shape
     if not 1 <= kept <= candidates:

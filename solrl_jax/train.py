@@ -135,7 +135,7 @@ def iterations(
     parts: Parts, state: TrainState, out: Log, stop: threading.Event
 ) -> Iterator[tuple[TrainState, Metrics]]:
     """Each finished iteration's state and metrics. Raises TrainError, after the state it is about, to stop a run."""
-    step, cfg = stepper(parts, out, stop), parts.cfg
+    step, cfg, first = stepper(parts, out, stop), parts.cfg, int(state.iteration)
     while (done := int(state.iteration)) < cfg.iterations and not stop.is_set():
         times: dict[str, float] = {}
         with iteration.clock(times, "encode"):
@@ -147,7 +147,8 @@ def iterations(
             return
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         check_rewards(numbers, done + 1)
-        check_ratio(numbers, done + 1, cfg.learn.clip_range)
+        if done == first:
+            check_ratio(numbers, done + 1, cfg.learn.clip_range)
         state = new
         yield state, numbers | {f"time/{name}": seconds for name, seconds in times.items()}
         if int(state.skipped) >= SKIPS:
@@ -214,7 +215,7 @@ def check_ratio(metrics: Metrics, number: int, clip_range: float) -> None:
     if not clip_range >= 10 * noise:
         raise TrainError(
             f"iteration {number}: before an update the ratio of probabilities is off by {noise:.1e} from rounding, "
-            f"more than a tenth of learn.clip_range={clip_range:g}: use {10 * noise:.0e} or more, learn.updates=1 "
+            f"more than a tenth of learn.clip_range={clip_range:g}: use {11 * noise:.1e} or more, learn.updates=1 "
             "(whose ratio is exactly 1) or model.dtype=float32"
         )
 
