@@ -194,6 +194,21 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Watch:
+    """How often and on how many prompts the preview's ranks are measured against full rollouts, and what then."""
+
+    every: int = 20  # iterations; 0: never
+    prompts: int = 4
+    rank: float = 0.5  # a warning where the mean Spearman is below it
+    fall_back: bool = False  # and from then on exploration is in BF16
+
+    def __post_init__(self):
+        _require(self.every >= 0, f"watch.every={self.every}: 0 (never) or more")
+        _require(self.prompts >= 1, f"watch.prompts={self.prompts}: give 1 or more")
+        _require(-1 <= self.rank <= 1, f"watch.rank={self.rank}: a rank correlation, -1 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run. `explore` None means one stage: `regenerate` rolls out all candidates, the kept are chosen from it."""
 
@@ -212,6 +227,7 @@ class Config:
     lora: Lora = dataclasses.field(default_factory=Lora)
     learn: Learn = dataclasses.field(default_factory=Learn)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+    watch: Watch = dataclasses.field(default_factory=Watch)
     iterations: int = 300
     seed: int = 42
     save_every: int = 20  # iterations between checkpoints; 0: only where the run ends or is stopped

@@ -478,12 +478,12 @@ class Stages(NamedTuple):
 
     def explore(self, kernels, low, frozen: Frozen, prompts: Prompts, keys) -> Rollout:
         assert self.cfg.explore is not None
-        return self._roll(self.cfg.explore, kernels, low, frozen, prompts, keys)
+        return self.roll(self.cfg.explore, kernels, low, frozen, prompts, keys)
 
     def regenerate(self, kernels, low, frozen: Frozen, prompts: Prompts, keys) -> Rollout:
-        return self._roll(self.cfg.regenerate, kernels, low, frozen, prompts, keys, keep_path=self.cfg.of_steps)
+        return self.roll(self.cfg.regenerate, kernels, low, frozen, prompts, keys, keep_path=self.cfg.of_steps)
 
-    def _roll(self, stage: Stage, kernels, low, frozen, prompts, keys, keep_path: bool = False) -> Rollout:
+    def roll(self, stage: Stage, kernels, low, frozen, prompts, keys, keep_path: bool = False) -> Rollout:
         variables = policy_variables(kernels, None if stage.precision == "bf16" else low, frozen)
         statics = {"model": self.model, "score": self.score, "stage": stage, "keep_path": keep_path}
         return rollout(variables, frozen, prompts, keys, **statics)

@@ -54,3 +54,28 @@ def spearman(a: Float[Array, "P N"], b: Float[Array, "P N"]) -> Float[Array, "P"
     ra, rb = (r - jnp.mean(r, axis=-1, keepdims=True) for r in (ranks(a), ranks(b)))
     norm = jnp.sqrt(jnp.sum(ra * ra, axis=-1) * jnp.sum(rb * rb, axis=-1))
     return jnp.where(norm > 0, jnp.sum(ra * rb, axis=-1) / jnp.where(norm > 0, norm, 1.0), 0.0)
+
+
+def fidelity(preview: Float[Array, "P N"], truth: Float[Array, "P N"], kept: int) -> dict[str, Float[Array, "P"]]:
+    """How well one set of rewards stands for another when best_worst keeps K of N by it; 1 is as well as itself.
+
+    spearman: rank correlation. overlap: share of the true best K/2 among those chosen as the best K/2. kept_contrast:
+    the true mean of the chosen best less that of the chosen worst, over what choosing by the truth keeps; 0 where all
+    true rewards are one.
+    """
+    best, worst = kept - kept // 2, kept // 2
+    key = jax.random.key(0)  # best_worst draws nothing from it
+    chosen, perfect = (select(r, kept, "best_worst", key) for r in (preview, truth))
+    same = chosen[:, :best, None] == perfect[:, None, :best]
+
+    def contrast(index: Int[Array, "P K"]) -> Float[Array, "P"]:
+        rewards = take(truth, index)
+        low = rewards[:, best:] if worst else rewards
+        return jnp.mean(rewards[:, :best], axis=-1) - jnp.mean(low, axis=-1)
+
+    most = contrast(perfect)
+    return {
+        "spearman": spearman(preview, truth),
+        "overlap": jnp.sum(same, axis=(1, 2)) / best,
+        "kept_contrast": jnp.where(most > 0, contrast(chosen) / jnp.where(most > 0, most, 1.0), 0.0),
+    }
