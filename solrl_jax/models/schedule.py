@@ -44,6 +44,6 @@ class Schedule:
         return weights.from_config(cls, folder, raw, NAME)
 
 
-def shifted(sigma: np.ndarray, shift: float) -> np.ndarray:
+def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
     """shift s / (1 + (shift - 1) s), of s in (0, 1]; 1 stays exactly 1."""
     return shift / (shift + (1 / sigma - 1))

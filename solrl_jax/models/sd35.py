@@ -222,8 +222,7 @@ class Sd35Transformer(nn.Module):
 
 def sigmas(steps: int, shift: float) -> np.ndarray:
     """f64 [steps + 1]: the scheduler's table of 1000 is shifted, and so is what is taken between its ends (9.2)."""
-    lowest = shifted(np.array(1 / 1000), shift)
-    return np.append(shifted(np.linspace(1, lowest, steps), shift), 0.0)
+    return np.append(shifted(np.linspace(1, shifted(1 / 1000, shift), steps), shift), 0.0)
 
 
 def encoders_of(folder: Path) -> Encoders:
