@@ -6,9 +6,11 @@ of a repository only the files that the loaders read, so not the single-file che
 
 import fnmatch
 import functools
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from solrl_jax import config, weights
 from solrl_jax.weights import WeightsError
@@ -136,6 +138,15 @@ def _stored(folder: Path, pattern: str, parts: tuple[str, ...] = ()) -> Iterator
     found = {*fnmatch.filter(parts, where), *(f.name for f in folder.glob(where) if f.is_dir())} if where else {""}
     for part in sorted(found or {where}):
         yield from weights.stored(folder / part, file.partition("*")[0])
+
+
+def write_configs(folder: str | Path, configs: Mapping[str, Any]) -> Path:
+    """Write the files {path: JSON}, and nothing else, into `folder`, and return it: a pipeline without its weights."""
+    for name, content in configs.items():
+        file = Path(folder) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    return Path(folder)
 
 
 def read_of(folder: Path) -> list[Path]:

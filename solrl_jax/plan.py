@@ -20,10 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import assemble, cost, iteration
+from solrl_jax import assemble, cost, hub, iteration
 from solrl_jax.config import Config, ConfigError, override
 from solrl_jax.cost import nbytes
-from solrl_jax.models import flux_dev
 from solrl_jax.quant import coverage
 from solrl_jax.sizes import Sizes, batch, blank, keys, parameters, read, samples
 from solrl_jax.structs import Model
@@ -272,13 +271,16 @@ def per_image_flops(sizes: Sizes) -> dict[str, Counter[str]]:
 
 
 def run_plan(cfg: Config, *, devices: int | None = None, card: str = "H100 80GB") -> int:
-    """Print the plan of a run on so many devices (1 by default). FLUX.1-dev, where absent, has its public sizes."""
+    """Print the plan of a run on so many devices (1 by default). A model of PUBLIC has its public sizes; so has the
+    first of them where the config names none."""
     card_of(card)  # a wrong name is answered at once
-    absent = cfg.model.name == "flux" and cfg.model.path in ("", flux_dev.HUB_ID)
+    public = assemble.model_module(cfg).PUBLIC
+    name = cfg.model.path or next(iter(public), "")
     with tempfile.TemporaryDirectory() as folder:
-        if absent:
-            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=str(flux_dev.write(folder))))
-            print(f"{flux_dev.HUB_ID} with its public sizes")
+        if name in public:
+            path = str(hub.write_configs(folder, public[name]))
+            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=path))
+            print(f"{name} with its public sizes")
         print("\n".join(report(plan(cfg, devices or 1, card))))
     return 0
 

@@ -29,6 +29,7 @@ class Rule(NamedTuple):
     key: str
     layout: str = "same"  # same | linear: [in, out] here, [out, in] there | conv: HWIO here, OIHW there
     part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal parts of the first axis there, as of a fused q, k, v
+    first: int = 0  # the number there of a stack's first layer
 
 
 _TO_OURS = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
@@ -63,7 +64,8 @@ def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
             if match:
                 key = match.expand(rule.key).replace("/", ".")
                 stacked = "{layer}" in key
-                keys = tuple(key.replace("{layer}", str(i)) for i in range(leaf.shape[0])) if stacked else (key,)
+                layers = range(rule.first, rule.first + leaf.shape[0]) if stacked else ()
+                keys = tuple(key.replace("{layer}", str(i)) for i in layers) if stacked else (key,)
                 found.append(Leaf(path, keys, stacked, rule.layout, rule.part, tuple(leaf.shape)))
                 break
         else:
@@ -276,9 +278,12 @@ def read_json(file: str | Path) -> dict[str, Any]:
     return found
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of one component, as a dict."""
-    return read_json(Path(folder) / "config.json")
+def read_config(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
+    """config.json of one component, as a dict; a component of another class than `kind` is refused by its name."""
+    raw = read_json(Path(folder) / "config.json")
+    if kind is not None and (found := raw.get("_class_name", kind)) != kind:
+        raise WeightsError(f"{folder} holds a {found}, not a {kind}: use the config of that model")
+    return raw
 
 
 def stored(folder: str | Path, stem: str) -> list[Path]:
@@ -306,6 +311,9 @@ def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None
 
 def _unlike(value: Any, default: Any) -> str | None:
     """What `value` should be, given a field's default; None where it is. Counts and sizes are above 0."""
+    if default == ():  # indices, maybe none
+        fits = isinstance(value, list | tuple) and not any(_unlike(x, 0) for x in value)
+        return None if fits else "a list of whole numbers"
     if isinstance(default, tuple):
         fits = isinstance(value, list | tuple) and value and not any(_unlike(x, default[0]) for x in value)
         return None if fits else f"a list, each {_KINDS[type(default[0])]}"

@@ -10,6 +10,7 @@ from experiments.tiny import pretrain
 from solrl_jax import config, weights
 from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
 from solrl_jax.models import flux, text, vae
+from solrl_jax.models.pipeline import text_modules
 from solrl_jax.rewards import clip_tower
 
 PROMPTS = [
@@ -89,7 +90,7 @@ def _write(pipeline: Path, clip: Path) -> None:
     model_cfg = config.Model(path=str(pipeline), size=16, text_tokens=8, dtype="float32", remat=False, min_dim=0)
     model, key = flux.make(model_cfg), jax.random.key(0)
     cfg = vae.VaeConfig.read(pipeline / "vae")
-    words, t5 = flux.text_modules(pipeline, jnp.float32)
+    words, t5 = text_modules(pipeline, flux.ENCODERS, jnp.float32).values()
     tower = clip_tower.ClipTower(clip_tower.ClipConfig.read(clip), jnp.float32)
     ids, image, latent = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8, 8, 4))
 

@@ -25,6 +25,8 @@ import optax
 from experiments.tiny import check, tokenizers_local, world
 from solrl_jax import config, weights
 from solrl_jax.models import flux, flux_dev, text, vae
+from solrl_jax.models.pipeline import text_modules
+from solrl_jax.models.pipeline import tokenize as tokenize_by
 from solrl_jax.rewards import clip_tower, preprocess
 from solrl_jax.structs import Model
 
@@ -252,7 +254,7 @@ def train_flow(model_cfg: config.Model, vae_params, pool, empty, go_on: bool, **
     """Flow matching; transformer and both text encoders learn together; one caption in ten is empty."""
     model = flux.make(model_cfg)
     folder = Path(model_cfg.path)
-    clip, t5 = flux.text_modules(folder, jnp.bfloat16)
+    clip, t5 = text_modules(folder, flux.ENCODERS, jnp.bfloat16).values()
     k1, k2, k3 = jax.random.split(jax.random.key(how["seed"]), 3)
     ids = jnp.zeros((1, TOKENS), jnp.int32)
     if go_on:
@@ -359,7 +361,7 @@ def main(argv: list[str] | None = None) -> None:
         rng = rng_of("words")
         write_folders(pipeline, clip_folder, world.captions(world.sample_scenes(rng, count(50_000, 2_000)), rng))
     cfg = check.model_config(pipeline)
-    tokenize = functools.partial(flux.tokenize, str(pipeline), TOKENS)
+    tokenize = functools.partial(tokenize_by, str(pipeline), flux.ENCODERS, TOKENS)
 
     if "vae" in stages:
         pool = {"scenes": tuple(world.sample_scenes(rng_of("vae"), count(200_000, 32)))}

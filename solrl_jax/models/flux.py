@@ -19,8 +19,11 @@ from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, hub, weights
 from solrl_jax.lora import Fused
-from solrl_jax.models import text, vae
-from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen, keeping, normalise, sinusoid
+from solrl_jax.models import flux_dev, pipeline, text, vae
+from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen
+from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, rows, stack
+from solrl_jax.models.pipeline import Encoder
+from solrl_jax.models.schedule import Schedule, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule
 
@@ -29,6 +32,11 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 NVFP4_SKIP = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
 # Modulation sees a row a picture, the last projection gives 64 channels: 8-bit products bring those nothing.
 FP8_SKIP = (*NVFP4_SKIP, r"\bnorm", r"^proj_out")
+ENCODERS = (
+    Encoder("clip", "text_encoder", "tokenizer", text.ClipTextConfig),
+    Encoder("t5", "text_encoder_2", "tokenizer_2", text.T5Config),
+)
+PUBLIC = {flux_dev.HUB_ID: flux_dev.CONFIGS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +68,7 @@ class FluxConfig:
     @classmethod
     def read(cls, folder: str | Path) -> "FluxConfig":
         """From config.json; a folder of another network is refused by its class name."""
-        raw = weights.read_config(folder)
-        kind = raw.get("_class_name", "FluxTransformer2DModel")
-        if kind != "FluxTransformer2DModel":
-            raise weights.WeightsError(
-                f"{folder} holds a {kind}, not a FluxTransformer2DModel: use the config of that model"
-            )
+        raw = weights.read_config(folder, "FluxTransformer2DModel")
         if raw.get("patch_size", 1) != 1:
             raise weights.WeightsError(f"{folder}: patch_size {raw['patch_size']} is not FLUX's 1")
         return weights.from_config(
@@ -73,61 +76,7 @@ class FluxConfig:
         )  # diffusers' default, not the dev model's
 
 
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """The fields of scheduler_config.json that shape the sigmas; the defaults are diffusers'."""
-
-    shift: float = 1.0
-    use_dynamic_shifting: bool = False
-    base_shift: float = 0.5
-    max_shift: float = 1.15
-    base_image_seq_len: int = 256
-    max_image_seq_len: int = 4096
-
-    def __post_init__(self):
-        if not 0 < self.shift < np.inf:
-            raise ValueError(f"shift {self.shift} is no number above 0")
-        if self.max_image_seq_len == self.base_image_seq_len:
-            raise ValueError(f"base_image_seq_len and max_image_seq_len are both {self.max_image_seq_len}")
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "Schedule":
-        """From scheduler_config.json; a scheduler or options of it that would give other sigmas are refused."""
-        name = "scheduler_config.json"
-        raw = weights.read_json(Path(folder) / name)
-        known = {"time_shift_type": ("exponential", None), "shift_terminal": (None,)}
-        known |= {"_class_name": ("FlowMatchEulerDiscreteScheduler",)}
-        known |= dict.fromkeys(("invert_sigmas", "stochastic_sampling"), (False, None))
-        known |= dict.fromkeys(
-            (f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta", "lu", "flow")), (False, None)
-        )
-        if strange := {k: raw[k] for k, values in known.items() if k in raw and raw[k] not in values}:
-            raise weights.WeightsError(f"{Path(folder) / name} asks for {strange}: not FLUX's schedule, not known here")
-        return weights.from_config(cls, folder, raw, name)
-
-
 # --- layers ---------------------------------------------------------------------------------------------------------
-
-
-class Modulation(nn.Module):
-    """SiLU(cond) -> `chunks` vectors of the stream's width, each [B, 1, D] f32."""
-
-    chunks: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, cond: Float[Array, "B D"]) -> list[Float[Array, "B 1 D"]]:
-        y = Linear(self.chunks * cond.shape[-1], dtype=self.dtype, name="linear")(jax.nn.silu(cond))
-        return jnp.split(y.astype(F32)[:, None, :], self.chunks, axis=-1)
-
-
-def modulate(x: Array, shift: Array, scale: Array, dtype: Any) -> Array:
-    return (normalise(x, 1e-6) * (1 + scale) + shift).astype(dtype)
-
-
-def gated(x: Array, gate: Array, y: Array) -> Array:
-    """x + gate y, added in f32."""
-    return (x.astype(F32) + gate * y.astype(F32)).astype(x.dtype)
 
 
 Rope = tuple[Array, Array]
@@ -170,20 +119,6 @@ class RotaryNorm(nn.Module):
         return (rotate(y * scale.reshape(1, 1, 1, -1), rope) * norm).astype(x.dtype)
 
 
-def rows(x: Float[Array, "B S D"]) -> Float[Array, "BS D"]:
-    """Tokens of all samples as rows: only then does XLA make both GELU and the cast to FP8 part of the product."""
-    return x.reshape(-1, x.shape[-1])
-
-
-class FeedForward(nn.Module):
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        y = checkpoint_name(Linear(4 * x.shape[-1], dtype=self.dtype, name="net.0.proj")(rows(x)), "mlp")
-        return Linear(x.shape[-1], dtype=self.dtype, name="net.2")(gelu_tanh(y)).reshape(x.shape)
-
-
 class JointAttention(nn.Module):
     """Attention over [text, image]; with `text` None, over one stream that holds both already (single blocks)."""
 
@@ -205,9 +140,7 @@ class JointAttention(nn.Module):
         return image_out, Linear(x.shape[-1], dtype=self.dtype, name="to_add_out")(out[:, :split])
 
     def _qkv(self, x: Array, rope: Any, names: Sequence[str], norms: Sequence[str]) -> list[Array]:
-        shape = (*x.shape[:2], self.cfg.num_attention_heads, self.cfg.attention_head_dim)
-        q, k, v = (Linear(self.cfg.width, dtype=self.dtype, name=n)(x).reshape(shape) for n in names)
-        q, k, v = (checkpoint_name(y, "qkv") for y in (q, k, v))
+        q, k, v = heads_of(x, names, self.cfg.num_attention_heads, self.cfg.attention_head_dim, self.dtype)
         return [RotaryNorm(name=norms[0])(q, rope), RotaryNorm(name=norms[1])(k, rope), v]
 
 
@@ -245,32 +178,6 @@ class SingleBlock(nn.Module):
         return gated(x, gate, y.reshape(x.shape)), None
 
 
-class Embedder(nn.Module):
-    """linear_1, SiLU, linear_2."""
-
-    width: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B in"]) -> Float[Array, "B D"]:
-        y = Linear(self.width, dtype=self.dtype, name="linear_1")(x)
-        return Linear(self.width, dtype=self.dtype, name="linear_2")(jax.nn.silu(y))
-
-
-class Conditioning(nn.Module):
-    """time, guidance and pooled text -> one vector."""
-
-    cfg: FluxConfig
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, sigma: Float[Array, "B"], guidance: Float[Array, "B"], pooled: Array) -> Float[Array, "B D"]:
-        cond = Embedder(self.cfg.width, self.dtype, name="timestep_embedder")(sinusoid(1000 * sigma))
-        if self.cfg.guidance_embeds:
-            cond = cond + Embedder(self.cfg.width, self.dtype, name="guidance_embedder")(sinusoid(1000 * guidance))
-        return cond + Embedder(self.cfg.width, self.dtype, name="text_embedder")(pooled)
-
-
 class FluxTransformer(nn.Module):
     """The velocity [B, S, C] of packed latents [B, S, C].
 
@@ -284,26 +191,19 @@ class FluxTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, text: Array, pooled: Array, sigma: Array, guidance: Array, rope: Rope) -> Array:
-        cond = Conditioning(self.cfg, self.dtype, name="time_text_embed")(sigma, guidance, pooled)
+        guided = guidance if self.cfg.guidance_embeds else None
+        cond = Conditioning(self.cfg.width, self.dtype, name="time_text_embed")(sigma, pooled, guided)
         x = Linear(self.cfg.width, dtype=self.dtype, name="x_embedder")(x)
         text = Linear(self.cfg.width, dtype=self.dtype, name="context_embedder")(text)
-        (x, text), _ = self._stack(DoubleBlock, self.cfg.num_layers, "transformer_blocks")((x, text), cond, rope)
+        how = {"inputs": 2, "remat": self.remat, "keeps": self.keeps}
+        double = stack(DoubleBlock, self.cfg.num_layers, **how)(self.cfg, self.dtype, name="transformer_blocks")
+        single = stack(SingleBlock, self.cfg.num_single_layers, **how)
+        (x, text), _ = double((x, text), cond, rope)
         both = jnp.concatenate([text, x], axis=1)
-        both, _ = self._stack(SingleBlock, self.cfg.num_single_layers, "single_transformer_blocks")(both, cond, rope)
+        both, _ = single(self.cfg, self.dtype, name="single_transformer_blocks")(both, cond, rope)
         scale, shift = Modulation(2, self.dtype, name="norm_out")(cond)
         image = modulate(both[:, text.shape[1] :], shift, scale, self.dtype)
         return Linear(self.cfg.in_channels, dtype=self.dtype, name="proj_out")(image)
-
-    def _stack(self, block: type[nn.Module], layers: int, name: str) -> nn.Module:
-        """Equal layers as one scan: compile time does not grow with depth."""
-        scanned = nn.scan(
-            nn.remat(block, prevent_cse=False, policy=keeping(self.keeps)) if self.remat else block,
-            variable_axes={"params": 0, "lora": 0, "quant": 0, "largest": 0},
-            split_rngs={"params": True},
-            in_axes=cast(Any, (nn.broadcast, nn.broadcast)),  # unannotated in flax: inferred as int from its default
-            length=layers,
-        )
-        return scanned(self.cfg, self.dtype, name=name)
 
 
 # --- latents --------------------------------------------------------------------------------------------------------
@@ -332,7 +232,7 @@ def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
         shift = np.exp(base + (tokens - low) * (top - base) / (high - low))
     else:
         shift = schedule.shift
-    return np.append(shift / (shift + (1 / u - 1)), 0.0)
+    return np.append(shifted(u, shift), 0.0)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -350,16 +250,11 @@ def make(cfg: config.Model) -> Model:
     vae_cfg = vae.VaeConfig.read(folder / "vae")
     schedule = Schedule.read(folder / "scheduler")
     dtype = jnp.dtype(cfg.dtype)
-    factor = 2 ** (len(vae_cfg.block_out_channels) - 1)
-    if cfg.size % (2 * factor):
-        raise config.ConfigError(
-            f"model.size={cfg.size}: use a multiple of {2 * factor} pixels (VAE x{factor}, 2x2 patches)"
-        )
+    side = pipeline.latent_side(cfg.size, vae_cfg)
     if flux.in_channels != 4 * vae_cfg.latent_channels:
         raise weights.WeightsError(
             f"{folder}: the transformer takes {flux.in_channels} channels, the VAE gives 4 x {vae_cfg.latent_channels}"
         )
-    side = cfg.size // factor
     tokens = (side // 2) ** 2
     network = FluxTransformer(flux, dtype, cfg.remat, cfg.remat_keeps)
     rope = rope_table(flux, side // 2, side // 2, cfg.text_tokens)
@@ -381,7 +276,7 @@ def make(cfg: config.Model) -> Model:
         one, pooled = jnp.ones(1), jnp.zeros((1, flux.pooled_projection_dim))
         return network.init(key, x, text, pooled, one, one, tuple(map(jnp.asarray, rope)))["params"]
 
-    clip, t5 = text_modules(folder, dtype)
+    clip, t5 = pipeline.text_modules(folder, ENCODERS, dtype).values()
 
     def encode(params: Params, ids: PyTree) -> PyTree:
         read = cast(text.ClipOutput, clip.apply({"params": params["clip"]}, ids["clip"]))
@@ -389,7 +284,7 @@ def make(cfg: config.Model) -> Model:
 
     return Model(
         name="flux",
-        tokenize=functools.partial(tokenize, str(folder), cfg.text_tokens),
+        tokenize=functools.partial(pipeline.tokenize, str(folder), ENCODERS, cfg.text_tokens),
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
         sigmas=lambda steps: sigmas(steps, tokens, schedule),
@@ -417,70 +312,17 @@ def parts(
     cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
 ) -> Iterator[Params]:
     """What `load` returns, one after another, each read when it is asked for."""
-    model, dtype = make(cfg), jnp.dtype(cfg.dtype)
-    _tokenizers(str(hub.pipeline(cfg.path, configs_only=True)))  # missing ones are said before gigabytes are read
-    folder = hub.pipeline(cfg.path)
-    spec = jax.eval_shape(model.init, jax.random.key(0))
-    files = weights.Files(folder / "transformer", "diffusion_pytorch_model")
-    yield weights.load(files, spec, KEYS, dtype=dtype, place=place)  # no name holds what was given
-    yield vae.load_vae(folder / "vae", F32, place=place)[1]
-    clip = text.load_clip_text(folder / "text_encoder", dtype, place=place_text)[1]
-    yield {"clip": clip, "t5": text.load_t5(folder / "text_encoder_2", dtype, place=place_text)[1]}
+    return pipeline.parts(cfg, make(cfg), ENCODERS, place, place_text)
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
     """What `load` returns, as ShapeDtypeStructs: from the folder's configs alone."""
-    folder, dtype = hub.pipeline(cfg.path, configs_only=True), jnp.dtype(cfg.dtype)
-    key, ids, vae_cfg = jax.random.key(0), jnp.zeros((1, 2), jnp.int32), vae.VaeConfig.read(folder / "vae")
-    clip, t5 = text_modules(folder, dtype)
-    text_init = {"clip": lambda k: clip.init(k, ids)["params"], "t5": lambda k: t5.init(k, ids)["params"]}
-    decoder = vae.Decoder(vae_cfg, F32)
-
-    def decoder_init(k: Key[Array, ""]) -> Params:
-        return decoder.init(k, jnp.zeros((1, 1, 1, vae_cfg.latent_channels)))["params"]
-
-    def typed(tree: PyTree, to: Any) -> PyTree:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, to), tree)
-
-    encoders = {name: typed(jax.eval_shape(init, key), dtype) for name, init in text_init.items()}
-    return typed(jax.eval_shape(make(cfg).init, key), dtype), typed(jax.eval_shape(decoder_init, key), F32), encoders
+    return pipeline.shapes(cfg, make(cfg), ENCODERS)
 
 
 def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
     """What `tokenize` gives for so many prompts, as ShapeDtypeStructs."""
-    folder = hub.pipeline(cfg.path, configs_only=True)
-    clip = text.ClipTextConfig.read(folder / "text_encoder").max_position_embeddings
-    lengths = {"clip": clip, "t5": cfg.text_tokens}
-    return {name: jax.ShapeDtypeStruct((prompts, length), jnp.int32) for name, length in lengths.items()}
-
-
-def text_modules(folder: Path, dtype: Any) -> tuple[nn.Module, nn.Module]:
-    clip = text.ClipText(text.ClipTextConfig.read(folder / "text_encoder"), dtype)
-    return clip, text.T5Encoder(text.T5Config.read(folder / "text_encoder_2"), dtype)
-
-
-@functools.lru_cache(maxsize=4)
-def _tokenizers(folder: str) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
-    parts = {"tokenizer": text.ClipTextConfig, "tokenizer_2": text.T5Config}
-    found = []
-    for name, kind in parts.items():
-        found.append(AutoTokenizer.from_pretrained(text.require_tokenizer(Path(folder) / name)))
-        rows = kind.read(Path(folder) / name.replace("tokenizer", "text_encoder")).vocab_size
-        if len(found[-1]) > rows:
-            raise weights.WeightsError(f"{folder}/{name} has {len(found[-1])} tokens, its text encoder only {rows}")
-    return tuple(found)
-
-
-def tokenize(folder: str, text_tokens: int, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """{"clip" int32 [G, 77], "t5" int32 [G, text_tokens]}, padded and cut to those lengths; no mask, pads attend."""
-    clip, t5 = _tokenizers(folder)
-    pad = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
-    return {
-        "clip": clip(list(prompts), max_length=clip.model_max_length, **pad)["input_ids"].astype(np.int32),
-        "t5": t5(list(prompts), max_length=text_tokens, **pad)["input_ids"].astype(np.int32),
-    }
+    return pipeline.token_shapes(cfg, ENCODERS, prompts)
 
 
 _STACK = r"((?:single_)?transformer_blocks)/(.+)"

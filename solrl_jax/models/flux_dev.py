@@ -1,7 +1,8 @@
 """FLUX.1-dev's public configs, for planning without its gigabytes: every file of the pipeline folder that shapes it."""
 
-import json
 from pathlib import Path
+
+from solrl_jax import hub
 
 HUB_ID = "black-forest-labs/FLUX.1-dev"
 CONFIGS = {
@@ -59,8 +60,4 @@ CONFIGS = {
 
 def write(folder: str | Path) -> Path:
     """Write the configs, and nothing else, into `folder`, and return it."""
-    for name, content in CONFIGS.items():
-        file = Path(folder) / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    return Path(folder)
+    return hub.write_configs(folder, CONFIGS)

@@ -5,7 +5,7 @@ one module serves as reference {params}, policy {params, lora} and explorer {par
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -118,12 +118,32 @@ def attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and bias is None and q.shape[-1] in range(8, 129, 8)
     if fits and q.shape[1] >= LONG and sharding.platform() == "gpu":
-        return jax.nn.dot_product_attention(q, k, v, scale=factor, implementation="cudnn")
+        return fused_attention(q, k, v, scale=factor)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=F32) * factor
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=F32).astype(q.dtype)
+
+
+def fused_attention(
+    q: Float[Array, "B Q H d"],
+    k: Float[Array, "B S H d"],
+    v: Float[Array, "B S H d"],
+    *,
+    scale: float,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B Q H d"]:
+    """cuDNN's kernel. JAX refuses its backward pass for odd lengths (SD3.5's 4096 + 205 tokens): these get a row more,
+    which is masked."""
+    queries, keys = q.shape[1], k.shape[1]
+    if queries % 2 == 0 and keys % 2 == 0:
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    none = 0 * jax.lax.stop_gradient(q)[:, 0, 0, 0].astype(jnp.int32)  # of q: under vmap JAX wants its axes on lengths
+    lengths = {"query_seq_lengths": none + queries, "key_value_seq_lengths": none + keys}
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation, **lengths)
+    return out[:, :queries]
 
 
 def keeping(names: Sequence[str]) -> Callable[..., Any]:

@@ -1,0 +1,102 @@
+"""What the blocks of FLUX and SD3.5 share: AdaLN modulation, gates, feed-forwards, embedders, equal layers as one scan.
+
+Modules carry the checkpoint's own names. The residual stream is in the network's dtype; LayerNorm and modulation f32.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from solrl_jax.models.layers import F32, Linear, gelu_tanh, keeping, normalise, sinusoid
+
+
+class Modulation(nn.Module):
+    """SiLU(cond) -> `chunks` vectors of the stream's width, each [B, 1, D] f32."""
+
+    chunks: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, cond: Float[Array, "B D"]) -> list[Float[Array, "B 1 D"]]:
+        y = Linear(self.chunks * cond.shape[-1], dtype=self.dtype, name="linear")(jax.nn.silu(cond))
+        return jnp.split(y.astype(F32)[:, None, :], self.chunks, axis=-1)
+
+
+def modulate(x: Array, shift: Array, scale: Array, dtype: Any) -> Array:
+    return (normalise(x, 1e-6) * (1 + scale) + shift).astype(dtype)
+
+
+def gated(x: Array, gate: Array, y: Array) -> Array:
+    """x + gate y, added in f32."""
+    return (x.astype(F32) + gate * y.astype(F32)).astype(x.dtype)
+
+
+def rows(x: Float[Array, "B S D"]) -> Float[Array, "BS D"]:
+    """Tokens of all samples as rows: only then does XLA make both GELU and the cast to FP8 part of the product."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class FeedForward(nn.Module):
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        y = checkpoint_name(Linear(4 * x.shape[-1], dtype=self.dtype, name="net.0.proj")(rows(x)), "mlp")
+        return Linear(x.shape[-1], dtype=self.dtype, name="net.2")(gelu_tanh(y)).reshape(x.shape)
+
+
+def heads_of(
+    x: Float[Array, "B S D"], names: Sequence[str], heads: int, width: int, dtype: Any
+) -> list[Float[Array, "B S H d"]]:
+    """x through a Linear of each name, submodules of the module that calls, as heads of `width` channels."""
+    found = [Linear(heads * width, dtype=dtype, name=name)(x).reshape((*x.shape[:2], heads, width)) for name in names]
+    return [checkpoint_name(y, "qkv") for y in found]
+
+
+class Embedder(nn.Module):
+    """linear_1, SiLU, linear_2."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B in"]) -> Float[Array, "B D"]:
+        y = Linear(self.width, dtype=self.dtype, name="linear_1")(x)
+        return Linear(self.width, dtype=self.dtype, name="linear_2")(jax.nn.silu(y))
+
+
+class Conditioning(nn.Module):
+    """time, pooled text and, where there is one, guidance -> one vector."""
+
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, sigma: Float[Array, "B"], pooled: Float[Array, "B Dp"], guidance: Float[Array, "B"] | None = None
+    ) -> Float[Array, "B D"]:
+        cond = Embedder(self.width, self.dtype, name="timestep_embedder")(sinusoid(1000 * sigma))
+        if guidance is not None:
+            cond = cond + Embedder(self.width, self.dtype, name="guidance_embedder")(sinusoid(1000 * guidance))
+        return cond + Embedder(self.width, self.dtype, name="text_embedder")(pooled)
+
+
+def stack(
+    block: type[nn.Module], layers: int, inputs: int, *, remat: bool, keeps: Sequence[str] = ()
+) -> Callable[..., nn.Module]:
+    """`layers` equal blocks as one scan, so that compile time does not grow with depth; made as `block` is.
+
+    block(carry, *inputs) -> (carry, None). `remat` recomputes it in the backward pass, but for what `keeps` names.
+    """
+    return nn.scan(
+        nn.remat(block, prevent_cse=False, policy=keeping(keeps)) if remat else block,
+        variable_axes={"params": 0, "lora": 0, "quant": 0, "largest": 0},
+        split_rngs={"params": True},
+        in_axes=cast(Any, (nn.broadcast,) * inputs),  # unannotated in flax: inferred as int from its default
+        length=layers,
+    )

@@ -1,0 +1,49 @@
+"""The flow-matching schedule of a pipeline, from its scheduler_config.json (models.md section 9)."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from solrl_jax import weights
+
+NAME = "scheduler_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """The fields of scheduler_config.json that shape the sigmas; the defaults are diffusers'."""
+
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+
+    def __post_init__(self):
+        if not 0 < self.shift < np.inf:
+            raise ValueError(f"shift {self.shift} is no number above 0")
+        if self.max_image_seq_len == self.base_image_seq_len:
+            raise ValueError(f"base_image_seq_len and max_image_seq_len are both {self.max_image_seq_len}")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Schedule":
+        """From scheduler_config.json; a scheduler or options of it that would give other sigmas are refused."""
+        raw = weights.read_json(Path(folder) / NAME)
+        known = {"time_shift_type": ("exponential", None), "shift_terminal": (None,), "num_train_timesteps": (1000,)}
+        known |= {"_class_name": ("FlowMatchEulerDiscreteScheduler",)}
+        known |= dict.fromkeys(("invert_sigmas", "stochastic_sampling"), (False, None))
+        known |= dict.fromkeys(
+            (f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta", "lu", "flow")), (False, None)
+        )
+        if strange := {k: raw[k] for k, values in known.items() if k in raw and raw[k] not in values}:
+            raise weights.WeightsError(
+                f"{Path(folder) / NAME} asks for {strange}: not FLUX's schedule, nor SD3.5's, not known here"
+            )
+        return weights.from_config(cls, folder, raw, NAME)
+
+
+def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
+    """shift s / (1 + (shift - 1) s), of s in (0, 1]; 1 stays exactly 1."""
+    return shift / (shift + (1 / sigma - 1))

@@ -1,0 +1,425 @@
+"""Stable Diffusion 3.5, Large and Medium: joint blocks over [image, text] (spec: models.md sections 3, 8, 9.2).
+
+Medium's first blocks look at the image a second time (dual attention); the last block of both reads the text and leaves
+it. Equal neighbours are one scan. Modules carry the checkpoint's own names, so that the key table is short. Where the
+reference rounds (times cut to whole numbers) we take the clean f32 form.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from solrl_jax import config, hub, weights
+from solrl_jax.lora import Fused
+from solrl_jax.models import pipeline, sd35_public, text, vae
+from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, inputs_seen
+from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, stack
+from solrl_jax.models.pipeline import Encoder, Encoders
+from solrl_jax.models.schedule import NAME, Schedule, shifted
+from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
+from solrl_jax.weights import Rule
+
+PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+PUBLIC = sd35_public.PUBLIC
+LORA_TARGETS = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+)
+NVFP4_SKIP = ("pos_embed", "context_embedder", "time_text_embed", "norm_out", "norm1", "ff_context")
+# The original's list and width are NVFP4's own; 8-bit products pay in all of a block but its modulation (flux.py).
+FP8_SKIP = ("context_embedder", "time_text_embed", r"\bnorm", r"^proj_out")
+CLIPS = (
+    Encoder("clip", "text_encoder", "tokenizer", text.ClipTextConfig, project=True),
+    Encoder("clip_g", "text_encoder_2", "tokenizer_2", text.ClipTextConfig, project=True),
+)
+T5 = Encoder("t5", "text_encoder_3", "tokenizer_3", text.T5Config)
+PATCH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Sd35Config:
+    """The fields of transformer/config.json that shape the network; the defaults are diffusers'."""
+
+    in_channels: int = 16
+    out_channels: int = 16
+    num_layers: int = 18
+    attention_head_dim: int = 64
+    num_attention_heads: int = 18
+    joint_attention_dim: int = 4096
+    caption_projection_dim: int = 1152
+    pooled_projection_dim: int = 2048
+    pos_embed_max_size: int = 96
+    dual_attention_layers: tuple[int, ...] = ()
+    qk_norm: str = ""
+    patch_size: int = PATCH
+
+    def __post_init__(self):
+        if self.patch_size != PATCH:
+            raise ValueError(f"patch_size {self.patch_size} is not SD3.5's {PATCH}")
+        if self.qk_norm not in ("", "rms_norm"):
+            raise ValueError(f"qk_norm {self.qk_norm!r} is not known here: it must be rms_norm, or none")
+        if self.caption_projection_dim != self.width:
+            raise ValueError(
+                f"caption_projection_dim {self.caption_projection_dim} is not the width, num_attention_heads "
+                f"{self.num_attention_heads} x attention_head_dim {self.attention_head_dim}"
+            )
+        if self.out_channels != self.in_channels:
+            raise ValueError(f"out_channels {self.out_channels} is not in_channels {self.in_channels}")
+        if strange := sorted(set(self.dual_attention_layers) - set(range(self.num_layers))):
+            raise ValueError(f"dual_attention_layers {strange} are none of the {self.num_layers} layers, 0 and up")
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Sd35Config":
+        """From config.json; a folder of another network is refused by its class name."""
+        return weights.from_config(cls, folder, weights.read_config(folder, "SD3Transformer2DModel"))
+
+
+class Run(NamedTuple):
+    """Neighbouring blocks of one kind, the checkpoint's `first` and so many more."""
+
+    first: int
+    layers: int
+    dual: bool
+    last: bool
+
+    @property
+    def name(self) -> str:
+        return f"transformer_blocks_{self.first}"
+
+
+def runs(cfg: Sd35Config) -> list[Run]:
+    """Large: 37 and the last. Medium: 13 with dual attention, 10 without, the last."""
+    kinds = [(i in cfg.dual_attention_layers, i == cfg.num_layers - 1) for i in range(cfg.num_layers)]
+    found, first = [], 0
+    for (dual, last), equal in itertools.groupby(kinds):
+        found.append(Run(first, len(list(equal)), dual, last))
+        first += found[-1].layers
+    return found
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+class Patches(nn.Module):
+    """2x2 patches of latents as tokens, row-major, at their places in the middle of the checkpoint's table."""
+
+    cfg: Sd35Config
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B S D"]:
+        most, width = self.cfg.pos_embed_max_size, self.cfg.width
+        y = nn.Conv(width, (PATCH, PATCH), strides=PATCH, padding="VALID", dtype=self.dtype, name="proj")(x)
+        table = jnp.asarray(self.param("pos_embed", nn.initializers.normal(0.02), (1, most**2, width), F32))
+        top, left = (most - y.shape[1]) // 2, (most - y.shape[2]) // 2
+        places = table.reshape(1, most, most, width)[:, top : top + y.shape[1], left : left + y.shape[2]]
+        return (y.astype(F32) + places.astype(F32)).astype(self.dtype).reshape(y.shape[0], -1, width)
+
+
+class Attention(nn.Module):
+    """Attention over [image, text], or over the image alone. The last block's image looks at the text, which ends."""
+
+    cfg: Sd35Config
+    dtype: Any
+    last: bool = False
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B S D"], text: Float[Array, "B L D"] | None = None
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B L D"] | None]:
+        q, k, v = self._qkv(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
+        if text is not None:
+            # The last block's queries of the text stay unused: the checkpoint and its LoRAs have them, XLA drops them.
+            q_text, k_text, v_text = self._qkv(
+                text, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+            )
+            q = q if self.last else jnp.concatenate([q, q_text], axis=1)
+            k, v = jnp.concatenate([k, k_text], axis=1), jnp.concatenate([v, v_text], axis=1)
+        out = attention(q, k, v).reshape((*q.shape[:2], -1))
+        image = Linear(x.shape[-1], dtype=self.dtype, name="to_out.0")(out[:, : x.shape[1]])
+        if text is None or self.last:
+            return image, None
+        return image, Linear(x.shape[-1], dtype=self.dtype, name="to_add_out")(out[:, x.shape[1] :])
+
+    def _qkv(self, x: Array, names: tuple[str, ...], norms: tuple[str, str]) -> list[Array]:
+        q, k, v = heads_of(x, names, self.cfg.num_attention_heads, self.cfg.attention_head_dim, self.dtype)
+        if self.cfg.qk_norm == "rms_norm":
+            q, k = RMSNorm(1e-6, name=norms[0])(q), RMSNorm(1e-6, name=norms[1])(k)
+        return [q, k, v]
+
+
+class JointBlock(nn.Module):
+    cfg: Sd35Config
+    dtype: Any
+    dual: bool = False
+    last: bool = False
+
+    @nn.compact
+    def __call__(self, streams: tuple[Array, Array], cond: Array):
+        x, text = streams
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m, *second = Modulation(
+            9 if self.dual else 6, self.dtype, name="norm1"
+        )(cond)
+        of_text = Modulation(2 if self.last else 6, self.dtype, name="norm1_context")(cond)
+        t_shift, t_scale = of_text[::-1] if self.last else of_text[:2]  # the last block's come the other way round
+        x_out, text_out = Attention(self.cfg, self.dtype, self.last, name="attn")(
+            modulate(x, shift_a, scale_a, self.dtype), modulate(text, t_shift, t_scale, self.dtype)
+        )
+        again = None
+        if self.dual:
+            again, _ = Attention(self.cfg, self.dtype, name="attn2")(modulate(x, second[0], second[1], self.dtype))
+        x = gated(x, gate_a, x_out)
+        x = x if again is None else gated(x, second[2], again)
+        x = gated(x, gate_m, FeedForward(self.dtype, name="ff")(modulate(x, shift_m, scale_m, self.dtype)))
+        if text_out is None:
+            return (x, text), None
+        _, _, t_gate_a, t_shift_m, t_scale_m, t_gate_m = of_text
+        text = gated(text, t_gate_a, text_out)
+        text_ff = FeedForward(self.dtype, name="ff_context")(modulate(text, t_shift_m, t_scale_m, self.dtype))
+        return (x, gated(text, t_gate_m, text_ff)), None
+
+
+class Sd35Transformer(nn.Module):
+    """The velocity [B, h, w, c] of latents [B, h, w, c], given text [B, L, Dt], pooled text [B, Dp] and sigma [B]."""
+
+    cfg: Sd35Config
+    dtype: Any = jnp.bfloat16
+    remat: bool = False
+    keeps: tuple[str, ...] = ()  # of what remat would recompute: "attention", "qkv", "mlp"
+
+    @nn.compact
+    def __call__(self, x: Array, text: Array, pooled: Array, sigma: Array) -> Array:
+        cfg, (b, h, w, _) = self.cfg, x.shape
+        cond = Conditioning(cfg.width, self.dtype, name="time_text_embed")(sigma, pooled)
+        x = Patches(cfg, self.dtype, name="pos_embed")(x)
+        text = Linear(cfg.width, dtype=self.dtype, name="context_embedder")(text)
+        for run in runs(cfg):
+            blocks = stack(JointBlock, run.layers, 1, remat=self.remat, keeps=self.keeps)
+            (x, text), _ = blocks(cfg, self.dtype, run.dual, run.last, name=run.name)((x, text), cond)
+        scale, shift = Modulation(2, self.dtype, name="norm_out")(cond)
+        y = Linear(PATCH**2 * cfg.out_channels, dtype=self.dtype, name="proj_out")(
+            modulate(x, shift, scale, self.dtype)
+        )
+        y = y.reshape(b, h // PATCH, w // PATCH, PATCH, PATCH, -1)  # channels (dy, dx, c) with c fastest
+        return y.transpose(0, 1, 3, 2, 4, 5).reshape(b, h, w, -1)
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+def sigmas(steps: int, shift: float) -> np.ndarray:
+    """f64 [steps + 1]: the scheduler's table of 1000 is shifted, and so is what is taken between its ends (9.2)."""
+    return np.append(shifted(np.linspace(1, shifted(1 / 1000, shift), steps), shift), 0.0)
+
+
+def encoders_of(folder: Path) -> Encoders:
+    """The pipeline's text encoders: T5 too, unless model_index.json leaves it out by [null, null]."""
+    if (folder / "model_index.json").is_file():
+        index = weights.read_json(folder / "model_index.json")
+        if index.get(T5.folder) == [None, None]:
+            return CLIPS
+    return (*CLIPS, T5)
+
+
+def _check_widths(folder: Path, cfg: Sd35Config, vae_cfg: vae.VaeConfig, encoders: Encoders) -> None:
+    """WeightsError where the parts of a pipeline are of different models."""
+    one, two, *rest = (e.config.read(folder / e.folder) for e in encoders)
+    assert isinstance(one, text.ClipTextConfig) and isinstance(two, text.ClipTextConfig)
+    wide = [("T5", x.d_model) for x in rest if isinstance(x, text.T5Config)]
+    found = {
+        f"takes {cfg.in_channels} channels, the VAE gives {vae_cfg.latent_channels}": (
+            cfg.in_channels == vae_cfg.latent_channels
+        ),
+        f"takes pooled text of {cfg.pooled_projection_dim}, the CLIPs give {one.projection_dim} + "
+        f"{two.projection_dim}": cfg.pooled_projection_dim == one.projection_dim + two.projection_dim,
+        f"takes text of {cfg.joint_attention_dim}, the CLIPs give {one.hidden_size} + {two.hidden_size}": (
+            one.hidden_size + two.hidden_size <= cfg.joint_attention_dim
+        ),
+    }
+    found |= {
+        f"takes text of {cfg.joint_attention_dim}, {name} gives {n}": n == cfg.joint_attention_dim for name, n in wide
+    }
+    for what, fits in found.items():
+        if not fits:
+            raise weights.WeightsError(f"{folder}: the transformer {what}: these parts are of different models")
+
+
+@functools.lru_cache(maxsize=8)
+def make(cfg: config.Model) -> Model:
+    """The pure functions of the pipeline `cfg.path` (hub.pipeline). Cached: the same config, the same static argument.
+
+    Conditioning: {"text" [G, 77 + text_tokens, Dt], "pooled" [G, Dp]}. No classifier-free guidance.
+    """
+    folder = hub.pipeline(cfg.path, configs_only=True)
+    hub.check_pipeline(folder, PIPELINES)
+    sd35 = Sd35Config.read(folder / "transformer")
+    vae_cfg = vae.VaeConfig.read(folder / "vae")
+    schedule = Schedule.read(folder / "scheduler")
+    if schedule.use_dynamic_shifting:
+        raise weights.WeightsError(f"{folder / 'scheduler' / NAME}: use_dynamic_shifting is not SD3.5's schedule")
+    encoders, dtype = encoders_of(folder), jnp.dtype(cfg.dtype)
+    _check_widths(folder, sd35, vae_cfg, encoders)
+    side = pipeline.latent_side(cfg.size, vae_cfg)
+    if side // PATCH > sd35.pos_embed_max_size:
+        most = sd35.pos_embed_max_size * PATCH * vae_cfg.factor
+        raise config.ConfigError(f"model.size={cfg.size}: the model's table of positions ends at {most} pixels")
+    network = Sd35Transformer(sd35, dtype, cfg.remat, cfg.remat_keeps)
+    words, length = pipeline.text_modules(folder, encoders, dtype), _clip_length(folder) + cfg.text_tokens
+    shape = (side, side, vae_cfg.latent_channels)
+    decoder = vae.Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype))
+
+    def run(variables: Variables, x: Array, sigma: Array, cond: PyTree, **how: Any) -> Any:
+        return network.apply(variables, x.astype(dtype), cond["text"], cond["pooled"], sigma, **how)
+
+    def velocity(variables: Variables, x: Array, sigma: Array, cond: PyTree) -> Array:
+        return jnp.asarray(run(variables, x, sigma, cond)).astype(F32)
+
+    def largest(variables: Variables, x: Array, sigma: Array, cond: PyTree) -> dict[str, Array]:
+        return inputs_seen(run(variables, x, sigma, cond, mutable=["largest"])[1])
+
+    def init(key: Key[Array, ""]) -> Params:
+        given = jnp.zeros((1, *shape)), jnp.zeros((1, length, sd35.joint_attention_dim))
+        return network.init(key, *given, jnp.zeros((1, sd35.pooled_projection_dim)), jnp.ones(1))["params"]
+
+    def encode(params: Params, ids: PyTree) -> PyTree:
+        read = {name: module.apply({"params": params[name]}, ids[name]) for name, module in words.items()}
+        return assembled(
+            [cast(text.ClipOutput, read[e.name]) for e in CLIPS], cast(Any, read.get("t5")), sd35, cfg.text_tokens
+        )
+
+    return Model(
+        name="sd35",
+        tokenize=functools.partial(pipeline.tokenize, str(folder), encoders, cfg.text_tokens),
+        encode=encode,
+        noise=lambda key: jax.random.normal(key, shape),
+        sigmas=lambda steps: sigmas(steps, schedule.shift),
+        velocity=velocity,
+        largest=largest,
+        decode=lambda params, latents: vae.decode(decoder, params, latents),
+        init=init,
+        lora_targets=LORA_TARGETS,
+        quant_rules=QuantRules(QuantRule(NVFP4_SKIP, cfg.min_dim), QuantRule(FP8_SKIP, 0)),
+        keys=keys(sd35),
+        comfy=comfy(sd35),
+    )
+
+
+def assembled(
+    clips: list[text.ClipOutput], t5: Float[Array, "G T Dt"] | None, cfg: Sd35Config, text_tokens: int
+) -> dict[str, Array]:
+    """What the network reads of a prompt (models.md 8.2): both CLIPs' penultimate states side by side, zeros up to T5's
+    width, then T5's states; without a T5 zeros, as in diffusers."""
+    short = jnp.concatenate([clip.penultimate for clip in clips], axis=-1)
+    short = jnp.pad(short, ((0, 0), (0, 0), (0, cfg.joint_attention_dim - short.shape[-1])))
+    if t5 is None:
+        t5 = jnp.zeros((len(short), text_tokens, cfg.joint_attention_dim), short.dtype)
+    both = jnp.concatenate([short, t5], axis=1)
+    return {"text": both, "pooled": jnp.concatenate([clip.pooled for clip in clips], axis=-1)}
+
+
+def _clip_length(folder: Path) -> int:
+    lengths = {text.ClipTextConfig.read(folder / e.folder).max_position_embeddings for e in CLIPS}
+    if len(lengths) != 1:
+        raise weights.WeightsError(f"{folder}: its CLIPs read {sorted(lengths)} tokens: not of one model")
+    return lengths.pop()
+
+
+def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:
+    """(transformer, VAE decoder, text encoders {clip, clip_g, t5}) of the folder, in the dtypes `make`'s functions
+    expect (so that T5's fp16 files are never computed in fp16, whose range its states leave).
+
+    Transformer and decoder go where `place` takes them, leaf by leaf as they are read; the text encoders are numpy.
+    """
+    base, decoder, encoders = parts(cfg, place)
+    return base, decoder, encoders
+
+
+def parts(
+    cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
+) -> Iterator[Params]:
+    """What `load` returns, one after another, each read when it is asked for."""
+    return pipeline.parts(cfg, make(cfg), _encoders(cfg), place, place_text)
+
+
+def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
+    """What `load` returns, as ShapeDtypeStructs: from the folder's configs alone."""
+    return pipeline.shapes(cfg, make(cfg), _encoders(cfg))
+
+
+def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
+    """What `tokenize` gives for so many prompts, as ShapeDtypeStructs."""
+    return pipeline.token_shapes(cfg, _encoders(cfg), prompts)
+
+
+def _encoders(cfg: config.Model) -> Encoders:
+    return encoders_of(hub.pipeline(cfg.path, configs_only=True))
+
+
+def keys(cfg: Sd35Config) -> tuple[Rule, ...]:
+    """The key table of a transformer with these runs of blocks."""
+    leaves = (("kernel", "weight", "linear"), ("scale", "weight", "same"), ("bias", "bias", "same"))
+    return (
+        *(
+            Rule(rf"{run.name}/(.+)/{ours}", rf"transformer_blocks.{{layer}}.\1.{theirs}", layout, first=run.first)
+            for run in runs(cfg)
+            for ours, theirs, layout in leaves
+        ),
+        Rule(r"pos_embed/pos_embed", "pos_embed.pos_embed"),
+        Rule(r"pos_embed/proj/kernel", "pos_embed.proj.weight", "conv"),
+        Rule(r"(.+)/kernel", r"\1.weight", "linear"),
+        Rule(r"(.+)/bias", r"\1.bias"),
+    )
+
+
+# Stability AI's module names, by which ComfyUI knows SD3.5, and the Linears each is made of.
+_COMFY_BLOCK = {
+    "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "x_block_attn_proj": ("attn.to_out.0",),
+    "x_block_attn2_qkv": ("attn2.to_q", "attn2.to_k", "attn2.to_v"),
+    "x_block_attn2_proj": ("attn2.to_out.0",),
+    "x_block_mlp_fc1": ("ff.net.0.proj",),
+    "x_block_mlp_fc2": ("ff.net.2",),
+    "x_block_adaLN_modulation_1": ("norm1.linear",),
+    "context_block_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "context_block_attn_proj": ("attn.to_add_out",),
+    "context_block_mlp_fc1": ("ff_context.net.0.proj",),
+    "context_block_mlp_fc2": ("ff_context.net.2",),
+    "context_block_adaLN_modulation_1": ("norm1_context.linear",),
+}
+_COMFY_ENDS = {
+    "context_embedder": "context_embedder",
+    "t_embedder_mlp_0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder_mlp_2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder_mlp_0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder_mlp_2": "time_text_embed.text_embedder.linear_2",
+    "final_layer_linear": "proj_out",
+}
+
+
+def comfy(cfg: Sd35Config) -> tuple[Fused, ...]:
+    """The modules of ComfyUI's LoRA files; those of no block that has them are left out when a file is made or read."""
+    last = cfg.num_layers - 1
+    blocks = (
+        Fused(
+            f"joint_blocks_{i}_{name}",
+            tuple(f"transformer_blocks.{i}.{part}" for part in parts),
+            swapped=i == last and name == "context_block_adaLN_modulation_1",  # shift, scale there
+        )
+        for i in range(cfg.num_layers)
+        for name, parts in _COMFY_BLOCK.items()
+    )
+    ends = (Fused(name, (part,)) for name, part in _COMFY_ENDS.items())
+    return (*blocks, *ends, Fused("final_layer_adaLN_modulation_1", ("norm_out.linear",), swapped=True))
