@@ -4,6 +4,7 @@
 one module serves as reference {params}, policy {params, lora} and explorer {params, quant}.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -118,7 +119,9 @@ def attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and bias is None and q.shape[-1] in range(8, 129, 8)
     if fits and q.shape[1] >= LONG and sharding.platform() == "gpu":
-        return fused_attention(q, k, v, scale=factor)
+        if q.shape[1] % 2 or k.shape[1] % 2:
+            return odd_attention(q, k, v, factor, "cudnn")
+        return jax.nn.dot_product_attention(q, k, v, scale=factor, implementation="cudnn")
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=F32) * factor
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
@@ -126,24 +129,31 @@ def attention(
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=F32).astype(q.dtype)
 
 
-def fused_attention(
-    q: Float[Array, "B Q H d"],
-    k: Float[Array, "B S H d"],
-    v: Float[Array, "B S H d"],
-    *,
-    scale: float,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> Float[Array, "B Q H d"]:
-    """cuDNN's kernel. JAX refuses its backward pass for odd lengths (SD3.5's 4096 + 205 tokens): these get a row more,
-    which is masked."""
+Heads = Float[Array, "B _ H d"]
+Kernel = Literal["cudnn", "xla"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def odd_attention(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel) -> Heads:
+    """The fused attention of odd lengths, SD3.5's 4096 + 205 tokens: JAX refuses to differentiate it, so where a
+    gradient is asked for they get a row more, which is masked."""
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=kernel)
+
+
+def _evened(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel) -> Heads:
     queries, keys = q.shape[1], k.shape[1]
-    if queries % 2 == 0 and keys % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation)
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     none = 0 * jax.lax.stop_gradient(q)[:, 0, 0, 0].astype(jnp.int32)  # of q: under vmap JAX wants its axes on lengths
-    lengths = {"query_seq_lengths": none + queries, "key_value_seq_lengths": none + keys}
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation, **lengths)
-    return out[:, :queries]
+    how: dict[str, Any] = {"scale": scale, "implementation": kernel}
+    how |= {"query_seq_lengths": none + queries, "key_value_seq_lengths": none + keys}
+    return jax.nn.dot_product_attention(q, k, v, **how)[:, :queries]
+
+
+def _odd_forward(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel):
+    return jax.vjp(functools.partial(_evened, scale=scale, kernel=kernel), q, k, v)
+
+
+odd_attention.defvjp(_odd_forward, lambda scale, kernel, back, out: back(out))
 
 
 def keeping(names: Sequence[str]) -> Callable[..., Any]:
