@@ -16,7 +16,7 @@ from solrl_jax.config import Config, ConfigError
 FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft")
 ALIASES = {"compile": "naive_scaling"}
 """Families of the original that are another one here, where everything is compiled."""
-_GRPO = {"updates": 2, "kl_weight": 0.0, "old_max": 0.0}
+_GRPO = {"updates": 2, "kl_weight": 0.0, "old_max": 0.0, "clip_norm": 1.0}
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "flow_grpo": (
         {"steps": 6, "solver": "sde", "eta": 0.9},
@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"steps": 14, "solver": "sa_solver", "eta": 0.4},
         {
             **{"algorithm": "awm", "timestep_fraction": 0.43, "first_time": 1, "updates": 1, "kl_weight": 1e-3},
-            **{"clip_range": 1.0, "lag_weight": 1.0, "old_ramp": 1e-3, "old_max": 0.3},
+            **{"clip_range": 1.0, "lag_weight": 1.0, "old_ramp": 1e-3, "old_max": 0.3, "clip_norm": 1.0},
         },
     ),
 }

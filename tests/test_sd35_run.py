@@ -49,7 +49,7 @@ def test_sd35_is_the_published_run():
 
 
 def test_recipes_have_the_names_of_the_original():
-    names = [f"{f}_{r}" for f in (*config.FAMILIES, "compile") for r in REWARDS]
+    names = [f"{f}_{r}" for f in recipes.NAMES for r in REWARDS]
     made = {recipe: config.load(f"sd35:{recipe}") for recipe in names}
     assert made["sol_rl_imagereward"] == config.load("sd35") == config.load("sd35:sol_rl")
     for recipe, cfg in made.items():
