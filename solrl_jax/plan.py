@@ -146,6 +146,17 @@ def seconds(flops: Counter[str], card: Card, devices: int = 1) -> float:
     return sum(n / RATES.get(dtype, 1.0) for dtype, n in flops.items()) / (FRACTION * card.peak * 1e12 * devices)
 
 
+def device_card() -> Card | None:
+    """The first device as a card: its memory is what JAX may take of it, its peak that of the card of its name.
+
+    None on a CPU and for a GPU that is not among CARDS.
+    """
+    device = jax.local_devices()[0]
+    known = [card for name, card in CARDS.items() if name.partition(" ")[0].removeprefix("RTX ") in device.device_kind]
+    most = (device.memory_stats() or {}).get("bytes_limit")
+    return known[0]._replace(memory=most / USABLE / 2**30) if known and most else None
+
+
 def check_fits(cfg: Config, devices: int, most: float) -> None:
     """ConfigError, with the plan's numbers and what to change, where a stage cannot fit `most` bytes a device.
 
