@@ -367,9 +367,12 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """The inverse of `to_json`; a field that this version does not know raises ConfigError."""
     try:
-        return _build(Config, json.loads(text), "")
-    except json.JSONDecodeError as e:
+        values = json.loads(text)
+    except ValueError as e:
         raise ConfigError(f"not the JSON of a config: {e}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"not the JSON of a config: a {type(values).__name__}, not an object")
+    return _build(Config, values, "")
 
 
 def values(config: Config) -> list[tuple[str, Any]]:
@@ -397,13 +400,26 @@ def _build(kind: Any, values: dict[str, Any], at: str) -> Any:
         raise ConfigError(
             f"unknown fields {', '.join(strange)}: this config was written by another version of solrl_jax"
         )
-    made = {}
-    for name, value in values.items():
-        inner = next((t for t in (types_[name], *typing.get_args(types_[name])) if dataclasses.is_dataclass(t)), None)
-        if inner and value is not None:
-            value = _build(inner, value, f"{at}{name}.")
-        made[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**made)
+    return kind(**{name: _typed(types_[name], value, f"{at}{name}") for name, value in values.items()})
+
+
+def _typed(kind: Any, value: Any, path: str) -> Any:
+    """A JSON value as a field's type; ConfigError where it is of another."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _typed(args[0], value, path)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _build(kind, value, f"{path}.")
+    if origin is tuple and isinstance(value, list) and all(isinstance(x, str) for x in value):
+        return tuple(value)
+    if origin is Literal and value in args:
+        return value
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    wanted = f"one of {', '.join(map(str, args))}" if origin is Literal else getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{path}={value!r}: needs {wanted}")
 
 
 def override(config: Config, **changes: Any) -> Config:
