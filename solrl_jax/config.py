@@ -35,11 +35,13 @@ def _require(ok: bool, message: str) -> None:
 class Model:
     """Which network, from where: `path` is a diffusers pipeline folder or a model of huggingface.co, "org/name".
 
-    `size` is in pixels, `text_tokens` in T5 tokens.
+    `size` is in pixels, `text_tokens` counts tokens of T5 or Gemma.
     """
 
     name: str = "flux"
     path: str = ""
+    weights: str = ""  # a file of the network's weights to take instead of the folder's, or org/name/file
+    schedule: Literal["own", "linear"] = "own"  # the pipeline's; or sigmas in equal steps from 1 to 0
     size: int = 512
     text_tokens: int = 128
     dtype: Literal["bfloat16", "float32"] = "bfloat16"

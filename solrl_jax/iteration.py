@@ -137,7 +137,7 @@ def integrate(
 ) -> Float[Array, "B h w c"]:
     """The ODE from each key's noise to its latents, all p x n = B samples as one batch; cond leaves [p, ...]."""
     flat = keys.reshape(-1)
-    cond = jax.tree.map(lambda c: jnp.repeat(c, keys.shape[1], axis=0), cond)
+    cond = jax.tree.map(lambda c: jnp.repeat(c, keys.shape[1], axis=0), model.prepare(variables, cond))
     x1 = jax.vmap(lambda k: model.noise(jax.random.fold_in(k, NOISE)))(flat)
     sigmas = model.sigmas(stage.steps)
     return sampler.sample(lambda x, sigma: model.velocity(variables, x, sigma, cond), x1, sigmas, stage.solver)

@@ -41,6 +41,8 @@ class Model(NamedTuple):
     tokenize(prompts) -> int32 arrays [G, ...] on the host;
     encode(text_params, tokens) -> conditioning, leaves [G, ...];
     noise(key) -> one sample's x_1, f32 [h, w, c]; sigmas(steps) -> f64 [steps + 1], falling from 1 to 0;
+    prepare(variables, cond) -> conditioning, leaves [G, ...]: what of the network does not depend on x and sigma is done
+    once for a rollout; `velocity` takes it in the place of what `encode` gives;
     velocity(variables, x, sigma, cond) -> f32 like x, for x f32 [B, h, w, c], sigma f32 [B] and cond leaves [B, ...];
     largest(variables, x, sigma, cond) -> {Linear's path: the largest |input| that it sees in this call, f32 []};
     decode(vae_params, latents) -> images f32 [B, H, W, 3] in [0, 1]; init(key) -> a fresh base.
@@ -59,6 +61,7 @@ class Model(NamedTuple):
     quant_rules: "QuantRules"
     keys: tuple  # weights.Rule table: our parameter paths <-> the public checkpoint's keys
     comfy: tuple = ()  # lora.Fused table: the modules of ComfyUI's LoRA files; none: no such files
+    prepare: Callable[[Variables, PyTree], PyTree] = lambda variables, cond: cond
 
 
 class QuantRule(NamedTuple):

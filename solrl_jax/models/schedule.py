@@ -47,3 +47,8 @@ class Schedule:
 def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
     """shift s / (1 + (shift - 1) s), of s in (0, 1]; 1 stays exactly 1."""
     return shift / (shift + (1 / sigma - 1))
+
+
+def linear(steps: int) -> np.ndarray:
+    """f64 [steps + 1]: 1 to 0 in equal steps."""
+    return np.linspace(1, 0, steps + 1)
