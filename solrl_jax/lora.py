@@ -255,7 +255,7 @@ def _absent_layers(linears: Sequence[Leaf], names: Mapping[Fused, _Names], prese
     """What a file lacks that adapts some layers of a stack: it may be for a model of fewer layers."""
     home = {part: module for module in names for part in module.parts}
     problems = {}
-    for leaf, first in ((leaf, first) for leaf in linears for first in range(leaf.fused)):
+    for leaf, first in ((one, first) for one in linears for first in range(one.fused)):
         homes = [home[name] for name in _module_names(leaf)[first :: leaf.fused] if name in home]
         if any(module in present for module in homes):
             problems |= {names[module].down: None for module in homes if module not in present}

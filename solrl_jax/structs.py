@@ -41,8 +41,8 @@ class Model(NamedTuple):
     tokenize(prompts) -> int32 arrays [G, ...] on the host;
     encode(text_params, tokens) -> conditioning, leaves [G, ...];
     noise(key) -> one sample's x_1, f32 [h, w, c]; sigmas(steps) -> f64 [steps + 1], falling from 1 to 0;
-    prepare(variables, cond) -> conditioning, leaves [G, ...]: what of the network does not depend on x and sigma is done
-    once for a rollout; `velocity` takes it in the place of what `encode` gives;
+    prepare(variables, cond) -> conditioning, leaves [G, ...], that velocity takes in the place of `encode`'s: what of
+    the network depends on neither x nor sigma is done in it, once for a rollout;
     velocity(variables, x, sigma, cond) -> f32 like x, for x f32 [B, h, w, c], sigma f32 [B] and cond leaves [B, ...];
     largest(variables, x, sigma, cond) -> {Linear's path: the largest |input| that it sees in this call, f32 []};
     decode(vae_params, latents) -> images f32 [B, H, W, 3] in [0, 1]; init(key) -> a fresh base.

@@ -25,8 +25,8 @@ from solrl_jax.structs import PyTree, WeightsError
 class Rule(NamedTuple):
     """`path` (a regex over "a/b/kernel") -> checkpoint `key` (its replacement; "{layer}": the stacked leading axis).
 
-    Layouts: same; linear: [in, out] here, [out, in] there; pointwise: the same, a 1x1 convolution [out, in, 1, 1] there;
-    conv: HWIO here, OIHW there.
+    Layouts: same; linear: [in, out] here, [out, in] there; pointwise: the same of a 1x1 convolution, [out, in, 1, 1]
+    there; conv: HWIO here, OIHW there.
     """
 
     path: str

@@ -5,6 +5,7 @@ f32, convolutions `dtype`. Latents outside this file are scaled: the autoencoder
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class DcaeConfig:
         heads = [w for w, kind in zip(widths, self.decoder_block_types, strict=True) if kind != "ResBlock"]
         if bad := [width for width in heads if width % self.attention_head_dim]:
             raise ValueError(f"decoder_block_out_channels {bad} do not divide into heads of {self.attention_head_dim}")
-        if widths[-1] % self.latent_channels or any(4 * a % b for a, b in zip(widths, widths[1:], strict=False)):
+        if widths[-1] % self.latent_channels or any(4 * a % b for a, b in itertools.pairwise(widths)):
             raise ValueError(f"decoder_block_out_channels {widths} do not divide as the shortcuts need")
 
     @classmethod
