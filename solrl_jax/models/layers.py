@@ -4,6 +4,7 @@
 one module serves as reference {params}, policy {params, lora} and explorer {params, quant}.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -134,7 +135,11 @@ def attention(
     plain = bias is None and softcap is None
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and plain and q.shape[-1] in range(8, 129, 8)
     if fits and q.shape[1] >= LONG and sharding.platform() == "gpu":
-        return fused_attention(q, k, v, scale=factor, lengths=lengths)
+        if lengths is not None:
+            return masked_attention(q, k, v, factor, "cudnn", lengths)
+        if q.shape[1] % 2 or k.shape[1] % 2:
+            return odd_attention(q, k, v, factor, "cudnn")
+        return jax.nn.dot_product_attention(q, k, v, scale=factor, implementation="cudnn")
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=F32) * factor
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -147,25 +152,34 @@ def attention(
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=F32).astype(q.dtype)
 
 
-def fused_attention(
-    q: Float[Array, "B Q H d"],
-    k: Float[Array, "B S H d"],
-    v: Float[Array, "B S H d"],
-    *,
-    scale: float,
-    lengths: Int[Array, "B"] | None = None,
-    implementation: Literal["cudnn", "xla"] = "cudnn",
-) -> Float[Array, "B Q H d"]:
-    """cuDNN's kernel. JAX refuses its backward pass for odd lengths (SD3.5's 4096 + 205 tokens): these get a row more,
-    which is masked."""
+Heads = Float[Array, "B _ H d"]
+Kernel = Literal["cudnn", "xla"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def odd_attention(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel) -> Heads:
+    """The fused attention of odd lengths, SD3.5's 4096 + 205 tokens: JAX refuses to differentiate it, so where a
+    gradient is asked for they get a row more, which is masked."""
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=kernel)
+
+
+def masked_attention(
+    q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel, lengths: Int[Array, "B"] | None = None
+) -> Heads:
+    """The fused attention to the first `lengths` keys (None: all), of even lengths inside."""
     queries, keys = q.shape[1], k.shape[1]
-    if queries % 2 == 0 and keys % 2 == 0 and lengths is None:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation)
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     none = 0 * jax.lax.stop_gradient(q)[:, 0, 0, 0].astype(jnp.int32)  # of q: under vmap JAX wants its axes on lengths
-    seen = {"query_seq_lengths": none + queries, "key_value_seq_lengths": none + (keys if lengths is None else lengths)}
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=implementation, **seen)
-    return out[:, :queries]
+    how: dict[str, Any] = {"scale": scale, "implementation": kernel}
+    how |= {"query_seq_lengths": none + queries, "key_value_seq_lengths": none + (keys if lengths is None else lengths)}
+    return jax.nn.dot_product_attention(q, k, v, **how)[:, :queries]
+
+
+def _odd_forward(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel):
+    return jax.vjp(functools.partial(masked_attention, scale=scale, kernel=kernel), q, k, v)
+
+
+odd_attention.defvjp(_odd_forward, lambda scale, kernel, back, out: back(out))
 
 
 def linear_attention(

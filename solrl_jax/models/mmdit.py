@@ -3,7 +3,7 @@
 Modules carry the checkpoint's own names. The residual stream is in the network's dtype; LayerNorm and modulation f32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -86,7 +86,7 @@ class Conditioning(nn.Module):
         return cond + Embedder(self.width, self.dtype, name="text_embedder")(pooled)
 
 
-STACKED = {"params": 0, "lora": 0, "quant": 0, "largest": 0}
+STACKED: Mapping[Any, Any] = {"params": 0, "lora": 0, "quant": 0, "largest": 0}
 """The collections of a stack's layers, which lead."""
 
 

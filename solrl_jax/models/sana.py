@@ -168,7 +168,7 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(self.cfg, self.dtype)
         self.mlp = GatedConv(self.cfg.hidden, self.dtype)
 
-    def __call__(self, x: Array, time: Array, length: Array, y: Array | None, kv: Array | None):
+    def __call__(self, x: Array, time: Array, length: Array, y: Any, kv: Any):
         """x [B, h, w, D]; time [B, 6, D] f32; the text y [B, L, D], or its k and v for this block [B, L, 2 D]."""
         found = modulations(self.scale_shift_table, time)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = found
