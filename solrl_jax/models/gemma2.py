@@ -38,7 +38,7 @@ class Gemma2Config:
     hidden_activation: str = "gelu_pytorch_tanh"
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    query_pre_attn_scalar: float = 256.0
+    query_pre_attn_scalar: int = 256
     attn_logit_softcapping: float = 50.0
     sliding_window: int = 4096
     pad_token_id: int = 0

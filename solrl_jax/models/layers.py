@@ -186,12 +186,14 @@ def linear_attention(
     q: Float[Array, "B N H d"], k: Float[Array, "B N H d"], v: Float[Array, "B N H d"]
 ) -> Float[Array, "B N H d"]:
     """relu(q) (relu(k)' v) / (relu(q) . sum of relu(k)), summed in f32 (SANA's and DC-AE's). Returns q's dtype."""
-    q, k = jax.nn.relu(q), jax.nn.relu(k)
+    dtype, q, k = q.dtype, jax.nn.relu(q), jax.nn.relu(k)
+    # The same numbers: products of bf16 are exact in f32. XLA's CPU backend lacks this one, a GPU's copies would cost.
+    k, v = (k, v) if sharding.platform() == "gpu" else (k.astype(F32), v.astype(F32))
     states = jnp.einsum("bnhd,bnhe->bhde", k, v, preferred_element_type=F32)
     total = jnp.sum(k.astype(F32), axis=1)
     above = jnp.einsum("bnhd,bhde->bnhe", q.astype(F32), states)
     below = jnp.einsum("bnhd,bhd->bnh", q.astype(F32), total)
-    return (above / (below[..., None] + 1e-15)).astype(q.dtype)
+    return (above / (below[..., None] + 1e-15)).astype(dtype)
 
 
 class DepthwiseConv(nn.Module):

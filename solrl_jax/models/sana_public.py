@@ -1,6 +1,18 @@
 """The public configs of SANA-1.6B at 1024 px, for planning without its gigabytes (models.md 4, 7.2, 8.1, 9.3)."""
 
 _STAGES = {"block_types": ["ResBlock"] * 3 + ["EfficientViTBlock"] * 3, "qkv_multiscales": [[]] * 3 + [[5]] * 3}
+PUBLIC_VAE = {
+    "_class_name": "AutoencoderDC",
+    "latent_channels": 32,
+    "attention_head_dim": 32,
+    **{f"decoder_{name}": value for name, value in _STAGES.items()},
+    "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "decoder_layers_per_block": [3] * 6,
+    "upsample_block_type": "interpolate",
+    "decoder_norm_types": "rms_norm",
+    "decoder_act_fns": "silu",
+    "scaling_factor": 0.41407,
+}
 PUBLIC = {
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": {
         "transformer/config.json": {
@@ -22,18 +34,7 @@ PUBLIC = {
             "norm_elementwise_affine": False,
             "norm_eps": 1e-6,
         },
-        "vae/config.json": {
-            "_class_name": "AutoencoderDC",
-            "latent_channels": 32,
-            "attention_head_dim": 32,
-            **{f"decoder_{name}": value for name, value in _STAGES.items()},
-            "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
-            "decoder_layers_per_block": [3] * 6,
-            "upsample_block_type": "interpolate",
-            "decoder_norm_types": "rms_norm",
-            "decoder_act_fns": "silu",
-            "scaling_factor": 0.41407,
-        },
+        "vae/config.json": PUBLIC_VAE,
         "text_encoder/config.json": {
             "model_type": "gemma2",
             "vocab_size": 256000,
