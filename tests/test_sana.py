@@ -87,6 +87,27 @@ def test_transformer_from_shards(tmp_path, remat):
     assert all(np.array_equal(saved[key], files[key]) for key in saved.keys())  # noqa: SIM118
 
 
+@pytest.mark.parametrize(
+    ("smaller", "by"),
+    [
+        (("caption_projection.linear_2",), 3e-4),  # to the norm of the text: 1e-5
+        (("patch_embed.proj",), 1e-3),  # to the first LayerNorm: 1e-6
+        (("attn1.to_q", "attn1.to_k"), 3e-9),  # to the sum below linear attention: 1e-15
+    ],
+)
+def test_what_is_added_to_small_sums(smaller, by):
+    """Where weights are so small that each of the network's epsilons matters, diffusers' result still is ours."""
+    model, cfg = make_transformer(), SanaConfig(**nano_sana.TRANSFORMER)
+    plain = ours(weights.load(Held(model), shapes_of(cfg), sana.KEYS), given := inputs(cfg), cfg=cfg)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(f"{x}." in name for x in smaller):
+                parameter.mul_(by)
+    found = ours(weights.load(Held(model), shapes_of(cfg), sana.KEYS), given, cfg=cfg)
+    assert error(found, theirs(model, given)) < 2e-5
+    assert np.abs(found - plain).max() > 1e-2
+
+
 def test_the_rest_of_the_text_is_not_seen():
     cfg = SanaConfig(**nano_sana.TRANSFORMER)
     params, given = weights.load(Held(make_transformer()), shapes_of(cfg), sana.KEYS), inputs(cfg)

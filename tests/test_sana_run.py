@@ -228,11 +228,12 @@ def test_remat_keeps_the_gradient(public):
         base = nano.random(jax.eval_shape(model.init, jax.random.key(0)), 1)
         begin = functools.partial(lora.init, jax.random.key(0), targets=model.lora_targets, cfg=Lora(4))
         adapter = nano.random(jax.eval_shape(begin, base), 2)
-        cond = {"text": jnp.ones((1, 12, 32)), "length": jnp.array([7])}
+        text, x = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((1, 12, 32), (1, 8, 8, 4))))
+        cond = {"text": text, "length": jnp.array([7])}
 
-        def loss(adapter, base, cond, model=model):
+        def loss(adapter, base, cond, model=model, x=x):
             policy = lora.policy(base, adapter, Lora(4))
-            return jnp.sum(model.velocity(policy, jnp.ones((1, 8, 8, 4)), jnp.full((1,), 0.5), cond) ** 2)
+            return jnp.sum(model.velocity(policy, x, jnp.full((1,), 0.5), cond) ** 2)
 
         found.append(jax.jit(jax.grad(loss))(adapter, base, cond))
     assert all(np.isfinite(x).all() and np.any(x) for x in jax.tree.leaves(found[0]))
