@@ -17,7 +17,8 @@ iteration of 48 prompts; devices share the prompts. The paper gives 169 s on eig
 rollout. Reward to expect: not known here, the public weights have not been run yet.
 """
 
-from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, choose, recipes
+from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
+from solrl_jax.recipes import choose, recipes
 
 REWARDS = ("clipscore", "pickscore", "hpsv2", "imagereward")
 RECIPES = recipes(REWARDS)

@@ -11,12 +11,13 @@ checkpoint of the last command, 1x1 convolutions as Linears: the same network, w
 folder's. Either way a LoRA's file is in diffusers' names.
 
 The schedule is the original's for training, sigmas in equal steps from 1 to 0, not SANA's own
-(--config.model.schedule=own, shift 3). NVFP4 quantises what the original quantises, MLPs and the text's keys and
+(--config.model.shift=0, the 3 of its file). NVFP4 quantises what the original quantises, MLPs and the text's keys and
 values: 59 % of the weights, 56 % of the FLOPs; FP8 every Linear of the blocks.
 Memory, time: not measured; `--config=sana --mode=plan` estimates every stage.
 """
 
-from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, choose, recipes
+from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
+from solrl_jax.recipes import choose, recipes
 
 REWARDS = ("pickscore", "clipscore", "hpsv2", "imagereward")
 RECIPES = recipes(REWARDS)
@@ -29,7 +30,7 @@ def base(reward: str) -> Config:
         model=Model(
             name="sana",
             path="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
-            schedule="linear",
+            shift=1.0,
             size=1024,
             text_tokens=300,
             vae_dtype="bfloat16",

@@ -17,7 +17,8 @@ prompts on eight B200 with native FP4, 187 of them rollout.
 
 import dataclasses
 
-from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, choose, recipes
+from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
+from solrl_jax.recipes import choose, recipes
 
 REWARDS = ("imagereward", "pickscore", "clipscore", "hpsv2")
 RECIPES = (*recipes(REWARDS), *(f"medium_{recipe}" for recipe in recipes(REWARDS)))

@@ -9,9 +9,11 @@ formulas are the paper's; sizes, rate and updates per rollout are this world's o
 hold enough updates to learn. Beside each stands the value of Sol-RL on FLUX.1-dev.
 """
 
+import dataclasses
 from pathlib import Path
 
-from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, choose, recipes
+from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
+from solrl_jax.recipes import choose, recipes
 
 WORLD = Path(__file__).resolve().parent.parent / "experiments" / "tiny"
 REWARDS = ("clipscore", "shapes")
@@ -52,5 +54,12 @@ def base(reward: str) -> Config:
 
 
 def config(recipe: str) -> Config:
-    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for sol_rl_clipscore."""
-    return choose(base, REWARDS, recipe)
+    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for sol_rl_clipscore.
+
+    Of a step's probability GRPO takes the mean over a picture's elements, whose noise falls with their root: 512 here,
+    65536 at 512 px. So its clip range is ten times the published one.
+    """
+    cfg = choose(base, REWARDS, recipe)
+    if not cfg.of_steps:
+        return cfg
+    return dataclasses.replace(cfg, learn=dataclasses.replace(cfg.learn, clip_range=10 * cfg.learn.clip_range))

@@ -20,7 +20,7 @@ from typing import Any
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
 
-def figure(value: float, unit: str, n: int, spread: Any = None) -> dict[str, Any]:
+def figure(value: float | None, unit: str, n: int, spread: Any = None) -> dict[str, Any]:
     """One measured number; `spread` is a standard error, an interval or a list of repeats, as the unit's text says."""
     return {"value": value, "unit": unit, "n": n, "spread": spread}
 
@@ -59,10 +59,14 @@ def _module() -> str:
 
 
 def cell(f: dict[str, Any], digits: int = 3) -> str:
-    """A figure as text: value, then its standard error, interval or repeats."""
+    """A figure as text: value, then its standard error, interval or repeats; a dash where there is no value."""
+    if f["value"] is None:
+        return "-"
     text, spread = f"{f['value']:.{digits}f}", f["spread"]
     if isinstance(spread, float):
         return f"{text} ± {spread:.{digits}f}"
+    if isinstance(spread, dict) and "error" in spread:
+        return f"{text} ± {spread['error']:.{digits}f}"
     if isinstance(spread, dict):
         parts = [_numbers(spread["interval"], digits)] if "interval" in spread else []
         return " ".join([text, *parts]) + (f" ({_numbers(spread['seeds'], digits)[1:-1]})" if "seeds" in spread else "")

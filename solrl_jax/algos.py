@@ -1,25 +1,75 @@
-"""Advantages and policy losses.
+"""Advantages and policy losses: DiffusionNFT, AWM, Flow-GRPO, DanceGRPO (algorithms.md sections 2 to 5).
 
-An algorithm NAME is two functions, found by `learn.algorithm`: NAME_points(key, x0, sigmas, times) -> Points of one
-sample, where velocities are asked for, and NAME_loss(velocities, points, advantage, hyper, cfg) -> (f32 [B], metrics).
+An `Algorithm`, found here by its name, is two functions and what they need. points(key, sample, schedule, times, cfg)
+-> where the velocities of one sample are asked for, leaves [T, ...]; loss(velocities, points, advantage, hyper, cfg)
+-> (f32 [B], metrics). `learn` in iteration.py averages, differentiates and updates.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from solrl_jax import sampler
 from solrl_jax.config import Learn
-from solrl_jax.structs import Hyper, Points, Velocities
+from solrl_jax.sampler import Gaussian
+from solrl_jax.structs import Hyper, Path, Points, Transitions, Velocities
 
 Metrics = dict[str, Any]
+Loss = tuple[Float[Array, "B"], Metrics]
 
 
-def advantages(reward: Float[Array, "P K"]) -> Float[Array, "P K"]:
-    """A = (R - mean of its prompt) / (std of all rewards + 1e-4), population std (algorithms.md 1.6)."""
-    return (reward - jnp.mean(reward, axis=-1, keepdims=True)) / (jnp.std(reward) + 1e-4)
+class Algorithm(NamedTuple):
+    """`fixed(cfg)`: which fields of Velocities the loss reads beside `current`; none of them gets a gradient.
+
+    `rolls_out`: whether the samples are made by the old policy, that lags behind, or by the trained one.
+    """
+
+    points: Callable[..., Any]
+    loss: Callable[..., Loss]
+    fixed: Callable[[Learn], tuple[str, ...]]
+    rolls_out: Literal["old", "current"]
+
+
+class Sample(NamedTuple):
+    """What a rollout leaves of one sample."""
+
+    x0: Float[Array, "h w c"]
+    path: Path | None = None
+
+
+class Schedule(NamedTuple):
+    """The rollout's times, f32 [N] without the last 0, and the law of its steps where they are Gaussian."""
+
+    sigmas: Float[Array, "N"]
+    steps: Gaussian | None = None
+
+
+def find(name: str) -> Algorithm:
+    """The algorithm of that name: nft, awm, flow_grpo or dance_grpo."""
+    return {"nft": NFT, "awm": AWM, "flow_grpo": FLOW_GRPO, "dance_grpo": DANCE_GRPO}[name]
+
+
+# --- advantages and decays ------------------------------------------------------------------------------------------
+
+
+def advantages(reward: Float[Array, "P K"], spread: str = "all") -> Float[Array, "P K"]:
+    """A = (R - mean of its prompt) / (std + eps), the std over what `spread` says (algorithms.md 1.6 and 5).
+
+    "all": of all rewards; "prompt": of the prompt's; both population std, eps 1e-4. "prompt_unbiased": of the prompt's,
+    divided by K - 1, eps 1e-8 (DanceGRPO's); K is 2 or more.
+    """
+    away = reward - jnp.mean(reward, axis=-1, keepdims=True)
+    if spread == "all":
+        return away / (jnp.std(reward) + 1e-4)
+    if spread == "prompt":
+        return away / (jnp.std(reward, axis=-1, keepdims=True) + 1e-4)
+    if spread == "prompt_unbiased":
+        return away / (jnp.std(reward, axis=-1, keepdims=True, ddof=1) + 1e-8)
+    raise ValueError(f"unknown spread {spread!r}: use all, prompt or prompt_unbiased")
 
 
 def shape_advantage(a: Float[Array, "*B"], clip: float, mode: str) -> Float[Array, "*B"]:
@@ -38,9 +88,11 @@ def shape_advantage(a: Float[Array, "*B"], clip: float, mode: str) -> Float[Arra
     raise ValueError(f"unknown advantage mode {mode!r}")
 
 
-def old_decay(updates: Int[Array, ""], ramp: Float[Array, ""], maximum: Float[Array, ""]) -> Float[Array, ""]:
-    """old <- c old + (1 - c) current with c = min(ramp * updates, maximum) (algorithms.md section 2)."""
-    return jnp.minimum(ramp * updates.astype(jnp.float32), maximum)
+def old_decay(
+    updates: Int[Array, ""], wait: Float[Array, ""], ramp: Float[Array, ""], maximum: Float[Array, ""]
+) -> Float[Array, ""]:
+    """old <- c old + (1 - c) current with c = min(ramp * (updates - wait), maximum), 0 until then (section 2)."""
+    return jnp.clip(ramp * (updates.astype(jnp.float32) - wait), 0.0, maximum)
 
 
 def ema_decay(updates: Int[Array, ""], maximum: float) -> Float[Array, ""]:
@@ -49,26 +101,24 @@ def ema_decay(updates: Int[Array, ""], maximum: float) -> Float[Array, ""]:
     return jnp.minimum((1 + k) / (10 + k), maximum)
 
 
-def nft_points(key: Key[Array, ""], x0: Float[Array, "h w c"], sigmas: Float[Array, "N"], times: int) -> Points:
+# --- DiffusionNFT ---------------------------------------------------------------------------------------------------
+
+
+def nft_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, times: int, cfg: Learn) -> Points:
     """T of the N rollout times in random order, each with fresh noise: x_t = (1 - t) x0 + t eps. Leaves [T, ...]."""
-    chex.assert_scalar_in(times, 1, sigmas.shape[0])
+    chex.assert_scalar_in(times, 1, schedule.sigmas.shape[0])
     key_t, key_eps = jax.random.split(key)
-    t = jax.random.permutation(key_t, sigmas)[:times]
-    eps = jax.random.normal(key_eps, (times, *x0.shape))
-    x0 = jnp.broadcast_to(x0[None], eps.shape)
-    s = t[:, None, None, None]
-    return Points((1 - s) * x0 + s * eps, t, x0)
+    return _noised(key_eps, sample.x0, jax.random.permutation(key_t, schedule.sigmas)[:times])
 
 
-def nft_loss(
-    v: Velocities, points: Points, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn
-) -> tuple[Float[Array, "B"], Metrics]:
+def nft_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:
     """DiffusionNFT (arXiv 2509.16117), with every constant of algorithms.md section 2; f32.
 
     v+ = beta v + (1 - beta) v_old,  v- = (1 + beta) v_old - beta v,  r = clip(A / (2 clip) + 1/2, 0, 1),
     L+- = mean |x_t - t v+- - x0|^2 / w+-,  w = mean |x_t - t v+- - x0| without gradient,
     loss = clip (r L+ + (1 - r) L-) / beta + kl_weight mean |v - v_ref|^2.
     """
+    assert v.old is not None and v.reference is not None
     chex.assert_equal_shape([v.current, v.old, v.reference, points.x_t, points.x0])
     chex.assert_equal_shape([points.t, advantage])
     beta, clip = hyper.strength, cfg.advantage_clip
@@ -87,10 +137,149 @@ def nft_loss(
 
 def _matching(velocity: Float[Array, "B h w c"], points: Points) -> Float[Array, "B"]:
     """Squared error of the implied x0, divided by its own mean absolute error (no gradient through that)."""
-    error = points.x_t - points.t[:, None, None, None] * velocity - points.x0
+    error = points.x_t - sampler.over(points.t, velocity) * velocity - points.x0
     weight = jax.lax.stop_gradient(jnp.maximum(_mean(jnp.abs(error)), 1e-5))
     return _mean(error**2) / weight
 
 
+# --- AWM ------------------------------------------------------------------------------------------------------------
+
+
+def awm_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, times: int, cfg: Learn) -> Points:
+    """One rollout time of each of T strata, with fresh noise (algorithms.md section 4). Leaves [T, ...].
+
+    The strata cut the times of number `first_time` .. int(.9 N) - 1 into T neighbouring ranges, by floored bounds.
+    (The original draws them once for all samples of a micro-batch; here each sample draws its own.)
+    """
+    key_t, key_eps = jax.random.split(key)
+    edges = jnp.asarray(awm_edges(schedule.sigmas.shape[0], times, cfg.first_time))
+    index = edges[:-1] + jnp.floor(jax.random.uniform(key_t, (times,)) * (edges[1:] - edges[:-1])).astype(jnp.int32)
+    return _noised(key_eps, sample.x0, schedule.sigmas[jnp.minimum(index, edges[1:] - 1)])
+
+
+def awm_edges(steps: int, times: int, first: int) -> list[int]:
+    """The T + 1 bounds of AWM's strata: for N = 14, T = 6, first 1 they are 1, 2, 4, 6, 8, 10, 12."""
+    return [int(first + (last_time(steps) - first) * k / times + 1e-9) for k in range(times + 1)]
+
+
+def last_time(steps: int) -> int:
+    """AWM trains no time of this number or above: the last tenth of a rollout."""
+    return int(0.9 * steps)
+
+
+def awm_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:
+    """Advantage weighted matching (arXiv 2509.25050), generalised Huber form with p = 1/4 (algorithms.md section 4).
+
+    e = mean |v - (eps - x0)|^2,  log p = -(t/p) ((e + 1e-10)^p - (1e-10)^p),  ratio = p / p_behaviour,
+    loss = max(-A ratio, -A clip(ratio, 1 -+ c)) + kl_weight mean |v - v_ref|^2 + lag_weight mean |v - v_old|^2,
+    with A in [-1, 1]: the clipped advantage over its bound.
+    """
+    assert v.old is not None and v.reference is not None
+    chex.assert_equal_shape([v.current, v.old, v.reference, points.x_t, points.x0])
+    a = shape_advantage(advantage, cfg.advantage_clip, cfg.advantage_mode) / cfg.advantage_clip
+    target = (points.x_t - points.x0) / sampler.over(points.t, points.x_t)  # eps - x0
+
+    def log_prob(velocity: Float[Array, "B h w c"]) -> Float[Array, "B"]:
+        return awm_log_prob(_mean((velocity - target) ** 2), points.t)
+
+    policy, metrics = _clipped(log_prob, v, a, hyper)
+    kl, lag = _mean((v.current - v.reference) ** 2), _mean((v.current - v.old) ** 2)
+    loss = policy + hyper.kl_weight * kl + hyper.lag_weight * lag
+    return loss, {**metrics, "policy_loss": policy, "kl_div": kl, "old_deviate": lag}
+
+
+def awm_log_prob(error: Float[Array, "B"], t: Float[Array, "B"], power: float = 0.25) -> Float[Array, "B"]:
+    """-(t/p) ((e + 1e-10)^p - (1e-10)^p): what AWM takes for a log-probability of mean squared error e."""
+    return -t / power * ((error + 1e-10) ** power - 1e-10**power)
+
+
+# --- Flow-GRPO and DanceGRPO ----------------------------------------------------------------------------------------
+
+
+def flow_grpo_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, times: int, cfg: Learn) -> Transitions:
+    """The first T steps of the sample's path, in order. Leaves [T, ...]."""
+    return _steps(sample, schedule, jnp.arange(times))
+
+
+def dance_grpo_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, times: int, cfg: Learn) -> Transitions:
+    """T random steps of the sample's path. Leaves [T, ...]."""
+    assert sample.path is not None
+    return _steps(sample, schedule, jax.random.permutation(key, sample.path.states.shape[0] - 1)[:times])
+
+
+def flow_grpo_loss(v: Velocities, points: Transitions, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:
+    """Flow-GRPO (arXiv 2505.05470, algorithms.md section 3): the clipped ratio of a step's probabilities, and a KL.
+
+    loss = max(-A ratio, -A clip(ratio, 1 -+ c)) + kl_weight mean |mu - mu_ref|^2 / (2 g^2), with mu the step's mean and
+    g its diffusion: the code's KL, which the paper divides by the step's length too.
+    """
+    policy, metrics = _clipped_step(v, points, advantage, hyper, cfg)
+    if v.reference is None:
+        return policy, {**metrics, "policy_loss": policy}
+    moved = sampler.over(points.step.on_x0 * points.t, v.current) * (v.current - v.reference)
+    kl = _mean(moved**2) / (2 * points.step.diffusion**2)
+    return policy + hyper.kl_weight * kl, {**metrics, "policy_loss": policy, "kl_div": kl}
+
+
+def dance_grpo_loss(v: Velocities, points: Transitions, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:
+    """DanceGRPO (arXiv 2505.07818, algorithms.md section 5): the clipped ratio of a step's probabilities, no KL."""
+    policy, metrics = _clipped_step(v, points, advantage, hyper, cfg)
+    return policy, {**metrics, "policy_loss": policy}
+
+
+def _steps(sample: Sample, schedule: Schedule, which: Int[Array, "T"]) -> Transitions:
+    """Steps of a path by their number in it."""
+    assert sample.path is not None and schedule.steps is not None
+    states, number = sample.path.states, sample.path.first + which
+    law = jax.tree.map(lambda column: column[number], schedule.steps)
+    return Transitions(states[which], schedule.sigmas[number], states[which + 1], law)
+
+
+def _clipped_step(v: Velocities, points: Transitions, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:
+    chex.assert_equal_shape([v.current, points.x_t, points.x_next])
+
+    def log_prob(velocity: Float[Array, "B h w c"]) -> Float[Array, "B"]:
+        x0 = points.x_t - sampler.over(points.t, velocity) * velocity
+        return sampler.log_prob(points.step, sampler.mean(points.step, points.x_t, x0), points.x_next)
+
+    return _clipped(log_prob, v, shape_advantage(advantage, cfg.advantage_clip, cfg.advantage_mode), hyper)
+
+
+def _clipped(log_prob: Callable[[Array], Array], v: Velocities, a: Float[Array, "B"], hyper: Hyper) -> Loss:
+    """max(-A ratio, -A clip(ratio, 1 -+ c)), ratio = p / p_behaviour.
+
+    Where a rollout is one update, no `behaviour` is asked for: it is the trained policy itself, and the ratio is 1.
+    """
+    now = log_prob(v.current)
+    before = jax.lax.stop_gradient(now if v.behaviour is None else log_prob(v.behaviour))
+    ratio, c = jnp.exp(now - before), hyper.clip_range
+    policy = jnp.maximum(-a * ratio, -a * jnp.clip(ratio, 1 - c, 1 + c))
+    away = jnp.abs(ratio - 1)
+    return policy, {"ratio/deviation": away, "ratio/clipped": (away > c).astype(jnp.float32)}
+
+
+def several(cfg: Learn) -> tuple[str, ...]:
+    """The behaviour policy, where an update of a rollout is not its first."""
+    return ("behaviour",) if cfg.updates * cfg.epochs > 1 else ()
+
+
+# --- shared ---------------------------------------------------------------------------------------------------------
+
+
+def _noised(key: Key[Array, ""], x0: Float[Array, "h w c"], t: Float[Array, "T"]) -> Points:
+    eps = jax.random.normal(key, (t.shape[0], *x0.shape))
+    x0 = jnp.broadcast_to(x0[None], eps.shape)
+    s = sampler.over(t, eps)
+    return Points((1 - s) * x0 + s * eps, t, x0)
+
+
 def _mean(x: Float[Array, "B h w c"]) -> Float[Array, "B"]:
     return jnp.mean(x, axis=(1, 2, 3))
+
+
+NFT = Algorithm(nft_points, nft_loss, lambda cfg: ("old", "reference"), "old")
+AWM = Algorithm(awm_points, awm_loss, lambda cfg: ("old", "reference", *several(cfg)), "current")
+FLOW_GRPO = Algorithm(
+    flow_grpo_points, flow_grpo_loss, lambda cfg: (*several(cfg), *(("reference",) if cfg.kl_weight else ())), "current"
+)
+DANCE_GRPO = Algorithm(dance_grpo_points, dance_grpo_loss, several, "current")

@@ -80,10 +80,8 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
             raise ConfigError(f"reward is empty: name what to train on, of {', '.join(rewards.available())}")
     mesh = make_mesh(devices, cfg.prompts if purpose == "train" else 0)
     if purpose == "train":
-        iteration.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // mesh.size)
-        for _, stage, images in cfg.stages():
-            iteration.block_shape(stage.chunk, cfg.prompts // mesh.size, images)
-    prompts = _prompts(cfg, purpose) if purpose != "sample" else data.PromptSet((), (), 0, 0)
+        check_divides(cfg, mesh.size)
+    prompts = read_prompts(cfg, purpose) if purpose != "sample" else data.PromptSet((), (), 0, 0)
     model = model_module(cfg).make(cfg.model)
     if purpose == "train" and cfg.low_precision:
         coverage.check(model, cfg.low_precision, cfg.model.min_quantised_flops)
@@ -106,6 +104,13 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
         towers=place(towers),
         prompts=prompts,
     )
+
+
+def check_divides(cfg: Config, devices: int) -> None:
+    """ConfigError unless what one of so many devices holds divides into chunks and micro-batches."""
+    iteration.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices)
+    for _, stage, images in cfg.stages():
+        iteration.block_shape(stage.chunk, cfg.prompts // devices, images)
 
 
 def read_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
@@ -145,7 +150,7 @@ def make_mesh(devices: int | None, prompts: int = 0) -> Mesh:
     return mesh
 
 
-def _prompts(cfg: Config, purpose: Purpose) -> data.PromptSet:
+def read_prompts(cfg: Config, purpose: Purpose) -> data.PromptSet:
     """The prompt files' content, enough of it for the batches that will be drawn."""
     if not cfg.prompt_files:
         raise ConfigError(f"prompt_files is empty, say what to train on: --prompts={data.LAYOUT}")

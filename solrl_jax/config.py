@@ -11,15 +11,17 @@ import json
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft")
-ALIASES = {"compile": "naive_scaling"}
-"""Families of the original that are another one here, where everything is compiled."""
 Precision = Literal["auto", "bf16", "fp8", "nvfp4_native", "nvfp4_emulated"]
 """Of a rollout (solrl_jax.quant); auto is the device's best low one."""
+Solver = Literal["euler", "dpm1", "dpm2", "ddim", "sde", "dance", "cps", "sa_solver"]
+NOISE = {"ddim": 1.0, "sde": math.inf, "dance": math.inf, "cps": 1.0, "sa_solver": math.inf}
+"""The most eta that a solver takes; those that are not here solve the ODE."""
+MARKOV = ("ddim", "sde", "dance", "cps")
+"""Solvers whose steps, with eta > 0, are Gaussians given where they begin: they have a probability."""
 
 
 class ConfigError(ValueError):
@@ -41,7 +43,7 @@ class Model:
     name: str = "flux"
     path: str = ""
     weights: str = ""  # a file of the network's weights to take instead of the folder's, or org/name/file
-    schedule: Literal["own", "linear"] = "own"  # the pipeline's; or sigmas in equal steps from 1 to 0
+    shift: float = 0.0  # of sigmas in equal steps (sampler.shifted), 1: as they are; 0: the pipeline's own sigmas
     size: int = 512
     text_tokens: int = 128
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -55,22 +57,63 @@ class Model:
         _require(self.size > 0, f"model.size={self.size}: give pixels, 1 or more")
         strange = sorted(set(self.remat_keeps) - {"attention", "qkv", "mlp"})
         _require(not strange, f"model.remat_keeps={','.join(self.remat_keeps)}: use some of attention, qkv, mlp")
+        _require(
+            0 <= self.shift < math.inf, f"model.shift={self.shift}: 0 (the pipeline's sigmas) or a positive number"
+        )
         _require(self.text_tokens > 0, f"model.text_tokens={self.text_tokens}: give 1 or more")
         _require(0 <= self.min_quantised_flops <= 1, "model.min_quantised_flops is a share, 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One ODE rollout: how many steps, by which solver, in which precision, how many images at a time."""
+    """One rollout: how many steps, by which solver, in which precision, how many images at a time.
+
+    `eta` is the solver's noise (sampler.table), 0 for the ODE. A `window` of W steps, begun by chance for each sample
+    within the first `window_within`, keeps the noise to those (Flow-GRPO-Fast); 0: every step has it.
+    """
 
     steps: int = 10
-    solver: Literal["euler", "dpm1", "dpm2"] = "dpm2"
+    solver: Solver = "dpm2"
     precision: Precision = "bf16"
     chunk: int = 24
+    eta: float = 0.0
+    window: int = 0
+    window_within: int = 0
+    shift: float = 0.0  # of sigmas in equal steps (sampler.shifted); 0: the model's own sigmas
+    shared_noise: bool = False  # a prompt's samples all begin with the same noise
 
     def __post_init__(self):
         _require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
         _require(self.chunk >= 1, f"chunk={self.chunk}: give 1 or more images at a time")
+        most = NOISE.get(self.solver, 0.0)
+        _require(
+            0 <= self.eta <= most and self.eta < math.inf,
+            f"eta={self.eta}: {self.solver} takes " + (f"0 to {most:g}" if most else "0 only, it solves the ODE"),
+        )
+        _require(0 <= self.shift < math.inf, f"shift={self.shift}: 0 (the model's sigmas) or a positive number")
+        _require(
+            not self.shared_noise or self.stochastic,
+            f"shared_noise=true with solver={self.solver}, eta={self.eta}: all samples of a prompt would be the same",
+        )
+        if self.window or self.window_within:
+            _require(
+                self.stochastic and self.solver in MARKOV,
+                f"window={self.window}: only {', '.join(MARKOV)} with eta > 0 have noise for a window",
+            )
+            _require(
+                1 <= self.window <= self.window_within <= self.steps,
+                f"window={self.window}, window_within={self.window_within} of steps={self.steps}: a window has 1 or "
+                "more steps, and lies within the first window_within of them",
+            )
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    @property
+    def trainable(self) -> int:
+        """Consecutive steps that have a log-probability: the window's, or all but the last (algorithms.md 3, 5)."""
+        return (self.window or self.steps - 1) if self.stochastic and self.solver in MARKOV else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +131,26 @@ class Lora:
 
 @dataclasses.dataclass(frozen=True)
 class Learn:
-    """The policy update (algorithms.md section 2 and 6). `micro_batch` counts (sample, time) points a forward pass."""
+    """The policy update (algorithms.md sections 2 to 6). `micro_batch` counts (sample, time) points a forward pass."""
 
-    algorithm: Literal["nft"] = "nft"
+    algorithm: Literal["nft", "awm", "flow_grpo", "dance_grpo"] = "nft"
     timestep_fraction: float = 0.6
+    first_time: int = 0  # AWM: number of the first rollout time that is trained
     updates: int = 1  # optimiser steps per pass over the kept samples
     epochs: int = 1  # passes over the kept samples, each with fresh times and noise
     micro_batch: int = 12
     learning_rate: float = 3e-4
     kl_weight: float = 1e-4
-    strength: float = 1.0
+    lag_weight: float = 1.0  # AWM: of the distance to the old policy
+    clip_range: float = 1e-4  # AWM, GRPO: a sample whose ratio of probabilities left 1 -+ this is not pulled further
+    strength: float = 1.0  # NFT: beta of v+ and v-
+    advantage_spread: Literal["all", "prompt", "prompt_unbiased"] = "all"  # what rewards are divided by the std of
     advantage_clip: float = 5.0
     advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
     clip_norm: float = 1.0
     weight_decay: float = 1e-4
-    old_ramp: float = 1e-3  # old <- c old + (1 - c) current, c = min(old_ramp * updates, old_max)
+    old_wait: float = 0.0  # old <- c old + (1 - c) current, c = min(old_ramp * (updates - old_wait), old_max)
+    old_ramp: float = 1e-3
     old_max: float = 0.5
     ema_max: float = 0.9
 
@@ -112,11 +160,14 @@ class Learn:
         )
         for name in ("updates", "epochs", "micro_batch"):
             _require(getattr(self, name) >= 1, f"learn.{name}={getattr(self, name)}: give 1 or more")
-        for name in ("learning_rate", "kl_weight", "weight_decay", "old_ramp", "old_max", "ema_max"):
+        numbers = ("learning_rate", "kl_weight", "lag_weight", "weight_decay", "old_wait", "old_ramp", "old_max")
+        for name in (*numbers, "ema_max"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"learn.{name}={value}: give a finite number, 0 or more")
         _require(0 < self.clip_norm < math.inf, f"learn.clip_norm={self.clip_norm}: give a positive number")
         _require(self.ema_max < 1, f"learn.ema_max={self.ema_max}: 0 (no average) up to below 1")
+        _require(self.clip_range > 0, f"learn.clip_range={self.clip_range}: a positive number, such as 1e-4")
+        _require(self.first_time >= 0, f"learn.first_time={self.first_time}: 0 or more")
         _require(self.strength > 0, f"learn.strength={self.strength}: a positive number (1.0 or 0.1 in the paper)")
         _require(self.advantage_clip > 0, f"learn.advantage_clip={self.advantage_clip}: a positive number")
         _require(0 <= self.old_max < 1, f"learn.old_max={self.old_max}: 0 (old = current) up to below 1")
@@ -148,6 +199,21 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Watch:
+    """How often and on how many prompts the preview's ranks are measured against full rollouts, and what then."""
+
+    every: int = 20  # iterations; 0: never
+    prompts: int = 4
+    rank: float = 0.5  # a warning where the mean Spearman is below it
+    fall_back: bool = False  # and from then on exploration is in BF16
+
+    def __post_init__(self):
+        _require(self.every >= 0, f"watch.every={self.every}: 0 (never) or more")
+        _require(self.prompts >= 1, f"watch.prompts={self.prompts}: give 1 or more")
+        _require(-1 <= self.rank <= 1, f"watch.rank={self.rank}: a rank correlation, -1 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run. `explore` None means one stage: `regenerate` rolls out all candidates, the kept are chosen from it."""
 
@@ -160,12 +226,13 @@ class Config:
     prompts: int = 48
     candidates: int = 96
     kept: int = 24
-    selection: Literal["best_worst", "top", "random", "all"] = "best_worst"
+    selection: Literal["best_worst", "top", "max_variance", "random", "all"] = "best_worst"
     explore: Stage | None = dataclasses.field(default_factory=lambda: Stage(steps=6, precision="auto"))
     regenerate: Stage = dataclasses.field(default_factory=Stage)
     lora: Lora = dataclasses.field(default_factory=Lora)
     learn: Learn = dataclasses.field(default_factory=Learn)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
+    watch: Watch = dataclasses.field(default_factory=Watch)
     iterations: int = 300
     seed: int = 42
     save_every: int = 20  # iterations between checkpoints; 0: only where the run ends or is stopped
@@ -193,10 +260,9 @@ class Config:
             len(self._low()) < 2,
             f"the rollouts run in {' and in '.join(self._low())}: kernels are quantised once, name one low precision",
         )
+        self._check_algorithm()
         u, t, m = self.learn.updates, self.times, self.learn.micro_batch
         _require(k % u == 0, f"learn.updates={u} does not divide kept={k}: use one of {_divisors(k)}")
-        fraction, steps = self.learn.timestep_fraction, self.regenerate.steps
-        _require(t >= 1, f"learn.timestep_fraction={fraction}: no time of {steps} steps is trained, raise it")
         _require(
             m % t == 0 or t % m == 0,
             f"learn.micro_batch={m} is neither a multiple nor a divisor of the {t} trained times a sample has: use {t}",
@@ -212,10 +278,51 @@ class Config:
         _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
         _require(self.keep >= 1, f"keep={self.keep}: keep at least one checkpoint")
 
+    def _check_algorithm(self) -> None:
+        """Whether what the algorithm learns from is what the rollout leaves."""
+        name, stage, t = self.learn.algorithm, self.regenerate, self.times
+        _require(
+            self.explore is None or not (self.explore.stochastic or stage.stochastic),
+            f"explore.eta={self.explore and self.explore.eta}, regenerate.eta={stage.eta}: the kept seeds would be "
+            "drawn anew with other noise in every step, so the preview would say nothing of them: set eta=0, or take "
+            "a family of one stage",
+        )
+        fraction, steps = self.learn.timestep_fraction, stage.steps
+        _require(t >= 1, f"learn.timestep_fraction={fraction}: no time of {steps} steps is trained, raise it")
+        if name == "awm":
+            last, first = int(0.9 * steps), self.learn.first_time
+            _require(
+                t <= last - first,
+                f"learn.algorithm=awm trains {t} times of {steps}, one of each stratum of those from number {first} "
+                f"to {last - 1}: use learn.timestep_fraction={max(0, last - first) / steps:g} or less, or more steps",
+            )
+        if self.of_steps:
+            _require(
+                stage.trainable > 0,
+                f"learn.algorithm={name} needs the probability of a step, which solver={stage.solver} with "
+                f"eta={stage.eta} has not: use {', '.join(MARKOV)} with eta > 0",
+            )
+            _require(
+                t <= stage.trainable,
+                f"learn.timestep_fraction={fraction} is {t} of {steps} steps, but only {stage.trainable} have a "
+                f"probability that is trained on: use {stage.trainable / steps:g} or less",
+            )
+            _require(
+                stage.precision == "bf16",
+                f"regenerate.precision={stage.precision}: learn.algorithm={name} takes the ratio of the trained policy "
+                "to the one that drew the samples, which would be another network: use bf16",
+            )
+
+    @property
+    def of_steps(self) -> bool:
+        """Whether the algorithm learns from the rollout's own steps, not from its pictures noised anew."""
+        return self.learn.algorithm in ("flow_grpo", "dance_grpo")
+
     @property
     def times(self) -> int:
-        """Trained times a sample has: T = int(fraction * steps)."""
-        return int(self.learn.timestep_fraction * self.regenerate.steps + 1e-9)
+        """Trained times a sample has: T = int(fraction * steps), or the window's steps."""
+        whole = int(self.learn.timestep_fraction * self.regenerate.steps + 1e-9)
+        return min(whole, self.regenerate.window) if self.of_steps and self.regenerate.window else whole
 
     @property
     def low_precision(self) -> str | None:
@@ -236,78 +343,13 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def family(config: Config, name: str) -> Config:
-    """The rollout of a family: sol_rl, naive_scaling (all N in BF16), naive_quant (low precision throughout) or
-    diffusionnft (K of K, nothing selected). One-stage families have explore = None (algorithms.md section 6)."""
-    if name == "sol_rl":
-        return config
-    low = config.explore.precision if config.explore else "auto"
-    full = dataclasses.replace(
-        config.regenerate, chunk=config.explore.chunk if config.explore else config.regenerate.chunk
-    )
-    if name == "naive_scaling":
-        return dataclasses.replace(config, explore=None, regenerate=full)
-    if name == "naive_quant":
-        return dataclasses.replace(config, explore=None, regenerate=dataclasses.replace(full, precision=low))
-    if name == "diffusionnft":
-        return dataclasses.replace(config, explore=None, candidates=config.kept, selection="all")
-    raise ConfigError(f"unknown family {name!r}: use one of {', '.join(FAMILIES)}")
-
-
-def recipes(rewards: Sequence[str]) -> tuple[str, ...]:
-    """FAMILY_REWARD of every family and reward, aliases last."""
-    return tuple(f"{name}_{reward}" for name in (*FAMILIES, *ALIASES) for reward in rewards)
-
-
-def choose(base: Callable[[str], Config], rewards: Sequence[str], recipe: str) -> Config:
-    """The config of FAMILY_REWARD, of a FAMILY alone or of "": the default is sol_rl, and the first of `rewards`.
-
-    `base(reward)` is sol_rl on that reward. Raises ConfigError for another recipe, with the nearest.
-    """
-    found = next((r for r in rewards if recipe.endswith(f"_{r}")), None)
-    name = recipe.removesuffix(f"_{found}") if found else recipe or FAMILIES[0]
-    reward = found or rewards[0]
-    if name not in (*FAMILIES, *ALIASES):
-        at = base(reward).name
-        near = difflib.get_close_matches(recipe, (*FAMILIES, *ALIASES, *recipes(rewards)), 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"--config={at}:{recipe}: no such recipe; {hint}use FAMILY_REWARD, of {', '.join((*FAMILIES, *ALIASES))} "
-            f"and {', '.join(rewards)} (--config={at}:help lists them)"
-        )
-    return family(base(reward), ALIASES.get(name, name))
-
-
-def help_lines(name: str) -> list[str]:
-    """What `--config=<name>:help` prints: the config file's own words, and every recipe in one line."""
-    module = _module(name)
-    made = {recipe: module.config(recipe) for recipe in module.RECIPES}
-    default, width = module.config(""), max(map(len, made))
-    first = next(recipe for recipe, cfg in made.items() if cfg == default)
-    lines = [*(module.__doc__ or "").strip().splitlines(), "", f"Recipes of --config={name}:RECIPE (default: {first})"]
-    for recipe, cfg in made.items():
-        same = next((f"; the same as {real}" for old, real in ALIASES.items() if recipe.startswith(old)), "")
-        here = (Path(__file__).parent / "rewards" / f"{cfg.reward}.py").is_file()
-        missing = "" if here else f" ({cfg.reward} is not here yet)"
-        lines.append(f"  {recipe:{width}}  {describe(cfg)}{same}{missing}")
-    return [*lines, "A FAMILY alone is trained on the default's reward."]
-
-
-def describe(config: Config) -> str:
-    """The rollout in one line: "explore 96 x 6 steps nvfp4_emulated, regenerate 24 x 10 steps bf16"."""
-    rollouts = [f"{name} {count} x {stage.steps} steps {stage.precision}" for name, stage, count in config.stages()]
-    if config.explore is not None:
-        return ", ".join(rollouts)
-    return f"{rollouts[0].replace('regenerate', 'roll out')}, keep {config.kept}"
-
-
 def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
     """`tiny` or `tiny:sol_rl_clipscore` -> Config, with {"explore.steps": "4"} overrides applied in order."""
     name, _, recipe = spec.partition(":")
-    return override(_module(name).config(recipe), **(overrides or {}))
+    return override(module(name).config(recipe), **(overrides or {}))
 
 
-def _module(name: str) -> types.ModuleType:
+def module(name: str) -> types.ModuleType:
     """configs/<name>.py."""
     if name not in available():
         raise ConfigError(f"--config={name}: there is no configs/{name}.py; use one of {', '.join(available())}")
@@ -330,9 +372,12 @@ def to_json(config: Config) -> str:
 def from_json(text: str) -> Config:
     """The inverse of `to_json`; a field that this version does not know raises ConfigError."""
     try:
-        return _build(Config, json.loads(text), "")
-    except json.JSONDecodeError as e:
+        values = json.loads(text)
+    except ValueError as e:
         raise ConfigError(f"not the JSON of a config: {e}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"not the JSON of a config: a {type(values).__name__}, not an object")
+    return _build(Config, values, "")
 
 
 def values(config: Config) -> list[tuple[str, Any]]:
@@ -360,13 +405,26 @@ def _build(kind: Any, values: dict[str, Any], at: str) -> Any:
         raise ConfigError(
             f"unknown fields {', '.join(strange)}: this config was written by another version of solrl_jax"
         )
-    made = {}
-    for name, value in values.items():
-        inner = next((t for t in (types_[name], *typing.get_args(types_[name])) if dataclasses.is_dataclass(t)), None)
-        if inner and value is not None:
-            value = _build(inner, value, f"{at}{name}.")
-        made[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**made)
+    return kind(**{name: _typed(types_[name], value, f"{at}{name}") for name, value in values.items()})
+
+
+def _typed(kind: Any, value: Any, path: str) -> Any:
+    """A JSON value as a field's type; ConfigError where it is of another."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _typed(args[0], value, path)
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _build(kind, value, f"{path}.")
+    if origin is tuple and isinstance(value, list) and all(isinstance(x, str) for x in value):
+        return tuple(value)
+    if origin is Literal and value in args:
+        return value
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    wanted = f"one of {', '.join(map(str, args))}" if origin is Literal else getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{path}={value!r}: needs {wanted}")
 
 
 def override(config: Config, **changes: Any) -> Config:

@@ -25,6 +25,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from solrl_jax import algos, lora, quant, sampler, sharding
+from solrl_jax.algos import Sample, Schedule
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.rewards import Score, eight_bit, own, score_images, score_on_host
 from solrl_jax.selection import select, spearman, take
@@ -33,7 +34,7 @@ from solrl_jax.structs import (
     Hyper,
     Model,
     Params,
-    Points,
+    Path,
     Prompts,
     PyTree,
     Rollout,
@@ -44,7 +45,7 @@ from solrl_jax.structs import (
 
 Metrics = dict[str, Any]
 F32 = jnp.float32
-NOISE, ORDER, POINTS = 0, 1, 2  # what a sample's key is folded with: every use of it has a key of its own
+NOISE, ORDER, POINTS, STEPS, WINDOW = range(5)  # what a sample's key is folded with: each use has a key of its own
 
 
 # --- state ----------------------------------------------------------------------------------------------------------
@@ -61,13 +62,7 @@ def init_state(
     """A fresh LoRA (the base's output exactly), old and ema its copies."""
     key_lora, key = jax.random.split(key)
     adapter = lora.init(key_lora, frozen.base, cfg.lora.targets or model.lora_targets, cfg.lora)
-    learn = cfg.learn
-    hyper = Hyper(
-        *(
-            jnp.asarray(x, F32)
-            for x in (learn.learning_rate, learn.kl_weight, learn.strength, learn.old_ramp, learn.old_max)
-        )
-    )
+    hyper = Hyper(*(jnp.asarray(getattr(cfg.learn, name), F32) for name in Hyper._fields))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(zero, zero, zero, key, adapter, adapter, adapter, optimizer.init(adapter), hyper)
 
@@ -86,8 +81,9 @@ def _purpose(state: TrainState, which: int) -> Key[Array, ""]:
 
 
 def merged(state: TrainState, frozen: Frozen, cfg: Config) -> dict[str, Array]:
-    """The old policy's adapted kernels, {path: W + (alpha / R) A B}."""
-    return lora.merged_kernels(frozen.base, state.old, cfg.lora)
+    """The adapted kernels of the policy that makes the samples, {path: W + (alpha / R) A B}."""
+    rolls_out = algos.find(cfg.learn.algorithm).rolls_out
+    return lora.merged_kernels(frozen.base, state.old if rolls_out == "old" else state.lora, cfg.lora)
 
 
 def quantised(kernels: dict[str, Array], frozen: Frozen, model: Model, precision: str) -> Params:
@@ -110,16 +106,18 @@ def rollout(
     model: Model,
     score: Score,
     stage: Stage,
+    keep_path: bool = False,
 ) -> Rollout:
     """Integrate, decode and score P x N samples, `stage.chunk` at a time, each device its own prompts."""
 
-    def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
-        x0 = integrate(variables, prompts.cond, keys, model=model, stage=stage)
+    def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Seeds):
+        x0, path = trajectory(variables, prompts.cond, keys, model=model, stage=stage, keep_path=keep_path)
         images = model.decode(frozen.vae, x0)
         shown = eight_bit(images) if score.on_host else None
-        return x0, *score_images(score, frozen.rewards, images, prompts.tokens), shown
+        return x0, *score_images(score, frozen.rewards, images, prompts.tokens), path, shown
 
-    return Rollout(keys, *by_block(block, stage.chunk)(variables, frozen, prompts, keys))
+    begin = jnp.broadcast_to(keys[:, :1], keys.shape) if stage.shared_noise else keys
+    return Rollout(keys, *by_block(block, stage.chunk)(variables, frozen, prompts, Seeds(begin, keys)))
 
 
 def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree]) -> Rollout:
@@ -132,35 +130,73 @@ def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree]) -> R
     return rollout._replace(reward=rollout.reward + total, parts={**rollout.parts, **parts}, images=None)
 
 
+class Seeds(NamedTuple):
+    """Keys of samples [p, n]: of the noise that each begins with, and of everything else."""
+
+    begin: Key[Array, "p n"]
+    own: Key[Array, "p n"]
+
+
 def integrate(
     variables: Variables, cond: PyTree, keys: Key[Array, "p n"], *, model: Model, stage: Stage
 ) -> Float[Array, "B h w c"]:
-    """The ODE from each key's noise to its latents, all p x n = B samples as one batch; cond leaves [p, ...]."""
-    flat = keys.reshape(-1)
-    cond = jax.tree.map(lambda c: jnp.repeat(c, keys.shape[1], axis=0), model.prepare(variables, cond))
-    x1 = jax.vmap(lambda k: model.noise(jax.random.fold_in(k, NOISE)))(flat)
-    sigmas = model.sigmas(stage.steps)
-    return sampler.sample(lambda x, sigma: model.velocity(variables, x, sigma, cond), x1, sigmas, stage.solver)
+    """From each key's noise to its latents, all p x n = B samples as one batch; cond leaves [p, ...]."""
+    return trajectory(variables, cond, Seeds(keys, keys), model=model, stage=stage)[0]
+
+
+def trajectory(
+    variables: Variables, cond: PyTree, keys: Seeds, *, model: Model, stage: Stage, keep_path: bool = False
+) -> tuple[Float[Array, "B h w c"], Path | None]:
+    """The ODE, or where the stage has noise the SDE; with `keep_path` also the steps that can be trained on."""
+    begin, own = (k.reshape(-1) for k in keys)
+    cond = jax.tree.map(lambda c: jnp.repeat(c, keys.own.shape[1], axis=0), model.prepare(variables, cond))
+    x1 = jax.vmap(lambda k: model.noise(jax.random.fold_in(k, NOISE)))(begin)
+    sigmas = sigmas_of(model, stage)
+    steps, first = sampler.table(sigmas, stage.solver, stage.eta), jnp.zeros(own.shape, jnp.int32)
+    if stage.window:
+        last = stage.window_within - stage.window
+        first = jax.vmap(lambda k: jax.random.randint(jax.random.fold_in(k, WINDOW), (), 0, last + 1))(own)
+        steps = sampler.windowed(steps, sampler.table(sigmas, "euler"), first, stage.window)
+
+    def noise(step: Int[Array, ""]) -> Float[Array, "B h w c"]:
+        return jax.vmap(lambda k: jax.random.normal(_use(k, STEPS, step), x1.shape[1:]))(own)
+
+    def velocity(x: Array, sigma: Array) -> Array:
+        return model.velocity(variables, x, sigma, cond)
+
+    if not keep_path:
+        return sampler.sample(velocity, x1, steps, noise if stage.stochastic else None), None
+    x0, states = sampler.sample(velocity, x1, steps, noise, keep_path=True)
+    states = jnp.concatenate([states, x0[None]])  # [N + 1, B, ...]
+    window = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=stage.trainable + 1)
+    return x0, Path(jax.vmap(window, in_axes=(1, 0))(states, first), first)
+
+
+def sigmas_of(model: Model, stage: Stage) -> np.ndarray:
+    """f64 [steps + 1]: the model's own, or the stage's."""
+    return sampler.shifted(stage.steps, stage.shift) if stage.shift else model.sigmas(stage.steps)
 
 
 def by_block(block: Callable[..., PyTree], chunk: int) -> Callable[..., PyTree]:
     """block(variables, frozen, prompts, keys [p, n]) -> leaves [p * n, ...], run over keys [P, N] a block at a time.
 
-    A block has at most `chunk` samples: a part of one prompt's, or several whole prompts. Result leaves [P, N, ...].
+    A block has at most `chunk` samples: a part of one prompt's, or several whole prompts. Keys are a tree of arrays
+    [P, N]. Result leaves [P, N, ...].
     """
 
-    def on_device(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "P N"]):
-        p, n = block_shape(chunk, *keys.shape)
+    def on_device(variables: Variables, frozen: Frozen, prompts: Prompts, keys: PyTree):
+        shape = jax.tree.leaves(keys)[0].shape
+        p, n = block_shape(chunk, *shape)
 
         def one_group(args):
             prompts, keys = args
-            columns = keys.reshape(p, -1, n).swapaxes(0, 1)
+            columns = jax.tree.map(lambda k: k.reshape(p, -1, n).swapaxes(0, 1), keys)
             parts = jax.lax.map(lambda k: block(variables, frozen, prompts, k), columns)  # leaves [N / n, p * n, ...]
             return jax.tree.map(lambda x: x.reshape((-1, p, n, *x.shape[2:])).swapaxes(0, 1), parts)
 
         groups = jax.tree.map(lambda x: x.reshape((-1, p, *x.shape[1:])), (prompts, keys))
         out = jax.lax.map(one_group, groups)  # leaves [P / p, p, N / n, n, ...]
-        return jax.tree.map(lambda x: x.reshape((*keys.shape, *x.shape[4:])), out)
+        return jax.tree.map(lambda x: x.reshape((*shape, *x.shape[4:])), out)
 
     return sharding.over_data(on_device, (False, False, True, True), sharding.SPLIT)
 
@@ -220,24 +256,29 @@ def learn(
     """
     chex.assert_tree_shape_prefix(samples, samples.keys.shape)
     chex.assert_tree_shape_prefix(cond, samples.keys.shape[:1])
-    advantage = algos.advantages(samples.reward)
+    advantage = algos.advantages(samples.reward, cfg.learn.advantage_spread)
     epochs, updates = cfg.learn.epochs, cfg.learn.updates
-    old = state.old
+    began = state
 
     def update(state: TrainState, which: tuple[Array, Array]):
         epoch, index = which
         keys = jax.vmap(jax.vmap(lambda k: _use(k, POINTS, epoch)))(samples.keys)
-        batch = jax.tree.map(lambda x: take(x, index), (keys, samples.x0, advantage))
-        grads, metrics = gradients(state, old, frozen, cond, *batch, model=model, cfg=cfg)
+        made = Sample(samples.x0, samples.path)
+        batch = jax.tree.map(lambda x: take(x, index), (keys, made, advantage))
+        grads, metrics = gradients(state, began, frozen, cond, *batch, model=model, cfg=cfg)
         state, norm = apply_gradients(state, grads, optimizer, cfg)
         return state, {**metrics, "grad_norm": norm}
 
     epoch_of = jnp.repeat(jnp.arange(epochs), updates)
     index = jnp.concatenate([dealt(samples.keys, samples.reward, e, updates) for e in range(epochs)])
     state, metrics = jax.lax.scan(update, state, (epoch_of, index))
-    decay = algos.old_decay(state.updates, state.hyper.old_ramp, state.hyper.old_max)
-    followed = jax.tree.map(lambda o, c: decay * o + (1 - decay) * c, old, state.lora)
+    hyper = state.hyper
+    decay = algos.old_decay(state.updates, hyper.old_wait, hyper.old_ramp, hyper.old_max)
+    followed = jax.tree.map(lambda o, c: decay * o + (1 - decay) * c, began.old, state.lora)
     state = state._replace(old=followed, iteration=state.iteration + 1)
+    if "behaviour" in algos.find(cfg.learn.algorithm).fixed(cfg.learn):
+        # Of the first update both policies are the same: what is left is the rounding of the two programs.
+        metrics["ratio/noise"] = metrics["ratio/deviation"][0]
     return state, {**jax.tree.map(jnp.mean, metrics), "old_decay": decay}
 
 
@@ -271,43 +312,48 @@ def samples_at_a_time(cfg: Config, held: int) -> int:
 
 def gradients(
     state: TrainState,
-    old: Params,
+    began: TrainState,
     frozen: Frozen,
     cond: PyTree,
     keys: Key[Array, "P k"],
-    x0: Float[Array, "P k h w c"],
+    samples: Sample,
     advantage: Float[Array, "P k"],
     *,
     model: Model,
     cfg: Config,
 ) -> tuple[Params, Metrics]:
-    """Gradient and metrics of the mean loss over all (sample, time) points, `micro_batch` points a forward pass."""
-    times, micro = cfg.times, cfg.learn.micro_batch
-    sigmas = jnp.asarray(model.sigmas(cfg.regenerate.steps)[:-1], F32)
-    hyper = state.hyper
-    points_of, loss_of = (getattr(algos, f"{cfg.learn.algorithm}_{part}") for part in ("points", "loss"))
+    """Gradient and metrics of the mean loss over all (sample, time) points, `micro_batch` points a forward pass.
 
-    def objective(current: Params, base: Params, old: Params, cond: PyTree, points: Points, advantage: Array):
+    `began` is the state as the iteration began; leaves of `samples` [P, k, ...].
+    """
+    times, micro, hyper = cfg.times, cfg.learn.micro_batch, state.hyper
+    algorithm = algos.find(cfg.learn.algorithm)
+    schedule = schedule_of(model, cfg)
+    # Policies that no gradient goes through, in one pass; the reference is an adapter of zeros.
+    zeros = jax.tree.map(jnp.zeros_like, state.lora)
+    policies = {"old": began.old, "reference": zeros, "behaviour": began.lora}
+    names = algorithm.fixed(cfg.learn)
+    fixed = jax.tree.map(lambda *x: jnp.stack(x), *(policies[name] for name in names)) if names else {}
+
+    def objective(current: Params, base: Params, fixed: Params, cond: PyTree, points: Any, advantage: Array):
         def velocity(adapter: Params) -> Array:
             return model.velocity(lora.policy(base, adapter, cfg.lora), points.x_t, points.t, cond)
 
-        # Old policy and reference (an adapter of zeros) in one pass: no gradient goes through either.
-        fixed = jax.tree.map(lambda o: jnp.stack([o, jnp.zeros_like(o)]), old)
-        behind, reference = jax.lax.stop_gradient(jax.vmap(velocity)(fixed))
-        v = Velocities(velocity(current), behind, reference)
-        loss, metrics = loss_of(v, points, advantage, hyper, cfg.learn)
+        apart = jax.lax.stop_gradient(jax.vmap(velocity)(fixed)) if names else ()
+        v = Velocities(velocity(current), **dict(zip(names, apart, strict=True)))
+        loss, metrics = algorithm.loss(v, points, advantage, hyper, cfg.learn)
         return jnp.sum(loss), jax.tree.map(jnp.sum, {"loss": loss, **metrics})
 
-    def on_device(current, base, old, cond, keys, x0, advantage):
+    def on_device(current, base, fixed, cond, keys, samples, advantage):
         count = keys.size
         group = samples_at_a_time(cfg, count)
         owner = jnp.repeat(jnp.arange(keys.shape[0]), keys.shape[1])
-        flat = (owner, keys.reshape(-1), x0.reshape((count, *x0.shape[2:])), advantage.reshape(-1))
+        flat = (owner, *jax.tree.map(lambda x: x.reshape((count, *x.shape[2:])), (keys, samples, advantage)))
         groups = jax.tree.map(lambda x: x.reshape((count // group, group, *x.shape[1:])), flat)
 
         def one_group(total, item):
-            owner, keys, x0, advantage = item
-            points = jax.vmap(lambda k, x: points_of(k, x, sigmas, times))(keys, x0)
+            owner, keys, samples, advantage = item
+            points = jax.vmap(lambda k, x: algorithm.points(k, x, schedule, times, cfg.learn))(keys, samples)
             flat = (
                 jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), points),
                 jnp.repeat(owner, times),
@@ -319,7 +365,7 @@ def gradients(
                 points, owner, advantage = item
                 own = jax.tree.map(lambda c: c[owner], cond)
                 gradient = jax.value_and_grad(objective, has_aux=True)
-                (_, metrics), grads = gradient(current, base, old, own, points, advantage)
+                (_, metrics), grads = gradient(current, base, fixed, own, points, advantage)
                 return jax.tree.map(jnp.add, total, grads), metrics
 
             return jax.lax.scan(one_micro, total, micros)
@@ -328,8 +374,16 @@ def gradients(
         return jax.lax.psum((grads, jax.tree.map(jnp.sum, metrics)), sharding.DATA)
 
     run = sharding.over_data(on_device, (False, False, False, True, True, True, True), sharding.WHOLE)
-    total = run(state.lora, frozen.base, old, cond, keys, x0, advantage)
+    total = run(state.lora, frozen.base, fixed, cond, keys, samples, advantage)
     return jax.tree.map(lambda x: x / (keys.size * times), total)
+
+
+def schedule_of(model: Model, cfg: Config) -> Schedule:
+    """The times of the rollout that is trained on, and the law of its steps where the algorithm asks for it."""
+    stage = cfg.regenerate
+    sigmas = sigmas_of(model, stage)
+    steps = sampler.gaussians(sigmas, stage.solver, stage.eta) if cfg.of_steps else None
+    return Schedule(*jax.tree.map(lambda x: jnp.asarray(x, F32), (sigmas[:-1], steps)))
 
 
 def apply_gradients(
@@ -424,14 +478,15 @@ class Stages(NamedTuple):
 
     def explore(self, kernels, low, frozen: Frozen, prompts: Prompts, keys) -> Rollout:
         assert self.cfg.explore is not None
-        return self._roll(self.cfg.explore, kernels, low, frozen, prompts, keys)
+        return self.roll(self.cfg.explore, kernels, low, frozen, prompts, keys)
 
     def regenerate(self, kernels, low, frozen: Frozen, prompts: Prompts, keys) -> Rollout:
-        return self._roll(self.cfg.regenerate, kernels, low, frozen, prompts, keys)
+        return self.roll(self.cfg.regenerate, kernels, low, frozen, prompts, keys, keep_path=self.cfg.of_steps)
 
-    def _roll(self, stage: Stage, kernels, low, frozen, prompts, keys) -> Rollout:
+    def roll(self, stage: Stage, kernels, low, frozen, prompts, keys, keep_path: bool = False) -> Rollout:
         variables = policy_variables(kernels, None if stage.precision == "bf16" else low, frozen)
-        return rollout(variables, frozen, prompts, keys, model=self.model, score=self.score, stage=stage)
+        statics = {"model": self.model, "score": self.score, "stage": stage, "keep_path": keep_path}
+        return rollout(variables, frozen, prompts, keys, **statics)
 
     def select_keys(self, state: TrainState, preview: Rollout) -> Rollout:
         return keep(preview, self.cfg.kept, self.cfg.selection, chooser(state))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from solrl_jax import config
+from solrl_jax import config, recipes
 from solrl_jax.config import Config, ConfigError
 
 FLAGS = flags.FLAGS
@@ -65,6 +65,12 @@ def _plan(cfg: Config, run: Path, place: Path | None) -> int:
     return plan.run_plan(cfg, devices=FLAGS.devices, card=FLAGS.card)
 
 
+def _doctor(cfg: Config, run: Path, place: Path | None) -> int:
+    from solrl_jax import doctor
+
+    return doctor.run_doctor(cfg, run, devices=FLAGS.devices)
+
+
 def _on_cpu() -> None:
     """No GPU is taken, nor its memory: a training run beside this one keeps it. Before JAX makes its first array."""
     import jax
@@ -80,6 +86,7 @@ MODES: dict[str, Callable[[Config, Path, Path | None], int]] = {
     "export": _export,
     "convert": _convert,
     "plan": _plan,
+    "doctor": _doctor,
 }
 
 flags.DEFINE_string(
@@ -93,7 +100,7 @@ flags.DEFINE_enum(
     list(MODES),
     "train; eval: rewards of a policy; sample: pictures of --prompt; score: rewards of the pictures in --images; "
     "export: LoRA files; convert: the weights of --config.model.path to --run_dir, in a form that loads faster; "
-    "plan: memory and time of a run on --card",
+    "plan: memory and time of a run on --card; doctor: whether a run can begin here, and what to do if not",
 )
 flags.DEFINE_string("run_dir", None, "directory of the run (default: runs/<config>-<time>)")
 flags.DEFINE_bool("resume", False, "train: go on from the newest whole checkpoint of --run_dir")
@@ -135,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         name, _, recipe = (FLAGS.config or "").partition(":")
         if recipe == "help":
-            print("\n".join(config.help_lines(name)))
+            print("\n".join(recipes.help_lines(name)))
             return 0
         cfg, run, place = _meant(argv[1:])
         return MODES[FLAGS.mode](cfg, run, place)
@@ -181,7 +188,7 @@ def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
 def _place(run: Path | None) -> Path | None:
     """The checkpoint that eval, sample and export take: --checkpoint, else the newest of an existing run, else none."""
     inside = run is not None and (run / "config.json").exists()
-    if FLAGS.mode in ("train", "plan", "score") or FLAGS.lora or not (FLAGS.checkpoint or inside):
+    if FLAGS.mode in ("train", "plan", "score", "doctor") or FLAGS.lora or not (FLAGS.checkpoint or inside):
         return None
     from solrl_jax import checkpoint
 

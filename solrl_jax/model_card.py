@@ -10,12 +10,16 @@ PACKAGES = ("jax", "flax", "optax")
 
 
 def family(cfg: Config) -> str:
-    """The name of the config's rollout; the inverse of `config.family`."""
+    """The family's or the method's name; the inverse of `recipes.family`."""
     if cfg.explore is not None:
         return "sol_rl"
     if cfg.regenerate.precision != "bf16":
         return "naive_quant"
-    return "diffusionnft" if cfg.selection == "all" else "naive_scaling"
+    if cfg.selection != "all":
+        return "naive_scaling"
+    if cfg.learn.algorithm == "nft":
+        return "diffusionnft"
+    return cfg.learn.algorithm + ("_fast" if cfg.regenerate.window else "")
 
 
 def write(folder: Path, cfg: Config, iterations: int, updates: int, targets: tuple[str, ...], comfy: str = "") -> Path:
@@ -56,7 +60,8 @@ def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) 
 
 def _rollouts(cfg: Config) -> str:
     def stage(s: Stage) -> str:
-        return f"{s.steps} {s.solver} steps in {s.precision}"
+        noise = f" (eta {s.eta:g})" if s.stochastic else ""
+        return f"{s.steps} {s.solver}{noise} steps in {s.precision}"
 
     chosen = f"{cfg.kept} kept ({cfg.selection})"
     if cfg.explore is None:

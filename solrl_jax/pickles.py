@@ -5,7 +5,9 @@ compressed. A pickle names functions and has them called, any function of any mo
 tensors are known, and they build inert descriptions; every other name is refused (spec/rewards.md section 6).
 """
 
+import io
 import pickle
+import pickletools
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -27,6 +29,14 @@ _DTYPES = {
     "CharStorage": np.dtype("i1"),
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
+}
+_OPCODES = {
+    *("PROTO", "FRAME", "STOP", "MARK", "POP", "POP_MARK", "DUP", "REDUCE", "BUILD", "GLOBAL", "STACK_GLOBAL"),
+    "BINPERSID",
+    *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE"),
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "FLOAT", "BINFLOAT", "UNICODE", "BINUNICODE"),
+    *("SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "SHORT_BINSTRING", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2"),
+    *("TUPLE3", "EMPTY_LIST", "LIST", "APPEND", "APPENDS", "EMPTY_DICT", "DICT", "SETITEM", "SETITEMS"),
 }
 _ZIP, _OLD = b"PK\x03\x04", bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # torch's magic number, itself a pickle
 
@@ -66,8 +76,11 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         if main is None:
             raise WeightsError(f"{file} is a zip file without data.pkl, no checkpoint of torch.save")
         storages = _storages(file, archive, main.removesuffix(".pkl") + "/")
-        with archive.open(main) as data:
-            found = _Unpickler(data, file).load()
+        if archive.getinfo(main).compress_type != zipfile.ZIP_STORED:
+            raise WeightsError(f"{file} is compressed, which torch.save never does: unpack it, zip it again with -0")
+        described = archive.read(main)
+        _check_opcodes(described, file)
+        found = _Unpickler(io.BytesIO(described), file).load()
     if isinstance(found, dict):  # beside it are epochs, names, an optimiser
         found = next((found[name] for name in ("state_dict", "model") if isinstance(found.get(name), dict)), found)
     if not isinstance(found, dict):
@@ -91,6 +104,17 @@ def _storages(file: Path, archive: zipfile.ZipFile, folder: str) -> dict[str, np
         begin = entry.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
         found[entry.filename.removeprefix(folder)] = whole[begin : begin + entry.file_size]
     return found
+
+
+def _check_opcodes(data: bytes, file: Path) -> None:
+    """WeightsError for what a state dict is never made with.
+
+    Some opcodes have memory reserved for as much as they say: a memo's place of 2^31, bytes of 2^60.
+    """
+    for place, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+        if opcode.name not in _OPCODES or ("PUT" in opcode.name and (argument or 0) > place):
+            what = f"{opcode.name} {str(argument)[:20]}".strip()
+            raise WeightsError(f"{file} is no state dict of torch.save: its pickle has {what}. Nothing of it was run")
 
 
 class _Storage(NamedTuple):
@@ -128,8 +152,9 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (full := f"{module}.{name}") not in self.known:
+            asked = full if full.isprintable() else repr(full)
             raise WeightsError(
-                f"{self.file} asks for {full}, which is no part of a tensor. Nothing of it was run: a pickle can do "
+                f"{self.file} asks for {asked}, which is no part of a tensor. Nothing of it was run: a pickle can do "
                 f"anything. Get the weights as safetensors, or, if you trust where it is from, save their state dict "
                 f"alone with torch"
             )

@@ -8,7 +8,7 @@ fragmentation, the runtime's own few hundred MB, and evaluation. Seconds are FLO
 
 Activations of FLUX.1-dev in GB, here and as XLA allots them where it compiles for an H100 (jax 0.10.2, micro-batches of
 12 points at 512 px): learn 9.4 and 6.5 where remat keeps nothing, 33.7 and 30.8 where it keeps attention and the MLP.
-On an H100 a whole iteration peaked at 61.7 GB; the largest stage here is learn, 60.1.
+On an H100 a whole iteration peaked at 61.7 GB; the largest stage here is learn, 60.1 and what it learns from.
 """
 
 import dataclasses
@@ -124,6 +124,8 @@ def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> U
         precision, together = rollout.precision, iteration.block_shape(rollout.chunk, mine, images)[0]
         calls, low = mine // together, None if stage == "regenerate" and precision == "bf16" else low
         f, args = getattr(run, stage), (kernels, low, frozen, batch(sizes.prompts, together), keys(together, images))
+    # What is drawn stays until it is learnt from; GRPO's samples come with their paths.
+    held = samples(cfg, sizes, mine) if stage in ("regenerate", "learn") else None
     program = cost.trace(f, *args)
     flops = Counter({dtype: n * calls * devices for dtype, n in cost.flops(program).items()})
     text = nbytes(sizes.text) if stage == "encode" or not cfg.encode_ahead else 0
@@ -133,7 +135,7 @@ def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> U
         adapters=nbytes(state),
         merged=nbytes(kernels),
         quantised=nbytes(low),
-        activations=cost.peak(program) - (nbytes(low) if stage == "quantise" else 0),
+        activations=cost.peak(program) + nbytes(held) - (nbytes(low) if stage == "quantise" else 0),
         flops=flops,
         seconds=seconds(flops, card, devices) / (EMULATED if precision.endswith("_emulated") else 1),
     )
@@ -142,6 +144,17 @@ def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> U
 def seconds(flops: Counter[str], card: Card, devices: int = 1) -> float:
     """Time of so many FLOPs at FRACTION of the peak of `devices` cards."""
     return sum(n / RATES.get(dtype, 1.0) for dtype, n in flops.items()) / (FRACTION * card.peak * 1e12 * devices)
+
+
+def device_card() -> Card | None:
+    """The first device as a card: its memory is what JAX may take of it, its peak that of the card of its name.
+
+    None on a CPU and for a GPU that is not among CARDS.
+    """
+    device = jax.local_devices()[0]
+    known = [card for name, card in CARDS.items() if name.partition(" ")[0].removeprefix("RTX ") in device.device_kind]
+    most = (device.memory_stats() or {}).get("bytes_limit")
+    return known[0]._replace(memory=most / USABLE / 2**30) if known and most else None
 
 
 def check_fits(cfg: Config, devices: int, most: float) -> None:

@@ -1,64 +1,214 @@
-"""Solvers of dx/dsigma = v: coefficient tables made on the host in f64, and one scan that serves them all.
+"""Solvers from noise to a picture: coefficient tables made on the host in f64, and one scan that serves them all.
 
-Every step goes s -> t (falling sigmas) as x' = a x + b x0hat + c x0hat_prev, with x0hat = x - s v. The edge cases s = 1
-and t = 0 are handled in the table, so that no logarithm of zero is ever traced.
+Every step goes s -> t (falling sigmas) as x' = a x + b0 x0hat + b1 x0hat_prev + ... + c z with x0hat = x - s v and z of
+N(0, I), so a solver is a table and nothing else. The edge cases s = 1 and t = 0 are handled in the table: no logarithm
+or quotient of zero is ever traced. A step that depends on no earlier x0hat and adds noise is a Gaussian, of whose mean
+and density algorithms ask (`gaussians`, `log_prob`).
 """
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from solrl_jax.config import MARKOV, NOISE, Solver
+
+F32 = jnp.float32
 
 
 class Table(NamedTuple):
-    """Per step: the sigma that the network sees, and the coefficients of x, x0hat and the previous x0hat."""
+    """Per step: the sigma that the network sees; coefficients of x, of x0hat and the x0hats before it, and of noise.
 
-    sigma: np.ndarray
-    x: np.ndarray
-    x0: np.ndarray
-    x0_prev: np.ndarray
+    f64 [N] and, `x0`, [N, M] with M - 1 steps of history; in a batch whose samples differ, [N, B] and [N, B, M].
+    """
+
+    sigma: Any
+    x: Any
+    x0: Any
+    noise: Any
 
 
-def table(sigmas: np.ndarray, solver: str) -> Table:
-    """sigmas f64 [steps + 1], falling from 1 to 0 -> Table of f64 [steps].
+def table(sigmas: np.ndarray, solver: str, eta: float = 0.0) -> Table:
+    """sigmas f64 [N + 1], falling from 1 to 0 -> the N steps of a solver (algorithms.md 1.3); d = t - s below.
 
-    euler: x' = x + (t - s) v = (t/s) x + (1 - t/s) x0hat. dpm1, DPM-Solver++ of first order, is the same formula.
+    euler: x' = x + d v. dpm1, DPM-Solver++ of first order, is the same formula.
     dpm2, DPM-Solver++(2M): x0hat is extrapolated by half a step, x0hat + r/2 (x0hat - x0hat_prev) with r = h/h_prev in
-    lambda = ln((1-s)/s); first and last step stay first order, and so does the second, whose h_prev is infinite
-    (algorithms.md 1.3 e, f). Raises ValueError for an unknown solver or sigmas that do not fall from at most 1 to 0.
+    lambda = ln((1-s)/s); first and last step stay first order, and so does the second, whose h_prev is infinite.
+    sde, Flow-GRPO's: a reverse SDE of Euler's marginals with diffusion g^2 = eta^2 s / (1 - s).
+    dance, DanceGRPO's: the same with g = eta; its last step gives x0hat, which is what DanceGRPO decodes.
+    cps: Flow-GRPO's coefficients-preserving step, noise t sin(eta pi/2) and the rest t cos(eta pi/2) of ehat.
+    ddim: noise of share eta as in DDIM. sa_solver: AWM's stochastic Adams, eta being its tau (`_sa_solver`).
+    With eta = 0 ddim, sde, dance and cps are Euler (dance but for its last step, which is the same there).
+
+    Raises ValueError for an unknown solver, an eta that it has no use for, or sigmas that do not fall from at most 1
+    to 0.
     """
     sigmas = np.asarray(sigmas, np.float64)
     if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[0] > 1 or sigmas[-1] != 0 or np.any(np.diff(sigmas) >= 0):
         raise ValueError(f"sigmas {sigmas} must fall strictly from at most 1 to 0 in one step or more")
+    if solver not in get_args(Solver):
+        raise ValueError(f"unknown solver {solver!r}: use one of {', '.join(get_args(Solver))}")
+    if not 0 <= eta <= NOISE.get(solver, 0.0):
+        raise ValueError(f"eta={eta}: the noise of {solver} is 0 to {NOISE.get(solver, 0.0):g}")
+    if solver == "sa_solver":
+        return _sa_solver(sigmas, eta)
     s, t = sigmas[:-1], sigmas[1:]
-    first_order = 1 - t / s
-    r = np.zeros_like(s)
+    none = np.zeros_like(s)
     if solver == "dpm2":
         with np.errstate(divide="ignore"):
             lam = np.log((1 - sigmas) / sigmas)
-        h = np.diff(lam)
+        h, r = np.diff(lam), np.zeros_like(s)
         r[1:-1] = h[1:-1] / h[:-2]  # h / inf = 0 at the second step
-    elif solver not in ("euler", "dpm1"):
-        raise ValueError(f"unknown solver {solver!r}: use euler, dpm1 or dpm2")
-    return Table(s, t / s, first_order * (1 + 0.5 * r), -0.5 * r * first_order)
+        first_order = 1 - t / s
+        return Table(s, t / s, np.stack([first_order * (1 + 0.5 * r), -0.5 * r * first_order], axis=1), none)
+    if solver in ("sde", "dance"):
+        return _sde(s, t, eta, solver)
+    if solver in ("ddim", "cps"):
+        if solver == "cps":
+            share = np.full_like(s, math.sin(eta * math.pi / 2))
+        else:
+            share = eta * np.sqrt(np.maximum(0.0, 1 - (t * (1 - s) / (s * (1 - t))) ** 2))
+        ehat = t * np.sqrt(1 - share**2)  # x' = (1 - t) x0hat + ehat (x - (1 - s) x0hat) / s + t share z
+        return Table(s, ehat / s, ((1 - t) - ehat * (1 - s) / s)[:, None], t * share)
+    return Table(s, t / s, (1 - t / s)[:, None], none)
+
+
+def _sde(s: np.ndarray, t: np.ndarray, eta: float, solver: str) -> Table:
+    """mean = x (1 + g^2 d/(2s)) + v d (1 + g^2 (1-s)/(2s)), std = g sqrt(-d) (algorithms.md 1.3 b, c)."""
+    d = t - s
+    apart = np.where(s == 1, 1 - t, 1 - s)  # at s = 1 Flow-GRPO takes the next sigma in g
+    g2 = np.full_like(s, eta**2) if solver == "dance" else eta**2 * s / apart
+    of_v = d * (1 + g2 * (1 - s) / (2 * s))
+    of_x, of_x0, noise = 1 + g2 * d / (2 * s) + of_v / s, -of_v / s, np.sqrt(-g2 * d)
+    if solver == "dance":
+        of_x[-1], of_x0[-1], noise[-1] = 0, 1, 0
+    return Table(s, of_x, of_x0[:, None], noise)
+
+
+def _sa_solver(sigmas: np.ndarray, tau: float) -> Table:
+    """SA-Solver, predictor and corrector of order 2, one network call a step (algorithms.md 1.3 h).
+
+    Noise is added where the step arrives at a sigma of .3 to .9. The grid begins at .999, its last sigma is half of the
+    one before. A step's corrector uses the x0hat that the network gives after it, so it is folded into the next
+    step's row: x' = L (x + corr (m - m1) - pred (m1 - m2)) + c0 m + pred' (m - m1) + noise z, m1, m2 earlier x0hats.
+    """
+    q = sigmas.copy()
+    q[0] = min(q[0], 0.999)
+    if len(q) > 2:
+        q[-2] = q[-3] / 2
+    s, t, n = q[:-1], q[1:], len(q) - 1
+    lam = np.log((1 - s) / s)
+    h = np.diff(lam)  # of the steps that end above 0
+    tau2 = np.where((t[:-1] >= 0.3) & (t[:-1] <= 0.9), tau**2, 0.0)
+    a = 1 + tau2
+    decay = np.exp(-tau2 * h) * t[:-1] / s[:-1]
+    c0 = (1 - t[:-1]) * -np.expm1(-a * h)
+    corr, pred = np.zeros(n), np.zeros(n)  # of the step that ends at grid point i
+    corr[2:] = a[1:] / 2 * (1 - s[2:]) * h[1:]
+    pred[2:] = corr[2:] * h[1:] / h[:-1]
+    of_x, of_x0, noise = np.zeros(n), np.zeros((n, 3)), np.zeros(n)
+    of_x[:-1] = decay
+    of_x0[:-1, 0] = decay * corr[:-1] + c0 + pred[1:]
+    of_x0[:-1, 1] = -decay * (corr[:-1] + pred[:-1]) - pred[1:]
+    of_x0[:-1, 2] = decay * pred[:-1]
+    of_x0[-1, 0] = 1
+    noise[:-1] = t[:-1] * np.sqrt(-np.expm1(-2 * tau2 * h))
+    return Table(s, of_x, of_x0, noise)
+
+
+def shifted(steps: int, shift: float) -> np.ndarray:
+    """f64 [steps + 1]: s = shift u / (1 + (shift - 1) u) of u from 1 to 0 in equal steps (DanceGRPO's, with 3)."""
+    u = np.linspace(1, 0, steps + 1)
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def windowed(inside: Table, outside: Table, first: Int[Array, "B"], length: int) -> Table:
+    """Columns [N, B]: each sample takes `inside`'s steps first .. first + length - 1, and `outside`'s elsewhere."""
+    step = jnp.arange(len(inside.sigma))[:, None]
+    within = (step >= first[None]) & (step < first[None] + length)
+
+    def column(a: np.ndarray, b: np.ndarray) -> Array:
+        mask = within.reshape(within.shape + (1,) * (a.ndim - 1))
+        return jnp.where(mask, jnp.asarray(a, F32)[:, None], jnp.asarray(b, F32)[:, None])
+
+    return jax.tree.map(column, inside, outside)
 
 
 def sample(
-    velocity: Callable[[Array, Array], Array], x1: Float[Array, "B h w c"], sigmas: np.ndarray, solver: str
-) -> Float[Array, "B h w c"]:
-    """Integrate from noise x1 (sigma 1) to the sample x0 (sigma 0); the state stays f32 whatever the network's dtype.
+    velocity: Callable[[Array, Array], Array],
+    x1: Float[Array, "B h w c"],
+    steps: Table,
+    noise: Callable[[Int[Array, ""]], Float[Array, "B h w c"]] | None = None,
+    *,
+    keep_path: bool = False,
+) -> Any:
+    """Take the steps of a table from noise x1 (sigma 1) to the sample x0 (sigma 0).
 
-    velocity(x, sigma [B]) -> v like x.
+    velocity(x, sigma [B]) -> v like x; noise(step) -> z like x, asked for only where it is given: a table with noise
+    needs it. With `keep_path`, (x0, states [N, B, h, w, c]): what each step began with. The state stays f32
+    whatever the network's dtype.
     """
-    steps = jax.tree.map(lambda c: jnp.asarray(c, jnp.float32), table(sigmas, solver))
+    history = np.shape(steps.x0)[-1] - 1
+    index = jnp.arange(np.shape(steps.sigma)[0])
+    columns = jax.tree.map(lambda c: jnp.asarray(c, F32), steps)
 
-    def step(carry, c: Table):
-        x, previous = carry
-        x0 = x - c.sigma * velocity(x, jnp.broadcast_to(c.sigma, x.shape[:1]))
-        return (c.x * x + c.x0 * x0 + c.x0_prev * previous, x0), None
+    def step(carry, row: tuple[Table, Array]):
+        (x, earlier), (c, i) = carry, row
+        sigma = jnp.broadcast_to(c.sigma, x.shape[:1])
+        found = (x - over(c.sigma, x) * velocity(x, sigma), *earlier)
+        new = over(c.x, x) * x
+        for k, x0 in enumerate(found):
+            new = new + over(c.x0[..., k], x) * x0
+        if noise is not None:
+            new = new + over(c.noise, x) * noise(i)
+        return (new, found[:history]), x if keep_path else None
 
-    (x0, _), _ = jax.lax.scan(step, (x1, jnp.zeros_like(x1)), steps)
-    return x0
+    (x0, _), path = jax.lax.scan(step, (x1, (jnp.zeros_like(x1),) * history), (columns, index))
+    return (x0, path) if keep_path else x0
+
+
+def over(c: Array, x: Array) -> Array:
+    """A scalar, or one number a sample [B], against x [B, ...]."""
+    return c.reshape(c.shape + (1,) * (x.ndim - 1)) if c.ndim else c
+
+
+class Gaussian(NamedTuple):
+    """Steps x' ~ N(on_x x + on_x0 x0hat, std^2): leaves [N], or [B] of one step a sample; `diffusion` = std / sqrt(-d).
+
+    log p(x') = log_norm - precision mean |x' - mean|^2, over all but the batch axis (the mean, not the sum).
+    """
+
+    on_x: Any
+    on_x0: Any
+    precision: Any
+    log_norm: Any
+    diffusion: Any
+
+
+def gaussians(sigmas: np.ndarray, solver: str, eta: float) -> Gaussian:
+    """The noisy steps of a solver, f64 [N]; steps without noise have precision 0 and mean nothing.
+
+    sde, dance, ddim: precision 1/(2 std^2) and log_norm -ln(std) - ln(2 pi)/2; cps: 1 and 0, as Flow-GRPO defines it.
+    """
+    if solver not in MARKOV or eta <= 0:
+        raise ValueError(f"solver {solver}, eta={eta}: a log-probability needs eta > 0 and one of {', '.join(MARKOV)}")
+    rows = table(sigmas, solver, eta)
+    std = np.where(rows.noise > 0, rows.noise, np.inf)
+    known = rows.noise > 0
+    precision = known * 1.0 if solver == "cps" else 1 / (2 * std**2)
+    log_norm = np.zeros_like(std) if solver == "cps" else -np.log(np.where(known, std, 1)) - math.log(2 * math.pi) / 2
+    return Gaussian(rows.x, rows.x0[:, 0], precision, log_norm, rows.noise / np.sqrt(-np.diff(sigmas)))
+
+
+def mean(step: Gaussian, x: Float[Array, "B h w c"], x0: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
+    """Where a step goes from x, given x0hat; leaves of `step` [B]."""
+    return over(step.on_x, x) * x + over(step.on_x0, x) * x0
+
+
+def log_prob(step: Gaussian, mean: Float[Array, "B h w c"], x_next: Float[Array, "B h w c"]) -> Float[Array, "B"]:
+    """Log-density of having gone to `x_next`, averaged over its elements; leaves of `step` [B]."""
+    return step.log_norm - step.precision * jnp.mean((x_next - mean) ** 2, axis=(1, 2, 3))

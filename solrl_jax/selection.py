@@ -9,8 +9,11 @@ def select(reward: Float[Array, "P N"], kept: int, rule: str, key: Key[Array, ""
     """Indices of the kept candidates, no candidate twice.
 
     best_worst: the K - K//2 highest and the K//2 lowest, best first; top: the K highest; random: K without
-    replacement; all: every one, in order (K = N). One stable sort serves both ends, so that ties never pick a candidate
-    twice (algorithms.md section 8, item 30). Raises ValueError for an unknown rule or more kept than candidates.
+    replacement; max_variance: those K whose rewards vary most, always some of the best and some of the worst
+    (arXiv 2504.13818); all: every one, in order (K = N). One stable sort serves both ends, so that ties never pick a
+    candidate twice (algorithms.md section 8, item 30).
+
+    Raises ValueError for an unknown rule or for more kept than there are candidates.
     """
     prompts, candidates = reward.shape
     if not 1 <= kept <= candidates:
@@ -25,7 +28,13 @@ def select(reward: Float[Array, "P N"], kept: int, rule: str, key: Key[Array, ""
     if rule == "best_worst":
         worst = kept // 2
         return jnp.concatenate([order[:, : kept - worst], order[:, candidates - worst :]], axis=-1)
-    raise ValueError(f"unknown selection rule {rule!r}: use best_worst, top, random or all")
+    if rule == "max_variance":
+        place = jnp.arange(kept)[None]
+        best = jnp.arange(kept + 1)[:, None]  # split i keeps the i best and the K - i worst
+        place = place + jnp.where(place < best, 0, candidates - kept)
+        splits = take(reward, order)[:, place]  # [P, K + 1, K]
+        return take(order, place[jnp.argmax(jnp.var(splits, axis=-1), axis=-1)])
+    raise ValueError(f"unknown selection rule {rule!r}: use best_worst, top, max_variance, random or all")
 
 
 def take(x: Array, index: Int[Array, "P K"]) -> Array:
@@ -45,3 +54,28 @@ def spearman(a: Float[Array, "P N"], b: Float[Array, "P N"]) -> Float[Array, "P"
     ra, rb = (r - jnp.mean(r, axis=-1, keepdims=True) for r in (ranks(a), ranks(b)))
     norm = jnp.sqrt(jnp.sum(ra * ra, axis=-1) * jnp.sum(rb * rb, axis=-1))
     return jnp.where(norm > 0, jnp.sum(ra * rb, axis=-1) / jnp.where(norm > 0, norm, 1.0), 0.0)
+
+
+def fidelity(preview: Float[Array, "P N"], truth: Float[Array, "P N"], kept: int) -> dict[str, Float[Array, "P"]]:
+    """How well one set of rewards stands for another when best_worst keeps K of N by it; 1 is as well as itself.
+
+    spearman: rank correlation. overlap: share of the true best K/2 among those chosen as the best K/2. kept_contrast:
+    the true mean of the chosen best less that of the chosen worst, over what choosing by the truth keeps; 0 where all
+    true rewards are one.
+    """
+    best, worst = kept - kept // 2, kept // 2
+    key = jax.random.key(0)  # best_worst draws nothing from it
+    chosen, perfect = (select(r, kept, "best_worst", key) for r in (preview, truth))
+    same = chosen[:, :best, None] == perfect[:, None, :best]
+
+    def contrast(index: Int[Array, "P K"]) -> Float[Array, "P"]:
+        rewards = take(truth, index)
+        low = rewards[:, best:] if worst else rewards
+        return jnp.mean(rewards[:, :best], axis=-1) - jnp.mean(low, axis=-1)
+
+    most = contrast(perfect)
+    return {
+        "spearman": spearman(preview, truth),
+        "overlap": jnp.sum(same, axis=(1, 2)) / best,
+        "kept_contrast": jnp.where(most > 0, contrast(chosen) / jnp.where(most > 0, most, 1.0), 0.0),
+    }

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from solrl_jax import assemble, hub, iteration, rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import Score, own
-from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, Rollout, TrainState
+from solrl_jax.structs import Frozen, Model, Params, Path, Prompts, PyTree, Rollout, TrainState
 
 
 class Sizes(NamedTuple):
@@ -75,7 +75,12 @@ def samples(cfg: Config, sizes: Sizes, prompts: int) -> Rollout:
     noise = jax.eval_shape(lambda: sizes.model.noise(jax.random.key(0)))
     reward: Any = jax.ShapeDtypeStruct(grid, jnp.float32)
     x0: Any = jax.ShapeDtypeStruct((*grid, *noise.shape), jnp.float32)
-    return Rollout(keys(*grid), x0, reward, {name: reward for name in sizes.score.names})
+    path: Any = None
+    if cfg.of_steps:
+        states: Any = jax.ShapeDtypeStruct((*grid, cfg.regenerate.trainable + 1, *noise.shape), jnp.float32)
+        first: Any = jax.ShapeDtypeStruct(grid, jnp.int32)
+        path = Path(states, first)
+    return Rollout(keys(*grid), x0, reward, {name: reward for name in sizes.score.names}, path)
 
 
 def blank(cfg: Config, sizes: Sizes) -> TrainState:

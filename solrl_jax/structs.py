@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from solrl_jax.sampler import Gaussian
+
 PyTree = Any
 Params = Mapping[str, Any]
 Variables = Mapping[str, Any]
@@ -117,7 +119,10 @@ class Hyper(NamedTuple):
 
     learning_rate: Float[Array, ""]
     kl_weight: Float[Array, ""]
+    lag_weight: Float[Array, ""]  # AWM: of the distance to the old policy
+    clip_range: Float[Array, ""]  # of ratios of probabilities
     strength: Float[Array, ""]  # beta of DiffusionNFT's v+ and v-
+    old_wait: Float[Array, ""]
     old_ramp: Float[Array, ""]
     old_max: Float[Array, ""]
 
@@ -136,16 +141,25 @@ class TrainState(NamedTuple):
     hyper: Hyper
 
 
+class Path(NamedTuple):
+    """The T consecutive noisy steps of a sample that can be trained on: their states, and the first one's number."""
+
+    states: Float[Array, "*B T+1 h w c"]
+    first: Int[Array, "*B"]
+
+
 class Rollout(NamedTuple):
     """Samples of one stage. `keys` are the samples: noise(key) is where each began.
 
-    `images`, 8 bits, are there until the rewards that run on the host have seen them; without such rewards never.
+    `path` is there for algorithms that learn from a sampler's steps. `images`, 8 bits, are there until the rewards
+    that run on the host have seen them; without such rewards never.
     """
 
     keys: Key[Array, "P K"]
     x0: Float[Array, "P K h w c"]
     reward: Float[Array, "P K"]
     parts: Mapping[str, Float[Array, "P K"]]
+    path: Path | None = None
     images: UInt8[Array, "P K H W 3"] | None = None
 
 
@@ -157,9 +171,23 @@ class Points(NamedTuple):
     x0: Float[Array, "*B h w c"]
 
 
+class Transitions(NamedTuple):
+    """Points that are a sampler's steps: from x_t at time t it went to `x_next`; `step` is the law by which."""
+
+    x_t: Float[Array, "*B h w c"]
+    t: Float[Array, "*B"]
+    x_next: Float[Array, "*B h w c"]
+    step: Gaussian
+
+
 class Velocities(NamedTuple):
-    """f32 velocities at the same points: the trained policy, the policy that made the samples, the reference."""
+    """f32 velocities at the same points: of the trained policy, and of fixed ones where an algorithm asks for them.
+
+    `old` is the policy that follows the trained one, `behaviour` the trained one when this iteration began,
+    `reference` the base.
+    """
 
     current: Float[Array, "B h w c"]
-    old: Float[Array, "B h w c"]
-    reference: Float[Array, "B h w c"]
+    old: Float[Array, "B h w c"] | None = None
+    reference: Float[Array, "B h w c"] | None = None
+    behaviour: Float[Array, "B h w c"] | None = None

@@ -12,17 +12,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, model_card, plan, report, rewards, sharding
+from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, model_card, plan, report, sharding, watch
 from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Lora, to_json
-from solrl_jax.log import Log, exploited, open_log, read
+from solrl_jax.log import Line, Log, open_log, read
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.rewards.own import RewardError
 from solrl_jax.structs import Model, Params, Prompts, TrainState
@@ -90,15 +90,22 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
     with checkpoint.Saver(run, cfg) as saver:
         try:
             base = base_pictures(parts, state, run, out)
-            began = time.perf_counter()
-            for state, metrics in iterations(parts, state, out, stop):  # noqa: B020 - the generator begins with it
+            began, lines, said = time.perf_counter(), read(run / "metrics.jsonl"), {}
+            for state, metrics in iterations(parts, state, out, stop, lines):  # noqa: B020 - the generator begins with it
                 done = int(state.iteration)
+                if watch.due(cfg, done):
+                    metrics |= watch.measured(parts, state)
                 if cfg.evaluate.every and (done % cfg.evaluate.every == 0 or done == cfg.iterations):
                     metrics |= evaluated(parts, state, run, out, base)
                 began, metrics["time/iteration"] = time.perf_counter(), time.perf_counter() - began
                 out.write(done, metrics)
+                lines.append({"iteration": done, **metrics})
+                said, before = watch.alarms(lines, cfg), said
+                for kind in said.keys() - before.keys():  # an alarm is told when it begins
+                    out.say(said[kind])
                 if "eval_reward_avg" in metrics:
-                    warn(cfg, run, out)
+                    for line in watch.falling(lines, cfg):
+                        out.say(line)
                 if cfg.save_every and done % cfg.save_every == 0:
                     saver.save(state)
         finally:
@@ -132,11 +139,18 @@ def drawn(parts: Parts, done: int) -> tuple[list[str], list[str]]:
 
 
 def iterations(
-    parts: Parts, state: TrainState, out: Log, stop: threading.Event
+    parts: Parts, state: TrainState, out: Log, stop: threading.Event, lines: Sequence[Line]
 ) -> Iterator[tuple[TrainState, Metrics]]:
-    """Each finished iteration's state and metrics. Raises TrainError, after the state it is about, to stop a run."""
-    step, cfg = stepper(parts, out, stop), parts.cfg
+    """Each finished iteration's state and metrics. Raises TrainError, after the state it is about, to stop a run.
+
+    `lines` are the run's metrics so far, which may say that exploration has to go on in BF16.
+    """
+    step, cfg, first = stepper(parts, out, stop), parts.cfg, int(state.iteration)
     while (done := int(state.iteration)) < cfg.iterations and not stop.is_set():
+        if parts.cfg is cfg and watch.fallen_back(lines, cfg):
+            parts = parts._replace(cfg=watch.in_bf16(cfg))
+            step = stepper(parts, out, stop)
+            out.say(f"exploring in bf16 from iteration {done + 1} on")
         times: dict[str, float] = {}
         with iteration.clock(times, "encode"):
             batch, ahead = drawn(parts, done)
@@ -147,6 +161,8 @@ def iterations(
             return
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         check_rewards(numbers, done + 1)
+        if done == first:
+            check_ratio(numbers, done + 1, cfg.learn.clip_range)
         state = new
         yield state, numbers | {f"time/{name}": seconds for name, seconds in times.items()}
         if int(state.skipped) >= SKIPS:
@@ -204,6 +220,20 @@ def check_rewards(metrics: Metrics, number: int) -> None:
         )
 
 
+def check_ratio(metrics: Metrics, number: int, clip_range: float) -> None:
+    """Raises TrainError where ratios of probabilities are clipped at what is mere rounding.
+
+    Of an iteration's first update the ratio is 1; how far it is off is what the network's rounding does to it.
+    """
+    noise = metrics.get("ratio/noise", 0.0)
+    if not clip_range >= 10 * noise:
+        raise TrainError(
+            f"iteration {number}: before an update the ratio of probabilities is off by {noise:.1e} from rounding, "
+            f"more than a tenth of learn.clip_range={clip_range:g}: use {11 * noise:.1e} or more, learn.updates=1 "
+            "(whose ratio is exactly 1) or model.dtype=float32"
+        )
+
+
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
@@ -242,12 +272,6 @@ def evaluated(
     prompts = evaluate.fixed_prompts(parts)[: len(images)]
     evaluate.write_grid(run / "grids" / f"{number:06d}.png", prompts, columns | {f"iteration {number}": images})
     return metrics | times
-
-
-def warn(cfg: Config, run: Path, out: Log) -> None:
-    """Say which held-out rewards have fallen since the first evaluation, of this process or the one before it."""
-    for line in exploited(read(run / "metrics.jsonl"), rewards.held_out(cfg.reward, cfg.evaluate.rewards)):
-        out.say(line)
 
 
 # --- ends -----------------------------------------------------------------------------------------------------------

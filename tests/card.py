@@ -11,17 +11,19 @@ from jax.sharding import Mesh, NamedSharding
 from solrl_jax import sharding
 
 
-def mesh(name: str = "h100") -> Mesh:
-    """A mesh of one described card; skips where JAX's CUDA plugin is not installed."""
+def mesh(name: str = "h100", devices: int = 1) -> Mesh:
+    """A mesh of described cards in one host; skips where JAX's CUDA plugin is not installed."""
     pytest.importorskip("jax_cuda12_plugin", reason="compiling for a GPU needs jax[cuda12]")
     text = (Path(__file__).parent / "cards" / f"{name}.txtpb").read_text()
-    found = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
-    return Mesh(np.asarray(found.devices[:1]), (sharding.DATA,), axis_types=(jax.sharding.AxisType.Auto,))
+    found = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x{devices}x1")
+    return Mesh(np.asarray(found.devices), (sharding.DATA,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def compiled(f, *args, on: Mesh):
-    """f compiled for the card; leaves of `args` give shapes and dtypes alone."""
-    place = NamedSharding(on, sharding.WHOLE)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), args)
+def compiled(f, *args, on: Mesh, split: tuple = ()):
+    """f compiled for the cards, by the shapes and dtypes of `args` and then of `split`, which lie over the devices."""
+    shapes = [
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(on, place)), tree)  # noqa: B023
+        for tree, place in [*((a, sharding.WHOLE) for a in args), *((a, sharding.SPLIT) for a in split)]
+    ]
     with jax.set_mesh(on):
         return jax.jit(f).lower(*shapes).compile({"xla_gpu_enable_triton_gemm": False})  # as solrl_jax sets it

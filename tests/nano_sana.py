@@ -86,7 +86,7 @@ def write(folder: Path, **changes) -> Path:
 
 def model(path: Path, **changes) -> Model:
     fields = {"path": str(path), "size": SIZE, "text_tokens": TOKENS, "dtype": "float32", "remat": False, "min_dim": 48}
-    return Model(**{"name": "sana", "schedule": "linear", **fields, **changes})
+    return Model(**{"name": "sana", "shift": 1.0, **fields, **changes})
 
 
 def build(folder: Path, **changes) -> Config:

@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import algos
-from solrl_jax.config import Learn
-from solrl_jax.structs import Hyper, Points, Velocities
+from solrl_jax import algos, sampler
+from solrl_jax.config import Config, Learn, Stage
+from solrl_jax.structs import Hyper, Path, Points, Transitions, Velocities
 
 
-def hyper(strength=1.0, kl_weight=1e-4):
-    return Hyper(*(jnp.float32(x) for x in (3e-4, kl_weight, strength, 1e-3, 0.5)))
+def hyper(**changes):
+    values = {name: getattr(Learn(), name) for name in Hyper._fields} | changes
+    return Hyper(**{name: jnp.float32(x) for name, x in values.items()})
 
 
 def problem(batch=3, shape=(4, 4, 2)):
@@ -39,8 +40,12 @@ def test_equal_rewards_give_no_advantage():
 
 
 def test_decays_golden():
-    ramp, top = jnp.float32(0.001), jnp.float32(0.5)
-    assert [float(algos.old_decay(jnp.int32(k), ramp, top)) for k in (0, 100, 900)] == [0.0, pytest.approx(0.1), 0.5]
+    def decay(k, *how):
+        return float(algos.old_decay(jnp.int32(k), *map(jnp.float32, how)))
+
+    assert [decay(k, 0, 0.001, 0.5) for k in (0, 100, 900)] == [0.0, pytest.approx(0.1), 0.5]
+    late = [decay(k, 75, 0.0075, 0.999) for k in (74, 75, 115, 209)]
+    assert late == [0.0, 0.0, pytest.approx(0.3), pytest.approx(0.999)]
     ema = [float(algos.ema_decay(jnp.int32(k), m)) for k, m in ((1, 0.9), (80, 0.9), (890, 0.99))]
     assert ema == [pytest.approx(2 / 11), pytest.approx(0.9), pytest.approx(0.99)]
 
@@ -49,7 +54,7 @@ def test_decays_golden():
 def test_nft_gradient_identity(strength):
     """At v = v_old the gradient is A_clip dL/dv with dL/dv = -2 t (x0hat - x0) / (w D), whatever the strength."""
     points, old, ref, advantage = problem()
-    h = hyper(strength, kl_weight=0.0)
+    h = hyper(strength=strength, kl_weight=0.0)
     grad = jax.grad(lambda v: jnp.sum(loss(v, points, old, ref, advantage, h)[0]))(old)
     t = points.t[:, None, None, None]
     error = points.x_t - t * old - points.x0
@@ -62,7 +67,7 @@ def test_nft_gradient_identity(strength):
 def test_nft_value_at_the_old_policy(strength):
     """Loss 5 / strength * L, no KL where current = reference."""
     points, old, _, advantage = problem()
-    value, metrics = loss(old, points, old, old, advantage, hyper(strength))
+    value, metrics = loss(old, points, old, old, advantage, hyper(strength=strength))
     error = points.x_t - points.t[:, None, None, None] * old - points.x0
     matching = jnp.mean(error**2, axis=(1, 2, 3)) / jnp.mean(jnp.abs(error), axis=(1, 2, 3))
     np.testing.assert_allclose(value, 5 / strength * matching, rtol=1e-5)
@@ -74,7 +79,7 @@ def test_nft_against_numpy():
     """The whole formula in f64 away from the old policy."""
     points, old, ref, advantage = problem()
     v = old + 0.1 * ref
-    beta, h = 0.1, hyper(0.1)
+    beta, h = 0.1, hyper(strength=0.1)
     p, n = (np.asarray(x, np.float64) for x in (beta * v + (1 - beta) * old, (1 + beta) * old - beta * v))
     x_t, x0, t = (np.asarray(x, np.float64) for x in (points.x_t, points.x0, points.t[:, None, None, None]))
 
@@ -103,11 +108,178 @@ def test_advantage_modes():
 
 def test_points_are_distinct_rollout_times():
     sigmas = jnp.linspace(1, 0.1, 10)
-    points = algos.nft_points(jax.random.key(3), jnp.ones((4, 4, 2)), sigmas, 6)
+    sample, schedule = algos.Sample(jnp.ones((4, 4, 2))), algos.Schedule(sigmas)
+    points = algos.nft_points(jax.random.key(3), sample, schedule, 6, Learn())
     assert len(set(np.asarray(points.t).tolist())) == 6 and set(np.asarray(points.t).tolist()) <= set(
         np.asarray(sigmas).tolist()
     )
     eps = (points.x_t - (1 - points.t[:, None, None, None]) * points.x0) / points.t[:, None, None, None]
     assert abs(float(jnp.std(eps)) - 1) < 0.15 and points.x_t.shape == (6, 4, 4, 2)
-    other = algos.nft_points(jax.random.key(4), jnp.ones((4, 4, 2)), sigmas, 6)
+    other = algos.nft_points(jax.random.key(4), sample, schedule, 6, Learn())
     assert not np.array_equal(points.t, other.t)
+
+
+def test_advantages_of_the_prompt_alone():
+    """DanceGRPO divides by each prompt's own unbiased std, Flow-GRPO-Fast by its population std."""
+    reward = jnp.array([[1.0, 3.0, 6.0, 2.0], [20.0, 50.0, 20.0, 10.0]])
+    away = np.asarray(reward) - np.asarray(reward).mean(1, keepdims=True)
+    for spread, ddof, eps in (("prompt", 0, 1e-4), ("prompt_unbiased", 1, 1e-8)):
+        expect = away / (np.std(reward, axis=1, ddof=ddof, keepdims=True) + eps)
+        np.testing.assert_allclose(algos.advantages(reward, spread), expect, rtol=1e-6)
+    with pytest.raises(ValueError, match="unknown spread 'group'"):
+        algos.advantages(reward, "group")
+
+
+# --- GRPO -----------------------------------------------------------------------------------------------------------
+
+SIGMAS = np.array([1, 0.9, 0.7, 0.4, 0])
+
+
+def steps(solver="sde", eta=0.7, batch=3, shape=(4, 4, 2)):
+    """Three steps of a sampler, taken by `old`, and two other policies."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    law = jax.tree.map(lambda c: jnp.asarray(c[:batch], jnp.float32), sampler.gaussians(SIGMAS, solver, eta))
+    x, old, ref, z, other = (jax.random.normal(k, (batch, *shape)) for k in keys)
+    t = jnp.asarray(SIGMAS[:batch], jnp.float32)
+    rows = sampler.table(SIGMAS, solver, eta)
+    std = jnp.asarray(rows.noise[:batch], jnp.float32)
+    x_next = sampler.mean(law, x, x - sampler.over(t, x) * old) + sampler.over(std, x) * z
+    return Transitions(x, t, x_next, law), old, ref, old + 0.1 * other, jnp.array([2.0, -7.0, 0.5])
+
+
+def log_prob(v, points):
+    """algorithms.md 1.3 b in f64, from the mean in x and v."""
+    x, x_next, t, v = (np.asarray(a, np.float64) for a in (points.x_t, points.x_next, points.t, v))
+    out = []
+    for i, s in enumerate(t):
+        d, apart = SIGMAS[i + 1] - SIGMAS[i], 1 - (SIGMAS[1] if s == 1 else s)
+        g2 = 0.49 * s / apart
+        mu, std = x[i] * (1 + g2 * d / (2 * s)) + v[i] * d * (1 + g2 * (1 - s) / (2 * s)), np.sqrt(-g2 * d)
+        out.append(np.mean(-((x_next[i] - mu) ** 2) / (2 * std**2) - np.log(std) - 0.5 * np.log(2 * np.pi)))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("name", ["flow_grpo", "dance_grpo"])
+def test_grpo_before_the_first_update(name):
+    """Ratio 1, loss -A, gradient -A dlogp, with or without the behaviour policy's own pass."""
+    points, old, _, _, advantage = steps()
+    algorithm, cfg, h = algos.find(name), Learn(kl_weight=0.0), hyper(kl_weight=0.0)
+    a = np.clip(np.asarray(advantage), -5, 5)
+
+    def total(v, behaviour):
+        return jnp.sum(algorithm.loss(Velocities(v, behaviour=behaviour), points, advantage, h, cfg)[0])
+
+    for behaviour in (None, old):
+        loss, metrics = algorithm.loss(Velocities(old, behaviour=behaviour), points, advantage, h, cfg)
+        np.testing.assert_array_equal(metrics["ratio/deviation"], 0)
+        np.testing.assert_allclose(loss, -a, rtol=1e-6)
+        grad = jax.grad(total)(old, behaviour)
+        eps = 1e-4
+        for i in range(3):
+            direction = np.zeros(old.shape)
+            direction[i] = np.random.default_rng(i).standard_normal(old.shape[1:])
+            ends = [log_prob(np.asarray(old) + sign * eps * direction, points)[i] for sign in (1, -1)]
+            slope = (ends[0] - ends[1]) / (2 * eps)
+            assert float(jnp.sum(grad * direction)) == pytest.approx(-a[i] * slope, rel=2e-3)
+
+
+def test_grpo_away_from_it():
+    """Ratio of the log-probabilities in f64, clipped on the side where the advantage pushes on."""
+    points, old, _, v, advantage = steps()
+    h = hyper(kl_weight=0.0, clip_range=0.001)
+    loss, metrics = algos.flow_grpo_loss(Velocities(v, behaviour=old), points, advantage, h, Learn(kl_weight=0.0))
+    ratio, a = np.exp(log_prob(v, points) - log_prob(old, points)), np.clip(np.asarray(advantage), -5, 5)
+    np.testing.assert_allclose(loss, np.maximum(-a * ratio, -a * np.clip(ratio, 0.999, 1.001)), rtol=1e-4)
+    np.testing.assert_allclose(metrics["ratio/deviation"], np.abs(ratio - 1), rtol=5e-3, atol=1e-6)
+    assert np.abs(ratio - 1).min() > 0.002 and float(metrics["ratio/clipped"].mean()) == 1.0
+
+
+def test_flow_grpo_kl_in_velocities():
+    """algorithms.md 3a: d^2 (1 + eta^2/2)^2 (1-s) / (2 eta^2 s) |dv|^2, at s = 1 (1-s1)^3 / (2 eta^2) |dv|^2."""
+    points, _, ref, v, advantage = steps()
+    h = hyper(kl_weight=0.04)
+    _, metrics = algos.flow_grpo_loss(Velocities(v, reference=ref), points, advantage, h, Learn())
+    square = np.mean((np.asarray(v, np.float64) - np.asarray(ref)) ** 2, axis=(1, 2, 3))
+    s, d, eta2 = SIGMAS[1:3], np.diff(SIGMAS)[1:3], 0.49
+    factor = [(1 - SIGMAS[1]) ** 3 / (2 * eta2), *(d**2 * (1 + eta2 / 2) ** 2 * (1 - s) / (2 * eta2 * s))]
+    np.testing.assert_allclose(metrics["kl_div"], factor * square, rtol=1e-4)
+
+
+def test_grpo_points_are_steps_of_the_path():
+    """Flow-GRPO takes the first T of a window in order, DanceGRPO T random ones; each with its own law and time."""
+    states = jnp.arange(4.0)[:, None, None, None] * jnp.ones((4, 2, 2, 1))  # steps 1 .. 3 of a rollout
+    sample = algos.Sample(states[-1], Path(states, jnp.int32(1)))
+    law = jax.tree.map(jnp.asarray, sampler.gaussians(SIGMAS, "sde", 0.7))
+    schedule = algos.Schedule(jnp.asarray(SIGMAS[:-1], jnp.float32), law)
+    found = algos.flow_grpo_points(jax.random.key(0), sample, schedule, 2, Learn())
+    np.testing.assert_allclose(found.t, SIGMAS[1:3])
+    np.testing.assert_array_equal(found.x_t[:, 0, 0, 0], [0, 1])
+    np.testing.assert_array_equal(found.x_next[:, 0, 0, 0], [1, 2])
+    np.testing.assert_allclose(found.step.on_x, np.asarray(law.on_x)[1:3])
+    seen = set()
+    for i in range(8):
+        found = algos.dance_grpo_points(jax.random.key(i), sample, schedule, 2, Learn())
+        at = np.asarray(found.x_t[:, 0, 0, 0]).astype(int)
+        np.testing.assert_array_equal(found.x_next[:, 0, 0, 0], at + 1)
+        np.testing.assert_allclose(found.t, SIGMAS[1 + at])
+        np.testing.assert_allclose(found.step.precision, np.asarray(law.precision)[1 + at])
+        assert len(set(at)) == 2
+        seen |= set(at)
+    assert seen == {0, 1, 2}
+
+
+# --- AWM ------------------------------------------------------------------------------------------------------------
+
+
+def test_awm_log_prob_golden():
+    """algorithms.md 10.6: e = .8, t = .5, p = 1/4."""
+    e, t = jnp.array([0.8]), jnp.array([0.5])
+    assert float(algos.awm_log_prob(e, t)[0]) == pytest.approx(-1.8851587, rel=1e-6)
+    slope = jax.grad(lambda e: algos.awm_log_prob(e, t)[0])(e)
+    assert float(slope[0]) == pytest.approx(-0.5910886, rel=1e-6)
+
+
+def test_awm_loss_golden():
+    """On-policy: loss -A plus the distances, gradient -A dlogp; A over its bound, so within 1."""
+    points, old, ref, advantage = problem()
+    h, a = hyper(kl_weight=0.0, lag_weight=0.0, clip_range=1.0), np.clip(np.asarray(advantage), -5, 5) / 5
+
+    def loss(v):
+        return algos.awm_loss(Velocities(v, old, ref), points, advantage, h, Learn())[0]
+
+    np.testing.assert_allclose(loss(old), -a, rtol=1e-6)
+    x_t, x0, t, v = (np.asarray(x, np.float64) for x in (points.x_t, points.x0, points.t, old))
+    error = v - (x_t - x0) / t[:, None, None, None]
+    square = (error**2).mean((1, 2, 3))
+    slope = -t * (square + 1e-10) ** -0.75
+    expect = -(a * slope)[:, None, None, None] * 2 * error / error[0].size
+    np.testing.assert_allclose(jax.grad(lambda v: jnp.sum(loss(v)))(old), expect, rtol=2e-4, atol=1e-6)
+    v, h = old + 0.1 * ref, hyper(kl_weight=0.003, lag_weight=1.0, clip_range=1.0)
+    found, metrics = algos.awm_loss(Velocities(v, old, ref), points, advantage, h, Learn())
+    kl, lag = (np.mean((np.asarray(v, np.float64) - np.asarray(x)) ** 2, axis=(1, 2, 3)) for x in (ref, old))
+    np.testing.assert_allclose(found, -a + 0.003 * kl + lag, rtol=1e-5)
+    np.testing.assert_allclose(metrics["old_deviate"], lag, rtol=1e-5)
+    # Off-policy the ratio counts, and a clip range of 1 lets it go from 0 to 2.
+    later, _ = algos.awm_loss(Velocities(v, v, v, behaviour=old), points, advantage, h, Learn())
+    before, now = (algos.awm_log_prob(jnp.mean((u - (x_t - x0) / t[:, None, None, None]) ** 2, axis=(1, 2, 3)),
+                                      points.t) for u in (old, v))  # fmt: skip
+    ratio = np.exp(np.asarray(now) - np.asarray(before))
+    np.testing.assert_allclose(later, np.maximum(-a * ratio, -a * np.clip(ratio, 0, 2)), rtol=1e-4)
+
+
+def test_awm_times_are_stratified():
+    """algorithms.md 10.9: of 14 steps, 6 times of the bins {1}, {2, 3}, ..., {10, 11}; with first 0 {0, 1}, ..."""
+    assert algos.awm_edges(14, 6, 1) == [1, 2, 4, 6, 8, 10, 12] and algos.awm_edges(14, 6, 0) == [0, 2, 4, 6, 8, 10, 12]
+    sigmas = jnp.linspace(1, 0.1, 14)
+    found = jax.vmap(
+        lambda k: algos.awm_points(k, algos.Sample(jnp.ones((2, 2, 1))), algos.Schedule(sigmas), 6, Learn(first_time=1))
+    )(jax.random.split(jax.random.key(0), 64))
+    index = np.argmin(np.abs(np.asarray(found.t)[..., None] - np.asarray(sigmas)), axis=-1)
+    assert [set(index[:, k]) for k in range(6)] == [{1}, {2, 3}, {4, 5}, {6, 7}, {8, 9}, {10, 11}]
+    assert len({tuple(row) for row in index}) > 16  # each sample draws its own
+
+
+def test_times_that_are_trained_golden():
+    """algorithms.md 10.9: T of the published runs."""
+    for fraction, n, t in ((0.99, 10, 9), (0.99, 25, 24), (0.99, 6, 5), (0.6, 10, 6), (0.4, 10, 4)):
+        assert Config(regenerate=Stage(steps=n), learn=Learn(timestep_fraction=fraction, micro_batch=t)).times == t

@@ -26,7 +26,7 @@ def state_at(step, width=8, rank=2):
     optimizer = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
     _, moments = optimizer.update(lora, optimizer.init(lora), lora)
     count = jnp.int32(step)
-    hyper = Hyper(*map(jnp.float32, (1e-3, 1e-4, 1, 1e-3, 0.5)))
+    hyper = Hyper(*(jnp.float32(0.1 * i) for i in range(len(Hyper._fields))))
     state = TrainState(count, count, count * 0, jax.random.fold_in(key, step), lora, lora, lora, moments, hyper)
     return sharding.replicate(state, sharding.make_mesh(2))
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from solrl_jax import assemble, config, lora, model_card, sampler, train
+from solrl_jax import assemble, lora, model_card, recipes, sampler, train
 from solrl_jax.config import Config, Lora
 from solrl_jax.models import flux
 from solrl_jax.structs import TrainState
@@ -332,7 +332,10 @@ def test_diffusers_draws_our_pictures(tmp_path):
     @jax.jit
     def ours(variables):
         return model.decode(
-            decoder, sampler.sample(lambda x, s: model.velocity(variables, x, s, cond), x1, model.sigmas(3), "euler")
+            decoder,
+            sampler.sample(
+                lambda x, s: model.velocity(variables, x, s, cond), x1, sampler.table(model.sigmas(3), "euler")
+            ),
         )
 
     def theirs():
@@ -400,9 +403,9 @@ def test_export_takes_either_layout(small, tmp_path, monkeypatch, capsys):
             same(found, small.adapter, rtol=2e-7)
 
 
-@pytest.mark.parametrize("name", config.FAMILIES)
+@pytest.mark.parametrize("name", [*recipes.FAMILIES, *recipes.METHODS])
 def test_the_card_knows_the_family(name):
-    cfg = config.family(Config(), name)
+    cfg = recipes.family(Config(), name)
     assert model_card.family(cfg) == name
     assert f"{name}: " in model_card.facts(cfg, 1, 1, ("to_q",))["family"]
     assert model_card.family(dataclasses.replace(cfg, reward="shapes")) == name

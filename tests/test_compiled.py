@@ -1,6 +1,7 @@
 """What XLA makes of FLUX at its true width for an H100: the kernels that the speed hangs on, without a card."""
 
 import functools
+import json
 import re
 from collections import Counter
 
@@ -9,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import lora, quant, sharding
+from solrl_jax import config, iteration, lora, quant, sharding, sizes
 from solrl_jax.config import Lora
 from solrl_jax.models import flux
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
 from solrl_jax.structs import QuantRule, QuantRules
-from tests import card
+from tests import card, flux_dev
 
 B, S, L = 8, 1024, 128  # XLA would merge the q, k, v of smaller batches, at the price of copies
 CFG = FluxConfig(num_layers=1, num_single_layers=1)
@@ -102,6 +103,31 @@ def test_forward_in_native_nvfp4():
     text = card.compiled(lambda v, *x: module.apply(v, *x, ROPE), variables, *given(B), on=on).as_text()
     scaled = re.findall(r'= \(?(\w+)\[[\d,]+\].*"__cudnn\$blockScaledDot"', text)
     assert scaled == ["bf16"] * 21 and "round-nearest-even" in text and "wrapped_dot" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_whole_iteration_explores_in_fp8(devices, tmp_path):
+    """iteration_step at true width, one block of each kind: the scanned explorer's 16 FP8 products are there once, as
+    alone, on each device of two as on one; the gradient is summed over the devices and no weight is gathered."""
+    on = card.mesh("h100", devices)
+    configs = flux_dev.configs(tmp_path)
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        file = configs / name / "config.json"
+        depth = {"num_layers": 1, "num_single_layers": 1, "num_hidden_layers": 1}
+        raw = json.loads(file.read_text())
+        file.write_text(json.dumps(raw | {k: v for k, v in depth.items() if k in raw}))
+    few = {"prompts": str(devices), "candidates": "8", "kept": "4", "explore.chunk": "8", "regenerate.chunk": "4"}
+    few |= {"learn.micro_batch": "4", "explore.precision": "fp8", "model.path": str(configs)}
+    cfg = config.load("flux", few)
+    found = sizes.read(cfg, devices)
+    statics = {"model": found.model, "score": found.score, "optimizer": iteration.make_optimizer(cfg), "cfg": cfg}
+    step = functools.partial(iteration.iteration_step, **statics)
+    prompts = sizes.batch(found.prompts, devices)
+    text = card.compiled(step, sizes.blank(cfg, found), found.frozen, on=on, split=(prompts,)).as_text()
+    made = calls(text)
+    assert made["__cublas$lt$matmul$f8"] == 16 and made["__cudnn$fmhaSoftmaxBackward"] == 2
+    assert ("all-reduce" in text) == (devices == 2) and "all-gather" not in text
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from solrl_jax import config
+from solrl_jax import config, recipes
 from solrl_jax.config import Config, ConfigError, Evaluate, Learn, Stage
 
 BASE = Config(name="base")
@@ -30,7 +30,7 @@ BASE = Config(name="base")
         ({"explroe.steps": "4"}, r"no field 'explroe' in Config; did you mean explore\?"),
         ({"explore.stepz": "4"}, r"no field 'stepz' in Stage; did you mean steps\? it has steps, solver"),
         ({"explore.steps": "four"}, r"--config.explore.steps=four: needs int"),
-        ({"explore.solver": "rk4"}, r"use one of euler, dpm1, dpm2"),
+        ({"explore.solver": "rk4"}, r"use one of euler, dpm1, dpm2, ddim, sde, dance, cps, sa_solver"),
         ({"staged": "yes"}, r"use true or false"),
         ({"explore": "5"}, r"set its fields one by one, or none"),
         ({"learn": "5"}, r"set its fields, e.g. --config.learn.algorithm="),
@@ -49,9 +49,9 @@ def test_overrides_are_applied_together():
     assert config.override(BASE, reward_paths="a=b,c=d").reward_paths == ("a=b", "c=d")
 
 
-@pytest.mark.parametrize("name", config.FAMILIES)
+@pytest.mark.parametrize("name", [*recipes.FAMILIES, *recipes.METHODS])
 def test_families_and_json_both_ways(name):
-    made = config.family(BASE, name)
+    made = recipes.family(BASE, name)
     assert config.from_json(config.to_json(made)) == made
     assert hash(made) == hash(config.from_json(config.to_json(made)))
 
@@ -80,7 +80,7 @@ def test_load_by_name_recipe_and_override(tmp_path, monkeypatch):
         config.load("somewhere")
 
 
-FLUX = [f"{f}_{r}" for f in (*config.FAMILIES, "compile") for r in ("clipscore", "pickscore", "hpsv2", "imagereward")]
+FLUX = [f"{f}_{r}" for f in recipes.NAMES for r in ("clipscore", "pickscore", "hpsv2", "imagereward")]
 
 
 def test_flux_is_the_published_run():
@@ -105,14 +105,18 @@ def test_flux_is_the_published_run():
 def test_recipes_have_the_names_of_the_original():
     made = {recipe: config.load(f"flux:{recipe}") for recipe in FLUX}
     assert made["sol_rl_clipscore"] == config.load("flux") == config.load("flux:sol_rl")
-    assert len(set(made.values())) == 16 and len(made) == 20
+    assert len(set(made.values())) == 32 and len(made) == 36
     for recipe, cfg in made.items():
         assert cfg == config.load(f"flux:flux1_{recipe}") and recipe.endswith(f"_{cfg.reward}") and cfg.name == "flux"
-    assert {n: config.describe(made[f"{n}_hpsv2"]) for n in (*config.FAMILIES, "compile")} == {
+    assert {n: recipes.describe(made[f"{n}_hpsv2"]) for n in recipes.NAMES} == {
         "sol_rl": "explore 96 x 6 steps auto, regenerate 24 x 10 steps bf16",
         "naive_scaling": "roll out 96 x 10 steps bf16, keep 24",
         "naive_quant": "roll out 96 x 10 steps auto, keep 24",
         "diffusionnft": "roll out 24 x 10 steps bf16, keep 24",
+        "flow_grpo": "roll out 24 x 6 steps bf16 sde, keep 24",
+        "flow_grpo_fast": "roll out 24 x 6 steps bf16 cps, keep 24",
+        "dance_grpo": "roll out 24 x 12 steps bf16 dance, keep 24",
+        "awm": "roll out 24 x 14 steps bf16 sa_solver, keep 24",
         "compile": "roll out 96 x 10 steps bf16, keep 24",
     }
 
@@ -126,7 +130,8 @@ def test_recipes_have_the_names_of_the_original():
         ),
         (
             "solrl",
-            r"did you mean sol_rl\? use FAMILY_REWARD, of sol_rl, naive_scaling, naive_quant, diffusionnft, compile",
+            r"did you mean sol_rl\? use FAMILY_REWARD, of sol_rl, naive_scaling, naive_quant, diffusionnft, flow_grpo, "
+            r"flow_grpo_fast, dance_grpo, awm, compile",
         ),
         ("hpsv2", r"and clipscore, pickscore, hpsv2, imagereward \(--config=flux:help lists them\)"),
         ("_hpsv2", r"no such recipe"),
@@ -139,18 +144,18 @@ def test_a_wrong_recipe_is_answered_with_the_nearest(recipe, message):
 
 
 def test_help_has_every_recipe_in_one_line():
-    lines = config.help_lines("flux")
+    lines = recipes.help_lines("flux")
     assert lines[0] == "FLUX.1-dev at 512 px: Sol-RL as published, with the settings of its FLUX runs."
     assert "Recipes of --config=flux:RECIPE (default: sol_rl_clipscore)" in lines
     assert [line.split()[0] for line in lines if line[:2] == "  " and line[2] != " "] == FLUX
     assert all("; the same as naive_scaling" in line for line in lines if line.startswith("  compile_"))
     for reward in ("clipscore", "pickscore", "hpsv2", "imagereward"):
         assert not any(f"{reward} is not here yet" in line for line in lines)
-    assert sum(line.startswith("  ") and line[2] != " " for line in config.help_lines("tiny")) == 10
+    assert sum(line.startswith("  ") and line[2] != " " for line in recipes.help_lines("tiny")) == 18
     with pytest.raises(
         ConfigError, match=r"--config=nothing: there is no configs/nothing.py; use one of .*flux, .*tiny"
     ):
-        config.help_lines("nothing")
+        recipes.help_lines("nothing")
 
 
 def test_outside_the_repository_the_folder_is_asked_for(tmp_path, monkeypatch):

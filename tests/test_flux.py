@@ -219,7 +219,7 @@ def test_sigmas(steps, tokens):
     np.testing.assert_allclose(ours, scheduler.sigmas, rtol=1e-6, atol=0)
     # Exactly 1, so that lambda is infinite there: 1.0000000000000002 would be refused, and with 0.9999999999999999
     # the second step of dpm2 would extrapolate from a step that has no x0 before it.
-    assert ours[0] == 1 and sampler.table(ours, "dpm2").x0_prev[1] == 0
+    assert ours[0] == 1 and sampler.table(ours, "dpm2").x0[1, 1] == 0
     if (steps, tokens) in LITERAL:
         np.testing.assert_allclose(ours, LITERAL[steps, tokens], rtol=1e-7, atol=0)
 
@@ -280,7 +280,7 @@ def test_pictures(pipe):
     @jax.jit
     def draw(base, decoder, cond, x1):
         velocity = lambda x, sigma: model.velocity({"params": base}, x, sigma, cond)  # noqa: E731
-        return model.decode(decoder, sampler.sample(velocity, x1, model.sigmas(10), "euler"))
+        return model.decode(decoder, sampler.sample(velocity, x1, sampler.table(model.sigmas(10), "euler")))
 
     found = np.asarray(draw(base, decoder, cond, x1))
     assert found.shape == public.shape == (3, 32, 32, 3)

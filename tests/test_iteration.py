@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.tiny import pretrain
-from solrl_jax import assemble, config, iteration, quant, sharding
+from solrl_jax import assemble, config, iteration, quant, recipes, sharding
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
 from solrl_jax.selection import take
@@ -229,7 +229,7 @@ def test_shapes_are_checked_where_data_enters(folder):
 @pytest.mark.parametrize("family", ["naive_scaling", "naive_quant", "diffusionnft"])
 def test_families(folder, family):
     """One stage; naive_quant trains on low-precision samples; diffusionnft keeps all it makes."""
-    cfg = config.family(nano.build(folder), family)
+    cfg = recipes.family(nano.build(folder), family)
     assert cfg.explore is None and cfg.regenerate.precision == ("nvfp4_emulated" if family == "naive_quant" else "bf16")
     assert cfg.candidates == (4 if family == "diffusionnft" else 8)
     state, metrics = run_whole(parts_of(cfg))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import flagsaver
 
-from solrl_jax import cost, main, plan, sizes, train
+from solrl_jax import config, cost, main, plan, sizes, train
 from solrl_jax.config import ConfigError, Evaluate, Stage
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
@@ -198,7 +198,9 @@ def test_emulation_and_devices_change_seconds_not_work(planned):
     cfg = planned.cfg
     eight = plan.use_of("regenerate", cfg, sizes.read(cfg, 8), 8, plan.CARDS["H100 80GB"])
     one = by_stage(planned)["regenerate"]
-    assert eight.flops == one.flops and eight.seconds == pytest.approx(one.seconds / 8) and eight.total == one.total
+    assert eight.flops == one.flops and eight.seconds == pytest.approx(one.seconds / 8)
+    kept = plan.nbytes(plan.samples(cfg, planned.sizes, cfg.prompts))  # the prompts are shared, and so their samples
+    assert one.total - eight.total == pytest.approx(kept * 7 / 8, rel=1e-6)
 
 
 # --- advice ---------------------------------------------------------------------------------------------------------
@@ -316,3 +318,20 @@ def test_flux_dev_that_is_not_here_has_its_public_sizes(planned, capsys, monkeyp
     assert plan.run_plan(dataclasses.replace(planned.cfg, model=model)) == 0
     out = capsys.readouterr().out
     assert "FLUX.1-dev with its public sizes" in out and out.endswith("fits H100 80GB\n")
+
+
+def test_paths_of_grpo_are_counted(planned):
+    """Flow-GRPO's samples come with T + 1 states each: f32, as large as their latents."""
+    cfg = config.override(
+        planned.cfg,
+        explore="none",
+        **{"regenerate.solver": "sde", "regenerate.eta": "0.9", "learn.algorithm": "flow_grpo"},
+        **{"candidates": str(planned.cfg.kept), "selection": "all"},
+    )
+    plain = plan.samples(planned.cfg, planned.sizes, cfg.prompts)
+    found = plan.samples(cfg, planned.sizes, cfg.prompts)
+    assert found.path is not None and found.path.states.shape[2] == cfg.regenerate.steps
+    extra = cfg.regenerate.steps * plan.nbytes(plain.x0) + 4 * plain.x0.shape[0] * plain.x0.shape[1]
+    assert plan.nbytes(found) - plan.nbytes(plain) == extra
+    use = plan.use_of("learn", cfg, planned.sizes, 1, plan.CARDS["H100 80GB"])
+    assert use.activations > plan.nbytes(found)

@@ -343,7 +343,7 @@ ROUNDED = {  # the original's, in bf16
 
 @pytest.mark.parametrize("steps", [1, 6, 10, 40])
 def test_sigmas(folder, steps):
-    linear, own = (sana.make(nano_sana.model(folder, schedule=s)).sigmas(steps) for s in ("linear", "own"))
+    linear, own = (sana.make(nano_sana.model(folder, shift=s)).sigmas(steps) for s in (1.0, 0.0))
     assert linear.dtype == own.dtype == np.float64
     np.testing.assert_allclose(linear, 1 - np.arange(steps + 1) / steps, atol=1e-15)
     scheduler = DPMSolverMultistepScheduler.from_pretrained(folder / "scheduler")
@@ -356,7 +356,7 @@ def test_sigmas(folder, steps):
 
 
 @pytest.mark.parametrize("name", ["flux", "sd35"])
-def test_the_linear_schedule_is_every_models(tmp_path, name):
+def test_a_shift_of_ones_own_is_every_models(tmp_path, name):
     path = {"flux": lambda: nano.build(tmp_path).model}
     if name == "sd35":
         from tests import nano_sd35
@@ -364,7 +364,7 @@ def test_the_linear_schedule_is_every_models(tmp_path, name):
         path = {"sd35": lambda: nano_sd35.model(nano_sd35.write(tmp_path / "sd35"))}
     cfg = path[name]()
     make = assemble.model_module(config.Config(model=cfg)).make
-    linear = config.override(config.Config(model=cfg), **{"model.schedule": "linear"}).model
+    linear = config.override(config.Config(model=cfg), **{"model.shift": "1"}).model
     np.testing.assert_allclose(make(linear).sigmas(4), [1, 0.75, 0.5, 0.25, 0])
     assert np.abs(make(cfg).sigmas(4) - make(linear).sigmas(4)).max() > 0.01
 

@@ -47,7 +47,7 @@ def public(tmp_path_factory):
 def test_sana_is_the_published_run():
     cfg = config.load("sana")
     assert cfg.model.path == "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
-    assert (cfg.model.size, cfg.model.text_tokens, cfg.model.schedule) == (1024, 300, "linear")
+    assert (cfg.model.size, cfg.model.text_tokens, cfg.model.shift) == (1024, 300, 1.0)
     assert (cfg.model.min_dim, cfg.model.remat, cfg.seed, cfg.selection) == (2240, True, 42, "best_worst")
     assert (cfg.prompts, cfg.candidates, cfg.kept, cfg.times) == (48, 96, 24, 6)
     assert cfg.explore == Stage(6, "euler", "auto", 24) and cfg.regenerate == Stage(10, "euler", "bf16", 24)
@@ -66,7 +66,7 @@ def test_sana_is_the_published_run():
 
 
 def test_recipes_have_the_names_of_the_original():
-    names = [f"{f}_{r}" for f in (*config.FAMILIES, "compile") for r in REWARDS]
+    names = [f"{f}_{r}" for f in recipes.NAMES for r in REWARDS]
     made = {recipe: config.load(f"sana:{recipe}") for recipe in names}
     assert made["sol_rl_pickscore"] == config.load("sana") == config.load("sana:sol_rl")
     for recipe, cfg in made.items():

@@ -214,7 +214,7 @@ def test_sigmas(steps, shift):
     assert (ours.dtype, ours.shape) == (np.float64, (steps + 1,))
     np.testing.assert_allclose(ours, scheduler.sigmas, rtol=1e-6, atol=0)
     np.testing.assert_allclose(1000 * ours[:-1], scheduler.timesteps, rtol=1e-6)  # what the network is told
-    assert ours[0] == 1 and (steps == 1 or sampler.table(ours, "dpm2").x0_prev[1] == 0)
+    assert ours[0] == 1 and (steps == 1 or sampler.table(ours, "dpm2").x0[1, 1] == 0)
     if shift == 3.0 and steps in LITERAL:
         np.testing.assert_allclose(ours, LITERAL[steps], rtol=1e-7, atol=0)
 
@@ -266,7 +266,7 @@ def test_pictures(folders, kind):
     @jax.jit
     def draw(base, decoder, cond, x1):
         velocity = lambda x, sigma: model.velocity({"params": base}, x, sigma, cond)  # noqa: E731
-        x0 = sampler.sample(velocity, x1, model.sigmas(6), "euler")
+        x0 = sampler.sample(velocity, x1, sampler.table(model.sigmas(6), "euler"))
         return x0, model.decode(decoder, x0)
 
     x0, found = draw(base, decoder, cond, x1)

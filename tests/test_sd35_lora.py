@@ -167,7 +167,7 @@ def test_diffusers_draws_our_pictures(tmp_path):
     @jax.jit
     def ours(variables):
         velocity = lambda x, sigma: model.velocity(variables, x, sigma, cond)  # noqa: E731
-        return model.decode(decoder, sampler.sample(velocity, x1, model.sigmas(3), "euler"))
+        return model.decode(decoder, sampler.sample(velocity, x1, sampler.table(model.sigmas(3), "euler")))
 
     pipe = StableDiffusion3Pipeline.from_pretrained(cfg.path, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

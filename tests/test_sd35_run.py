@@ -11,7 +11,7 @@ import pytest
 from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
-from solrl_jax import assemble, config, convert, evaluate, hub, lora, main, plan, quant, sharding, sizes, train
+from solrl_jax import assemble, config, convert, evaluate, hub, lora, main, plan, quant, recipes, sharding, sizes, train
 from solrl_jax.config import ConfigError, Evaluate, Lora, Stage
 from solrl_jax.models import sd35
 from solrl_jax.quant.calibrate import calibrated
@@ -49,7 +49,7 @@ def test_sd35_is_the_published_run():
 
 
 def test_recipes_have_the_names_of_the_original():
-    names = [f"{f}_{r}" for f in (*config.FAMILIES, "compile") for r in REWARDS]
+    names = [f"{f}_{r}" for f in recipes.NAMES for r in REWARDS]
     made = {recipe: config.load(f"sd35:{recipe}") for recipe in names}
     assert made["sol_rl_imagereward"] == config.load("sd35") == config.load("sd35:sol_rl")
     for recipe, cfg in made.items():
@@ -58,7 +58,7 @@ def test_recipes_have_the_names_of_the_original():
         assert {*config.differences(cfg, medium)} == {"model.path", "model.min_quantised_flops"}
         assert medium.model.path == "stabilityai/stable-diffusion-3.5-medium"
     assert config.load("sd35:medium") == config.load("sd35:medium_sol_rl_imagereward")
-    lines = config.help_lines("sd35")
+    lines = recipes.help_lines("sd35")
     assert [line.split()[0] for line in lines if line[:2] == "  " and line[2] != " "] == [
         *names,
         *(f"medium_{name}" for name in names),

@@ -1,11 +1,13 @@
 """Selection: golden indices, ties, properties."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax.selection import ranks, select, spearman, take
+from solrl_jax.selection import fidelity, ranks, select, spearman, take
 
 KEY = jax.random.key(0)
 REWARD = jnp.array([[0.1, 0.9, 0.4, 0.7, 0.2, 0.8], [5.0, 1.0, 4.0, 2.0, 3.0, 0.0]])
@@ -18,7 +20,7 @@ def test_golden():
     np.testing.assert_array_equal(select(REWARD, 6, "all", KEY), [range(6), range(6)])
 
 
-@pytest.mark.parametrize("rule", ["best_worst", "top", "random"])
+@pytest.mark.parametrize("rule", ["best_worst", "top", "max_variance", "random"])
 @pytest.mark.parametrize("kept", [2, 8, 24])
 def test_ties_never_pick_twice(rule, kept):
     """All equal: the original picks 12 distinct of 24; one sort cannot (algorithms.md section 8, item 30)."""
@@ -29,6 +31,18 @@ def test_ties_never_pick_twice(rule, kept):
 def test_keeping_all_keeps_every_candidate():
     index = select(REWARD, 6, "best_worst", KEY)
     np.testing.assert_array_equal(np.sort(index, axis=-1), [range(6), range(6)])
+
+
+def test_max_variance_is_the_best_of_all_subsets():
+    """Against every subset of 4 of 8, on skewed rewards, whose best split is not the middle one."""
+    reward = jax.random.normal(KEY, (16, 8)) ** 3
+    kept = take(reward, select(reward, 4, "max_variance", KEY))
+    subsets = np.array(list(itertools.combinations(range(8), 4)))
+    best = np.var(np.asarray(reward)[:, subsets], axis=-1).max(axis=1)
+    np.testing.assert_allclose(np.var(np.asarray(kept), axis=-1), best, rtol=1e-5)
+    assert (np.diff(np.asarray(kept), axis=-1) <= 0).all()  # best first
+    middle = take(reward, select(reward, 4, "best_worst", KEY))
+    assert (np.var(np.asarray(middle), axis=-1) < best - 1e-3).any()
 
 
 def test_permuting_candidates_permutes_the_kept():
@@ -56,3 +70,24 @@ def test_spearman():
     b = jnp.array([[2.0, 4, 6, 8, 1000], [5, 6, 7, 8, 7], [1, 2, 3, 4, 5]])
     np.testing.assert_allclose(spearman(a, b), [1.0, 0.8207826816681233, 0.0], rtol=1e-6)
     np.testing.assert_array_equal(ranks(jnp.array([3.0, 1.0, 3.0, 2.0])), [2.5, 0.0, 2.5, 1.0])
+
+
+def test_fidelity_of_perfect_reversed_and_blind_previews():
+    truth = jax.random.normal(jax.random.key(0), (50, 24))
+    values = [{k: float(v.mean()) for k, v in fidelity(p, truth, 8).items()} for p in (truth, -truth)]
+    assert list(values[0]) == ["spearman", "overlap", "kept_contrast"]
+    assert list(values[0].values()) == pytest.approx([1, 1, 1], abs=1e-6)
+    assert list(values[1].values()) == pytest.approx([-1, 0, -1], abs=1e-6)
+    blind = fidelity(jax.random.normal(jax.random.key(1), (50, 24)), truth, 8)
+    assert abs(blind["spearman"].mean()) < 0.1 and abs(blind["kept_contrast"].mean()) < 0.15
+    assert blind["overlap"].mean() == pytest.approx(4 / 24, abs=0.08)
+    np.testing.assert_array_equal(fidelity(truth, jnp.ones((50, 24)), 8)["kept_contrast"], 0)
+
+
+def test_fidelity_golden():
+    """Chosen 1, 2 and 5, 0 for the true 0, 1 and 4, 5: contrast (5 - 2.5) / (5.5 - .5)."""
+    truth, preview = jnp.array([[6.0, 5, 4, 2, 1, 0]]), jnp.array([[0.0, 5, 4, 3, 2, 1]])
+    found = fidelity(preview, truth, 4)
+    assert float(found["overlap"][0]) == 0.5 and float(found["kept_contrast"][0]) == pytest.approx(
+        ((5 + 4) / 2 - (0 + 6) / 2) / ((6 + 5) / 2 - (1 + 0) / 2)
+    )

@@ -84,16 +84,21 @@ def image_steps(cfg: Config) -> dict[str, int]:
 
 
 def train(
-    opened: lab.World, arm: Arm, cfg: Config, run, seeds: Sequence[int], scalars: Sequence[config.Learn] = ()
+    opened: lab.World, arm: Arm, cfg: Config, run, seeds: Sequence[int], learns: Sequence[config.Learn] = ()
 ) -> Iterator[tuple[int, TrainState]]:
-    """One state per seed; (iterations done, states) every `arm.every` of them. `scalars`: of each, if not cfg's."""
-    settings = [{name: getattr(learn, name) for name in Hyper._fields} for learn in scalars or [cfg.learn] * len(seeds)]
+    """One state per seed; (iterations done, states) every `arm.every` of them. `learns`: of each, if not cfg's."""
+    settings = [scalars(learn) for learn in learns or [cfg.learn] * len(seeds)]
     states, call = lab.begin(opened, cfg, settings, seeds), a_call(arm)
     for first in range(0, arm.iterations, call):
         rows = lab.picks(opened, cfg, seeds, first, call)
         states, _ = run(states, opened.table, opened.parts.frozen, rows)
         if (first + call) % arm.every == 0:
             yield first + call, states
+
+
+def scalars(learn: config.Learn) -> dict[str, float]:
+    """What of an update is data of the program."""
+    return {name: getattr(learn, name) for name in Hyper._fields}
 
 
 def a_call(arm: Arm) -> int:

@@ -13,7 +13,6 @@ import functools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -22,7 +21,7 @@ from experiments.tiny import check, lab
 from solrl_jax import config, iteration, lora, sharding, train
 from solrl_jax.config import Stage
 from solrl_jax.quant.calibrate import calibrated
-from solrl_jax.selection import select, spearman, take
+from solrl_jax.selection import fidelity
 from solrl_jax.structs import PyTree
 
 PRECISIONS = {"BF16": "bf16", "FP8": "fp8", "NVFP4": "nvfp4_emulated"}
@@ -30,24 +29,7 @@ PREVIEWS = {f"{name}, {steps} steps": (p, steps) for name, p in PRECISIONS.items
     f"{name}, 10 steps": (PRECISIONS[name], 10) for name in ("FP8", "NVFP4")
 }
 FULL = ("bf16", 10)
-
-
-def fidelity(preview: Float[Array, "P N"], truth: Float[Array, "P N"], kept: int) -> dict[str, Float[np.ndarray, "P"]]:
-    """Each caption's three figures of a preview's rewards, for `kept` / 2 best and as many worst."""
-    half = kept // 2
-    key = jax.random.key(0)  # best_worst draws nothing from it
-    chosen, perfect = (np.asarray(select(r, kept, "best_worst", key)) for r in (preview, truth))
-    overlap = [len(set(a[:half]) & set(b[:half])) / half for a, b in zip(chosen, perfect, strict=True)]
-
-    def contrast(index: np.ndarray) -> np.ndarray:
-        kept_rewards = np.asarray(take(truth, jnp.asarray(index)))
-        return kept_rewards[:, :half].mean(1) - kept_rewards[:, half:].mean(1)
-
-    return {
-        "Spearman": np.asarray(spearman(preview, truth)),
-        f"overlap of the best {half}": np.asarray(overlap),
-        "kept contrast": contrast(chosen) / contrast(perfect),
-    }
+NAMES = {"spearman": "Spearman", "kept_contrast": "kept contrast"}
 
 
 def rewards(opened: lab.World, adapter, captions: int, candidates: int, chunk: int) -> dict[tuple[str, int], Array]:
@@ -98,9 +80,11 @@ def main(argv: list[str] | None = None) -> None:
             found = rewards(opened, adapter, args.prompts, args.candidates, args.chunk)
             for name, preview in PREVIEWS.items():
                 for what, each in fidelity(found[preview], found[FULL], args.kept).items():
+                    each = np.asarray(each)
                     figure = results.figure(
                         float(each.mean()), "95 % bootstrap interval over captions", each.size, lab.interval(each)
                     )
+                    what = f"overlap of the best {args.kept // 2}" if what == "overlap" else NAMES[what]
                     figures[f"{who}, {name}: {what}"] = figure
                     print(f"{figure['value']:.3f} {figure['spread']}  {who}, {name}: {what}", flush=True)
     results.record(args.out, figures, run=str(args.run or ""))

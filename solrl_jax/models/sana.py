@@ -37,7 +37,7 @@ from solrl_jax.models.layers import (
 )
 from solrl_jax.models.mmdit import STACKED, Embedder, gated, modulate, stack
 from solrl_jax.models.pipeline import Encoder, Naming
-from solrl_jax.models.schedule import NAME, linear, shifted
+from solrl_jax.models.schedule import NAME, chosen, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule
 
@@ -265,8 +265,8 @@ def flow_shift(folder: Path) -> float:
 def sigmas(steps: int, shift: float) -> np.ndarray:
     """f64 [steps + 1]: SANA's own: equal steps from .999 towards 0, shifted (.9997 first), then 0 (9.3).
 
-    Sol-RL does not take these, but equal steps from 1 to 0 (schedule.linear), there rounded to bf16 (.8320 for 5/6).
-    Here they stay exact: the sampler's sigma, the network's and the one learnt at are one number.
+    Sol-RL does not take these, but equal steps from 1 to 0 (model.shift = 1), there rounded to bf16 (.8320 for 5/6).
+    Here those stay exact: the sampler's sigma, the network's and the one learnt at are one number.
     """
     return np.append(shifted(np.linspace(0.999, 0, steps + 1)[:-1], shift), 0.0)
 
@@ -323,7 +323,7 @@ def make(cfg: config.Model) -> Model:
         tokenize=tokenize,
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
-        sigmas=lambda steps: linear(steps) if cfg.schedule == "linear" else sigmas(steps, shift),
+        sigmas=chosen(cfg.shift, lambda steps: sigmas(steps, shift)),
         velocity=velocity,
         largest=largest,
         decode=lambda params, latents: vae.decode(images, params, latents),

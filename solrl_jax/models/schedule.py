@@ -1,11 +1,12 @@
 """The flow-matching schedule of a pipeline, from its scheduler_config.json (models.md section 9)."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from solrl_jax import weights
+from solrl_jax import sampler, weights
 
 NAME = "scheduler_config.json"
 
@@ -49,6 +50,6 @@ def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
     return shift / (shift + (1 / sigma - 1))
 
 
-def linear(steps: int) -> np.ndarray:
-    """f64 [steps + 1]: 1 to 0 in equal steps."""
-    return np.linspace(1, 0, steps + 1)
+def chosen(shift: float, own: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
+    """steps -> sigmas f64 [steps + 1]: a model's `own`, or where a shift is given equal steps with that shift."""
+    return (lambda steps: sampler.shifted(steps, shift)) if shift else own

@@ -1,0 +1,196 @@
+"""DanceGRPO, Flow-GRPO, AWM, DiffusionNFT and Sol-RL on the small world, each at the same cost, and Sol-RL's controls.
+
+    python -m experiments.methods.run                                                       # a GPU's minutes
+    python -m experiments.methods.run --arms=sol_rl,awm --budget=600 --marks=1 --prompts=20 --seeds=0  # in short, a CPU
+
+Cost is seconds at full FLUX.1-dev size on an H100 (price.py): every arm trains until the same budget is spent, and is
+measured at the same shares of it. An arm's rate is chosen first, of RATES, all alike: half the budget each, one seed
+that is not used again, by CLIPScore on captions that are not used again. Rates and then seeds train as one vmapped
+program of the arm. Writes results/arms/ARM.json, of which `python -m experiments.methods.summary` makes a table and a
+figure.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import results
+from experiments.methods.price import price, prices
+from experiments.tiny import evidence, lab
+from experiments.tiny.evidence import PICTURES, Arm
+from solrl_jax import config, sharding
+from solrl_jax.config import Config
+from solrl_jax.structs import TrainState
+
+HERE = Path(__file__).resolve().parent
+COMMON = {"prompts": "32"}
+ARMS = {
+    "sol_rl": Arm("", COMMON, about="explore 24 x 6 steps in NVFP4, keep 8, draw those in BF16"),
+    "diffusionnft": Arm("diffusionnft", COMMON, about="8 of 8, dpm2"),
+    "awm": Arm("awm", COMMON, about="8 of 8, SA-Solver of 14 steps"),
+    "flow_grpo": Arm("flow_grpo", COMMON, about="8 of 8, SDE of 6 steps"),
+    "dance_grpo": Arm("dance_grpo", COMMON, about="8 of 8, SDE of 12 steps, one noise a prompt"),
+    "bf16": Arm("", COMMON | {"explore.precision": "bf16"}, about="sol_rl, explored in BF16"),
+    "naive_scaling": Arm("naive_scaling", COMMON, about="keep 8 of 24, all drawn in BF16"),
+    "random": Arm("", COMMON | {"selection": "random"}, about="sol_rl, the kept 8 of 24 chosen at random"),
+    "shuffled": Arm("", COMMON, shuffled=True, about="sol_rl, each group's rewards dealt anew among its pictures"),
+}
+BORROWED = {"bf16": "sol_rl", "naive_scaling": "sol_rl", "random": "sol_rl", "shuffled": "sol_rl"}
+"""Controls take the rate that was chosen for their method."""
+RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
+TUNING_SEED = 100
+CHOOSING = 100
+"""The first so many test captions choose the rate; the others are the result."""
+
+
+class Bench(NamedTuple):
+    """What arms share: the opened world, the seeds, measure(adapters, split), the base's figures and the budget."""
+
+    opened: lab.World
+    seeds: Sequence[int]
+    measure: Callable[..., dict[str, np.ndarray]]
+    base: dict[str, dict[str, np.ndarray]]
+    budget: float
+    marks: int
+    choosing: int
+    out: Path
+    say: Callable[..., None]
+
+
+def a_mark(cfg: Config, budget: float, marks: int) -> int:
+    """Iterations that spend one of `marks` equal parts of the budget, rounded; at least one."""
+    return max(1, round(budget / marks / sum(price(cfg, prices()).values())))
+
+
+def trained(bench: Bench, cfg: Config, program, seeds: Sequence[int], rates: Sequence[float], marks: int):
+    """States after each mark, one run a (seed, rate) pair."""
+    settings = [evidence.scalars(config.override(cfg, **{"learn.learning_rate": f"{r:g}"}).learn) for r in rates]
+    states, call = lab.begin(bench.opened, cfg, settings, seeds), a_mark(cfg, bench.budget, bench.marks)
+    for mark in range(marks):
+        rows = lab.picks(bench.opened, cfg, seeds, mark * call, call)
+        states, _ = program(states, bench.opened.table, bench.opened.parts.frozen, rows)
+        yield (mark + 1) * call, states
+
+
+def choose(bench: Bench, name: str, cfg: Config, program) -> tuple[float, dict[str, dict]]:
+    """The rate of RATES (as many as the program has runs) that gains the most, and what every one gained."""
+    rates = RATES[: len(bench.seeds)]
+    marks = max(1, bench.marks // 2)
+    *_, (done, states) = trained(bench, cfg, program, [TUNING_SEED] * len(rates), rates, marks)
+    found = bench.measure(states.lora, "test")["clipscore"][:, : bench.choosing].mean(axis=(1, 2))
+    gains = found - bench.base["test"]["clipscore"][:, : bench.choosing].mean()
+    figures = {
+        f"rate {rate:g}: gain of clipscore after {done} iterations": results.figure(
+            float(gain), "score, one seed, captions for choosing", bench.choosing * PICTURES
+        )
+        for rate, gain in zip(rates, gains, strict=True)
+    }
+    bench.say(name, "rates", dict(zip(rates, gains.round(4).tolist(), strict=True)))
+    return rates[int(np.nanargmax(gains))], figures
+
+
+def final(bench: Bench, name: str, arm: Arm, cfg: Config, program, rate: float, tried: dict[str, dict]) -> None:
+    """Train all seeds at `rate` to the end of the budget; the arm's file is written anew at every mark."""
+    cost, figures, began = price(cfg, prices()), dict(tried), time.perf_counter()
+    figures |= {f"cost of an iteration: {k}": results.figure(v, "s, H100", 1) for k, v in cost.items()}
+    figures["rate"] = results.figure(rate, "chosen" if name not in BORROWED else f"of {BORROWED[name]}", len(RATES))
+    seeds, rates = list(bench.seeds), [rate] * len(bench.seeds)
+    for done, states in trained(bench, cfg, program, seeds, rates, bench.marks):
+        wall = (time.perf_counter() - began) / done
+        figures["wall time an iteration"] = results.figure(wall, f"s, {len(seeds)} runs at once, with measuring", 1)
+        for split, of_base in bench.base.items():
+            figures |= at_mark(split, done, done * sum(cost.values()), states, bench, of_base)
+        last = {k: round(v["value"], 4) for k, v in figures.items() if f"after {done} " in k and "test: gain" in k}
+        bench.say(name, last)
+        results.record(bench.out / f"{name}.json", figures, arm=name, about=arm.about, seeds=seeds, budget=bench.budget)
+
+
+def at_mark(split: str, done: int, cost: float, states: TrainState, bench: Bench, base: dict) -> dict[str, dict]:
+    """Gains over the base of each seed after `done` iterations, paired by caption and noise, and the spread left."""
+    first = bench.choosing if split == "test" else 0
+    found = {k: v[:, first:] for k, v in bench.measure(states.lora, split).items()}
+    out = {}
+    for name in ("exact", "share of facts", "clipscore", "spread"):
+        of_base = base[name][:, first:]
+        share = name == "spread"  # of the base's; the others are gains
+        by_seed = found[name].mean((1, 2)) / of_base.mean() if share else (found[name] - of_base).mean((1, 2))
+        what = "spread of a caption's pictures" if share else f"gain of {name}"
+        label = f"{split}: {what}"
+        error = float(by_seed.std(ddof=1) / np.sqrt(len(by_seed))) if len(by_seed) > 1 else 0.0
+        spread = {"seeds": [round(float(x), 4) for x in by_seed], "error": error}
+        f = results.figure(float(by_seed.mean()), "mean over seeds, and its standard error", found[name].size, spread)
+        out |= {label: f, f"{label} after {done} iterations, {cost:.0f} s": f}  # the first stays as the last mark's
+    return out
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", default=",".join(ARMS), help="methods before their controls")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--budget", type=float, default=30_000, help="seconds on an H100 at full size, for each arm")
+    parser.add_argument("--marks", type=int, default=8, help="measurements along the budget")
+    parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
+    parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
+    parser.add_argument("--rate", type=float, help="train at this rate and try no other")
+    parser.add_argument("--plan", action="store_true", help="print the run list and what it costs, and stop")
+    parser.add_argument("--out", type=Path, default=HERE / "results/arms")
+    args = parser.parse_args(argv)
+    names, seeds = args.arms.split(","), [int(s) for s in args.seeds.split(",")]
+    if strange := [n for n in names if n not in ARMS]:
+        parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join(ARMS)}")
+    cfgs = {n: evidence.arm_config(ARMS[n]) for n in names}
+    if args.plan:
+        return print("\n".join(plan(cfgs, args.budget, args.marks, len(seeds))))
+    began = time.perf_counter()
+
+    def say(*what: object) -> None:
+        print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
+
+    with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
+        opened = lab.open_world(evidence.arm_config(ARMS["sol_rl"]), args.prompts)
+        programs: dict[str, Future] = {}
+        for n, cfg in cfgs.items():
+            key, shuffled, _ = evidence.what_is_compiled(ARMS[n], cfg)
+            call = a_mark(cfg, args.budget, args.marks)
+            programs[n] = pool.submit(evidence.compiled, opened, key, shuffled, call, seeds)
+        say("compiling", ", ".join(cfgs))
+        stage = config.Stage(steps=10, chunk=min(args.chunk, PICTURES * args.prompts))
+        measure = functools.partial(lab.measure, opened, images=PICTURES, stage=stage)
+        nothing = lab.base_adapter(opened)
+        base = {split: measure(nothing, split) for split in lab.SPLITS}
+        say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
+        choosing = min(CHOOSING, args.prompts // 5)
+        bench = Bench(opened, seeds, measure, base, args.budget, args.marks, choosing, args.out, say)
+        rates: dict[str, float] = {}
+        for name, cfg in cfgs.items():
+            program, tried = programs[name].result(), {}
+            source = BORROWED.get(name, name)
+            if args.rate or source in rates:
+                rate = args.rate or rates[source]
+            else:
+                rate, tried = choose(bench, name, cfg, program)
+            rates[name] = rate
+            final(bench, name, ARMS[name], cfg, program, rate, tried)
+        say("done")
+
+
+def plan(cfgs: dict[str, Config], budget: float, marks: int, seeds: int) -> list[str]:
+    """The run list: iterations, cost by kind, and network evaluations of the small world, of each arm."""
+    lines = [f"{'arm':14} iterations  s an iteration on an H100, by kind"]
+    for name, cfg in cfgs.items():
+        cost, each = price(cfg, prices()), a_mark(cfg, budget, marks)
+        tuned = 0 if name in BORROWED else max(1, marks // 2) * each
+        kinds = ", ".join(f"{k} {v:.0f}" for k, v in cost.items() if v)
+        lines.append(f"{name:14} {seeds} x {each * marks} + {seeds} x {tuned}  {sum(cost.values()):.0f}: {kinds}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""--mode=doctor: whether a run can begin here, before it does. Ends in "ready", or in the list of what to do.
+
+Everything that a config names is looked at: the devices and what they can compute, the weights (every file there, none
+cut short), tokenizers, rewards (read whole, as a run would), prompts, room in memory and on disk. A check that fails
+does not hide the next one.
+"""
+
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from solrl_jax import assemble, checkpoint, convert, cost, hub, plan, rewards, sizes, weights
+from solrl_jax.config import Config, ConfigError
+from solrl_jax.data import DataError
+from solrl_jax.log import duration
+from solrl_jax.quant import coverage
+from solrl_jax.structs import WeightsError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+SPARE = 2 * 2**30
+"""Bytes of disk for pictures, logs and compiled programs beside the checkpoints."""
+
+
+class Finding(NamedTuple):
+    """One line of what is there; `mend` says what to do where that is not enough."""
+
+    text: str
+    mend: str = ""
+
+
+def run_doctor(cfg: Config, run: Path, *, devices: int | None = None) -> int:
+    """Print the findings; returns 0 where a run can begin, 1 where something is to be done first."""
+    mends = []
+    for check in (versions, hardware, precision, division, model, tokenizers, judges, prompts, memory, disk):
+        for found in examine(check, cfg, run, devices):
+            print(f"{'to do' if found.mend else 'ok':6}{found.text}", flush=True)
+            mends += [found.mend] if found.mend else []
+    todo = [f"- {mend}" for mend in dict.fromkeys(mends)]  # several checks may fail for one reason
+    print("\n".join(["", "to do first:", *todo] if todo else ["ready"]))
+    return 1 if mends else 0
+
+
+Check = Callable[[Config, Path, int | None], Iterator[Finding]]
+
+
+def examine(check: Check, cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    """A check's findings; an error of ours, with which a run would end, is one of them."""
+    try:
+        yield from check(cfg, run, devices)
+    except (ConfigError, DataError, WeightsError) as e:
+        yield Finding(f"{check.__name__}: see below", str(e))
+
+
+def versions(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    found = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    yield Finding(f"Python {platform.python_version()}, {found}")
+    old = [
+        f"{name} {metadata.version(name)} is older than the {least} that is asked for"
+        for name, least in minima().items()
+        if number(metadata.version(name)) < number(least)
+    ]
+    for text in old:
+        yield Finding(text, f"{text}: pip install -r requirements.txt")
+
+
+def minima() -> dict[str, str]:
+    """{package: least version} of requirements.txt, of those packages that are named with one."""
+    file = Path(__file__).parent.parent / "requirements.txt"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    found = (re.match(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)", line) for line in lines)
+    return {m[1]: m[2] for m in found if m and m[1] in PACKAGES}
+
+
+def number(version: str) -> tuple[int, ...]:
+    """ "0.10.2.dev1" -> (0, 10, 2)."""
+    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[a-z+]", version)[0]))
+
+
+def hardware(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    first, count = jax.devices()[0], jax.device_count()
+    if first.platform == "cpu":
+        what = f"{count} CPU device{'s' * (count > 1)}, {os.cpu_count()} cores"
+        # Only a computer with an NVIDIA card can be missing the plugin for it.
+        unseen = shutil.which("nvidia-smi") is not None and not os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
+        mend = "JAX does not see the NVIDIA GPU here: pip install -r requirements.txt (jax[cuda12]), or look at its log"
+        yield Finding(what, mend if unseen else "")
+        return
+    limit = (first.memory_stats() or {}).get("bytes_limit", 0)
+    yield Finding(f"{count} x {first.device_kind}, JAX may take {limit / 1e9:.1f} GB of each")
+
+
+def precision(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    meant = assemble.resolved(cfg, assemble.capability())
+    for (name, asked, _), (_, stage, _) in zip(cfg.stages(), meant.stages(), strict=True):
+        auto = " (auto)" if asked.precision == "auto" else ""
+        yield Finding(f"{name}: {stage.steps} {stage.solver} steps in {stage.precision}{auto}")
+
+
+def division(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    mesh = assemble.make_mesh(devices, cfg.prompts)
+    assemble.check_divides(cfg, mesh.size)
+    yield Finding(f"{cfg.prompts} prompts over {mesh.size} device{'s' * (mesh.size > 1)}")
+
+
+def model(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    """Configs, and the weights' files: their headers say how long each must be."""
+    where = cfg.model.path
+    folder = Path(where)
+    if convert.is_converted(folder):
+        yield Finding(f"{where}: converted weights")
+        return
+    made = assemble.model_module(cfg).make(cfg.model)
+    base = jax.eval_shape(made.init, jax.random.key(0))
+    name = f"{cfg.model.name}, {sizes.parameters(base):,} parameters"
+    if hub.is_name(where):
+        folder = hub.here(where, "model_index.json") or folder
+    if not folder.is_dir():
+        mend = f"fetch {where}: hf download {where}, or let a run do it"
+        yield Finding(f"{name}: {where} is not in the hub's cache", mend)
+        return
+    files = hub.read_of(folder)
+    for file in files:
+        try:
+            weights.Files(file).close()
+        except WeightsError as e:
+            yield Finding(str(e), str(e))
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    yield Finding(f"{name}: {len(files)} files of weights, {total / 1e9:.1f} GB, in {folder}")
+    low = assemble.resolved(cfg, assemble.capability()).low_precision
+    if low:
+        coverage.check(made, low, cfg.model.min_quantised_flops)
+
+
+def tokenizers(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    tokens = assemble.model_module(cfg).make(cfg.model).tokenize(["a red circle"])
+    lengths = ", ".join(f"{name} {x.shape[-1]}" for name, x in tokens.items()) if isinstance(tokens, dict) else ""
+    yield Finding(f"tokenizers: {lengths or 'there'}")
+
+
+def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    """Each reward is read whole and let go: what a run would find out after its weights."""
+    names = dict.fromkeys(assemble.check_rewards(cfg))
+    if not rewards.parse(cfg.reward):
+        yield Finding("no reward to train on", f"give --config.reward, of {', '.join(rewards.available())}")
+    for name in names:
+        try:
+            score, params = rewards.load_rewards(name, rewards.parse_paths(cfg.reward_paths), cfg.reward_dtype)
+            rewards.tokenize(score, ["a red circle"])
+        except (ConfigError, WeightsError) as e:
+            yield Finding(f"reward {name}: see below", f"reward {name}: {e}")
+            continue
+        place = "on the host" if score.on_host else f"{cost.nbytes(params) / 1e9:.1f} GB"
+        yield Finding(f"reward {name}: {place}{'' if name in rewards.parse(cfg.reward) else ', held out'}")
+
+
+def prompts(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    found = assemble.read_prompts(cfg, "train")
+    dropped = f" ({found.repeated} repeated and {found.blank} blank lines dropped)" * bool(found.repeated + found.blank)
+    yield Finding(f"{len(found.train)} training prompts, {len(found.test)} test prompts{dropped}")
+
+
+def memory(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    """Whether every stage fits the device, and how long an iteration will take; of a GPU that is known."""
+    card = plan.device_card()
+    if card is None:
+        yield Finding("memory and time: no GPU whose speed is known here; --mode=plan --card=... tells those of a card")
+        return
+    cfg, count = assemble.resolved(cfg, assemble.capability()), devices or jax.device_count()
+    plan.check_fits(cfg, count, plan.room(card))
+    held = sizes.read(cfg, count)
+    stages = ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn")
+    uses = [plan.use_of(stage, cfg, held, count, card) for stage in stages]
+    most = max(uses, key=lambda use: use.total)
+    seconds = sum(use.seconds for use in uses)
+    yield Finding(f"memory: {most.stage} takes the most, {most.total / 1e9:.1f} of {plan.room(card) / 1e9:.1f} GB")
+    whole = duration(seconds * cfg.iterations)
+    yield Finding(f"time: about {duration(seconds)} an iteration, {whole} for all {cfg.iterations}, and evaluation")
+
+
+def disk(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
+    """Room for the checkpoints that are kept, and one that is being written."""
+    place = next(parent for parent in (run, *run.absolute().parents) if parent.exists())
+    state = cost.nbytes(assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(1)))
+    need, free = (cfg.keep + 1) * state + SPARE, shutil.disk_usage(place).free
+    kept = f"{cfg.keep} checkpoints of {state / 1e9:.2f}"
+    text = f"disk: {free / 1e9:.0f} GB free for {run}, {need / 1e9:.1f} needed ({kept})"
+    mend = f"make room at {place}, name another --run_dir, or lower keep={cfg.keep}" if free < need else ""
+    if not os.access(place, os.W_OK):
+        mend = f"{place} cannot be written to: name another --run_dir"
+    yield Finding(text, mend)
+    if (run / "config.json").exists() and (found := checkpoint.latest(run))[0] is not None:
+        yield Finding(f"{run} holds a run, saved at iteration {found[0]}: --resume goes on with it")

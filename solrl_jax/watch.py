@@ -1,0 +1,135 @@
+"""What a run should not do unseen: alarms over its metrics, and a pass that measures how well the preview ranks.
+
+Alarms are functions of metrics.jsonl's lines, so that a resumed run sees what the one before it saw.
+"""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from solrl_jax import assemble, data, iteration, rewards
+from solrl_jax.assemble import Parts
+from solrl_jax.config import Config
+from solrl_jax.iteration import Stages
+from solrl_jax.log import Line, exploited
+from solrl_jax.selection import fidelity
+from solrl_jax.structs import Rollout, TrainState
+
+RECENT = 5
+"""Iterations whose median an alarm looks at: one odd batch of prompts is none."""
+COLLAPSED = 0.5
+"""Share of prompts whose kept samples all have one reward."""
+FAR = 0.2
+"""Mean squared distance of velocities, which themselves are about 1, from the base's or the old policy's."""
+GROWTH = 10.0
+"""Times that a distance, once it is a hundredth of FAR, may grow in RECENT iterations."""
+
+
+def alarms(lines: Sequence[Line], cfg: Config) -> dict[str, str]:
+    """What is wrong as of the last of `lines`: {kind: a line}, {} where nothing is."""
+    trained = [line for line in lines if line.get("loss") is not None]
+    found = {"collapsed": _collapsed(trained), "ranks": _badly_ranked(lines, cfg)}
+    if not cfg.of_steps:  # whose KL is of a step's means
+        found |= {"kl_div": _far(trained, "kl_div", "base"), "old": _far(trained, "old_deviate", "old policy")}
+    return {kind: f"warning: {text}" for kind, text in found.items() if text}
+
+
+def falling(lines: Sequence[Line], cfg: Config) -> list[str]:
+    """Which held-out rewards have fallen since the first evaluation, while the trained one rose."""
+    return exploited(lines, rewards.held_out(cfg.reward, cfg.evaluate.rewards))
+
+
+def _recent(lines: Sequence[Line], name: str, back: int = 0) -> float | None:
+    """The median of the last RECENT values of a metric, or of those `back` before them; None where there are fewer."""
+    end = len(lines) - back
+    found = [line[name] for line in lines[max(0, end - RECENT) : max(0, end)] if line.get(name) is not None]
+    return statistics.median(found) if len(found) == RECENT else None
+
+
+def _collapsed(lines: Sequence[Line]) -> str:
+    share = _recent(lines, "zero_std_ratio")
+    if share is None or share < COLLAPSED:
+        return ""
+    return (
+        f"{share:.0%} of the prompts have one reward for all their kept samples, from which nothing is learnt: the "
+        "policy draws one picture, or the reward knows few values; raise learn.kl_weight, lower learn.learning_rate or "
+        "take an earlier checkpoint"
+    )
+
+
+def _far(lines: Sequence[Line], name: str, other: str) -> str:
+    now, before = _recent(lines, name), _recent(lines, name, RECENT)
+    if now is None or before is None or (now < FAR and (now < FAR / 100 or now < GROWTH * before)):
+        return ""
+    return (
+        f"the policy runs away from the {other}: {name} is {now:.3g}, {RECENT} iterations ago it was {before:.3g} "
+        "(velocities are about 1): lower learn.learning_rate, raise learn.kl_weight or take an earlier checkpoint"
+    )
+
+
+def _badly_ranked(lines: Sequence[Line], cfg: Config) -> str:
+    found = [line["watch/spearman"] for line in lines if line.get("watch/spearman") is not None]
+    if not found or found[-1] >= cfg.watch.rank:
+        return ""
+    mend = "it goes on in bf16" if cfg.watch.fall_back else "set explore.precision=bf16 or watch.fall_back=true"
+    return (
+        f"the preview ranks candidates unlike the full rollout: Spearman {found[-1]:.2f}, below "
+        f"watch.rank={cfg.watch.rank:g}; raise explore.steps, or {mend}"
+    )
+
+
+# --- how well the preview ranks -------------------------------------------------------------------------------------
+
+
+def due(cfg: Config, done: int) -> bool:
+    """Whether the preview is measured after iteration `done`."""
+    return cfg.explore is not None and cfg.watch.every > 0 and done % cfg.watch.every == 0
+
+
+def measured(parts: Parts, state: TrainState) -> dict[str, float]:
+    """Spearman, overlap of the best K/2 and kept contrast of the preview against all N candidates drawn in full.
+
+    Of `watch.prompts` training prompts, with the noise of the coming iteration; costs N full rollouts of each.
+    """
+    cfg = parts.cfg
+    assert cfg.explore is not None
+    count = -(-cfg.watch.prompts // parts.mesh.size) * parts.mesh.size
+    batch = data.batch(parts.prompts.train, cfg.seed, 0, max(count, cfg.prompts))[:count]
+    prompts = assemble.encode(parts, batch, parts.score)
+    keys = iteration.sample_keys(state, count, cfg.candidates)
+    merged, quantised, preview, full = _programs(Stages(parts.model, parts.score, parts.optimizer, cfg))
+    kernels = merged(state, parts.frozen)
+    low = quantised(kernels, parts.frozen)
+
+    def reward(roll: Callable[..., Rollout]) -> jax.Array:
+        rolled = roll(kernels, low, parts.frozen, prompts, keys)
+        return iteration.with_host(rolled, parts.score, prompts.tokens).reward
+
+    found: Mapping[str, jax.Array] = fidelity(reward(preview), reward(full), cfg.kept)
+    return {f"watch/{name}": float(jnp.mean(value)) for name, value in found.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _programs(run: Stages) -> tuple[Callable, ...]:
+    """merged, quantised, and both rollouts of N candidates, a prompt at a time, jitted once for a run."""
+    explore, regenerate = run.cfg.explore, run.cfg.regenerate
+    assert explore is not None
+    chunk = min(explore.chunk, run.cfg.candidates)
+    stages = (dataclasses.replace(stage, chunk=chunk) for stage in (explore, regenerate))
+    return jax.jit(run.merged), jax.jit(run.quantised), *(jax.jit(functools.partial(run.roll, s)) for s in stages)
+
+
+def fallen_back(lines: Sequence[Line], cfg: Config) -> bool:
+    """Whether a measurement was below watch.rank, and the run is one that then explores in BF16."""
+    found = [line["watch/spearman"] for line in lines if line.get("watch/spearman") is not None]
+    return cfg.watch.fall_back and any(value < cfg.watch.rank for value in found)
+
+
+def in_bf16(cfg: Config) -> Config:
+    """`cfg`, exploring in BF16."""
+    assert cfg.explore is not None
+    return dataclasses.replace(cfg, explore=dataclasses.replace(cfg.explore, precision="bf16"))

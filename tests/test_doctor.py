@@ -1,0 +1,97 @@
+"""--mode=doctor: what is whole is said to be, and everything that is not is named at once with what to do."""
+
+import dataclasses
+import types
+
+import pytest
+
+from solrl_jax import assemble, config, doctor, plan
+from tests import nano
+
+
+@pytest.fixture(scope="module")
+def cfg(tmp_path_factory):
+    return nano.build(tmp_path_factory.mktemp("nano"))
+
+
+def told(cfg, run, capsys):
+    """(exit code, lines before the end, what is to be done)"""
+    code = doctor.run_doctor(cfg, run)
+    lines = capsys.readouterr().out.splitlines()
+    end = lines.index("ready") if "ready" in lines else lines.index("to do first:")
+    return code, lines[:end], [line.removeprefix("- ") for line in lines[end + 1 :]]
+
+
+def test_what_is_whole_is_ready(cfg, tmp_path, capsys):
+    code, lines, todo = told(cfg, tmp_path / "run", capsys)
+    assert code == 0 and todo == [] and all(line.startswith("ok    ") for line in lines)
+    for words in (
+        "explore: 2 dpm2 steps in nvfp4_emulated",
+        "regenerate: 3 dpm2 steps in bf16",
+        "4 prompts over ",
+        "4 files of weights, 0.0 GB",
+        "tokenizers: clip 24, t5 8",
+        "reward clipscore: 0.0 GB",
+        "8 training prompts, 8 test prompts",
+    ):
+        assert any(words in line for line in lines), words
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_that_is_wrong_is_told_at_once(cfg, tmp_path, capsys):
+    """A cut file, a reward without weights, no prompts, sizes that do not divide, a precision that is not there."""
+    import shutil
+
+    shutil.copytree(cfg.model.path, tmp_path / "pipeline")
+    file = tmp_path / "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    broken = dataclasses.replace(
+        cfg,
+        model=dataclasses.replace(cfg.model, path=str(tmp_path / "pipeline")),
+        reward_paths=(f"clipscore={tmp_path / 'nothing'}",),
+        prompt_files=str(tmp_path / "none.txt"),
+        explore=dataclasses.replace(cfg.explore, precision="fp8"),
+    )
+    code, lines, todo = told(broken, tmp_path / "run", capsys)
+    assert code == 1 and len(todo) == len(set(todo))
+    for words in ("not a whole safetensors file", "reward clipscore: ", "none.txt does not exist", "fp8"):
+        assert any(words in line for line in todo), (words, todo)
+    assert any(line.startswith("ok    tokenizers") for line in lines)  # what is right is still said
+    file.unlink()
+    assert any("holds no diffusion_pytorch_model.safetensors" in line for line in told(broken, tmp_path, capsys)[2])
+
+
+def test_no_reward_and_no_model(tmp_path, capsys):
+    code, _, todo = told(config.Config(), tmp_path, capsys)
+    assert code == 1 and any("no model is given" in line for line in todo)
+    assert any("give --config.reward, of clipscore" in line for line in todo)
+
+
+def test_a_full_disk_and_one_that_is_not_ours(cfg, tmp_path, monkeypatch):
+    usage = types.SimpleNamespace(free=1e9)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage)
+    found = list(doctor.disk(cfg, tmp_path / "a/b", None))
+    assert found[0].mend.startswith(f"make room at {tmp_path}") and "1 GB free" in found[0].text
+    usage.free = 1e12
+    assert next(doctor.disk(cfg, tmp_path, None)).mend == ""
+    monkeypatch.setattr(doctor.os, "access", lambda place, how: False)
+    assert "cannot be written to: name another --run_dir" in next(doctor.disk(cfg, tmp_path, None)).mend
+
+
+def test_a_gpu_that_is_known_gives_memory_and_time(cfg, tmp_path, monkeypatch):
+    card = plan.CARDS["H100 80GB"]
+    monkeypatch.setattr(plan, "device_card", lambda: card)
+    monkeypatch.setattr(assemble, "capability", lambda: None)
+    text = [found.text for found in doctor.memory(cfg, tmp_path, 1)]
+    assert text[0].startswith("memory: ") and f"of {plan.room(card) / 1e9:.1f} GB" in text[0]
+    assert text[1].startswith("time: about ") and f"for all {cfg.iterations}" in text[1]
+    monkeypatch.setattr(plan, "device_card", lambda: card._replace(memory=1e-4))
+    found = list(doctor.examine(doctor.memory, cfg, tmp_path, 1))
+    assert "this GPU is too small" in found[0].mend
+
+
+def test_old_packages_are_named(monkeypatch, cfg, tmp_path):
+    assert doctor.minima()["jax"] == "0.10.2" and doctor.number("0.10.2.dev3") == (0, 10, 2)
+    monkeypatch.setattr(doctor, "minima", lambda: {"jax": "99.1"})
+    found = list(doctor.versions(cfg, tmp_path, None))
+    assert "is older than the 99.1 that is asked for" in found[1].text and "pip install" in found[1].mend

@@ -1,0 +1,94 @@
+"""What experiments/methods and experiments/ablations make of their runs: prices, curves, shares of a gain, figures."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments import results
+from experiments.ablations import run as ablations
+from experiments.methods import run, summary
+from experiments.methods.price import Prices, price
+from experiments.tiny import evidence
+from solrl_jax import config
+
+EACH = Prices(bf16=2.0, low=1.0, decoded=0.5, trained=3.0, fixed=2.0, quantise=7.0)
+
+
+def test_an_iteration_has_the_price_of_its_work():
+    """FLUX's own sizes, by hand: image-steps, decoded pictures, trained points with their further velocities."""
+    sol_rl = price(config.load("flux"), EACH)
+    assert sol_rl == {
+        "rollout in bf16": 48 * 24 * 10 * 2.0,
+        "rollout in low precision": 48 * 96 * 6 * 1.0,
+        "decode and reward": 48 * (96 + 24) * 0.5,
+        "learn": 48 * 24 * 4 * (3.0 + 2 * 2.0),
+        "quantise": 7.0,
+    }
+    flow = price(config.load("flux:flow_grpo"), EACH)
+    assert flow["rollout in bf16"] == 48 * 24 * 6 * 2.0 and flow["quantise"] == 0
+    assert flow["learn"] == 48 * 24 * 5 * (3.0 + 2.0)  # two updates: the behaviour policy, and no KL
+    assert price(config.load("flux:awm"), EACH)["learn"] == 48 * 24 * 6 * (3.0 + 2 * 2.0)
+    naive = price(config.load("flux:naive_scaling"), EACH)
+    assert naive["rollout in bf16"] == 48 * 96 * 10 * 2.0 and naive["decode and reward"] == 48 * 96 * 0.5
+
+
+def test_every_arm_spends_the_budget():
+    for name, arm in run.ARMS.items():
+        cfg = evidence.arm_config(arm)
+        each = sum(price(cfg, run.prices()).values())
+        spent = run.a_mark(cfg, 30_000, 8) * 8 * each
+        assert spent == pytest.approx(30_000, rel=0.08), name
+        assert run.BORROWED.get(name, name) in run.ARMS
+
+
+def arm(folder, name, gains):
+    """An arm's file with marks at 100, 200, ... s; gains [marks, seeds]."""
+    figures = {}
+    for what in summary.PANELS:
+        for i, row in enumerate(gains):
+            spread = {"seeds": list(row), "error": 0.1}
+            label = f"{what} after {i + 1} iterations, {100 * (i + 1)} s"
+            figures[label] = figures[what] = results.figure(float(np.mean(row)), "mean", 1, spread)
+    results.record(folder / f"arms/{name}.json", figures, arm=name, about=name)
+
+
+def test_shares_of_a_gain(tmp_path, monkeypatch):
+    """DiffusionNFT gains .4 in 200 s, evenly; an arm twice as fast, and one that never gets there."""
+    arm(tmp_path, "diffusionnft", [[0.1, 0.3], [0.3, 0.5]])
+    arm(tmp_path, "sol_rl", [[0.3, 0.5], [0.5, 0.7]])
+    arm(tmp_path, "random", [[0.1, 0.1], [0.1, 0.1]])
+    found = summary.summary({n: tmp_path / f"arms/{n}.json" for n in ("diffusionnft", "sol_rl", "random")})
+    gain = "of diffusionnft's gain of CLIPScore"
+    assert [found[f"diffusionnft: {s} {gain}"]["value"] for s in ("25%", "50%", "75%", "100%")] == [50, 100, 150, 200]
+    assert [found[f"sol_rl: {s} {gain}"]["value"] for s in ("25%", "50%", "75%", "100%")] == [25, 50, 75, 100]
+    assert "2.00 x as fast" in found[f"sol_rl: 100% {gain}"]["unit"]
+    assert found[f"random: 25% {gain}"]["value"] == 100 and found[f"random: 50% {gain}"]["value"] is None
+    assert results.cell(found[f"random: 50% {gain}"]) == "-"
+    c = summary.curve(tmp_path / "arms/sol_rl.json", "test: gain of exact")
+    np.testing.assert_allclose(c.mean, [0, 0.4, 0.6])
+    np.testing.assert_allclose(c.half_width, [0, 1.2706, 1.2706], rtol=1e-4)  # 12.706 x .1 / sqrt 2 x sqrt 2
+    summary.main([f"--results={tmp_path}"])
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(json.loads((tmp_path / "summary.json").read_text())["figures"]) == 3 * 4 * 2
+    with pytest.raises(ValueError, match="has no marks of 'spread'"):
+        summary.curve(tmp_path / "arms/sol_rl.json", "spread")
+
+
+def test_the_settings_of_every_ablation_can_run():
+    """Their configs are valid, and differ from each other."""
+    for name, ablation in ablations.ABLATIONS.items():
+        cfgs = [evidence.arm_config(ablations.arm_of(a, 1e-3, 60)) for a in ablation.settings.values()]
+        assert len(set(cfgs)) == len(cfgs) >= 3, name
+        assert all(cfg.learn.learning_rate == 1e-3 for cfg in cfgs)
+
+
+def test_an_ablation_is_drawn(tmp_path):
+    figures = {}
+    for label in ("2", "4"):
+        for what in ("test: gain of clipscore", "test: gain of exact", "test: spread of a caption's pictures"):
+            figures[f"{label}: {what}"] = results.figure(0.1, "mean", 1, {"seeds": [0.1, 0.2], "error": 0.05})
+    results.record(tmp_path / "pool.json", figures, claim="", axis="N")
+    ablations.draw(tmp_path / "pool.json")
+    assert (tmp_path / "pool.png").read_bytes()[:4] == b"\x89PNG"
+    assert results.cell(figures["2: test: gain of exact"]) == "0.100 ± 0.050"
