@@ -415,7 +415,7 @@ def test_pictures(folder):
     def draw(base, decoder, cond, x1):
         cond = model.prepare({"params": base}, cond)
         velocity = lambda x, sigma: model.velocity({"params": base}, x, sigma, cond)  # noqa: E731
-        x0 = sampler.sample(velocity, x1, model.sigmas(6), "euler")
+        x0 = sampler.sample(velocity, x1, sampler.table(model.sigmas(6), "euler"))
         return x0, model.decode(decoder, x0)
 
     x0, found = draw(base, decoder, cond, x1)

@@ -133,7 +133,7 @@ def test_diffusers_draws_our_pictures(tmp_path, targets):
     def ours(variables):
         once = model.prepare(variables, cond)
         velocity = lambda x, sigma: model.velocity(variables, x, sigma, once)  # noqa: E731
-        return model.decode(decoder, sampler.sample(velocity, x1, model.sigmas(3), "euler"))
+        return model.decode(decoder, sampler.sample(velocity, x1, sampler.table(model.sigmas(3), "euler")))
 
     pipe = SanaPipeline.from_pretrained(cfg.path, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)

@@ -21,6 +21,7 @@ from solrl_jax import (
     main,
     plan,
     quant,
+    recipes,
     sharding,
     sizes,
     train,
