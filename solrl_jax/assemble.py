@@ -117,6 +117,10 @@ def read_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
     """(base, VAE) on the devices of `mesh`, text encoders as numpy, of a public folder or of a converted one."""
     module, folder = model_module(cfg), Path(cfg.model.path)
     if convert.is_converted(folder):
+        if cfg.model.weights:
+            raise ConfigError(
+                f"model.weights={cfg.model.weights}, but {folder} holds converted weights: leave it empty"
+            )
         return convert.restore(folder, module.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
     return module.load(cfg.model, functools.partial(sharding.replicate, mesh=mesh))
 

@@ -37,11 +37,13 @@ def _require(ok: bool, message: str) -> None:
 class Model:
     """Which network, from where: `path` is a diffusers pipeline folder or a model of huggingface.co, "org/name".
 
-    `size` is in pixels, `text_tokens` in T5 tokens.
+    `size` is in pixels, `text_tokens` counts tokens of T5 or Gemma.
     """
 
     name: str = "flux"
     path: str = ""
+    weights: str = ""  # a file of the network's weights to take instead of the folder's, or org/name/file
+    shift: float = 0.0  # of sigmas in equal steps (sampler.shifted), 1: as they are; 0: the pipeline's own sigmas
     size: int = 512
     text_tokens: int = 128
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -55,6 +57,9 @@ class Model:
         _require(self.size > 0, f"model.size={self.size}: give pixels, 1 or more")
         strange = sorted(set(self.remat_keeps) - {"attention", "qkv", "mlp"})
         _require(not strange, f"model.remat_keeps={','.join(self.remat_keeps)}: use some of attention, qkv, mlp")
+        _require(
+            0 <= self.shift < math.inf, f"model.shift={self.shift}: 0 (the pipeline's sigmas) or a positive number"
+        )
         _require(self.text_tokens > 0, f"model.text_tokens={self.text_tokens}: give 1 or more")
         _require(0 <= self.min_quantised_flops <= 1, "model.min_quantised_flops is a share, 0 to 1")
 

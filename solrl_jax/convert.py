@@ -24,6 +24,7 @@ from jax.sharding import Sharding
 
 from solrl_jax import checkpoint, hub
 from solrl_jax.config import ConfigError, Model
+from solrl_jax.models import pipeline
 from solrl_jax.structs import Params
 from solrl_jax.weights import WeightsError
 
@@ -81,15 +82,15 @@ def _write(module: Any, cfg: Model, out: Path) -> None:
     trees, described = module.parts(cfg, jax.device_put, jax.device_put), {}
     for name in NAMES:
         described |= _save(out / "weights", name, next(trees))
-    source = hub.pipeline(cfg.path)
+    source, file = hub.pipeline(cfg.path), pipeline.network_file(cfg)
     files = [f for f in sorted(source.rglob("*")) if f.is_file() and not f.relative_to(source).parts[0].startswith(".")]
-    for file in files:
-        if not file.name.endswith(WEIGHTS) and len(file.relative_to(source).parts) <= 2:
-            (out / file.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / file.relative_to(source))
+    for small in files:
+        if not small.name.endswith(WEIGHTS) and len(small.relative_to(source).parts) <= 2:
+            (out / small.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(small, out / small.relative_to(source))
     manifest = {
         "source": str(source),
-        "made from": hashes(source, hub.read_of(source)),
+        "made from": hashes(source, hub.read_of(source)) | ({str(file): digest(file)} if file else {}),
         "tree": described,
         "files": hashes(out, (out / "weights").rglob("*")),
     }
@@ -102,13 +103,14 @@ def _save(folder: Path, name: str, tree: Params) -> dict[str, str]:
     return checkpoint.describe({name: tree})
 
 
+def digest(file: Path) -> str:
+    """SHA-256."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
     """{path below root: SHA-256}, several files at once (hashing lets other threads run)."""
-
-    def digest(file: Path) -> str:
-        with file.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-
     found = sorted(f for f in files if f.is_file())
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return {f.relative_to(root).as_posix(): d for f, d in zip(found, pool.map(digest, found), strict=True)}

@@ -22,7 +22,7 @@ WEIGHTS = (
 )
 """The weights of a pipeline as patterns, folder/stem*.ending."""
 _CONFIGS = ("config.json", *(f"{part}_config.json" for part in ("scheduler", "tokenizer", "preprocessor")))
-_VOCABULARIES = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+_VOCABULARIES = (("tokenizer.json",), ("spiece.model",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _FITS = {"FluxPipeline": "flux", "StableDiffusion3Pipeline": "sd35", "SanaPipeline": "sana"}
 
 
@@ -45,6 +45,17 @@ def model(
     `small` and `heavy` are what a name's repository is read of; the first of `small` and all of `heavy` must be there.
     """
     return _resolve(path, small, heavy, "")
+
+
+def file(path: str, flag: str) -> Path:
+    """A file by its path, or by its place on the hub, org/name/file. Raises WeightsError as `pipeline` does."""
+    if Path(path).is_file():
+        return Path(path)
+    parts = path.split("/")
+    name, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    if not inside or not is_name(name) or Path(path).exists():
+        raise WeightsError(f"{path} is no file: give one{flag}, or org/name/file of {SITE}")
+    return _fetch(name, (inside,), (), f"{flag}=FILE") / inside
 
 
 def here(path: str | Path | None, file: str = "config.json") -> Path | None:

@@ -149,7 +149,7 @@ def trajectory(
 ) -> tuple[Float[Array, "B h w c"], Path | None]:
     """The ODE, or where the stage has noise the SDE; with `keep_path` also the steps that can be trained on."""
     begin, own = (k.reshape(-1) for k in keys)
-    cond = jax.tree.map(lambda c: jnp.repeat(c, keys.own.shape[1], axis=0), cond)
+    cond = jax.tree.map(lambda c: jnp.repeat(c, keys.own.shape[1], axis=0), model.prepare(variables, cond))
     x1 = jax.vmap(lambda k: model.noise(jax.random.fold_in(k, NOISE)))(begin)
     sigmas = sigmas_of(model, stage)
     steps, first = sampler.table(sigmas, stage.solver, stage.eta), jnp.zeros(own.shape, jnp.int32)

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 
 from solrl_jax.config import ConfigError, Lora
 from solrl_jax.structs import Params, Variables
-from solrl_jax.weights import Leaf, Rule, WeightsError, leaves_by_path, needed
+from solrl_jax.weights import Leaf, Rule, WeightsError, groups, leaves_by_path, matrix, needed
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -131,7 +131,10 @@ def graft(base: Params, kernels: Mapping[str, jax.Array]) -> Params:
 def save(file: str | Path, lora: Params, keys: Sequence[Rule], cfg: Lora) -> None:
     """One safetensors file that `pipe.load_lora_weights` takes at scale 1: alpha / R is folded into lora_B, because
     older readers ignore alpha (models.md section 10). The metadata tells how it was made."""
-    tensors = {f"transformer.{name}.lora_{part}.weight": x.T for name, part, x in _public(scaled(lora, cfg), keys)}
+    tensors = {}
+    for leaf, name, part, x in _public(scaled(lora, cfg), keys):
+        x = x.T[..., None, None] if leaf.layout == "pointwise" else x.T
+        tensors[f"transformer.{name}.lora_{part}.weight"] = x
     _write(file, tensors, cfg)
 
 
@@ -144,7 +147,7 @@ def save_fused(
     elsewhere. alpha is the module's rank: the readers' alpha / rank is 1.
     """
     factors: dict[str, dict[str, np.ndarray]] = {}
-    for name, part, x in _public(scaled(lora, cfg), keys):
+    for _, name, part, x in _public(scaled(lora, cfg), keys):
         factors.setdefault(name, {})[part] = x.T
     sizes = _sizes(_linears(base, keys))
     tensors: dict[str, np.ndarray] = {}
@@ -252,8 +255,8 @@ def _absent_layers(linears: Sequence[Leaf], names: Mapping[Fused, _Names], prese
     """What a file lacks that adapts some layers of a stack: it may be for a model of fewer layers."""
     home = {part: module for module in names for part in module.parts}
     problems = {}
-    for leaf in linears:
-        homes = [home[name] for name in _module_names(leaf) if name in home]
+    for leaf, first in ((one, first) for one in linears for first in range(one.fused)):
+        homes = [home[name] for name in _module_names(leaf)[first :: leaf.fused] if name in home]
         if any(module in present for module in homes):
             problems |= {names[module].down: None for module in homes if module not in present}
     return [f"missing {key}" for key in problems]
@@ -283,7 +286,9 @@ def _stacked(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.n
     """The tree of our layout, B divided by cfg's alpha / R; Linears that nothing reaches are left out."""
     out: dict[str, Any] = {}
     for leaf in linears:
-        found = [pairs[name] for name in _module_names(leaf) if name in pairs]
+        rows = leaf.shape[-1] // leaf.fused
+        layers = [[(rows, pairs.get(name)) for name in group] for group in groups(_module_names(leaf), leaf.fused)]
+        found = [_one_pair(parts) for parts in layers if any(pair for _, pair in parts)]
         if not (most := max((len(down) for down, _ in found), default=0)):
             continue
         a = [np.pad(down.T, ((0, 0), (0, most - len(down)))) for down, _ in found]
@@ -291,6 +296,17 @@ def _stacked(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.n
         a, b = (jnp.asarray(np.stack(x) if leaf.stacked else x[0]) for x in (a, b))
         _put(out, leaf.path.removesuffix("/kernel"), {"a": a, "b": b})
     return out
+
+
+def _one_pair(parts: Sequence[tuple[int, tuple[np.ndarray, np.ndarray] | None]]) -> tuple[np.ndarray, np.ndarray]:
+    """(down, up) of a Linear that is several ones in the file, given as (rows, their pair): q, k and v of a fused one.
+
+    What `save` wrote, the same down factor for all, comes back as it was; different ones are stacked (`_blocks`).
+    """
+    (first, _), *rest = (pair for _, pair in parts if pair)
+    if all(np.array_equal(down, first) for down, _ in rest):
+        return first, np.concatenate([pair[1] if pair else np.zeros((n, len(first)), np.float32) for n, pair in parts])
+    return _blocks([(rows, {"A": pair[0], "B": pair[1]} if pair else None) for rows, pair in parts])
 
 
 def _linears(base: Params, keys: Sequence[Rule]) -> list[Leaf]:
@@ -308,7 +324,7 @@ def _module_names(leaf: Leaf) -> list[str]:
 
 def _sizes(linears: Sequence[Leaf]) -> dict[str, tuple[int, int]]:
     """{checkpoint module name: (in, out)}, every layer of a stack by itself."""
-    return {name: (leaf.shape[-2], leaf.shape[-1]) for leaf in linears for name in _module_names(leaf)}
+    return {name: (leaf.shape[-2], leaf.shape[-1] // leaf.fused) for leaf in linears for name in _module_names(leaf)}
 
 
 def _layers(fused: Sequence[Fused], modules: Collection[str]) -> Iterator[Fused]:
@@ -330,6 +346,7 @@ def _read(file: Path) -> tuple[dict[str, np.ndarray], float | None]:
     try:
         with safe_open(file, "numpy") as f:
             tensors = {_spelt(key): f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - the handle is no dict
+            tensors = {key: x.reshape(matrix(x.shape)) for key, x in tensors.items()}
             return tensors, _stated_alpha(file, f.metadata() or {})
     except SafetensorError as e:
         raise WeightsError(f"{file} is not a whole safetensors file ({e})") from e
@@ -363,20 +380,24 @@ def _stated_alpha(file: Path, metadata: Mapping[str, str]) -> float | None:
     return float(alpha)
 
 
-def _modules(tree: Params, keys: Sequence[Rule]):
-    """(leaf path, checkpoint module names, stacked) of each `a` and `b`, by way of its kernel's rule."""
+def _modules(tree: Params, keys: Sequence[Rule]) -> Iterator[tuple[str, Leaf]]:
+    """(leaf path, its Linear as the key table has it) of each `a` and `b`."""
     for path, leaf in leaves_by_path(tree).items():
         kernel = path.rsplit("/", 1)[0]
         kernel_tree: dict[str, Any] = {}
         _put(kernel_tree, f"{kernel}/kernel", leaf)
-        (rule,) = needed(kernel_tree, keys)
-        yield path, [k.removesuffix(".weight") for k in rule.keys], rule.stacked
+        yield path, needed(kernel_tree, keys)[0]
 
 
-def _public(tree: Params, keys: Sequence[Rule]):
-    """(checkpoint module name, "A" or "B", matrix) of every layer of every adapted module."""
+def _public(tree: Params, keys: Sequence[Rule]) -> Iterator[tuple[Leaf, str, str, np.ndarray]]:
+    """(its Linear, checkpoint module name, "A" or "B", matrix) of every layer of every adapted module.
+
+    Of a Linear that the checkpoint has as several, each takes the same A and its own part of B.
+    """
     by_path = leaves_by_path(tree)
-    for path, names, stacked in _modules(tree, keys):
-        value = np.asarray(by_path[path], np.float32)
-        for name, matrix in zip(names, value if stacked else value[None], strict=True):
-            yield name, path[-1].upper(), matrix
+    for path, leaf in _modules(tree, keys):
+        value, part = np.asarray(by_path[path], np.float32), path[-1].upper()
+        for names, factor in zip(leaf.by_layer(), value if leaf.stacked else value[None], strict=True):
+            own = np.split(factor, len(names), axis=-1) if part == "B" else [factor] * len(names)
+            for name, x in zip(names, own, strict=True):
+                yield leaf, name.removesuffix(".weight"), part, x

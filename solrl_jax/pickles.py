@@ -47,7 +47,7 @@ def is_checkpoint(file: Path) -> bool:
 
 
 def read(file: str | Path) -> dict[str, np.ndarray]:
-    """{key: tensor} of a state dict, or of the "state_dict" in what surrounds it.
+    """{key: tensor} of a state dict, or of the "state_dict" or "model" in what surrounds it.
 
     The arrays are mapped from the file, so that a tensor is read when it is first used. Raises WeightsError for a file
     that is damaged, that asks for anything but tensors, or whose state dict holds something else.
@@ -81,8 +81,8 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         described = archive.read(main)
         _check_opcodes(described, file)
         found = _Unpickler(io.BytesIO(described), file).load()
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        found = found["state_dict"]  # beside it are epochs, names, an optimiser
+    if isinstance(found, dict):  # beside it are epochs, names, an optimiser
+        found = next((found[name] for name in ("state_dict", "model") if isinstance(found.get(name), dict)), found)
     if not isinstance(found, dict):
         raise WeightsError(f"{file} holds a {type(found).__name__}, not a dict of tensors")
     for key, value in found.items():

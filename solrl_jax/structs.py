@@ -43,6 +43,8 @@ class Model(NamedTuple):
     tokenize(prompts) -> int32 arrays [G, ...] on the host;
     encode(text_params, tokens) -> conditioning, leaves [G, ...];
     noise(key) -> one sample's x_1, f32 [h, w, c]; sigmas(steps) -> f64 [steps + 1], falling from 1 to 0;
+    prepare(variables, cond) -> conditioning, leaves [G, ...], that velocity takes in the place of `encode`'s: what of
+    the network depends on neither x nor sigma is done in it, once for a rollout;
     velocity(variables, x, sigma, cond) -> f32 like x, for x f32 [B, h, w, c], sigma f32 [B] and cond leaves [B, ...];
     largest(variables, x, sigma, cond) -> {Linear's path: the largest |input| that it sees in this call, f32 []};
     decode(vae_params, latents) -> images f32 [B, H, W, 3] in [0, 1]; init(key) -> a fresh base.
@@ -61,6 +63,7 @@ class Model(NamedTuple):
     quant_rules: "QuantRules"
     keys: tuple  # weights.Rule table: our parameter paths <-> the public checkpoint's keys
     comfy: tuple = ()  # lora.Fused table: the modules of ComfyUI's LoRA files; none: no such files
+    prepare: Callable[[Variables, PyTree], PyTree] = lambda variables, cond: cond
 
 
 class QuantRule(NamedTuple):

@@ -23,17 +23,21 @@ from solrl_jax.structs import PyTree, WeightsError
 
 
 class Rule(NamedTuple):
-    """`path` (a regex over "a/b/kernel") -> checkpoint `key` (its replacement; "{layer}": the stacked leading axis)."""
+    """`path` (a regex over "a/b/kernel") -> checkpoint `key` (its replacement; "{layer}": the stacked leading axis).
+
+    Layouts: same; linear: [in, out] here, [out, in] there; pointwise: the same of a 1x1 convolution, [out, in, 1, 1]
+    there; conv: HWIO here, OIHW there.
+    """
 
     path: str
-    key: str
-    layout: str = "same"  # same | linear: [in, out] here, [out, in] there | conv: HWIO here, OIHW there
+    key: str | tuple[str, ...]  # several: equal parts of a Linear's outputs, in order, as q, k and v of a fused one
+    layout: str = "same"
     part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal parts of the first axis there, as of a fused q, k, v
     first: int = 0  # the number there of a stack's first layer
 
 
-_TO_OURS = {"same": None, "linear": (1, 0), "conv": (2, 3, 1, 0)}
-_TO_THEIRS = {"same": None, "linear": (1, 0), "conv": (3, 2, 0, 1)}
+_TO_OURS = {"same": None, "linear": (1, 0), "pointwise": (1, 0), "conv": (2, 3, 1, 0)}
+_TO_THEIRS = {"same": None, "linear": (1, 0), "pointwise": (1, 0), "conv": (3, 2, 0, 1)}
 
 
 Place = Callable[[np.ndarray], Any]
@@ -42,11 +46,19 @@ Place = Callable[[np.ndarray], Any]
 
 class Leaf(NamedTuple):
     path: str
-    keys: tuple[str, ...]
+    keys: tuple[str, ...]  # of a stack layer by layer
     stacked: bool
     layout: str
     part: tuple[int, int]
     shape: tuple[int, ...]
+    fused: int = 1  # keys that a layer's outputs are made of
+
+    def by_layer(self) -> list[tuple[str, ...]]:
+        return groups(self.keys, self.fused)
+
+
+def groups(keys: Sequence[str], size: int) -> list[tuple[str, ...]]:
+    return [tuple(keys[i : i + size]) for i in range(0, len(keys), size)]
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
@@ -62,11 +74,12 @@ def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
         for rule in rules:
             match = re.fullmatch(rule.path, path)
             if match:
-                key = match.expand(rule.key).replace("/", ".")
-                stacked = "{layer}" in key
-                layers = range(rule.first, rule.first + leaf.shape[0]) if stacked else ()
-                keys = tuple(key.replace("{layer}", str(i)) for i in layers) if stacked else (key,)
-                found.append(Leaf(path, keys, stacked, rule.layout, rule.part, tuple(leaf.shape)))
+                templates = (rule.key,) if isinstance(rule.key, str) else rule.key
+                names = [match.expand(key).replace("/", ".") for key in templates]
+                stacked = "{layer}" in names[0]
+                layers = range(rule.first, rule.first + leaf.shape[0]) if stacked else range(1)
+                keys = tuple(name.replace("{layer}", str(i)) for i in layers for name in names)
+                found.append(Leaf(path, keys, stacked, rule.layout, rule.part, tuple(leaf.shape), len(names)))
                 break
         else:
             raise WeightsError(f"no rule of the key table matches parameter {path!r}")
@@ -205,6 +218,7 @@ def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], dr
     found += [f"unused {k}" for k in names if k not in want and not any(re.fullmatch(d, k) for d in droppable)]
     for leaf in wanted:
         shape = leaf.shape[1:] if leaf.stacked else leaf.shape
+        shape = shape if leaf.fused == 1 else (*shape[:-1], shape[-1] // leaf.fused)
         there = {key: _ours_shape(files.shape(names[key]), leaf) for key in leaf.keys if key in names}
         found += [f"{key} has shape {s}, not {shape}" for key, s in there.items() if s != shape]
     return list(dict.fromkeys(found))  # the parts of one tensor name it once
@@ -212,15 +226,22 @@ def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], dr
 
 def _read(files: Files, leaf: Leaf, keys: Sequence[str], dtype: Any) -> np.ndarray:
     """One leaf in our layout, its layers stacked as they come."""
+    layers = (_layer(files, leaf, group) for group in groups(keys, leaf.fused))
     if not leaf.stacked:
-        value = _ours(files[keys[0]], leaf)
+        value = next(layers)
         return np.asarray(value, order="C", dtype=value.dtype if dtype is None else dtype)
     if dtype is None:
-        return np.stack([_ours(files[key], leaf) for key in keys])
+        return np.stack(list(layers))
     stack = np.empty(leaf.shape, dtype)
-    for i, key in enumerate(keys):
-        stack[i] = _ours(files[key], leaf)
+    for i, value in enumerate(layers):
+        stack[i] = value
     return stack
+
+
+def _layer(files: Files, leaf: Leaf, keys: Sequence[str]) -> np.ndarray:
+    """One layer of a leaf in our layout."""
+    parts = [_ours(files[key], leaf) for key in keys]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
 def save(
@@ -237,9 +258,10 @@ def save(
     for leaf in needed(tree, rules):
         value = np.asarray(by_path[leaf.path])
         value = value if dtype is None else value.astype(dtype)
-        for i, key in enumerate(leaf.keys):
-            own = _theirs(value[i, ...] if leaf.stacked else value, leaf.layout)
-            parts.setdefault(key, {})[leaf.part[0]] = own
+        for i, keys in enumerate(leaf.by_layer()):
+            own = value[i, ...] if leaf.stacked else value
+            for key, piece in zip(keys, np.split(own, leaf.fused, axis=-1) if leaf.fused > 1 else [own], strict=True):
+                parts.setdefault(key, {})[leaf.part[0]] = _theirs(piece, leaf.layout)
     tensors = {k: x[0] if len(x) == 1 else np.concatenate([x[i] for i in sorted(x)]) for k, x in parts.items()}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
@@ -247,19 +269,27 @@ def save(
 
 def _ours(x: np.ndarray, leaf: Leaf) -> np.ndarray:
     axes, (i, n) = _TO_OURS[leaf.layout], leaf.part
+    x = x.reshape(matrix(x.shape)) if leaf.layout == "pointwise" else x
     x = x if n == 1 else x[i * len(x) // n : (i + 1) * len(x) // n]
     return x if axes is None or x.ndim != len(axes) else x.transpose(axes)
 
 
 def _ours_shape(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
     axes, n = _TO_OURS[leaf.layout], leaf.part[1]
+    shape = matrix(shape) if leaf.layout == "pointwise" else shape
     shape = shape if n == 1 or not shape or shape[0] % n else (shape[0] // n, *shape[1:])
     return shape if axes is None or len(shape) != len(axes) else tuple(shape[i] for i in axes)
 
 
+def matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[out, in] of a 1x1 convolution's [out, in, 1, 1]; other shapes as they are."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
 def _theirs(x: np.ndarray, layout: str) -> np.ndarray:
     axes = _TO_THEIRS[layout]
-    return np.asarray(x if axes is None else x.transpose(axes), order="C")  # ascontiguousarray makes () into (1,)
+    x = np.asarray(x if axes is None else x.transpose(axes), order="C")  # ascontiguousarray makes () into (1,)
+    return x[..., None, None] if layout == "pointwise" else x
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
@@ -304,9 +334,13 @@ def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None
         if wanted := _unlike(value, defaults[key]):
             raise WeightsError(f"{file}: {key} is {value!r}, not {wanted}: download it again")
     try:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})
+        return cls(**{key: _as_tuple(value) for key, value in given.items()})
     except ValueError as e:
         raise WeightsError(f"{file}: {e}") from e
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def _unlike(value: Any, default: Any) -> str | None:
@@ -324,4 +358,4 @@ def _unlike(value: Any, default: Any) -> str | None:
     return None if fits else _KINDS.get(type(default))
 
 
-_KINDS = {bool: "true or false", int: "a whole number above 0", float: "a number", str: "a text"}
+_KINDS = {bool: "true or false", int: "a whole number above 0", float: "a number", str: "a text", tuple: "a list"}

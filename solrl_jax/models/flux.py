@@ -23,7 +23,7 @@ from solrl_jax.models import flux_dev, pipeline, text, vae
 from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, rows, stack
 from solrl_jax.models.pipeline import Encoder
-from solrl_jax.models.schedule import Schedule, shifted
+from solrl_jax.models.schedule import Schedule, chosen, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule
 
@@ -287,7 +287,7 @@ def make(cfg: config.Model) -> Model:
         tokenize=functools.partial(pipeline.tokenize, str(folder), ENCODERS, cfg.text_tokens),
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
-        sigmas=lambda steps: sigmas(steps, tokens, schedule),
+        sigmas=chosen(cfg.shift, lambda steps: sigmas(steps, tokens, schedule)),
         velocity=velocity,
         largest=largest,
         decode=lambda params, latents: vae.decode(decoder, params, latents),

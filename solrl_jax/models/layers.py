@@ -5,13 +5,15 @@ one module serves as reference {params}, policy {params, lora} and explorer {par
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
 
 from solrl_jax import sharding
 
@@ -72,16 +74,26 @@ def _product(parts: Sequence[Array], w: Array, dtype: Any, out: Any) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale over the last axis, in f32; returns x's dtype."""
+    """x / rms(x) * scale, and + bias where asked, over the last axis, in f32; returns x's dtype.
+
+    `offset` is added to the stored scale: Gemma's files hold what is above 1.
+    """
 
     eps: float = 1e-6
+    use_bias: bool = False
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        ones = (1,) * (x.ndim - 1) + (-1,)
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), F32).astype(F32)
+        scale = scale + self.offset if self.offset else scale
         y = x.astype(F32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * scale.reshape((1,) * (y.ndim - 1) + (-1,))).astype(x.dtype)
+        y = y * scale.reshape(ones)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],), F32).astype(F32).reshape(ones)
+        return y.astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -111,18 +123,29 @@ def attention(
     *,
     scale: float | None = None,
     bias: Float[Array, "#B #H Q S"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B Q H d"]:
     """softmax(q k' scale + bias) v with the softmax in f32; scale defaults to d^-1/2. Returns q's dtype.
 
-    On GPUs cuDNN's fused kernel where it can and pays: half precision, no bias, long sequences.
+    Of a sample's keys only the first `lengths` are seen. With a softcap c scores are c tanh(scores / c).
+    On GPUs cuDNN's fused kernel where it can and pays: half precision, no bias or cap, long sequences.
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and bias is None and q.shape[-1] in range(8, 129, 8)
+    plain = bias is None and softcap is None
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and plain and q.shape[-1] in range(8, 129, 8)
     if fits and q.shape[1] >= LONG and sharding.platform() == "gpu":
+        if lengths is not None:
+            return masked_attention(q, k, v, factor, "cudnn", lengths)
         if q.shape[1] % 2 or k.shape[1] % 2:
             return odd_attention(q, k, v, factor, "cudnn")
         return jax.nn.dot_product_attention(q, k, v, scale=factor, implementation="cudnn")
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=F32) * factor
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if lengths is not None:
+        seen = jnp.arange(k.shape[1])[None, :] < lengths[:, None]
+        scores = jnp.where(seen[:, None, None, :], scores, -jnp.inf)
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -140,20 +163,76 @@ def odd_attention(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel) ->
     return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=kernel)
 
 
-def _evened(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel) -> Heads:
+def masked_attention(
+    q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel, lengths: Int[Array, "B"] | None = None
+) -> Heads:
+    """The fused attention to the first `lengths` keys (None: all), of even lengths inside."""
     queries, keys = q.shape[1], k.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     none = 0 * jax.lax.stop_gradient(q)[:, 0, 0, 0].astype(jnp.int32)  # of q: under vmap JAX wants its axes on lengths
     how: dict[str, Any] = {"scale": scale, "implementation": kernel}
-    how |= {"query_seq_lengths": none + queries, "key_value_seq_lengths": none + keys}
+    how |= {"query_seq_lengths": none + queries, "key_value_seq_lengths": none + (keys if lengths is None else lengths)}
     return jax.nn.dot_product_attention(q, k, v, **how)[:, :queries]
 
 
 def _odd_forward(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel):
-    return jax.vjp(functools.partial(_evened, scale=scale, kernel=kernel), q, k, v)
+    return jax.vjp(functools.partial(masked_attention, scale=scale, kernel=kernel), q, k, v)
 
 
 odd_attention.defvjp(_odd_forward, lambda scale, kernel, back, out: back(out))
+
+
+def linear_attention(
+    q: Float[Array, "B N H d"], k: Float[Array, "B N H d"], v: Float[Array, "B N H d"]
+) -> Float[Array, "B N H d"]:
+    """relu(q) (relu(k)' v) / (relu(q) . sum of relu(k)), summed in f32 (SANA's and DC-AE's). Returns q's dtype."""
+    dtype, q, k = q.dtype, jax.nn.relu(q), jax.nn.relu(k)
+    # The same numbers: products of bf16 are exact in f32. XLA's CPU backend lacks this one, a GPU's copies would cost.
+    k, v = (k, v) if sharding.platform() == "gpu" else (k.astype(F32), v.astype(F32))
+    states = jnp.einsum("bnhd,bnhe->bhde", k, v, preferred_element_type=F32)
+    total = jnp.sum(k.astype(F32), axis=1)
+    above = jnp.einsum("bnhd,bhde->bnhe", q.astype(F32), states)
+    below = jnp.einsum("bnhd,bhd->bnh", q.astype(F32), total)
+    return (above / (below[..., None] + 1e-15)).astype(dtype)
+
+
+class DepthwiseConv(nn.Module):
+    """A k x k convolution of each channel by itself, padded to the same size; returns `dtype`.
+
+    As k^2 shifted products, which XLA makes one elementwise kernel: a convolution of so many groups is slow on CPUs.
+    """
+
+    size: int
+    use_bias: bool = True
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        (_, height, width, channels), k = x.shape, self.size
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (k, k, 1, channels), F32)
+        kernel = jnp.asarray(kernel).astype(self.dtype).astype(F32)
+        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+        y = jnp.zeros(x.shape, F32)
+        for i, j in itertools.product(range(k), range(k)):
+            y = y + padded[:, i : i + height, j : j + width].astype(F32) * kernel[i, j][None, None]
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (channels,), F32).astype(F32).reshape(1, 1, 1, -1)
+        return y.astype(self.dtype)
+
+
+class GatedConv(nn.Module):
+    """1x1 to twice `hidden`, SiLU, depthwise 3x3, then value * SiLU(gate), value first, and 1x1 back (GLUMBConv)."""
+
+    hidden: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+        y = checkpoint_name(Linear(2 * self.hidden, dtype=self.dtype, name="inverted_conv.linear")(x), "mlp")
+        y = jax.nn.silu(y)
+        value, gate = jnp.split(DepthwiseConv(3, dtype=self.dtype, name="depth_conv.conv")(y), 2, axis=-1)
+        y = value * jax.nn.silu(gate)
+        return Linear(x.shape[-1], use_bias=False, dtype=self.dtype, name="point_conv.linear")(y)
 
 
 def keeping(names: Sequence[str]) -> Callable[..., Any]:

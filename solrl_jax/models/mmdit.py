@@ -3,7 +3,7 @@
 Modules carry the checkpoint's own names. The residual stream is in the network's dtype; LayerNorm and modulation f32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -86,17 +86,25 @@ class Conditioning(nn.Module):
         return cond + Embedder(self.width, self.dtype, name="text_embedder")(pooled)
 
 
+STACKED: Mapping[Any, Any] = {"params": 0, "lora": 0, "quant": 0, "largest": 0}
+"""The collections of a stack's layers, which lead."""
+
+
 def stack(
-    block: type[nn.Module], layers: int, inputs: int, *, remat: bool, keeps: Sequence[str] = ()
+    block: type[nn.Module], layers: int, inputs: int, *, own: int = 0, remat: bool, keeps: Sequence[str] = ()
 ) -> Callable[..., nn.Module]:
     """`layers` equal blocks as one scan, so that compile time does not grow with depth; made as `block` is.
 
-    block(carry, *inputs) -> (carry, None). `remat` recomputes it in the backward pass, but for what `keeps` names.
+    block(carry, *inputs) -> (carry, None). After `inputs` that all blocks see come `own` ones, with an axis of layers
+    after the batch's, of which each block sees its part. `remat` recomputes a block in the backward pass, but for what
+    `keeps` names.
     """
     return nn.scan(
         nn.remat(block, prevent_cse=False, policy=keeping(keeps)) if remat else block,
-        variable_axes={"params": 0, "lora": 0, "quant": 0, "largest": 0},
+        variable_axes=STACKED,
         split_rngs={"params": True},
-        in_axes=cast(Any, (nn.broadcast,) * inputs),  # unannotated in flax: inferred as int from its default
+        in_axes=cast(
+            Any, (nn.broadcast,) * inputs + (1,) * own
+        ),  # unannotated in flax: inferred as int from its default
         length=layers,
     )

@@ -1,11 +1,12 @@
 """The flow-matching schedule of a pipeline, from its scheduler_config.json (models.md section 9)."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from solrl_jax import weights
+from solrl_jax import sampler, weights
 
 NAME = "scheduler_config.json"
 
@@ -47,3 +48,8 @@ class Schedule:
 def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
     """shift s / (1 + (shift - 1) s), of s in (0, 1]; 1 stays exactly 1."""
     return shift / (shift + (1 / sigma - 1))
+
+
+def chosen(shift: float, own: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
+    """steps -> sigmas f64 [steps + 1]: a model's `own`, or where a shift is given equal steps with that shift."""
+    return (lambda steps: sampler.shifted(steps, shift)) if shift else own

@@ -21,7 +21,7 @@ from solrl_jax.models import pipeline, sd35_public, text, vae
 from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, stack
 from solrl_jax.models.pipeline import Encoder, Encoders
-from solrl_jax.models.schedule import NAME, Schedule, shifted
+from solrl_jax.models.schedule import NAME, Schedule, chosen, shifted
 from solrl_jax.models.sd35_config import PATCH, Sd35Config, comfy, keys, runs
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 
@@ -236,7 +236,7 @@ def make(cfg: config.Model) -> Model:
         tokenize=functools.partial(pipeline.tokenize, str(folder), encoders, cfg.text_tokens),
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
-        sigmas=lambda steps: sigmas(steps, schedule.shift),
+        sigmas=chosen(cfg.shift, lambda steps: sigmas(steps, schedule.shift)),
         velocity=velocity,
         largest=largest,
         decode=lambda params, latents: vae.decode(decoder, params, latents),

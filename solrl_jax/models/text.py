@@ -37,7 +37,7 @@ def run_layers(layer: nn.Module, count: int, x: Array, *context: Array | None) -
 
 def require_tokenizer(folder: str | Path) -> str:
     """The folder, if it holds a tokenizer's files; without them transformers would make one up, in silence."""
-    names = ("tokenizer.json", "vocab.json", "spiece.model")
+    names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
     if not any((Path(folder) / name).is_file() for name in names):
         raise weights.WeightsError(f"{folder} holds no tokenizer, none of {', '.join(names)}: download it again")
     return str(folder)

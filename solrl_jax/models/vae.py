@@ -154,8 +154,11 @@ class Decoder(nn.Module):
         return _conv(cfg.out_channels, dtype, "conv_out")(x)
 
 
-def decode(module: Decoder, params: Params, latents: Latents) -> Images:
-    """Scaled latents -> images, f32 in [0, 1], at most TOGETHER pixels at a time (24 images of 512 px take 16 GB)."""
+def decode(module: Any, params: Params, latents: Latents) -> Images:
+    """Scaled latents -> images, f32 in [0, 1], at most TOGETHER pixels at a time (24 images of 512 px take 16 GB).
+
+    `module` is a `Decoder` of this file or of dcae.py.
+    """
 
     def some(latents: Latents) -> Images:
         z = latents.astype(F32) / module.cfg.scaling_factor + module.cfg.shift_factor

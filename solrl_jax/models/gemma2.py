@@ -1,0 +1,155 @@
+"""Gemma-2, SANA's text encoder: a causal language model read at its last states (spec/models.md section 8.1).
+
+Rotary positions, keys and values shared by groups of query heads, scores capped at 50 by a tanh, norms around both
+halves of a layer. One nn.scan over the layers. Norms, scores and rotation are f32, products and the residual stream are
+in the module's dtype.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from solrl_jax import weights
+from solrl_jax.models.layers import ACTIVATIONS, F32, Linear, RMSNorm, attention
+from solrl_jax.models.text import run_layers
+from solrl_jax.structs import Params
+from solrl_jax.weights import Place, Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma2Config:
+    """config.json of a Gemma-2; the defaults are transformers' own for missing keys, which are the 2B model's."""
+
+    vocab_size: int = 256000
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    hidden_activation: str = "gelu_pytorch_tanh"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    query_pre_attn_scalar: int = 256
+    attn_logit_softcapping: float = 50.0
+    sliding_window: int = 4096
+    pad_token_id: int = 0
+    attention_bias: bool = False
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} are no multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
+        if self.hidden_activation not in ACTIVATIONS:
+            raise ValueError(f"hidden_activation {self.hidden_activation!r} is none of {sorted(ACTIVATIONS)}")
+        if self.attention_bias:
+            raise ValueError("attention_bias true is not known here: Gemma-2 has none")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Gemma2Config":
+        """From config.json, in the spelling of old files or of transformers 5; another language model is refused."""
+        raw = weights.read_json(Path(folder) / "config.json")
+        if (kind := raw.get("model_type", "gemma2")) != "gemma2":
+            raise weights.WeightsError(f"{folder} holds a {kind}, not a gemma2: give SANA's text encoder")
+        rope = raw.get("rope_parameters")
+        if isinstance(rope, Mapping) and "rope_theta" in rope:
+            raw |= {"rope_theta": rope["rope_theta"]}
+        return weights.from_config(cls, folder, raw)
+
+
+def lengths(ids: Int[Array, "G L"], pad: int) -> Int[Array, "G"]:
+    """Tokens up to the last that is no padding, which is at the right; at least the first, <bos>."""
+    places = jnp.arange(1, ids.shape[1] + 1)[None, :]
+    return jnp.maximum(jnp.max(jnp.where(ids != pad, places, 0), axis=-1), 1)
+
+
+def rope_table(length: int, width: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """cos and signed sin, f32 [length, width], of positions 0 and up; a pair is (k, k + width/2)."""
+    angle = np.arange(length)[:, None] * theta ** (-np.arange(0, width, 2) / width)[None, :]
+    angle, sign = np.concatenate([angle, angle], axis=-1), np.repeat([-1.0, 1.0], width // 2)
+    return np.cos(angle).astype(np.float32), (sign * np.sin(angle)).astype(np.float32)
+
+
+def rotate(x: Float[Array, "G L H d"], rope: tuple[Array, Array]) -> Float[Array, "G L H d"]:
+    cos, sin = (jnp.asarray(table)[None, :, None, :] for table in rope)
+    return (x.astype(F32) * cos + jnp.roll(x.astype(F32), x.shape[-1] // 2, axis=-1) * sin).astype(x.dtype)
+
+
+class Gemma2Layer(nn.Module):
+    """x += norm(attention(norm(x))); x += norm(down(act(gate norm(x)) * up norm(x))); no biases."""
+
+    cfg: Gemma2Config
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "G L D"], bias: Float[Array, "G 1 L L"], cos: Array, sin: Array
+    ) -> Float[Array, "G L D"]:
+        cfg, linear = self.cfg, partial(Linear, use_bias=False, dtype=self.dtype)
+        norm = partial(RMSNorm, cfg.rms_norm_eps, offset=1.0)
+        h, shape = norm(name="norm1")(x), (*x.shape[:2], -1, cfg.head_dim)
+        counts = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.num_key_value_heads
+        q, k, v = (linear(n * cfg.head_dim, name=f)(h).reshape(shape) for f, n in zip("qkv", counts, strict=True))
+        q, k = (rotate(y, (cos, sin)) for y in (q, k))
+        k, v = (jnp.repeat(y, cfg.num_attention_heads // cfg.num_key_value_heads, axis=2) for y in (k, v))
+        scale, cap = cfg.query_pre_attn_scalar**-0.5, cfg.attn_logit_softcapping
+        o = attention(q, k, v, scale=scale, bias=bias, softcap=cap).reshape(*x.shape[:2], -1)
+        x = x + norm(name="norm2")(linear(cfg.hidden_size, name="o")(o))
+        h = norm(name="norm3")(x)
+        h = ACTIVATIONS[cfg.hidden_activation](linear(cfg.intermediate_size, name="gate")(h)) * linear(
+            cfg.intermediate_size, name="up"
+        )(h)
+        return x + norm(name="norm4")(linear(cfg.hidden_size, name="down")(h))
+
+
+class Gemma2(nn.Module):
+    """Token ids, padded at the right -> the states after the final norm."""
+
+    cfg: Gemma2Config
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "G L"]) -> Float[Array, "G L D"]:
+        cfg, length = self.cfg, ids.shape[1]
+        table = self.param("embedding", nn.initializers.normal(0.02), (cfg.vocab_size, cfg.hidden_size), F32)
+        x = jnp.asarray(table)[ids].astype(F32) * cfg.hidden_size**0.5
+        seen = jnp.arange(length)[None, :] < lengths(ids, cfg.pad_token_id)[:, None]
+        seen = seen[:, None, :] & jnp.tril(jnp.ones((length, length), bool))[None]
+        bias = jnp.where(seen, 0.0, -jnp.inf)[:, None]
+        rope = (jnp.asarray(table) for table in rope_table(length, cfg.head_dim, cfg.rope_theta))
+        layer = Gemma2Layer(cfg, self.dtype, name="layers")
+        x, _ = run_layers(layer, cfg.num_hidden_layers, x.astype(self.dtype), bias, *rope)
+        return RMSNorm(cfg.rms_norm_eps, offset=1.0, name="final_norm")(x)
+
+
+_LAYER = "layers.{layer}."
+_NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+KEYS = (
+    Rule("embedding", "embed_tokens.weight"),
+    Rule(r"layers/(q|k|v|o)/kernel", _LAYER + r"self_attn.\1_proj.weight", "linear"),
+    Rule(r"layers/(gate|up|down)/kernel", _LAYER + r"mlp.\1_proj.weight", "linear"),
+    *(Rule(f"layers/norm{i}/scale", f"{_LAYER}{name}_layernorm.weight") for i, name in enumerate(_NORMS, 1)),
+    Rule("final_norm/scale", "norm.weight"),
+)
+ALIASES = ((r"^model\.", ""),)  # of a whole language model, with its head on top
+DROPPABLE = (r"lm_head\.weight", r".*rotary_emb\.inv_freq")
+
+
+def load(folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None = None) -> tuple[Gemma2, Params]:
+    """Module and parameters (numpy, or where `place` takes them; in `dtype`) of a folder in transformers' layout."""
+    module = Gemma2(Gemma2Config.read(folder), dtype)
+    spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    files = weights.Files(folder, "model")
+    return module, weights.load(files, spec, KEYS, dtype=dtype, aliases=ALIASES, droppable=DROPPABLE, place=place)
