@@ -237,6 +237,11 @@ def latest(run: Path) -> tuple[int | None, list[str]]:
     return None, reasons
 
 
+def saved(run: Path) -> bool:
+    """Whether a save was ever finished in `run`; it may be damaged by now."""
+    return any((folder(run, step) / "manifest.json").exists() for step in steps(run))
+
+
 def find(run: Path, which: str | None = None) -> tuple[Path, list[str]]:
     """The checkpoint folder that is meant, and why newer ones were passed over: the newest whole one of `run`, or
     `which`, a step of it or a path. Raises CheckpointError if there is none."""

@@ -85,6 +85,8 @@ def start(cfg: Config, run: Path, resume: bool, devices: int | None) -> tuple[Tr
                 f"--run_dir={run} holds a run already: go on with it by --resume, or choose another directory"
             )
         return None, []
+    if begun and not checkpoint.saved(run):
+        return None, [f"nothing was saved in {run} before it ended: beginning anew"]
     place, said = checkpoint.find(run)
     like = assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(devices, cfg.prompts))
     return checkpoint.restore(place, like, cfg), [*said, f"going on from {place}"]

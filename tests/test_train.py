@@ -180,6 +180,17 @@ def test_a_signal_before_the_first_iteration_leaves_something_to_go_on_with(toy,
     assert sorted(metrics_of(run)) == [0, 1]
 
 
+def test_a_run_that_was_killed_before_its_first_save_begins_anew(toy, tmp_path, capsys):
+    """config.json is there, and a save that was cut short: --resume gives what an unbroken run gives."""
+    train.train(toy, tmp_path / "whole", devices=1)
+    run = tmp_path / "killed"
+    (run / "checkpoints/1/state").mkdir(parents=True)
+    (run / "config.json").write_text(config.to_json(toy))
+    train.train(toy, run, resume=True, devices=1)
+    assert f"nothing was saved in {run} before it ended: beginning anew" in capsys.readouterr().out
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+
+
 def test_handlers_are_as_before_a_run(toy, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     train.train(config.override(toy, iterations=0, **{"evaluate.every": 0}), tmp_path / "run", devices=1)
