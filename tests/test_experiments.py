@@ -7,6 +7,7 @@ import pytest
 
 from experiments import results
 from experiments.ablations import run as ablations
+from experiments.efficiency import run as efficiency
 from experiments.methods import run, summary
 from experiments.methods.price import Prices, price
 from experiments.tiny import evidence
@@ -92,3 +93,21 @@ def test_an_ablation_is_drawn(tmp_path):
     ablations.draw(tmp_path / "pool.json")
     assert (tmp_path / "pool.png").read_bytes()[:4] == b"\x89PNG"
     assert results.cell(figures["2: test: gain of exact"]) == "0.100 ± 0.050"
+
+
+def test_efficiency_is_over_the_naive_rollout():
+    """Medians of rollouts, and of rollout and learning, over those of BF16 in one stage."""
+    rolled = {
+        "naive, BF16": [30.0, 26.0, 28.0],
+        "two stages, BF16": [20.0] * 3,
+        "two stages, low precision": [14.0] * 3,
+    }
+    found = efficiency.figures_of(rolled, [12.0, 11.0, 13.0])
+    assert found["naive, BF16: rollout"]["value"] == 28 and found["naive, BF16: rollout"]["spread"] == [26.0, 30.0]
+    assert found["two stages, low precision: rollout, naive over it"]["value"] == 2.0
+    assert found["two stages, BF16: end to end"]["value"] == 32.0
+    assert found["two stages, BF16: end to end, naive over it"]["value"] == 40 / 32
+    assert set(efficiency.VARIANTS) == set(rolled)
+    for recipe, changes in efficiency.VARIANTS.values():
+        for model in ("flux", "sd35", "sana"):
+            assert config.load(f"{model}:{recipe}", {"prompts": "1", **changes}).prompts == 1
