@@ -11,6 +11,7 @@ every file of it has the hash that its manifest gives.
 import concurrent.futures
 import contextlib
 import errno
+import fcntl
 import gc
 import hashlib
 import json
@@ -18,13 +19,13 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from solrl_jax import config
+from solrl_jax import config, log
 from solrl_jax.config import Config
 from solrl_jax.structs import PyTree, TrainState
 from solrl_jax.weights import leaves_by_path
@@ -135,11 +136,34 @@ def save_tree(place: Path, tree: PyTree) -> None:
 
 
 def _drop_older(run: Path, step: int, keep: int) -> None:
-    """Keep `step` and the keep - 1 before it. Cut saves do not count and go; later steps, passed over, stay."""
+    """Keep `step`, the keep - 1 before it and the `best`. Cut saves do not count and go; later steps stay."""
     older = [s for s in steps(run) if s < step]
     finished = [s for s in older if (folder(run, s) / "manifest.json").exists()]
-    for old in set(older) - set(finished[: keep - 1]):
+    for old in set(older) - {*finished[: keep - 1], best(run, [step, *finished])}:
         shutil.rmtree(folder(run, old), ignore_errors=True)
+
+
+def best(run: Path, among: Sequence[int]) -> int | None:
+    """Of these steps the one with the highest eval_reward_avg, by metrics.jsonl; None if none was evaluated."""
+    rewards = {line["iteration"]: line.get("eval_reward_avg") for line in log.read(run / "metrics.jsonl")}
+    judged = [(rewards[step], step) for step in among if rewards.get(step) is not None]
+    return max(judged)[1] if judged else None
+
+
+@contextlib.contextmanager
+def alone(run: Path) -> Iterator[None]:
+    """While it lasts, no other process may train in `run`. Raises CheckpointError if one does.
+
+    The system lets go of the lock when its process ends, however that comes about.
+    """
+    with (run / "lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"--run_dir={run}: another process is training there; wait for it, stop it, or choose another directory"
+            ) from None
+        yield
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ def _check_opcodes(data: bytes, file: Path) -> None:
     """
     for place, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if opcode.name not in _OPCODES or ("PUT" in opcode.name and (argument or 0) > place):
-            what = f"{opcode.name} {str(argument)[:20]}".strip()
+            what = opcode.name if argument is None else f"{opcode.name} {str(argument)[:20]!r}"
             raise WeightsError(f"{file} is no state dict of torch.save: its pickle has {what}. Nothing of it was run")
 
 

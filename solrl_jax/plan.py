@@ -11,7 +11,6 @@ Activations of FLUX.1-dev in GB, here and as XLA allots them where it compiles f
 On an H100 a whole iteration peaked at 61.7 GB; the largest stage here is learn, 60.1 and what it learns from.
 """
 
-import dataclasses
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -20,11 +19,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import assemble, cost, hub, iteration
+from solrl_jax import assemble, cost, iteration
 from solrl_jax.config import Config, ConfigError, override
 from solrl_jax.cost import nbytes
 from solrl_jax.quant import coverage
-from solrl_jax.sizes import Sizes, batch, blank, keys, parameters, read, samples
+from solrl_jax.sizes import Sizes, batch, blank, keys, parameters, read, samples, with_configs
 from solrl_jax.structs import Model
 
 
@@ -285,14 +284,11 @@ def run_plan(cfg: Config, *, devices: int | None = None, card: str = "H100 80GB"
     """Print the plan of a run on so many devices (1 by default). A model of PUBLIC has its public sizes; so has the
     first of them where the config names none."""
     card_of(card)  # a wrong name is answered at once
-    public = assemble.model_module(cfg).PUBLIC
-    name = cfg.model.path or next(iter(public), "")
     with tempfile.TemporaryDirectory() as folder:
-        if name in public:
-            path = str(hub.write_configs(folder, public[name]))
-            cfg = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=path))
-            print(f"{name} with its public sizes")
-        print("\n".join(report(plan(cfg, devices or 1, card))))
+        sized = with_configs(cfg, folder)
+        if sized is not cfg:
+            print(f"{cfg.model.path or 'the public model'} with its public sizes")
+        print("\n".join(report(plan(sized, devices or 1, card))))
     return 0
 
 

@@ -1,6 +1,8 @@
 """Everything a run holds, as shapes and dtypes (jax.ShapeDtypeStruct): `assemble` without a weight being read."""
 
+import dataclasses
 import functools
+import pathlib
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +60,19 @@ def read(cfg: Config, devices: int) -> Sizes:
         prompts=Prompts(jax.eval_shape(model.encode, text, tokens), judged),
         notes=tuple(notes),
     )
+
+
+def with_configs(cfg: Config, folder: str | pathlib.Path) -> Config:
+    """`cfg` on its model's public configs, written to `folder`, where it names a public model; else as it is.
+
+    Where it names none, on those of the first one that the model's file knows.
+    """
+    public = assemble.model_module(cfg).PUBLIC
+    name = cfg.model.path or next(iter(public), "")
+    if name not in public:
+        return cfg
+    path = str(hub.write_configs(folder, public[name]))
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=path))
 
 
 def batch(tree: PyTree, count: int) -> PyTree:

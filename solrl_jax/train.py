@@ -46,12 +46,18 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
     """Train `cfg` in the directory `run`, from its newest whole checkpoint if `resume`. Returns the exit code."""
     cfg = assemble.resolved(cfg, assemble.capability())
     state, said = start(cfg, run, resume, devices)
-    if (most := memory_limit()) is not None:
-        plan.check_fits(cfg, devices or jax.device_count(), most)
-    parts = assemble.assemble(cfg, devices)
-    with jax.set_mesh(parts.mesh), signals() as stop:
+    with contextlib.ExitStack() as stack:
+        if resume:
+            stack.enter_context(checkpoint.alone(run))
+        if (most := memory_limit()) is not None:
+            plan.check_fits(cfg, devices or jax.device_count(), most)
+        parts = assemble.assemble(cfg, devices)
+        stack.enter_context(jax.set_mesh(parts.mesh))
+        stop = stack.enter_context(signals())
         parts, state = ready(parts), state or assemble.fresh(parts)
         run.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            stack.enter_context(checkpoint.alone(run))
         checkpoint.replace(run / "config.json", to_json(cfg))
         held_out = parts.judged.names[len(parts.score.names) :]
         with open_log(run, int(state.iteration), cfg.iterations, (*held_out, *parts.score.names)[0]) as out:

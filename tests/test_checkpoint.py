@@ -189,3 +189,33 @@ def test_the_manifest_says_what_is_in_the_tree(run):
     manifest = json.loads((checkpoint.folder(run, 3) / "manifest.json").read_text())
     assert manifest["step"] == 3 and manifest["tree"]["key"] == "key<fry>[]"
     assert manifest["tree"]["lora/to_q/b"] == "bfloat16[2,8]" and "config.json" in manifest["files"]
+
+
+def test_the_best_by_evaluation_is_kept_too(tmp_path):
+    """keep=2 of steps 1 to 5, evaluated at 2 (the best), 4 and 5; then a better one comes and the old best goes."""
+    rewards = {2: 0.9, 4: 0.3, 5: None}
+    rows = [{"iteration": i, "eval_reward_avg": r} for i, r in rewards.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Saver(tmp_path, CFG) as saver:
+        for step in range(1, 6):
+            saver.save(state_at(step))
+    assert checkpoint.steps(tmp_path) == [5, 4, 2] and checkpoint.best(tmp_path, [5, 4, 2]) == 2
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"iteration": 6, "eval_reward_avg": 0.95}) + "\n")
+    with Saver(tmp_path, CFG) as saver:
+        saver.save(state_at(6))
+    assert checkpoint.steps(tmp_path) == [6, 5] and checkpoint.best(tmp_path, [5]) is None
+
+
+def test_one_process_at_a_time(tmp_path):
+    """A second one is refused while the first holds the run, and not after it was killed."""
+    hold = "import sys, time; from pathlib import Path; from solrl_jax import checkpoint\n"
+    hold += "with checkpoint.alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match="another process is training there"), checkpoint.alone(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+    with checkpoint.alone(tmp_path):
+        pass

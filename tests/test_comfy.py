@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from solrl_jax import assemble, lora, model_card, recipes, sampler, train
+from solrl_jax import assemble, config, lora, model_card, recipes, sampler, train
 from solrl_jax.config import Config, Lora
 from solrl_jax.models import flux
 from solrl_jax.structs import TrainState

@@ -19,10 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import results
-from experiments.flux_h100.run import Bench, public, work
-from solrl_jax import assemble, config, iteration, sharding
+from experiments.full_size import Bench, work
+from solrl_jax import algos, assemble, config, iteration, sharding, sizes
 from solrl_jax.config import Config
-from solrl_jax.models import flux_dev
 from solrl_jax.weights import leaves_by_path
 
 
@@ -39,9 +38,8 @@ def gradient(bench: Bench, cfg: Config) -> dict[str, np.ndarray]:
     advantage = jnp.tile(jnp.linspace(-2.0, 2.0, kept), (cfg.prompts, 1))
     split = functools.partial(sharding.split, mesh=bench.mesh)
     step = jax.jit(functools.partial(iteration.gradients, model=model, cfg=cfg))
-    found, _ = step(
-        state._replace(lora=moved), state.old, bench.frozen, bench.prompts.cond, *map(split, (keys, x0, advantage))
-    )
+    keys, samples, advantage = map(split, (keys, algos.Sample(x0), advantage))
+    found, _ = step(state._replace(lora=moved), state, bench.frozen, bench.prompts.cond, keys, samples, advantage)
     return {path: np.asarray(x, np.float64) for path, x in leaves_by_path(jax.device_get(found)).items()}
 
 
@@ -61,12 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     count = jax.device_count()
     figures, gradients, rate = {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        here = {"model.path": str(flux_dev.write(folder))} if args.config.startswith("flux") else {}
+        named = config.load(args.config, {"prompts": str(args.each * count)})
         for devices in (1, count):
             mesh = sharding.make_mesh(devices)
             # The gradients of as many prompts as all devices have; the iteration of `each` a device.
-            cfg = config.load(args.config, {"prompts": str(args.each * count), **here})
-            cfg = assemble.resolved(cfg, assemble.capability())
+            cfg = assemble.resolved(sizes.with_configs(named, folder), assemble.capability())
             few = config.override(cfg, prompts=str(args.each * devices))
             tflop = work(few, devices)
             with jax.set_mesh(mesh):
@@ -83,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             gc.collect()
     figures["efficiency"] = results.figure(rate[count] / (count * rate[1]), "of perfect scaling", args.repeat)
     figures["gradients apart"] = results.figure(apart(gradients[1], gradients[count]), "|a - b| / |a|", 1)
-    results.record(args.out, figures, config=config.to_json(public(cfg)))
+    results.record(args.out, figures, config=config.to_json(named))
     print(f"efficiency {figures['efficiency']['value']:.3f}, gradients apart {figures['gradients apart']['value']:.2e}")
 
 

@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -19,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import results
-from experiments.flux_h100.run import drawn, public
+from experiments.full_size import drawn
 from solrl_jax import assemble, config, quant, sharding, sizes
-from solrl_jax.models import flux_dev
 from solrl_jax.quant.calibrate import calibrated
 
 PRECISIONS = ("bf16", "fp8", "nvfp4_emulated")
@@ -32,14 +32,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="flux")
     parser.add_argument("--pictures", type=int, default=1)
-    parser.add_argument("--layers", default="19,38", help="of FLUX: double and single blocks")
+    parser.add_argument("--layers", default="", help="so many blocks; of FLUX 1,2: double and single")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     assemble.use_compilation_cache()
     figures = {}
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh(1)):
-        here = {"model.path": str(shallow(Path(folder), args.layers))} if args.config.startswith("flux") else {}
-        cfg = config.load(args.config, {"explore.precision": "bf16", **here})
+        named = config.load(args.config, {"explore.precision": "bf16"})
+        cfg = sizes.with_configs(named, folder)
+        if args.layers:
+            shallow(Path(folder), [int(n) for n in args.layers.split(",")])
         low = config.override(cfg, **{"model.dtype": "bfloat16"})
         high = config.override(cfg, **{"model.dtype": "float32"})
         found = sizes.read(low, 1)
@@ -68,15 +70,14 @@ def main(argv: list[str] | None = None) -> None:
                 figures[f"{precision}, sigma {sigma}"] = results.figure(error, "relative", args.pictures)
                 print(f"{error:.4f}  {precision} sigma {sigma}", flush=True)
             del variables
-    results.record(args.out, figures, config=config.to_json(public(cfg)))
+    results.record(args.out, figures, config=config.to_json(named))
 
 
-def shallow(folder: Path, layers: str) -> Path:
-    """FLUX.1-dev's configs with so many blocks."""
-    file = flux_dev.write(folder) / "transformer" / "config.json"
-    double, single = map(int, layers.split(","))
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_layers": double, "num_single_layers": single}))
-    return folder
+def shallow(folder: Path, layers: Sequence[int]) -> None:
+    """Public configs in `folder`, with so many blocks."""
+    file = folder / "transformer/config.json"
+    few = dict(zip(("num_layers", "num_single_layers"), layers, strict=False))
+    file.write_text(json.dumps(json.loads(file.read_text()) | few))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import results
-from experiments.flux_h100.run import drawn, timed
+from experiments.full_size import drawn, timed
 from solrl_jax import assemble, sharding, sizes
 
 REWARDS = "clipscore,pickscore,hpsv2,imagereward"

@@ -1,14 +1,14 @@
-"""FLUX.1-dev at full size with random weights: one forward pass, one micro-step, whole iterations, stage by stage.
+"""A model at full size with random weights: one forward pass, one micro-step, whole iterations, stage by stage.
 
-    python -m experiments.flux_h100.run --prompts=1 --out=experiments/flux_h100/results/iteration.json      # an H100
-    python -m experiments.flux_h100.run --config=tiny --prompts=2 --repeat=1 --out=/tmp/i.json      # the path in short
+    python -m experiments.full_size --config=flux --out=experiments/flux_h100/results/iteration.json        # an H100
+    python -m experiments.full_size --config=sd35 --out=experiments/sd35_h100/results/iteration.json
+    python -m experiments.full_size --config=tiny --prompts=4 --repeat=1 --out=/tmp/i.json      # the path in short
 
 Random weights take the time and the memory of real ones; what the pictures and rewards are is of no matter. Every
 figure is the median of `--repeat` calls after a first one, whose excess over that median is given as compile time.
 """
 
 import argparse
-import dataclasses
 import functools
 import math
 import statistics
@@ -24,9 +24,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from experiments import profile, results
-from solrl_jax import assemble, config, iteration, plan, quant, rewards, sharding, sizes
+from solrl_jax import algos, assemble, config, iteration, plan, quant, rewards, sharding, sizes
 from solrl_jax.config import Config
-from solrl_jax.models import flux_dev
 from solrl_jax.structs import Prompts, PyTree, Variables
 
 
@@ -173,7 +172,7 @@ class Bench:
         x0 = jnp.zeros((1, kept, *jax.eval_shape(model.noise, keys[0, 0]).shape))
         cond = jax.tree.map(lambda c: c[:1], self.prompts.cond)
         step = jax.jit(functools.partial(iteration.gradients, model=model, cfg=cfg))
-        call = functools.partial(step, state, state.old, self.frozen, cond, keys, x0, jnp.ones((1, kept)))
+        call = functools.partial(step, state, state, self.frozen, cond, keys, algos.Sample(x0), jnp.ones((1, kept)))
         seconds, compiling = timed(call, self.repeat)
         name = f"micro-step of {kept * cfg.times} points, keeping {keeps or 'nothing'}"
         self.note(name, seconds, compile=compiling)
@@ -196,11 +195,6 @@ class Bench:
             self.note(name, seconds, tflop.get(name, 0.0), compile=rows[0][name] - statistics.median(seconds))
         self.note("iteration", [sum(row.values()) for row in rows[1:]])
         self.peak("peak of the whole")
-
-
-def public(cfg: Config) -> Config:
-    """The config with the name of the model whose sizes these are for the folder that they were read from."""
-    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=flux_dev.HUB_ID))
 
 
 def work(cfg: Config, devices: int) -> dict[str, float]:
@@ -227,9 +221,8 @@ def main(argv: list[str] | None = None) -> None:
     mesh = sharding.make_mesh(1)
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
-        here = {"model.path": str(flux_dev.write(folder))} if args.config.startswith("flux") else {}
-        cfg = config.load(args.config, {"prompts": str(args.prompts), **here, **words})
-        cfg = assemble.resolved(cfg, assemble.capability())
+        named = config.load(args.config, {"prompts": str(args.prompts), **words})
+        cfg = assemble.resolved(sizes.with_configs(named, folder), assemble.capability())
         bench = Bench(cfg, mesh, args.repeat, args.profile)
         forwards, decodes = ([word.split(":") for word in words.split(",")] for words in (args.forward, args.decode))
         steps = [
@@ -247,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
                 except jax.errors.JaxRuntimeError as e:  # out of memory: said, and the rest goes on
                     print(f"{name} failed: {str(e)[:300]}", flush=True)
                     bench.figures[f"{name} failed"] = results.figure(0, str(e)[:300], 0)
-                results.record(args.out, bench.figures, config=config.to_json(public(cfg)))
+                results.record(args.out, bench.figures, config=config.to_json(named))
 
 
 if __name__ == "__main__":
