@@ -43,7 +43,7 @@ def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) 
     """The card's table."""
     learn = cfg.learn
     return {
-        "base": f"`{cfg.model.path}` (model {cfg.model.name}), whose licence this LoRA is under",
+        "base": f"`{cfg.model.path}` (model {cfg.model.name}{_other_weights(cfg)}), whose licence this LoRA is under",
         "family": f"{family(cfg)}: {_rollouts(cfg)}",
         "reward": _mixture(cfg.reward),
         "iterations": f"{iterations} of {cfg.iterations}, {cfg.prompts} prompts each; {updates} updates",
@@ -56,6 +56,10 @@ def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) 
             [*(f"{p} {metadata.version(p)}" for p in PACKAGES), f"Python {platform.python_version()}"]
         ),
     }
+
+
+def _other_weights(cfg: Config) -> str:
+    return f", its network with the weights of `{cfg.model.weights}`" if cfg.model.weights else ""
 
 
 def _rollouts(cfg: Config) -> str:

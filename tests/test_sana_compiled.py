@@ -1,0 +1,95 @@
+"""What XLA makes of SANA-1.6B at its true width for an H100, without a card: 1024 places, 300 tokens of text."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from solrl_jax import lora, quant
+from solrl_jax.config import Lora
+from solrl_jax.models import sana
+from solrl_jax.models.sana import SanaConfig, SanaTransformer, TextKeys
+from solrl_jax.structs import QuantRule, QuantRules
+from solrl_jax.weights import from_config
+from tests import card
+from tests.test_compiled import calls, products
+
+B, L = 8, 300
+CFG = from_config(SanaConfig, "memory", next(iter(sana.PUBLIC.values()))["transformer/config.json"] | {"num_layers": 2})
+SHAPES = {"x": (B, 32, 32, 32), "text": (B, L, 2304), "kv": (B, 2, L, 2 * 2240)}
+
+
+def given(*names: str) -> dict:
+    shapes = {name: jax.ShapeDtypeStruct(SHAPES[name], jnp.bfloat16) for name in ("x", *names)}
+    ints = jax.ShapeDtypeStruct((B,), jnp.int32)
+    return {**shapes, "sigma": jax.ShapeDtypeStruct((B,), jnp.float32), "length": ints}
+
+
+def network(remat: bool = False):
+    """(module, its base in bf16 as shapes)"""
+    module = SanaTransformer(CFG, jnp.bfloat16, remat, ("attention", "qkv") if remat else ())
+    spec = jax.eval_shape(lambda x: module.init(jax.random.key(0), **x)["params"], given("text"))
+    return module, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), spec)
+
+
+@pytest.fixture(scope="module")
+def h100():
+    return card.mesh()
+
+
+@pytest.mark.slow
+def test_forward(h100):
+    """A rollout's step: fused attention with its lengths, no product for the text's keys and values, no convolution but
+    the one of the latents. f32 products are linear attention's two; nothing so wide is in memory in f32."""
+    module, base = network()
+    program = card.compiled(lambda p, x: module.apply({"params": p}, **x), base, given("kv"), on=h100)
+    found, made = calls(program.as_text()), products(program.as_text())
+    assert found["__cudnn$fmhaSoftmax"] == 1  # of a scan's body
+    assert [name for name, n in found.items() for _ in range(n) if "conv" in name] == [
+        "__cudnn$convBiasActivationForward"
+    ]
+    assert sorted(n for dtype, n, _ in made if dtype == "f32") == [B * 70 * 32 * 32, B * 1024 * 2240]
+    assert len(made) == 12 and B * L * 4480 not in {n for _, n, _ in made}
+    widest = B * 1024 * 11200 * 2
+    assert program.memory_analysis().temp_size_in_bytes < 3 * widest
+
+
+@pytest.mark.slow
+def test_text_keys(h100):
+    """Once a rollout: their products, and nothing of the rest of the network."""
+    base = network()[1]
+    text = card.compiled(
+        lambda p, x: TextKeys(CFG).apply({"params": p}, x), base, given("text")["text"], on=h100
+    ).as_text()
+    assert not calls(text).get("__cudnn$fmhaSoftmax") and len(products(text)) <= 4
+
+
+@pytest.mark.slow
+def test_forward_in_fp8(h100):
+    """Every Linear of a block is an FP8 product; with NVFP4's rule the FFN's alone would be."""
+    module, base = network()
+    rules = QuantRules(QuantRule(sana.NVFP4_SKIP, 2240), QuantRule(sana.FP8_SKIP, 0))
+    low = jax.eval_shape(lambda p: quant.quantise_tree(p, quant.rule_of(rules, "fp8"), "fp8"), base)
+    variables = {"params": base, "quant": low}
+    text = card.compiled(lambda v, x: module.apply(v, **x), variables, given("kv"), on=h100).as_text()
+    assert len(re.findall(r'"__cublas\$lt\$matmul\$f8"', text)) == 6
+    assert calls(text)["__cudnn$fmhaSoftmax"] == 1
+
+
+@pytest.mark.slow
+def test_gradient(h100):
+    """The masked attention runs backwards, under a vmap of two policies too."""
+    module, base = network(remat=True)
+    cfg = Lora()
+    adapter = jax.eval_shape(lambda base: lora.init(jax.random.key(0), base, sana.LORA_TARGETS, cfg), base)
+
+    def loss(adapter, base, x):
+        def velocity(adapter):
+            return module.apply(lora.policy(base, adapter, cfg), **x)
+
+        both = jax.vmap(velocity)(jax.tree.map(lambda a: jnp.stack([a, 0 * a]), jax.lax.stop_gradient(adapter)))
+        return jnp.sum((velocity(adapter) - both[0] - both[1]).astype(jnp.float32) ** 2)
+
+    text = card.compiled(jax.grad(loss), adapter, base, given("text"), on=h100).as_text()
+    assert calls(text)["__cudnn$fmhaSoftmaxBackward"] == 1 and calls(text)["__cudnn$fmhaSoftmax"] >= 2
