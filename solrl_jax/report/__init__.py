@@ -7,7 +7,7 @@ A page's policy lets in no script but report.js, whose hash it names, and no add
 import base64
 import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,20 +24,20 @@ class Family(NamedTuple):
     title: str
     prefixes: tuple[str, ...]
     unit: str
+    why: str = ""
     apart: bool = True
 
 
 FAMILIES = (
     Family("Evaluation: fixed prompts and noise, averaged policy", (EVAL,), "reward"),
-    Family("Reward of the kept samples", ("reward/mean", "reward/max", "reward/min"), "reward", False),
+    Family("Reward of the kept samples", ("reward/mean", "reward/max", "reward/min"), "reward", apart=False),
     Family("Spread of rewards within a prompt", ("reward_std_mean", "reward/range"), "reward"),
-    Family("Does the preview rank as the real thing does?", ("rank/",), "Spearman"),
+    Family("Does the preview rank as the real thing does?", ("rank/",), "Spearman", "1: the same order"),
     Family("Distance from the base and from the old policy", ("kl_div", "old_deviate"), "mean square"),
     Family("Ratio of probabilities", ("ratio/deviation", "ratio/clipped"), "|ratio - 1|, share"),
     Family("Gradient norm", ("grad_norm",), "norm"),
-    Family("Time of an iteration", ("time/iteration", "time/"), "seconds", False),
+    Family("Time of an iteration", ("time/iteration", "time/"), "seconds", "the first compiles", False),
 )
-WHY = {"rank/": "1: the same order", "time/": "the first iteration compiles"}
 NONE = "—"
 
 
@@ -107,14 +107,14 @@ def warned(runs: Sequence[Run]) -> Html:
 
 def table(caption: str, head: Sequence[Html], rows: Sequence[Sequence[Html]]) -> Html:
     """A table that scrolls by itself where it is wider than the page."""
-    words = tag("caption", caption)
+    words = tag("caption", tag("span", caption))
     body = tag("tbody", *(tag("tr", *cells) for cells in rows))
     whole = tag("table", words, tag("thead", *(tag("tr", h) for h in head)), body)
     return tag("div", whole, class_="scroll", tabindex=0, role="region", aria_label=caption)
 
 
-def number(value: float | None, form: str = ".4f") -> Html:
-    return tag("td", NONE if value is None else f"{value:{form}}", class_="n")
+def number(value: float | None, form: str = ".4f", kind: str = "n") -> Html:
+    return tag("td", NONE if value is None else f"{value:{form}}", class_=kind)
 
 
 def name_cell(runs: Sequence[Run], i: int) -> Html:
@@ -139,8 +139,12 @@ def results(runs: Sequence[Run]) -> Html:
     names = evaluated(runs)
     words = ("run", "method", "trained on", "iterations", "hours")
     first = [column(word, rowspan=2, class_="n" if word in ("iterations", "hours") else None) for word in words]
-    above = [tag("th", n, scope="colgroup", colspan=4, class_="group") for n in names]
-    below = [column(w, class_="n") for _ in names for w in ("base", "last", "change", "best")]
+    trained = {"avg", *(n for r in runs for n in r.mixtures[0])}
+    titles = {n: n if n in trained else f"{n} (held out)" for n in names}
+    above = [tag("th", titles[n], scope="colgroup", colspan=4, class_="group") for n in names]
+    below = [
+        column(w, class_="n from" if w == "base" else "n") for _ in names for w in ("base", "last", "change", "best")
+    ]
     rows = []
     for i, r in enumerate(runs):
         done = f"{r.iterations} of {r.values.get('iterations', NONE)}"
@@ -149,7 +153,7 @@ def results(runs: Sequence[Run]) -> Html:
         for n in names:
             cells += evaluation_cells(r, n)
         rows.append(cells)
-    caption = "Rewards are means over the fixed evaluation prompts, on their raw scales; best: its iteration"
+    caption = "Rewards are means over the fixed evaluation prompts, on their raw scales; the best with its iteration"
     return join([table(caption, [join([*first, *above]), join(below)], rows), *compared(runs, names)])
 
 
@@ -157,13 +161,13 @@ def evaluation_cells(r: Run, name: str) -> list[Html]:
     """Base, last, change, best with its iteration."""
     found = r.evaluation(name)
     if found is None:
-        return [number(None)] * 4
+        return [number(None, kind="n from"), *[number(None)] * 3]
     base, last, best = (point and point[1] for point in (found.base, found.last, found.best))
     change = None if base is None or last is None else last - base
     better = 0 if change is None else change if found.upwards else -change
     kind = "n up" if better > 0 else "n down" if better < 0 else "n"
     return [
-        number(base),
+        number(base, kind="n from"),
         number(last),
         tag("td", NONE if change is None else f"{change:+.4f}", class_=kind),
         tag("td", f"{best:.4f} ", tag("small", f"at {found.best[0]}"), class_="n"),
@@ -211,18 +215,19 @@ def curves(runs: Sequence[Run]) -> Html:
     plots = []
     for family in FAMILIES:
         names = [n for n in run.metrics(runs, family.prefixes) if n != f"{EVAL}avg" or "avg" in evaluated(runs)]
-        why = next((words for prefix, words in WHY.items() if prefix in family.prefixes), "")
-        if len(runs) == 1:
-            plots += [panel(family.title, why, {n: runs[0].points(n) for n in names}, family.unit)] if names else []
-            continue
-        for n in names if family.apart else names[:1]:
-            plots.append(panel(f"{family.title}: {n.removeprefix(EVAL)}", why, run.series(runs, n), family.unit, runs))
+        if names and len(runs) == 1:
+            lines = {n.removeprefix(EVAL): runs[0].points(n) for n in names}
+            plots.append(panel(family.title, family.why, lines, family.unit))
+        elif names:
+            words = "; ".join(filter(None, (family.title, family.why)))
+            for n in names if family.apart else names[:1]:
+                plots.append(panel(n.removeprefix(EVAL), words, run.series(runs, n), family.unit, runs))
     if not plots:
         return tag("p", "No metrics are written yet.", class_="note")
     return tag("div", *plots, class_="plots")
 
 
-def panel(title: str, why: str, series: dict[str, plot.Points], unit: str, runs: Sequence[Run] = ()) -> Html:
+def panel(title: str, why: str, series: Mapping[str, plot.Points], unit: str, runs: Sequence[Run] = ()) -> Html:
     """A plot with its legend: of several runs each keeps its own line style from plot to plot."""
     places = {r.name: i for i, r in enumerate(runs)}
     styles = [places.get(name, i) for i, name in enumerate(series)]

@@ -27,38 +27,47 @@ WIDEST = 256
 
 
 class Shelf(NamedTuple):
-    """`runs` have the prompts and, to rounding, the pictures of `base`."""
+    """`runs`, by their number among all, have the prompts and, to rounding, the pictures of `base`."""
 
     base: grids.Shown
-    runs: list[tuple[int, Run]]
+    runs: dict[int, Run]
 
 
 def shelves(runs: Sequence[Run]) -> tuple[list[Shelf], list[str]]:
     """The shelves of the runs that kept pictures, in order, and what to say of those that did not."""
     found: list[Shelf] = []
-    said = []
+    lost: dict[str, list[str]] = {}
     for i, run in enumerate(runs):
         if run.base is None:
-            said.append(f"{run.name} has no pictures with their rewards: {_why(run)}.")
+            lost.setdefault(_why(run), []).append(run.name)
             continue
-        base = run.base.shown
-        shelf = next((s for s in found if alike(s.base, base)), None)
+        shelf = next((s for s in found if alike(s.base, run.base.shown)), None)
         if shelf is None:
-            found.append(shelf := Shelf(base, []))
-        shelf.runs.append((i, run))
+            found.append(shelf := Shelf(run.base.shown, {}))
+        shelf.runs[i] = run
         if run.last is None:
-            said.append(f"{run.name} has no pictures but the base's: it was not evaluated since.")
-        elif run.last.how != run.base.how or run.last.shown.prompts != base.prompts:
-            said.append(f"{run.name} has pictures of two settings of evaluate: they are not set side by side.")
+            lost.setdefault("only the base was evaluated, so its pictures stand alone", []).append(run.name)
+        elif not comparable(run):
+            lost.setdefault("base and last evaluation have other settings of evaluate", []).append(run.name)
+    missing = "No pictures before and after with their rewards, of"
+    said = [f"{missing} {', '.join(names)}: {why}." for why, names in lost.items()]
     if len(found) > 1:
         said.append("The runs differ in the prompts, seeds or bases of their pictures: each kind has its own rows.")
     return found, said
 
 
 def _why(run: Run) -> str:
-    if (run.folder / "grids" / "base.npz").exists() or any((run.folder / "grids").glob("[0-9]*.png")):
-        return "an older version of solrl_jax wrote it, and kept grids alone"
-    return "it was not evaluated"
+    if any((run.folder / "grids").glob("[0-9]*.png")):
+        return "written by an older version of solrl_jax, which kept grids alone"
+    return "never evaluated"
+
+
+def comparable(run: Run) -> bool:
+    """Whether the last evaluation drew the base's prompts, as the base's was drawn."""
+    base, last = run.base, run.last
+    if base is None or last is None:
+        return False
+    return (base.how, base.shown.prompts) == (last.how, last.shown.prompts)
 
 
 def alike(a: grids.Shown, b: grids.Shown) -> bool:
@@ -72,33 +81,32 @@ def gallery(runs: Sequence[Run]) -> Html:
     found, said = shelves(runs)
     parts = [tag("p", line, class_="note") for line in said]
     for s, shelf in enumerate(found):
-        for g in range(len(shelf.base.prompts)):
-            parts.append(row(shelf, g, f"p{s}-{g}"))
+        rows = [row(shelf, g, f"p{s}-{g}", len(runs) > 1) for g in range(len(shelf.base.prompts))]
+        parts.append(tag("div", *rows, class_="shelf", style=f"--n: {1 + len(shelf.runs)}"))
     old = [last_grid(run) for run in runs if run.base is None]
     return join([*parts, tag("div", *old, class_="grids")] if any(old) else parts)
 
 
-def row(shelf: Shelf, g: int, anchor: str) -> Html:
-    """One prompt: the base, then the runs that have a last evaluation."""
-    base, prompt = shelf.base, shelf.base.prompts[g]
-    before = {name: float(values[g]) for name, values in base.scores.items()}
-    cells: list[tuple[str, int | None, np.ndarray, dict[str, float], str]] = [
-        ("base", None, base.images[g], before, "before training")
-    ]
-    for i, run in shelf.runs:
-        last = run.last
-        if last is not None and last.how == (run.base and run.base.how) and last.shown.prompts == base.prompts:
-            after = {name: float(values[g]) for name, values in last.shown.scores.items()}
-            cells.append((run.name, i, last.shown.images[g], after, f"iteration {last.iteration}"))
+def row(shelf: Shelf, g: int, anchor: str, several: bool) -> Html:
+    """One prompt: the base, then the runs that have a last evaluation; of `several` runs each with its line."""
+    prompt = shelf.base.prompts[g]
+    before = scores_of(shelf.base, g)
+    cells = [("base", shelf.base.images[g], [tag("b", "base")], "before training", score_list(before, {}, {}))]
+    for i, run in shelf.runs.items():
+        if run.last is not None and comparable(run):
+            title = tag("b", *([plot.swatch(i), " "] if several else []), run.name)
+            scores = score_list(scores_of(run.last.shown, g), before, run.weights)
+            cells.append((run.name, run.last.shown.images[g], [title], f"iteration {run.last.iteration}", scores))
     figures = []
-    for c, (name, i, image, scores, when) in enumerate(cells):
+    for c, (name, image, title, when, scores) in enumerate(cells):
         beside = [f"{anchor}-{k}" if 0 <= k < len(cells) else None for k in (c - 1, c + 1)]
-        weights = {} if i is None else dict(shelf.runs)[i].weights
-        title = tag("b", *([] if i is None else [plot.swatch(i), " "]), name)
-        caption = [title, tag("span", when, class_="when")]
-        caption.append(score_list(scores, before if i is not None else {}, weights))
-        figures.append(figure(f"{anchor}-{c}", anchor, beside, image, prompt, name, join(caption)))
+        caption = join([*title, tag("span", when, class_="when"), scores])
+        figures.append(figure(f"{anchor}-{c}", anchor, beside, image, prompt, name, caption))
     return tag("section", tag("h3", prompt), tag("div", *figures, class_="row"), class_="prompt", id=anchor)
+
+
+def scores_of(shown: grids.Shown, g: int) -> dict[str, float]:
+    return {name: float(values[g]) for name, values in shown.scores.items()}
 
 
 def figure(
@@ -129,12 +137,12 @@ def score_list(scores: Mapping[str, float], before: Mapping[str, float], weights
     """Each reward of one picture, and its change from the base's."""
     items = []
     for name, value in scores.items():
-        words = [tag("dt", name), tag("dd", f"{value:.4g}" if math.isfinite(value) else "not finite")]
+        words = [tag("dt", name), tag("dd", f"{value:.4f}" if math.isfinite(value) else "not finite")]
         change = value - before[name] if name in before else math.nan
         if math.isfinite(change):
             better = change * weights.get(name, 1.0)
             kind = "up" if better > 0 else "down" if better < 0 else None
-            words.append(tag("dd", f"{change:+.3g}" if change else "±0", class_=kind))
+            words.append(tag("dd", f"{change:+.4f}" if change else "±0", class_=kind))
         items.append(tag("div", *words))
     return tag("dl", *items)
 

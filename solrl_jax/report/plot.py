@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from solrl_jax.report.markup import Html, tag
 
-Points = Sequence[tuple[int, float]]
+Number = int | float
+Points = Sequence[tuple[int, Number]]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b4539a", "#2b95d6", "#b57a00", "#7a7a00", "#666666")
 DASHES = (None, "7 3", "2 3", "9 3 2 3")
 MOST = 500
@@ -21,12 +22,12 @@ MOST = 500
 class Axis(NamedTuple):
     """From `low` to `high`, with marks."""
 
-    low: float
-    high: float
-    ticks: tuple[float, ...]
+    low: Number
+    high: Number
+    ticks: tuple[Number, ...]
 
 
-def axis(values: Sequence[float], whole: bool = False) -> Axis:
+def axis(values: Sequence[Number], whole: bool = False) -> Axis:
     """An axis of `values`, all finite, with marks at 1, 2 or 5 times a power of ten; it ends at marks.
 
     A `whole` one has marks at whole numbers and ends where the values do.
@@ -46,7 +47,7 @@ def axis(values: Sequence[float], whole: bool = False) -> Axis:
     return Axis(min(low, ticks[0]), max(high, ticks[-1]), ticks)
 
 
-def short(value: float) -> str:
+def short(value: Number) -> str:
     """ "0.35", "20k", "1.5M": a mark of an axis."""
     for size, letter in ((1e6, "M"), (1e4, "k")):
         if size <= abs(value) < 1e9:
@@ -85,10 +86,10 @@ def curve(
     left = 14 + round(7.2 * max(len(short(t)) for t in up.ticks))
     right, top, bottom = width - 14, 26, height - 38
 
-    def x_of(x: float) -> float:
+    def x_of(x: Number) -> float:
         return left + (x - level.low) / (level.high - level.low) * (right - left)
 
-    def y_of(y: float) -> float:
+    def y_of(y: Number) -> float:
         return bottom - (y - up.low) / (up.high - up.low) * (bottom - top)
 
     parts = [_text(unit, 4, 14), _text(across, (left + right) / 2, height - 4, "middle")]
@@ -119,16 +120,16 @@ def curve(
     return tag("svg", *parts, **where, role="img", aria_label=f"{title}, by {across}. {said}")
 
 
-def _text(words: str, x: float, y: float, anchor: str | None = None) -> Html:
+def _text(words: str, x: Number, y: Number, anchor: str | None = None) -> Html:
     return tag("text", words, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, fill="currentColor")
 
 
-def _rule(x1: float, x2: float, y1: float, y2: float) -> Html:
+def _rule(x1: Number, x2: Number, y1: Number, y2: Number) -> Html:
     ends = {"x1": f"{x1:.1f}", "x2": f"{x2:.1f}", "y1": f"{y1:.1f}", "y2": f"{y2:.1f}"}
     return tag("line", **ends, stroke="currentColor", stroke_opacity=0.18)
 
 
-def sample(i: int, x: float = 0, y: float = 0) -> Html:
+def sample(i: int, x: Number = 0, y: Number = 0) -> Html:
     """A piece of line number i, 28 units long, for a legend."""
     return tag("line", x1=x, x2=x + 28, y1=y, y2=y, stroke_width=2.5, **style(i))
 
@@ -137,7 +138,7 @@ def swatch(i: int) -> Html:
     return tag("svg", sample(i, 0, 6), viewBox="0 0 28 12", width=28, height=12, aria_hidden="true")
 
 
-def legend(names: Sequence[str], x: float, y: float, each: float) -> Html:
+def legend(names: Sequence[str], x: Number, y: Number, each: Number) -> Html:
     """The names of lines in a row, `each` units apart, from (x, y): for an SVG that stands alone."""
     parts = [(sample(i, x + each * i, y - 4), _text(name, x + each * i + 34, y)) for i, name in enumerate(names)]
     return tag("g", *(part for pair in parts for part in pair))

@@ -74,7 +74,7 @@ class Run(NamedTuple):
 
     def points(self, metric: str) -> list[tuple[int, float]]:
         """[(iteration, value)], where there is a number that is finite."""
-        return [(line["iteration"], line[metric]) for line in self.lines if drawable(line.get(metric))]
+        return [(line["iteration"], float(line[metric])) for line in self.lines if drawable(line.get(metric))]
 
     def evaluation(self, reward: str) -> "Evaluation | None":
         """None where this reward was never evaluated."""
