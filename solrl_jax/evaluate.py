@@ -1,10 +1,9 @@
-"""Pictures of a policy: the fixed evaluation of a run, its grids, and --mode=eval and --mode=sample.
+"""Pictures of a policy: the fixed evaluation of a run, and --mode=eval and --mode=sample.
 
 Evaluation draws fixed prompts from fixed keys, both pure functions of cfg.seed, so that two policies' pictures differ
 by the policies alone. The base is drawn with a LoRA of zeros: the base exactly, without a program of its own.
 """
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from solrl_jax import assemble, data, iteration, lora, sharding
 from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Stage
+from solrl_jax.grids import Shown, write_grid
 from solrl_jax.rewards import Score, score_images, score_on_host
 from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
 
@@ -86,48 +86,24 @@ def eight_bit(images: Float[np.ndarray, "*batch H W 3"]) -> UInt8[np.ndarray, "*
     return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
 
 
-def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], UInt8[np.ndarray, "G H W 3"]]:
+def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:
     """{"eval_reward_<name>": mean over the fixed prompts}, and the first picture of each prompt of the grid.
 
     "eval_reward_avg" is the weighted sum of the trained rewards, under the name that the original gives it.
     """
     cfg = parts.cfg
-    found = pictures(parts, adapter, fixed_prompts(parts), score=parts.judged)
+    prompts = fixed_prompts(parts)
+    found = pictures(parts, adapter, prompts, score=parts.judged)
     means = {name: float(found.scores[name].mean()) for name in parts.judged.names}
     total = sum(w * means[name] for name, w in zip(parts.score.names, parts.score.weights, strict=True))
     metrics = {f"eval_reward_{name}": mean for name, mean in means.items()} | {"eval_reward_avg": total}
-    return metrics, found.images[: cfg.evaluate.grid, 0]
+    grid = slice(cfg.evaluate.grid)
+    scores = {name: found.scores[name][grid, 0] for name in parts.judged.names}
+    return metrics, Shown(prompts[grid], found.images[grid, 0], scores)
 
 
 def fixed_prompts(parts: Parts) -> list[str]:
     return data.batch(parts.prompts.test, parts.cfg.seed, 0, parts.cfg.evaluate.prompts)
-
-
-# --- grids ----------------------------------------------------------------------------------------------------------
-
-_CAPTION, _HEAD, _GAP = 180, 24, 6  # pixels: width of the captions, height of the titles, space between pictures
-
-
-def write_grid(file: Path, prompts: Sequence[str], columns: dict[str, UInt8[np.ndarray, "G H W 3"]]) -> Path:
-    """A PNG: a row per prompt with its caption at the left, a column per policy with its name above."""
-    height, width = next(iter(columns.values())).shape[1:3]
-    scale = max(1, 128 // width) if width < 256 else 256 / width  # small pictures stay crisp, large ones are shrunk
-    size = (round(width * scale), round(height * scale))
-    rows = len(prompts)
-    canvas = Image.new("RGB", (_CAPTION + len(columns) * (size[0] + _GAP), _HEAD + rows * (size[1] + _GAP)), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    for c, (title, images) in enumerate(columns.items()):
-        x = _CAPTION + c * (size[0] + _GAP)
-        pen.text((x, 4), title, "black", font)
-        for r, image in enumerate(images):
-            how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-            canvas.paste(Image.fromarray(image).resize(size, how), (x, _HEAD + r * (size[1] + _GAP)))
-    for r, prompt in enumerate(prompts):
-        lines = textwrap.wrap(prompt, 28, max_lines=max(1, size[1] // 15), placeholder=" ...")
-        pen.multiline_text((6, _HEAD + r * (size[1] + _GAP)), "\n".join(lines), "black", font)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(file)
-    return file
 
 
 # --- modes ----------------------------------------------------------------------------------------------------------
@@ -148,8 +124,8 @@ def run_eval(cfg: Config, run: Path, *, place: Path | None, lora_file: Path | No
                 [f"{key.removeprefix('eval_reward_'):24}", *(f"{metrics[key]:10.4f}" for metrics, _ in found.values())]
             )
         )
-    prompts = fixed_prompts(parts)[: cfg.evaluate.grid]
-    grid = write_grid(run / "eval.png", prompts, {title: images for title, (_, images) in found.items()})
+    columns = {title: shown.images for title, (_, shown) in found.items()}
+    grid = write_grid(run / "eval.png", found["base"][1].prompts, columns)
     print(f"policy: {name or 'the base model'}; pictures: {grid}")
     return 0
 

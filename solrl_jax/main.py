@@ -71,6 +71,26 @@ def _doctor(cfg: Config, run: Path, place: Path | None) -> int:
     return doctor.run_doctor(cfg, run, devices=FLAGS.devices)
 
 
+def _report(words: Sequence[str]) -> int:
+    """A report is of what runs have written: it takes no config, and runs of other versions."""
+    if words or FLAGS.config:
+        word = words[0] if words else f"--config={FLAGS.config}"
+        raise ConfigError(
+            f"unexpected argument {word!r}: --mode=report takes --run_dir=RUN or --runs=RUN,RUN, and --out"
+        )
+    if FLAGS.run_dir and FLAGS.runs:
+        raise ConfigError("--run_dir and --runs name two things: give one of them")
+    from solrl_jax import report
+
+    runs = [Path(run) for run in FLAGS.runs or ([FLAGS.run_dir] if FLAGS.run_dir else [])]
+    inside = runs[0] if len(runs) == 1 else Path()
+    out = Path(FLAGS.out) if FLAGS.out else inside / "report.html"
+    if out.is_dir():
+        raise ConfigError(f"--out={out} is a folder: give a file, as in --out={out / 'report.html'}")
+    print(f"{report.write(runs, out)}: open it in a browser")
+    return 0
+
+
 def _on_cpu() -> None:
     """No GPU is taken, nor its memory: a training run beside this one keeps it. Before JAX makes its first array."""
     import jax
@@ -97,12 +117,15 @@ flags.DEFINE_string(
 flags.DEFINE_enum(
     "mode",
     "train",
-    list(MODES),
+    [*MODES, "report"],
     "train; eval: rewards of a policy; sample: pictures of --prompt; score: rewards of the pictures in --images; "
     "export: LoRA files; convert: the weights of --config.model.path to --run_dir, in a form that loads faster; "
-    "plan: memory and time of a run on --card; doctor: whether a run can begin here, and what to do if not",
+    "plan: memory and time of a run on --card; doctor: whether a run can begin here, and what to do if not; "
+    "report: report.html of --run_dir, or of --runs side by side",
 )
 flags.DEFINE_string("run_dir", None, "directory of the run (default: runs/<config>-<time>)")
+flags.DEFINE_list("runs", None, "report: directories of runs to set side by side, RUN,RUN")
+flags.DEFINE_string("out", None, "report: the file (default: report.html in --run_dir, of --runs in this folder)")
 flags.DEFINE_bool("resume", False, "train: go on from the newest whole checkpoint of --run_dir")
 flags.DEFINE_string("prompt", None, "sample: one prompt")
 flags.DEFINE_string(
@@ -144,6 +167,8 @@ def main(argv: Sequence[str]) -> int:
         if recipe == "help":
             print("\n".join(recipes.help_lines(name)))
             return 0
+        if FLAGS.mode == "report":
+            return _report(argv[1:])
         cfg, run, place = _meant(argv[1:])
         return MODES[FLAGS.mode](cfg, run, place)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ saved where that is possible, and the error is raised.
 """
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -16,12 +17,24 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
-import numpy as np
-from jaxtyping import UInt8
 
-from solrl_jax import assemble, checkpoint, data, evaluate, iteration, lora, model_card, plan, report, sharding, watch
+from solrl_jax import (
+    assemble,
+    checkpoint,
+    data,
+    evaluate,
+    grids,
+    iteration,
+    lora,
+    model_card,
+    plan,
+    report,
+    sharding,
+    watch,
+)
 from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Lora, to_json
+from solrl_jax.grids import Shown
 from solrl_jax.log import Line, Log, open_log, read
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.rewards.own import RewardError
@@ -59,9 +72,11 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         if not resume:
             stack.enter_context(checkpoint.alone(run))
         checkpoint.replace(run / "config.json", to_json(cfg))
+        notes = assemble.notes(parts)
+        begun(run, int(state.iteration), parts, notes)
         held_out = parts.judged.names[len(parts.score.names) :]
         with open_log(run, int(state.iteration), cfg.iterations, (*held_out, *parts.score.names)[0]) as out:
-            for line in (*said, *assemble.notes(parts)):
+            for line in (*said, *notes):
                 out.say(line)
             try:
                 state = loop(parts, state, run, out, stop)
@@ -69,6 +84,14 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
     finish(parts, state, run, bool(stop.is_set()))
     return 0
+
+
+def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> None:
+    """Add to starts.json on what the run begins or goes on after `done` iterations, and what its log says first."""
+    file, first = run / "starts.json", parts.mesh.devices.flat[0]
+    past = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    now = {"after": done, "devices": parts.mesh.size, "device": first.device_kind, "jax": jax.__version__}
+    checkpoint.replace(file, json.dumps([*past, now | {"notes": notes}], indent=1))
 
 
 def memory_limit() -> float | None:
@@ -245,40 +268,34 @@ def check_ratio(metrics: Metrics, number: int, clip_range: float) -> None:
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def base_pictures(parts: Parts, state: TrainState, run: Path, out: Log) -> UInt8[np.ndarray, "G H W 3"] | None:
+def base_pictures(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown | None:
     """The base model's pictures, from a resumed run's file or drawn, logged as iteration 0; None without evaluation."""
     if not parts.cfg.evaluate.every:
         return None
     file, how = run / "grids" / "base.npz", repr(parts.cfg.evaluate)
-    if file.exists():
-        with np.load(file) as saved:
-            if str(saved["how"]) == how:
-                return saved["images"]
+    if (kept := grids.load(file)) is not None and kept.how == how:
+        return kept.shown
     out.between("evaluate", 0.0)
     zeros = jax.tree.map(lambda x: x * 0, state.ema)  # placed as the EMA is: both are drawn by one compiled program
-    metrics, images = evaluate.evaluate(parts, zeros)
-    prompts = evaluate.fixed_prompts(parts)[: len(images)]
-    out.say(f"first pictures: {evaluate.write_grid(run / 'grids' / '000000.png', prompts, {'base': images})}")
+    metrics, shown = evaluate.evaluate(parts, zeros)
+    grid = grids.write_grid(run / "grids" / "000000.png", shown.prompts, {"base": shown.images})
+    out.say(f"first pictures: {grid}")
     if int(state.iteration) == 0:
         out.write(0, metrics)
-    part = file.with_suffix(".part.npz")
-    np.savez(part, images=images, how=how)
-    part.replace(file)
-    return images
+    grids.save(file, shown, 0, how)
+    return shown
 
 
-def evaluated(
-    parts: Parts, state: TrainState, run: Path, out: Log, base: UInt8[np.ndarray, "G H W 3"] | None
-) -> dict[str, float]:
-    """eval_reward_* of the EMA policy, and its grid beside the base's."""
+def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown | None) -> dict[str, float]:
+    """eval_reward_* of the EMA policy, its grid beside the base's, and its pictures as the last."""
     out.between("evaluate", 0.0)
     times: dict[str, float] = {}
     with iteration.clock(times, "time/evaluate"):
-        metrics, images = evaluate.evaluate(parts, state.ema)
+        metrics, shown = evaluate.evaluate(parts, state.ema)
     number = int(state.iteration)
-    columns = {} if base is None else {"base": base}
-    prompts = evaluate.fixed_prompts(parts)[: len(images)]
-    evaluate.write_grid(run / "grids" / f"{number:06d}.png", prompts, columns | {f"iteration {number}": images})
+    columns = ({} if base is None else {"base": base.images}) | {f"iteration {number}": shown.images}
+    grids.write_grid(run / "grids" / f"{number:06d}.png", shown.prompts, columns)
+    grids.save(run / "grids" / "last.npz", shown, number, repr(parts.cfg.evaluate))
     return metrics | times
 
 
@@ -307,7 +324,7 @@ def signals() -> Iterator[threading.Event]:
 def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
     """The report, the LoRA files of a run that is done, and a last line that says where things are."""
     done, total = int(state.iteration), parts.cfg.iterations
-    page = report.write(run)
+    page = report.write([run], run / "report.html")
     if stopped and done < total:
         print(
             f"stopped after iteration {done} of {total}, saved; go on with: {again(run, parts.mesh.size)}", flush=True

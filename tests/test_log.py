@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from solrl_jax import log, report
+from solrl_jax import log
 
 
 def write_some(run, iterations, done=0):
@@ -119,10 +119,3 @@ def test_nothing_is_told_where_nothing_is_wrong(trained, held_out, weight):
 def test_a_held_out_reward_of_negative_weight_is_better_the_lower_it_is():
     (said,) = log.exploited(lines([0.1, 0.3], [0.5, 0.7]), {"shapes": -0.5})
     assert "shapes, held out, rose by 0.2 (0.5 to 0.7)" in said
-
-
-def test_curves_show_names_ranges_and_lone_points():
-    svg = report.curve({"a<b": [(1, 0.5), (2, 1.5)], "lone": [(3, 1.0)]})
-    assert "a&lt;b 1.5" in svg and svg.count("<polyline") == 2 and svg.count("<circle") == 3
-    assert ">1.5<" in svg and ">0.5<" in svg and "nan" not in svg
-    assert report.collect([{"iteration": 1, "x/a": None, "x/b": 2.0}], ("x/",)) == {"x/b": [(1, 2.0)]}

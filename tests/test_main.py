@@ -62,6 +62,12 @@ def load_small(spec, overrides):
         (["--mode=sample", "--config=small"], "needs --prompt='a text' or --prompts=file.txt"),
         (["--mode=sample", "--config=small", "--prompts=q.txt"], "q.txt does not exist"),
         (["--mode=eval", "--config=small", "--checkpoint=x/5"], "there is no checkpoint x/5"),
+        (["--mode=report"], "no run to report: give --run_dir=RUN or --runs=RUN,RUN"),
+        (["--mode=report", "--run_dir=nowhere"], "nowhere is not the directory of a run"),
+        (["--mode=report", "--runs=a,b", "--run_dir=c"], "name two things: give one of them"),
+        (["--mode=report", "--runs=a,b", "--out=."], "--out=. is a folder: give a file"),
+        (["--mode=report", "--config=small"], "unexpected argument '--config=small': --mode=report takes --run_dir="),
+        (["--mode=report", "--config.seed=1"], "unexpected argument 'config.seed=1'"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(command, words, message):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from solrl_jax import assemble, checkpoint, config, data, evaluate, log, main, rewards, train
+from solrl_jax import assemble, checkpoint, config, data, evaluate, grids, log, main, rewards, train
 from solrl_jax.structs import Model, QuantRule, QuantRules, Reward
 from solrl_jax.weights import Rule
 
@@ -268,10 +268,11 @@ def test_evaluation_is_fixed_and_does_not_depend_on_the_devices(toy):
         parts = assemble.assemble(toy, devices)
         with jax.set_mesh(parts.mesh):
             found.append(evaluate.evaluate(parts, assemble.fresh(parts).lora))
-    (one, images), (four, others) = found
+    (one, shown), (four, others) = found
     assert one.keys() == {"eval_reward_bright", "eval_reward_dark", "eval_reward_avg"}
     np.testing.assert_allclose(list(one.values()), list(four.values()), rtol=1e-5)
-    assert images.shape == (2, 4, 4, 3) and np.abs(images.astype(int) - others).max() <= 1
+    assert shown.images.shape == (2, 4, 4, 3) and np.abs(shown.images.astype(int) - others.images).max() <= 1
+    assert shown.prompts == others.prompts and len(shown.prompts) == 2
 
 
 def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
@@ -326,9 +327,9 @@ def test_a_held_out_reward_that_falls_is_told_in_the_log_and_in_the_report(
     run, real, count = tmp_path / "run", evaluate.evaluate, iter(range(9))
 
     def made_up(parts, adapter):
-        metrics, images = real(parts, adapter)
+        metrics, shown = real(parts, adapter)
         i = next(count)
-        return {**metrics, "eval_reward_avg": 0.5 + i / 8, "eval_reward_dark": 1 + step * i}, images
+        return {**metrics, "eval_reward_avg": 0.5 + i / 8, "eval_reward_dark": 1 + step * i}, shown
 
     monkeypatch.setattr(evaluate, "evaluate", made_up)
     train.train(config.override(toy, iterations=1), run, devices=1)
@@ -338,17 +339,42 @@ def test_a_held_out_reward_that_falls_is_told_in_the_log_and_in_the_report(
     if told:
         assert [line.split(" the trained")[0] for line in said] == [f"warning: from iteration 0 to {i}" for i in (1, 2)]
         assert "rose by 0.25 (0.5 to 0.75) while dark, held out, fell by 0.5 (1 to 0.5): " in said[1]
-        assert said[1] in page and said[0] not in page
+        assert said[1].removeprefix("warning: ") in page and said[0].removeprefix("warning: ") not in page
     else:
-        assert said == [] and "warning: " not in page
+        assert said == [] and 'class="warning"' not in page
 
 
 def test_report_is_one_readable_file(toy, tmp_path):
+    """Two prompts, the base's picture and the last of each, with the rewards that evaluation gave."""
     run = tmp_path / "run"
     train.train(toy, run, devices=1)
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4 and "<script" not in page and "http" not in page
-    assert "eval_reward_dark" in page and "learn.learning_rate" in page and 'name="viewport"' in page
+    assert page.count("data:image/png;base64,") == 4 and page.count("<script") == 1 and "http:" not in page
+    assert "dark (held out)" in page and "learn.learning_rate" in page and 'name="viewport"' in page
+    assert "1 x cpu" in page and "7 training prompts" in page
+    base, last = (grids.load(run / "grids" / f"{name}.npz") for name in ("base", "last"))
+    assert (base.iteration, last.iteration) == (0, 5) and base.shown.prompts == last.shown.prompts
+    assert base.shown.images.shape == last.shown.images.shape == (2, 4, 4, 3)
+    assert (base.shown.images != last.shown.images).any()
+    for kept in (base, last):
+        assert list(kept.shown.scores) == ["bright", "dark"]
+        for name, of in (("bright", lambda x: x.mean((1, 2, 3))), ("dark", lambda x: 1 - x.min((1, 2, 3)))):
+            np.testing.assert_allclose(kept.shown.scores[name], of(kept.shown.images / 255), atol=1 / 255)
+            assert f"{kept.shown.scores[name][0]:.4f}" in page
+
+
+def test_a_run_of_an_older_version_goes_on(toy, tmp_path):
+    """Its base.npz has no rewards: the base is drawn anew, to the same pictures."""
+    run, file = tmp_path / "run", tmp_path / "run/grids/base.npz"
+    train.train(config.override(toy, iterations=1), run, devices=1)
+    before = grids.load(file).shown
+    np.savez(file, images=before.images, how="")
+    (run / "starts.json").unlink()
+    train.train(config.override(toy, iterations=2), run, resume=True, devices=1)
+    np.testing.assert_array_equal(grids.load(file).shown.images, before.images)
+    (start,) = json.loads((run / "starts.json").read_text())
+    assert (start["after"], start["devices"], start["device"]) == (1, 1, "cpu")
+    assert sorted(metrics_of(run)) == [0, 1, 2]
 
 
 def test_through_the_command_line(toy, tmp_path, capsys, monkeypatch):
@@ -361,9 +387,13 @@ def test_through_the_command_line(toy, tmp_path, capsys, monkeypatch):
             assert main.main(main.parse(["solrl_jax", f"--run_dir={run}", "--devices=1", *words])) == 0
     assert sorted(metrics_of(tmp_path / "run")) == [0, 1, 2]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["iterations"] == 2
-    for words in (["--mode=eval"], ["--mode=export", "--checkpoint=1"], ["--mode=sample", "--prompt=x"]):
+    for words in (
+        *(["--mode=eval"], ["--mode=export", "--checkpoint=1"], ["--mode=sample", "--prompt=x"], ["--mode=report"]),
+        ["--mode=report", f"--runs={run}", f"--out={tmp_path / 'a' / 'b.html'}", "--run_dir="],
+    ):
         with flagsaver.flagsaver():
             assert main.main(main.parse(["solrl_jax", f"--run_dir={run}", "--devices=1", *words])) == 0
+    assert (tmp_path / "a/b.html").read_text() == (tmp_path / "run/report.html").read_text()
     with flagsaver.flagsaver():
         assert main.main(main.parse(["solrl_jax", f"--run_dir={run}", "--mode=eval", "--checkpoint=77"])) == 2
     assert "there is no checkpoint" in capsys.readouterr().err

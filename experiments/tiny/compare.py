@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check, evidence, lab
-from solrl_jax import config, evaluate, lora, sharding
+from solrl_jax import config, evaluate, grids, lora, sharding
 from solrl_jax.structs import Params
 
 CHUNK = 100
@@ -38,7 +38,7 @@ def pictures(opened: lab.World, adapters: dict[str, Params], file: Path, count: 
         name: evaluate.pictures(opened.parts, adapter, captions, score=opened.parts.judged).images[:, 0]
         for name, adapter in adapters.items()
     }
-    print(evaluate.write_grid(file, captions, columns))
+    print(grids.write_grid(file, captions, columns))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from experiments.tiny import check
-from solrl_jax import report
+from solrl_jax.report import plot
 
 FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft", "random", "shuffled")
 WIDTH, HEIGHT = 640, 266  # of a panel
@@ -28,14 +28,16 @@ def points(file: Path, what: str, axis: str) -> list[tuple[int, float]]:
 def main() -> None:
     panels = []
     for row, (what, title) in enumerate({"exact": "Captions all right", "clipscore": "CLIPScore"}.items()):
-        for column, axis in enumerate(("iterations", "image-steps")):
-            series = {name: points(check.HERE / f"results/arms/{name}.json", what, axis) for name in FAMILIES}
-            drawn = report.curve(series).replace("<svg ", f'<svg width="{WIDTH}" height="{HEIGHT}" ', 1)
-            place = f"translate({20 + column * (WIDTH + 20)},{24 + row * (HEIGHT + 30)})"
-            panels.append(f'<g transform="{place}"><text x="60" y="-6">{title}, by {axis}</text>{drawn}</g>')
-    size = (2 * WIDTH + 60, 2 * HEIGHT + 70)
+        for column, across in enumerate(("iterations", "image-steps")):
+            series = {name: points(check.HERE / f"results/arms/{name}.json", what, across) for name in FAMILIES}
+            drawn = plot.curve(series, title=title, unit=title, across=across, width=WIDTH, height=HEIGHT)
+            drawn = drawn.replace("<svg ", f'<svg width="{WIDTH}" height="{HEIGHT}" ', 1)
+            place = f"translate({20 + column * (WIDTH + 20)},{16 + row * (HEIGHT + 20)})"
+            panels.append(f'<g transform="{place}">{drawn}</g>')
+    size = (2 * WIDTH + 60, 2 * HEIGHT + 80)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" font-family="sans-serif" '
-    page = [head + 'font-size="12">', '<rect width="100%" height="100%" fill="white"/>', *panels, "</svg>\n"]
+    names = plot.legend(FAMILIES, 60, size[1] - 16, (size[0] - 80) / len(FAMILIES))
+    page = [head + 'font-size="12">', '<rect width="100%" height="100%" fill="white"/>', *panels, names, "</svg>\n"]
     (check.HERE / "results/curves.svg").write_text("\n".join(page))
 
 

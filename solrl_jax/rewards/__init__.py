@@ -46,27 +46,34 @@ def parse(mixture: str) -> dict[str, float]:
 
     Raises ConfigError for an unknown or repeated name and for a weight that is no finite number or is 0.
     """
-    weights: dict[str, float] = {}
+    found = weights(mixture)
+    for name in found:
+        module(name, mixture)
+    return found
+
+
+def weights(mixture: str) -> dict[str, float]:
+    """`parse` without asking whether the rewards are here: what a run elsewhere was trained on."""
+    found: dict[str, float] = {}
     for part in filter(None, (p.strip() for p in mixture.split(","))):
         name, _, text = (p.strip() for p in part.partition(":"))
-        module(name, mixture)
-        if name in weights:
+        if name in found:
             raise ConfigError(f"reward {name!r} is twice in {mixture!r}: name it once, with one weight")
         try:
-            weights[name] = float(text) if text else 1.0
+            found[name] = float(text) if text else 1.0
         except ValueError:
-            weights[name] = math.nan
-        if not math.isfinite(weights[name]) or weights[name] == 0:
+            found[name] = math.nan
+        if not math.isfinite(found[name]) or found[name] == 0:
             raise ConfigError(
                 f"weight {text!r} of reward {name!r}: give a finite number other than 0, as in {name}:0.5"
             )
-    return weights
+    return found
 
 
 def held_out(trained: str, others: str) -> dict[str, float]:
     """The rewards of the mixture `others` that `trained` has not: a reward in both counts as trained on."""
-    mine = parse(trained)
-    return {name: weight for name, weight in parse(others).items() if name not in mine}
+    mine = weights(trained)
+    return {name: weight for name, weight in weights(others).items() if name not in mine}
 
 
 def module(name: str, mixture: str = "") -> Any:

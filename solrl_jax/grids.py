@@ -1,0 +1,77 @@
+"""The pictures that a run keeps: grids/<iteration>.png to look at, and for the report base.npz and last.npz, in which
+the base's and the last evaluation's pictures of the grid's prompts lie with the rewards of each.
+"""
+
+import json
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+
+class Shown(NamedTuple):
+    """G prompts, an 8-bit picture of each and its raw score by every reward, trained or held out; NaN where a reward
+    gave no finite number."""
+
+    prompts: list[str]
+    images: UInt8[np.ndarray, "G H W 3"]
+    scores: dict[str, Float[np.ndarray, "G"]]
+
+
+def save(file: Path, shown: Shown, iteration: int, how: str) -> None:
+    """Write `shown` whole or not at all; `how` is what the pictures depend on besides the policy."""
+    table = np.array(list(shown.scores.values()), np.float32).reshape(len(shown.scores), len(shown.prompts))
+    # Text as JSON's bytes: NumPy's own strings drop zeros at their ends.
+    text = json.dumps({"prompts": shown.prompts, "rewards": list(shown.scores), "iteration": iteration, "how": how})
+    part = file.with_suffix(".part.npz")
+    np.savez_compressed(part, images=shown.images, scores=table, text=np.frombuffer(text.encode(), np.uint8))
+    part.replace(file)
+
+
+class Kept(NamedTuple):
+    """What `save` wrote."""
+
+    shown: Shown
+    iteration: int
+    how: str
+
+
+def load(file: Path) -> Kept | None:
+    """None where there is no file, or one of a version that kept pictures without prompts and rewards."""
+    if not file.exists():
+        return None
+    with np.load(file) as saved:
+        if "text" not in saved:
+            return None
+        told = json.loads(saved["text"].tobytes())
+        scores = dict(zip(told["rewards"], saved["scores"], strict=True))
+        return Kept(Shown(told["prompts"], saved["images"], scores), told["iteration"], told["how"])
+
+
+_CAPTION, _HEAD, _GAP = 180, 24, 6  # pixels: width of the captions, height of the titles, space between pictures
+
+
+def write_grid(file: Path, prompts: Sequence[str], columns: dict[str, UInt8[np.ndarray, "G H W 3"]]) -> Path:
+    """A PNG: a row per prompt with its caption at the left, a column per policy with its name above."""
+    height, width = next(iter(columns.values())).shape[1:3]
+    scale = max(1, 128 // width) if width < 256 else 256 / width  # small pictures stay crisp, large ones are shrunk
+    size = (round(width * scale), round(height * scale))
+    rows = len(prompts)
+    canvas = Image.new("RGB", (_CAPTION + len(columns) * (size[0] + _GAP), _HEAD + rows * (size[1] + _GAP)), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for c, (title, images) in enumerate(columns.items()):
+        x = _CAPTION + c * (size[0] + _GAP)
+        pen.text((x, 4), title, "black", font)
+        for r, image in enumerate(images):
+            how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+            canvas.paste(Image.fromarray(image).resize(size, how), (x, _HEAD + r * (size[1] + _GAP)))
+    for r, prompt in enumerate(prompts):
+        lines = textwrap.wrap(prompt, 28, max_lines=max(1, size[1] // 15), placeholder=" ...")
+        pen.multiline_text((6, _HEAD + r * (size[1] + _GAP)), "\n".join(lines), "black", font)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(file)
+    return file

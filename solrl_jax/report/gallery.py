@@ -1,0 +1,167 @@
+"""The runs side by side: for each prompt of the grid the base's picture, then each run's last, with their rewards.
+
+Runs share a shelf where their prompts are the same and their bases drew the same pictures, which is to say with the
+same model, seeds and steps. A picture is in the page once; its link makes it large by CSS alone.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from solrl_jax import grids
+from solrl_jax.report import plot
+from solrl_jax.report.markup import Html, join, tag
+from solrl_jax.report.run import Run
+
+SAME = 3.0
+"""Mean difference, of 255, up to which two bases' pictures are the same: what devices round differently is below one,
+and another seed is tens."""
+WIDEST = 256
+"""Pixels of a picture in the page; the run directory has them whole."""
+
+
+class Shelf(NamedTuple):
+    """`runs`, by their number among all, have the prompts and, to rounding, the pictures of `base`."""
+
+    base: grids.Shown
+    runs: dict[int, Run]
+
+
+def shelves(runs: Sequence[Run]) -> tuple[list[Shelf], list[str]]:
+    """The shelves of the runs that kept pictures, in order, and what to say of those that did not."""
+    found: list[Shelf] = []
+    lost: dict[str, list[str]] = {}
+    for i, run in enumerate(runs):
+        if run.base is None:
+            lost.setdefault(_why(run), []).append(run.name)
+            continue
+        shelf = next((s for s in found if alike(s.base, run.base.shown)), None)
+        if shelf is None:
+            found.append(shelf := Shelf(run.base.shown, {}))
+        shelf.runs[i] = run
+        if run.last is None:
+            lost.setdefault("only the base was evaluated, so its pictures stand alone", []).append(run.name)
+        elif not comparable(run):
+            lost.setdefault("base and last evaluation have other settings of evaluate", []).append(run.name)
+    missing = "No pictures before and after with their rewards, of"
+    said = [f"{missing} {', '.join(names)}: {why}." for why, names in lost.items()]
+    if len(found) > 1:
+        said.append("The runs differ in the prompts, seeds or bases of their pictures: each kind has its own rows.")
+    return found, said
+
+
+def _why(run: Run) -> str:
+    if any((run.folder / "grids").glob("[0-9]*.png")):
+        return "written by an older version of solrl_jax, which kept grids alone"
+    return "never evaluated"
+
+
+def comparable(run: Run) -> bool:
+    """Whether the last evaluation drew the base's prompts, as the base's was drawn."""
+    base, last = run.base, run.last
+    if base is None or last is None:
+        return False
+    return (base.how, base.shown.prompts) == (last.how, last.shown.prompts)
+
+
+def alike(a: grids.Shown, b: grids.Shown) -> bool:
+    if a.prompts != b.prompts or a.images.shape != b.images.shape:
+        return False
+    return float(np.abs(a.images.astype(int) - b.images).mean()) <= SAME
+
+
+def gallery(runs: Sequence[Run]) -> Html:
+    """All shelves as HTML; of runs without single pictures their last grids."""
+    found, said = shelves(runs)
+    parts = [tag("p", line, class_="note") for line in said]
+    for s, shelf in enumerate(found):
+        rows = [row(shelf, g, f"p{s}-{g}", len(runs) > 1) for g in range(len(shelf.base.prompts))]
+        parts.append(tag("div", *rows, class_="shelf", style=f"--n: {1 + len(shelf.runs)}"))
+    old = [last_grid(run) for run in runs if run.base is None]
+    return join([*parts, tag("div", *old, class_="grids")] if any(old) else parts)
+
+
+def row(shelf: Shelf, g: int, anchor: str, several: bool) -> Html:
+    """One prompt: the base, then the runs that have a last evaluation; of `several` runs each with its line."""
+    prompt = shelf.base.prompts[g]
+    before = scores_of(shelf.base, g)
+    cells = [("base", shelf.base.images[g], [tag("b", "base")], "before training", score_list(before, {}, {}))]
+    for i, run in shelf.runs.items():
+        if run.last is not None and comparable(run):
+            title = tag("b", *([plot.swatch(i), " "] if several else []), run.name)
+            scores = score_list(scores_of(run.last.shown, g), before, run.weights)
+            cells.append((run.name, run.last.shown.images[g], [title], f"iteration {run.last.iteration}", scores))
+    figures = []
+    for c, (name, image, title, when, scores) in enumerate(cells):
+        beside = [f"{anchor}-{k}" if 0 <= k < len(cells) else None for k in (c - 1, c + 1)]
+        caption = join([*title, tag("span", when, class_="when"), scores])
+        figures.append(figure(f"{anchor}-{c}", anchor, beside, image, prompt, name, caption))
+    return tag("section", tag("h3", prompt), tag("div", *figures, class_="row"), class_="prompt", id=anchor)
+
+
+def scores_of(shown: grids.Shown, g: int) -> dict[str, float]:
+    return {name: float(values[g]) for name, values in shown.scores.items()}
+
+
+def figure(
+    anchor: str,
+    home: str,
+    beside: Sequence[str | None],
+    image: UInt8[np.ndarray, "H W 3"],
+    prompt: str,
+    name: str,
+    caption: Html,
+) -> Html:
+    """A picture whose link makes it large (:target), with links to those beside it and back to `home`."""
+    picture = tag("img", src=data_uri(image), alt=f"{prompt} — {name}", class_="sharp" if len(image) < 128 else None)
+    way = [
+        tag("a", words, href=f"#{to}", class_=kind, aria_label=said) if to else Html("")
+        for to, words, kind, said in (
+            (beside[0], "‹", "back", "picture to the left"),
+            (beside[1], "›", "on", "picture to the right"),
+            (home, "×", "close", "close the large picture"),
+        )
+    ]
+    large = tag("a", picture, href=f"#{anchor}", class_="open", aria_label=f"{prompt} — {name}, large")
+    shown = tag("figure", large, tag("figcaption", tag("span", prompt, class_="what"), caption), *way, id=anchor)
+    return tag("div", shown, class_="cell")
+
+
+def score_list(scores: Mapping[str, float], before: Mapping[str, float], weights: Mapping[str, float]) -> Html:
+    """Each reward of one picture, and its change from the base's."""
+    items = []
+    for name, value in scores.items():
+        words = [tag("dt", name), tag("dd", f"{value:.4f}" if math.isfinite(value) else "not finite")]
+        change = value - before[name] if name in before else math.nan
+        if math.isfinite(change):
+            better = change * weights.get(name, 1.0)
+            kind = "up" if better > 0 else "down" if better < 0 else None
+            words.append(tag("dd", f"{change:+.4f}" if change else "±0", class_=kind))
+        items.append(tag("div", *words))
+    return tag("dl", *items)
+
+
+def last_grid(run: Run) -> Html:
+    """The last grid, base and policy side by side, of a run that kept no single pictures."""
+    files = sorted((run.folder / "grids").glob("[0-9]*.png"))
+    if not files:
+        return Html("")
+    with Image.open(files[-1]) as opened:
+        image = np.asarray(opened.convert("RGB"))
+    words = f"{run.name}, iteration {int(files[-1].stem)}"
+    picture = tag("img", src=data_uri(image, max(image.shape)), alt=f"grid of {words}")
+    return tag("figure", tag("figcaption", tag("b", words)), picture)
+
+
+def data_uri(image: UInt8[np.ndarray, "H W 3"], widest: int = WIDEST) -> str:
+    """A PNG; larger ones than `widest` are shrunk."""
+    made, file = Image.fromarray(image), io.BytesIO()
+    made.thumbnail((widest, widest), Image.Resampling.LANCZOS)
+    made.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

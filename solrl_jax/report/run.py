@@ -1,0 +1,186 @@
+"""What a run directory tells: config.json, metrics.jsonl, starts.json and the kept pictures, of this version or before.
+
+What is missing or cannot be read is said in `notes`, never an error; only a folder that is not a run is one.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from solrl_jax import config, grids, log, model_card, rewards
+from solrl_jax.config import Config, ConfigError
+from solrl_jax.report.plot import Points
+
+EVAL = "eval_reward_"
+
+
+class ReportError(ValueError):
+    """A report that cannot be made; the message says of what."""
+
+
+class Run(NamedTuple):
+    """`values` is the config by dotted names; `cfg` is None where it is of a version whose config is another."""
+
+    name: str
+    folder: Path
+    values: dict[str, Any]
+    cfg: Config | None
+    lines: list[log.Line]
+    starts: list[dict[str, Any]]
+    base: grids.Kept | None
+    last: grids.Kept | None
+    notes: list[str]
+
+    @property
+    def iterations(self) -> int:
+        return max((line["iteration"] for line in self.lines), default=0)
+
+    @property
+    def method(self) -> str:
+        return model_card.family(self.cfg) if self.cfg else "—"
+
+    @property
+    def precisions(self) -> str:
+        """ "explore nvfp4_emulated, regenerate bf16"."""
+        found = [(name, self.values.get(f"{name}.precision")) for name in ("explore", "regenerate")]
+        return ", ".join(f"{name} {precision}" for name, precision in found if precision) or "—"
+
+    @property
+    def devices(self) -> str:
+        """ "2 x NVIDIA H100 80GB HBM3", of all starts."""
+        found = [f"{start.get('devices')} x {start.get('device')}" for start in self.starts]
+        return ", then ".join(dict.fromkeys(found)) or "—"
+
+    @property
+    def hours(self) -> float | None:
+        """Of all iterations, with their evaluations; without the start and the base's evaluation."""
+        seconds = [y for _, y in self.points("time/iteration")]
+        return sum(seconds) / 3600 if seconds else None
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of every reward that is evaluated, trained ones first; negative: the lower the better."""
+        trained, others = self.mixtures
+        return {**trained, **{name: weight for name, weight in others.items() if name not in trained}}
+
+    @property
+    def mixtures(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Trained on; evaluated beside."""
+        trained, others = (str(self.values.get(key) or "") for key in ("reward", "evaluate.rewards"))
+        return rewards.weights(trained), rewards.weights(others)
+
+    def points(self, metric: str) -> list[tuple[int, float]]:
+        """[(iteration, value)], where there is a number that is finite."""
+        return [(line["iteration"], float(line[metric])) for line in self.lines if drawable(line.get(metric))]
+
+    def evaluation(self, reward: str) -> "Evaluation | None":
+        """None where this reward was never evaluated."""
+        points = self.points(EVAL + reward)
+        if not points:
+            return None
+        upwards = self.weights.get(reward, 1.0) > 0
+        best = max(points, key=lambda point: point[1] if upwards else -point[1])
+        return Evaluation(points[0] if points[0][0] == 0 else None, points[-1], best, upwards)
+
+
+class Evaluation(NamedTuple):
+    """(iteration, mean over the fixed prompts) of the base, if it was evaluated, of the last and of the best."""
+
+    base: tuple[int, float] | None
+    last: tuple[int, float]
+    best: tuple[int, float]
+    upwards: bool
+
+
+def drawable(value: object) -> bool:
+    """A finite number; beyond 1e300 differences overflow."""
+    return isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e300
+
+
+def metrics(runs: Sequence[Run], prefixes: Sequence[str]) -> list[str]:
+    """Names of the metrics that begin with one of `prefixes` and have a number in a run, in the order of `prefixes`."""
+    names = sorted({name for run in runs for line in run.lines for name, value in line.items() if drawable(value)})
+    return list(dict.fromkeys(name for prefix in prefixes for name in names if name.startswith(prefix)))
+
+
+def read_all(folders: Sequence[Path]) -> list[Run]:
+    """The runs, named by their folders; by more of their paths where two would be the same."""
+    if not folders:
+        raise ReportError("no run to report: give --run_dir=RUN or --runs=RUN,RUN")
+    places = [Path(os.path.abspath(folder)) for folder in folders]
+    if len(set(places)) < len(places):
+        twice = next(place for place in places if places.count(place) > 1)
+        raise ReportError(f"{twice} is named twice: name each run once")
+    depth = next(d for d in range(1, 99) if len({place.parts[-d:] for place in places}) == len(places))
+    return [read(place, "/".join(place.parts[-depth:])) for place in places]
+
+
+def read(folder: Path, name: str) -> Run:
+    """Raises ReportError where `folder` is not the directory of a run."""
+    text = _text(folder / "config.json")
+    if text is None:
+        raise ReportError(f"{folder} is not the directory of a run: it has no config.json")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ReportError(f"{folder / 'config.json'}: not the JSON of a config: {e}") from None
+    if not isinstance(values, dict):
+        raise ReportError(f"{folder / 'config.json'}: not the JSON of a config: give a folder that training wrote")
+    cfg, notes = None, []
+    try:
+        cfg = config.from_json(text)
+    except (ConfigError, TypeError) as e:
+        notes.append(f"Its config is of another version and is shown as it is written: {e}.")
+    values = dict(config.values(cfg)) if cfg else flat(values)
+    lines = [line for line in log.read(folder / "metrics.jsonl") if isinstance(line["iteration"], int)]
+    starts = json.loads(_text(folder / "starts.json") or "[]")
+    kept = [grids.load(folder / "grids" / f"{which}.npz") for which in ("base", "last")]
+    run = Run(name, folder, values, cfg, lines, starts, kept[0], kept[1], notes)
+    return run._replace(notes=[*notes, *told(run)])
+
+
+def _text(file: Path) -> str | None:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
+
+
+def flat(tree: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    """{"explore.steps": 6, ...}."""
+    found = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{at}{key}.") if isinstance(value, dict) else {f"{at}{key}": value}
+    return found
+
+
+def told(run: Run) -> list[str]:
+    """What a reader should know before the curves."""
+    said = []
+    if not run.iterations:
+        said.append("No iteration is finished: there is nothing to plot yet.")
+    elif run.cfg and run.iterations < run.cfg.iterations:
+        said.append(f"It ended, so far, after iteration {run.iterations} of {run.cfg.iterations}.")
+    if not any(name.startswith(EVAL) for line in run.lines for name in line):
+        said.append("It has no evaluation: there are no rewards before and after.")
+    lost: dict[str, list[int]] = {}
+    for line in run.lines:
+        for name in (name for name, value in line.items() if not drawable(value)):
+            lost.setdefault(name, []).append(line["iteration"])
+    for name, where in lost.items():
+        some = ", ".join(map(str, where[:5])) + (" and more" if len(where) > 5 else "")
+        said.append(f"{name} is not a finite number in {len(where)} of {len(run.lines)} lines (iteration {some}).")
+    return said
+
+
+def warnings(run: Run) -> list[str]:
+    """The log's own warnings: held-out rewards that fell while the trained one rose."""
+    trained, others = run.mixtures
+    held_out = {name: weight for name, weight in others.items() if name not in trained}
+    numbers = [{k: v for k, v in line.items() if drawable(v)} for line in run.lines]
+    return [line.removeprefix("warning: ") for line in log.exploited(numbers, held_out)]
+
+
+def series(runs: Sequence[Run], metric: str) -> dict[str, Points]:
+    """{run: points} of the runs that have the metric."""
+    return {run.name: points for run in runs if (points := run.points(metric))}
