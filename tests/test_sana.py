@@ -1,5 +1,6 @@
 """SANA against diffusers: transformer in both namings, text, sigmas and whole pictures, on small random weights."""
 
+import functools
 import json
 import re
 import shutil
@@ -50,9 +51,14 @@ def shapes_of(cfg: SanaConfig):
     return jax.eval_shape(lambda: network.init(jax.random.key(0), **given)["params"])
 
 
-def ours(params, given, *, cfg: SanaConfig, dtype=jnp.float32, remat: bool = False):
+@functools.lru_cache
+def compiled(cfg: SanaConfig, dtype, remat: bool):
     network = SanaTransformer(cfg, dtype, remat)
-    return jax.jit(lambda params: network.apply({"params": params}, **given))(params)
+    return jax.jit(lambda params, given: network.apply({"params": params}, **given))
+
+
+def ours(params, given, *, cfg: SanaConfig, dtype=jnp.float32, remat: bool = False):
+    return compiled(cfg, dtype, remat)(params, given)
 
 
 def theirs(model: SanaTransformer2DModel, given) -> torch.Tensor:
@@ -138,7 +144,7 @@ def test_bfloat16_stays_near():
     assert 1e-4 < error(found, theirs(model, given)) < 0.05
 
 
-@pytest.mark.parametrize("kind", ["params", "lora", "quant"])
+@pytest.mark.parametrize("kind", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("params", "lora")), "quant"])
 def test_text_keys_once_a_rollout(folder, kind):
     """Keys and values made beforehand, of each policy's own weights, give the same velocity."""
     from solrl_jax import lora, quant

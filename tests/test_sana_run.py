@@ -108,6 +108,7 @@ def test_plan_from_public_sizes(capsys, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_flops_of_a_forward_pass_and_of_a_rollout(tmp_path):
     """2.9667 TFLOP; in a rollout the text's part is done once for all its steps and all images of a prompt."""
     path = str(hub.write_configs(tmp_path, next(iter(sana_public.PUBLIC.values()))))
@@ -202,6 +203,7 @@ def test_a_card_with_fp8(public, tmp_path, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_errors_of_the_low_precisions(public):
     cfg = nano_sana.build(public).model
     model, (base, _, _) = sana.make(cfg), sana.load(cfg)
