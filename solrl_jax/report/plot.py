@@ -14,7 +14,7 @@ from solrl_jax.report.markup import Html, tag
 Number = int | float
 Points = Sequence[tuple[int, Number]]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b4539a", "#2b95d6", "#b57a00", "#7a7a00", "#666666")
-DASHES = (None, "7 3", "2 3", "9 3 2 3")
+DASHES = (None, "7 3", "2 3", "9 3 2 3", "14 4")
 MOST = 500
 """Points of a line that are drawn; of more, each in so many."""
 
@@ -56,8 +56,8 @@ def short(value: Number) -> str:
 
 
 def style(i: int) -> dict[str, object]:
-    """Attributes of line number i; with more lines than colours, or than dashes, the pair still tells most apart."""
-    return {"class_": f"s{i % len(COLOURS)}", "stroke": COLOURS[i % len(COLOURS)], "stroke_dasharray": DASHES[i % 4]}
+    """Attributes of line number i: 40 pairs of a colour and dashes."""
+    return {"class_": f"s{i % len(COLOURS)}", "stroke": COLOURS[i % len(COLOURS)], "stroke_dasharray": DASHES[i % len(DASHES)]}
 
 
 def thinned(points: Points) -> Points:
