@@ -57,7 +57,8 @@ def short(value: Number) -> str:
 
 def style(i: int) -> dict[str, object]:
     """Attributes of line number i: 40 pairs of a colour and dashes."""
-    return {"class_": f"s{i % len(COLOURS)}", "stroke": COLOURS[i % len(COLOURS)], "stroke_dasharray": DASHES[i % len(DASHES)]}
+    colour = i % len(COLOURS)
+    return {"class_": f"s{colour}", "stroke": COLOURS[colour], "stroke_dasharray": DASHES[i % len(DASHES)]}
 
 
 def thinned(points: Points) -> Points:
