@@ -62,7 +62,8 @@ def advantages(reward: Float[Array, "P K"], spread: str = "all") -> Float[Array,
     "all": of all rewards; "prompt": of the prompt's; both population std, eps 1e-4. "prompt_unbiased": of the prompt's,
     divided by K - 1, eps 1e-8 (DanceGRPO's); K is 2 or more.
     """
-    away = reward - jnp.mean(reward, axis=-1, keepdims=True)
+    away = reward - reward[..., :1]  # so that equal rewards have 0 exactly: DanceGRPO's eps is below their rounding
+    away = away - jnp.mean(away, axis=-1, keepdims=True)
     if spread == "all":
         return away / (jnp.std(reward) + 1e-4)
     if spread == "prompt":

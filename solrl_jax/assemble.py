@@ -115,14 +115,20 @@ def check_divides(cfg: Config, devices: int) -> None:
 
 def read_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
     """(base, VAE) on the devices of `mesh`, text encoders as numpy, of a public folder or of a converted one."""
-    module, folder = model_module(cfg), Path(cfg.model.path)
-    if convert.is_converted(folder):
-        if cfg.model.weights:
-            raise ConfigError(
-                f"model.weights={cfg.model.weights}, but {folder} holds converted weights: leave it empty"
-            )
+    module = model_module(cfg)
+    if (folder := converted(cfg)) is not None:
         return convert.restore(folder, module.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
     return module.load(cfg.model, functools.partial(sharding.replicate, mesh=mesh))
+
+
+def converted(cfg: Config) -> Path | None:
+    """The converted folder that model.path is, None if it is none; ConfigError where model.weights names others."""
+    folder = Path(cfg.model.path)
+    if not convert.is_converted(folder):
+        return None
+    if cfg.model.weights:
+        raise ConfigError(f"model.weights={cfg.model.weights}, but {folder} holds converted weights: leave it empty")
+    return folder
 
 
 def check_rewards(cfg: Config) -> tuple[str, ...]:

@@ -101,9 +101,10 @@ class Stage:
                 f"window={self.window}: only {', '.join(MARKOV)} with eta > 0 have noise for a window",
             )
             _require(
-                1 <= self.window <= self.window_within <= self.steps,
+                1 <= self.window <= self.window_within < self.steps,
                 f"window={self.window}, window_within={self.window_within} of steps={self.steps}: a window has 1 or "
-                "more steps, and lies within the first window_within of them",
+                "more steps, and lies within the first window_within of them; the last step, whose noise is 0 or "
+                "next to it, is not one of those",
             )
 
     @property

@@ -90,7 +90,8 @@ def _write(module: Any, cfg: Model, out: Path) -> None:
             shutil.copyfile(small, out / small.relative_to(source))
     manifest = {
         "source": str(source),
-        "made from": hashes(source, hub.read_of(source)) | ({str(file): digest(file)} if file else {}),
+        "made from": hashes(source, [f for f in hub.read_of(source, file) if f != file])
+        | ({str(file): digest(file)} if file else {}),
         "tree": described,
         "files": hashes(out, (out / "weights").rglob("*")),
     }
@@ -119,18 +120,28 @@ def hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
 def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
     """(base, vae) on the devices of `sharding`, text as numpy arrays, of a converted folder, verified.
 
-    `shapes` are ShapeDtypeStructs. Raises WeightsError for damaged files and for weights of other shapes or dtypes.
+    `shapes` are ShapeDtypeStructs. Raises WeightsError as `check` does.
     """
     import orbax.checkpoint as ocp
 
+    check(folder, shapes)
+    tree = dict(zip(NAMES, shapes, strict=True))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    like["text"] = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree["text"])
+    with ocp.StandardCheckpointer() as reader:
+        base, vae, text = (reader.restore((folder / "weights" / name).resolve(), like[name]) for name in NAMES)
+    return base, vae, text
+
+
+def check(folder: Path, shapes: Trees) -> None:
+    """Raises WeightsError for damaged files of a converted folder and for weights of other shapes or dtypes."""
     manifest = _manifest(folder)
     with _said(folder):
         found = hashes(folder, (folder / "weights").rglob("*"))
     bad = sorted(k for k in {**manifest["files"], **found} if manifest["files"].get(k) != found.get(k))
     if bad:
         raise WeightsError(f"{folder}: {bad[0]} is not what was written (by SHA-256; {len(bad)} such): convert again")
-    tree = dict(zip(NAMES, shapes, strict=True))
-    wanted, there = checkpoint.describe(tree), manifest["tree"]
+    wanted, there = checkpoint.describe(dict(zip(NAMES, shapes, strict=True))), manifest["tree"]
     differ = [k for k in {**there, **wanted} if there.get(k) != wanted.get(k)]
     if differ:
         k = differ[0]
@@ -138,11 +149,6 @@ def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
             f"{folder} was converted for another config: {k} is {there.get(k, 'absent')} there and "
             f"{wanted.get(k, 'absent')} here, {len(differ)} such: convert again with this --config"
         )
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-    like["text"] = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree["text"])
-    with ocp.StandardCheckpointer() as reader:
-        base, vae, text = (reader.restore((folder / "weights" / name).resolve(), like[name]) for name in NAMES)
-    return base, vae, text
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -111,31 +111,38 @@ def division(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
 
 def model(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     """Configs, and the weights' files: their headers say how long each must be."""
-    where = cfg.model.path
-    folder = Path(where)
-    if convert.is_converted(folder):
-        yield Finding(f"{where}: converted weights")
-        return
-    made = assemble.model_module(cfg).make(cfg.model)
+    where, module = cfg.model.path, assemble.model_module(cfg)
+    made = module.make(cfg.model)
     base = jax.eval_shape(made.init, jax.random.key(0))
     name = f"{cfg.model.name}, {sizes.parameters(base):,} parameters"
-    if hub.is_name(where):
-        folder = hub.here(where, "model_index.json") or folder
-    if not folder.is_dir():
+    if (folder := assemble.converted(cfg)) is not None:
+        convert.check(folder, module.shapes(cfg.model))
+        yield Finding(f"{name}: converted weights, whole, in {folder}")
+    elif (folder := hub.pipeline_here(where)) is None:
         mend = f"fetch {where}: hf download {where}, or let a run do it"
-        yield Finding(f"{name}: {where} is not in the hub's cache", mend)
-        return
-    files = hub.read_of(folder)
-    for file in files:
+        yield Finding(f"{name}: {where} is not whole in the hub's cache", mend)
+    else:
+        yield from files(cfg, folder, name)
+    low = assemble.resolved(cfg, assemble.capability()).low_precision
+    if low:
+        coverage.check(made, low, cfg.model.min_quantised_flops)
+
+
+def files(cfg: Config, folder: Path, name: str) -> Iterator[Finding]:
+    """Each file that is not whole, then how many there are."""
+    named = cfg.model.weights
+    network = hub.file_here(named) if named else None
+    if named and network is None:
+        what = f"model.weights={named} is no file here, nor in the hub's cache"
+        yield Finding(what, f"{what}: give one that is, or org/name/file of {hub.SITE}, which a run fetches")
+    found = hub.read_of(folder, network)
+    for file in found:
         try:
             weights.Files(file).close()
         except WeightsError as e:
             yield Finding(str(e), str(e))
-    total = sum(file.stat().st_size for file in files if file.is_file())
-    yield Finding(f"{name}: {len(files)} files of weights, {total / 1e9:.1f} GB, in {folder}")
-    low = assemble.resolved(cfg, assemble.capability()).low_precision
-    if low:
-        coverage.check(made, low, cfg.model.min_quantised_flops)
+    total = sum(file.stat().st_size for file in found if file.is_file())
+    yield Finding(f"{name}: {len(found)} files of weights, {total / 1e9:.1f} GB, in {folder}")
 
 
 def tokenizers(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:

@@ -51,8 +51,7 @@ def file(path: str, flag: str) -> Path:
     """A file by its path, or by its place on the hub, org/name/file. Raises WeightsError as `pipeline` does."""
     if Path(path).is_file():
         return Path(path)
-    parts = path.split("/")
-    name, inside = "/".join(parts[:2]), "/".join(parts[2:])
+    name, inside = _in_repository(path)
     if not inside or not is_name(name) or Path(path).exists():
         raise WeightsError(f"{path} is no file: give one{flag}, or org/name/file of {SITE}")
     return _fetch(name, (inside,), (), f"{flag}=FILE") / inside
@@ -74,9 +73,32 @@ def here(path: str | Path | None, file: str = "config.json") -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
+def file_here(path: str) -> Path | None:
+    """What `file` gives if that is here, by its path or in the hub's cache; None else. Without the network."""
+    if Path(path).is_file():
+        return Path(path)
+    name, inside = _in_repository(path)
+    found = here(name, inside) if inside and is_name(name) else None
+    return found / Path(inside).name if found else None
+
+
+def pipeline_here(path: str) -> Path | None:
+    """What `pipeline` gives if all of it is here, a folder or in the hub's cache; None else. Without the network."""
+    if not is_name(path):
+        return pipeline(path)
+    found = here(path, "model_index.json")
+    return found if found and _whole(found, "model_index.json", WEIGHTS) else None
+
+
 def is_name(path: str) -> bool:
     """Whether `path` is written like a name on the hub, org/name, and is nothing here."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", path, re.ASCII) is not None and not Path(path).exists()
+
+
+def _in_repository(path: str) -> tuple[str, str]:
+    """ "org/name/folder/file" -> ("org/name", "folder/file")."""
+    parts = path.split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:])
 
 
 def _resolve(path: str, small: tuple[str, ...], heavy: tuple[str, ...], flag: str) -> Path:
@@ -160,9 +182,10 @@ def write_configs(folder: str | Path, configs: Mapping[str, Any]) -> Path:
     return Path(folder)
 
 
-def read_of(folder: Path) -> list[Path]:
-    """The files of weights that are read of a pipeline's folder."""
-    return [file for pattern in WEIGHTS for file in _stored(folder, pattern)]
+def read_of(folder: Path, network: Path | None = None) -> list[Path]:
+    """The files of weights that are read of a pipeline's folder, `network` in the place of its transformer's."""
+    patterns = [pattern for pattern in WEIGHTS if network is None or not pattern.startswith("transformer/")]
+    return [*([network] if network else []), *(file for pattern in patterns for file in _stored(folder, pattern))]
 
 
 def _said(name: str, flag: str, e: Exception) -> str:

@@ -151,7 +151,7 @@ def device_card() -> Card | None:
     None on a CPU and for a GPU that is not among CARDS.
     """
     device = jax.local_devices()[0]
-    known = [card for name, card in CARDS.items() if name.partition(" ")[0].removeprefix("RTX ") in device.device_kind]
+    known = [card for name, card in CARDS.items() if name.rpartition(" ")[0] in device.device_kind]
     most = (device.memory_stats() or {}).get("bytes_limit")
     return known[0]._replace(memory=most / USABLE / 2**30) if known and most else None
 

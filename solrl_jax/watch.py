@@ -93,12 +93,14 @@ def due(cfg: Config, done: int) -> bool:
 def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     """Spearman, overlap of the best K/2 and kept contrast of the preview against all N candidates drawn in full.
 
-    Of `watch.prompts` training prompts, with the noise of the coming iteration; costs N full rollouts of each.
+    Of `watch.prompts` training prompts, rounded to a multiple of the devices, with the noise of the coming iteration;
+    costs N full rollouts of each.
     """
     cfg = parts.cfg
     assert cfg.explore is not None
-    count = -(-cfg.watch.prompts // parts.mesh.size) * parts.mesh.size
-    batch = data.batch(parts.prompts.train, cfg.seed, 0, max(count, cfg.prompts))[:count]
+    devices, train = parts.mesh.size, parts.prompts.train
+    count = min(-(-cfg.watch.prompts // devices), len(train) // devices) * devices  # all there are, where that is less
+    batch = data.batch(train, cfg.seed, 0, max(count, cfg.prompts))[:count]
     prompts = assemble.encode(parts, batch, parts.score)
     keys = iteration.sample_keys(state, count, cfg.candidates)
     merged, quantised, preview, full = _programs(Stages(parts.model, parts.score, parts.optimizer, cfg))

@@ -130,6 +130,15 @@ def test_advantages_of_the_prompt_alone():
         algos.advantages(reward, "group")
 
 
+@pytest.mark.parametrize("spread", ["all", "prompt", "prompt_unbiased"])
+@pytest.mark.parametrize("kept", [8, 12, 24])
+def test_equal_rewards_have_no_advantage(spread, kept):
+    """Exactly none: by DanceGRPO's eps of 1e-8 a mean's rounding would be an advantage of .8 for the whole group."""
+    reward = jnp.stack([jnp.full(kept, 0.3), jnp.full(kept, 0.7), jnp.linspace(0.1, 0.9, kept)])
+    for how in (algos.advantages, jax.jit(algos.advantages, static_argnums=1)):
+        np.testing.assert_array_equal(how(reward, spread)[:2], 0)
+
+
 # --- GRPO -----------------------------------------------------------------------------------------------------------
 
 SIGMAS = np.array([1, 0.9, 0.7, 0.4, 0])

@@ -5,8 +5,10 @@ import types
 
 import pytest
 
-from solrl_jax import assemble, config, doctor, plan
+from solrl_jax import assemble, config, convert, doctor, plan
 from tests import nano
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,38 @@ def test_everything_that_is_wrong_is_told_at_once(cfg, tmp_path, capsys):
     assert any(line.startswith("ok    tokenizers") for line in lines)  # what is right is still said
     file.unlink()
     assert any("holds no diffusion_pytorch_model.safetensors" in line for line in told(broken, tmp_path, capsys)[2])
+
+
+def test_weights_that_a_run_would_not_find_are_told(cfg, tmp_path, monkeypatch):
+    """model.weights that is not there; a damaged converted folder; a name of which only configs were fetched."""
+    import shutil
+
+    def mends(**changes):
+        changed = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **changes))
+        return [found.mend for found in doctor.examine(doctor.model, changed, tmp_path, None) if found.mend]
+
+    assert mends() == []
+    (missing,) = mends(weights=str(tmp_path / "no.safetensors"))
+    assert "no.safetensors is no file here, nor in the hub's cache: give one that is" in missing
+    network = shutil.move(shutil.copytree(cfg.model.path, tmp_path / "bare") / WEIGHTS, tmp_path)
+    assert mends(path=str(tmp_path / "bare"), weights=str(network)) == []  # it is read in the place of the folder's
+
+    convert.convert(assemble.model_module(cfg), cfg.model, tmp_path / "converted")
+    assert mends(path=str(tmp_path / "converted")) == []
+    assert "leave it empty" in mends(path=str(tmp_path / "converted"), weights=str(network))[0]
+    assert "was converted for another config" in mends(path=str(tmp_path / "converted"), dtype="bfloat16")[0]
+    largest = max(
+        (f for f in (tmp_path / "converted/weights").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
+    largest.write_bytes(largest.read_bytes()[:-1])
+    assert "is not what was written" in mends(path=str(tmp_path / "converted"))[0]
+
+    root = tmp_path / "models--org--flux"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs/main").write_text("a" * 40)
+    shutil.copytree(cfg.model.path, root / "snapshots" / ("a" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert mends(path="org/flux") == ["fetch org/flux: hf download org/flux, or let a run do it"]
 
 
 def test_no_reward_and_no_model(tmp_path, capsys):

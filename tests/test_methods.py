@@ -134,6 +134,7 @@ def test_a_clip_range_within_the_noise_is_refused():
             {"regenerate.window": "7", "regenerate.window_within": "7"},
             r"window=7, window_within=7 of",
         ),
+        ("flow_grpo_fast", {"regenerate.window_within": "6"}, r"=6 of steps=6: .*; the last step, whose noise is 0 or"),
         ("flow_grpo_fast", {"regenerate.window_within": "2"}, r"a window has 1 or more steps, and lies within the fir"),
         ("diffusionnft", {"regenerate.eta": "0.5"}, r"eta=0.5: dpm2 takes 0 only, it solves the ODE"),
         ("diffusionnft", {"regenerate.window": "2"}, r"window=2: only ddim, sde, dance, cps with eta > 0 have noise"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -233,6 +234,24 @@ def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(planned, tmp
     with pytest.raises(ConfigError, match=r"too small: encode does not fit: .* of 24.0 GB"):
         train.train(planned.cfg, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 80GB"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090 24GB"),
+        ("NVIDIA GeForce RTX 3060", None),
+        ("NVIDIA RTX A5000", None),
+    ],
+)
+def test_a_gpu_is_known_by_its_whole_name(monkeypatch, kind, name):
+    device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: {"bytes_limit": 10e9})
+    monkeypatch.setattr(plan.jax, "local_devices", lambda: [device])
+    found = plan.device_card()
+    assert found is None if name is None else found is not None and found[1:] == plan.CARDS[name][1:]
+    assert found is None or plan.room(found) == pytest.approx(10e9)
 
 
 def test_remedies_come_cheapest_in_time_first(planned):

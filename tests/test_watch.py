@@ -76,6 +76,14 @@ def test_a_preview_like_the_full_rollout_ranks_like_it(toy):
         assert -1 <= found["watch/kept_contrast"] <= 1 + 1e-6
 
 
+def test_of_fewer_prompts_than_asked_for_all_are_measured(toy, tmp_path):
+    """Three training prompts on two devices, and watch.prompts=4, the default: two are measured."""
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
+    parts = assemble.assemble(config.override(toy, **{"prompts": "2"}), 2)
+    with jax.set_mesh(parts.mesh):
+        assert "watch/spearman" in watch.measured(parts, assemble.fresh(parts))
+
+
 def test_a_run_falls_back_to_bf16_and_a_resumed_one_stays_there(toy, tmp_path, capsys, monkeypatch):
     """Measured after the second of four iterations: a step does not rank as 4 do, and watch.rank=1 asks for that."""
     nothing = types.SimpleNamespace(check=lambda *_: None, uses=lambda *_: [], report=lambda *_: [])
