@@ -86,9 +86,10 @@ class Stage:
         _require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
         _require(self.chunk >= 1, f"chunk={self.chunk}: give 1 or more images at a time")
         most = NOISE.get(self.solver, 0.0)
+        takes = f"0 to {most:g}" if most < math.inf else "a finite number, 0 or more"
         _require(
             0 <= self.eta <= most and self.eta < math.inf,
-            f"eta={self.eta}: {self.solver} takes " + (f"0 to {most:g}" if most else "0 only, it solves the ODE"),
+            f"eta={self.eta}: {self.solver} takes {takes if most else '0 only, it solves the ODE'}",
         )
         _require(0 <= self.shift < math.inf, f"shift={self.shift}: 0 (the model's sigmas) or a positive number")
         _require(
@@ -292,6 +293,11 @@ class Config:
         _require(t >= 1, f"learn.timestep_fraction={fraction}: no time of {steps} steps is trained, raise it")
         if name == "awm":
             last, first = int(0.9 * steps), self.learn.first_time
+            _require(
+                first < last,
+                f"learn.first_time={first}: learn.algorithm=awm trains times of {steps} steps below number {last}, "
+                "use a lower one, or more steps",
+            )
             _require(
                 t <= last - first,
                 f"learn.algorithm=awm trains {t} times of {steps}, one of each stratum of those from number {first} "

@@ -534,6 +534,7 @@ class Staged:
             full = self._by_prompt("regenerate", (kernels, low, frozen), prompts, keys, times, between)
             with clock(times, "select"):
                 samples, metrics = jax.block_until_ready(self.jit["select_samples"](state, full))
+            del full  # candidates that are not learnt from leave the device, as do previews
         else:
             preview = self._by_prompt("explore", (kernels, low, frozen), prompts, keys, times, between)
             with clock(times, "select"):
@@ -542,6 +543,7 @@ class Staged:
                 low = None  # the quantised kernels leave the device
             samples = self._by_prompt("regenerate", (kernels, low, frozen), prompts, chosen.keys, times, between)
             metrics = self.jit["compare"](preview, chosen, samples)
+            del preview, chosen
         del kernels, low
         with clock(times, "learn"):
             state, learnt = jax.block_until_ready(self.jit["learn"](state, frozen, prompts.cond, samples))

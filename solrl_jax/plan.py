@@ -114,7 +114,7 @@ def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> U
     if stage == "encode":
         f, args = model.encode, (sizes.text, sizes.tokens)
     elif stage == "learn":
-        f, args = run.learn, (state, frozen, sizes.prompts.cond, samples(cfg, sizes, mine))
+        f, args = run.learn, (state, frozen, sizes.prompts.cond, samples(cfg, sizes, mine, cfg.kept))
     else:
         kernels = jax.eval_shape(run.merged, state, frozen)
         low = jax.eval_shape(run.quantised, kernels, frozen)
@@ -123,8 +123,9 @@ def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> U
         precision, together = rollout.precision, iteration.block_shape(rollout.chunk, mine, images)[0]
         calls, low = mine // together, None if stage == "regenerate" and precision == "bf16" else low
         f, args = getattr(run, stage), (kernels, low, frozen, batch(sizes.prompts, together), keys(together, images))
-    # What is drawn stays until it is learnt from; GRPO's samples come with their paths.
-    held = samples(cfg, sizes, mine) if stage in ("regenerate", "learn") else None
+    # What is drawn stays until it is learnt from, or not kept; GRPO's samples come with their paths.
+    drawn = {"regenerate": cfg.stages()[-1][-1], "learn": cfg.kept}
+    held = samples(cfg, sizes, mine, drawn[stage]) if stage in drawn else None
     program = cost.trace(f, *args)
     flops = Counter({dtype: n * calls * devices for dtype, n in cost.flops(program).items()})
     text = nbytes(sizes.text) if stage == "encode" or not cfg.encode_ahead else 0

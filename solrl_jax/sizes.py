@@ -84,9 +84,9 @@ def keys(prompts: int, images: int) -> Any:
     return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (prompts, images)))
 
 
-def samples(cfg: Config, sizes: Sizes, prompts: int) -> Rollout:
-    """The kept samples of so many prompts."""
-    grid = (prompts, cfg.kept)
+def samples(cfg: Config, sizes: Sizes, prompts: int, images: int) -> Rollout:
+    """So many samples of so many prompts, as they are learnt from."""
+    grid = (prompts, images)
     noise = jax.eval_shape(lambda: sizes.model.noise(jax.random.key(0)))
     reward: Any = jax.ShapeDtypeStruct(grid, jnp.float32)
     x0: Any = jax.ShapeDtypeStruct((*grid, *noise.shape), jnp.float32)

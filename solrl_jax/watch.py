@@ -78,8 +78,13 @@ def _badly_ranked(lines: Sequence[Line], cfg: Config) -> str:
     mend = "it goes on in bf16" if cfg.watch.fall_back else "set explore.precision=bf16 or watch.fall_back=true"
     return (
         f"the preview ranks candidates unlike the full rollout: Spearman {found[-1]:.2f}, below "
-        f"watch.rank={cfg.watch.rank:g}; raise explore.steps, or {mend}"
+        f"watch.rank={cfg.watch.rank:g}; raise explore.steps{f', or {mend}' if _low(cfg) else ''}"
     )
+
+
+def _low(cfg: Config) -> bool:
+    """Whether exploration has a BF16 to fall back to."""
+    return cfg.explore is not None and cfg.explore.precision != "bf16"
 
 
 # --- how well the preview ranks -------------------------------------------------------------------------------------
@@ -128,7 +133,7 @@ def _programs(run: Stages) -> tuple[Callable, ...]:
 def fallen_back(lines: Sequence[Line], cfg: Config) -> bool:
     """Whether a measurement was below watch.rank, and the run is one that then explores in BF16."""
     found = [line["watch/spearman"] for line in lines if line.get("watch/spearman") is not None]
-    return cfg.watch.fall_back and any(value < cfg.watch.rank for value in found)
+    return cfg.watch.fall_back and _low(cfg) and any(value < cfg.watch.rank for value in found)
 
 
 def in_bf16(cfg: Config) -> Config:

@@ -128,7 +128,7 @@ def test_a_clip_range_within_the_noise_is_refused():
         ("flow_grpo", {"regenerate.solver": "sa_solver"}, r"solver=sa_solver with eta=0.9 has not: use ddim, sde, d"),
         ("flow_grpo", {"regenerate.precision": "fp8"}, r"precision=fp8: learn.algorithm=flow_grpo takes the ratio"),
         ("flow_grpo", {"learn.timestep_fraction": "1"}, r"is 6 of 6 steps, but only 5 have a probability"),
-        ("flow_grpo", {"regenerate.eta": "inf"}, r"eta=inf: sde takes 0 to inf"),
+        ("flow_grpo", {"regenerate.eta": "inf"}, r"eta=inf: sde takes a finite number, 0 or more"),
         (
             "flow_grpo",
             {"regenerate.window": "7", "regenerate.window_within": "7"},
@@ -141,6 +141,7 @@ def test_a_clip_range_within_the_noise_is_refused():
         ("diffusionnft", {"regenerate.shared_noise": "true"}, r"all samples of a prompt would be the same"),
         ("dance_grpo", {"regenerate.shift": "-3"}, r"shift=-3.0: 0 \(the model's sigmas\) or a positive number"),
         ("awm", {"learn.timestep_fraction": "0.9"}, r"awm trains 12 times of 14, one of each stratum .* 1 to 11: use"),
+        ("awm", {"learn.first_time": "12"}, r"first_time=12: .* trains times of 14 steps below number 12, use a lower"),
         ("awm", {"learn.clip_range": "0"}, r"learn.clip_range=0.0: a positive number"),
         ("awm", {"learn.lag_weight": "-1"}, r"learn.lag_weight=-1.0: give a finite number, 0 or more"),
     ],

@@ -200,7 +200,9 @@ def test_emulation_and_devices_change_seconds_not_work(planned):
     eight = plan.use_of("regenerate", cfg, sizes.read(cfg, 8), 8, plan.CARDS["H100 80GB"])
     one = by_stage(planned)["regenerate"]
     assert eight.flops == one.flops and eight.seconds == pytest.approx(one.seconds / 8)
-    kept = plan.nbytes(plan.samples(cfg, planned.sizes, cfg.prompts))  # the prompts are shared, and so their samples
+    kept = plan.nbytes(
+        plan.samples(cfg, planned.sizes, cfg.prompts, cfg.kept)
+    )  # the prompts are shared, and so their samples
     assert one.total - eight.total == pytest.approx(kept * 7 / 8, rel=1e-6)
 
 
@@ -347,10 +349,14 @@ def test_paths_of_grpo_are_counted(planned):
         **{"regenerate.solver": "sde", "regenerate.eta": "0.9", "learn.algorithm": "flow_grpo"},
         **{"candidates": str(planned.cfg.kept), "selection": "all"},
     )
-    plain = plan.samples(planned.cfg, planned.sizes, cfg.prompts)
-    found = plan.samples(cfg, planned.sizes, cfg.prompts)
+    plain = plan.samples(planned.cfg, planned.sizes, cfg.prompts, cfg.kept)
+    found = plan.samples(cfg, planned.sizes, cfg.prompts, cfg.kept)
     assert found.path is not None and found.path.states.shape[2] == cfg.regenerate.steps
     extra = cfg.regenerate.steps * plan.nbytes(plain.x0) + 4 * plain.x0.shape[0] * plain.x0.shape[1]
     assert plan.nbytes(found) - plan.nbytes(plain) == extra
     use = plan.use_of("learn", cfg, planned.sizes, 1, plan.CARDS["H100 80GB"])
     assert use.activations > plan.nbytes(found)
+    # All candidates are drawn with their paths before some are kept.
+    wide = config.override(cfg, **{"candidates": str(4 * cfg.kept), "selection": "best_worst"})
+    few, many = (plan.use_of("regenerate", c, planned.sizes, 1, plan.CARDS["H100 80GB"]) for c in (cfg, wide))
+    assert many.activations - few.activations >= 3 * plan.nbytes(found)

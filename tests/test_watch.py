@@ -49,6 +49,13 @@ def test_bad_ranks():
     assert watch.alarms([{"iteration": 4, "watch/spearman": 0.31}, {"iteration": 8, "watch/spearman": 0.8}], CFG) == {}
 
 
+def test_a_preview_in_bf16_has_nothing_to_fall_back_to():
+    cfg = config.override(CFG, **{"explore.precision": "bf16", "watch.fall_back": "true"})
+    low = [{"iteration": 4, "watch/spearman": 0.31}]
+    assert watch.alarms(low, cfg)["ranks"].endswith("raise explore.steps") and not watch.fallen_back(low, cfg)
+    assert watch.fallen_back(low, config.override(cfg, **{"explore.precision": "fp8"}))
+
+
 def test_when_it_is_due():
     cfg = config.override(CFG, **{"watch.every": "4"})
     assert [done for done in range(1, 13) if watch.due(cfg, done)] == [4, 8, 12]

@@ -64,19 +64,20 @@ def newest(run: Path) -> int:
 
 def strike(run: Path, iterations: int, moment: Callable[[float], bool]) -> bool:
     """Run or go on until moment(seconds since the first sign of progress), and kill; False if the run ended before."""
-    began = progress = None
-    count = len(lines(run))
+    progress, count, metrics, size = None, len(lines(run)), run / "metrics.jsonl", -1
     with subprocess.Popen(command(run, iterations), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
-        began = time.monotonic()
+        moved = time.monotonic()
         while child.poll() is None:
             now = time.monotonic()
+            if (grown := metrics.stat().st_size if metrics.exists() else 0) != size:
+                moved, size = now, grown
             if progress is None and len(lines(run)) > count:
                 progress = now
             if progress is not None and moment(now - progress):
                 child.send_signal(signal.SIGKILL)
                 child.wait()
                 return True
-            if now - began > PATIENCE:
+            if now - moved > PATIENCE:
                 child.kill()
                 raise TimeoutError(f"no progress in {PATIENCE:.0f} s")
             time.sleep(0.0005)

@@ -96,11 +96,10 @@ def choose(bench: Bench, name: str, cfg: Config, program) -> tuple[float, dict[s
     return rates[int(np.nanargmax(gains))], figures
 
 
-def final(bench: Bench, name: str, arm: Arm, cfg: Config, program, rate: float, tried: dict[str, dict]) -> None:
+def final(bench: Bench, name: str, cfg: Config, program, rate: float, figures: dict[str, dict]) -> None:
     """Train all seeds at `rate` to the end of the budget; the arm's file is written anew at every mark."""
-    cost, figures, began = price(cfg, prices()), dict(tried), time.perf_counter()
+    cost, arm, began = price(cfg, prices()), ARMS[name], time.perf_counter()
     figures |= {f"cost of an iteration: {k}": results.figure(v, "s, H100", 1) for k, v in cost.items()}
-    figures["rate"] = results.figure(rate, "chosen" if name not in BORROWED else f"of {BORROWED[name]}", len(RATES))
     seeds, rates = list(bench.seeds), [rate] * len(bench.seeds)
     for done, states in trained(bench, cfg, program, seeds, rates, bench.marks):
         wall = (time.perf_counter() - began) / done
@@ -170,14 +169,16 @@ def main(argv: list[str] | None = None) -> None:
         bench = Bench(opened, seeds, measure, base, args.budget, args.marks, choosing, args.out, say)
         rates: dict[str, float] = {}
         for name, cfg in cfgs.items():
-            program, tried = programs[name].result(), {}
+            program, figures = programs[name].result(), {}
             source = BORROWED.get(name, name)
-            if args.rate or source in rates:
-                rate = args.rate or rates[source]
+            if args.rate:
+                rate, how = args.rate, "given"
+            elif source in rates:
+                rate, how = rates[source], f"of {source}"
             else:
-                rate, tried = choose(bench, name, cfg, program)
+                (rate, figures), how = choose(bench, name, cfg, program), "chosen"
             rates[name] = rate
-            final(bench, name, ARMS[name], cfg, program, rate, tried)
+            final(bench, name, cfg, program, rate, figures | {"rate": results.figure(rate, how, 1)})
         say("done")
 
 
