@@ -124,7 +124,7 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
             began, lines, said = time.perf_counter(), read(run / "metrics.jsonl"), {}
             for state, metrics in iterations(parts, state, out, stop, lines):  # noqa: B020 - the generator begins with it
                 done = int(state.iteration)
-                if watch.due(cfg, done):
+                if watch.due(cfg, done) and not watch.fallen_back(lines, cfg):
                     metrics |= watch.measured(parts, state)
                 if cfg.evaluate.every and (done % cfg.evaluate.every == 0 or done == cfg.iterations):
                     metrics |= evaluated(parts, state, run, out, base)
@@ -176,7 +176,7 @@ def iterations(
 
     `lines` are the run's metrics so far, which may say that exploration has to go on in BF16.
     """
-    step, cfg, first = stepper(parts, out, stop), parts.cfg, int(state.iteration)
+    step, cfg = stepper(parts, out, stop), parts.cfg
     while (done := int(state.iteration)) < cfg.iterations and not stop.is_set():
         if parts.cfg is cfg and watch.fallen_back(lines, cfg):
             parts = parts._replace(cfg=watch.in_bf16(cfg))
@@ -192,7 +192,7 @@ def iterations(
             return
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
         check_rewards(numbers, done + 1)
-        if done == first:
+        if done == 0:  # a run that began goes on, however near the edge a later iteration is
             check_ratio(numbers, done + 1, cfg.learn.clip_range)
         state = new
         yield state, numbers | {f"time/{name}": seconds for name, seconds in times.items()}
