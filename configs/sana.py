@@ -17,7 +17,7 @@ Memory, time: not measured; `--config=sana --mode=plan` estimates every stage.
 """
 
 from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
-from solrl_jax.recipes import choose, recipes
+from solrl_jax.recipes import ON_THE_HUB, choose, recipes
 
 REWARDS = ("pickscore", "clipscore", "hpsv2", "imagereward")
 RECIPES = recipes(REWARDS)
@@ -40,12 +40,7 @@ def base(reward: str) -> Config:
             min_quantised_flops=0.55,  # the rule covers .574 of the blocks'; less is another network
         ),
         reward=reward,
-        reward_paths=(
-            "clipscore=openai/clip-vit-large-patch14",
-            "pickscore=yuvalkirstain/PickScore_v1",
-            "hpsv2=xswu/HPSv2",
-            "imagereward=zai-org/ImageReward",
-        ),
+        reward_paths=ON_THE_HUB,
         prompts=48,
         candidates=96,
         kept=24,

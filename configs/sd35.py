@@ -18,7 +18,7 @@ prompts on eight B200 with native FP4, 187 of them rollout.
 import dataclasses
 
 from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
-from solrl_jax.recipes import choose, recipes
+from solrl_jax.recipes import ON_THE_HUB, choose, recipes
 
 REWARDS = ("imagereward", "pickscore", "clipscore", "hpsv2")
 RECIPES = (*recipes(REWARDS), *(f"medium_{recipe}" for recipe in recipes(REWARDS)))
@@ -40,12 +40,7 @@ def large(reward: str) -> Config:
             min_quantised_flops=0.6,  # NVFP4's rule covers .635 of the blocks'; less is another network
         ),
         reward=reward,
-        reward_paths=(
-            "clipscore=openai/clip-vit-large-patch14",
-            "pickscore=yuvalkirstain/PickScore_v1",
-            "hpsv2=xswu/HPSv2",
-            "imagereward=zai-org/ImageReward",
-        ),
+        reward_paths=ON_THE_HUB,
         prompts=48,
         candidates=96,
         kept=24,

@@ -200,8 +200,7 @@ class Bench:
 def work(cfg: Config, devices: int) -> dict[str, float]:
     """TFLOP of every stage of an iteration, of one device; called outside of any mesh of several devices."""
     share, card = sizes.read(cfg, devices), plan.CARDS["H100 80GB"]
-    stages = ("encode", "quantise", *(name for name, *_ in cfg.stages()), "learn")
-    return {s: plan.use_of(s, cfg, share, devices, card).flops.total() / devices / 1e12 for s in stages}
+    return {use.stage: use.flops.total() / devices / 1e12 for use in plan.uses_of(cfg, share, devices, card)}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from solrl_jax import sampler
-from solrl_jax.config import Learn
+from solrl_jax.config import Learn, last_time
 from solrl_jax.sampler import Gaussian
 from solrl_jax.structs import Hyper, Path, Points, Transitions, Velocities
 
@@ -161,11 +161,6 @@ def awm_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, times: i
 def awm_edges(steps: int, times: int, first: int) -> list[int]:
     """The T + 1 bounds of AWM's strata: for N = 14, T = 6, first 1 they are 1, 2, 4, 6, 8, 10, 12."""
     return [int(first + (last_time(steps) - first) * k / times + 1e-9) for k in range(times + 1)]
-
-
-def last_time(steps: int) -> int:
-    """AWM trains no time of this number or above: the last tenth of a rollout."""
-    return int(0.9 * steps)
 
 
 def awm_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:

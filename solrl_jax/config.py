@@ -292,7 +292,7 @@ class Config:
         fraction, steps = self.learn.timestep_fraction, stage.steps
         _require(t >= 1, f"learn.timestep_fraction={fraction}: no time of {steps} steps is trained, raise it")
         if name == "awm":
-            last, first = int(0.9 * steps), self.learn.first_time
+            last, first = last_time(steps), self.learn.first_time
             _require(
                 first < last,
                 f"learn.first_time={first}: learn.algorithm=awm trains times of {steps} steps below number {last}, "
@@ -344,6 +344,11 @@ class Config:
         if self.explore is None:
             return [("regenerate", self.regenerate, self.candidates)]
         return [("explore", self.explore, self.candidates), ("regenerate", self.regenerate, self.kept)]
+
+
+def last_time(steps: int) -> int:
+    """AWM trains no time of this number or above: the last tenth of a rollout."""
+    return int(0.9 * steps)
 
 
 def _divisors(n: int) -> list[int]:

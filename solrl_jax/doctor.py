@@ -181,9 +181,7 @@ def memory(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         return
     cfg, count = assemble.resolved(cfg, assemble.capability()), devices or jax.device_count()
     plan.check_fits(cfg, count, plan.room(card))
-    held = sizes.read(cfg, count)
-    stages = ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn")
-    uses = [plan.use_of(stage, cfg, held, count, card) for stage in stages]
+    uses = plan.uses_of(cfg, sizes.read(cfg, count), count, card)
     most = max(uses, key=lambda use: use.total)
     seconds = sum(use.seconds for use in uses)
     yield Finding(f"memory: {most.stage} takes the most, {most.total / 1e9:.1f} of {plan.room(card) / 1e9:.1f} GB")

@@ -97,13 +97,18 @@ def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
     found = card_of(card)
     most, cfg = room(found), assemble.resolved(cfg, found.capability)
     sizes = read(cfg, devices)
-    stages = ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn")
-    uses = tuple(use_of(stage, cfg, sizes, devices, found) for stage in stages)
+    uses = uses_of(cfg, sizes, devices, found)
     advice = (advise(use, cfg, sizes, devices, found) for use in uses if use.total > most)
     return Plan(cfg, devices, card, sizes, uses, tuple(advice))
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
+
+
+def uses_of(cfg: Config, sizes: Sizes, devices: int, card: Card) -> tuple[Use, ...]:
+    """Every stage's, in order."""
+    stages = ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn")
+    return tuple(use_of(stage, cfg, sizes, devices, card) for stage in stages)
 
 
 def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
@@ -163,8 +168,7 @@ def check_fits(cfg: Config, devices: int, most: float) -> None:
     Activations are estimated up to CAUTION too high, and by so much a stage may be over.
     """
     sizes, card = read(cfg, devices), Card(most / USABLE / 2**30, 1, 0.0)
-    stages = ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn")
-    for use in (use_of(stage, cfg, sizes, devices, card) for stage in stages):
+    for use in uses_of(cfg, sizes, devices, card):
         if use.total - CAUTION * use.activations > most:
             raise ConfigError(f"this GPU is too small: {advise(use, cfg, sizes, devices, card)}; see --mode=plan")
 

@@ -43,6 +43,13 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Rollout and loss of the methods, as published for FLUX.1-dev with a LoRA; AWM, which has no FLUX trainer, as for
 SD3.5-M (algorithms.md section 7). Of K pictures a prompt all are kept. DanceGRPO draws its 12 steps and trains 6."""
+ON_THE_HUB = (
+    "clipscore=openai/clip-vit-large-patch14",
+    "pickscore=yuvalkirstain/PickScore_v1",
+    "hpsv2=xswu/HPSv2",
+    "imagereward=zai-org/ImageReward",
+)
+"""Where the four rewards are read from, as `reward_paths`."""
 NAMES = (*FAMILIES, *METHODS, *ALIASES)
 
 

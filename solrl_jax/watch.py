@@ -72,7 +72,7 @@ def _far(lines: Sequence[Line], name: str, other: str) -> str:
 
 
 def _badly_ranked(lines: Sequence[Line], cfg: Config) -> str:
-    found = [line["watch/spearman"] for line in lines if line.get("watch/spearman") is not None]
+    found = _ranks(lines)
     if not found or found[-1] >= cfg.watch.rank:
         return ""
     mend = "it goes on in bf16" if cfg.watch.fall_back else "set explore.precision=bf16 or watch.fall_back=true"
@@ -80,6 +80,11 @@ def _badly_ranked(lines: Sequence[Line], cfg: Config) -> str:
         f"the preview ranks candidates unlike the full rollout: Spearman {found[-1]:.2f}, below "
         f"watch.rank={cfg.watch.rank:g}; raise explore.steps{f', or {mend}' if _low(cfg) else ''}"
     )
+
+
+def _ranks(lines: Sequence[Line]) -> list[float]:
+    """Every measurement's Spearman so far."""
+    return [line["watch/spearman"] for line in lines if line.get("watch/spearman") is not None]
 
 
 def _low(cfg: Config) -> bool:
@@ -132,8 +137,7 @@ def _programs(run: Stages) -> tuple[Callable, ...]:
 
 def fallen_back(lines: Sequence[Line], cfg: Config) -> bool:
     """Whether a measurement was below watch.rank, and the run is one that then explores in BF16."""
-    found = [line["watch/spearman"] for line in lines if line.get("watch/spearman") is not None]
-    return cfg.watch.fall_back and _low(cfg) and any(value < cfg.watch.rank for value in found)
+    return cfg.watch.fall_back and _low(cfg) and any(value < cfg.watch.rank for value in _ranks(lines))
 
 
 def in_bf16(cfg: Config) -> Config:

@@ -65,7 +65,10 @@ def newest(run: Path) -> int:
 def strike(run: Path, iterations: int, moment: Callable[[float], bool]) -> bool:
     """Run or go on until moment(seconds since the first sign of progress), and kill; False if the run ended before."""
     progress, count, metrics, size = None, len(lines(run)), run / "metrics.jsonl", -1
-    with subprocess.Popen(command(run, iterations), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as child:
+    with (
+        tempfile.TemporaryFile() as errors,  # a pipe that nobody reads would fill up and block the run
+        subprocess.Popen(command(run, iterations), stdout=subprocess.DEVNULL, stderr=errors) as child,
+    ):
         moved = time.monotonic()
         while child.poll() is None:
             now = time.monotonic()
@@ -82,7 +85,8 @@ def strike(run: Path, iterations: int, moment: Callable[[float], bool]) -> bool:
                 raise TimeoutError(f"no progress in {PATIENCE:.0f} s")
             time.sleep(0.0005)
         if child.returncode:
-            raise RuntimeError(f"the run ended with {child.returncode}: {child.stderr.read().decode()[-2000:]}")
+            errors.seek(0)
+            raise RuntimeError(f"the run ended with {child.returncode}: {errors.read().decode()[-2000:]}")
     return False
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
 
 from experiments import results
 
@@ -25,8 +26,6 @@ PANELS = {
     "test: gain of clipscore": "gain of CLIPScore, which is trained",
     "test: gain of exact": "gain of captions all right (the judge, held out)",
 }
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Student's t for a 95 % interval of a mean of so many."""
 
 
 class Curve(NamedTuple):
@@ -43,7 +42,9 @@ class Curve(NamedTuple):
     def half_width(self) -> Float[np.ndarray, "M"]:
         """Of the 95 % interval; 0 for one seed, of which nothing is known."""
         n = self.gains.shape[1]
-        return T_95[n] * self.gains.std(axis=1, ddof=1) / np.sqrt(n) if n > 1 else np.zeros(len(self.cost))
+        if n == 1:
+            return np.zeros(len(self.cost))
+        return stats.t.ppf(0.975, n - 1) * self.gains.std(axis=1, ddof=1) / np.sqrt(n)
 
 
 def curve(file: Path, what: str) -> Curve:
@@ -97,7 +98,7 @@ def draw(files: Mapping[str, Path], to: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(1, len(PANELS), figsize=(11, 4.2), layout="constrained")
-    styles = [(c, line) for line in ("-", "--") for c in plt.get_cmap("tab10").colors[:5]]  # type: ignore[attr-defined]
+    styles = [(c, line) for line in ("-", "--") for c in matplotlib.color_sequences["tab10"][:5]]
     for panel, (what, title) in zip(panels, PANELS.items(), strict=True):
         for (name, file), (colour, line) in zip(files.items(), styles, strict=False):
             c = curve(file, what)
