@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn
 
+from solrl_jax.quant.layout import as_it_lies
 from solrl_jax.structs import Static
 
 MAX = 448.0
@@ -56,10 +57,10 @@ def quantise(kernel: Float[Array, "*layers in out"], unit: float = 1.0) -> Fp8:
     """One scale a kernel (a layer of a stack is a kernel of its own)."""
     if kernel.ndim > 2:
         return jax.lax.map(lambda k: quantise(k, unit), kernel)
-    w = kernel.T.astype(jnp.float32)
+    w = as_it_lies(kernel).astype(jnp.float32)
     most = jnp.max(jnp.abs(w))
     scale = jnp.where(most > 0, most * jnp.float32(1 / MAX), 1.0)
-    return Fp8(encode(w, scale), scale, Static(unit))
+    return Fp8(as_it_lies(encode(w, scale)).T, scale, Static(unit))
 
 
 def unit_of(largest: float) -> float:

@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, UInt8
 
 from solrl_jax import sharding
+from solrl_jax.quant.layout import as_it_lies
 from solrl_jax.structs import Static
 
 BLOCK = 16
@@ -58,9 +59,10 @@ def value_of(code: UInt8[Array, "*d"]) -> Float[Array, "*d"]:
     return jnp.where((code & 8) > 0, -value, value)
 
 
-def pack(code: UInt8[Array, "*d K"]) -> UInt8[Array, "*d half"]:
-    """Two codes a byte along the last axis, the even index in the low nibble."""
-    return code[..., 0::2] | (code[..., 1::2] << 4)
+def pack(code: UInt8[Array, "*d"], axis: int = -1) -> UInt8[Array, "*half"]:
+    """Two codes a byte along `axis`, the even index in the low nibble."""
+    even, odd = (lax.slice_in_dim(code, first, None, 2, axis) for first in (0, 1))
+    return even | (odd << 4)
 
 
 def unpack(packed: UInt8[Array, "*d half"]) -> UInt8[Array, "*d K"]:
@@ -75,19 +77,25 @@ def encode(
 
     `amax` is max|x| over the tensor or over each row, shaped to broadcast against x.
     """
-    if x.shape[-1] % BLOCK:
-        raise ValueError(f"the contracted axis has {x.shape[-1]} elements: NVFP4 needs a multiple of {BLOCK}")
-    x = x.astype(jnp.float32)
+    _check(x.shape[-1])
+    blocks = x.astype(jnp.float32).reshape((*x.shape[:-1], -1, BLOCK))
     amax = amax.astype(jnp.float32)
+    return *_encode_blocks(blocks, amax[..., None], -1), amax * jnp.float32(1 / FULL)
+
+
+def _check(contracted: int) -> None:
+    if contracted % BLOCK:
+        raise ValueError(f"the contracted axis has {contracted} elements: NVFP4 needs a multiple of {BLOCK}")
+
+
+def _encode_blocks(blocks: Array, amax: Array, axis: int) -> tuple[Array, Array]:
+    """(e2m1 values, e4m3 scales) of blocks that lie along `axis`, which stays, of length 1, in the scales."""
     s_enc = jnp.where(amax > 0, jnp.minimum(FULL / amax, FLT_MAX), 1.0)
     s_dec = 1.0 / s_enc
-    blocks = x.reshape((*x.shape[:-1], -1, BLOCK))
-    s_enc, s_dec = jnp.broadcast_to(s_enc, (*x.shape[:-1], 1)), jnp.broadcast_to(s_dec, (*x.shape[:-1], 1))
-    block_max = jnp.max(jnp.abs(blocks), axis=-1)
+    block_max = jnp.max(jnp.abs(blocks), axis=axis, keepdims=True)
     scale = round_e4m3(block_max * (s_enc * jnp.float32(1 / 6)))
     gain = jnp.minimum(1.0 / (scale * s_dec), FLT_MAX)
-    values = round_e2m1(blocks * gain[..., None])
-    return values, scale[..., None], amax * jnp.float32(1 / FULL)
+    return round_e2m1(blocks * gain), scale
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -118,10 +126,13 @@ def quantise(kernel: Float[Array, "*layers in out"], native: bool = False) -> Nv
     """One global scale a kernel (a layer of a stack is a kernel of its own)."""
     if kernel.ndim > 2:  # one layer at a time: a whole stack in f32 would not fit at FLUX's size
         return lax.map(lambda k: quantise(k, native), kernel)
-    w = kernel.T.astype(jnp.float32)
-    values, scale, g = encode(w, jnp.max(jnp.abs(w), keepdims=True))
-    codes = pack(code_of(values).reshape(w.shape))
-    return Nvfp4(codes, scale[..., 0].astype(jnp.float8_e4m3fn), g[0, 0], Static(native))
+    _check(kernel.shape[0])
+    w = as_it_lies(kernel).astype(jnp.float32)
+    amax, blocks = jnp.max(jnp.abs(w)), w.reshape(-1, BLOCK, w.shape[1])
+    values, scales = _encode_blocks(blocks, amax, 1)
+    codes = pack(code_of(values), 1).reshape(-1, w.shape[1])
+    scales = scales[:, 0].astype(jnp.float8_e4m3fn)
+    return Nvfp4(as_it_lies(codes).T, as_it_lies(scales).T, amax * jnp.float32(1 / FULL), Static(native))
 
 
 def _scaled(q: Nvfp4) -> Float[Array, "*layers out in"]:
