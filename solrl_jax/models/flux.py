@@ -136,8 +136,8 @@ class JointAttention(nn.Module):
         streams = self._qkv(text, of_text, *added), self._qkv(x, of_image, *names)
         out = attention(*(jnp.concatenate(pair, axis=1) for pair in zip(*streams, strict=True)))
         out = out.reshape((*out.shape[:2], -1))
-        image_out = Linear(x.shape[-1], dtype=self.dtype, name="to_out.0")(out[:, split:])
-        return image_out, Linear(x.shape[-1], dtype=self.dtype, name="to_add_out")(out[:, :split])
+        image_out = Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="to_out.0")(out[:, split:])
+        return image_out, Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="to_add_out")(out[:, :split])
 
     def _qkv(self, x: Array, rope: Any, names: Sequence[str], norms: Sequence[str]) -> list[Array]:
         q, k, v = heads_of(x, names, self.cfg.num_attention_heads, self.cfg.attention_head_dim, self.dtype)
@@ -174,7 +174,7 @@ class SingleBlock(nn.Module):
         h = modulate(x, shift, scale, self.dtype)
         mlp = checkpoint_name(Linear(4 * self.cfg.width, dtype=self.dtype, name="proj_mlp")(rows(h)), "mlp")
         out = JointAttention(self.cfg, self.dtype, name="attn")(h, None, rope)
-        y = Linear(self.cfg.width, dtype=self.dtype, name="proj_out")(out, gelu_tanh(mlp))
+        y = Linear(self.cfg.width, dtype=self.dtype, bias_after=True, name="proj_out")(out, gelu_tanh(mlp))
         return gated(x, gate, y.reshape(x.shape)), None
 
 

@@ -25,12 +25,15 @@ LONG = 256
 class Linear(nn.Module):
     """y = x W + (x A) B + b. W [in, out] in the network's dtype, A [in, R] and B [R, out] f32, alpha/R folded in.
 
-    x may come as several parts of its last axis, which are then never put together in memory.
+    x may come as several parts of its last axis, which are then never put together in memory. `bias_after` leaves the
+    bias to what follows, if that passes over y anyway: of a product without one, XLA reads a stack's kernel where it
+    lies, for any other it writes the layer's kernel out first.
     """
 
     features: int
     use_bias: bool = True
     dtype: Any = jnp.bfloat16
+    bias_after: bool = False
 
     @nn.compact
     def __call__(self, *parts: Float[Array, "*batch _"]) -> Float[Array, "*batch out"]:
@@ -45,13 +48,21 @@ class Linear(nn.Module):
             inside = sum(x.shape[-1] for x in parts)
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (inside, self.features), F32)
             y = _product(parts, jnp.asarray(kernel), self.dtype, out)
+        bias = None
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,), F32)
-            y = y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+            bias = jnp.asarray(self.param("bias", nn.initializers.zeros, (self.features,), F32))
+        if bias is not None and not self.bias_after:
+            y = _plus(y, bias)
         if self.has_variable("lora", "a"):
             a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "ab")
             y = y + _product((_product(parts, a, self.dtype, out),), b, self.dtype, out)
+        if bias is not None and self.bias_after:
+            y = _plus(jax.lax.optimization_barrier(y) if sharding.platform() == "gpu" else y, bias)
         return y.astype(self.dtype)
+
+
+def _plus(y: Array, bias: Array) -> Array:
+    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 def inputs_seen(variables: Mapping[str, Any]) -> dict[str, Array]:

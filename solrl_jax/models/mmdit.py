@@ -23,7 +23,7 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, cond: Float[Array, "B D"]) -> list[Float[Array, "B 1 D"]]:
-        y = Linear(self.chunks * cond.shape[-1], dtype=self.dtype, name="linear")(jax.nn.silu(cond))
+        y = Linear(self.chunks * cond.shape[-1], dtype=self.dtype, bias_after=True, name="linear")(jax.nn.silu(cond))
         return jnp.split(y.astype(F32)[:, None, :], self.chunks, axis=-1)
 
 
@@ -47,15 +47,18 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         y = checkpoint_name(Linear(4 * x.shape[-1], dtype=self.dtype, name="net.0.proj")(rows(x)), "mlp")
-        return Linear(x.shape[-1], dtype=self.dtype, name="net.2")(gelu_tanh(y)).reshape(x.shape)
+        return Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="net.2")(gelu_tanh(y)).reshape(x.shape)
 
 
 def heads_of(
     x: Float[Array, "B S D"], names: Sequence[str], heads: int, width: int, dtype: Any
 ) -> list[Float[Array, "B S H d"]]:
-    """x through a Linear of each name, submodules of the module that calls, as heads of `width` channels."""
-    found = [Linear(heads * width, dtype=dtype, name=name)(x).reshape((*x.shape[:2], heads, width)) for name in names]
-    return [checkpoint_name(y, "qkv") for y in found]
+    """q, k and v: x through a Linear of each name, submodules of the module that calls, as heads of `width` channels.
+
+    q and k are normalised next, v is what attention takes.
+    """
+    found = [Linear(heads * width, dtype=dtype, bias_after=i < 2, name=name)(x) for i, name in enumerate(names)]
+    return [checkpoint_name(y.reshape((*x.shape[:2], heads, width)), "qkv") for y in found]
 
 
 class Embedder(nn.Module):

@@ -80,10 +80,10 @@ class Attention(nn.Module):
             q = q if self.last else jnp.concatenate([q, q_text], axis=1)
             k, v = jnp.concatenate([k, k_text], axis=1), jnp.concatenate([v, v_text], axis=1)
         out = attention(q, k, v).reshape((*q.shape[:2], -1))
-        image = Linear(x.shape[-1], dtype=self.dtype, name="to_out.0")(out[:, : x.shape[1]])
+        image = Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="to_out.0")(out[:, : x.shape[1]])
         if text is None or self.last:
             return image, None
-        return image, Linear(x.shape[-1], dtype=self.dtype, name="to_add_out")(out[:, x.shape[1] :])
+        return image, Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="to_add_out")(out[:, x.shape[1] :])
 
     def _qkv(self, x: Array, names: tuple[str, ...], norms: tuple[str, str]) -> list[Array]:
         q, k, v = heads_of(x, names, self.cfg.num_attention_heads, self.cfg.attention_head_dim, self.dtype)
