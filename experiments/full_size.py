@@ -6,6 +6,7 @@
 
 Random weights take the time and the memory of real ones; what the pictures and rewards are is of no matter. Every
 figure is the median of `--repeat` calls after a first one, whose excess over that median is given as compile time.
+Programs of whole iterations are compiled before they run; with --repeat=1 there is no first iteration.
 """
 
 import argparse
@@ -57,6 +58,43 @@ def timed(call: Callable[[], Any], repeat: int) -> tuple[list[float], float]:
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - began)
     return seconds[1:], seconds[0] - statistics.median(seconds[1:])
+
+
+class Ahead:
+    """A jitted function that is compiled before it first runs, and how long that took."""
+
+    def __init__(self, jitted: Any):
+        self.jitted, self.compiled, self.seconds = jitted, None, 0.0
+
+    def __call__(self, *args: Any) -> Any:
+        if self.compiled is None:
+            began = time.perf_counter()
+            self.compiled = self.jitted.lower(*args).compile()
+            self.seconds = time.perf_counter() - began
+        return self.compiled(*args)
+
+
+STAGE_OF = {"merged": "quantise", "quantised": "quantise", "select_keys": "select", "select_samples": "select"}
+"""The stage as part of which a program of iteration.Staged is timed, where that is not its name."""
+
+
+def iterations(staged: iteration.Staged, bench: "Bench", learn: bool = True) -> tuple[list[dict], dict[str, float]]:
+    """Seconds by stage of `bench.repeat` iterations, after a first one if there are several; compile time by stage.
+
+    Without `learn` the last stage does nothing.
+    """
+    state, rows, compiling = bench.state(), [], dict[str, float]()
+    programs = {name: Ahead(jitted) for name, jitted in staged.jit.items()}
+    staged.jit |= programs if learn else programs | {"learn": lambda state, *_: (state, {})}
+    for _ in range(bench.repeat + (bench.repeat > 1)):
+        times: dict[str, float] = {}
+        state, _ = staged(state, bench.frozen, bench.prompts, times)
+        rows.append(times)
+    for name, program in programs.items():
+        stage = STAGE_OF.get(name, name)
+        compiling[stage] = compiling.get(stage, 0.0) + program.seconds
+    rows[0] = {stage: seconds - compiling[stage] for stage, seconds in rows[0].items()}
+    return rows[-bench.repeat :], compiling
 
 
 class Bench:
@@ -185,15 +223,10 @@ class Bench:
 
     def iterations(self, tflop: dict[str, float]) -> None:
         """Whole iterations, staged; each stage's seconds and rate, `tflop` is `work`'s."""
-        staged, state, rows = iteration.Staged(score=self.sizes.score, **self.statics), self.state(), []
-        for _ in range(self.repeat + 1):
-            times: dict[str, float] = {}
-            state, _ = staged(state, self.frozen, self.prompts, times)
-            rows.append(times)
+        rows, compiling = iterations(iteration.Staged(score=self.sizes.score, **self.statics), self)
         for name in rows[0]:
-            seconds = [row[name] for row in rows[1:]]
-            self.note(name, seconds, tflop.get(name, 0.0), compile=rows[0][name] - statistics.median(seconds))
-        self.note("iteration", [sum(row.values()) for row in rows[1:]])
+            self.note(name, [row[name] for row in rows], tflop.get(name, 0.0), compile=compiling[name])
+        self.note("iteration", [sum(row.values()) for row in rows])
         self.peak("peak of the whole")
 
 
@@ -210,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--forward", default="bf16:24", help="PRECISION:BATCH/BATCH of forward passes, with commas")
     parser.add_argument("--decode", default="bfloat16:24", help="DTYPE:BATCH of decodes, several with commas")
-    parser.add_argument("--keeps", default="attention,mlp", help="model.remat_keeps of micro-steps; with semicolons")
+    parser.add_argument("--keeps", help="model.remat_keeps of micro-steps, several with semicolons; the config's")
     parser.add_argument("--only", default="encode,forward,decode,reward,micro_step,iterations", help="of these")
     parser.add_argument("--profile", type=Path, help="folder for every kernel's time")
     parser.add_argument("--set", default="", help="config words, field=value with commas: explore.precision=bf16")
@@ -224,12 +257,13 @@ def main(argv: list[str] | None = None) -> None:
         cfg = assemble.resolved(sizes.with_configs(named, folder), assemble.capability())
         bench = Bench(cfg, mesh, args.repeat, args.profile)
         forwards, decodes = ([word.split(":") for word in words.split(",")] for words in (args.forward, args.decode))
+        keeping = ",".join(cfg.model.remat_keeps) if args.keeps is None else args.keeps
         steps = [
             ("encode", bench.encode),
             *(("forward", functools.partial(bench.forward, p, b)) for p, b in forwards),
             *(("decode", functools.partial(bench.decode, d, int(b))) for d, b in decodes),
             ("reward", functools.partial(bench.reward, 24)),
-            *(("micro_step", functools.partial(bench.micro_step, keeps)) for keeps in args.keeps.split(";")),
+            *(("micro_step", functools.partial(bench.micro_step, keeps)) for keeps in keeping.split(";")),
             ("iterations", functools.partial(bench.iterations, work(cfg, 1))),
         ]
         for name, step in steps:

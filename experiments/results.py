@@ -90,13 +90,14 @@ def table(file: str | Path, pattern: str = ".*") -> str:
 
 
 def matrix(files: list[Path], columns: list[str]) -> str:
-    """A row a results file, named by its `arm` and told by its `about`; a column a figure, empty where it has none."""
+    """A row a results file, by its `arm` and `about`, else by its name; a column a figure, empty where it has none."""
     columns, titles = zip(*((c.partition(" = ")[0], c.partition(" = ")[2] or c) for c in columns), strict=True)
     rows = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
     for file in files:
         data = json.loads(file.read_text())
         cells = [cell(data["figures"][c]) if c in data["figures"] else "" for c in columns]
-        rows.append(f"| {data['arm']}: {data['about']} | {' | '.join(cells)} |")
+        label = f"{data['arm']}: {data['about']}" if "arm" in data else file.stem
+        rows.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

@@ -514,7 +514,7 @@ class Staged:
         self.cfg = cfg
         self.stages = Stages(model, score, optimizer, cfg)
         jitted = ("merged", "quantised", "explore", "regenerate", "select_keys", "select_samples", "compare", "learn")
-        self.jit = {name: jax.jit(getattr(self.stages, name)) for name in jitted}
+        self.jit: dict[str, Callable[..., Any]] = {name: jax.jit(getattr(self.stages, name)) for name in jitted}
         self.keys = jax.jit(functools.partial(sample_keys, prompts=cfg.prompts, candidates=cfg.candidates))
 
     def __call__(

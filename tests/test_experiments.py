@@ -97,17 +97,26 @@ def test_an_ablation_is_drawn(tmp_path):
 
 def test_efficiency_is_over_the_naive_rollout():
     """Medians of rollouts, and of rollout and learning, over those of BF16 in one stage."""
-    rolled = {
-        "naive, BF16": [30.0, 26.0, 28.0],
-        "two stages, BF16": [20.0] * 3,
-        "two stages, low precision": [14.0] * 3,
+    stages = {
+        "naive, BF16": [60.0, 52.0, 56.0],
+        "two stages, BF16": [40.0] * 3,
+        "two stages, low precision": [28.0] * 3,
     }
-    found = efficiency.figures_of(rolled, [12.0, 11.0, 13.0])
+    learn = {"naive, BF16": [24.0, 22.0, 26.0]}
+    measured = {
+        name: [
+            {"quantise": 0.0, "explore": x / 2, "regenerate": x / 2, "learn": y}
+            for x, y in zip(seconds, learn.get(name, [0.0] * 3), strict=True)
+        ]
+        for name, seconds in stages.items()
+    }
+    found = efficiency.figures_of(measured, 2)
     assert found["naive, BF16: rollout"]["value"] == 28 and found["naive, BF16: rollout"]["spread"] == [26.0, 30.0]
+    assert found["learn"]["value"] == 12 and found["two stages, BF16: explore"]["value"] == 10
     assert found["two stages, low precision: rollout, naive over it"]["value"] == 2.0
     assert found["two stages, BF16: end to end"]["value"] == 32.0
     assert found["two stages, BF16: end to end, naive over it"]["value"] == 40 / 32
-    assert set(efficiency.VARIANTS) == set(rolled)
+    assert set(efficiency.VARIANTS) == set(stages)
     for recipe, changes in efficiency.VARIANTS.values():
         for model in ("flux", "sd35", "sana"):
             assert config.load(f"{model}:{recipe}", {"prompts": "1", **changes}).prompts == 1

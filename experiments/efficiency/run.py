@@ -12,12 +12,14 @@ import argparse
 import functools
 import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from experiments import results
-from experiments.full_size import Bench
+from experiments.full_size import Bench, iterations
 from solrl_jax import assemble, config, iteration, sharding, sizes
 from solrl_jax.config import Config
 
@@ -30,31 +32,39 @@ VARIANTS = {
 
 
 def stage_times(bench: Bench, cfg: Config, learn: bool) -> list[dict[str, float]]:
-    """Seconds by stage of `bench.repeat` iterations after a first one; without learning where it is known."""
+    """Seconds by stage of `bench.repeat` iterations; without learning where that is known."""
     bench.cfg, bench.statics = cfg, {**bench.statics, "cfg": cfg}
-    staged, state, rows = iteration.Staged(score=bench.sizes.score, **bench.statics), bench.state(), []
-    if not learn:
-        staged.jit["learn"] = lambda state, *_: (state, {})
-    for _ in range(bench.repeat + 1):
-        times: dict[str, float] = {}
-        staged(state, bench.frozen, bench.prompts, times)
-        rows.append(times)
-    return rows[1:]
+    rows, _ = iterations(iteration.Staged(score=bench.sizes.score, **bench.statics), bench, learn)
+    return rows
 
 
-def figures_of(rolled: dict[str, list[float]], learn: list[float]) -> dict[str, dict]:
-    """Medians, and how many times as long the naive form takes."""
-    out, naive = {}, statistics.median(rolled["naive, BF16"])
-    learning = statistics.median(learn)
+def figures_of(measured: dict[str, list[dict[str, float]]], prompts: int) -> dict[str, dict]:
+    """Medians of stages and their sums, a prompt, and how many times as long the naive form takes.
+
+    `measured` has the naive form first, with what learning takes.
+    """
+    rolled = {name: [sum(row.values()) - row["learn"] for row in rows] for name, rows in measured.items()}
+    naive, *_ = rolled.values()
+    learn = [row["learn"] for row in next(iter(measured.values()))]
     figure = functools.partial(results.figure, n=len(learn))
-    for name, seconds in rolled.items():
-        rollout = statistics.median(seconds)
-        spread = [round(min(seconds), 3), round(max(seconds), 3)]
-        out[f"{name}: rollout"] = figure(rollout, "s a prompt; median [least, most]", spread=spread)
-        out[f"{name}: rollout, naive over it"] = figure(naive / rollout, "times")
-        out[f"{name}: end to end"] = figure(rollout + learning, "s a prompt")
-        out[f"{name}: end to end, naive over it"] = figure((naive + learning) / (rollout + learning), "times")
-    return out | {"learn": figure(learning, "s a prompt", spread=[round(min(learn), 3), round(max(learn), 3)])}
+
+    def seconds(found: Sequence[float]) -> dict[str, Any]:
+        each = [x / prompts for x in found]
+        spread = [round(min(each), 3), round(max(each), 3)] if len(each) > 1 else None
+        return figure(statistics.median(each), "s a prompt; median [least, most]", spread=spread)
+
+    def times(form: Sequence[float], also: float) -> dict[str, Any]:
+        return figure((statistics.median(naive) + also) / (statistics.median(form) + also), "times")
+
+    out = {"learn": seconds(learn)}
+    for name, rollout in rolled.items():
+        whole = [x + statistics.median(learn) for x in rollout]
+        out |= {f"{name}: {stage}": seconds([row[stage] for row in measured[name]]) for stage in measured[name][0]}
+        out |= {f"{name}: rollout": seconds(rollout), f"{name}: rollout, naive over it": times(rollout, 0.0)}
+        out |= {f"{name}: end to end": seconds(whole)}
+        out |= {f"{name}: end to end, naive over it": times(rollout, statistics.median(learn))}
+        del out[f"{name}: learn"]
+    return out
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,18 +86,16 @@ def main(argv: list[str] | None = None) -> None:
         cfgs = {name: variant(*how) for name, how in VARIANTS.items()}
         bench = Bench(cfgs["two stages, low precision"], sharding.make_mesh(1), args.repeat)
         bench.encode()
-        rolled: dict[str, list[float]] = {}
-        learn: list[float] = []
+        facts = {"model": args.model, "precision": bench.cfg.low_precision, "prompts": args.prompts}
+        facts |= {"candidates": bench.cfg.candidates, "kept": bench.cfg.kept}
+        measured: dict[str, list[dict[str, float]]] = {}
         for name, cfg in cfgs.items():
-            rows = stage_times(bench, cfg, learn=not learn)
-            learn = learn or [row["learn"] for row in rows]
-            rolled[name] = [sum(s for stage, s in row.items() if stage != "learn") / args.prompts for row in rows]
-            print(f"{name}: {rows}", flush=True)
-        figures = figures_of(rolled, [s / args.prompts for s in learn])
-        for name, f in figures.items():
-            print(f"{results.cell(f):>24}  {name}", flush=True)
-        facts = {"model": args.model, "precision": cfgs["two stages, low precision"].low_precision}
-        results.record(args.out or HERE / f"results/{args.model}.json", figures, **facts)
+            measured[name] = stage_times(bench, cfg, learn=not measured)
+            figures = figures_of(measured, args.prompts)
+            results.record(args.out or HERE / f"results/{args.model}.json", figures, **facts)
+            for figure, f in figures.items():
+                if figure.startswith(name):
+                    print(f"{results.cell(f):>24}  {figure}", flush=True)
 
 
 if __name__ == "__main__":
