@@ -94,12 +94,29 @@ def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:
     cfg = parts.cfg
     prompts = fixed_prompts(parts)
     found = pictures(parts, adapter, prompts, score=parts.judged)
-    means = {name: float(found.scores[name].mean()) for name in parts.judged.names}
-    total = sum(w * means[name] for name, w in zip(parts.score.names, parts.score.weights, strict=True))
-    metrics = {f"eval_reward_{name}": mean for name, mean in means.items()} | {"eval_reward_avg": total}
+    means = {name: found.scores[name].mean(1) for name in parts.judged.names}
+    averaged = {f"eval_reward_{name}": float(x.mean()) for name, x in _with_total(means, parts.score).items()}
     grid = slice(cfg.evaluate.grid)
     scores = {name: found.scores[name][grid, 0] for name in parts.judged.names}
-    return metrics, Shown(prompts[grid], found.images[grid, 0], scores)
+    return averaged, Shown(prompts[grid], found.images[grid, 0], scores, means)
+
+
+def gains(base: Shown, now: Shown, score: Score) -> dict[str, float]:
+    """{"eval_gain/<name>": the mean gain over the base, "eval_gain_error/<name>": its standard error}, "avg" as above.
+
+    Prompt by prompt, so that what prompts differ in does not count; {} where there are fewer than two.
+    """
+    before, after = _with_total(base.means, score), _with_total(now.means, score)
+    each = {name: after[name] - before[name] for name in after if name in before and len(after[name]) > 1}
+    means = {f"eval_gain/{name}": float(x.mean()) for name, x in each.items()}
+    return means | {f"eval_gain_error/{name}": float(x.std(ddof=1) / len(x) ** 0.5) for name, x in each.items()}
+
+
+def _with_total(means: dict[str, np.ndarray], score: Score) -> dict[str, np.ndarray]:
+    """`means` and, as "avg", the weighted sum of the trained ones."""
+    if not means:
+        return {}
+    return means | {"avg": np.sum([w * means[n] for n, w in zip(score.names, score.weights, strict=True)], axis=0)}
 
 
 def fixed_prompts(parts: Parts) -> list[str]:

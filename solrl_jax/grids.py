@@ -15,20 +15,24 @@ from PIL import Image, ImageDraw, ImageFont
 
 class Shown(NamedTuple):
     """G prompts, an 8-bit picture of each and its raw score by every reward, trained or held out; NaN where a reward
-    gave no finite number."""
+    gave no finite number. `means` are those of all P evaluated prompts, over each one's pictures."""
 
     prompts: list[str]
     images: UInt8[np.ndarray, "G H W 3"]
     scores: dict[str, Float[np.ndarray, "G"]]
+    means: dict[str, Float[np.ndarray, "P"]]
 
 
 def save(file: Path, shown: Shown, iteration: int, how: str) -> None:
     """Write `shown` whole or not at all; `how` is what the pictures depend on besides the policy."""
     table = np.array(list(shown.scores.values()), np.float32).reshape(len(shown.scores), len(shown.prompts))
+    means = np.array(list(shown.means.values()), np.float32)
     # Text as JSON's bytes: NumPy's own strings drop zeros at their ends.
-    text = json.dumps({"prompts": shown.prompts, "rewards": list(shown.scores), "iteration": iteration, "how": how})
+    names = {"rewards": list(shown.scores), "means": list(shown.means)}
+    text = json.dumps({"prompts": shown.prompts, **names, "iteration": iteration, "how": how})
     part = file.with_suffix(".part.npz")
-    np.savez_compressed(part, images=shown.images, scores=table, text=np.frombuffer(text.encode(), np.uint8))
+    arrays = {"images": shown.images, "scores": table, "means": means}
+    np.savez_compressed(part, **arrays, text=np.frombuffer(text.encode(), np.uint8))
     part.replace(file)
 
 
@@ -41,15 +45,16 @@ class Kept(NamedTuple):
 
 
 def load(file: Path) -> Kept | None:
-    """None where there is no file, or one of a version that kept pictures without prompts and rewards."""
+    """None where there is no file, or one of a version that kept less."""
     if not file.exists():
         return None
     with np.load(file) as saved:
-        if "text" not in saved:
+        if not {"text", "means"} <= set(saved):
             return None
         told = json.loads(saved["text"].tobytes())
         scores = dict(zip(told["rewards"], saved["scores"], strict=True))
-        return Kept(Shown(told["prompts"], saved["images"], scores), told["iteration"], told["how"])
+        means = dict(zip(told["means"], saved["means"], strict=True))
+        return Kept(Shown(told["prompts"], saved["images"], scores, means), told["iteration"], told["how"])
 
 
 _CAPTION, _HEAD, _GAP = 180, 24, 6  # pixels: width of the captions, height of the titles, space between pictures

@@ -81,7 +81,8 @@ def read(file: Path) -> list[Line]:
 def exploited(lines: Sequence[Line], held_out: Mapping[str, float]) -> list[str]:
     """A warning for each held-out reward that fell from the first evaluation to the last while the trained one rose.
 
-    `held_out` are their weights: one with a negative weight is better the lower it is, so it warns where it rose.
+    `held_out` are their weights: one with a negative weight is better the lower it is, so it warns where it rose. A
+    change counts beyond two of its standard errors over prompts, where the last line has those (evaluate.gains).
     """
     said = []
     for name, weight in held_out.items():
@@ -91,7 +92,8 @@ def exploited(lines: Sequence[Line], held_out: Mapping[str, float]) -> list[str]
             continue
         first, last = found[0], found[-1]
         (a, b), (c, d) = ((first[key], last[key]) for key in keys)
-        if b - a > 0 and weight * (d - c) < 0:
+        noise, other = (2 * (last.get(f"eval_gain_error/{n}") or 0.0) for n in ("avg", name))
+        if b - a > noise and weight * (d - c) < 0 and abs(d - c) > other:
             said.append(
                 f"warning: from iteration {first['iteration']} to {last['iteration']} the trained reward rose by "
                 f"{b - a:.4g} ({a:.4g} to {b:.4g}) while {name}, held out, {'fell' if d < c else 'rose'} by "

@@ -287,7 +287,7 @@ def base_pictures(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown
 
 
 def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown | None) -> dict[str, float]:
-    """eval_reward_* of the EMA policy, its grid beside the base's, and its pictures as the last."""
+    """eval_reward_* and eval_gain* of the EMA policy, its grid beside the base's, and its pictures as the last."""
     out.between("evaluate", 0.0)
     times: dict[str, float] = {}
     with iteration.clock(times, "time/evaluate"):
@@ -296,7 +296,7 @@ def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown 
     columns = ({} if base is None else {"base": base.images}) | {f"iteration {number}": shown.images}
     grids.write_grid(run / "grids" / f"{number:06d}.png", shown.prompts, columns)
     grids.save(run / "grids" / "last.npz", shown, number, repr(parts.cfg.evaluate))
-    return metrics | times
+    return metrics | ({} if base is None else evaluate.gains(base, shown, parts.score)) | times
 
 
 # --- ends -----------------------------------------------------------------------------------------------------------

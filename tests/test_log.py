@@ -116,6 +116,14 @@ def test_nothing_is_told_where_nothing_is_wrong(trained, held_out, weight):
     assert log.exploited(lines(trained, held_out), {"shapes": weight}) == []
 
 
+def test_a_change_within_its_noise_is_not_told():
+    """Within two standard errors of the gain: the held-out reward falls by .25, the trained one rises by .2."""
+    for errors, told in (((0.09, 0.12), 1), ((0.09, 0.13), 0), ((0.11, 0.12), 0)):
+        found = lines([0.1, 0.3], [0.5, 0.25])
+        found[-1] |= dict(zip(("eval_gain_error/avg", "eval_gain_error/shapes"), errors, strict=True))
+        assert len(log.exploited(found, {"shapes": 1.0})) == told
+
+
 def test_a_held_out_reward_of_negative_weight_is_better_the_lower_it_is():
     (said,) = log.exploited(lines([0.1, 0.3], [0.5, 0.7]), {"shapes": -0.5})
     assert "shapes, held out, rose by 0.2 (0.5 to 0.7)" in said

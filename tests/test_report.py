@@ -62,9 +62,9 @@ def write(folder, lines, cfg=CFG, prompts=("a", "b", "c"), seed=0, pictures=True
     if pictures:
         (folder / "grids").mkdir()
         scores = {"clipscore": np.linspace(0.25, 0.5, len(prompts)), "shapes": np.full(len(prompts), 0.5)}
-        grids.save(folder / "grids/base.npz", grids.Shown(list(prompts), images, scores), 0, "how")
+        grids.save(folder / "grids/base.npz", grids.Shown(list(prompts), images, scores, scores), 0, "how")
         after = {name: value + change for name, value in scores.items()}
-        shown = grids.Shown(list(prompts), (images // 2 + 100 * change).astype(np.uint8), after)
+        shown = grids.Shown(list(prompts), (images // 2 + 100 * change).astype(np.uint8), after, after)
         grids.save(folder / "grids/last.npz", shown, 4, "how")
     return folder
 
@@ -222,7 +222,7 @@ def test_names_are_as_long_as_they_must_be(tmp_path):
 
 
 def test_kept_pictures_come_back(tmp_path):
-    shown = grids.Shown(["a\0", "ü"], np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3), {})
+    shown = grids.Shown(["a\0", "ü"], np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3), {}, {})
     with_scores = shown._replace(scores={"r": np.array([math.nan, 0.5], np.float32)})
     for one in (shown, with_scores):
         grids.save(tmp_path / "x.npz", one, 5, "how")

@@ -139,6 +139,11 @@ def test_a_whole_run_writes_everything(toy, tmp_path, capsys):
     assert {"reward/mean", "reward/range", "kl_div", "old_deviate", "grad_norm", "rank/spearman"} <= found[1].keys()
     assert [i for i in found if "eval_reward_dark" in found[i]] == [0, 2, 4, 5]
     assert found[0]["eval_reward_bright"] == found[0]["eval_reward_avg"] != found[5]["eval_reward_bright"]
+    gain, means = found[5]["eval_gain/dark"], [grids.load(run / f"grids/{n}.npz") for n in ("base", "last")]
+    assert gain == pytest.approx(found[5]["eval_reward_dark"] - found[0]["eval_reward_dark"], abs=1e-6)
+    before, after = (kept.shown.means["dark"] for kept in means if kept is not None)
+    error = np.std(after - before, ddof=1) / len(before) ** 0.5
+    assert found[5]["eval_gain_error/dark"] == pytest.approx(error, rel=1e-5) and error < np.std(before) / 2
     times = {k for k in log.read(run / "metrics.jsonl")[2] if k.startswith("time/")}
     assert times >= {"time/encode", "time/explore", "time/regenerate", "time/learn", "time/evaluate", "time/iteration"}
     assert sorted(p.name for p in (run / "grids").glob("*.png")) == [f"{i:06d}.png" for i in (0, 2, 4, 5)]
