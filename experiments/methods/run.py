@@ -6,8 +6,8 @@
 Cost is seconds at full FLUX.1-dev size on an H100 (price.py): every arm trains until the same budget is spent, and is
 measured at the same shares of it. An arm's rate is chosen first, of RATES, all alike: half the budget each, one seed
 that is not used again, by CLIPScore on captions that are not used again. Rates and then seeds train as one vmapped
-program of the arm. Writes results/arms/ARM.json, of which `python -m experiments.methods.summary` makes a table and a
-figure.
+program of the arm. Captions of combinations never trained on are drawn at the end alone. Writes results/arms/ARM.json,
+of which `python -m experiments.methods.summary` makes a table and a figure.
 """
 
 import argparse
@@ -104,8 +104,8 @@ def final(bench: Bench, name: str, cfg: Config, program, rate: float, figures: d
     for done, states in trained(bench, cfg, program, seeds, rates, bench.marks):
         wall = (time.perf_counter() - began) / done
         figures["wall time an iteration"] = results.figure(wall, f"s, {len(seeds)} runs at once, with measuring", 1)
-        for split, of_base in bench.base.items():
-            figures |= at_mark(split, done, done * sum(cost.values()), states, bench, of_base)
+        for split in lab.SPLITS if done == bench.marks * a_mark(cfg, bench.budget, bench.marks) else ("test",):
+            figures |= at_mark(split, done, done * sum(cost.values()), states, bench, bench.base[split])
         last = {k: round(v["value"], 4) for k, v in figures.items() if f"after {done} " in k and "test: gain" in k}
         bench.say(name, last)
         results.record(bench.out / f"{name}.json", figures, arm=name, about=arm.about, seeds=seeds, budget=bench.budget)
