@@ -1,6 +1,7 @@
-"""How far FLUX.1-dev's velocity is from float32's in every precision, at its true widths with random weights.
+"""How far a model's velocity is from float32's in every precision, at its true widths with random weights.
 
     python -m experiments.precision.errors --layers=1,2 --out=experiments/precision/results/errors.json
+    python -m experiments.precision.errors --config=sd35 --layers=2 --set=model.size=512,model.min_dim=1000 --out=...
     python -m experiments.precision.errors --config=tiny --out=/tmp/e.json                       # the path in short
 
 Relative error |v - v32| / |v32| of a picture at three noise levels; float32 products are exact ones, not TF32. FP8's
@@ -22,6 +23,7 @@ import numpy as np
 from experiments import results
 from experiments.full_size import drawn
 from solrl_jax import assemble, config, quant, sharding, sizes
+from solrl_jax.quant import coverage
 from solrl_jax.quant.calibrate import calibrated
 
 PRECISIONS = ("bf16", "fp8", "nvfp4_emulated")
@@ -33,12 +35,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="flux")
     parser.add_argument("--pictures", type=int, default=1)
     parser.add_argument("--layers", default="", help="so many blocks; of FLUX 1,2: double and single")
+    parser.add_argument("--set", default="", help="config words, field=value with commas: model.min_dim=1000")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     assemble.use_compilation_cache()
     figures = {}
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh(1)):
-        named = config.load(args.config, {"explore.precision": "bf16"})
+        words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
+        named = config.load(args.config, {"explore.precision": "bf16", **words})
         cfg = sizes.with_configs(named, folder)
         if args.layers:
             shallow(Path(folder), [int(n) for n in args.layers.split(",")])
@@ -61,6 +65,8 @@ def main(argv: list[str] | None = None) -> None:
             variables = {"params": base}
             if precision != "bf16":
                 rule = quant.rule_of(model.quant_rules, precision)
+                share = coverage.share(coverage.uses(model, precision), "flops")
+                figures[f"{precision}: quantised"] = results.figure(share, "of the Linears' FLOPs", 1)
                 make = jax.jit(functools.partial(quant.quantise_tree, rule=rule, precision=precision))
                 variables["quant"] = make(base)
             velocity = jax.jit(model.velocity)
