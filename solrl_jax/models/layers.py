@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from solrl_jax import sharding
+from solrl_jax.layout import as_it_lies
 
 F32 = jnp.float32
 LONG = 256
@@ -228,7 +229,7 @@ class DepthwiseConv(nn.Module):
             y = y + padded[:, i : i + height, j : j + width].astype(F32) * kernel[i, j][None, None]
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (channels,), F32).astype(F32).reshape(1, 1, 1, -1)
-        return y.astype(self.dtype)
+        return as_it_lies(y.astype(self.dtype))
 
 
 class GatedConv(nn.Module):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn
 
-from solrl_jax.quant.layout import as_it_lies
+from solrl_jax.layout import as_it_lies
 from solrl_jax.structs import Static
 
 MAX = 448.0

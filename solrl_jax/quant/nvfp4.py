@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, UInt8
 
 from solrl_jax import sharding
-from solrl_jax.quant.layout import as_it_lies
+from solrl_jax.layout import as_it_lies
 from solrl_jax.structs import Static
 
 BLOCK = 16
