@@ -239,6 +239,7 @@ class Config:
     seed: int = 42
     save_every: int = 20  # iterations between checkpoints; 0: only where the run ends or is stopped
     keep: int = 3  # checkpoints
+    wandb: str = ""  # "project" or "entity/project" of Weights & Biases, which gets the metrics too; pip install wandb
     encode_ahead: int = 0  # iterations whose prompts are encoded together, then the text encoders leave; 0: they stay
     staged: bool = True  # stages jitted apart (progress, stage times); False: one jit of the whole iteration_step
 
@@ -279,6 +280,11 @@ class Config:
         _require(self.encode_ahead >= 0, f"encode_ahead={self.encode_ahead}: 0 (the text encoders stay) or more")
         _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
         _require(self.keep >= 1, f"keep={self.keep}: keep at least one checkpoint")
+        parts = self.wandb.split("/")
+        _require(
+            not self.wandb or (len(parts) <= 2 and all(part.strip() == part != "" for part in parts)),
+            f"wandb={self.wandb}: a project's name, or entity/project",
+        )
 
     def _check_algorithm(self) -> None:
         """Whether what the algorithm learns from is what the rollout leaves."""

@@ -1,4 +1,5 @@
-"""Where an iteration's numbers go: metrics.jsonl, TensorBoard and the screen. A sink is write(iteration, metrics).
+"""Where an iteration's numbers go: metrics.jsonl, TensorBoard, the screen, and Weights & Biases where asked for. A sink
+is write(iteration, metrics).
 
 metrics.jsonl has one JSON object a line, "iteration" first; iteration 0 is the base model's evaluation. A number that
 is not finite is null there (JSON has no NaN) and left out of TensorBoard.
@@ -7,6 +8,7 @@ is not finite is null there (JSON has no NaN) and left out of TensorBoard.
 import contextlib
 import json
 import math
+import secrets
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +23,10 @@ Line = dict[str, Any]
 """One line of metrics.jsonl: "iteration" (int) and metrics (float, None where not finite)."""
 
 
+class LogError(RuntimeError):
+    """A sink that cannot be opened; the message says what to do."""
+
+
 class Log(NamedTuple):
     """write(iteration, metrics) to all sinks; between(stage, share done) moves the bar; say(text) prints a line."""
 
@@ -30,16 +36,19 @@ class Log(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_log(run: Path, done: int, total: int, judge: str = "") -> Iterator[Log]:
+def open_log(
+    run: Path, done: int, total: int, judge: str = "", also: Sequence[contextlib.AbstractContextManager[Sink]] = ()
+) -> Iterator[Log]:
     """All sinks of a run whose first `done` iterations are over; what files hold of later ones is dropped.
 
-    `judge` names the reward whose last evaluation the screen shows.
+    `judge` names the reward whose last evaluation the screen shows; `also` are sinks beside the usual ones.
     """
     with contextlib.ExitStack() as stack:
         screen = stack.enter_context(contextlib.closing(Screen(done, total, judge)))
         sinks = (
             stack.enter_context(jsonl(run / "metrics.jsonl", done)),
             stack.enter_context(tensorboard(run / "tensorboard", done)),
+            *(stack.enter_context(sink) for sink in also),
         )
 
         def write(iteration: int, metrics: Metrics) -> None:
@@ -116,6 +125,37 @@ def tensorboard(folder: Path, done: int) -> Iterator[Sink]:
                 if math.isfinite(value):
                     writer.add_scalar(name, value, iteration)
             writer.flush()
+
+        yield write
+
+
+@contextlib.contextmanager
+def wandb(run: Path, project: str, config: Mapping[str, Any]) -> Iterator[Sink]:
+    """A run in a project ("project" or "entity/project") of Weights & Biases, whose id is kept in run/wandb.json: a
+    resumed run goes on in it.
+
+    The axis is "iteration" and not wandb's own step, which only grows: what a killed run has logged and does again
+    comes twice, with the same numbers. Raises LogError where it is not let in.
+    """
+    import wandb as service  # pyright: ignore[reportMissingImports] - only where it is asked for
+
+    file = run / "wandb.json"
+    if not file.exists():
+        file.write_text(json.dumps({"id": secrets.token_hex(4)}), encoding="utf-8")
+    known = json.loads(file.read_text(encoding="utf-8"))["id"]
+    entity, _, name = project.rpartition("/")
+    where = {"entity": entity or None, "project": name, "name": run.name, "dir": str(run)}
+    try:
+        session = service.init(**where, id=known, resume="allow", config=dict(config))
+    except service.Error as e:
+        raise LogError(
+            f"wandb={project}: {str(e).rstrip('.')}; log in by `wandb login`, or set WANDB_MODE=offline"
+        ) from None
+    with session:
+        session.define_metric("*", step_metric="iteration")
+
+        def write(iteration: int, metrics: Metrics) -> None:
+            session.log({"iteration": iteration, **{k: v for k, v in metrics.items() if math.isfinite(v)}})
 
         yield write
 

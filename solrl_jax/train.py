@@ -7,6 +7,7 @@ saved where that is possible, and the error is raised.
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from solrl_jax import (
 from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.grids import Shown
-from solrl_jax.log import Line, Log, open_log, read
+from solrl_jax.log import Line, Log, open_log, read, wandb
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.rewards.own import RewardError
 from solrl_jax.structs import Model, Params, Prompts, TrainState
@@ -58,6 +59,8 @@ class Stopped(Exception):
 def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None = None) -> int:
     """Train `cfg` in the directory `run`, from its newest whole checkpoint if `resume`. Returns the exit code."""
     cfg = assemble.resolved(cfg, assemble.capability())
+    if cfg.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"wandb={cfg.wandb} needs a package that is not here: pip install wandb")
     state, said = start(cfg, run, resume, devices)
     with contextlib.ExitStack() as stack:
         if resume:
@@ -75,7 +78,9 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         notes = assemble.notes(parts)
         begun(run, int(state.iteration), parts, notes)
         held_out = parts.judged.names[len(parts.score.names) :]
-        with open_log(run, int(state.iteration), cfg.iterations, (*held_out, *parts.score.names)[0]) as out:
+        judge = (*held_out, *parts.score.names)[0]
+        also = (wandb(run, cfg.wandb, json.loads(to_json(cfg))),) if cfg.wandb else ()
+        with open_log(run, int(state.iteration), cfg.iterations, judge, also) as out:
             for line in (*said, *notes):
                 out.say(line)
             try:

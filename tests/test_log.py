@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 
 import pytest
 
@@ -82,6 +84,60 @@ def test_sinks_are_closed_when_a_run_fails(tmp_path):
     with pytest.raises(ValueError, match="closed file"):
         out.write(2, {"loss": 1.0})
     assert len(log.read(tmp_path / "metrics.jsonl")) == 1
+
+
+class FakeWandb(types.ModuleType):
+    """Of wandb what `log.wandb` asks for; `calls` is what it was asked."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self, refuses=""):
+        super().__init__("wandb")
+        self.calls, self.refuses = [], refuses
+
+    def init(self, **given):
+        if self.refuses:
+            raise self.Error(self.refuses)
+        self.calls.append(("init", given))
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.calls.append(("finish", kind))
+
+    def define_metric(self, name, step_metric):
+        self.calls.append(("axis", name, step_metric))
+
+    def log(self, metrics):
+        self.calls.append(("log", metrics))
+
+
+def test_wandb_gets_the_finite_numbers_and_a_resumed_run_goes_on_in_the_same(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake := FakeWandb())
+    for done in (0, 2):
+        with log.open_log(tmp_path, done, 4, also=(log.wandb(tmp_path, "team/flow", {"seed": 42}),)) as out:
+            out.write(done + 1, {"loss": 0.5, "bad": math.nan})
+    first, second = (given for kind, *rest in fake.calls if kind == "init" for given in rest)
+    assert first == second and first["id"] == json.loads((tmp_path / "wandb.json").read_text())["id"]
+    assert (first["entity"], first["project"], first["name"]) == ("team", "flow", tmp_path.name)
+    assert first["config"] == {"seed": 42} and first["resume"] == "allow"
+    assert [call[1] for call in fake.calls if call[0] == "log"] == [
+        {"iteration": 1, "loss": 0.5},
+        {"iteration": 3, "loss": 0.5},
+    ]
+    assert fake.calls.count(("axis", "*", "iteration")) == fake.calls.count(("finish", None)) == 2
+
+
+def test_wandb_that_lets_nobody_in(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb("no API key"))
+    with (
+        pytest.raises(log.LogError, match="wandb=flow: no API key; log in by `wandb login`, or set WANDB_MODE=offline"),
+        log.wandb(tmp_path, "flow", {}),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(45.4, "45s"), (59.7, "1m00s"), (200.0, "3m20s"), (7500.0, "2h05m")])

@@ -1,5 +1,6 @@
 """The host loop on a toy world: a linear "network" on 4x4 latents, brightness as the reward."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -264,6 +265,13 @@ def test_bad_input_leaves_no_run_directory(toy, tmp_path):
         train.train(toy, tmp_path / "run", devices=3)
     with pytest.raises(config.ConfigError, match="99 devices asked for"):
         train.train(toy, tmp_path / "run", devices=99)
+    assert not (tmp_path / "run").exists()
+
+
+def test_wandb_that_is_not_installed_is_said_before_anything_is_read(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(config.ConfigError, match=r"wandb=flow needs a package that is not here: pip install wandb"):
+        train.train(config.override(toy, wandb="flow"), tmp_path / "run", devices=1)
     assert not (tmp_path / "run").exists()
 
 
