@@ -160,7 +160,7 @@ def read_prompts(cfg: Config, purpose: Purpose) -> data.PromptSet:
     """The prompt files' content, enough of it for the batches that will be drawn."""
     if not cfg.prompt_files:
         raise ConfigError(f"prompt_files is empty, say what to train on: --prompts={data.LAYOUT}")
-    prompts = data.read(cfg.prompt_files)
+    prompts = data.read(cfg.prompt_files, cfg.evaluate.held_out, cfg.seed)
     wanted = [("prompts", cfg.prompts, prompts.train)] if purpose == "train" else []
     wanted += (
         [("evaluate.prompts", cfg.evaluate.prompts, prompts.test)] if purpose == "eval" or cfg.evaluate.every else []

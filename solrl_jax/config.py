@@ -181,6 +181,7 @@ class Evaluate:
 
     every: int = 20
     prompts: int = 16
+    held_out: int = 0  # of a single file's prompts, kept from training; 0: they are all of both splits
     images: int = 1  # per prompt
     steps: int = 28
     solver: Literal["euler", "dpm1", "dpm2"] = "dpm2"
@@ -190,6 +191,7 @@ class Evaluate:
 
     def __post_init__(self):
         _require(self.every >= 0, f"evaluate.every={self.every}: 0 (never) or more")
+        _require(self.held_out >= 0, f"evaluate.held_out={self.held_out}: 0 (none) or more")
         for name in ("prompts", "images", "steps", "chunk"):
             _require(getattr(self, name) >= 1, f"evaluate.{name}={getattr(self, name)}: give 1 or more")
         _require(

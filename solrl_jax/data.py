@@ -1,6 +1,6 @@
 """Prompts: text or JSON-lines files in, batches out.
 
-A batch is a pure function of (seed, step), so a resumed run draws the same.
+A batch is a pure function of (seed, step), and a split that is made one of the seed, so a resumed run draws the same.
 """
 
 import functools
@@ -27,24 +27,42 @@ class PromptSet(NamedTuple):
     repeated: int
 
 
+SPLIT = 0x5B117  # beside the seed: apart from the epochs' permutations
 LAYOUT = (
     "DIR with train.txt and test.txt (a prompt a line), or with train_metadata.jsonl and test_metadata.jsonl "
     '({"prompt": ...} a line), or one .txt or .jsonl file'
 )
 
 
-def read(path: str | Path) -> PromptSet:
-    """A folder with train.txt and test.txt, or train_metadata.jsonl and test_metadata.jsonl; or one file for both.
+def read(path: str | Path, held_out: int = 0, seed: int = 0) -> PromptSet:
+    """A folder with train.txt and test.txt, or train_metadata.jsonl and test_metadata.jsonl; or one file, whose prompts
+    are both splits, or parted so that `held_out` of them are the test split.
 
     Where a split has both kinds, its .txt is read. Raises DataError for what is not there, not UTF-8, not the layout
-    of `read_file`, or holds no prompt.
+    of `read_file`, or holds no prompt, and where nothing is left to train on.
     """
     path = Path(path)
     if not path.is_dir():
         prompts, blank, repeated = read_file(path)
-        return PromptSet(prompts, prompts, blank, repeated)
+        if held_out >= len(prompts):
+            count = len(prompts)
+            raise DataError(
+                f"evaluate.held_out={held_out}: {path} has {count} distinct prompts, leave some to train on"
+            )
+        return PromptSet(*parted(prompts, held_out, seed), blank, repeated)
     train, test = read_file(_split(path, "train")), read_file(_split(path, "test"))
+    if held_out:
+        raise DataError(f"evaluate.held_out={held_out}: {path} has a test split; set it to 0, or give one file")
     return PromptSet(train[0], test[0], train[1] + test[1], train[2] + test[2])
+
+
+def parted(prompts: tuple[str, ...], held_out: int, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(train, test) in file order, `held_out` of them the test split; all are both where that is 0."""
+    if not held_out:
+        return prompts, prompts
+    chosen = set(np.random.default_rng([seed, SPLIT]).permutation(len(prompts))[:held_out].tolist())
+    train, test = ([p for i, p in enumerate(prompts) if (i in chosen) == held] for held in (False, True))
+    return tuple(train), tuple(test)
 
 
 def _split(folder: Path, split: str) -> Path:

@@ -129,3 +129,24 @@ def test_cut_prompts_are_found_by_the_tokens_alone():
     found = data.cut(["abc", "abcde", "abcdef", "abcdefgh", "abcdefghi"], tokenize)
     assert found == {"clip": ["abcdef", "abcdefgh", "abcdefghi"], "t5": ["abcdefghi"]}
     assert data.cut(["abc"], tokenize) == {}
+
+
+def test_a_split_that_is_made(tmp_path):
+    """Of one file, by the seed alone: nothing is in both, all are in one, in the file's order."""
+    file = tmp_path / "all.txt"
+    file.write_text("".join(f"p{i}\n" for i in range(50)))
+    whole = data.read(file).train
+    found = data.read(file, 8, 42)
+    assert len(found.test) == 8 and len(found.train) == 42 and found == data.read(file, 8, 42)
+    assert sorted(found.train + found.test, key=whole.index) == list(whole)
+    assert all(list(part) == sorted(part, key=whole.index) for part in (found.train, found.test))
+    others = [set(data.read(file, 8, seed).test) for seed in range(20)]
+    assert len(set(map(frozenset, others))) > 15 and len(set().union(*others)) > 40  # everywhere in the file
+    with pytest.raises(data.DataError, match=r"evaluate.held_out=50: .*all.txt has 50 distinct prompts, leave some"):
+        data.read(file, 50)
+    for name in ("train.txt", "test.txt"):
+        (tmp_path / name).write_text("a\n")
+    with pytest.raises(
+        data.DataError, match=r"evaluate.held_out=1: .* has a test split; set it to 0, or give one file"
+    ):
+        data.read(tmp_path, 1)

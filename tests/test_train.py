@@ -268,6 +268,30 @@ def test_bad_input_leaves_no_run_directory(toy, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_held_out_of_a_file_is_evaluated_and_never_trained_on(toy, tmp_path, monkeypatch):
+    drawn, batch = {4: set(), 3: set()}, data.batch
+
+    def seen(prompts, seed, number, count):
+        drawn[count] |= set(found := batch(prompts, seed, number, count))
+        return found
+
+    monkeypatch.setattr(data, "batch", seen)
+    train.train(config.override(toy, **{"evaluate.held_out": "3", "iterations": "2"}), tmp_path / "run", devices=1)
+    assert (len(drawn[4]), len(drawn[3])) == (4, 3) and not drawn[4] & drawn[3]  # of 7
+    told = json.loads((tmp_path / "run/starts.json").read_text())
+    assert told[0]["notes"][0] == "4 training prompts, 3 test prompts"
+    with pytest.raises(config.ConfigError, match=r"prompts=4, but .* has 3 distinct ones: use 3 or fewer"):
+        train.train(config.override(toy, **{"evaluate.held_out": "4"}), tmp_path / "other", devices=1)
+
+
+def test_one_prompt_is_a_dataset(toy, tmp_path):
+    (tmp_path / "prompts.txt").write_text("the only one")
+    few = {"prompts": "1", "evaluate.prompts": "1", "evaluate.grid": "1", "iterations": "2", "learn.micro_batch": "1"}
+    assert train.train(config.override(toy, **few), tmp_path / "run", devices=1) == 0
+    found = metrics_of(tmp_path / "run")
+    assert found[2]["reward/mean"] > 0 and found[2]["grad_norm"] > 0 and "eval_gain/dark" not in found[2]
+
+
 def test_wandb_that_is_not_installed_is_said_before_anything_is_read(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(config.ConfigError, match=r"wandb=flow needs a package that is not here: pip install wandb"):
