@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join(ARMS), help="methods before their controls")
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--budget", type=float, default=30_000, help="seconds on an H100 at full size, for each arm")
+    parser.add_argument("--budget", type=float, default=20_000, help="seconds on an H100 at full size, for each arm")
     parser.add_argument("--marks", type=int, default=8, help="measurements along the budget")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
