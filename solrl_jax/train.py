@@ -87,6 +87,8 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 state = loop(parts, state, run, out, stop)
             except (TrainError, RewardError) as e:
                 raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
+            except jax.errors.JaxRuntimeError as e:
+                raise TrainError(f"{device_failure(e)}. What is saved is in {run}: --resume goes on from it") from e
     finish(parts, state, run, bool(stop.is_set()))
     return 0
 
@@ -97,6 +99,14 @@ def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> None:
     past = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     now = {"after": done, "devices": parts.mesh.size, "device": first.device_kind, "jax": jax.__version__}
     checkpoint.replace(file, json.dumps([*past, now | {"notes": notes}], indent=1))
+
+
+def device_failure(error: Exception) -> str:
+    """What JAX says when a device fails or is too small, in a line, with the mend."""
+    first = str(error).strip().partition("\n")[0][:300].rstrip(".")
+    if "RESOURCE_EXHAUSTED" in first:
+        return f"out of memory ({first}): lower the chunk of the stage or learn.micro_batch; --mode=plan tells of each"
+    return f"a device failed ({first})"
 
 
 def memory_limit() -> float | None:
