@@ -89,6 +89,9 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
             except jax.errors.JaxRuntimeError as e:
                 raise TrainError(f"{device_failure(e)}. What is saved is in {run}: --resume goes on from it") from e
+            except Exception as e:
+                e.add_note(f"What was finished before is saved in {run}: --resume --run_dir={run} goes on from it.")
+                raise
     finish(parts, state, run, bool(stop.is_set()))
     return 0
 

@@ -171,3 +171,27 @@ def test_weights_that_are_not_finite_end_the_run_before_it_learns(toy, tmp_path,
     with pytest.raises(train.TrainError, match=r"iteration 1: a reward is not finite: bright = nan"):
         train.train(config.override(toy, **{"evaluate.every": 0}), tmp_path / "run", devices=1)
     assert checkpoint.steps(tmp_path / "run") == []
+
+
+@pytest.mark.slow
+def test_a_reward_that_raises_in_the_middle(toy, tmp_path, monkeypatch):
+    """The iteration before it is saved, the reward named; on it goes once the reward is well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "remote.py").write_text(
+        "HOST, CALLS = True, []\n"
+        "def score(images, prompts):\n"
+        "    CALLS.append(1)\n"
+        "    if len(CALLS) == 19:\n"  # four of a preview and four of a rollout make an iteration's eight
+        "        raise OSError('no route to the server')\n"
+        "    return images.mean((1, 2, 3)) / 255\n"
+    )
+    cfg, run = config.override(toy, **FEW, reward="remote.score", iterations=4), tmp_path / "run"
+    with pytest.raises(OSError, match="no route to the server") as found:
+        train.train(cfg, run, devices=1)
+    reward, saved = found.value.__notes__
+    assert reward == "This was raised by the reward remote.score." and f"--resume --run_dir={run} goes on" in saved
+    assert checkpoint.latest(run)[0] == 2 and sorted(metrics_of(run)) == [1, 2]
+    train.train(cfg, run, resume=True, devices=1)
+    train.train(cfg, tmp_path / "whole", devices=1)
+    assert metrics_of(run) == metrics_of(tmp_path / "whole") and len(metrics_of(run)) == 4

@@ -169,12 +169,15 @@ def from_bytes(rows: UInt8[np.ndarray, "G L"]) -> list[str]:
 
 
 def ask(reward: Reward, images: UInt8[np.ndarray, "B H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, "B"]:
-    """A host reward's scores of B pictures, one prompt each. Raises RewardError for anything but B finite numbers."""
+    """A host reward's scores of B pictures, one prompt each. Raises RewardError for anything but B finite numbers, and
+    what the function itself raises, with a note that names it."""
     assert reward.host is not None
-    found, rule = (
-        reward.host(images.copy(), list(prompts)),
-        f"it must return {len(images)} finite numbers, a picture each",
-    )
+    rule = f"it must return {len(images)} finite numbers, a picture each"
+    try:
+        found = reward.host(images.copy(), list(prompts))
+    except Exception as e:
+        e.add_note(f"This was raised by the reward {reward.name}.")
+        raise
     try:
         scores = np.asarray(found, np.float32)
     except (TypeError, ValueError) as e:
