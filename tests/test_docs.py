@@ -1,0 +1,201 @@
+"""Every command and every Python block of README.md and docs/ is run; one that no rule here covers fails.
+
+Commands run word for word, in a folder that has what they name (RUN, DIR, FILE, prompts, ...), beside a hub's cache that
+holds nano models under the public names. All that is changed is `small`: the sizes of a config. The default tier runs
+what is quick and of the rest everything up to where work begins: flags, config, recipe, prompts. `-m slow` runs it.
+What needs the network, or another machine, is in ELSEWHERE with the reason and what is looked at instead.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+from PIL import Image
+
+from experiments import results
+from solrl_jax import config, data, main
+from solrl_jax.config import Config
+from tests import documents, nano, test_report
+from tests.documents import PAGES, ROOT, Command
+from tests.test_train import compiled  # noqa: F401 - every command of this file compiles much the same
+
+COMMANDS = [command for page in PAGES for command in documents.commands(page)]
+PROGRAM = ("python", "-m", "solrl_jax.main")
+QUICK = ("doctor", "score", "report")
+"""Modes that run in the default tier, with --config=NAME:help."""
+
+
+# --- what a command finds -------------------------------------------------------------------------------------------
+
+NANO = {"black-forest-labs/FLUX.1-dev": "pipeline", "openai/clip-vit-large-patch14": "clip"}
+NANO |= {"yuvalkirstain/PickScore_v1": "clip"}
+
+
+def publish(cache: Path, name: str, folder: Path) -> None:
+    """Put a folder into a hub's cache as the public model `name`."""
+    root = cache / f"models--{name.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs/main").write_text("a" * 40)
+    shutil.copytree(folder, root / "snapshots" / ("a" * 40))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A hub's cache with FLUX, CLIP and PickScore at nano size."""
+    folder, cache = tmp_path_factory.mktemp("nano"), tmp_path_factory.mktemp("cache")
+    nano.build(folder)
+    for name, part in NANO.items():
+        publish(cache, name, folder / part)
+    return cache
+
+
+def small(cfg: Config) -> Config:
+    """`cfg` for the models in the cache, in two short iterations: recipe, solvers, precisions, rewards stay its own."""
+    one_stage, steps = cfg.explore is None, cfg.regenerate.steps if cfg.regenerate.stochastic else 3
+    regenerate = dataclasses.replace(cfg.regenerate, steps=steps, chunk=2)
+    cfg = dataclasses.replace(
+        cfg,
+        prompts=2,
+        candidates=2 if cfg.selection == "all" else 4,
+        kept=2,
+        explore=None if one_stage else dataclasses.replace(cfg.explore, steps=2, chunk=4),
+        regenerate=regenerate,
+        learn=dataclasses.replace(cfg.learn, updates=min(cfg.learn.updates, 2), micro_batch=1),
+        evaluate=dataclasses.replace(cfg.evaluate, prompts=2, images=1, steps=2, grid=1, chunk=2),
+        iterations=2,
+        save_every=1,
+        encode_ahead=min(cfg.encode_ahead, 1),
+    )
+    sizes = {"size": 32 if cfg.model.name == "sana" else 16, "text_tokens": 8, "min_quantised_flops": 0.0}
+    sizes |= {"min_dim": 0 if cfg.model.name == "flux" else 48}
+    if cfg.name == "tiny":  # its own weights are here
+        sizes = {}
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="float32", **sizes))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch, cache):
+    """The current folder: DIR and prompts with both splits and three pictures, their captions in FILE, own rewards."""
+    before = set(sys.modules)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    texts = [*nano.PROMPTS, *(f"a {colour} cross" for colour in ("red", "blue", "green", "pink"))]
+    for folder in (tmp_path / "DIR", tmp_path / "prompts"):
+        folder.mkdir()
+        for split in ("train", "test"):
+            (folder / f"{split}.txt").write_text("\n".join(texts) + "\n")
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    (tmp_path / "FILE").write_text("\n".join(texts[:3]) + "\n")
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    for file, text in own_rewards().items():
+        (tmp_path / file).write_text(text)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if f"{name}.py" in own_rewards():
+            del sys.modules[name]
+
+
+def own_rewards() -> dict[str, str]:
+    """{file: text} of the Python blocks of docs/rewards.md, under the names that its text gives them."""
+    device, host = (text for language, text in documents.blocks("docs/rewards.md") if language == "python")
+    return {"my_reward.py": device, "my_rules.py": host}
+
+
+def ours(*words: str) -> int:
+    """The exit code of python -m solrl_jax.main, on one device."""
+    with flagsaver.flagsaver():
+        return main.main(main.parse(["solrl_jax", "--devices=1", *words]))
+
+
+def mode(command: Command) -> str:
+    return next((word.removeprefix("--mode=") for word in command.words if word.startswith("--mode=")), "train")
+
+
+def asks_for_help(command: Command) -> bool:
+    return any(re.fullmatch(r"--config=\w+:help", word) for word in command.words)
+
+
+# --- commands of the package ----------------------------------------------------------------------------------------
+
+OURS = [command for command in COMMANDS if command.words[:3] == PROGRAM]
+
+
+@pytest.mark.parametrize("command", OURS, ids=lambda c: f"{c.page}: {' '.join(c.words[3:])}")
+def test_a_command_of_the_package(command, place, monkeypatch, capsys):
+    """Quick ones run. The rest end where work begins: flags, config, recipe and fields are real, and so are prompts."""
+    seen = []
+    for name in set(main.MODES) - set(QUICK):
+        monkeypatch.setitem(main.MODES, name, lambda cfg, run, found: seen.append((cfg, run)) or 0)
+    monkeypatch.setattr(main, "_place", lambda run: None)  # checkpoints are what only a trained run has
+    for name in ("RUN", "runs/a", "runs/b", "runs/mine"):
+        test_report.write(place / name, test_report.metrics(), config.load("tiny"))
+    if mode(command) == "doctor":
+        monkeypatch.setattr(config, "load", lambda *words, load=config.load: small(load(*words)))
+    assert ours(*command.words[3:]) == 0, capsys.readouterr().err
+    assert len(seen) == (mode(command) not in QUICK and not asks_for_help(command))
+    if seen and mode(command) == "train":
+        assert data.read(seen[0][0].prompt_files).train
+
+
+@pytest.fixture(scope="module")
+def public(cache, tmp_path_factory):
+    """The cache, with SD3.5, SANA and ImageReward too."""
+    from tests import nano_sana, nano_sd35, test_imagereward
+
+    folder = tmp_path_factory.mktemp("public")
+    publish(cache, "stabilityai/stable-diffusion-3.5-large", nano_sd35.write(folder / "large"))
+    medium = nano_sd35.write(folder / "medium", **nano_sd35.MEDIUM)
+    publish(cache, "stabilityai/stable-diffusion-3.5-medium", medium)
+    publish(cache, "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", nano_sana.write(folder / "sana"))
+    (folder / "imagereward").mkdir()
+    publish(cache, "zai-org/ImageReward", test_imagereward.write(folder / "imagereward"))
+
+
+@pytest.fixture
+def shrunk(monkeypatch):
+    """Configs at their small sizes, in programs that are compiled quickly and not well."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    monkeypatch.setattr(config, "load", lambda *words, load=config.load: small(load(*words)))
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def trained(place, shrunk):
+    """RUN, runs/a and runs/b: the default run, at its small size."""
+    assert ours("--config=tiny", "--run_dir=RUN") == 0
+    (place / "RUN/checkpoints/1").rename(place / "RUN/checkpoints/20")
+    for name in ("a", "b"):
+        shutil.copytree(place / "RUN", place / "runs" / name)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("public", "trained")
+@pytest.mark.parametrize("page", sorted({command.page for command in OURS}))
+def test_the_commands_of_a_page_run(page, capsys):
+    """In their order, each with what those before it left."""
+    for command in documents.commands(page):
+        if command in OURS:
+            assert ours(*command.words[3:]) == 0, f"{command.text}\n{capsys.readouterr().err}"
+    if page == "docs/flux.md":
+        ((_, text),) = (block for block in documents.blocks(page) if block[0] == "python")
+        exec(text.replace('"cuda"', '"cpu"').replace("512", "16"), {})
+        assert Image.open("fox.png").size == (16, 16)
+
+
+# --- other commands -------------------------------------------------------------------------------------------------
