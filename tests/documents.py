@@ -46,6 +46,16 @@ def _joined(text: str) -> list[str]:
     return text.replace("\\\n", " ").splitlines()
 
 
+def in_short() -> list[Command]:
+    """The commands that the headers of the experiments call the path in short."""
+    found = []
+    for file in sorted((ROOT / "experiments").rglob("*.py")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if re.match(r" +python -m .*# .*in short", line):
+                found.append(Command(str(file.relative_to(ROOT)), tuple(shlex.split(line, comments=True))))
+    return found
+
+
 def fields(page: str) -> list[str]:
     """`explore.steps` of every --config.explore.steps=6, and of every dotted name between backticks that may be one."""
     named = re.findall(r"--config\.([\w.]+)", read(page))

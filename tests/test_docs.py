@@ -1,29 +1,33 @@
 """Every command and every Python block of README.md and docs/ is run; one that no rule here covers fails.
 
-Commands run word for word, in a folder that has what they name (RUN, DIR, FILE, prompts, ...), beside a hub's cache that
-holds nano models under the public names. All that is changed is `small`: the sizes of a config. The default tier runs
-what is quick and of the rest everything up to where work begins: flags, config, recipe, prompts. `-m slow` runs it.
-What needs the network, or another machine, is in ELSEWHERE with the reason and what is looked at instead.
+Commands run word for word, in a folder that has what they name (RUN, DIR, FILE, prompts, ...), beside a hub's cache
+that holds nano models under the public names. All that is changed is `small`: the sizes of a config. The default tier
+runs what is quick and of the rest everything up to where work begins: flags, config, recipe, prompts; `-m slow` runs it
+all. Experiments' arguments are parsed. What needs the network or another program is in ELSEWHERE, with what is looked
+at instead.
 """
 
 import argparse
 import dataclasses
 import importlib
 import json
-import os
 import re
 import shutil
+import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from packaging.requirements import Requirement
 from PIL import Image
 
 from experiments import results
-from solrl_jax import config, data, main
+from solrl_jax import config, data, main, train
 from solrl_jax.config import Config
 from tests import documents, nano, test_report
 from tests.documents import PAGES, ROOT, Command
@@ -174,18 +178,24 @@ def shrunk(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """The default run, at its small size."""
+    run = tmp_path_factory.mktemp("runs") / "tiny"
+    train.train(small(config.load("tiny", {"watch.every": "2"})), run, devices=1)
+    return run
+
+
 @pytest.fixture
-def trained(place, shrunk):
-    """RUN, runs/a and runs/b: the default run, at its small size."""
-    assert ours("--config=tiny", "--run_dir=RUN") == 0
+def trained(place, default_run):
+    """RUN, runs/a and runs/b: the default run, with a checkpoint 20."""
+    for name in ("RUN", "runs/a", "runs/b"):
+        shutil.copytree(default_run, place / name)
     (place / "RUN/checkpoints/1").rename(place / "RUN/checkpoints/20")
-    for name in ("a", "b"):
-        shutil.copytree(place / "RUN", place / "runs" / name)
-    return place
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("public", "trained")
+@pytest.mark.usefixtures("public", "trained", "shrunk")
 @pytest.mark.parametrize("page", sorted({command.page for command in OURS}))
 def test_the_commands_of_a_page_run(page, capsys):
     """In their order, each with what those before it left."""
@@ -199,3 +209,138 @@ def test_the_commands_of_a_page_run(page, capsys):
 
 
 # --- other commands -------------------------------------------------------------------------------------------------
+
+LAB = [command for command in COMMANDS if command.words[2:3] and command.words[2].startswith("experiments.")]
+IN_SHORT = {command.words[2]: command for command in documents.in_short()}
+
+
+class Parsed(Exception):
+    """Leaves a command behind its arguments."""
+
+
+@pytest.mark.parametrize("command", [*LAB, *IN_SHORT.values()], ids=lambda c: f"{c.page}: {c.text}")
+def test_a_command_of_the_experiments(command, tmp_path, monkeypatch):
+    """Their modules are there and take the arguments; `results` makes the tables of every README as they stand."""
+    module, words = importlib.import_module(command.words[2]), command.words[3:]
+    if module is results:
+        for readme in sorted((ROOT / "experiments").glob("*/README.md")):
+            copy = shutil.copytree(readme.parent, tmp_path / readme.parent.name, ignore=shutil.ignore_patterns("*.py"))
+            results.fill(copy / "README.md")
+            assert (copy / "README.md").read_text() == readme.read_text(), readme
+        return
+
+    def parse(parser, argv=None, known=argparse.ArgumentParser.parse_args):
+        known(parser, argv)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(Parsed):
+        module.main([*words])
+
+
+MINUTE = ("experiments.precision.errors", "experiments.efficiency.run", "experiments.rewards.speed")
+"""Those that take a minute at most in short."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MINUTE)
+def test_an_experiment_in_short(module, tmp_path):
+    words = [
+        f"--out={tmp_path / 'out.json'}" if word.startswith("--out=") else word for word in IN_SHORT[module].words[3:]
+    ]
+    importlib.import_module(module).main(words)
+    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
+    assert figures and all(np.isfinite(figure["value"]) for figure in figures.values())
+
+
+def requirements(command: Command) -> None:
+    """Every line of the file is a requirement or a file that is there; what is installed here meets it."""
+    for line in (ROOT / command.words[-1]).read_text().splitlines():
+        text = line.partition("#")[0].strip()
+        if text.startswith("-r "):
+            assert (ROOT / text.removeprefix("-r ")).is_file()
+        elif text:
+            wanted = Requirement(text)
+            found = [d.version for d in metadata.distributions(name=wanted.name)]
+            assert not found or wanted.specifier.contains(found[0], prereleases=True), text
+
+
+def optional(command: Command) -> None:
+    """A test asks for what the package gives, and is skipped without it."""
+    name = {"open_clip_torch": "open_clip", "tensorboard": ""}[command.words[-1]]
+    assert not name or any(f'importorskip("{name}")' in f.read_text() for f in (ROOT / "tests").glob("test_*.py"))
+
+
+def pytest_is_set_up(command: Command) -> None:
+    how = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert how["testpaths"] == ["tests"] and "-m 'not slow'" in how["addopts"]
+    assert command.words[3:] in ((), ("-m", "slow")) and [mark.partition(":")[0] for mark in how["markers"]] == ["slow"]
+
+
+def hub_command(command: Command) -> None:
+    """The program is one of huggingface_hub's and takes such words; what it fetches is what a config names."""
+    found = subprocess.run([Path(sys.executable).parent / "hf", *command.words[1:3], "--help"], capture_output=True)
+    assert found.returncode == 0
+    names = {config.load("flux").model.path, *(pair.partition("=")[2] for pair in config.load("flux").reward_paths)}
+    assert command.words[1] == "auth" or command.words[2] in names
+
+
+def event_files(command: Command) -> None:
+    """It is another program's; of a run it reads this folder, whose content tests/test_log.py reads."""
+    assert command.words[1:] in (("--logdir=runs",), ("--logdir", "runs"))
+    assert (ROOT / "tests/test_log.py").read_text().count("EventFileWriter")
+
+
+ELSEWHERE = {
+    ("pip", "install", "-r"): requirements,  # the network, a fresh environment
+    ("pip", "install"): optional,  # the network
+    ("python", "-m", "pytest"): pytest_is_set_up,  # this is it
+    ("hf",): hub_command,  # the network, a licence
+    ("tensorboard",): event_files,  # a server, of a package that is not required
+}
+"""Commands by how they begin, and what is looked at in place of running them."""
+REST = [command for command in COMMANDS if command not in OURS and command not in LAB]
+
+
+@pytest.mark.parametrize("command", REST, ids=lambda c: f"{c.page}: {c.text}")
+def test_a_command_that_is_run_elsewhere(command):
+    found = [check for words, check in ELSEWHERE.items() if command.words[: len(words)] == words]
+    assert found, f"no rule runs {command.text!r} of {command.page}: write one here"
+    found[0](command)
+
+
+# --- the rest of a page ---------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_bash_that_is_run_and_python_that_is_run():
+    """A block without a language is a drawing: no command hides in it."""
+    languages = {page: [language for language, _ in documents.blocks(page)] for page in PAGES}
+    assert {language for found in languages.values() for language in found} == {"bash", "python", ""}
+    python = {page: found.count("python") for page, found in languages.items() if "python" in found}
+    assert python == {"docs/rewards.md": 2, "docs/flux.md": 1}  # run by tests/test_own.py and, above, with the page
+    drawn = [text for page in PAGES for language, text in documents.blocks(page) if not language]
+    assert not any(re.search(r"^\s*(\$|python|pip|hf) ", text, re.M) for text in drawn)
+    assert len(OURS) > 25 and len(LAB) > 12 and len(REST) > 5
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_fields_modes_and_links_are_there(page):
+    known = dict(config.values(config.load("flux"))).keys()
+    assert set(documents.fields(page)) <= known
+    modes = set(re.findall(r"--mode=(\w+)", documents.read(page)))
+    assert modes <= {*main.MODES, "report"}
+    for path, anchor in documents.links(page):
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), path
+        assert not anchor or anchor in documents.anchors(file), f"{path}#{anchor}"
+
+
+@pytest.mark.slow
+def test_a_runs_metrics_are_described(default_run):
+    """All of them, in the table of docs/reports.md, where NAME and STAGE stand for what a run has there."""
+    rows = re.findall(r"^\| (`.*?) \|", documents.read("docs/reports.md"), re.M)
+    described = [re.sub("NAME|STAGE", r"[\\w.]+", name) for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    lines = (default_run / "metrics.jsonl").read_text().splitlines()
+    written = {name for line in lines for name in json.loads(line)} - {"iteration"}
+    assert "watch/spearman" in written and "eval_gain_error/shapes" in written
+    assert {name for name in written if not any(re.fullmatch(form, name) for form in described)} == set()

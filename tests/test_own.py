@@ -1,4 +1,4 @@
-"""Rewards of the user's own: those of docs/rewards.md, on the devices and on the host; and what can be wrong with one."""
+"""Rewards of the user's own: docs/rewards.md's two, on the devices and on the host; what can be wrong with one."""
 
 import re
 import sys
