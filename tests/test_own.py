@@ -1,4 +1,4 @@
-"""Rewards of the user's own: the README's two, on the devices and on the host; and what can be wrong with one."""
+"""Rewards of the user's own: docs/rewards.md's two, on the devices and on the host; what can be wrong with one."""
 
 import re
 import sys
@@ -13,13 +13,13 @@ from solrl_jax import assemble, config, evaluate, iteration, rewards, sizes, tra
 from solrl_jax.rewards import own
 from tests.test_train import TOY, compiled, load, metrics_of  # noqa: F401 - `compiled` is used by its name
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-DEVICE, HOST = re.findall(r"```python\n(.*?)```", README, re.S)
+PAGE = (Path(__file__).parent.parent / "docs/rewards.md").read_text(encoding="utf-8")
+DEVICE, HOST = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current folder, with the README's my_reward.py and my_rules.py; imports are forgotten after a test."""
+    """The current folder, with the page's my_reward.py and my_rules.py; imports are forgotten after a test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     before = set(sys.modules)
@@ -53,11 +53,11 @@ def toy(folder, monkeypatch):
     )
 
 
-def test_the_readmes_examples_are_short():
+def test_the_pages_examples_are_short():
     assert len(DEVICE.strip().splitlines()) <= 15 and len(HOST.strip().splitlines()) <= 15
 
 
-def test_the_readmes_reward_on_the_devices_and_on_the_host(toy, tmp_path):
+def test_the_pages_reward_on_the_devices_and_on_the_host(toy, tmp_path):
     mix = config.override(toy, reward="my_reward.brightness:1,my_rules.contrast:0.5")
     assert train.train(mix, tmp_path / "run", devices=2) == 0
     last = metrics_of(tmp_path / "run")[2]
