@@ -70,7 +70,7 @@ def cell(f: dict[str, Any], digits: int = 3) -> str:
     if isinstance(spread, dict):
         parts = [_numbers(spread["interval"], digits)] if "interval" in spread else []
         return " ".join([text, *parts]) + (f" ({_numbers(spread['seeds'], digits)[1:-1]})" if "seeds" in spread else "")
-    return f"{text} {_numbers(spread, digits)}" if spread else text
+    return f"{text} {_numbers(spread, digits)}" if spread and spread[0] != spread[-1] else text
 
 
 def _numbers(values: list[float], digits: int) -> str:
