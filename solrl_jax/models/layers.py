@@ -240,7 +240,8 @@ class GatedConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        y = checkpoint_name(Linear(2 * self.hidden, dtype=self.dtype, name="inverted_conv.linear")(x), "mlp")
+        wide = Linear(2 * self.hidden, dtype=self.dtype, bias_after=True, name="inverted_conv.linear")
+        y = checkpoint_name(wide(x), "mlp")
         y = jax.nn.silu(y)
         value, gate = jnp.split(DepthwiseConv(3, dtype=self.dtype, name="depth_conv.conv")(y), 2, axis=-1)
         y = value * jax.nn.silu(gate)

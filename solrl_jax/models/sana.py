@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
         qkv = checkpoint_name(Linear(3 * width, use_bias=False, dtype=self.dtype, name="qkv")(x), "qkv")
         heads = qkv.reshape(b, h * w, 3, self.cfg.num_attention_heads, self.cfg.attention_head_dim)
         out = checkpoint_name(linear_attention(*(heads[:, :, i] for i in range(3))), "attention")
-        return Linear(width, dtype=self.dtype, name="proj")(out.reshape(x.shape))
+        return Linear(width, dtype=self.dtype, bias_after=True, name="proj")(out.reshape(x.shape))
 
 
 class CrossAttention(nn.Module):
@@ -144,7 +144,7 @@ class CrossAttention(nn.Module):
     def setup(self):
         self.q_linear = Linear(self.cfg.width, dtype=self.dtype)
         self.kv_linear = Linear(2 * self.cfg.width, dtype=self.dtype)
-        self.proj = Linear(self.cfg.width, dtype=self.dtype)
+        self.proj = Linear(self.cfg.width, dtype=self.dtype, bias_after=True)
 
     def __call__(
         self, x: Float[Array, "B h w D"], kv: Float[Array, "B L two_D"], length: Int[Array, "B"]
