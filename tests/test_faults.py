@@ -20,7 +20,7 @@ def test_killed_runs_end_as_unbroken_ones_do(tmp_path):
     struck = faults.attack(tmp_path / "broken", 40, kills=3, in_saves=1)
     assert len(struck) == 3 and any(kill.in_save for kill in struck)
     assert all(kill.after >= kill.before for kill in struck)
-    assert not faults.strike(tmp_path / "whole", 40, lambda seconds: False)
+    assert faults.strike(tmp_path / "whole", 40, lambda seconds: False) is None
     assert faults.same(tmp_path / "broken", tmp_path / "whole")
     assert faults.newest(tmp_path / "broken") == 40
 

@@ -37,7 +37,8 @@ PATIENCE = 300.0
 
 
 class Kill(NamedTuple):
-    """Where it struck: the newest whole checkpoint before and after, and whether a save was under way."""
+    """Where it struck: the newest checkpoint that was there whole a moment before, the newest that verifies after, and
+    whether a save was under way."""
 
     in_save: bool
     before: int
@@ -62,8 +63,15 @@ def newest(run: Path) -> int:
     return -1 if step is None else step
 
 
-def strike(run: Path, iterations: int, moment: Callable[[float], bool]) -> bool:
-    """Run or go on until moment(seconds since the first sign of progress), and kill; False if the run ended before."""
+def written(run: Path) -> int:
+    """The newest checkpoint with a manifest, which is written last; -1 where there is none. Quick: nothing is read."""
+    found = (run / "checkpoints").glob("*/manifest.json") if (run / "checkpoints").is_dir() else ()
+    return max((int(file.parent.name) for file in found), default=-1)
+
+
+def strike(run: Path, iterations: int, moment: Callable[[float], bool]) -> int | None:
+    """Run or go on until moment(seconds since the first sign of progress), and kill; None if the run ended before, else
+    the newest checkpoint that was written when it struck."""
     progress, count, metrics, size = None, len(lines(run)), run / "metrics.jsonl", -1
     with (
         tempfile.TemporaryFile() as errors,  # a pipe that nobody reads would fill up and block the run
@@ -77,9 +85,10 @@ def strike(run: Path, iterations: int, moment: Callable[[float], bool]) -> bool:
             if progress is None and len(lines(run)) > count:
                 progress = now
             if progress is not None and moment(now - progress):
+                newest_before = written(run)
                 child.send_signal(signal.SIGKILL)
                 child.wait()
-                return True
+                return newest_before
             if now - moved > PATIENCE:
                 child.kill()
                 raise TimeoutError(f"no progress in {PATIENCE:.0f} s")
@@ -87,7 +96,7 @@ def strike(run: Path, iterations: int, moment: Callable[[float], bool]) -> bool:
         if child.returncode:
             errors.seek(0)
             raise RuntimeError(f"the run ended with {child.returncode}: {errors.read().decode()[-2000:]}")
-    return False
+    return None
 
 
 def lines(run: Path) -> list[str]:
@@ -101,13 +110,13 @@ def attack(run: Path, iterations: int, kills: int, in_saves: int, seed: int = 0)
     kinds = [True] * in_saves + [False] * (kills - in_saves)
     rng.shuffle(kinds)
     for in_save in kinds:
-        before, wait = newest(run), rng.uniform(0, 2.0)
-        done = strike(run, iterations, (lambda s: saving(run)) if in_save else lambda s, wait=wait: s >= wait)
-        if not done:
+        wait = rng.uniform(0, 2.0)
+        before = strike(run, iterations, (lambda s: saving(run)) if in_save else lambda s, wait=wait: s >= wait)
+        if before is None:
             raise RuntimeError(f"the run ended after {len(struck)} kills: give it more --iterations")
         struck.append(Kill(in_save and saving(run), before, newest(run)))
         print(f"kill {len(struck)} of {kills}: {struck[-1]}", flush=True)
-    if strike(run, iterations, lambda s: False):
+    if strike(run, iterations, lambda s: False) is not None:
         raise AssertionError("nothing was to be killed")
     return struck
 
