@@ -70,9 +70,13 @@ class Saver:
         clean(self.run)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             self.wait()
+        except CheckpointError as e:
+            if error is None:
+                raise
+            raise CheckpointError(f"{error}. Beside that, {e}") from error  # what ended the run is said first
         finally:
             self.thread.shutdown()
 
@@ -94,13 +98,14 @@ class Saver:
 def write(run: Path, step: int, state: PyTree, cfg: Config) -> Path:
     """One checkpoint: orbax, config, manifest; then the ones older than the newest `cfg.keep` are deleted.
 
-    Raises CheckpointError (full disk, no permission) after removing what it had begun; earlier steps are not touched.
+    Raises CheckpointError (full disk, no permission, a device whose arrays cannot be read) after removing what it had
+    begun; earlier steps are not touched.
     Writes that orbax still has in the air then may leave pieces: they have no manifest and do not count.
     """
     place = folder(run, step)
     try:
         _write(place, step, state, cfg)
-    except (OSError, ValueError) as e:  # tensorstore reports a full disk as a ValueError
+    except (OSError, ValueError, jax.errors.JaxRuntimeError) as e:  # tensorstore reports a full disk as a ValueError
         why = cause(e)
     else:
         _drop_older(run, step, cfg.keep)

@@ -267,7 +267,7 @@ def learn(
         batch = jax.tree.map(lambda x: take(x, index), (keys, made, advantage))
         grads, metrics = gradients(state, began, frozen, cond, *batch, model=model, cfg=cfg)
         state, norm = apply_gradients(state, grads, optimizer, cfg)
-        return state, {**metrics, "grad_norm": norm}
+        return state, {**metrics, "grad_norm": norm, "skipped": (state.skipped > 0).astype(F32)}
 
     epoch_of = jnp.repeat(jnp.arange(epochs), updates)
     index = jnp.concatenate([dealt(samples.keys, samples.reward, e, updates) for e in range(epochs)])
@@ -279,7 +279,7 @@ def learn(
     if "behaviour" in algos.find(cfg.learn.algorithm).fixed(cfg.learn):
         # Of the first update both policies are the same: what is left is the rounding of the two programs.
         metrics["ratio/noise"] = metrics["ratio/deviation"][0]
-    return state, {**jax.tree.map(jnp.mean, metrics), "old_decay": decay}
+    return state, {**jax.tree.map(jnp.mean, metrics), "skipped": jnp.sum(metrics["skipped"]), "old_decay": decay}
 
 
 def _use(key: Key[Array, ""], use: int, epoch: Int[Array, ""] | int) -> Key[Array, ""]:
@@ -389,13 +389,14 @@ def schedule_of(model: Model, cfg: Config) -> Schedule:
 def apply_gradients(
     state: TrainState, grads: Params, optimizer: optax.GradientTransformation, cfg: Config
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One clipped AdamW step and the evaluation average. A non-finite gradient changes nothing and is counted."""
+    """One clipped AdamW step and the evaluation average. A gradient or a LoRA that would not be finite changes nothing
+    and is counted."""
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm)
     scale = jnp.minimum(1.0, cfg.learn.clip_norm / (norm + 1e-6))  # torch's clip_grad_norm_
-    grads = jax.tree.map(lambda g: jnp.where(finite, g * scale, 0.0), grads)
+    grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g * scale, 0.0), grads)
     direction, moments = optimizer.update(grads, state.moments, state.lora)
     stepped = jax.tree.map(lambda p, d: p - state.hyper.learning_rate * d, state.lora, direction)
+    finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(stepped))
     decay = algos.ema_decay(state.updates + 1, cfg.learn.ema_max)
     ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, stepped)
     new = state._replace(lora=stepped, moments=moments, ema=ema, updates=state.updates + 1)

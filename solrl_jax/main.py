@@ -1,10 +1,11 @@
 """The command line: python -m solrl_jax.main --config=tiny [--config.explore.steps=4] [--mode=...].
 
 Dispatch only. Modules that import JAX are imported where they are called, so that --help and typos are answered at
-once. Errors of this package's own kinds end in one line on stderr and exit code 2; anything else is a defect and shows
-its traceback.
+once. Errors of this package's own kinds, and a full disk, end in one line on stderr and exit code 2; anything else is a
+defect and shows its traceback.
 """
 
+import errno
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -175,7 +176,8 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as e:
-        if not type(e).__module__.startswith("solrl_jax."):
+        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not (full or type(e).__module__.startswith("solrl_jax.")):
             raise
         print(f"error: {e}", file=sys.stderr)
         return 2

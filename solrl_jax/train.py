@@ -2,14 +2,15 @@
 
 A run ends in one of three ways. All iterations done: LoRA files and report, exit code 0. SIGINT or SIGTERM: the current
 stage is finished, the last finished iteration saved, exit code 0, since nothing was lost and --resume goes on bit for
-bit. An error (a non-finite reward, three non-finite updates in a row, a full disk): the last finished iteration is
-saved where that is possible, and the error is raised.
+bit. An error (a reward that raises or is not finite, three non-finite updates in a row, a lost device, a full disk):
+the last finished iteration is saved where that is possible, and the error is raised. An iteration is finished when its
+line is in metrics.jsonl, so that a resumed run has every line.
 """
 
 import contextlib
+import functools
 import importlib.util
 import json
-import math
 import os
 import signal
 import threading
@@ -34,6 +35,7 @@ from solrl_jax import (
     watch,
 )
 from solrl_jax.assemble import Parts
+from solrl_jax.checks import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.grids import Shown
 from solrl_jax.log import Line, Log, open_log, read, wandb
@@ -46,10 +48,6 @@ SKIPS = 3
 """Non-finite updates in a row after which a run stops."""
 CALIBRATION = 8
 """Prompts, a picture each, on which the units of FP8's inputs are measured."""
-
-
-class TrainError(RuntimeError):
-    """A run that cannot go on; the message says why and what was saved."""
 
 
 class Stopped(Exception):
@@ -87,8 +85,6 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 state = loop(parts, state, run, out, stop)
             except (TrainError, RewardError) as e:
                 raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
-            except jax.errors.JaxRuntimeError as e:
-                raise TrainError(f"{device_failure(e)}. What is saved is in {run}: --resume goes on from it") from e
             except Exception as e:
                 e.add_note(f"What was finished before is saved in {run}: --resume --run_dir={run} goes on from it.")
                 raise
@@ -102,14 +98,6 @@ def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> None:
     past = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     now = {"after": done, "devices": parts.mesh.size, "device": first.device_kind, "jax": jax.__version__}
     checkpoint.replace(file, json.dumps([*past, now | {"notes": notes}], indent=1))
-
-
-def device_failure(error: Exception) -> str:
-    """What JAX says when a device fails or is too small, in a line, with the mend."""
-    first = str(error).strip().partition("\n")[0][:300].rstrip(".")
-    if "RESOURCE_EXHAUSTED" in first:
-        return f"out of memory ({first}): lower the chunk of the stage or learn.micro_batch; --mode=plan tells of each"
-    return f"a device failed ({first})"
 
 
 def memory_limit() -> float | None:
@@ -135,20 +123,23 @@ def start(cfg: Config, run: Path, resume: bool, devices: int | None) -> tuple[Tr
 
 def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.Event) -> TrainState:
     """Iterate to the end or to a signal; the last finished iteration is on disk when this returns or raises."""
-    cfg, first = parts.cfg, int(state.iteration)
+    cfg, first, done = parts.cfg, int(state.iteration), int(state.iteration)
     with checkpoint.Saver(run, cfg) as saver:
         try:
             base = base_pictures(parts, state, run, out)
             began, lines, said = time.perf_counter(), read(run / "metrics.jsonl"), {}
-            for state, metrics in iterations(parts, state, out, stop, lines):  # noqa: B020 - the generator begins with it
-                done = int(state.iteration)
-                if watch.due(cfg, done) and not watch.fallen_back(lines, cfg):
-                    metrics |= watch.measured(parts, state)
-                if cfg.evaluate.every and (done % cfg.evaluate.every == 0 or done == cfg.iterations):
-                    metrics |= evaluated(parts, state, run, out, base)
+            for new, metrics in iterations(parts, state, out, stop, lines):
+                number = int(new.iteration)
+                if watch.due(cfg, number) and not watch.fallen_back(lines, cfg):
+                    metrics |= watch.measured(parts, new)
+                if cfg.evaluate.every and (number % cfg.evaluate.every == 0 or number == cfg.iterations):
+                    metrics |= evaluated(parts, new, run, out, base)
                 began, metrics["time/iteration"] = time.perf_counter(), time.perf_counter() - began
-                out.write(done, metrics)
-                lines.append({"iteration": done, **metrics})
+                out.write(number, metrics)
+                lines.append({"iteration": number, **metrics})
+                state, done = new, number
+                if metrics["skipped"]:
+                    out.say(f"warning: iteration {done}: {metrics['skipped']:.0f} updates were not finite and skipped")
                 said, before = watch.alarms(lines, cfg), said
                 for kind in said.keys() - before.keys():  # an alarm is told when it begins
                     out.say(said[kind])
@@ -157,9 +148,11 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                         out.say(line)
                 if cfg.save_every and done % cfg.save_every == 0:
                     saver.save(state)
+        except jax.errors.JaxRuntimeError as e:
+            raise TrainError(f"iteration {done + 1}: {device_error(e)}") from e
         finally:
             # Not the untouched beginning of a run that failed at once, but that of one that was asked to stop.
-            if int(state.iteration) > first or stop.is_set():
+            if done > first or stop.is_set():
                 saver.save(state)
     return state
 
@@ -209,7 +202,7 @@ def iterations(
         except Stopped:
             return
         numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_rewards(numbers, done + 1)
+        check_rewards(numbers, done + 1, functools.partial(not_finite, parts, state, prompts))
         if done == 0:  # a run that began goes on, however near the edge a later iteration is
             check_ratio(numbers, done + 1, cfg.learn.clip_range)
         state = new
@@ -217,7 +210,8 @@ def iterations(
         if int(state.skipped) >= SKIPS:
             raise TrainError(
                 f"iteration {done + 1}: {int(state.skipped)} updates in a row had non-finite gradients "
-                f"(grad_norm {numbers.get('grad_norm')}): lower learn.learning_rate or set model.dtype=float32"
+                f"(grad_norm {numbers.get('grad_norm')}): "
+                + (not_finite(parts, state, prompts) or "lower learn.learning_rate or set model.dtype=float32")
             )
 
 
@@ -243,44 +237,6 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
             return jax.block_until_ready(whole(state, parts.frozen, prompts, **statics))
 
     return step
-
-
-SUMMARIES = (
-    "reward/mean",
-    "reward/max",
-    "reward/min",
-    "reward/range",
-    "explore/reward_mean",
-    "explore/reward_std_mean",
-)
-
-
-def check_rewards(metrics: Metrics, number: int) -> None:
-    """Raises TrainError that names the rewards whose mean is not finite, over the kept samples or the candidates."""
-    scored = {name: value for name, value in metrics.items() if name.startswith(("reward/", "explore/reward"))}
-    bad = {name: value for name, value in scored.items() if not math.isfinite(value)}
-    if bad:
-        named = {
-            n.removeprefix("explore/reward_").removeprefix("reward/"): v for n, v in bad.items() if n not in SUMMARIES
-        }
-        told = ", ".join(f"{name} = {value}" for name, value in (named or bad).items())
-        raise TrainError(
-            f"iteration {number}: a reward is not finite: {told}; look at its weights and at the pictures it got"
-        )
-
-
-def check_ratio(metrics: Metrics, number: int, clip_range: float) -> None:
-    """Raises TrainError where ratios of probabilities are clipped at what is mere rounding.
-
-    Of an iteration's first update the ratio is 1; how far it is off is what the network's rounding does to it.
-    """
-    noise = metrics.get("ratio/noise", 0.0)
-    if not clip_range >= 10 * noise:
-        raise TrainError(
-            f"iteration {number}: before an update the ratio of probabilities is off by {noise:.1e} from rounding, "
-            f"more than a tenth of learn.clip_range={clip_range:g}: use {11 * noise:.1e} or more, learn.updates=1 "
-            "(whose ratio is exactly 1) or model.dtype=float32"
-        )
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------

@@ -1,17 +1,117 @@
-"""A run is killed, really, and goes on; clocks go backwards; a reward raises in the middle."""
+"""A run is killed, really, and goes on, by every algorithm and on other devices; clocks go backwards; a reward raises,
+a device is lost, gradients and weights are NaN, the disk is full in its middle."""
 
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from experiments.faults import run as faults
-from solrl_jax import checkpoint, config, iteration, recipes, train
-from tests.test_train import compiled, interrupt_at, metrics_of, toy
+from solrl_jax import assemble, checkpoint, config, data, evaluate, iteration, recipes, train
+from tests import test_train
+from tests.test_iteration import quick_compiles
+from tests.test_train import TOY, compiled, metrics_of, toy
 
-__all__ = ["compiled", "toy"]  # fixtures
-FEW = {"evaluate.every": 0, "watch.every": 0}
+__all__ = ["compiled", "quick_compiles", "toy"]  # fixtures
+ALGORITHMS = ("sol_rl", "naive_scaling", "diffusionnft", "awm", "flow_grpo", "flow_grpo_fast", "dance_grpo")
+SHORT = {"evaluate.every": 0, "save_every": 1}
+
+
+# --- a run that is killed -------------------------------------------------------------------------------------------
+
+
+def by(toy, name):
+    """The toy config by that family or method, with rollouts of 4 steps, 2 of them trained; saved after 2 of 4."""
+    cfg = recipes.family(toy, name)
+    window = {"window": 2, "window_within": 3} if cfg.regenerate.window else {}
+    stage = dataclasses.replace(cfg.regenerate, steps=4, **window)
+    learn = dataclasses.replace(cfg.learn, timestep_fraction=0.5, micro_batch=2, updates=2, clip_range=0.5)
+    learn = dataclasses.replace(learn, first_time=0)
+    return dataclasses.replace(cfg, regenerate=stage, learn=learn, iterations=4, save_every=2)
+
+
+def killed(name, folder):
+    """In a process of its own: a run by `name` in folder/name that is killed as its fourth iteration begins."""
+    cfg, batch = by(test_train.world(pytest.MonkeyPatch(), folder), name), data.batch
+
+    def struck(prompts, seed, number, count):
+        if number == 3:
+            while checkpoint.latest(folder / name)[0] != 2:  # that the test is of a run which has saved something
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch(prompts, seed, number, count)
+
+    data.batch = struck
+    train.train(cfg, folder / name, devices=1)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import jax
+from tests import test_faults
+jax.config.update("jax_compilation_cache_dir", sys.argv[2])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_disable_most_optimizations", True)
+for name in test_faults.ALGORITHMS:
+    if not (child := os.fork()):
+        test_faults.killed(name, Path(sys.argv[1]))
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, name
+"""
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A folder of runs by every algorithm, each killed by SIGKILL after 3 of 4 iterations, of which 2 are saved."""
+    folder = tmp_path_factory.mktemp("killed")
+    words = [sys.executable, "-c", KILLED, str(folder), jax.config.values["jax_compilation_cache_dir"]]
+    found = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]
+    return folder
+
+
+def raw(state):
+    """Every leaf of a state by its path, keys as their numbers."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
+    return {jax.tree_util.keystr(k): np.asarray(jax.random.key_data(x) if is_key(x) else x) for k, x in leaves}
+
+
+def end_of(run, cfg):
+    """The newest checkpoint of a run, every array of it."""
+    return raw(checkpoint.restore(checkpoint.find(run)[0], assemble.blank(cfg, TOY, assemble.make_mesh(1)), cfg))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_a_killed_run_goes_on_to_the_bit(toy, tmp_path, broken, name):
+    """4 iterations = 3, SIGKILL, the third of which was not saved, and 2 more: metrics, pictures, LoRA, EMA, old
+    policy, moments, key, counts."""
+    cfg, whole, run = by(toy, name), tmp_path / "whole", broken / name
+    assert checkpoint.latest(run) == (2, []) and sorted(metrics_of(run)) == [0, 1, 2, 3]
+    cfg = dataclasses.replace(cfg, prompt_files=str(broken / "prompts.txt"))
+    train.train(cfg, whole, devices=1)
+    train.train(cfg, run, resume=True, devices=1)
+    assert metrics_of(run) == metrics_of(whole) and sorted(metrics_of(run)) == [0, 1, 2, 3, 4]
+    ours, theirs = end_of(run, cfg), end_of(whole, cfg)
+    assert ours.keys() == theirs.keys() and int(ours[".iteration"]) == 4 and int(ours[".updates"]) == 8
+    for key, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+    assert np.any(ours[".ema['to_q']['b']"] != ours[".lora['to_q']['b']"])  # each is itself, not a copy
+    for file in (faults.LORA, f"ema/{faults.LORA}"):
+        jax.tree.map(np.testing.assert_array_equal, load_file(run / file), load_file(whole / file))
+    assert (run / "grids/000004.png").read_bytes() == (whole / "grids/000004.png").read_bytes()
 
 
 @pytest.mark.slow
@@ -23,6 +123,58 @@ def test_killed_runs_end_as_unbroken_ones_do(tmp_path):
     assert faults.strike(tmp_path / "whole", 40, lambda seconds: False) is None
     assert faults.same(tmp_path / "broken", tmp_path / "whole")
     assert faults.newest(tmp_path / "broken") == 40
+
+
+def test_a_run_goes_on_with_other_devices(toy, tmp_path, monkeypatch):
+    """2 of 4 iterations on one device, the rest on two, then on four: the same samples are kept, to their keys; metrics
+    and LoRA to rounding."""
+    cfg, kept, staged = by(toy, "sol_rl"), {}, iteration.Staged
+    monkeypatch.setattr(iteration, "Staged", lambda **statics: watched(staged(**statics)))
+
+    def watched(run):
+        learn = run.jit["learn"]
+
+        def learnt(state, frozen, cond, samples):
+            kept.setdefault(int(state.iteration), []).append(np.asarray(jax.random.key_data(samples.keys)))
+            return learn(state, frozen, cond, samples)
+
+        run.jit["learn"] = learnt
+        return run
+
+    train.train(cfg, tmp_path / "one", devices=1)
+    for devices in (2, 4):
+        run = tmp_path / f"{devices}"
+        train.train(config.override(cfg, iterations=2), run, devices=1)
+        train.train(cfg, run, resume=True, devices=devices)
+        one, other = metrics_of(tmp_path / "one"), metrics_of(run)
+        assert one.keys() == other.keys() and {k: other[k] for k in (1, 2)} == {k: one[k] for k in (1, 2)}
+        for number in (3, 4):
+            assert other[number] == pytest.approx(one[number], rel=1e-4, abs=1e-6)
+        ours, theirs = load_file(run / faults.LORA), load_file(tmp_path / "one" / faults.LORA)
+        for key, value in ours.items():
+            np.testing.assert_allclose(value, theirs[key], rtol=1e-4, atol=1e-6)
+    for number in (2, 3):
+        first, *others = kept[number]
+        assert len(others) == 2 and first.shape == (4, 2, 2) and all(np.array_equal(first, x) for x in others)
+
+
+def test_damage_to_the_newest_checkpoint_costs_only_time(toy, tmp_path, capsys):
+    """A byte flipped in one, another cut short: said, the one before is taken, and the end is the same."""
+    cfg = config.override(toy, **SHORT, iterations=4)
+    train.train(cfg, tmp_path / "whole", devices=1)
+    train.train(config.override(cfg, iterations=3), tmp_path / "run", devices=1)
+    for step, harm in ((3, lambda b: b[:-1] + bytes([b[-1] ^ 1])), (2, lambda b: b[:-7])):
+        place = checkpoint.folder(tmp_path / "run", step) / "state"
+        file = max((p for p in place.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        file.write_bytes(harm(file.read_bytes()))
+    capsys.readouterr()
+    train.train(cfg, tmp_path / "run", resume=True, devices=1)
+    said = capsys.readouterr().out
+    assert all(f"checkpoints/{n} is passed over" in said for n in (3, 2)) and "checkpoints/1\n" in said
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+
+
+# --- what goes wrong around it --------------------------------------------------------------------------------------
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(toy, tmp_path, monkeypatch):
@@ -44,154 +196,274 @@ def test_a_second_process_in_a_run_is_refused_before_anything_is_read(toy, tmp_p
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        name if name == "awm" else pytest.param(name, marks=pytest.mark.slow)
-        for name in (*recipes.METHODS, "diffusionnft", "naive_scaling")
-    ],
-)
-def test_every_method_resumes_bit_for_bit(toy, tmp_path, monkeypatch, method):
-    """LoRA, EMA, old policy, moments, steps and keys, and the prompts that come: 3 + 2 iterations are 5."""
-    cfg = config.override(recipes.family(toy, method), **FEW)
-    states = {}
-    for name in ("whole", "broken"):
-        with monkeypatch.context() as patch:
-            if name == "broken":
-                interrupt_at(patch, 3)
-                train.train(cfg, tmp_path / name, devices=1)
-                assert checkpoint.latest(tmp_path / name)[0] == 3
-        states[name] = ended(monkeypatch, cfg, tmp_path / name, name == "broken")
-    jax.tree.map(np.testing.assert_array_equal, states["whole"], states["broken"])
-    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "broken")
-    assert sorted(metrics_of(tmp_path / "whole")) == [1, 2, 3, 4, 5]
+def goes_on(cfg, run, whole):
+    """Resume `run` and compare its end with an unbroken run's, to the bit."""
+    train.train(cfg, whole, devices=1)
+    train.train(cfg, run, resume=True, devices=1)
+    assert metrics_of(run) == metrics_of(whole)
+    jax.tree.map(np.testing.assert_array_equal, load_file(run / faults.LORA), load_file(whole / faults.LORA))
 
 
-def ended(monkeypatch, cfg, run, resume, devices=1):
-    """The state with which a run ends, as numbers on the host."""
-    kept, finish = [], train.finish
+@pytest.mark.parametrize("stage", ["explore", "regenerate", "learn", "evaluate"])
+def test_a_device_that_is_lost_in_mid_run(toy, tmp_path, monkeypatch, stage):
+    """In the third iteration's stage, or the second's evaluation: one line; what is saved stays; the run goes on."""
+    run, evaluation = tmp_path / "run", stage == "evaluate"
+    cfg = config.override(toy, iterations=4, save_every=0 if evaluation else 1, **{"evaluate.every": 2})
+    done = 1 if evaluation else 2
     with monkeypatch.context() as patch:
-        patch.setattr(train, "finish", lambda parts, state, *rest: (kept.append(state), finish(parts, state, *rest)))
-        train.train(cfg, run, resume=resume, devices=devices)
-    state = kept[0]
-    return jax.device_get(state._replace(key=jax.random.key_data(state.key)))
+        lose(patch, stage, 2)
+        with pytest.raises(train.TrainError, match=rf"^iteration {done + 1}: the device failed \(INTERNAL: .* lost\)"):
+            train.train(cfg, run, devices=1)
+    assert checkpoint.latest(run)[0] == done and max(metrics_of(run)) == done
+    goes_on(cfg, run, tmp_path / "whole")
 
 
-def test_a_run_goes_on_on_another_number_of_devices(toy, tmp_path, monkeypatch):
-    """Four devices, then one: the same kept candidates in every iteration, and numbers to rounding."""
-    chosen, staged, cfg = [], iteration.Staged, config.override(toy, **FEW, iterations=2)
+def lose(patch, stage, calls, message="INTERNAL: the device is lost\nand a page more"):
+    """A JaxRuntimeError out of the stage's first call after as many iterations (evaluations)."""
+    fail = jax.errors.JaxRuntimeError(message)
+    if stage == "evaluate":
+        real, count = evaluate.evaluate, iter(range(99))
 
-    class Seen(staged):
-        def __init__(self, **statics):
-            super().__init__(**statics)
-            select = self.jit["select_keys"]
-            self.jit["select_keys"] = lambda *given: (chosen.append(select(*given)), chosen[-1])[1]
+        def judged(*args):
+            if next(count) == calls - 1:  # the first is the base's
+                raise fail
+            return real(*args)
 
-    monkeypatch.setattr(iteration, "Staged", Seen)
-    train.train(cfg, tmp_path / "whole", devices=1)
-    whole, chosen[:] = list(chosen), []
-    train.train(config.override(cfg, iterations=1), tmp_path / "moved", devices=4)
-    train.train(cfg, tmp_path / "moved", resume=True, devices=1)
-    assert len(whole) == len(chosen) == 2
-    for one, other in zip(whole, chosen, strict=True):
-        np.testing.assert_array_equal(*(jax.random.key_data(found.keys) for found in (one, other)))
-    ours, theirs = metrics_of(tmp_path / "moved"), metrics_of(tmp_path / "whole")
-    for i, line in theirs.items():
-        assert ours[i] == pytest.approx(line, rel=1e-4, abs=1e-6)
+        patch.setattr(evaluate, "evaluate", judged)
+        return
 
-
-@pytest.mark.parametrize(
-    ("said", "told"),
-    [
-        (
-            "INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS\nmore",
-            r"a device failed \(INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS\)\. What",
-        ),
-        (
-            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.",
-            r"out of memory \(RESOURCE.*lower the chunk",
-        ),
-    ],
-)
-def test_a_device_that_fails_in_the_middle(toy, tmp_path, monkeypatch, said, told):
-    """One line, and the run goes on from what it had finished to the end of an unbroken one."""
-    train.train(toy, tmp_path / "whole", devices=1)
-    staged, run = iteration.Staged, tmp_path / "run"
-
-    class Failing(staged):
+    class Losing(iteration.Staged):
         def __call__(self, state, *rest):
-            if int(state.iteration) == 3:
-                raise jax.errors.JaxRuntimeError(said)
+            if int(state.iteration) == calls:
+                self.jit[stage] = lambda *_: (_ for _ in ()).throw(fail)
             return super().__call__(state, *rest)
 
+    patch.setattr(train.iteration, "Staged", Losing)
+
+
+def test_a_device_that_does_not_come_back_costs_what_was_not_saved(toy, tmp_path, monkeypatch):
+    """Its arrays cannot be read either: both are said, and the last save is what there is."""
+    run, cfg = tmp_path / "run", config.override(toy, iterations=4)
     with monkeypatch.context() as patch:
-        patch.setattr(iteration, "Staged", Failing)
-        with pytest.raises(train.TrainError, match=told) as found:
-            train.train(toy, run, devices=1)
-    assert "\n" not in str(found.value) and checkpoint.latest(run)[0] == 3
-    train.train(toy, run, resume=True, devices=1)
-    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+        lose(patch, "learn", 3)
+        save = checkpoint.save_tree
+
+        def unread(place, tree):
+            if int(tree.iteration) == 3:
+                raise jax.errors.JaxRuntimeError("INTERNAL: the device is lost")
+            save(place, tree)
+
+        patch.setattr(checkpoint, "save_tree", unread)
+        message = r"iteration 4: the device failed .*Beside that, .*checkpoints/3 could not.*intact: .*checkpoints/2"
+        with pytest.raises(checkpoint.CheckpointError, match=message):
+            train.train(cfg, run, devices=1)
+    assert checkpoint.steps(run) == [2]
+    goes_on(cfg, run, tmp_path / "whole")
 
 
-def test_gradients_that_are_not_finite_change_nothing_and_are_counted(toy, tmp_path, monkeypatch):
-    """Of the second update, for real: LoRA, EMA, old policy and moments stay, and the run goes on."""
-    poisoned = config.override(toy, **FEW, iterations=3)
-    gradients, before = iteration.gradients, []
-
-    def bad(state, *rest, **more):
-        grads, metrics = gradients(state, *rest, **more)
-        factor = jax.numpy.where(state.iteration == 1, jax.numpy.nan, 1.0)
-        return jax.tree.map(lambda g: g * factor, grads), metrics
-
-    monkeypatch.setattr(iteration, "gradients", bad)
-    staged = iteration.Staged
-
-    class Seen(staged):
-        def __call__(self, state, *rest):
-            new, metrics = super().__call__(state, *rest)
-            before.append((jax.device_get(state.lora), jax.device_get(new.lora), int(new.skipped)))
-            return new, metrics
-
-    monkeypatch.setattr(iteration, "Staged", Seen)
-    train.train(poisoned, tmp_path / "run", devices=1)
-    same = [all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b))) for a, b, _ in before]
-    assert same == [False, True, False] and [skipped for *_, skipped in before] == [0, 1, 0]
+def test_a_device_whose_memory_is_full_is_told_what_to_lower(toy, tmp_path, monkeypatch):
+    lose(monkeypatch, "explore", 0, "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    message = r"iteration 1: the device's memory is full \(RESOURCE.*lower explore.chunk, .*--mode=plan"
+    with pytest.raises(train.TrainError, match=message):
+        train.train(toy, tmp_path / "run", devices=1)
 
 
-def test_weights_that_are_not_finite_end_the_run_before_it_learns(toy, tmp_path, monkeypatch):
-    """Their pictures' rewards are not finite: that is what is said."""
-    assemble = train.assemble.assemble
+OWN = """
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from solrl_jax.structs import Reward
+HOST = {host}
+calls = Path(__file__).with_name("calls")
+def check():
+    calls.write_text(calls.read_text() + "x")
+    if len(calls.read_text()) == {number}:
+        raise KeyError("no such picture")
+def score(images, prompts):
+    check()
+    return images.mean((1, 2, 3)) / 255
+def traced(params, images, tokens):
+    check()
+    return images.mean((1, 2, 3))
+def make(path, dtype):
+    return Reward("x", lambda prompts: np.zeros(len(prompts)), traced), {{}}
+"""
 
-    def bad(*given):
-        parts = assemble(*given)
-        base = jax.tree.map(lambda x: x * jax.numpy.nan, parts.frozen.base)
-        return parts._replace(frozen=parts.frozen._replace(base=base))
 
-    monkeypatch.setattr(train.assemble, "assemble", bad)
-    with pytest.raises(train.TrainError, match=r"iteration 1: a reward is not finite: bright = nan"):
-        train.train(config.override(toy, **{"evaluate.every": 0}), tmp_path / "run", devices=1)
-    assert checkpoint.steps(tmp_path / "run") == []
+@pytest.mark.parametrize(("host", "number", "done"), [(True, 10, 1), (False, 3, 1)])
+def test_a_reward_that_raises_in_mid_run(toy, tmp_path, monkeypatch, host, number, done):
+    """On the host in its tenth call; on the devices where it is traced for the evaluation. Named; the run goes on."""
+    name, run = f"unsure_{host}".lower(), tmp_path / "run"
+    (tmp_path / f"{name}.py").write_text(OWN.format(host=host, number=number))
+    (tmp_path / "calls").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reward = f"{name}.score" if host else f"{name}.make"
+    cfg = config.override(toy, reward=reward, iterations=3, save_every=1, **{"evaluate.every": 0, "watch.every": 2})
+    line = OWN.splitlines().index('        raise KeyError("no such picture")') + 1
+    message = rf"^reward {reward} failed: KeyError: 'no such picture' \(.*{name}\.py, line {line}\)\. Checkpoints"
+    with pytest.raises(train.TrainError, match=message):
+        train.train(cfg, run, devices=1)
+    assert checkpoint.latest(run)[0] == done and sorted(metrics_of(run)) == list(range(1, done + 1))
+    goes_on(cfg, run, tmp_path / "whole")
+
+
+# --- numbers that are not finite ------------------------------------------------------------------------------------
+
+
+def poisoned(monkeypatch, first, last):
+    """A network whose gradient, not its velocity, is NaN in iterations first to last: their prompts say so."""
+
+    @jax.custom_jvp
+    def nan_gradient(x, where):
+        return x
+
+    @nan_gradient.defjvp
+    def _(primals, tangents):
+        x, where = primals
+        return x, tangents[0] * jnp.where(where > 0, jnp.nan, 1.0)
+
+    def encode(params, ids):
+        return {**TOY.encode(params, ids), "where": (ids == ord("!")).any(1).astype(jnp.float32)}
+
+    def velocity(variables, x, sigma, cond):
+        v = TOY.velocity(variables, x, sigma, cond)
+        return nan_gradient(v, jnp.broadcast_to(cond["where"][:, None, None, None], v.shape))
+
+    model, batch = TOY._replace(encode=encode, velocity=velocity), data.batch
+    module = types.SimpleNamespace(make=lambda c: model, load=test_train.load)
+    monkeypatch.setattr(assemble, "model_module", lambda cfg: module)
+
+    def marked(prompts, seed, number, count):
+        found = batch(prompts, seed, number, count)
+        return [f"!{p}"[:12] for p in found] if first <= number + 1 <= last else found
+
+    monkeypatch.setattr(data, "batch", marked)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_nan_gradients_are_skipped_counted_and_end_the_run(toy, tmp_path, monkeypatch, capsys, updates):
+    """In iteration 2 they leave everything but the counts as it was; from 4 on three in a row stop the run, saved."""
+    cfg = config.override(toy, **SHORT, iterations=9, keep=9, **{"learn.updates": updates})
+    run, last = tmp_path / "run", {1: 6, 2: 5}[updates]
+    with monkeypatch.context() as patch:
+        poisoned(patch, 2, 2)
+        train.train(config.override(cfg, iterations=3), run, devices=1)
+    assert f"warning: iteration 2: {updates} updates were not finite and skipped" in capsys.readouterr().out
+    found = metrics_of(run)
+    assert [found[i]["skipped"] for i in (1, 2, 3)] == [0, updates, 0]
+    assert found[2]["grad_norm"] is None and found[2]["reward/mean"] > 0
+    with monkeypatch.context() as patch:
+        poisoned(patch, 4, 9)
+        message = rf"iteration {last}: {updates * (last - 3)} updates in a row .*lower learn.learning_rate.*Checkpoints"
+        with pytest.raises(train.TrainError, match=message):
+            train.train(cfg, run, resume=True, devices=1)
+    assert checkpoint.steps(run) == list(range(last, 0, -1))
+    states = {}
+    for step in checkpoint.steps(run):
+        like = assemble.blank(cfg, TOY, assemble.make_mesh(1))
+        states[step] = raw(checkpoint.restore(checkpoint.folder(run, step), like, cfg))
+    assert [int(states[i][".skipped"]) for i in (1, 2, 3, last)] == [0, updates, 0, updates * (last - 3)]
+    for before, after in ((1, 2), (3, last)):
+        for name in (".lora", ".ema", ".moments", ".updates"):
+            for key in (k for k in states[after] if k.startswith(name)):
+                np.testing.assert_array_equal(states[before][key], states[after][key], err_msg=key)
+    assert any(np.any(states[2][k] != states[3][k]) for k in states[3] if k.startswith(".lora"))
+    train.train(config.override(cfg, iterations=last + 1), run, resume=True, devices=1)  # without the poison it goes on
+    assert metrics_of(run)[last + 1]["skipped"] == 0
+
+
+def test_a_step_to_a_lora_that_is_not_finite_is_not_taken(toy):
+    """A finite gradient, but a rate that leaves float32."""
+    parts = assemble.assemble(toy, 1)
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+        fast = state._replace(hyper=state.hyper._replace(learning_rate=jnp.float32(3e38)))
+        after, norm = iteration.apply_gradients(
+            fast, jax.tree.map(lambda x: 9 * jnp.ones_like(x), state.lora), parts.optimizer, parts.cfg
+        )
+    assert np.isfinite(norm) and int(after.skipped) == 1 and int(after.updates) == 0
+    for name in ("lora", "ema", "moments"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(state, name))
+
+
+def test_nan_weights_are_named(toy, tmp_path, monkeypatch):
+    """Of the base: nothing is trained or saved."""
+
+    def load(cfg, place):
+        base, vae, text = test_train.load(cfg, place)
+        return {"to_q": {"kernel": base["to_q"]["kernel"].at[0, 0].set(jnp.nan)}}, vae, text
+
+    module = types.SimpleNamespace(make=lambda c: TOY, load=load)
+    monkeypatch.setattr(assemble, "model_module", lambda cfg: module)
+    message = "iteration 1: a reward is not finite: bright = nan; not finite are network/to_q/kernel: look at those"
+    with pytest.raises(train.TrainError, match=message):
+        train.train(config.override(toy, **SHORT), tmp_path / "run", devices=1)
+    assert checkpoint.steps(tmp_path / "run") == [] and metrics_of(tmp_path / "run") == {}
+
+
+def test_a_reward_that_sees_nothing_wrong_in_nan_pictures(toy, tmp_path, monkeypatch):
+    """A reward by 8-bit pictures takes NaN for a shade: then the gradients are not finite, and the LoRA is named."""
+    run = tmp_path / "run"
+    monkeypatch.setitem(
+        sys.modules,
+        "solrl_jax.rewards.bright",
+        test_train.reward_module("bright", lambda params, images, tokens: jnp.nan_to_num(images).mean((1, 2, 3))),
+    )
+    cfg = config.override(toy, **SHORT, iterations=9, keep=9)
+    train.train(config.override(cfg, iterations=1), run, devices=1)
+    place = checkpoint.folder(run, 1)
+    state = checkpoint.restore(place, assemble.blank(cfg, TOY, assemble.make_mesh(1)), cfg)
+    bad = state._replace(lora=jax.tree.map(lambda x: x.at[0].set(jnp.nan), state.lora))
+    checkpoint.write(run, 2, bad._replace(iteration=state.iteration + 1), cfg)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 2}\n')
+    with pytest.raises(train.TrainError, match=r"3 updates in a row .*not finite are lora/to_q/a, lora/to_q/b"):
+        train.train(cfg, run, resume=True, devices=1)
+    for step in checkpoint.steps(run)[:-1]:
+        shutil.rmtree(checkpoint.folder(run, step))
+    goes_on(config.override(cfg, iterations=3), run, tmp_path / "whole")  # as the message says
+
+
+# --- a full disk ----------------------------------------------------------------------------------------------------
+
+FULL = """
+import sys
+from pathlib import Path
+import pytest
+from solrl_jax import config, main
+from tests import test_train
+patch = pytest.MonkeyPatch()
+toy = test_train.world(patch, Path(sys.argv[2]))
+patch.setattr(config, "load", lambda spec, overrides: config.override(toy, **overrides))
+run, words = sys.argv[1], sys.argv[3:]
+words = main.parse(["solrl_jax", "--config=toy", f"--run_dir={run}", "--devices=1", *words])
+sys.exit(main.main(words))
+"""
+MOUNTED = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def mounts():
+    """Whether a file system of our own, of a size of our own, can be had here."""
+    try:
+        return not subprocess.run([*MOUNTED, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.slow
-def test_a_reward_that_raises_in_the_middle(toy, tmp_path, monkeypatch):
-    """The iteration before it is saved, the reward named; on it goes once the reward is well."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "remote.py").write_text(
-        "HOST, CALLS = True, []\n"
-        "def score(images, prompts):\n"
-        "    CALLS.append(1)\n"
-        "    if len(CALLS) == 19:\n"  # four of a preview and four of a rollout make an iteration's eight
-        "        raise OSError('no route to the server')\n"
-        "    return images.mean((1, 2, 3)) / 255\n"
-    )
-    cfg, run = config.override(toy, **FEW, reward="remote.score", iterations=4), tmp_path / "run"
-    with pytest.raises(OSError, match="no route to the server") as found:
-        train.train(cfg, run, devices=1)
-    reward, saved = found.value.__notes__
-    assert reward == "This was raised by the reward remote.score." and f"--resume --run_dir={run} goes on" in saved
-    assert checkpoint.latest(run)[0] == 2 and sorted(metrics_of(run)) == [1, 2]
-    train.train(cfg, run, resume=True, devices=1)
-    train.train(cfg, tmp_path / "whole", devices=1)
-    assert metrics_of(run) == metrics_of(tmp_path / "whole") and len(metrics_of(run)) == 4
+@pytest.mark.skipif(not mounts(), reason="needs a user namespace, for a small file system")
+@pytest.mark.parametrize("left", [8, 40, 120, 300])
+def test_a_disk_that_is_full(toy, tmp_path, left):
+    """Not simulated: a tmpfs with so many kB left. One line says so; with room again the run goes on to the bit."""
+    run, small = tmp_path / "run", tmp_path / "small"
+    small.mkdir()
+    flags = ["--config.iterations=4", "--config.save_every=1", "--config.evaluate.every=2"]
+    words = [sys.executable, "-c", FULL, str(small / "run"), str(tmp_path), *flags]
+    python = " ".join(f'"${k}"' for k in range(len(words)))
+    script = f"mount -t tmpfs -o size=4m none {small} && head -c {4096 - left}k /dev/zero > {small}/rest && "
+    script += f"{python}; code=$?; cp -r {small}/run {run}; exit $code"
+    found = subprocess.run([*MOUNTED, "sh", "-c", script, *words], capture_output=True, text=True, timeout=200)
+    assert found.returncode == 2, found.stderr[-3000:]
+    assert re.search("^error: .*No space left", found.stderr.splitlines()[-1], re.I), found.stderr[-3000:]
+    cfg = config.override(toy, iterations=4, save_every=1, **{"evaluate.every": 2})
+    if (run / "config.json").exists():
+        goes_on(cfg, run, tmp_path / "whole")

@@ -91,15 +91,20 @@ def compiled(tmp_path_factory):
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
     """The toy config; runs go to tmp_path."""
+    return world(monkeypatch, tmp_path)
+
+
+def world(monkeypatch, folder):
+    """The toy config, with its prompts in `folder`."""
     monkeypatch.setattr(assemble, "model_module", lambda cfg: types.SimpleNamespace(make=lambda c: TOY, load=load))
     monkeypatch.setattr(rewards, "available", lambda: ["bright", "dark", "broken", "plain"])
     for score in (bright, dark, broken, plain):
         monkeypatch.setitem(sys.modules, f"solrl_jax.rewards.{score.__name__}", reward_module(score.__name__, score))
-    (tmp_path / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(7)))
+    (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(7)))
     return config.Config(
         name="toy",
         model=config.Model(name="toy"),
-        prompt_files=str(tmp_path / "prompts.txt"),
+        prompt_files=str(folder / "prompts.txt"),
         reward="bright",
         prompts=4,
         candidates=4,

@@ -27,7 +27,7 @@ LONGEST = 4096
 
 
 class RewardError(ValueError):
-    """A reward that gave no score per picture; the message names the reward and what it gave."""
+    """A reward that raised or gave no score per picture; the message names the reward and what it did."""
 
 
 class Own(NamedTuple):
@@ -95,12 +95,15 @@ def _guarded(name: str, run: Callable, *args: Any) -> Any:
     except ConfigError:
         raise
     except Exception as e:
-        at = [frame for frame in traceback.extract_tb(e.__traceback__) if not frame.filename.startswith("<frozen")][-1]
-        where = (e.filename, e.lineno) if isinstance(e, SyntaxError) else (at.filename, at.lineno)
-        what = str(e).splitlines()[0] if str(e) else "no message"
-        raise ConfigError(
-            f"reward {name!r} cannot be made: {type(e).__name__}: {what} ({where[0]}, line {where[1]})"
-        ) from e
+        raise ConfigError(f"reward {name!r} cannot be made: {_raised(e)}") from e
+
+
+def _raised(e: Exception) -> str:
+    """ "KeyError: 'x' (my_file.py, line 7)" """
+    at = [frame for frame in traceback.extract_tb(e.__traceback__) if not frame.filename.startswith("<frozen")][-1]
+    where = (e.filename, e.lineno) if isinstance(e, SyntaxError) else (at.filename, at.lineno)
+    what = str(e).strip().splitlines()[0] if str(e).strip() else "no message"
+    return f"{type(e).__name__}: {what} ({where[0]}, line {where[1]})"
 
 
 def _place(module: types.ModuleType) -> str:
@@ -127,7 +130,10 @@ def _checked(name: str, reward: Reward) -> Reward:
 
 
 def _score(name: str, score: Callable, params: Params, images: Array, tokens: PyTree) -> Float[Array, "B"]:
-    found = score(params, images, tokens)
+    try:
+        found = score(params, images, tokens)
+    except Exception as e:  # whatever a user's function raises
+        raise RewardError(f"reward {name} failed: {_raised(e)}") from e
     if found.shape != (len(images),):  # (B, 1) would be broadcast to (B, B)
         raise RewardError(f"reward {name} gives {list(found.shape)} for {len(images)} pictures: give [{len(images)}]")
     return found.astype("float32")
@@ -169,15 +175,13 @@ def from_bytes(rows: UInt8[np.ndarray, "G L"]) -> list[str]:
 
 
 def ask(reward: Reward, images: UInt8[np.ndarray, "B H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, "B"]:
-    """A host reward's scores of B pictures, one prompt each. Raises RewardError for anything but B finite numbers, and
-    what the function itself raises, with a note that names it."""
+    """A host reward's scores of B pictures, one prompt each. Raises RewardError for anything but B finite numbers."""
     assert reward.host is not None
     rule = f"it must return {len(images)} finite numbers, a picture each"
     try:
         found = reward.host(images.copy(), list(prompts))
-    except Exception as e:
-        e.add_note(f"This was raised by the reward {reward.name}.")
-        raise
+    except Exception as e:  # whatever a user's function raises
+        raise RewardError(f"reward {reward.name} failed: {_raised(e)}") from e
     try:
         scores = np.asarray(found, np.float32)
     except (TypeError, ValueError) as e:
