@@ -86,7 +86,7 @@ def test_golden_iteration(folder):
     assert found == pytest.approx(GOLDEN, rel=2e-3, abs=1e-7)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_staged_equals_whole(folder, devices):
     parts = parts_of(nano.build(folder), devices)
     with jax.set_mesh(parts.mesh):
@@ -234,7 +234,9 @@ def test_shapes_are_checked_where_data_enters(folder):
             jax.eval_shape(whole(statics_of(parts)), assemble.fresh(parts), parts.frozen, uneven)
 
 
-@pytest.mark.parametrize("family", ["naive_scaling", "naive_quant", "diffusionnft"])
+@pytest.mark.parametrize(
+    "family", ["naive_quant", *(pytest.param(f, marks=pytest.mark.slow) for f in ("naive_scaling", "diffusionnft"))]
+)
 def test_families(folder, family):
     """One stage; naive_quant trains on low-precision samples; diffusionnft keeps all it makes."""
     cfg = recipes.family(nano.build(folder), family)

@@ -74,7 +74,9 @@ def test_paths_are_the_steps_that_were_taken(folder, name):
         np.testing.assert_allclose(samples.x0.reshape(16, 8, 8, 4), clean, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize(
+    "name", ["flow_grpo", "awm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flow_grpo_fast", "dance_grpo"))]
+)
 def test_a_method_learns_one_iteration(folder, name):
     """In f32 the ratio before the first update is 1 within 1e-6; the update is the same on four devices."""
     found = []
