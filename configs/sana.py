@@ -35,7 +35,7 @@ def base(reward: str) -> Config:
             text_tokens=300,
             vae_dtype="bfloat16",
             remat=True,
-            remat_keeps=("attention", "qkv"),
+            remat_keeps=("attention", "mlp"),
             min_dim=2240,
             min_quantised_flops=0.55,  # the rule covers .574 of the blocks'; less is another network
         ),

@@ -27,24 +27,31 @@ def figure(value: float | None, unit: str, n: int, spread: Any = None) -> dict[s
 
 def record(file: str | Path, figures: dict[str, Any], **more: Any) -> None:
     """Write figures with command, device, versions, commit and date beside them."""
-    import jax
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
     head = git("rev-parse", "HEAD")
-    device = jax.devices()[0]
     facts = {
         "command": " ".join(["python", "-m", _module(), *map(_told, sys.argv[1:])]),
-        "device": f"{len(jax.devices())} x {device.device_kind}"
-        if device.platform != "cpu"
-        else f"cpu {platform.machine()}",
-        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}},
+        **machine(),
         "commit": (head or "unknown") + (" and changes to it" if git("status", "--porcelain", "-uno") else ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(json.dumps({**facts, **more, "figures": figures}, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """What figures were measured on: the device and the versions."""
+    import jax
+
+    device = jax.devices()[0]
+    gpus = f"{len(jax.devices())} x {device.device_kind}"
+    return {
+        "device": gpus if device.platform != "cpu" else f"cpu {platform.machine()}",
+        "versions": {"python": platform.python_version(), **{p: metadata.version(p) for p in PACKAGES}},
+    }
 
 
 def _told(word: str) -> str:

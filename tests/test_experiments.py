@@ -1,6 +1,7 @@
 """What experiments/methods and experiments/ablations make of their runs: prices, curves, shares of a gain, figures."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -120,3 +121,28 @@ def test_efficiency_is_over_the_naive_rollout():
     for recipe, changes in efficiency.VARIANTS.values():
         for model in ("flux", "sd35", "sana"):
             assert config.load(f"{model}:{recipe}", {"prompts": "1", **changes}).prompts == 1
+
+
+def test_efficiency_goes_on_from_what_was_measured(tmp_path, monkeypatch):
+    """--more measures the forms that the file lacks and keeps the others; under other conditions it refuses."""
+    asked = []
+
+    def measure(bench, cfg, learn):
+        asked.append((cfg.explore is None, learn))
+        return [{"quantise": 0.0, "regenerate": float(len(asked)), "learn": 3.0 if learn else 0.0}]
+
+    monkeypatch.setattr(efficiency, "stage_times", measure)
+    monkeypatch.setattr(efficiency, "Bench", lambda cfg, mesh, repeat: mock.Mock(cfg=cfg))
+    out = tmp_path / "e.json"
+    words = ["--model=tiny", "--prompts=4", f"--out={out}"]
+    efficiency.main(words)
+    whole = json.loads(out.read_text())
+    assert asked == [(True, True), (False, False), (False, False)]
+    cut = {**whole, "seconds": {k: v for k, v in whole["seconds"].items() if k.endswith("BF16")}}
+    out.write_text(json.dumps(cut))
+    asked[:] = [()] * 2
+    efficiency.main([*words, "--more"])
+    assert asked == [(), (), (False, False)] and json.loads(out.read_text())["figures"] == whole["figures"]
+    out.write_text(json.dumps({**cut, "device": "another"}))
+    with pytest.raises(ValueError, match=r"--more.*device: 'another' there.*anew"):
+        efficiency.main([*words, "--more"])

@@ -3,10 +3,10 @@
     python -m experiments.ablations.run                                                    # a GPU's minutes
     python -m experiments.ablations.run --only=selection --iterations=1 --prompts=20 --seeds=0   # in short, on a CPU
 
-Every setting is the default recipe with one field changed, trained for as many iterations at the rate that
-experiments/methods chose (--rate), its seeds as one vmapped program; gains over the base on the test captions, mean and
-standard error over seeds, and seconds of an iteration at full FLUX.1-dev size on an H100 (methods/price.py). A setting
-that several ablations share is trained once.
+Every setting is the default recipe with one field changed, trained for as many iterations at the recipe's own rate, its
+seeds as one vmapped program; gains over the base on the test captions, mean and standard error over seeds, and seconds
+of an iteration at full FLUX.1-dev size on an H100 (methods/price.py). A setting that several ablations share is trained
+once.
 """
 
 import argparse
@@ -143,9 +143,9 @@ def draw(file: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(ABLATIONS))
-    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--iterations", type=int, default=60, help="of 16 prompts, for every setting")
-    parser.add_argument("--rate", type=float, default=1e-3, help="of the method, as experiments/methods chose it")
+    parser.add_argument("--rate", type=float, default=1e-3, help="the learning rate; the default is the recipe's")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
     parser.add_argument("--out", type=Path, default=HERE / "results")

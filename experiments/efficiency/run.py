@@ -5,14 +5,16 @@
 
 The paper's table, against our own compiled BF16 rollout: naive is all candidates in BF16 with the full steps, of which
 the kept are learnt from (`naive_scaling`); two stages in BF16 are the control that the low precision is measured by.
-Random weights. What is learnt is the same in all three, so its time is measured once.
+Random weights. What is learnt is the same in all three, so its time is measured once. The file is written after every
+form; `--more` measures those that a command cut short did not come to.
 """
 
 import argparse
 import functools
+import json
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,15 @@ def figures_of(measured: dict[str, list[dict[str, float]]], prompts: int) -> dic
     return out
 
 
+def known(file: Path, facts: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """The forms in `file`. Raises ValueError if they were measured on another device, version or with other `facts`."""
+    data, here = json.loads(file.read_text(encoding="utf-8")), {**results.machine(), **facts}
+    if other := [k for k, v in here.items() if data.get(k) != v]:
+        told = "; ".join(f"{k}: {data.get(k)!r} there, {here[k]!r} here" for k in other)
+        raise ValueError(f"--more: {file} was measured under other conditions ({told}): measure all forms anew")
+    return data["seconds"]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="flux", help="a config: flux, sd35, sana")
@@ -74,7 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--set", default="", help="config words, field=value with commas: reward=clipscore")
     parser.add_argument("--out", type=Path, help="default: results/MODEL.json")
+    parser.add_argument("--more", action="store_true", help="measure only the forms that --out does not have")
     args = parser.parse_args(argv)
+    out = args.out or HERE / f"results/{args.model}.json"
     assemble.use_compilation_cache()
     words = {"prompts": str(args.prompts), **dict(w.split("=", 1) for w in filter(None, args.set.split(",")))}
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh(1)):
@@ -85,14 +98,16 @@ def main(argv: list[str] | None = None) -> None:
 
         cfgs = {name: variant(*how) for name, how in VARIANTS.items()}
         bench = Bench(cfgs["two stages, low precision"], sharding.make_mesh(1), args.repeat)
-        bench.encode()
         facts = {"model": args.model, "precision": bench.cfg.low_precision, "prompts": args.prompts}
         facts |= {"candidates": bench.cfg.candidates, "kept": bench.cfg.kept}
-        measured: dict[str, list[dict[str, float]]] = {}
+        measured = known(out, facts) if args.more else {}
+        bench.encode()
         for name, cfg in cfgs.items():
+            if name in measured:
+                continue
             measured[name] = stage_times(bench, cfg, learn=not measured)
             figures = figures_of(measured, args.prompts)
-            results.record(args.out or HERE / f"results/{args.model}.json", figures, **facts)
+            results.record(out, figures, **facts, seconds=measured)
             for figure, f in figures.items():
                 if figure.startswith(name):
                     print(f"{results.cell(f):>24}  {figure}", flush=True)
