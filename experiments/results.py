@@ -3,12 +3,14 @@
     python -m experiments.results experiments/tiny/README.md        # its tables anew from their files
 
 A README holds `<!-- table:FILE -->` ... `<!-- end -->`, a row a figure (with `FILE | REGEX` those whose whole name
-matches); or `<!-- matrix:FILES | FIGURE | FIGURE -->`,
-a row a file (FILES: patterns with commas between, rows in their order), columns `FIGURE` or `FIGURE = title`.
+matches); or `<!-- matrix:FILES | FIGURE | FIGURE -->`, a row a file (FILES: patterns with commas between, rows in their
+order); or `<!-- settings:FILE | FIGURE | FIGURE -->`, a row each NAME of a file whose figures are called `NAME:
+FIGURE`. Columns are `FIGURE` or `FIGURE = title`.
 """
 
 import datetime
 import json
+import math
 import platform
 import re
 import subprocess
@@ -66,14 +68,19 @@ def _module() -> str:
 
 
 def cell(f: dict[str, Any], digits: int = 3) -> str:
-    """A figure as text: value, then its standard error, interval or repeats; a dash where there is no value."""
-    if f["value"] is None:
+    """A figure as text: value, then its standard error, interval or repeats; a dash where there is no value.
+
+    A standard error shows its first digit at least, and a value alone that would be nothing but zeros its first three.
+    """
+    value, spread = f["value"], f["spread"]
+    if value is None:
         return "-"
-    text, spread = f"{f['value']:.{digits}f}", f["spread"]
-    if isinstance(spread, float):
-        return f"{text} ± {spread:.{digits}f}"
-    if isinstance(spread, dict) and "error" in spread:
-        return f"{text} ± {spread['error']:.{digits}f}"
+    error = spread.get("error") if isinstance(spread, dict) else spread if isinstance(spread, float) else None
+    if error is not None:
+        digits = max(digits, -math.floor(math.log10(error))) if error else digits
+        return f"{value:.{digits}f} ± {error:.{digits}f}"
+    alone = spread is None and 0 < abs(value) < 10**-digits
+    text = f"{value:.3g}" if alone else f"{value:.{digits}f}"
     if isinstance(spread, dict):
         parts = [_numbers(spread["interval"], digits)] if "interval" in spread else []
         return " ".join([text, *parts]) + (f" ({_numbers(spread['seeds'], digits)[1:-1]})" if "seeds" in spread else "")
@@ -98,12 +105,27 @@ def table(file: str | Path, pattern: str = ".*") -> str:
 
 def matrix(files: list[Path], columns: list[str]) -> str:
     """A row a results file, by its `arm` and `about`, else by its name; a column a figure, empty where it has none."""
-    columns, titles = zip(*((c.partition(" = ")[0], c.partition(" = ")[2] or c) for c in columns), strict=True)
-    rows = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    found = {}
     for file in files:
         data = json.loads(file.read_text())
-        cells = [cell(data["figures"][c]) if c in data["figures"] else "" for c in columns]
-        label = f"{data['arm']}: {data['about']}" if "arm" in data else file.stem
+        found[f"{data['arm']}: {data['about']}" if "arm" in data else file.stem] = data["figures"]
+    return _crossed(found, columns)
+
+
+def settings(file: Path, columns: list[str]) -> str:
+    """A row each NAME of the figures `NAME: FIGURE` of a file, in its order; a column a figure."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, f in json.loads(file.read_text())["figures"].items():
+        row, _, what = name.partition(": ")
+        found.setdefault(row, {})[what] = f
+    return _crossed(found, columns)
+
+
+def _crossed(found: dict[str, dict[str, Any]], columns: list[str]) -> str:
+    columns, titles = zip(*((c.partition(" = ")[0], c.partition(" = ")[2] or c) for c in columns), strict=True)
+    rows = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
+    for label, figures in found.items():
+        cells = [cell(figures[c]) if c in figures else "" for c in columns]
         rows.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -118,10 +140,13 @@ def fill(readme: str | Path) -> None:
         if lacking := [p for p, files in found.items() if not files]:
             raise FileNotFoundError(f"{readme}: there is no {', '.join(lacking)}")
         files = [file for some in found.values() for file in some]
-        text = table(files[0], *columns) if kind == "table" else matrix(files, columns)
+        if kind == "table":
+            text = table(files[0], *columns)
+        else:
+            text = matrix(files, columns) if kind == "matrix" else settings(files[0], columns)
         return f"{match[1]}\n{text}\n<!-- end -->"
 
-    text = re.sub(r"(<!-- (table|matrix):(.*?) -->).*?<!-- end -->", made, readme.read_text(), flags=re.S)
+    text = re.sub(r"(<!-- (table|matrix|settings):(.*?) -->).*?<!-- end -->", made, readme.read_text(), flags=re.S)
     readme.write_text(text)
 
 

@@ -47,7 +47,7 @@ def test_every_arm_spends_the_budget():
 def arm(folder, name, gains):
     """An arm's file with marks at 100, 200, ... s; gains [marks, seeds]."""
     figures = {}
-    for what in summary.PANELS:
+    for what in summary.COMPARED.values():
         for i, row in enumerate(gains):
             spread = {"seeds": list(row), "error": 0.1}
             label = f"{what} after {i + 1} iterations, {100 * (i + 1)} s"
@@ -55,26 +55,44 @@ def arm(folder, name, gains):
     results.record(folder / f"arms/{name}.json", figures, arm=name, about=name)
 
 
-def test_shares_of_a_gain(tmp_path, monkeypatch):
+def test_arms_at_one_cost(tmp_path):
     """DiffusionNFT gains .4 in 200 s, evenly; an arm twice as fast, and one that never gets there."""
     arm(tmp_path, "diffusionnft", [[0.1, 0.3], [0.3, 0.5]])
-    arm(tmp_path, "sol_rl", [[0.3, 0.5], [0.5, 0.7]])
+    arm(tmp_path, "sol_rl", [[0.3, 0.5], [0.5, 0.9]])
     arm(tmp_path, "random", [[0.1, 0.1], [0.1, 0.1]])
     found = summary.summary({n: tmp_path / f"arms/{n}.json" for n in ("diffusionnft", "sol_rl", "random")})
     gain = "of diffusionnft's gain of CLIPScore"
-    assert [found[f"diffusionnft: {s} {gain}"]["value"] for s in ("25%", "50%", "75%", "100%")] == [50, 100, 150, 200]
-    assert [found[f"sol_rl: {s} {gain}"]["value"] for s in ("25%", "50%", "75%", "100%")] == [25, 50, 75, 100]
-    assert "2.00 x as fast" in found[f"sol_rl: 100% {gain}"]["unit"]
-    assert found[f"random: 25% {gain}"]["value"] == 100 and found[f"random: 50% {gain}"]["value"] is None
+    shares, near = ("25%", "50%", "75%", "100%"), pytest.approx
+    assert [found[f"diffusionnft: {s} {gain}: cost"]["value"] for s in shares] == near([50, 100, 150, 200])
+    assert [found[f"sol_rl: {s} {gain}: cost"]["value"] for s in shares] == near([25, 50, 75, 100])
+    assert [found[f"sol_rl: {s} {gain}"]["value"] for s in shares] == near([2, 2, 2, 2])
+    assert found[f"random: 25% {gain}"]["value"] == near(0.5) and found[f"random: 50% {gain}"]["value"] is None
     assert results.cell(found[f"random: 50% {gain}"]) == "-"
+    assert found["sol_rl: gain of CLIPScore"]["value"] == pytest.approx(0.7)
+    assert found["sol_rl: gain of CLIPScore"]["spread"]["error"] == pytest.approx(0.2)  # .2828 / sqrt 2
+    less = found["sol_rl: gain of CLIPScore less diffusionnft's"]
+    assert less["value"] == pytest.approx(0.3) and less["spread"]["seeds"] == [0.2, 0.4]
+    # Half of the gain, of either seed alone: .15 at 50 s against 125, .25 at 50 s against 83.3; all of it: 100, 200.
+    assert found[f"sol_rl: 50% {gain}"]["spread"]["error"] == pytest.approx((2.5 - 5 / 3) / 2)
+    assert found[f"sol_rl: 100% {gain}"]["spread"]["error"] == pytest.approx(0.0)
     c = summary.curve(tmp_path / "arms/sol_rl.json", "test: gain of exact")
-    np.testing.assert_allclose(c.mean, [0, 0.4, 0.6])
-    np.testing.assert_allclose(c.half_width, [0, 1.2706, 1.2706], rtol=1e-4)  # 12.706 x .1 / sqrt 2 x sqrt 2
+    np.testing.assert_allclose(c.mean, [0, 0.4, 0.7])
+    np.testing.assert_allclose(c.half_width, [0, 1.2706, 2.5412], rtol=1e-4)  # 12.706 x .1 / sqrt 2 x sqrt 2
+    np.testing.assert_allclose(c.at(150), [0.4, 0.7])
     summary.main([f"--results={tmp_path}"])
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(json.loads((tmp_path / "summary.json").read_text())["figures"]) == 3 * 4 * 2
+    assert len(json.loads((tmp_path / "summary.json").read_text())["figures"]) == 3 * 3 * (2 + 4 * 2)
     with pytest.raises(ValueError, match="has no marks of 'spread'"):
         summary.curve(tmp_path / "arms/sol_rl.json", "spread")
+
+
+def test_arms_that_end_apart_meet_at_the_cheaper_end(tmp_path):
+    """100 s is where the shorter arm ends: of the longer one only its first mark counts."""
+    arm(tmp_path, "diffusionnft", [[0.1, 0.3], [0.3, 0.5]])
+    arm(tmp_path, "sol_rl", [[0.3, 0.5]])
+    found = summary.summary({n: tmp_path / f"arms/{n}.json" for n in ("diffusionnft", "sol_rl")})
+    assert found["diffusionnft: gain of CLIPScore"]["value"] == pytest.approx(0.2)
+    assert found["sol_rl: 100% of diffusionnft's gain of CLIPScore"]["value"] == pytest.approx(2.0)
 
 
 def test_the_settings_of_every_ablation_can_run():

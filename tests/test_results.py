@@ -43,3 +43,34 @@ def test_tables_are_made_from_the_files(tmp_path):
     readme.write_text("<!-- table:none.json -->\n<!-- end -->")
     with pytest.raises(FileNotFoundError, match=r"there is no none.json"):
         results.fill(readme)
+
+
+@pytest.mark.parametrize(
+    "value, spread, text",
+    [
+        (0.02181, {"seeds": [0.02, 0.02], "error": 0.0004}, "0.0218 ± 0.0004"),  # the error's first digit
+        (0.5, {"error": 0.02}, "0.500 ± 0.020"),
+        (0.5, {"error": 0.0}, "0.500 ± 0.000"),
+        (1.25e-4, None, "0.000125"),  # not 0.000
+        (0.0, None, "0.000"),
+        (-2e-19, {"interval": [-0.01, 0.01]}, "-0.000 [-0.010, 0.010]"),
+        (None, None, "-"),
+    ],
+)
+def test_cells(value, spread, text):
+    assert results.cell(results.figure(value, "", 1, spread)) == text
+
+
+def test_a_row_each_setting_of_a_file(tmp_path):
+    figures = {"4: gain": 0.5, "4: cost": 2.0, "8: gain": 0.25, "8: cost": 3.0, "all: gain": 1.0}
+    results.record(tmp_path / "pool.json", {name: results.figure(v, "", 1) for name, v in figures.items()})
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- settings:pool.json | cost = s | gain -->\n<!-- end -->\n")
+    results.fill(readme)
+    assert readme.read_text().splitlines()[1:-1] == [
+        "| | s | gain |",
+        "|---|---|---|",
+        "| 4 | 2.000 | 0.500 |",
+        "| 8 | 3.000 | 0.250 |",
+        "| all |  | 1.000 |",
+    ]

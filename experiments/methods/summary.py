@@ -2,16 +2,17 @@
 
     python -m experiments.methods.summary
 
-A curve is the mean over seeds at each mark, the band its 95 % interval (Student's t over seeds). The cost of reaching a
-share of DiffusionNFT's final gain is read off the mean curve, straight between marks.
+A curve is the mean over seeds at each mark, the band its 95 % interval (Student's t over seeds). Arms are compared at
+one cost, that of the arm which ends first, and by the cost of reaching a share of DiffusionNFT's gain there; both are
+read straight between marks. Seeds are paired: run i of every arm meets the same prompts in the same order.
 """
 
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -25,6 +26,11 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 PANELS = {
     "test: gain of clipscore": "gain of CLIPScore, which is trained",
     "test: gain of exact": "gain of captions all right (the judge, held out)",
+}
+COMPARED = {
+    "CLIPScore": "test: gain of clipscore",
+    "captions all right": "test: gain of exact",
+    "facts right": "test: gain of share of facts",
 }
 
 
@@ -45,6 +51,14 @@ class Curve(NamedTuple):
         if n == 1:
             return np.zeros(len(self.cost))
         return stats.t.ppf(0.975, n - 1) * self.gains.std(axis=1, ddof=1) / np.sqrt(n)
+
+    def at(self, cost: float) -> Float[np.ndarray, "R"]:
+        """What each seed has gained at a cost."""
+        return np.stack([np.interp(cost, self.cost, seed) for seed in self.gains.T])
+
+    def of(self, seeds: list[int]) -> "Curve":
+        """The same with some of the seeds."""
+        return self._replace(gains=self.gains[:, seeds])
 
 
 def curve(file: Path, what: str) -> Curve:
@@ -72,44 +86,80 @@ def cost_of(c: Curve, gain: float) -> float | None:
     return float(c.cost[i - 1] + (gain - a) / (b - a) * (c.cost[i] - c.cost[i - 1]))
 
 
+def speed(c: Curve, baseline: Curve, goal: float, share: float) -> float | None:
+    """How many times less than the baseline `c` costs up to a share of what the baseline has gained at cost `goal`."""
+    gain = share * float(baseline.at(goal).mean())
+    cost, own = cost_of(c, gain), cost_of(baseline, gain)
+    return own / cost if own and cost else None
+
+
+def mean(by_seed: Float[np.ndarray, "R"], unit: str) -> dict[str, Any]:
+    """A figure: the mean over seeds with its standard error, and each seed's value."""
+    error = float(by_seed.std(ddof=1) / np.sqrt(len(by_seed))) if len(by_seed) > 1 else 0.0
+    spread = {"seeds": [round(float(x), 4) for x in by_seed], "error": error}
+    return results.figure(
+        float(by_seed.mean()), f"{unit}; mean over seeds, and its standard error", len(by_seed), spread
+    )
+
+
+def jackknifed(of: Callable[[list[int]], float | None], seeds: int, unit: str) -> dict[str, Any]:
+    """The figure of(all seeds), its standard error from leaving out each seed in turn, where all of those exist."""
+    everyone = list(range(seeds))
+    value = of(everyone)
+    without = [of([s for s in everyone if s != one]) for one in everyone] if seeds > 1 else []
+    known = [v for v in without if v is not None]
+    if value is None or len(known) < seeds or not known:
+        return results.figure(value, unit, seeds)
+    error = float(np.sqrt((seeds - 1) * np.var(known)))
+    return results.figure(value, f"{unit}; and its jackknife standard error over seeds", seeds, {"error": error})
+
+
 def summary(files: Mapping[str, Path]) -> dict[str, dict]:
-    """Costs of the shares of the baseline's gain, in s and as a multiple of the baseline's own."""
+    """Of every arm its gains at one cost, those less the baseline's, and how fast it reaches shares of its gain."""
     out = {}
-    for what, of in (("clipscore", "CLIPScore"), ("exact", "captions all right")):
-        curves = {name: curve(file, f"test: gain of {what}") for name, file in files.items()}
-        goal = curves[BASELINE].mean[-1]
-        for name, c in curves.items():
+    curves = {name: {of: curve(file, what) for of, what in COMPARED.items()} for name, file in files.items()}
+    goal = float(min(c.cost[-1] for some in curves.values() for c in some.values()))
+    for name, some in curves.items():
+        for of, c in some.items():
+            baseline, seeds = curves[BASELINE][of], c.gains.shape[1]
+            out[f"{name}: gain of {of}"] = mean(c.at(goal), f"over the base, at {goal:.0f} s on an H100")
+            if seeds == baseline.gains.shape[1]:
+                less = c.at(goal) - baseline.at(goal)
+                out[f"{name}: gain of {of} less {BASELINE}'s"] = mean(less, "at the same cost, seed by seed")
             for share in SHARES:
-                cost, own = cost_of(c, share * goal), cost_of(curves[BASELINE], share * goal)
-                label = f"{name}: {share:.0%} of {BASELINE}'s gain of {of}"
-                if cost is None or not own:
-                    out[label] = results.figure(None, "never reached within the budget", c.gains.shape[1])
-                else:
-                    unit = f"s on an H100; {own / cost:.2f} x as fast as {BASELINE}"
-                    out[label] = results.figure(round(cost), unit, c.gains.shape[1])
+                label, unit = f"{name}: {share:.0%} of {BASELINE}'s gain of {of}", f"times less cost than {BASELINE}"
+
+                def times(kept: list[int], c=c, baseline=baseline, share=share) -> float | None:
+                    return speed(c.of(kept), baseline.of(kept), goal, share)
+
+                out[label] = jackknifed(times, min(seeds, baseline.gains.shape[1]), unit)
+                cost = cost_of(c, share * float(baseline.at(goal).mean()))
+                out[f"{label}: cost"] = results.figure(cost, "s on an H100; none where it is not reached", seeds)
     return out
 
 
 def draw(files: Mapping[str, Path], to: Path) -> None:
-    """Two panels: the trained reward and the judge against cost, a line and a band an arm."""
+    """Two panels: the trained reward and the judge against cost, a line and a band an arm; controls are dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(PANELS), figsize=(11, 4.2), layout="constrained")
-    styles = [(c, line) for line in ("-", "--") for c in matplotlib.color_sequences["tab10"][:5]]
+    from experiments.methods.run import BORROWED
+
+    figure, panels = plt.subplots(1, len(PANELS), figsize=(12, 4.2), layout="constrained")
+    colours = dict(zip(files, matplotlib.color_sequences["tab10"], strict=False))
     for panel, (what, title) in zip(panels, PANELS.items(), strict=True):
-        for (name, file), (colour, line) in zip(files.items(), styles, strict=False):
-            c = curve(file, what)
-            panel.plot(c.cost / 3600, c.mean, line, color=colour, label=name, lw=1.6)
-            panel.fill_between(
-                c.cost / 3600, c.mean - c.half_width, c.mean + c.half_width, color=colour, alpha=0.12, lw=0
-            )
+        for name, file in files.items():
+            c, hours = (found := curve(file, what)), found.cost / 3600
+            line = "--" if name in BORROWED else "-"
+            panel.plot(hours, c.mean, line, color=colours[name], label=name, lw=1.3 if name in BORROWED else 1.9)
+            low, high = c.mean - c.half_width, c.mean + c.half_width
+            panel.fill_between(hours, low, high, color=colours[name], alpha=0.1, lw=0)
         panel.set_title(title, fontsize=10)
         panel.set_xlabel("cost: hours of one H100 at full FLUX.1-dev size")
         panel.grid(alpha=0.25)
-    panels[0].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(to, dpi=130)
     plt.close(figure)
 

@@ -1,6 +1,6 @@
 """How far a model's velocity is from float32's in every precision, at its true widths with random weights.
 
-    python -m experiments.precision.errors --layers=1,2 --out=experiments/precision/results/errors.json
+    python -m experiments.precision.errors --layers=1,2 --out=experiments/precision/results/three_blocks.json
     python -m experiments.precision.errors --config=sd35 --layers=2 --set=model.size=512,model.min_dim=1000 --out=...
     python -m experiments.precision.errors --config=tiny --out=/tmp/e.json                       # the path in short
 
