@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,12 +174,23 @@ def alone(run: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Orbax logs the stack of each of its threads when a write fails; the error itself reaches us."""
-    logger = logging.getLogger("absl")
+    """A failed write reaches us as one error; what orbax and tensorstore also print of it is kept from the screen.
+
+    Orbax logs the stack of each of its threads. Tensorstore's other writes of the same save end later and then find
+    orbax's event loop closed, a traceback each: they end when they like, so after a failure the hook stays.
+    """
+    logger, shown = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+            shown(unraisable)
+
     logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = hook
     try:
         yield
+        sys.unraisablehook = shown
     finally:
         logger.setLevel(level)
 

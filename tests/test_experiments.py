@@ -11,6 +11,7 @@ from experiments.ablations import run as ablations
 from experiments.efficiency import run as efficiency
 from experiments.methods import run, summary
 from experiments.methods.price import Prices, price
+from experiments.rewards import speed
 from experiments.tiny import evidence
 from solrl_jax import config
 
@@ -164,3 +165,16 @@ def test_efficiency_goes_on_from_what_was_measured(tmp_path, monkeypatch):
     out.write_text(json.dumps({**cut, "device": "another"}))
     with pytest.raises(ValueError, match=r"--more.*device: 'another' there.*anew"):
         efficiency.main([*words, "--more"])
+
+
+def test_a_reward_takes_a_share_of_the_rollout(tmp_path, monkeypatch):
+    """100 + 20 pictures in 12 s, of which 120 / 60 = 2 s are CLIPScore's own; another reward takes 5 s in its place."""
+    rollout = {"two stages, low precision: rollout": results.figure(12.0, "s", 1)}
+    results.record(tmp_path / "flux.json", rollout, candidates=100, kept=20)
+    monkeypatch.setattr(speed, "ROLLOUT", tmp_path / "flux.json")
+    rates = {"clipscore, float32, 512 px": 60.0, "hpsv2, float32, 512 px": 24.0, "hpsv2, float32, 1024 px": 1.0}
+    found = speed.shares({case: results.figure(rate, "pictures/s", 1) for case, rate in rates.items()})
+    assert found["clipscore, float32, 512 px: share"]["value"] == pytest.approx(2 / 12)
+    assert found["hpsv2, float32, 512 px: share"]["value"] == pytest.approx(5 / 15)
+    assert found["all, float32, 512 px: share"]["value"] == pytest.approx(7 / 17)
+    assert speed.shares({"hpsv2, float32, 512 px": results.figure(24.0, "pictures/s", 1)}) == {}

@@ -4,13 +4,16 @@
     python -m experiments.rewards.speed --pictures=2 --sizes=64 --rewards=clipscore --out=/tmp/r.json     # in short
 
 `--pictures` pictures of one prompt, 24 at a time; towers in float32 (exact products, the default) and in bfloat16.
-Random towers tell nothing of how the two rank pictures: that needs the public weights.
+Random towers tell nothing of how the two rank pictures: that needs the public weights. What share of FLUX's rollout a
+reward takes is reckoned with experiments/efficiency, whose rollout is scored by CLIPScore in float32.
 """
 
 import argparse
 import functools
 import importlib
+import json
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -22,6 +25,25 @@ from solrl_jax import assemble, sharding, sizes
 
 REWARDS = "clipscore,pickscore,hpsv2,imagereward"
 TOGETHER = 24
+ROLLOUT = Path(__file__).resolve().parent.parent / "efficiency/results/flux.json"
+
+
+def shares(figures: Mapping[str, dict]) -> dict[str, dict]:
+    """Of the seconds of a prompt's two-stage FP8 rollout at 512 px, those that each reward in `figures` would take."""
+    measured = json.loads(ROLLOUT.read_text(encoding="utf-8"))
+    scored = measured["candidates"] + measured["kept"]
+    rollout = measured["figures"]["two stages, low precision: rollout"]["value"]
+    taken = {
+        case: scored / f["value"] for case, f in figures.items() if case.endswith(", 512 px") and "all" not in case
+    }
+    if (its_own := "clipscore, float32, 512 px") not in taken:
+        return {}
+    rest = rollout - taken[its_own]
+    for dtype in ("float32", "bfloat16"):
+        if together := [t for case, t in taken.items() if f", {dtype}, " in case]:
+            taken[f"all, {dtype}, 512 px"] = sum(together)
+    unit = f"of FLUX's rollout, {scored} pictures a prompt"
+    return {f"{case}: share": results.figure(t / (rest + t), unit, 1) for case, t in taken.items()}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -68,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     for case, seconds in together.items():
         figures[f"all, {case}: seconds of {args.pictures}"] = results.figure(seconds, "s", args.repeat)
         print(f"{seconds:8.4f} s  all {case}")
-    results.record(args.out, figures)
+    results.record(args.out, figures | shares(figures))
 
 
 if __name__ == "__main__":
