@@ -113,12 +113,13 @@ def matrix(files: list[Path], columns: list[str]) -> str:
 
 
 def settings(file: Path, columns: list[str]) -> str:
-    """A row each NAME of the figures `NAME: FIGURE` of a file, in its order; a column a figure."""
+    """A row each NAME of the figures `NAME: FIGURE` of a file that has one of the columns, in its order."""
     found: dict[str, dict[str, Any]] = {}
     for name, f in json.loads(file.read_text())["figures"].items():
         row, _, what = name.partition(": ")
         found.setdefault(row, {})[what] = f
-    return _crossed(found, columns)
+    wanted = {c.partition(" = ")[0] for c in columns}
+    return _crossed({row: figures for row, figures in found.items() if wanted & set(figures)}, columns)
 
 
 def _crossed(found: dict[str, dict[str, Any]], columns: list[str]) -> str:

@@ -53,6 +53,7 @@ def arm(folder, name, gains):
             spread = {"seeds": list(row), "error": 0.1}
             label = f"{what} after {i + 1} iterations, {100 * (i + 1)} s"
             figures[label] = figures[what] = results.figure(float(np.mean(row)), "mean", 1, spread)
+    figures["rate 0.0005: gain of clipscore after 4 iterations"] = results.figure(0.7, "score", 1)
     results.record(folder / f"arms/{name}.json", figures, arm=name, about=name)
 
 
@@ -82,7 +83,8 @@ def test_arms_at_one_cost(tmp_path):
     np.testing.assert_allclose(c.at(150), [0.4, 0.7])
     summary.main([f"--results={tmp_path}"])
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(json.loads((tmp_path / "summary.json").read_text())["figures"]) == 3 * 3 * (2 + 4 * 2)
+    assert len(json.loads((tmp_path / "summary.json").read_text())["figures"]) == 3 * (3 * (2 + 4 * 2) + 1)
+    assert found["random: rate 0.0005"]["value"] == 0.7
     with pytest.raises(ValueError, match="has no marks of 'spread'"):
         summary.curve(tmp_path / "arms/sol_rl.json", "spread")
 

@@ -62,7 +62,7 @@ def test_cells(value, spread, text):
 
 
 def test_a_row_each_setting_of_a_file(tmp_path):
-    figures = {"4: gain": 0.5, "4: cost": 2.0, "8: gain": 0.25, "8: cost": 3.0, "all: gain": 1.0}
+    figures = {"4: gain": 0.5, "4: cost": 2.0, "8: gain": 0.25, "8: cost": 3.0, "all: gain": 1.0, "other: x": 1.0}
     results.record(tmp_path / "pool.json", {name: results.figure(v, "", 1) for name, v in figures.items()})
     readme = tmp_path / "README.md"
     readme.write_text("<!-- settings:pool.json | cost = s | gain -->\n<!-- end -->\n")

@@ -74,6 +74,15 @@ def curve(file: Path, what: str) -> Curve:
     return Curve(np.array([0, *cost]), np.array([[0.0] * len(gains[0]), *gains]))
 
 
+def rates(file: Path) -> dict[str, dict[str, Any]]:
+    """By rate what it gained of CLIPScore in half the budget; nothing for a control, whose rate is its method's."""
+    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    tried = {
+        re.fullmatch(r"rate (\S+): gain of clipscore after \d+ iterations", name): f for name, f in figures.items()
+    }
+    return {match[1]: f for match, f in tried.items() if match}
+
+
 def cost_of(c: Curve, gain: float) -> float | None:
     """Where the mean curve first reaches `gain`; None where it never does."""
     reached = np.flatnonzero(c.mean >= gain)
@@ -115,8 +124,11 @@ def jackknifed(of: Callable[[list[int]], float | None], seeds: int, unit: str) -
 
 
 def summary(files: Mapping[str, Path]) -> dict[str, dict]:
-    """Of every arm its gains at one cost, those less the baseline's, and how fast it reaches shares of its gain."""
-    out = {}
+    """Of every arm its gains at one cost, those less the baseline's, and how fast it reaches shares of its gain.
+
+    And what each rate that was tried gained, which chose the arm's.
+    """
+    out = {f"{name}: rate {rate}": f for name, file in files.items() for rate, f in rates(file).items()}
     curves = {name: {of: curve(file, what) for of, what in COMPARED.items()} for name, file in files.items()}
     goal = float(min(c.cost[-1] for some in curves.values() for c in some.values()))
     for name, some in curves.items():
