@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderDC
 from oracle import error, randomise
 
-from solrl_jax import weights
+from solrl_jax import sharding, weights
 from solrl_jax.models import dcae, sana_public, vae
 from solrl_jax.models.layers import DepthwiseConv, linear_attention
 from tests import nano_sana
@@ -101,15 +101,23 @@ def test_pixel_shuffle():
     np.testing.assert_array_equal(dcae.pixel_shuffle(jnp.asarray(x)), theirs)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("size", [3, 5])
-def test_depthwise(size):
+def test_depthwise(size, platform, monkeypatch):
+    """Both ways of writing it, and what its input's gradient is."""
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
     rng = np.random.default_rng(0)
     x, kernel = (rng.normal(size=s).astype(np.float32) for s in ((2, 4, 6, 5), (size, size, 1, 5)))
-    bias = rng.normal(size=5).astype(np.float32)
-    found = DepthwiseConv(size, dtype=jnp.float32).apply({"params": {"kernel": kernel, "bias": bias}}, jnp.asarray(x))
-    given = torch.tensor(x).permute(0, 3, 1, 2), torch.tensor(kernel).permute(3, 2, 0, 1)
-    theirs = torch.nn.functional.conv2d(*given, torch.tensor(bias), padding=size // 2, groups=5)
+    bias, back = rng.normal(size=5).astype(np.float32), rng.normal(size=x.shape).astype(np.float32)
+    layer, params = DepthwiseConv(size, dtype=jnp.float32), {"kernel": kernel, "bias": bias}
+    found, pull = jax.vjp(lambda x: layer.apply({"params": params}, x), jnp.asarray(x))
+    given = torch.tensor(x).permute(0, 3, 1, 2).requires_grad_()
+    theirs = torch.nn.functional.conv2d(
+        given, torch.tensor(kernel).permute(3, 2, 0, 1), torch.tensor(bias), padding=size // 2, groups=5
+    )
+    theirs.backward(torch.tensor(back).permute(0, 3, 1, 2))
     assert error(found, theirs.permute(0, 2, 3, 1)) < 1e-6
+    assert error(pull(jnp.asarray(back))[0], given.grad.permute(0, 2, 3, 1)) < 1e-6
 
 
 def test_linear_attention():

@@ -34,6 +34,12 @@ def network(remat: bool = False):
     return module, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), spec)
 
 
+def depthwise(text: str) -> list[str]:
+    """Types of the results of cuDNN's convolutions of as many groups as channels, in program order."""
+    found = re.findall(r"= \((\w+\[[\d,]*?(\d+)\]).*? custom-call\(.*feature_group_count=(\d+)", text)
+    return [kind for kind, channels, groups in found if channels == groups]
+
+
 @pytest.fixture(scope="module")
 def h100():
     return card.mesh()
@@ -41,15 +47,18 @@ def h100():
 
 @pytest.mark.slow
 def test_forward(h100):
-    """A rollout's step: fused attention with its lengths, no product for the text's keys and values, no convolution but
-    the one of the latents. f32 products are linear attention's two; nothing so wide is in memory in f32."""
+    """A rollout's step: fused attention with its lengths, no product for the text's keys and values; two convolutions,
+    the one of the latents and the depthwise one, which is cuDNN's. f32 products are linear attention's two; nothing so
+    wide is in memory in f32."""
     module, base = network()
     program = card.compiled(lambda p, x: module.apply({"params": p}, **x), base, given("kv"), on=h100)
     found, made = calls(program.as_text()), products(program.as_text())
     assert found["__cudnn$fmhaSoftmax"] == 1  # of a scan's body
-    assert [name for name, n in found.items() for _ in range(n) if "conv" in name] == [
-        "__cudnn$convBiasActivationForward"
-    ]
+    assert {name: n for name, n in found.items() if "conv" in name} == {
+        "__cudnn$convBiasActivationForward": 1,
+        "__cudnn$convForward": 1,
+    }
+    assert depthwise(program.as_text()) == [f"bf16[{B},32,32,11200]"]
     assert sorted(n for dtype, n, _ in made if dtype == "f32") == [B * 70 * 32 * 32, B * 1024 * 2240]
     assert len(made) == 12 and B * L * 4480 not in {n for _, n, _ in made}
     widest = B * 1024 * 11200 * 2
@@ -93,12 +102,14 @@ def test_gradient(h100):
         return jnp.sum((velocity(adapter) - both[0] - both[1]).astype(jnp.float32) ** 2)
 
     text = card.compiled(jax.grad(loss), adapter, base, given("text"), on=h100).as_text()
+    assert depthwise(text).count(f"bf16[{B},32,32,11200]") >= 2  # forwards and, of the gradient, backwards
     assert calls(text)["__cudnn$fmhaSoftmaxBackward"] == 1 and calls(text)["__cudnn$fmhaSoftmax"] >= 2
 
 
-def test_scales_of_the_decoder_are_summed_where_they_lie(h100):
-    """Of the 5 x 5 depthwise convolutions in its attention nothing is in f32, tap by tap: two blocks that follow one
-    another took 3.4 GB when XLA chose the order of axes."""
+def test_depthwise_convolutions_of_the_decoder(h100):
+    """The 5 x 5 and the 3 x 3 convolutions are cuDNN's, of arrays in memory. As one elementwise kernel the first put q,
+    k and v together anew for every tap, a fifth of the decoder's time; in f32 and channel by channel, as XLA ordered
+    them, two blocks that follow one another took 3.4 GB."""
 
     class Two(nn.Module):
         @nn.compact
@@ -110,4 +121,5 @@ def test_scales_of_the_decoder_are_summed_where_they_lie(h100):
     x = jax.ShapeDtypeStruct((2, 128, 128, 512), jnp.bfloat16)
     params = jax.eval_shape(lambda x: Two().init(jax.random.key(0), x)["params"], x)
     program = card.compiled(lambda p, x: Two().apply({"params": p}, x), params, x, on=h100)
+    assert depthwise(program.as_text()) == ["bf16[2,128,128,1536]", "bf16[2,128,128,4096]"] * 2
     assert program.memory_analysis().temp_size_in_bytes < 0.8e9

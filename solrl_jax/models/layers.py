@@ -209,9 +209,10 @@ def linear_attention(
 
 
 class DepthwiseConv(nn.Module):
-    """A k x k convolution of each channel by itself, padded to the same size; returns `dtype`.
+    """A k x k convolution of each channel by itself, padded to the same size; returns `dtype`, summed in f32.
 
-    As k^2 shifted products, which XLA makes one elementwise kernel: a convolution of so many groups is slow on CPUs.
+    cuDNN's on GPUs. Elsewhere k^2 shifted products, which XLA makes one elementwise kernel: a convolution of so many
+    groups is slow on CPUs.
     """
 
     size: int
@@ -220,16 +221,30 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        (_, height, width, channels), k = x.shape, self.size
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (k, k, 1, channels), F32)
-        kernel = jnp.asarray(kernel).astype(self.dtype).astype(F32)
-        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
-        y = jnp.zeros(x.shape, F32)
-        for i, j in itertools.product(range(k), range(k)):
-            y = y + padded[:, i : i + height, j : j + width].astype(F32) * kernel[i, j][None, None]
+        channels = x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.size, self.size, 1, channels), F32)
+        convolve = _grouped if sharding.platform() == "gpu" else _shifted
+        y = convolve(x.astype(self.dtype), jnp.asarray(kernel).astype(self.dtype))
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (channels,), F32).astype(F32).reshape(1, 1, 1, -1)
+            y = _plus(y, jnp.asarray(self.param("bias", nn.initializers.zeros, (channels,), F32)))
         return as_it_lies(y.astype(self.dtype))
+
+
+def _grouped(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"]) -> Float[Array, "B h w C"]:
+    order = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=order, feature_group_count=x.shape[-1]
+    )
+
+
+def _shifted(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"]) -> Float[Array, "B h w C"]:
+    """f32"""
+    (_, height, width, _), k = x.shape, kernel.shape[0]
+    padded = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
+    y = jnp.zeros(x.shape, F32)
+    for i, j in itertools.product(range(k), range(k)):
+        y = y + padded[:, i : i + height, j : j + width].astype(F32) * kernel[i, j][None, None].astype(F32)
+    return y
 
 
 class GatedConv(nn.Module):
