@@ -238,7 +238,10 @@ def test_a_command_of_the_experiments(command, tmp_path, monkeypatch):
         module.main([*words])
 
 
-MINUTE = ("experiments.precision.errors", "experiments.efficiency.run", "experiments.rewards.speed")
+MINUTE = (
+    *("experiments.precision.errors", "experiments.efficiency.run"),
+    *("experiments.rewards.speed", "experiments.rewards.ranks"),
+)
 """Those that take a minute at most in short."""
 
 

@@ -1,0 +1,103 @@
+"""Does a reward in bfloat16 rank a prompt's pictures as in float32?
+
+    python -m experiments.rewards.ranks --out=experiments/rewards/results/ranks.json             # minutes on a CPU
+    python -m experiments.rewards.ranks --rewards= --captions=4 --pictures=8 --out=/tmp/r.json   # in short
+
+Pictures are the small world's candidates. Its CLIP is trained, and sees them as they are; the four networks of full
+size have random weights and see them enlarged to 256 px. Random ones tell a group's pictures apart by far less than
+trained ones (`spread`, the standard deviation of a group's scores), so that an error of the same size, which is what
+bfloat16 makes, disorders them more. Means over groups.
+"""
+
+import argparse
+import importlib
+import operator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from experiments import results
+from experiments.full_size import drawn
+from experiments.rewards.speed import REWARDS
+from experiments.tiny import check, lab
+from solrl_jax import config, sharding, sizes
+from solrl_jax.rewards import clipscore, parse_paths
+from solrl_jax.selection import fidelity
+from solrl_jax.structs import Params, PyTree, Reward
+
+DTYPES = ("float32", "bfloat16")
+SIZE = 256
+
+
+def scores(
+    reward: Reward, params: Params, images: Float[Array, "P N H W 3"], tokens: PyTree, size: int = 0
+) -> Float[np.ndarray, "P N"]:
+    """A prompt's pictures at a time, enlarged to `size` pixels a side where one is given."""
+
+    @jax.jit
+    def group(params: Params, images: Float[Array, "N H W 3"], tokens: PyTree) -> Float[Array, "N"]:
+        if size:
+            images = jnp.clip(jax.image.resize(images, (len(images), size, size, 3), "cubic"), 0, 1)
+        return reward.score(params, images, jax.tree.map(lambda x: x[None], tokens))
+
+    return np.stack(
+        [group(params, *jax.tree.map(operator.itemgetter(p), (images, tokens))) for p in range(len(images))]
+    )
+
+
+def compared(name: str, found: dict[str, Float[np.ndarray, "P N"]], kept: int) -> dict[str, dict]:
+    """Figures of bfloat16's scores against float32's."""
+    full, low = (found[dtype].astype(np.float64) for dtype in DTYPES)
+    error = low - full
+    spread = full.std(axis=1)
+    each = {**fidelity(jnp.asarray(low), jnp.asarray(full), kept), "spread": spread}
+    each |= {"error over spread": error.std(axis=1) / spread}  # less its mean: what a group shares changes no rank
+    return {
+        f"{name}: {what}": results.figure(
+            float(np.mean(v)), "mean over prompts; least, most", len(v), [float(np.min(v)), float(np.max(v))]
+        )
+        for what, v in each.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rewards", default=REWARDS, help="of full size, with random weights")
+    parser.add_argument("--captions", type=int, default=100, help="prompts that the small world's CLIP judges")
+    parser.add_argument("--groups", type=int, default=4, help="of these, prompts that those of full size judge")
+    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--kept", type=int, default=8)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    with jax.set_mesh(sharding.make_mesh(1)):
+        world = lab.open_world(config.load("tiny"), args.captions)
+        _, prompts = world.held_out["test"]
+        frozen, stage = world.parts.frozen, config.Stage(steps=10, chunk=args.pictures)
+        images = check.draw_samples(world.parts.cfg.model, frozen.base, frozen.vae, prompts.cond, args.pictures, stage)
+        figures: dict[str, dict] = {}
+
+        def note(name: str, found: dict[str, Float[np.ndarray, "P N"]]) -> None:
+            figures.update(compared(name, found, args.kept))
+            results.record(args.out, figures)
+            for figure, f in figures.items():
+                if figure.startswith(name):
+                    print(f"{results.cell(f, 4):>36}  {figure}", flush=True)
+
+        folder, tokens = parse_paths(world.parts.cfg.reward_paths)["clipscore"], prompts.tokens["clipscore"]
+        trained = {dtype: clipscore.make(folder, dtype) for dtype in DTYPES}
+        note("trained, small", {dtype: scores(*made, images, tokens) for dtype, made in trained.items()})
+        for name in filter(None, args.rewards.split(",")):
+            shapes = importlib.import_module(f"solrl_jax.rewards.{name}").shapes
+            params = drawn(shapes(None)[1])
+            rewards = {dtype: shapes(None, jnp.dtype(dtype)) for dtype in DTYPES}
+            tokens = drawn(sizes.batch(rewards["float32"][2], args.groups))
+            few = images[: args.groups]
+            note(name, {d: scores(reward, params, few, tokens, SIZE) for d, (reward, *_) in rewards.items()})
+            del params
+
+
+if __name__ == "__main__":
+    main()
