@@ -3,9 +3,9 @@
     python -m experiments.rewards.speed --out=experiments/rewards/results/speed.json                      # an H100
     python -m experiments.rewards.speed --pictures=2 --sizes=64 --rewards=clipscore --out=/tmp/r.json     # in short
 
-`--pictures` pictures of one prompt, 24 at a time; towers in float32 (exact products, the default) and in bfloat16.
-Random towers tell nothing of how the two rank pictures: that needs the public weights. What share of FLUX's rollout a
-reward takes is reckoned with experiments/efficiency, whose rollout is scored by CLIPScore in float32.
+`--pictures` pictures of one prompt, 24 at a time; towers in float32 (exact products, the default) and in bfloat16 (how
+the two rank pictures: experiments.rewards.ranks). What share of FLUX's rollout a reward takes is reckoned with
+experiments/efficiency, whose rollout is scored by CLIPScore in float32.
 """
 
 import argparse
