@@ -226,7 +226,7 @@ class Config:
     prompt_files: str = ""  # a folder with train.txt and test.txt, or one file (see data.read)
     reward: str = ""  # "clipscore" or a weighted mix "pickscore:1,hpsv2:0.5"
     reward_paths: tuple[str, ...] = ()  # "clipscore=folder", or "clipscore=org/name" of huggingface.co
-    reward_dtype: Literal["float32", "bfloat16"] = "float32"  # what their networks compute in; weights stay float32
+    reward_dtype: Literal["float32", "bfloat16"] = "float32"  # what their networks multiply in; the rest is float32
     prompts: int = 48
     candidates: int = 96
     kept: int = 24

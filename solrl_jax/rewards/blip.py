@@ -85,9 +85,9 @@ class BlipVision(nn.Module):
         cfg, patch = self.cfg, (self.cfg.patch_size, self.cfg.patch_size)
         width, count = cfg.hidden_size, (cfg.image_size // cfg.patch_size) ** 2
         embed = nn.Conv(width, patch, patch, padding="VALID", dtype=self.dtype, name="patch_embedding")
-        patches = embed(pixels).reshape(-1, count, width)
-        first = jnp.asarray(self.param("class_embedding", _table, (1, 1, width), F32), self.dtype)
-        positions = jnp.asarray(self.param("position_embedding", _table, (1, 1 + count, width), F32), self.dtype)
+        patches = embed(pixels).astype(F32).reshape(-1, count, width)
+        first = jnp.asarray(self.param("class_embedding", _table, (1, 1, width), F32))
+        positions = jnp.asarray(self.param("position_embedding", _table, (1, 1 + count, width), F32))
         x = jnp.concatenate([jnp.broadcast_to(first, (len(pixels), 1, width)), patches], axis=1) + positions
         x, _ = run_layers(ClipLayer(cfg, self.dtype, name="layers"), cfg.num_hidden_layers, x, None)
         return LayerNorm(cfg.layer_norm_eps, name="norm")(x)
@@ -148,7 +148,7 @@ class MedText(nn.Module):
         words = self.param("word_embedding", _table, (cfg.vocab_size, cfg.hidden_size), F32)
         positions = self.param("position_embedding", _table, (cfg.max_position_embeddings, cfg.hidden_size), F32)
         x = jnp.asarray(words)[ids].astype(F32) + jnp.asarray(positions[None, :length], F32)
-        x = LayerNorm(cfg.layer_norm_eps, name="norm")(x).astype(self.dtype)
+        x = LayerNorm(cfg.layer_norm_eps, name="norm")(x)
         bias = jnp.where(mask, 0.0, -1e4)[:, None, None, :]
         bias = jnp.broadcast_to(bias, (groups, 1, length, length))
         x, bias = (jnp.repeat(each, len(picture) // groups, axis=0) for each in (x, bias))
@@ -157,7 +157,10 @@ class MedText(nn.Module):
 
 
 class Blip(nn.Module):
-    """ImageReward before its scores are centred: one number for each picture and its prompt, f32."""
+    """ImageReward before its scores are centred: one number for each picture and its prompt, f32.
+
+    The blocks multiply in `dtype`; the residual streams, norms and the head are f32, as in clip_tower.
+    """
 
     cfg: BlipConfig
     dtype: Any = F32

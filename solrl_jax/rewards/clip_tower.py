@@ -114,7 +114,7 @@ def _part(values: Mapping[str, Any], name: str, folder: str | Path) -> Mapping[s
 
 
 class ClipVision(nn.Module):
-    """Normalised pixels -> projected state of the class token."""
+    """Normalised pixels -> projected state of the class token, f32; the blocks multiply in `dtype`."""
 
     cfg: ClipVisionConfig
     projection_dim: int
@@ -125,24 +125,29 @@ class ClipVision(nn.Module):
         cfg, patch = self.cfg, (self.cfg.patch_size, self.cfg.patch_size)
         width, count = cfg.hidden_size, (cfg.image_size // cfg.patch_size) ** 2
         embed = nn.Conv(width, patch, patch, padding="VALID", use_bias=False, dtype=self.dtype, name="patch_embedding")
-        patches = embed(pixels).reshape(-1, count, width)
-        first = jnp.asarray(self.param("class_embedding", _table, (width,), F32), self.dtype)
-        positions = jnp.asarray(self.param("position_embedding", _table, (1 + count, width), F32), self.dtype)
+        patches = embed(pixels).astype(F32).reshape(-1, count, width)
+        first = jnp.asarray(self.param("class_embedding", _table, (width,), F32))
+        positions = jnp.asarray(self.param("position_embedding", _table, (1 + count, width), F32))
         x = jnp.concatenate([jnp.broadcast_to(first, (len(pixels), 1, width)), patches], axis=1) + positions[None]
         x = LayerNorm(cfg.layer_norm_eps, name="pre_norm")(x)
         x, _ = run_layers(ClipLayer(cfg, self.dtype, name="layers"), cfg.num_hidden_layers, x, None)
         x = LayerNorm(cfg.layer_norm_eps, name="post_norm")(x[:, 0])
-        return Linear(self.projection_dim, use_bias=False, dtype=self.dtype, name="projection")(x)
+        return Linear(self.projection_dim, use_bias=False, dtype=F32, name="projection")(x)
 
 
 class ClipTower(nn.Module):
-    """Both towers. Features are f32 and of length one, so that a cosine is a dot product."""
+    """Both towers. Features are f32 and of length one, so that a cosine is a dot product.
+
+    `dtype` is what the blocks of the vision tower multiply in, where the time goes. The residual stream, norms and all
+    that there is once a picture or once a prompt are f32: a group's pictures are nearly alike, and rounding them to
+    bfloat16 on the way disorders them.
+    """
 
     cfg: ClipConfig
     dtype: Any = F32
 
     def setup(self):
-        self.text = ClipText(self.cfg.text, self.dtype, project=True)
+        self.text = ClipText(self.cfg.text, F32, project=True)
         self.vision = ClipVision(self.cfg.vision, self.cfg.projection_dim, self.dtype)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), F32)  # log of the factor
 
@@ -235,7 +240,7 @@ OPEN_CLIP_KEYS = (
 
 
 def load_clip(folder: str | Path, dtype: Any = F32) -> tuple[ClipTower, Params]:
-    """Module that computes in `dtype`, and f32 parameters (numpy), of a CLIPModel folder in transformers' layout."""
+    """Module that multiplies in `dtype`, and f32 parameters (numpy), of a CLIPModel folder in transformers' layout."""
     tower = ClipTower(ClipConfig.read(folder), dtype)
     # f32 whatever the dtype: exp(logit_scale) would be off by 0.3 percent in bf16.
     files, droppable = weights.Files(folder, "model"), (r".*\.position_ids",)

@@ -31,8 +31,8 @@ PUBLIC = ClipConfig(
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     """The reward of a CLIPModel (hub.model: weights, config.json, tokenizer in transformers' layout), its f32 weights.
 
-    `dtype` is what the towers compute in. The same folder, config and dtype give the same Reward, as a static argument
-    of jit must be.
+    `dtype` is what the vision tower multiplies in. The same folder, config and dtype give the same Reward, as a static
+    argument of jit must be.
     """
     if path is None:
         raise weights.WeightsError(f"clipscore needs the folder of a CLIP model, or {HUB_ID}")

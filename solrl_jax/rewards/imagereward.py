@@ -31,8 +31,8 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     """The reward of a .pt or .safetensors file, of a folder with one of FILES, or of zai-org/ImageReward; f32 weights.
 
     Beside the file may be one of VOCABULARIES, else BERT's is fetched, and med_config.json, else the sizes are the
-    public ones. `dtype` is what the transformers compute in. The same folder, config and dtype give the same Reward, as
-    a static argument of jit must be.
+    public ones. `dtype` is what the transformers multiply in. The same folder, config and dtype give the same Reward,
+    as a static argument of jit must be.
     """
     if path is None:
         raise WeightsError(f"imagereward needs ImageReward.pt, its folder, or {HUB_ID}")
