@@ -238,7 +238,7 @@ def _grouped(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"]) -> Flo
 
 
 def _shifted(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"]) -> Float[Array, "B h w C"]:
-    """f32"""
+    """The same in f32, tap by tap."""
     (_, height, width, _), k = x.shape, kernel.shape[0]
     padded = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
     y = jnp.zeros(x.shape, F32)
