@@ -36,6 +36,8 @@ CHANGEABLE = (
     *("model.path", "reward_paths", "prompt_files"),  # folders move; that they hold the same is the user's word
 )
 """Fields that a resumed run may change, by their beginning."""
+HELD = ("evaluate.held_out",)
+"""Of these, those that it may not: which prompts are trained on hangs on it."""
 
 
 class CheckpointError(RuntimeError):
@@ -341,7 +343,7 @@ def restore(place: Path, like: TrainState, cfg: Config, only: tuple[str, ...] | 
 def forbidden(saved: Config, cfg: Config, only: tuple[str, ...] | None = None) -> str:
     """ "explore.steps is 6 there and 4 here; ..." of the fields that differ and may not (see `restore`); "" if none."""
     changed = config.differences(saved, cfg)
-    held = [k for k in changed if (k.startswith(only) if only else not k.startswith(CHANGEABLE))]
+    held = [k for k in changed if (k.startswith(only) if only else k in HELD or not k.startswith(CHANGEABLE))]
     return "; ".join(f"{k} is {changed[k][0]!r} there and {changed[k][1]!r} here" for k in held)
 
 

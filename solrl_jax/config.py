@@ -170,8 +170,14 @@ class Learn:
         _require(self.ema_max < 1, f"learn.ema_max={self.ema_max}: 0 (no average) up to below 1")
         _require(self.clip_range > 0, f"learn.clip_range={self.clip_range}: a positive number, such as 1e-4")
         _require(self.first_time >= 0, f"learn.first_time={self.first_time}: 0 or more")
-        _require(self.strength > 0, f"learn.strength={self.strength}: a positive number (1.0 or 0.1 in the paper)")
-        _require(self.advantage_clip > 0, f"learn.advantage_clip={self.advantage_clip}: a positive number")
+        _require(
+            0 < self.strength < math.inf,
+            f"learn.strength={self.strength}: a positive number, finite (1.0 or 0.1 in the paper)",
+        )
+        _require(
+            0 < self.advantage_clip < math.inf,
+            f"learn.advantage_clip={self.advantage_clip}: a positive number, finite, for advantages are divided by it",
+        )
         _require(0 <= self.old_max < 1, f"learn.old_max={self.old_max}: 0 (old = current) up to below 1")
 
 
@@ -277,7 +283,11 @@ class Config:
             points % m == 0,
             f"learn.micro_batch={m} does not divide the {points} points of an update: use one of {_divisors(points)}",
         )
-        _require(self.seed >= 0, f"seed={self.seed}: 0 or more")
+        _require(0 <= self.seed < 2**32, f"seed={self.seed}: 0 or more and below 2**32, which JAX's keys take")
+        _require(
+            self.kept > 1 or self.learn.advantage_spread != "prompt_unbiased",
+            f"kept={self.kept}: learn.advantage_spread=prompt_unbiased takes the spread of 2 or more",
+        )
         _require(self.iterations >= 0, f"iterations={self.iterations}: 0 or more")
         _require(self.encode_ahead >= 0, f"encode_ahead={self.encode_ahead}: 0 (the text encoders stay) or more")
         _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")

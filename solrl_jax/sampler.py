@@ -80,7 +80,8 @@ def table(sigmas: np.ndarray, solver: str, eta: float = 0.0) -> Table:
 def _sde(s: np.ndarray, t: np.ndarray, eta: float, solver: str) -> Table:
     """mean = x (1 + g^2 d/(2s)) + v d (1 + g^2 (1-s)/(2s)), std = g sqrt(-d) (algorithms.md 1.3 b, c)."""
     d = t - s
-    apart = np.where(s == 1, 1 - t, 1 - s)  # at s = 1 Flow-GRPO takes the next sigma in g
+    # At s = 1 Flow-GRPO takes the next sigma in g; SANA's own grid begins at .9997, where 1 - s is no better.
+    apart = np.where(s > 0.999, 1 - t, 1 - s)
     g2 = np.full_like(s, eta**2) if solver == "dance" else eta**2 * s / apart
     of_v = d * (1 + g2 * (1 - s) / (2 * s))
     of_x, of_x0, noise = 1 + g2 * d / (2 * s) + of_v / s, -of_v / s, np.sqrt(-g2 * d)

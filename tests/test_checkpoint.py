@@ -134,6 +134,9 @@ def test_another_structure_or_config_is_named(run):
     changed = config.override(CFG, iterations=9, **{"learn.kl_weight": 0.5})
     with pytest.raises(CheckpointError, match=r"config: learn.kl_weight is 0.0001 there and 0.5 here\. Go on"):
         checkpoint.restore(place, state_at(0), changed)
+    other_split = config.override(CFG, **{"evaluate.held_out": 5})
+    with pytest.raises(CheckpointError, match=r"config: evaluate.held_out is 0 there and 5 here\. Go on"):
+        checkpoint.restore(place, state_at(0), other_split)
     same(checkpoint.restore(place, state_at(0), config.override(CFG, iterations=9)), state_at(3))
     same(checkpoint.restore(place, state_at(0), changed, only=("lora.",)), state_at(3))
     with pytest.raises(CheckpointError, match=r"lora.alpha is 64.0 there and 8.0 here"):

@@ -239,3 +239,10 @@ def test_noise_that_a_solver_does_not_have_is_refused():
             sampler.table(FLUX_10, solver, eta)
     with pytest.raises(ValueError, match="a log-probability needs eta > 0 and one of ddim, sde, dance, cps"):
         sampler.gaussians(FLUX_10, "sa_solver", 0.4)
+
+
+def test_a_grid_that_begins_just_below_one_begins_as_from_one():
+    """SANA's own, .9997: 1 / (1 - sigma) would make the first step's noise 12 and its x -75."""
+    below, at = (sampler.table(np.array([first, 0.94, 0.8, 0.5, 0.0]), "sde", 0.9) for first in (0.9997, 1.0))
+    for mine, whole in zip(below[1:], at[1:], strict=True):
+        np.testing.assert_allclose(mine, whole, atol=5e-3)
