@@ -233,7 +233,7 @@ def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
     """The LoRA to draw with: a file's, or the EMA of the checkpoint folder `place`, or else the base's (all zero)."""
     like = blank(parts.cfg, parts.model, parts.mesh)
     if place is not None and lora_file is None:
-        return checkpoint.restore(place, like, parts.cfg, only=INFERENCE).ema
+        return checkpoint.restore_fields(place, {"ema": like.ema}, parts.cfg, INFERENCE)["ema"]
     if lora_file is None:
         found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
     else:

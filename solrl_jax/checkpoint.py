@@ -10,6 +10,7 @@ every file of it has the hash that its manifest gives.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import gc
@@ -20,24 +21,35 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from solrl_jax import config, log
 from solrl_jax.config import Config
 from solrl_jax.structs import PyTree, TrainState
 from solrl_jax.weights import leaves_by_path
 
+FORMAT = 2
+"""Of the saved tree, in the manifest. 1, which had no number: a TrainState without `fallen_back`."""
 CHANGEABLE = (
-    *("name", "iterations", "save_every", "keep", "encode_ahead", "evaluate."),  # no number hangs on these
+    *(
+        "name",
+        "iterations",
+        "save_every",
+        "keep",
+        "encode_ahead",
+        "wandb",
+    ),  # no number of the training depends on these
+    *(f"evaluate.{f.name}" for f in dataclasses.fields(config.Evaluate) if f.name != "held_out"),
     *("model.path", "reward_paths", "prompt_files"),  # folders move; that they hold the same is the user's word
 )
-"""Fields that a resumed run may change, by their beginning."""
-HELD = ("evaluate.held_out",)
-"""Of these, those that it may not: which prompts are trained on hangs on it."""
+"""Fields that a resumed run may change; evaluate.held_out is not one, the training prompts depend on it."""
+WATCHING = ("watch.every", "watch.prompts")
+"""Fields that it may change too where watch.fall_back is false, before and after: the watch then only warns."""
 
 
 class CheckpointError(RuntimeError):
@@ -75,21 +87,32 @@ class Saver:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
+            pending = self.pending
             self.wait()
         except CheckpointError as e:
-            if error is None:
+            if error is None or str(e) == str(error):
                 raise
             raise CheckpointError(f"{error}. Beside that, {e}") from error  # what ended the run is said first
+        else:
+            if isinstance(error, CheckpointError) and pending is not None:
+                raise CheckpointError(
+                    f"{error}. The save after it, {folder(self.run, self.last or 0)}, is whole"
+                ) from None
         finally:
             self.thread.shutdown()
 
-    def save(self, state: TrainState) -> None:
-        """Write `state`, unless that step is there. Its arrays stay as they are: nothing of it may be donated."""
-        self.wait()
-        step = int(state.iteration)
+    def save(self, state: TrainState, score: float | None = None) -> None:
+        """Write `state`, unless that step is there. Its arrays stay as they are: nothing of it may be donated.
+
+        `score` is the trained reward of this state's evaluation, if it was evaluated. Raises CheckpointError where the
+        save before failed, after this one is on its way.
+        """
+        before, step = self.pending, int(state.iteration)
         if step != self.last:
             self.last = step
-            self.pending = self.thread.submit(write, self.run, step, state, self.cfg)
+            self.pending = self.thread.submit(write, self.run, step, state, self.cfg, score)
+        if before is not None:
+            before.result()
 
     def wait(self) -> None:
         """Return when everything given to `save` is whole on disk. Raises CheckpointError."""
@@ -98,7 +121,7 @@ class Saver:
             pending.result()
 
 
-def write(run: Path, step: int, state: PyTree, cfg: Config) -> Path:
+def write(run: Path, step: int, state: PyTree, cfg: Config, score: float | None = None) -> Path:
     """One checkpoint: orbax, config, manifest; then the ones older than the newest `cfg.keep` are deleted.
 
     Raises CheckpointError (full disk, no permission, a device whose arrays cannot be read) after removing what it had
@@ -107,7 +130,7 @@ def write(run: Path, step: int, state: PyTree, cfg: Config) -> Path:
     """
     place = folder(run, step)
     try:
-        _write(place, step, state, cfg)
+        _write(place, step, state, cfg, score)
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as e:  # tensorstore reports a full disk as a ValueError
         why = cause(e)
     else:
@@ -119,7 +142,7 @@ def write(run: Path, step: int, state: PyTree, cfg: Config) -> Path:
     raise CheckpointError(f"checkpoint {place} could not be written: {why}. {_intact(run)}")
 
 
-def _write(place: Path, step: int, state: PyTree, cfg: Config) -> None:
+def _write(place: Path, step: int, state: PyTree, cfg: Config, score: float | None) -> None:
     shutil.rmtree(place, ignore_errors=True)  # a damaged or cut save of the same step
     place.mkdir(parents=True)
     needed, free = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), shutil.disk_usage(place).free
@@ -129,7 +152,7 @@ def _write(place: Path, step: int, state: PyTree, cfg: Config) -> None:
         )
     save_tree(place / "state", state)
     replace(place / "config.json", config.to_json(cfg))
-    manifest = {"step": step, "tree": describe(state), "files": hashes(place)}
+    manifest = {"format": FORMAT, "step": step, "score": score, "tree": describe(state), "files": hashes(place)}
     replace(place / "manifest.json", json.dumps(manifest, indent=1))
     _sync(place)
 
@@ -152,10 +175,24 @@ def _drop_older(run: Path, step: int, keep: int) -> None:
 
 
 def best(run: Path, among: Sequence[int]) -> int | None:
-    """Of these steps the one with the highest eval_reward_avg, by metrics.jsonl; None if none was evaluated."""
-    rewards = {line["iteration"]: line.get("eval_reward_avg") for line in log.read(run / "metrics.jsonl")}
-    judged = [(rewards[step], step) for step in among if rewards.get(step) is not None]
+    """Of these steps the one whose evaluation gave the trained reward most; None if none was evaluated."""
+    judged = [(score, step) for step in among if (score := _score(run, step)) is not None]
     return max(judged)[1] if judged else None
+
+
+def _score(run: Path, step: int) -> float | None:
+    """By its manifest; that of a step of format 1, which had none, by metrics.jsonl."""
+    try:
+        manifest = _manifest(folder(run, step))
+    except CheckpointError:  # one that is cut short or damaged is not the best
+        return None
+    if manifest["format"] == 1:
+        return {line["iteration"]: line.get("eval_reward_avg") for line in _lines(run)}.get(step)
+    return manifest["score"]
+
+
+def _lines(run: Path) -> list[log.Line]:
+    return log.read(run / "metrics.jsonl")
 
 
 @contextlib.contextmanager
@@ -297,7 +334,8 @@ def damage(place: Path) -> str | None:
 def _manifest(place: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-        return {"files": dict(manifest["files"]), "tree": dict(manifest["tree"])}
+        made = {"format": int(manifest.get("format", 1)), "score": manifest.get("score")}
+        return made | {"files": dict(manifest["files"]), "tree": dict(manifest["tree"])}
     except FileNotFoundError:
         raise CheckpointError("it has no manifest.json, so its save was cut short") from None
     except (ValueError, KeyError, TypeError) as e:
@@ -319,32 +357,79 @@ def describe(tree: PyTree) -> dict[str, str]:
     return {path: f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves_by_path(tree).items()}
 
 
-def restore(place: Path, like: TrainState, cfg: Config, only: tuple[str, ...] | None = None) -> TrainState:
-    """The state in a folder <run>/checkpoints/<step>, verified, with the structure and shardings of `like`.
+def restore(place: Path, like: TrainState, cfg: Config) -> TrainState:
+    """The state in a folder <run>/checkpoints/<step>, verified, with the structure and shardings of `like`, to go on
+    with under `cfg`.
 
     Raises CheckpointError where the files are damaged, or where state or config are not those of `like` (arrays or
-    ShapeDtypeStructs) and `cfg`, naming what differs. Fields in CHANGEABLE may differ; with `only`, all fields
-    but those that begin so.
+    ShapeDtypeStructs) and `cfg`, naming what differs. Fields in CHANGEABLE may differ.
     """
-    import orbax.checkpoint as ocp
-
-    if problem := damage(place):
-        raise CheckpointError(f"checkpoint {place} cannot be used: {problem}")
-    if changed := forbidden(load_config(place), cfg, only):
+    manifest = _usable(place)
+    if changed := forbidden(load_config(place), cfg):
         raise CheckpointError(
             f"checkpoint {place} belongs to another config: {changed}. Go on with its own, or start a new run"
         )
-    _compare(_manifest(place)["tree"], describe(like), place)
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-    with ocp.StandardCheckpointer() as reader:
-        return reader.restore((place / "state").resolve(), target)
+    added = {} if manifest["format"] > 1 else {"fallen_back": _had_fallen_back(place, like.fallen_back)}
+    wanted = {name: tree for name, tree in like._asdict().items() if name not in added}
+    _compare(manifest["tree"], describe(wanted), place)
+    return TrainState(**_read(place, wanted), **added)
 
 
-def forbidden(saved: Config, cfg: Config, only: tuple[str, ...] | None = None) -> str:
-    """ "explore.steps is 6 there and 4 here; ..." of the fields that differ and may not (see `restore`); "" if none."""
-    changed = config.differences(saved, cfg)
-    held = [k for k in changed if (k.startswith(only) if only else k in HELD or not k.startswith(CHANGEABLE))]
-    return "; ".join(f"{k} is {changed[k][0]!r} there and {changed[k][1]!r} here" for k in held)
+def restore_fields(place: Path, like: Mapping[str, PyTree], cfg: Config, same: tuple[str, ...]) -> dict[str, PyTree]:
+    """Some fields of the state in a folder <run>/checkpoints/<step>, verified, as {name: tree like that of `like`}.
+
+    What else the state holds does not matter: files of versions that knew more, or less, serve as well. Raises
+    CheckpointError as `restore` does; of the config only the fields that begin as in `same` must be equal.
+    """
+    manifest = _usable(place)
+    if changed := _differences(load_config(place), cfg, lambda field: not field.startswith(same)):
+        raise CheckpointError(f"checkpoint {place} belongs to another config: {changed}. Use its own")
+    saved = {k: v for k, v in manifest["tree"].items() if k.partition("/")[0] in like}
+    _compare(saved, describe(like), place)
+    return _read(place, like)
+
+
+def _usable(place: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are what was written, in a format that is known here."""
+    if problem := damage(place):
+        raise CheckpointError(f"checkpoint {place} cannot be used: {problem}")
+    if (manifest := _manifest(place))["format"] > FORMAT:
+        raise CheckpointError(
+            f"checkpoint {place} has format {manifest['format']}, this version of solrl_jax reads up to {FORMAT}: "
+            "update solrl_jax"
+        )
+    return manifest
+
+
+def _read(place: Path, like: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """The fields of the saved tree that `like` names; the others are not read."""
+    import orbax.checkpoint as ocp
+
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(like))
+    how = ocp.checkpoint_utils.construct_restore_args(target)
+    with ocp.PyTreeCheckpointer() as reader:
+        args = ocp.args.PyTreeRestore(item=target, restore_args=how, partial_restore=True)
+        return reader.restore((place / "state").resolve(), args=args)
+
+
+def _had_fallen_back(place: Path, like: Any) -> Any:
+    """The flag of a run of format 1, which looked it up in its metrics: a measurement below watch.rank until then."""
+    cfg, step = load_config(place), int(place.name)
+    low = cfg.explore is not None and cfg.explore.precision != "bf16"
+    ranks = [line.get("watch/spearman") for line in _lines(place.parent.parent) if line["iteration"] <= step]
+    fell = cfg.watch.fall_back and low and any(rank is not None and rank < cfg.watch.rank for rank in ranks)
+    return jax.device_put(np.asarray(fell, like.dtype), like.sharding)
+
+
+def forbidden(saved: Config, cfg: Config) -> str:
+    """ "explore.steps is 6 there and 4 here; ..." of the fields that differ and may not on --resume; "" if none."""
+    free = CHANGEABLE if saved.watch.fall_back or cfg.watch.fall_back else (*CHANGEABLE, *WATCHING)
+    return _differences(saved, cfg, lambda field: field in free)
+
+
+def _differences(saved: Config, cfg: Config, free: Callable[[str], bool]) -> str:
+    changed = {k: v for k, v in config.differences(saved, cfg).items() if not free(k)}
+    return "; ".join(f"{k} is {there!r} there and {here!r} here" for k, (there, here) in changed.items())
 
 
 def _compare(saved: dict[str, str], wanted: dict[str, str], place: Path) -> None:

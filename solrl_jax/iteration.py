@@ -64,7 +64,7 @@ def init_state(
     adapter = lora.init(key_lora, frozen.base, cfg.lora.targets or model.lora_targets, cfg.lora)
     hyper = Hyper(*(jnp.asarray(getattr(cfg.learn, name), F32) for name in Hyper._fields))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, zero, key, adapter, adapter, adapter, optimizer.init(adapter), hyper)
+    return TrainState(zero, zero, zero, key, adapter, adapter, adapter, optimizer.init(adapter), hyper, zero)
 
 
 # --- rollout --------------------------------------------------------------------------------------------------------

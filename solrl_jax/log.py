@@ -8,6 +8,7 @@ is not finite is null there (JSON has no NaN) and left out of TensorBoard.
 import contextlib
 import json
 import math
+import os
 import secrets
 import statistics
 import sys
@@ -28,9 +29,10 @@ class LogError(RuntimeError):
 
 
 class Log(NamedTuple):
-    """write(iteration, metrics) to all sinks; between(stage, share done) moves the bar; say(text) prints a line."""
+    """write(iteration, metrics) to all sinks, which gives the line as metrics.jsonl has it; between(stage, share done)
+    moves the bar; say(text) prints a line."""
 
-    write: Sink
+    write: Callable[[int, Metrics], Line]
     between: Callable[[str, float], None]
     say: Callable[[str], None]
 
@@ -51,9 +53,10 @@ def open_log(
             *(stack.enter_context(sink) for sink in also),
         )
 
-        def write(iteration: int, metrics: Metrics) -> None:
+        def write(iteration: int, metrics: Metrics) -> Line:
             for sink in (*sinks, screen.write):
                 sink(iteration, metrics)
+            return as_line(iteration, metrics)
 
         yield Log(write, screen.between, screen.say)
 
@@ -71,11 +74,16 @@ def jsonl(file: Path, done: int) -> Iterator[Sink]:
     with file.open("a", encoding="utf-8") as f:
 
         def write(iteration: int, metrics: Metrics) -> None:
-            finite = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-            f.write(json.dumps({"iteration": iteration, **finite}, allow_nan=False) + "\n")
+            f.write(json.dumps(as_line(iteration, metrics), allow_nan=False) + "\n")
             f.flush()
+            os.fsync(f.fileno())  # before the checkpoint of this iteration, which must not outlive its line
 
         yield write
+
+
+def as_line(iteration: int, metrics: Metrics) -> Line:
+    """What metrics.jsonl says of an iteration: null for a number that is not finite."""
+    return {"iteration": iteration, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
 
 
 def read(file: Path) -> list[Line]:

@@ -139,6 +139,7 @@ class TrainState(NamedTuple):
     ema: Params
     moments: PyTree
     hyper: Hyper
+    fallen_back: Int[Array, ""]  # 1: exploration is in BF16 from here on (watch.fall_back); set between iterations
 
 
 class Path(NamedTuple):

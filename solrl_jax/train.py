@@ -1,10 +1,10 @@
 """The host loop of --mode=train: draw prompts, one iteration, evaluate, log, save; and its ends.
 
 A run ends in one of three ways. All iterations done: LoRA files and report, exit code 0. SIGINT or SIGTERM: the current
-stage is finished, the last finished iteration saved, exit code 0, since nothing was lost and --resume goes on bit for
-bit. An error (a reward that raises or is not finite, three non-finite updates in a row, a lost device, a full disk):
-the last finished iteration is saved where that is possible, and the error is raised. An iteration is finished when its
-line is in metrics.jsonl, so that a resumed run has every line.
+stage is finished, the last finished iteration saved, and the exit code is 75 (sysexits.h's EX_TEMPFAIL: try again),
+by which a scheduler knows that --resume has to go on. An error (a reward that raises or is not finite, three non-finite
+updates in a row, a lost device, a full disk): the last finished iteration is saved where that is possible, and the
+error is raised. An iteration is finished when its line is in metrics.jsonl, so that a resumed run has every line.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -38,7 +38,7 @@ from solrl_jax.assemble import Parts
 from solrl_jax.checks import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.grids import Shown
-from solrl_jax.log import Line, Log, open_log, read, wandb
+from solrl_jax.log import Log, open_log, read, wandb
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.rewards.own import RewardError
 from solrl_jax.structs import Model, Params, Prompts, TrainState
@@ -46,6 +46,8 @@ from solrl_jax.structs import Model, Params, Prompts, TrainState
 Metrics = dict[str, float]
 SKIPS = 3
 """Non-finite updates in a row after which a run stops."""
+UNFINISHED = 75
+"""Exit code of a run that was stopped, saved, and has iterations left."""
 CALIBRATION = 8
 """Prompts, a picture each, on which the units of FP8's inputs are measured."""
 
@@ -85,11 +87,13 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 state = loop(parts, state, run, out, stop)
             except (TrainError, RewardError) as e:
                 raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
+            except checkpoint.CheckpointError:  # says itself what is saved
+                raise
             except Exception as e:
                 e.add_note(f"What was finished before is saved in {run}: --resume --run_dir={run} goes on from it.")
                 raise
     finish(parts, state, run, bool(stop.is_set()))
-    return 0
+    return UNFINISHED if int(state.iteration) < cfg.iterations else 0
 
 
 def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> None:
@@ -123,37 +127,47 @@ def start(cfg: Config, run: Path, resume: bool, devices: int | None) -> tuple[Tr
 
 def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.Event) -> TrainState:
     """Iterate to the end or to a signal; the last finished iteration is on disk when this returns or raises."""
-    cfg, first, done = parts.cfg, int(state.iteration), int(state.iteration)
+    cfg, first, done, score = parts.cfg, int(state.iteration), int(state.iteration), None
     with checkpoint.Saver(run, cfg) as saver:
         try:
             base = base_pictures(parts, state, run, out)
             began, lines, said = time.perf_counter(), read(run / "metrics.jsonl"), {}
-            for new, metrics in iterations(parts, state, out, stop, lines):
+            step, low = stepper(parts, out, stop), True
+            while done < cfg.iterations and not stop.is_set():
+                if low and int(state.fallen_back):
+                    step, low = stepper(parts._replace(cfg=watch.in_bf16(cfg)), out, stop), False
+                    out.say(f"exploring in bf16 from iteration {done + 1} on")
+                prompts = encoded(parts, done, times := {})
+                try:
+                    new, metrics = iterate(parts, state, prompts, step, times)
+                except Stopped:
+                    break
                 number = int(new.iteration)
-                if watch.due(cfg, number) and not watch.fallen_back(lines, cfg):
+                if low and watch.due(cfg, number):
                     metrics |= watch.measured(parts, new)
+                    new = watch.judged(new, metrics, cfg)
                 if cfg.evaluate.every and (number % cfg.evaluate.every == 0 or number == cfg.iterations):
                     metrics |= evaluated(parts, new, run, out, base)
                 began, metrics["time/iteration"] = time.perf_counter(), time.perf_counter() - began
-                out.write(number, metrics)
-                lines.append({"iteration": number, **metrics})
-                state, done = new, number
+                lines.append(line := out.write(number, metrics))
+                state, done, score = new, number, line.get("eval_reward_avg")
                 if metrics["skipped"]:
                     out.say(f"warning: iteration {done}: {metrics['skipped']:.0f} updates were not finite and skipped")
                 said, before = watch.alarms(lines, cfg), said
                 for kind in said.keys() - before.keys():  # an alarm is told when it begins
                     out.say(said[kind])
                 if "eval_reward_avg" in metrics:
-                    for line in watch.falling(lines, cfg):
-                        out.say(line)
+                    for warning in watch.falling(lines, cfg):
+                        out.say(warning)
                 if cfg.save_every and done % cfg.save_every == 0:
-                    saver.save(state)
+                    saver.save(state, score)
+                check_skipped(parts, state, prompts, metrics)
         except jax.errors.JaxRuntimeError as e:
             raise TrainError(f"iteration {done + 1}: {device_error(e)}") from e
         finally:
             # Not the untouched beginning of a run that failed at once, but that of one that was asked to stop.
             if done > first or stop.is_set():
-                saver.save(state)
+                saver.save(state, score)
     return state
 
 
@@ -180,39 +194,34 @@ def drawn(parts: Parts, done: int) -> tuple[list[str], list[str]]:
     return found[: cfg.prompts], found[cfg.prompts :]
 
 
-def iterations(
-    parts: Parts, state: TrainState, out: Log, stop: threading.Event, lines: Sequence[Line]
-) -> Iterator[tuple[TrainState, Metrics]]:
-    """Each finished iteration's state and metrics. Raises TrainError, after the state it is about, to stop a run.
+def encoded(parts: Parts, done: int, times: dict[str, float]) -> Prompts:
+    """The prompts of the iteration after `done`; those that come next are encoded with them."""
+    with iteration.clock(times, "encode"):
+        batch, ahead = drawn(parts, done)
+        return jax.block_until_ready(assemble.encode(parts, batch, parts.score, ahead))
 
-    `lines` are the run's metrics so far, which may say that exploration has to go on in BF16.
-    """
-    step, cfg = stepper(parts, out, stop), parts.cfg
-    while (done := int(state.iteration)) < cfg.iterations and not stop.is_set():
-        if parts.cfg is cfg and watch.fallen_back(lines, cfg):
-            parts = parts._replace(cfg=watch.in_bf16(cfg))
-            step = stepper(parts, out, stop)
-            out.say(f"exploring in bf16 from iteration {done + 1} on")
-        times: dict[str, float] = {}
-        with iteration.clock(times, "encode"):
-            batch, ahead = drawn(parts, done)
-            prompts = jax.block_until_ready(assemble.encode(parts, batch, parts.score, ahead))
-        try:
-            new, metrics = step(state, prompts, times)
-        except Stopped:
-            return
-        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        check_rewards(numbers, done + 1, functools.partial(not_finite, parts, state, prompts))
-        if done == 0:  # a run that began goes on, however near the edge a later iteration is
-            check_ratio(numbers, done + 1, cfg.learn.clip_range)
-        state = new
-        yield state, numbers | {f"time/{name}": seconds for name, seconds in times.items()}
-        if int(state.skipped) >= SKIPS:
-            raise TrainError(
-                f"iteration {done + 1}: {int(state.skipped)} updates in a row had non-finite gradients "
-                f"(grad_norm {numbers.get('grad_norm')}): "
-                + (not_finite(parts, state, prompts) or "lower learn.learning_rate or set model.dtype=float32")
-            )
+
+def iterate(
+    parts: Parts, state: TrainState, prompts: Prompts, step: "Step", times: dict[str, float]
+) -> tuple[TrainState, Metrics]:
+    """One iteration's state and metrics, `times` with them. Raises TrainError where a reward is not finite, Stopped
+    where a signal came between two stages."""
+    new, metrics = step(state, prompts, times)
+    numbers, number = {name: float(value) for name, value in jax.device_get(metrics).items()}, int(new.iteration)
+    check_rewards(numbers, number, functools.partial(not_finite, parts, state, prompts))
+    if number == 1:  # a run that began goes on, however near the edge a later iteration is
+        check_ratio(numbers, number, parts.cfg.learn.clip_range)
+    return new, numbers | {f"time/{name}": seconds for name, seconds in times.items()}
+
+
+def check_skipped(parts: Parts, state: TrainState, prompts: Prompts, metrics: Metrics) -> None:
+    """Raises TrainError after SKIPS updates in a row that were not finite, with what is to blame."""
+    if (skipped := int(state.skipped)) >= SKIPS:
+        raise TrainError(
+            f"iteration {int(state.iteration)}: {skipped} updates in a row had non-finite gradients "
+            f"(grad_norm {metrics.get('grad_norm')}): "
+            + (not_finite(parts, state, prompts) or "lower learn.learning_rate or set model.dtype=float32")
+        )
 
 
 Step = Callable[[TrainState, Prompts, dict[str, float]], tuple[TrainState, dict]]
@@ -362,7 +371,8 @@ def export(
         return 0
     assert place is not None
     like = assemble.blank(cfg, model, assemble.make_mesh(devices))
-    state = checkpoint.restore(place, like, cfg, only=assemble.INFERENCE)
+    fields = {name: getattr(like, name) for name in ("lora", "ema", "iteration", "updates")}
+    state = like._replace(**checkpoint.restore_fields(place, fields, cfg, assemble.INFERENCE))
     file = deliver(run, state, model, checkpoint.load_config(place))  # the card tells of the run, not of the flags
     print(f"{place}: LoRA in {file}, its average in {file.parent / 'ema' / file.name}")
     return 0

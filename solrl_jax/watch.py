@@ -135,9 +135,12 @@ def _programs(run: Stages) -> tuple[Callable, ...]:
     return jax.jit(run.merged), jax.jit(run.quantised), *(jax.jit(functools.partial(run.roll, s)) for s in stages)
 
 
-def fallen_back(lines: Sequence[Line], cfg: Config) -> bool:
-    """Whether a measurement was below watch.rank, and the run is one that then explores in BF16."""
-    return cfg.watch.fall_back and _low(cfg) and any(value < cfg.watch.rank for value in _ranks(lines))
+def judged(state: TrainState, metrics: Mapping[str, float], cfg: Config) -> TrainState:
+    """`state`, from which on exploration is in BF16 where these metrics have a Spearman below watch.rank and the run is
+    one that falls back. The flag is part of the state, so a resumed run needs no metrics to know it."""
+    if not (cfg.watch.fall_back and _low(cfg) and metrics["watch/spearman"] < cfg.watch.rank):
+        return state
+    return state._replace(fallen_back=jnp.ones_like(state.fallen_back))
 
 
 def in_bf16(cfg: Config) -> Config:

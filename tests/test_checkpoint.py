@@ -27,7 +27,9 @@ def state_at(step, width=8, rank=2):
     _, moments = optimizer.update(lora, optimizer.init(lora), lora)
     count = jnp.int32(step)
     hyper = Hyper(*(jnp.float32(0.1 * i) for i in range(len(Hyper._fields))))
-    state = TrainState(count, count, count * 0, jax.random.fold_in(key, step), lora, lora, lora, moments, hyper)
+    state = TrainState(
+        count, count, count * 0, jax.random.fold_in(key, step), lora, lora, lora, moments, hyper, count * 0
+    )
     return sharding.replicate(state, sharding.make_mesh(2))
 
 
@@ -131,16 +133,52 @@ def test_another_structure_or_config_is_named(run):
     other = state_at(0)._replace(ema={})
     with pytest.raises(CheckpointError, match=r"ema/to_q/a is float32\[8,2\] there and absent here"):
         checkpoint.restore(place, other, CFG)
-    changed = config.override(CFG, iterations=9, **{"learn.kl_weight": 0.5})
-    with pytest.raises(CheckpointError, match=r"config: learn.kl_weight is 0.0001 there and 0.5 here\. Go on"):
-        checkpoint.restore(place, state_at(0), changed)
-    other_split = config.override(CFG, **{"evaluate.held_out": 5})
-    with pytest.raises(CheckpointError, match=r"config: evaluate.held_out is 0 there and 5 here\. Go on"):
-        checkpoint.restore(place, state_at(0), other_split)
     same(checkpoint.restore(place, state_at(0), config.override(CFG, iterations=9)), state_at(3))
-    same(checkpoint.restore(place, state_at(0), changed, only=("lora.",)), state_at(3))
+
+
+def test_of_the_config_only_what_no_number_of_the_training_depends_on_may_change(run):
+    """Each field by itself, and the watch's where it only warns."""
+
+    def refused(cfg=CFG, **changes):
+        return checkpoint.forbidden(cfg, config.override(cfg, **changes))
+
+    assert refused(**{"learn.kl_weight": 0.5}) == "learn.kl_weight is 0.0001 there and 0.5 here"
+    assert refused(**{"evaluate.held_out": 5}) == "evaluate.held_out is 0 there and 5 here"  # re-splits the prompts
+    free = {"iterations": 9, "wandb": "a/b", "save_every": 3, "evaluate.every": 7, "evaluate.grid": 2, "keep": 1}
+    assert refused(**free, **{"watch.every": 3, "watch.prompts": 2, "evaluate.rewards": "shapes"}) == ""
+    assert refused(**{"watch.rank": 0.1}) == "watch.rank is 0.5 there and 0.1 here"
+    falls = config.override(CFG, **{"watch.fall_back": "true"})
+    assert refused(falls, **{"watch.every": 3}) == "watch.every is 20 there and 3 here"
+    assert refused(**{"watch.fall_back": "true", "watch.prompts": 2}).split("; ") == [
+        "watch.prompts is 4 there and 2 here",
+        "watch.fall_back is False there and True here",
+    ]
+    with pytest.raises(CheckpointError, match=r"config: learn.kl_weight is 0.0001 there and 0.5 here\. Go on"):
+        checkpoint.restore(checkpoint.folder(run, 3), state_at(0), config.override(CFG, **{"learn.kl_weight": 0.5}))
+
+
+def test_inference_reads_only_what_it_uses(run):
+    """A checkpoint of a version whose state has more, less and other fields gives its average all the same."""
+    place, like = checkpoint.folder(run, 3), {"ema": state_at(0).ema}
+    (place / "manifest.json").unlink()
+    old, wanted = state_at(3)._asdict(), state_at(3).ema
+    strange = {k: v for k, v in old.items() if k not in ("moments", "hyper")} | {"velocity": old["lora"]}
+    checkpoint.write(run, 3, strange, CFG)
+    other = config.override(CFG, **{"learn.kl_weight": 0.5})
+    same(checkpoint.restore_fields(place, like, other, ("lora.",)), {"ema": wanted})
     with pytest.raises(CheckpointError, match=r"lora.alpha is 64.0 there and 8.0 here"):
-        checkpoint.restore(place, state_at(0), config.override(CFG, **{"lora.alpha": 8}), only=("lora.",))
+        checkpoint.restore_fields(place, like, config.override(CFG, **{"lora.alpha": 8}), ("lora.",))
+    with pytest.raises(CheckpointError, match=r"ema/to_q/a is float32\[8,2\] there and float32\[8,4\] here"):
+        checkpoint.restore_fields(place, {"ema": state_at(0, rank=4).ema}, CFG, ("lora.",))
+    with pytest.raises(CheckpointError, match=r"velocity/to_q/a is float32\[8,2\] there and absent here"):
+        checkpoint.restore(place, state_at(0), CFG)
+
+
+def test_a_later_format_is_refused_by_its_number(run):
+    file = checkpoint.folder(run, 3) / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 3}))
+    with pytest.raises(CheckpointError, match=r"has format 3, this version of solrl_jax reads up to 2: update"):
+        checkpoint.restore(checkpoint.folder(run, 3), state_at(0), CFG)
 
 
 def test_no_run_and_no_checkpoint(tmp_path):
@@ -153,15 +191,21 @@ def test_no_run_and_no_checkpoint(tmp_path):
         checkpoint.find(tmp_path)
 
 
-def test_a_full_disk_is_told_at_the_next_save_and_the_last_one_stays(run, monkeypatch):
+def test_a_full_disk_is_told_at_the_next_save_which_is_not_lost(run, monkeypatch):
+    """The save of 4 fails, room is made, the run is stopped at 9: 9 is saved, then the failure of 4 is told."""
+    usage = checkpoint.shutil.disk_usage
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=1_000_000))
-    saver = Saver(run, CFG)
-    saver.save(state_at(4))
-    message = r"checkpoints/4 could not be written: no space left .*1.0 MB free\)\. The last good .* is intact: .*/3"
-    with pytest.raises(CheckpointError, match=message):
-        saver.save(state_at(5))
-    saver.thread.shutdown()
-    assert checkpoint.latest(run) == (3, []) and checkpoint.steps(run) == [3, 2]
+    message = (
+        r"checkpoints/4 could not be written: no space left .*1.0 MB free\)\. The last good .* is intact: .*/3"
+        r"\. The save after it, .*/9, is whole$"
+    )
+    with pytest.raises(CheckpointError, match=message), Saver(run, CFG) as saver:
+        saver.save(state_at(4))
+        with pytest.raises(CheckpointError):
+            saver.pending.result()
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", usage)
+        saver.save(state_at(9))
+    assert checkpoint.latest(run) == (9, []) and checkpoint.steps(run) == [9, 3]
 
 
 LIMITED = """
@@ -190,24 +234,23 @@ def test_a_write_that_the_system_refuses_is_one_clear_error(run):
 
 def test_the_manifest_says_what_is_in_the_tree(run):
     manifest = json.loads((checkpoint.folder(run, 3) / "manifest.json").read_text())
-    assert manifest["step"] == 3 and manifest["tree"]["key"] == "key<fry>[]"
+    assert (manifest["format"], manifest["step"], manifest["score"]) == (2, 3, None)
+    assert manifest["tree"]["key"] == "key<fry>[]"
     assert manifest["tree"]["lora/to_q/b"] == "bfloat16[2,8]" and "config.json" in manifest["files"]
 
 
 def test_the_best_by_evaluation_is_kept_too(tmp_path):
-    """keep=2 of steps 1 to 5, evaluated at 2 (the best), 4 and 5; then a better one comes and the old best goes."""
-    rewards = {2: 0.9, 4: 0.3, 5: None}
-    rows = [{"iteration": i, "eval_reward_avg": r} for i, r in rewards.items()]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """keep=2 of steps 1 to 5, evaluated at 2 (the best), 4 and 5; then a better one comes and the old best goes. No
+    line of metrics is needed."""
+    scores = {2: 0.9, 4: 0.3}
     with Saver(tmp_path, CFG) as saver:
         for step in range(1, 6):
-            saver.save(state_at(step))
+            saver.save(state_at(step), scores.get(step))
     assert checkpoint.steps(tmp_path) == [5, 4, 2] and checkpoint.best(tmp_path, [5, 4, 2]) == 2
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"iteration": 6, "eval_reward_avg": 0.95}) + "\n")
     with Saver(tmp_path, CFG) as saver:
-        saver.save(state_at(6))
+        saver.save(state_at(6), 0.95)
     assert checkpoint.steps(tmp_path) == [6, 5] and checkpoint.best(tmp_path, [5]) is None
+    assert checkpoint.best(tmp_path, [6, 5]) == 6
 
 
 def test_one_process_at_a_time(tmp_path):

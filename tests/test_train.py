@@ -3,9 +3,11 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import sys
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +171,7 @@ def test_a_resumed_run_equals_an_unbroken_one(toy, tmp_path, monkeypatch, capsys
     train.train(toy, whole, devices=1)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3, signal.SIGTERM if staged else signal.SIGINT)
-        assert train.train(toy, broken, devices=1) == 0
+        assert train.train(toy, broken, devices=1) == train.UNFINISHED == 75
     stopped_after = 3 if staged else 4  # a single program cannot be left in its middle
     assert checkpoint.latest(broken)[0] == stopped_after
     assert f"stopped after iteration {stopped_after} of 5" in capsys.readouterr().out
@@ -185,7 +187,7 @@ def test_a_signal_before_the_first_iteration_leaves_something_to_go_on_with(toy,
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(patch, 0)
-        assert train.train(toy, run, devices=1) == 0
+        assert train.train(toy, run, devices=1) == 75
     assert checkpoint.latest(run)[0] == 0 and sorted(metrics_of(run)) == [0]
     assert train.train(config.override(toy, iterations=1), run, resume=True, devices=1) == 0
     assert sorted(metrics_of(run)) == [0, 1]
@@ -238,9 +240,42 @@ def test_a_failed_save_ends_the_run_and_says_what_is_intact(toy, tmp_path, monke
         replace(file, text)
 
     monkeypatch.setattr(checkpoint, "replace", full)
-    with pytest.raises(checkpoint.CheckpointError, match=r"checkpoints/4 could not be written: No space left.*intact"):
+    message = r"checkpoints/4 could not be written: No space left.*intact.*The save after it, .*/5, is whole$"
+    with pytest.raises(checkpoint.CheckpointError, match=message) as failed:
         train.train(toy, run, devices=1)
-    assert 4 not in checkpoint.steps(run) and checkpoint.latest(run)[0] in (2, 5)
+    assert checkpoint.steps(run) == [5, 2] and checkpoint.latest(run) == (5, [])
+    assert not hasattr(failed.value, "__notes__")  # which would say that all is saved, whatever failed
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_that_outlives_them(toy, tmp_path, monkeypatch):
+    """By what the system is asked for: each line is synchronised before the state of its iteration is written."""
+    run, sync, write, synced, seen = tmp_path / "run", os.fsync, checkpoint.write, [], []
+
+    def fsync(number):
+        lines = run / "metrics.jsonl"
+        if lines.exists() and os.path.sameopenfile(number, opened := os.open(lines, os.O_RDONLY)):
+            os.close(opened)
+            synced.append(len(log.read(run / "metrics.jsonl")))
+        return sync(number)
+
+    def save(folder, step, *rest):
+        seen.append((step, synced[-1]))
+        return write(folder, step, *rest)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(checkpoint, "write", save)
+    train.train(config.override(toy, iterations=3, save_every=1), run, devices=1)
+    assert [step for step, _ in seen] == [1, 2, 3]
+    assert all(lines >= step + 1 for step, lines in seen)  # and that of the base
+
+
+def test_alarms_see_what_the_file_has(toy, tmp_path, monkeypatch):
+    """A measurement that is NaN is null in the file: a run that goes on alarms as one that was resumed does."""
+    run, seen = tmp_path / "run", []
+    monkeypatch.setattr(train.watch, "measured", lambda *_: {"watch/spearman": float("nan")})
+    monkeypatch.setattr(train.watch, "alarms", lambda lines, cfg: seen.append(list(lines)) or {})
+    train.train(config.override(toy, iterations=2, **{"watch.every": "1"}), run, devices=1)
+    assert seen[-1] == log.read(run / "metrics.jsonl") and seen[-1][-1]["watch/spearman"] is None
 
 
 def test_resume_refuses_another_config_and_allows_a_longer_run(toy, tmp_path):
@@ -403,6 +438,30 @@ def test_report_is_one_readable_file(toy, tmp_path):
         for name, of in (("bright", lambda x: x.mean((1, 2, 3))), ("dark", lambda x: 1 - x.min((1, 2, 3)))):
             np.testing.assert_allclose(kept.shown.scores[name], of(kept.shown.images / 255), atol=1 / 255)
             assert f"{kept.shown.scores[name][0]:.4f}" in page
+
+
+def test_a_run_of_format_1_goes_on_evaluates_and_exports(toy, tmp_path, monkeypatch, capsys):
+    """Written by the version before checkpoints had a format: two iterations, after which it had fallen back to BF16.
+    Its third and fourth are what that version made of them."""
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).parent / "data" / "run_format_1", run)
+    monkeypatch.chdir(tmp_path)  # where its config says that the prompts are
+    nothing = types.SimpleNamespace(check=lambda *_: None, uses=lambda *_: [], report=lambda *_: [])
+    monkeypatch.setattr(assemble, "coverage", nothing)
+    cfg, place = checkpoint.load_config(run), run / "checkpoints" / "2"
+    assert checkpoint.best(run, [2]) == 2  # its score is in metrics.jsonl
+    assert evaluate.run_eval(cfg, tmp_path / "eval", place=place, lora_file=None, devices=1) == 0
+    assert "0.5124" in capsys.readouterr().out
+    assert train.export(cfg, tmp_path / "out", place=place, devices=1) == 0
+    assert train.train(config.override(cfg, iterations=4), run, resume=True, devices=1) == 0
+    assert "exploring in bf16 from iteration 3 on" in capsys.readouterr().out
+    found = metrics_of(run)
+    assert found[3]["reward/mean"] == pytest.approx(0.5309007167816162, abs=1e-6)
+    assert found[4]["eval_reward_avg"] == pytest.approx(0.5150182843208313, abs=1e-6)
+    assert "watch/spearman" not in found[4]
+    (run / "metrics.jsonl").write_text('{"iteration": 4}\n')  # from format 2 on, the state itself says it
+    assert train.train(config.override(cfg, iterations=5), run, resume=True, devices=1) == 0
+    assert "exploring in bf16 from iteration 5 on" in capsys.readouterr().out
 
 
 def test_a_run_of_an_older_version_goes_on(toy, tmp_path):

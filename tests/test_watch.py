@@ -7,6 +7,7 @@ import pytest
 
 from solrl_jax import assemble, config, train, watch
 from solrl_jax.config import Config, ConfigError, Watch
+from tests.test_checkpoint import state_at
 from tests.test_train import compiled, metrics_of, toy
 
 __all__ = ["compiled", "toy"]  # fixtures
@@ -52,8 +53,12 @@ def test_bad_ranks():
 def test_a_preview_in_bf16_has_nothing_to_fall_back_to():
     cfg = config.override(CFG, **{"explore.precision": "bf16", "watch.fall_back": "true"})
     low = [{"iteration": 4, "watch/spearman": 0.31}]
-    assert watch.alarms(low, cfg)["ranks"].endswith("raise explore.steps") and not watch.fallen_back(low, cfg)
-    assert watch.fallen_back(low, config.override(cfg, **{"explore.precision": "fp8"}))
+    assert watch.alarms(low, cfg)["ranks"].endswith("raise explore.steps")
+    state, fp8 = state_at(1), config.override(cfg, **{"explore.precision": "fp8"})
+    for rank, how, flag in ((0.31, cfg, 0), (0.31, fp8, 1), (0.5, fp8, 0), (float("nan"), fp8, 0)):
+        assert int(watch.judged(state, {"watch/spearman": rank}, how).fallen_back) == flag
+    warned = config.override(fp8, **{"watch.fall_back": "false"})
+    assert int(watch.judged(state, {"watch/spearman": 0.31}, warned).fallen_back) == 0
 
 
 def test_when_it_is_due():
