@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import checkpoint, convert, data, iteration, lora, quant, rewards, sharding
+from solrl_jax import checkpoint, convert, data, iteration, lora_files, quant, rewards, sharding
 from solrl_jax.conditioning import Conditioner
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.quant import coverage
@@ -237,5 +237,5 @@ def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
     if lora_file is None:
         found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
     else:
-        found = lora.load(lora_file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
+        found = lora_files.load(lora_file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
     return sharding.replicate(found, parts.mesh)

@@ -152,6 +152,8 @@ def _text(line: str, file: Path, number: int, field: str = "prompt") -> str:
         what = f'no "{field}", it has {", ".join(found) or "nothing":.80}'
         what = f'its "{field}" is {json.dumps(found[field]):.40}' if field in found else what
         raise DataError(f"{file}, line {number}: {what}; {rule}")
+    if "\0" in found[field]:
+        raise DataError(f"{file}, line {number}: holds a NUL character (\\u0000) in its {field}; take it out")
     try:
         return _decode(found[field].encode(), file, number)
     except UnicodeEncodeError:

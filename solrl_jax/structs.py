@@ -62,7 +62,7 @@ class Model(NamedTuple):
     lora_targets: tuple[str, ...]
     quant_rules: "QuantRules"
     keys: tuple  # weights.Rule table: our parameter paths <-> the public checkpoint's keys
-    comfy: tuple = ()  # lora.Fused table: the modules of ComfyUI's LoRA files; none: no such files
+    comfy: tuple = ()  # lora_files.Fused table: the modules of ComfyUI's LoRA files; none: no such files
     prepare: Callable[[Variables, PyTree], PyTree] = lambda variables, cond: cond
 
 

@@ -28,6 +28,7 @@ from solrl_jax import (
     grids,
     iteration,
     lora,
+    lora_files,
     model_card,
     plan,
     report,
@@ -330,7 +331,7 @@ def again(run: Path, devices: int) -> str:
 def deliver(folder: Path, state: TrainState, model: Model, cfg: Config) -> Path:
     """The trained LoRA as it is (as Sol-RL saves it), for diffusers and ComfyUI, its average in ema/, a model card."""
     file = write_lora(folder, state.lora, model, cfg.lora, cfg.name)
-    lora.save(folder / "ema" / file.name, state.ema, model.keys, cfg.lora)
+    lora_files.save(folder / "ema" / file.name, state.ema, model.keys, cfg.lora)
     targets = cfg.lora.targets or model.lora_targets
     comfy = comfy_name(cfg.name) if model.comfy else ""
     model_card.write(folder, cfg, int(state.iteration), int(state.updates), targets, comfy)
@@ -340,10 +341,10 @@ def deliver(folder: Path, state: TrainState, model: Model, cfg: Config) -> Path:
 def write_lora(folder: Path, adapter: Params, model: Model, how: Lora, name: str) -> Path:
     """pytorch_lora_weights.safetensors, and comfyui/<name>.safetensors where the model has that layout."""
     file = folder / "pytorch_lora_weights.safetensors"
-    lora.save(file, adapter, model.keys, how)
+    lora_files.save(file, adapter, model.keys, how)
     if model.comfy:
         base = jax.eval_shape(model.init, jax.random.key(0))
-        lora.save_fused(folder / comfy_name(name), adapter, base, model.keys, model.comfy, how)
+        lora_files.save_fused(folder / comfy_name(name), adapter, base, model.keys, model.comfy, how)
     return file
 
 
@@ -364,7 +365,7 @@ def export(
     if lora_file is not None:
         base = jax.eval_shape(model.init, jax.random.key(0))
         as_it_is = Lora(rank=1, alpha=1.0)  # whatever scale it states
-        found = lora.load(lora_file, base, model.keys, as_it_is, model.comfy)
+        found = lora_files.load(lora_file, base, model.keys, as_it_is, model.comfy)
         rank = lora.rank(found)
         file = write_lora(run, found, model, Lora(rank=rank, alpha=float(rank)), cfg.name)
         print(f"{lora_file}: LoRA of rank {rank} in {file}, for scale 1")

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from solrl_jax import assemble, config, lora, model_card, recipes, sampler, train
+from solrl_jax import assemble, config, lora, lora_files, model_card, recipes, sampler, train
 from solrl_jax.config import Config, Lora
 from solrl_jax.models import flux
 from solrl_jax.structs import TrainState
@@ -59,13 +59,13 @@ def small(tmp_path_factory):
     """A small FLUX (2 double, 3 single blocks, width 48), a LoRA on Sol-RL's Linears and its file in both layouts."""
     folder, base = tmp_path_factory.mktemp("lora"), shapes(**SMALL)
     adapter = made(base, flux.LORA_TARGETS)
-    lora.save(folder / "theirs.safetensors", adapter, flux.KEYS, CFG)
-    lora.save_fused(folder / "comfyui" / "x.safetensors", adapter, base, flux.KEYS, flux.COMFY, CFG)
+    lora_files.save(folder / "theirs.safetensors", adapter, flux.KEYS, CFG)
+    lora_files.save_fused(folder / "comfyui" / "x.safetensors", adapter, base, flux.KEYS, flux.COMFY, CFG)
     return SimpleNamespace(base=base, adapter=adapter, file=folder / "comfyui" / "x.safetensors", folder=folder)
 
 
 def read(file, base, cfg=CFG):
-    return lora.load(file, base, flux.KEYS, cfg, flux.COMFY)
+    return lora_files.load(file, base, flux.KEYS, cfg, flux.COMFY)
 
 
 def same(one, two, **tolerance):
@@ -118,8 +118,8 @@ def wide(tmp_path_factory):
     """FLUX.1-dev's widths, one block of each kind, a LoRA of rank 4 on every Linear: {module: (A, B)} and the file."""
     base, file = shapes(num_layers=1, num_single_layers=1), tmp_path_factory.mktemp("wide") / "x.safetensors"
     adapter = made(base, ALL)
-    lora.save_fused(file, adapter, base, flux.KEYS, flux.COMFY, CFG)
-    lora.save(file.with_name("y.safetensors"), adapter, flux.KEYS, CFG)
+    lora_files.save_fused(file, adapter, base, flux.KEYS, flux.COMFY, CFG)
+    lora_files.save(file.with_name("y.safetensors"), adapter, flux.KEYS, CFG)
     theirs = load_file(file.with_name("y.safetensors"))
     names = {key.removeprefix("transformer.").rsplit(".lora_", 1)[0] for key in theirs}
     pairs = {n: [theirs[f"transformer.{n}.lora_{x}.weight"] for x in "AB"] for n in names}
@@ -160,11 +160,11 @@ def test_diffusers_reads_the_same_factors(wide):
 def test_both_layouts_come_back(small, tmp_path, targets):
     adapter, file = made(small.base, targets), tmp_path / "x.safetensors"
     for cfg in (CFG, Lora(4, 3.0)):
-        lora.save(file, adapter, flux.KEYS, cfg)
+        lora_files.save(file, adapter, flux.KEYS, cfg)
         same(read(file, small.base, cfg), adapter, rtol=2e-7)
-        lora.save_fused(file, adapter, small.base, flux.KEYS, flux.COMFY, cfg)
+        lora_files.save_fused(file, adapter, small.base, flux.KEYS, flux.COMFY, cfg)
         same(read(file, small.base, cfg), adapter, rtol=2e-7)
-    other = lora.load(file, small.base, flux.KEYS, Lora(1, 1.0), flux.COMFY)  # as it is
+    other = lora_files.load(file, small.base, flux.KEYS, Lora(1, 1.0), flux.COMFY)  # as it is
     same(other, lora.scaled(adapter, Lora(4, 3.0)), rtol=2e-7)
 
 
@@ -243,7 +243,7 @@ def test_ranks_of_their_own(small, tmp_path):
     out = products(found)["transformer_blocks/attn/to_out.0"]
     np.testing.assert_allclose(out[0].T, added["lora_unet_double_blocks_0_img_attn_proj"], atol=1e-5)
     np.testing.assert_allclose(out[1].T, more["lora_unet_double_blocks_1_img_attn_proj"], atol=1e-5)
-    lora.save_fused(tmp_path / "y.safetensors", found, small.base, flux.KEYS, flux.COMFY, CFG)  # and out again
+    lora_files.save_fused(tmp_path / "y.safetensors", found, small.base, flux.KEYS, flux.COMFY, CFG)  # and out again
     again = products(read(tmp_path / "y.safetensors", small.base))
     same(again, products(found), atol=1e-6)
 
@@ -294,9 +294,10 @@ def test_refused_files(small, tmp_path, name, words):
 
 def test_a_model_without_the_layout(small):
     with pytest.raises(WeightsError, match="unused lora_unet_"):
-        lora.load(small.file, small.base, flux.KEYS, CFG)
+        lora_files.load(small.file, small.base, flux.KEYS, CFG)
     with pytest.raises(WeightsError, match=r"no ComfyUI name for transformer_blocks\.0\.attn\.to_k"):
-        lora.save_fused(small.folder / "no.safetensors", small.adapter, small.base, flux.KEYS, flux.COMFY[3:], CFG)
+        file = small.folder / "no.safetensors"
+        lora_files.save_fused(file, small.adapter, small.base, flux.KEYS, flux.COMFY[3:], CFG)
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -343,7 +344,7 @@ def test_diffusers_draws_our_pictures(tmp_path):
         return pipe(prompt, latents=noise, num_inference_steps=3, output_type="np", **how).images
 
     before = theirs()
-    lora.save_fused(file, adapter, base, model.keys, model.comfy, CFG)
+    lora_files.save_fused(file, adapter, base, model.keys, model.comfy, CFG)
     pipe.load_lora_weights(file)
     after = theirs()
     assert np.abs(before - after).max() > 10 / 255

@@ -43,6 +43,23 @@ def test_bad_files_are_named(tmp_path, content, message):
         data.read(file)
 
 
+def test_an_escape_in_text_is_no_zero_byte(tmp_path):
+    """A .txt file has no escapes: these are the six characters. A NUL itself is a zero byte there."""
+    file = tmp_path / "p.txt"
+    file.write_bytes(rb"a\u0000b")
+    assert data.read_file(file) == (("a\\u0000b",), 0, 0)
+    file.write_bytes(b"one\ntwo\0\n")
+    with pytest.raises(data.DataError, match=r"p.txt, line 2: holds a zero byte \(is it UTF-16\?\); save it as UTF-8"):
+        data.read_file(file)
+
+
+def test_a_nul_in_a_file_name(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a", "file": "x\\u0000.png"}\n')
+    with pytest.raises(data.DataError, match=r"line 1: holds a NUL character \(\\u0000\) in its file; take it out$"):
+        data.read_captions(file)
+
+
 def test_a_folder_without_its_files(tmp_path):
     with pytest.raises(
         data.DataError, match=r"holds neither train.txt nor train_metadata.jsonl: give DIR with train.txt"
@@ -79,7 +96,12 @@ def test_json_lines_as_one_file_as_a_folder_and_beside_text(tmp_path):
         (b"{}\n", r'line 1: no "prompt", it has nothing; a line'),
         (b'{"prompt": ["a"]}\n', r'line 1: its "prompt" is \["a"\]; a line'),
         (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"line 2: byte 13 \(0xff\) is not UTF-8; save it as UTF-8"),
-        (b'{"prompt": "a\\u0000b"}\n', r"line 1: holds a zero byte"),
+        (
+            b'{"prompt": "ok"}\n{"prompt": "a\\u0000b"}\n',
+            r"p.jsonl, line 2: holds a NUL character \(\\u0000\) in its prompt; take it out$",
+        ),
+        (b'{"prompt": "a\0b"}\n', r"p.jsonl, line 1: holds a zero byte \(is it UTF-16\?\); save it as UTF-8"),
+        ('{"prompt": "a"}\n'.encode("utf-16-le"), r"p.jsonl, line 1: holds a zero byte \(is it UTF-16\?\)"),
         (b'{"prompt": "a\\ud83d"}\n', r"line 1: half a surrogate pair in its prompt"),
         (b"[" * 100_000, r"line 1: JSON nested too deep"),
         (b"\n\n", r"p.jsonl holds no prompts \(only blank lines\)"),

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from solrl_jax import config, data, lora, pickles, weights
+from solrl_jax import config, data, lora_files, pickles, weights
 from solrl_jax.config import ConfigError
 from solrl_jax.data import DataError
 from solrl_jax.structs import WeightsError
@@ -89,7 +89,7 @@ def test_damaged_safetensors(tmp_path, content):
     file.write_bytes(content)
     found = careful(lambda: read_all(file), WeightsError)
     assert found is None or all(a == b for a, b in found.values())
-    careful(lambda: lora._read(file), WeightsError)
+    careful(lambda: lora_files._read(file), WeightsError)
 
 
 NUMBER = st.one_of(st.integers(-3, 10), st.sampled_from([2**31, 2**40, 2**62, 2**64, -(2**63)]))

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from solrl_jax import config, lora, sampler
+from solrl_jax import config, lora, lora_files, sampler
 from solrl_jax.config import ConfigError, Lora
 from solrl_jax.models import flux
 from solrl_jax.weights import WeightsError, leaves_by_path
@@ -86,7 +86,7 @@ def test_suffixes(targets, hit):
     names = ["attn/proj", "attn/to_out.0", "cross_attn/proj", "proj_out", "xproj"]
     base = {}
     for name in names:
-        lora._put(base, name, {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
+        lora.put(base, name, {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)})
     base["conv"] = {"proj": {"kernel": jnp.zeros((3, 3, 2, 2))}, "norm": {"scale": jnp.ones(2)}}  # no Linears
     assert sorted(lora.adapted(base, targets)) == hit
 
@@ -173,7 +173,7 @@ def test_gradient(small):
 
 
 def test_file_layout(small, tmp_path):
-    lora.save(tmp_path / "new" / "set.safetensors", small.drawn, flux.KEYS, CFG)
+    lora_files.save(tmp_path / "new" / "set.safetensors", small.drawn, flux.KEYS, CFG)
     stored = load_file(tmp_path / "new" / "set.safetensors")
     assert len(stored) == 2 * (2 * 4 + 3 * 3) and {x.dtype for x in stored.values()} == {np.dtype(np.float32)}
     q = small.drawn["transformer_blocks"]["attn"]["to_q"]
@@ -192,21 +192,21 @@ def test_file_layout(small, tmp_path):
 @pytest.mark.parametrize("alpha", [8.0, 3.0])
 def test_round_trip(small, tmp_path, alpha):
     cfg, file = Lora(4, alpha), tmp_path / "pytorch_lora_weights.safetensors"
-    lora.save(file, small.drawn, flux.KEYS, cfg)
+    lora_files.save(file, small.drawn, flux.KEYS, cfg)
     for place in (file, tmp_path):  # a file, or the folder that holds it
-        again = lora.load(place, small.base, flux.KEYS, cfg)
+        again = lora_files.load(place, small.base, flux.KEYS, cfg)
         assert jax.tree.structure(again) == jax.tree.structure(small.drawn)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-7), again, small.drawn)
-    other = lora.load(file, small.base, flux.KEYS, Lora(4, 2 * alpha))  # the same policy at another alpha
+    other = lora_files.load(file, small.base, flux.KEYS, Lora(4, 2 * alpha))  # the same policy at another alpha
     one, two = (lora.scaled(x, c) for x, c in ((again, cfg), (other, Lora(4, 2 * alpha))))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-7), one, two)
 
 
 def test_half_precision_file(small, tmp_path):
     file = tmp_path / "set.safetensors"
-    lora.save(file, small.drawn, flux.KEYS, CFG)
+    lora_files.save(file, small.drawn, flux.KEYS, CFG)
     save_file({key: x.astype(jnp.bfloat16) for key, x in load_file(file).items()}, file)
-    found = lora.load(file, small.base, flux.KEYS, CFG)
+    found = lora_files.load(file, small.base, flux.KEYS, CFG)
     assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(np.float32)}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-8), found, small.drawn)
 
@@ -214,10 +214,10 @@ def test_half_precision_file(small, tmp_path):
 def test_scale_in_the_metadata(small, tmp_path):
     """diffusers' own files need not fold: lora_alpha 12 over r 4 says that B counts three times."""
     file = tmp_path / "set.safetensors"
-    lora.save(file, small.drawn, flux.KEYS, CFG)
+    lora_files.save(file, small.drawn, flux.KEYS, CFG)
     stated = {"transformer.r": 4, "transformer.lora_alpha": 12, "transformer.target_modules": ["to_q"]}
     save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(stated)})
-    found = lora.load(file, small.base, flux.KEYS, CFG)
+    found = lora_files.load(file, small.base, flux.KEYS, CFG)
     path = "transformer_blocks/attn/to_q/"
     before, after = leaves_by_path(small.drawn), leaves_by_path(found)
     np.testing.assert_array_equal(after[path + "a"], before[path + "a"])
@@ -225,7 +225,7 @@ def test_scale_in_the_metadata(small, tmp_path):
     stated["transformer.use_rslora"] = True
     save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(stated)})
     with pytest.raises(WeightsError, match="use_rslora"):
-        lora.load(file, small.base, flux.KEYS, CFG)
+        lora_files.load(file, small.base, flux.KEYS, CFG)
 
 
 @pytest.mark.parametrize(
@@ -242,10 +242,10 @@ def test_scale_in_the_metadata(small, tmp_path):
 )
 def test_metadata_that_cannot_be_read(small, tmp_path, metadata, words):
     file = tmp_path / "set.safetensors"
-    lora.save(file, small.drawn, flux.KEYS, CFG)
+    lora_files.save(file, small.drawn, flux.KEYS, CFG)
     save_file(load_file(file), file, metadata={"lora_adapter_metadata": metadata})
     with pytest.raises(WeightsError, match=rf"^{file}: its lora_adapter_metadata {words}.*export it again$"):
-        lora.load(file, small.base, flux.KEYS, CFG)
+        lora_files.load(file, small.base, flux.KEYS, CFG)
 
 
 def broken(name: str, tensors: dict) -> dict:
@@ -270,10 +270,10 @@ def broken(name: str, tensors: dict) -> dict:
 )
 def test_refused_files(small, tmp_path, name, words):
     file = tmp_path / "set.safetensors"
-    lora.save(file, small.drawn, flux.KEYS, CFG)
+    lora_files.save(file, small.drawn, flux.KEYS, CFG)
     save_file(broken(name, load_file(file)), file)
     with pytest.raises(WeightsError, match=words) as e:
-        lora.load(file, small.base, flux.KEYS, CFG)
+        lora_files.load(file, small.base, flux.KEYS, CFG)
     assert str(file) in str(e.value)
 
 
@@ -281,31 +281,31 @@ def test_a_file_says_its_rank_and_modules(small, tmp_path):
     """Any trained LoRA file is taken, whatever this run's config would train."""
     file = tmp_path / "set.safetensors"
     other = drawn(lora.init(jax.random.key(0), small.base, ("to_k", "proj_mlp", "ff.net.2"), Lora(8)), 0.1)
-    lora.save(file, other, flux.KEYS, Lora(8, 16.0))
-    found = lora.load(file, small.base, flux.KEYS, CFG)
+    lora_files.save(file, other, flux.KEYS, Lora(8, 16.0))
+    found = lora_files.load(file, small.base, flux.KEYS, CFG)
     assert leaves_by_path(found).keys() == leaves_by_path(other).keys()
     one, two = lora.merged_kernels(small.base, found, CFG), lora.merged_kernels(small.base, other, Lora(8, 16.0))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, two)
     tensors = load_file(file)
     a, b = (f"{FIRST.replace('to_q', 'to_k')}.lora_{x}.weight" for x in "AB")
     save_file({**tensors, a: tensors[a][:4].copy(), b: tensors[b][:, :4].copy()}, file)  # layers of ranks 4 and 8
-    mixed = lora.load(file, small.base, flux.KEYS, CFG)["transformer_blocks"]["attn"]["to_k"]
+    mixed = lora_files.load(file, small.base, flux.KEYS, CFG)["transformer_blocks"]["attn"]["to_k"]
     assert mixed["a"].shape == (2, 48, 8) and not mixed["a"][0, :, 4:].any() and not mixed["b"][0, 4:].any()
     jax.tree.map(np.testing.assert_array_equal, mixed["a"][1], found["transformer_blocks"]["attn"]["to_k"]["a"][1])
     np.testing.assert_allclose(mixed["a"][0] @ mixed["b"][0] * 2, (tensors[b][:, :4] @ tensors[a][:4]).T, atol=1e-6)
     save_file({}, file)
     with pytest.raises(WeightsError, match="it is empty"):
-        lora.load(file, small.base, flux.KEYS, CFG)
+        lora_files.load(file, small.base, flux.KEYS, CFG)
 
 
 def test_files_that_are_none(small, tmp_path):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     with pytest.raises(WeightsError, match=r"pytorch_lora_weights.safetensors does not exist"):
-        lora.load(tmp_path, small.base, flux.KEYS, CFG)
-    lora.save(file, small.drawn, flux.KEYS, CFG)
+        lora_files.load(tmp_path, small.base, flux.KEYS, CFG)
+    lora_files.save(file, small.drawn, flux.KEYS, CFG)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(WeightsError, match=r"pytorch_lora_weights.safetensors is not a whole safetensors file"):
-        lora.load(tmp_path, small.base, flux.KEYS, CFG)
+        lora_files.load(tmp_path, small.base, flux.KEYS, CFG)
 
 
 # --- diffusers ------------------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_diffusers_draws_our_pictures(tmp_path):
         return pipe(prompts, latents=noise, num_inference_steps=4, output_type="np", **how).images
 
     before = theirs()
-    lora.save(tmp_path / "set.safetensors", adapter, model.keys, CFG)
+    lora_files.save(tmp_path / "set.safetensors", adapter, model.keys, CFG)
     pipe.load_lora_weights(tmp_path / "set.safetensors")
     after = theirs()
     assert np.abs(before - after).max() > 10 / 255

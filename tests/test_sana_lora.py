@@ -8,7 +8,7 @@ import torch
 from diffusers import SanaPipeline
 from safetensors.numpy import load_file, save_file
 
-from solrl_jax import hub, lora, sampler
+from solrl_jax import hub, lora, lora_files, sampler
 from solrl_jax.config import Lora, Model
 from solrl_jax.models import sana, sana_public
 from solrl_jax.models.sana import SanaConfig
@@ -41,7 +41,7 @@ def test_targets(tmp_path):
 def test_a_fused_adapter_in_its_parts(tmp_path):
     """q, k and v have the same A, and a third of B's rows each."""
     adapter, file = made(BASE, sana.LORA_TARGETS), tmp_path / "x.safetensors"
-    lora.save(file, adapter, sana.KEYS, CFG)
+    lora_files.save(file, adapter, sana.KEYS, CFG)
     stored = load_file(file)
     assert len(stored) == 2 * 3 * (3 + 1 + 1 + 2 + 1)
     factors = {name: adapter["blocks"][name[0]][name[1]] for name in (("attn", "qkv"), ("cross_attn", "kv_linear"))}
@@ -50,20 +50,19 @@ def test_a_fused_adapter_in_its_parts(tmp_path):
             np.testing.assert_array_equal(stored[at(f"{module}.to_{x}.lora_A.weight")], pair["a"][1].T)
             rows = 2 * pair["b"][1].T[48 * i : 48 * (i + 1)]
             np.testing.assert_allclose(stored[at(f"{module}.to_{x}.lora_B.weight")], rows, rtol=1e-6)
-    same(lora.load(file, BASE, sana.KEYS, CFG), adapter, rtol=2e-7)
-    assert {x.shape[-2] for p, x in leaves_by_path(lora.load(file, BASE, sana.KEYS, CFG)).items() if p[-1] == "b"} == {
-        4
-    }
+    found = lora_files.load(file, BASE, sana.KEYS, CFG)
+    same(found, adapter, rtol=2e-7)
+    assert {x.shape[-2] for p, x in leaves_by_path(found).items() if p[-1] == "b"} == {4}
 
 
 def test_every_linear_there_and_back(tmp_path):
     """Those that are 1x1 convolutions in diffusers have factors of its shape."""
     adapter, file = made(BASE, ALL), tmp_path / "x.safetensors"
-    lora.save(file, adapter, sana.KEYS, CFG)
+    lora_files.save(file, adapter, sana.KEYS, CFG)
     stored = load_file(file)
     assert stored[at("ff.conv_inverted.lora_A.weight")].shape == (4, 48, 1, 1)
     assert stored[at("ff.conv_point.lora_B.weight")].shape == (48, 4, 1, 1)
-    same(lora.load(file, BASE, sana.KEYS, CFG), adapter, rtol=2e-7)
+    same(lora_files.load(file, BASE, sana.KEYS, CFG), adapter, rtol=2e-7)
 
 
 def test_another_trainers_file(tmp_path):
@@ -74,7 +73,7 @@ def test_another_trainers_file(tmp_path):
             for part, shape in (("A", (rank, 48)), ("B", (48, rank))):
                 tensors[at(f"attn1.{name}.lora_{part}.weight", i)] = rng.normal(size=shape).astype(np.float32)
     save_file(tensors, tmp_path / "x.safetensors")
-    found = lora.load(tmp_path / "x.safetensors", BASE, sana.KEYS, CFG)
+    found = lora_files.load(tmp_path / "x.safetensors", BASE, sana.KEYS, CFG)
     pair = lora.scaled(found, CFG)["blocks"]["attn"]["qkv"]
     assert pair["a"].shape == (3, 48, 5) and pair["b"].shape == (3, 5, 144)
     for i in range(3):
@@ -110,12 +109,12 @@ def test_another_trainers_file(tmp_path):
 )
 def test_files_that_do_not_fit(tmp_path, change, words):
     adapter, file = made(BASE, sana.LORA_TARGETS), tmp_path / "x.safetensors"
-    lora.save(file, adapter, sana.KEYS, CFG)
+    lora_files.save(file, adapter, sana.KEYS, CFG)
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
     with pytest.raises(WeightsError, match=words):
-        lora.load(file, BASE, sana.KEYS, CFG)
+        lora_files.load(file, BASE, sana.KEYS, CFG)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -139,7 +138,7 @@ def test_diffusers_draws_our_pictures(tmp_path, targets):
     pipe.set_progress_bar_config(disable=True)
     how = {"latents": torch.tensor(np.asarray(x1)).permute(0, 3, 1, 2), **HOW, **steps_of(pipe, 3)}
     before = pipe(prompts, output_type="np", **how).images
-    lora.save(tmp_path / "set.safetensors", adapter, model.keys, CFG)
+    lora_files.save(tmp_path / "set.safetensors", adapter, model.keys, CFG)
     pipe.load_lora_weights(tmp_path / "set.safetensors")
     after = pipe(prompts, output_type="np", **how).images
     assert np.abs(before - after).max() > 10 / 255

@@ -11,7 +11,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors.numpy import load_file, save_file
 
-from solrl_jax import hub, lora, sampler
+from solrl_jax import hub, lora, lora_files, sampler
 from solrl_jax.config import Lora, Model
 from solrl_jax.models import sd35
 from solrl_jax.models.sd35 import Sd35Config
@@ -47,7 +47,7 @@ def test_targets(tmp_path, size, modules, parameters):
 def test_names_in_the_file(tmp_path):
     m = small()
     adapter = made(m.base, sd35.LORA_TARGETS)
-    lora.save(tmp_path / "x.safetensors", adapter, m.keys, CFG)
+    lora_files.save(tmp_path / "x.safetensors", adapter, m.keys, CFG)
     stored = load_file(tmp_path / "x.safetensors")
     assert len(stored) == 2 * (5 * 8 - 1)  # the last block has no to_add_out
     for name, at in (("transformer_blocks_0", 1), ("transformer_blocks_2", 1), ("transformer_blocks_4", 0)):
@@ -55,7 +55,7 @@ def test_names_in_the_file(tmp_path):
         a = adapter[name]["attn"]["add_k_proj"]["a"][at]
         key = f"transformer.transformer_blocks.{number}.attn.add_k_proj.lora_A.weight"
         np.testing.assert_array_equal(stored[key], a.T)
-    same(lora.load(tmp_path / "x.safetensors", m.base, m.keys, CFG, m.comfy), adapter, rtol=2e-7)
+    same(lora_files.load(tmp_path / "x.safetensors", m.base, m.keys, CFG, m.comfy), adapter, rtol=2e-7)
 
 
 # --- ComfyUI --------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_names_in_the_file(tmp_path):
 def test_the_table_names_every_linear_once():
     m = small()
     parts = [part for module in m.comfy for part in module.parts]
-    linears = {name for leaf in lora._linears(m.base, m.keys) for name in lora._module_names(leaf)}
+    linears = {name for leaf in lora_files._linears(m.base, m.keys) for name in lora_files._module_names(leaf)}
     assert len(parts) == len(set(parts)) and linears <= set(parts)
     swapped = ["joint_blocks_4_context_block_adaLN_modulation_1", "final_layer_adaLN_modulation_1"]
     assert [module.name for module in m.comfy if module.swapped] == swapped
@@ -74,8 +74,8 @@ def test_rows_lie_where_the_original_checkpoint_has_them(tmp_path):
     """diffusers' converter of Stability AI's own checkpoints as the judge: our up factors in place of its kernels."""
     m = small()
     adapter, file = made(m.base, ALL), tmp_path / "x.safetensors"
-    lora.save(tmp_path / "y.safetensors", adapter, m.keys, CFG)
-    lora.save_fused(file, adapter, m.base, m.keys, m.comfy, CFG)
+    lora_files.save(tmp_path / "y.safetensors", adapter, m.keys, CFG)
+    lora_files.save_fused(file, adapter, m.base, m.keys, m.comfy, CFG)
     theirs, stored = load_file(tmp_path / "y.safetensors"), load_file(file)
     modules = {f"lora_unet_{name.replace('.', '_')}": name for name in native(m.cfg)}
     linears = {key for key, name in modules.items() if ".ln_" not in name and not name.startswith("x_embedder")}
@@ -86,12 +86,12 @@ def test_rows_lie_where_the_original_checkpoint_has_them(tmp_path):
         whole |= {f"{name}.weight": up, f"{name}.bias": torch.zeros(len(up))}
     found = convert_sd3_transformer_checkpoint_to_diffusers(whole)
     pairs = [key for key in theirs if key.endswith("lora_B.weight")]
-    assert len(pairs) == len(lora._sizes(lora._linears(m.base, m.keys)))
+    assert len(pairs) == len(lora_files._sizes(lora_files._linears(m.base, m.keys)))
     for key in pairs:
         name = key.removeprefix("transformer.").removesuffix(".lora_B.weight")
         rows = found[f"{name}.weight"].numpy()
         np.testing.assert_array_equal(rows[:, rows.any(0)], theirs[key], name)
-    same(lora.load(file, m.base, m.keys, CFG, m.comfy), adapter, rtol=2e-7)
+    same(lora_files.load(file, m.base, m.keys, CFG, m.comfy), adapter, rtol=2e-7)
 
 
 def native(cfg: Sd35Config) -> list[str]:
@@ -110,7 +110,7 @@ def native(cfg: Sd35Config) -> list[str]:
 def test_comfyui_also_reads_its_dotted_names(tmp_path):
     m = small()
     adapter, file = made(m.base, sd35.LORA_TARGETS), tmp_path / "x.safetensors"
-    lora.save_fused(file, adapter, m.base, m.keys, m.comfy, CFG)
+    lora_files.save_fused(file, adapter, m.base, m.keys, m.comfy, CFG)
     stored = load_file(file)
     key = "lora_unet_joint_blocks_4_context_block_attn_qkv.lora_down.weight"
     assert stored[key].shape == (12, 48)
@@ -121,7 +121,7 @@ def test_comfyui_also_reads_its_dotted_names(tmp_path):
                 dotted[f"diffusion_model.{name}.{other}"] = stored[k]
     assert len(dotted) == len(stored)
     save_file(dotted, file)
-    same(lora.load(file, m.base, m.keys, CFG, m.comfy), adapter, rtol=2e-7)
+    same(lora_files.load(file, m.base, m.keys, CFG, m.comfy), adapter, rtol=2e-7)
 
 
 # --- another model's ------------------------------------------------------------------------------------------------
@@ -134,23 +134,23 @@ def test_the_other_size_is_refused(tmp_path, layout):
     medium, large, file = small(), small(**wide), tmp_path / "x.safetensors"
     adapter = made(medium.base, sd35.LORA_TARGETS)
     if layout == "diffusers":
-        lora.save(file, adapter, medium.keys, CFG)
+        lora_files.save(file, adapter, medium.keys, CFG)
     else:
-        lora.save_fused(file, adapter, medium.base, medium.keys, medium.comfy, CFG)
+        lora_files.save_fused(file, adapter, medium.base, medium.keys, medium.comfy, CFG)
     with pytest.raises(WeightsError, match=r"is no LoRA of this model") as e:
-        lora.load(file, large.base, large.keys, CFG, large.comfy)
+        lora_files.load(file, large.base, large.keys, CFG, large.comfy)
     assert "missing" in str(e.value) and "blocks" in str(e.value)
     same_depth = small(**wide | {"num_layers": 5})
     with pytest.raises(WeightsError, match=r"has shape \(\d+, 48\), not \(\d+, 64\)"):
-        lora.load(file, same_depth.base, same_depth.keys, CFG, same_depth.comfy)
+        lora_files.load(file, same_depth.base, same_depth.keys, CFG, same_depth.comfy)
 
 
 def test_attn2_of_medium_on_large(tmp_path):
     """What only Medium has is unknown to Large, at the same widths too."""
     medium, large, file = small(), small(dual_attention_layers=()), tmp_path / "x.safetensors"
-    lora.save(file, made(medium.base, ("attn2.to_q",)), medium.keys, CFG)
+    lora_files.save(file, made(medium.base, ("attn2.to_q",)), medium.keys, CFG)
     with pytest.raises(WeightsError, match=r"unused transformer.transformer_blocks.0.attn2.to_q.lora_A.weight"):
-        lora.load(file, large.base, large.keys, CFG, large.comfy)
+        lora_files.load(file, large.base, large.keys, CFG, large.comfy)
 
 
 # --- diffusers ------------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_diffusers_draws_our_pictures(tmp_path):
         return pipe(prompts, latents=noise, num_inference_steps=3, output_type="np", **how).images
 
     before = theirs()
-    lora.save(tmp_path / "set.safetensors", adapter, model.keys, CFG)
+    lora_files.save(tmp_path / "set.safetensors", adapter, model.keys, CFG)
     pipe.load_lora_weights(tmp_path / "set.safetensors")
     after = theirs()
     assert np.abs(before - after).max() > 10 / 255

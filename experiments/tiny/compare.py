@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check, evidence, lab
-from solrl_jax import config, evaluate, grids, lora, sharding
+from solrl_jax import config, evaluate, grids, lora_files, sharding
 from solrl_jax.structs import Params
 
 CHUNK = 100
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         opened = lab.open_world(config.load("tiny"), args.prompts)
         parts = opened.parts
         trained = [
-            lora.load(file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
+            lora_files.load(file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
             for file in args.loras
         ]
         nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))

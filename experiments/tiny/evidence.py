@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check, lab, pretrain, world
-from solrl_jax import config, iteration, lora, sharding
+from solrl_jax import config, iteration, lora, lora_files, sharding
 from solrl_jax.config import Config
 from solrl_jax.models import vae
 from solrl_jax.structs import Hyper, TrainState
@@ -220,7 +220,7 @@ def run_arm(bench: Bench, name: str, arm: Arm, cfg: Config, program) -> None:
         if bench.loras:
             first = jax.tree.map(lambda x: np.asarray(x[0]), states.lora)
             bench.loras.mkdir(parents=True, exist_ok=True)
-            lora.save(bench.loras / f"{name}.safetensors", first, bench.opened.parts.model.keys, cfg.lora)
+            lora_files.save(bench.loras / f"{name}.safetensors", first, bench.opened.parts.model.keys, cfg.lora)
 
 
 def run_supervised(bench: Bench, cfg: Config, iterations: int) -> None:

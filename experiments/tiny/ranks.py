@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from experiments import results
 from experiments.tiny import check, lab
-from solrl_jax import config, iteration, lora, sharding, train
+from solrl_jax import config, iteration, lora, lora_files, sharding, train
 from solrl_jax.config import Stage
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.selection import fidelity
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         policies = {"base": nothing}
         if args.run:
             parts = opened.parts
-            policies["trained"] = lora.load(
+            policies["trained"] = lora_files.load(
                 args.run, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy
             )
         for who, adapter in policies.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from solrl_jax import weights
-from solrl_jax.lora import Fused
+from solrl_jax.lora_files import Fused
 from solrl_jax.weights import Rule
 
 PATCH = 2
