@@ -12,9 +12,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import gc
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -33,17 +33,16 @@ from solrl_jax.config import Config
 from solrl_jax.structs import PyTree, TrainState
 from solrl_jax.weights import leaves_by_path
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+
 FORMAT = 2
 """Of the saved tree, in the manifest. 1, which had no number: a TrainState without `fallen_back`."""
 CHANGEABLE = (
-    *(
-        "name",
-        "iterations",
-        "save_every",
-        "keep",
-        "encode_ahead",
-        "wandb",
-    ),  # no number of the training depends on these
+    # No number of the training depends on these.
+    *("name", "iterations", "save_every", "keep", "encode_ahead", "wandb"),
     *(f"evaluate.{f.name}" for f in dataclasses.fields(config.Evaluate) if f.name != "held_out"),
     *("model.path", "reward_paths", "prompt_files"),  # folders move; that they hold the same is the user's word
 )
@@ -203,12 +202,24 @@ def alone(run: Path) -> Iterator[None]:
     """
     with (run / "lock").open("a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _lock(file.fileno(), True)
+        except (BlockingIOError, PermissionError):  # POSIX, Windows
             raise CheckpointError(
                 f"--run_dir={run}: another process is training there; wait for it, stop it, or choose another directory"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            _lock(file.fileno(), False)
+
+
+def _lock(file: int, hold: bool) -> None:
+    """Take or free the lock of an open file. OSError at once where another process has it."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if hold else fcntl.LOCK_UN)
+    else:  # Windows locks bytes: here the first, where an empty file stays
+        windows = importlib.import_module("msvcrt")
+        windows.locking(file, windows.LK_NBLCK if hold else windows.LK_UNLCK, 1)
 
 
 @contextlib.contextmanager
@@ -262,7 +273,9 @@ def replace(file: Path, text: str) -> None:
 
 
 def _sync(place: Path) -> None:
-    """Names reach the disk as well as contents."""
+    """Names reach the disk as well as contents. Windows opens no folder: there its file system's journal sees to it."""
+    if os.name == "nt":
+        return
     handle = os.open(place, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -4,11 +4,14 @@ Sizes are global (prompts, candidates, kept); what one device does follows from 
 `config(recipe: str) -> Config` and RECIPES, all there are; `--config=tiny:sol_rl_clipscore` names file and recipe.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import math
+import numbers
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -33,8 +36,25 @@ def _require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+class Checked:
+    """A dataclass that is checked where it is made: each value by its field's type, then all by the class's `rules`.
+
+    Numbers and lists become the field's own (64 is 64.0 for a float), so that equality, hash and JSON are those of
+    what the command line gives.
+    """
+
+    def __post_init__(self):
+        at = "" if isinstance(self, Stage | Config) else f"{type(self).__name__.lower()}."  # a stage knows no name
+        for name, kind in _hints(type(self)).items():
+            object.__setattr__(self, name, _typed(kind, getattr(self, name), f"{at}{name}"))
+        self.rules()
+
+    def rules(self) -> None:
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Model(Checked):
     """Which network, from where: `path` is a diffusers pipeline folder or a model of huggingface.co, "org/name".
 
     `size` is in pixels, `text_tokens` counts tokens of T5 or Gemma.
@@ -53,7 +73,7 @@ class Model:
     min_dim: int = 1000  # quantise only Linears with max(in, out) above this
     min_quantised_flops: float = 0.0  # a run whose rule covers a smaller share of the blocks' FLOPs stops
 
-    def __post_init__(self):
+    def rules(self) -> None:
         _require(self.size > 0, f"model.size={self.size}: give pixels, 1 or more")
         strange = sorted(set(self.remat_keeps) - {"attention", "qkv", "mlp"})
         _require(not strange, f"model.remat_keeps={','.join(self.remat_keeps)}: use some of attention, qkv, mlp")
@@ -65,7 +85,7 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Stage(Checked):
     """One rollout: how many steps, by which solver, in which precision, how many images at a time.
 
     `eta` is the solver's noise (sampler.table), 0 for the ODE. A `window` of W steps, begun by chance for each sample
@@ -82,7 +102,7 @@ class Stage:
     shift: float = 0.0  # of sigmas in equal steps (sampler.shifted); 0: the model's own sigmas
     shared_noise: bool = False  # a prompt's samples all begin with the same noise
 
-    def __post_init__(self):
+    def rules(self) -> None:
         _require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
         _require(self.chunk >= 1, f"chunk={self.chunk}: give 1 or more images at a time")
         most = NOISE.get(self.solver, 0.0)
@@ -119,20 +139,20 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Lora:
+class Lora(Checked):
     """y = W x + (alpha / rank) B A x on `targets` (empty: the model's own list)."""
 
     rank: int = 32
     alpha: float = 64.0
     targets: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def rules(self) -> None:
         _require(self.rank >= 1, f"lora.rank={self.rank}: give 1 or more")
         _require(0 < self.alpha < math.inf, f"lora.alpha={self.alpha}: give a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
-class Learn:
+class Learn(Checked):
     """The policy update (algorithms.md sections 2 to 6). `micro_batch` counts (sample, time) points a forward pass."""
 
     algorithm: Literal["nft", "awm", "flow_grpo", "dance_grpo"] = "nft"
@@ -156,7 +176,7 @@ class Learn:
     old_max: float = 0.5
     ema_max: float = 0.9
 
-    def __post_init__(self):
+    def rules(self) -> None:
         _require(
             0 < self.timestep_fraction <= 1, f"learn.timestep_fraction={self.timestep_fraction}: above 0, at most 1"
         )
@@ -182,7 +202,7 @@ class Learn:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluate:
+class Evaluate(Checked):
     """Fixed prompts x fixed keys every `every` iterations (0: never), EMA weights, full steps."""
 
     every: int = 20
@@ -195,7 +215,7 @@ class Evaluate:
     grid: int = 8  # prompts in the picture grid
     chunk: int = 24
 
-    def __post_init__(self):
+    def rules(self) -> None:
         _require(self.every >= 0, f"evaluate.every={self.every}: 0 (never) or more")
         _require(self.held_out >= 0, f"evaluate.held_out={self.held_out}: 0 (none) or more")
         for name in ("prompts", "images", "steps", "chunk"):
@@ -209,7 +229,7 @@ class Evaluate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Watch:
+class Watch(Checked):
     """How often and on how many prompts the preview's ranks are measured against full rollouts, and what then."""
 
     every: int = 20  # iterations; 0: never
@@ -217,14 +237,14 @@ class Watch:
     rank: float = 0.5  # a warning where the mean Spearman is below it
     fall_back: bool = False  # and from then on exploration is in BF16
 
-    def __post_init__(self):
+    def rules(self) -> None:
         _require(self.every >= 0, f"watch.every={self.every}: 0 (never) or more")
         _require(self.prompts >= 1, f"watch.prompts={self.prompts}: give 1 or more")
         _require(-1 <= self.rank <= 1, f"watch.rank={self.rank}: a rank correlation, -1 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """One run. `explore` None means one stage: `regenerate` rolls out all candidates, the kept are chosen from it."""
 
     name: str = ""
@@ -251,7 +271,7 @@ class Config:
     encode_ahead: int = 0  # iterations whose prompts are encoded together, then the text encoders leave; 0: they stay
     staged: bool = True  # stages jitted apart (progress, stage times); False: one jit of the whole iteration_step
 
-    def __post_init__(self):
+    def rules(self) -> None:
         p, n, k = self.prompts, self.candidates, self.kept
         _require(p >= 1, f"prompts={p}: give 1 or more")
         _require(1 <= k <= n, f"kept={k} of candidates={n}: keep between 1 and {n}")
@@ -429,32 +449,45 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def _build(kind: Any, values: dict[str, Any], at: str) -> Any:
-    types_ = typing.get_type_hints(kind)
-    if strange := [f"{at}{name}" for name in values if name not in types_]:
+    """A dataclass of a JSON object, whose values are checked here too: here their whole path is known."""
+    if strange := [f"{at}{name}" for name in values if name not in _hints(kind)]:
         raise ConfigError(
             f"unknown fields {', '.join(strange)}: this config was written by another version of solrl_jax"
         )
-    return kind(**{name: _typed(types_[name], value, f"{at}{name}") for name, value in values.items()})
+    made = {}
+    for name, value in values.items():
+        wanted = _hints(kind)[name]
+        inner = next(filter(dataclasses.is_dataclass, (wanted, *typing.get_args(wanted))), None)
+        built = inner is not None and isinstance(value, dict)
+        made[name] = _build(inner, value, f"{at}{name}.") if built else _typed(wanted, value, f"{at}{name}")
+    return kind(**made)
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:
-    """A JSON value as a field's type; ConfigError where it is of another."""
+    """`value` as a field of type `kind` holds it; ConfigError where it is of another type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _typed(args[0], value, path)
-    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        return _build(kind, value, f"{path}.")
-    if origin is tuple and isinstance(value, list) and all(isinstance(x, str) for x in value):
+    if origin is Literal:
+        if isinstance(value, str) and value in args:
+            return value
+        raise ConfigError(f"{path}={value!r}: use one of {', '.join(args)}")
+    if origin is tuple and isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
         return tuple(value)
-    if origin is Literal and value in args:
+    if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if origin is None and kind not in (float, int) and isinstance(value, kind):
         return value
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    wanted = f"one of {', '.join(map(str, args))}" if origin is Literal else getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{path}={value!r}: needs {wanted}")
+    raise ConfigError(f"{path}={value!r}: needs {'a tuple of str' if origin is tuple else kind.__name__}")
 
 
 def override(config: Config, **changes: Any) -> Config:
@@ -475,7 +508,7 @@ def _set(changes: dict[str, Any], config: Any, path: str, text: str, rest: str |
         raise ConfigError(
             f"--config.{path}: no field {head!r} in {type(config).__name__}; {hint}it has {', '.join(fields)}"
         )
-    kind = typing.get_type_hints(type(config))[head]
+    kind = _hints(type(config))[head]
     if rest:
         inner = getattr(config, head)
         if not dataclasses.is_dataclass(inner):

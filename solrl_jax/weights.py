@@ -157,7 +157,9 @@ def _shards(folder: Path, stem: str) -> list[Path]:
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        return sorted({index.parent / file for file in json.loads(index.read_text())["weight_map"].values()})
+        return sorted(
+            {index.parent / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise WeightsError(f"{index} is not an index of weights ({e!r}): download it again") from e
     except OSError as e:

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import pytest
 from solrl_jax import checkpoint, config, sharding
 from solrl_jax.checkpoint import CheckpointError, Saver
 from solrl_jax.structs import Hyper, TrainState
+from tests import nano
 
 CFG = config.Config(name="test", keep=2)
 
@@ -253,15 +255,58 @@ def test_the_best_by_evaluation_is_kept_too(tmp_path):
     assert checkpoint.best(tmp_path, [6, 5]) == 6
 
 
-def test_one_process_at_a_time(tmp_path):
+WINDOWS = """
+import sys, types, fcntl, jax, optax  # what looks at the system does so now
+asked = []
+def locking(number, mode, count):
+    asked.append((mode, count))
+    try:
+        fcntl.flock(number, (fcntl.LOCK_UN if mode == "unlock" else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise PermissionError(13, "Permission denied") from None  # what Windows says of a lock that another has
+sys.modules["fcntl"], sys.modules["msvcrt"] = None, types.SimpleNamespace(
+    locking=locking, LK_NBLCK="lock", LK_UNLCK="unlock"
+)
+"""
+"""No fcntl, and an msvcrt that says what Windows' own does."""
+
+
+@pytest.mark.parametrize("system", ["", WINDOWS], ids=["posix", "windows"])
+def test_one_process_at_a_time(tmp_path, system):
     """A second one is refused while the first holds the run, and not after it was killed."""
-    hold = "import sys, time; from pathlib import Path; from solrl_jax import checkpoint\n"
+    hold = system + "import sys, time; from pathlib import Path; from solrl_jax import checkpoint, train\n"
     hold += "with checkpoint.alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(CheckpointError, match="another process is training there"), checkpoint.alone(tmp_path):
             pass
+        second = subprocess.run([sys.executable, "-c", hold, str(tmp_path)], capture_output=True, text=True)
+        assert "CheckpointError: --run_dir=" in second.stderr and "another process is training" in second.stderr
         other.kill()
         other.wait()
     with checkpoint.alone(tmp_path):
         pass
+
+
+@pytest.mark.slow
+def test_a_run_locks_its_folder_without_fcntl(tmp_path):
+    """What Windows has not, no module of the package asks for; a run takes its lock, and frees it where it ends."""
+    cfg = nano.build(tmp_path, iterations=0, evaluate=config.Evaluate(every=0), watch=config.Watch(every=0))
+    (tmp_path / "config.json").write_text(config.to_json(cfg))
+    code = "import orbax.checkpoint, tensorboardX, transformers\nfrom pathlib import Path\nfrom solrl_jax import config, main, train\nhere = Path(sys.argv[1])\n"
+    code += "cfg = config.from_json((here / 'config.json').read_text())\nprint(train.train(cfg, here / 'run'), asked)"
+    ended = subprocess.run([sys.executable, "-c", WINDOWS + code, str(tmp_path)], capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-1:] == ["0 [('lock', 1), ('unlock', 1)]"], ended.stderr
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch):
+    """Windows opens no folder; elsewhere one that cannot be flushed is an error."""
+    denied = unittest.mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    system = types.SimpleNamespace(name="posix", open=denied, O_RDONLY=0)
+    monkeypatch.setattr(checkpoint, "os", system)
+    with pytest.raises(PermissionError):
+        checkpoint._sync(tmp_path)
+    system.name = "nt"
+    checkpoint._sync(tmp_path)
+    assert denied.call_count == 1

@@ -2,12 +2,20 @@
 
 import dataclasses
 
+import jaxtyping
+import numpy as np
 import pytest
 
 from solrl_jax import config, recipes
-from solrl_jax.config import Config, ConfigError, Evaluate, Learn, Stage
+from solrl_jax.config import Config, ConfigError, Evaluate, Learn, Lora, Model, Stage, Watch
 
 BASE = Config(name="base")
+
+
+@pytest.fixture
+def bare(monkeypatch):
+    """Without the check of types that only tests have: as a user's Python calls it."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.mark.parametrize(
@@ -40,6 +48,82 @@ BASE = Config(name="base")
 def test_what_cannot_run_is_refused_with_its_mend(change, message):
     with pytest.raises(ConfigError, match=message):
         config.override(BASE, **change)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (Stage, {"precision": "FP8"}, r"^precision='FP8': use one of auto, bf16, fp8, nvfp4_native, nvfp4_emulated$"),
+        (Stage, {"solver": "heun"}, r"^solver='heun': use one of euler, dpm1, "),
+        (Stage, {"steps": 2.0}, r"^steps=2.0: needs int$"),
+        (Stage, {"steps": True}, r"^steps=True: needs int$"),
+        (Stage, {"shared_noise": 1}, r"^shared_noise=1: needs bool$"),
+        (Stage, {"eta": "0"}, r"^eta='0': needs float$"),
+        (Stage, {"eta": False}, r"^eta=False: needs float$"),
+        (Model, {"dtype": "float16"}, r"^model.dtype='float16': use one of bfloat16, float32$"),
+        (Model, {"vae_dtype": "float16"}, r"^model.vae_dtype='float16': use one of bfloat16, float32$"),
+        (Model, {"size": "512"}, r"^model.size='512': needs int$"),
+        (Model, {"path": None}, r"^model.path=None: needs str$"),
+        (Model, {"remat_keeps": "mlp"}, r"^model.remat_keeps='mlp': needs a tuple of str$"),
+        (Learn, {"algorithm": "ppo"}, r"^learn.algorithm='ppo': use one of nft, awm, flow_grpo, dance_grpo$"),
+        (Learn, {"advantage_spread": "none"}, r"^learn.advantage_spread='none': use one of all, prompt, "),
+        (Learn, {"advantage_mode": "top"}, r"^learn.advantage_mode='top': use one of all, positive_only, "),
+        (Learn, {"learning_rate": 10**400}, r"^learn.learning_rate=1000+: needs float$"),
+        (Lora, {"targets": ("to_q", 1)}, r"^lora.targets=\('to_q', 1\): needs a tuple of str$"),
+        (Evaluate, {"solver": "sde"}, r"^evaluate.solver='sde': use one of euler, dpm1, dpm2$"),
+        (Watch, {"fall_back": "false"}, r"^watch.fall_back='false': needs bool$"),
+        (Config, {"selection": "best"}, r"^selection='best': use one of best_worst, top, "),
+        (Config, {"reward_dtype": "float16"}, r"^reward_dtype='float16': use one of float32, bfloat16$"),
+        (Config, {"explore": {"steps": 6}}, r"^explore=\{'steps': 6\}: needs Stage$"),
+        (Config, {"regenerate": None}, r"^regenerate=None: needs Stage$"),
+        (Config, {"model": Lora()}, r"^model=Lora\(.*\): needs Model$"),
+        (Config, {"seed": [1]}, r"^seed=\[1\]: needs int$"),
+    ],
+)
+def test_what_is_made_in_python_is_checked_like_the_command_lines(bare, kind, values, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**values)
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(kind(), **values)
+
+
+def test_every_field_of_every_class_is_checked(bare):
+    """No field takes an object of no kind; what one takes by default it takes again."""
+    made = 0
+    for kind in (Model, Stage, Lora, Learn, Evaluate, Watch, Config):
+        for field in dataclasses.fields(kind):
+            with pytest.raises(ConfigError, match=rf"{field.name}=<object.*>: (needs|use one of) "):
+                kind(**{field.name: object()})
+            assert kind(**{field.name: getattr(kind(), field.name)}) == kind()
+            made += 1
+    assert made > 70, made
+
+
+def test_numbers_become_the_fields_own(bare):
+    """An int for a float, numpy's numbers, a list of names: the same config, hash and JSON as with plain ones."""
+    plain = Config(lora=Lora(alpha=64.0, rank=4, targets=("to_q",)), seed=3)
+    other = Config(lora=Lora(alpha=64, rank=np.int64(4), targets=["to_q"]), seed=np.uint32(3))
+    assert (type(other.lora.alpha), type(other.lora.rank), type(other.seed)) == (float, int, int)
+    assert other == plain and hash(other) == hash(plain) and config.to_json(other) == config.to_json(plain)
+    assert Lora(alpha=np.float32(0.5)).alpha == 0.5
+    assert config.from_json(config.to_json(other)) == other
+    with pytest.raises(ConfigError, match=r"^lora.rank=True: needs int$"):
+        Lora(rank=True)
+
+
+def test_json_of_wrong_values_names_their_place():
+    """By their whole path, also of a stage, which does not know its own name."""
+    for text, message in (
+        ('{"explore": {"precision": "FP8"}}', r"^explore.precision='FP8': use one of auto, bf16, "),
+        ('{"regenerate": {"steps": 2.5}}', r"^regenerate.steps=2.5: needs int$"),
+        ('{"lora": {"targets": "to_q"}}', r"^lora.targets='to_q': needs a tuple of str$"),
+        ('{"lora": 5}', r"^lora=5: needs Lora$"),
+        ('{"explore": [6]}', r"^explore=\[6\]: needs Stage$"),
+        ('{"regenerate": null}', r"^regenerate=None: needs Stage$"),
+        ('{"explore": {"stepz": 6}}', r"unknown fields explore.stepz"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            config.from_json(text)
 
 
 def test_overrides_are_applied_together():

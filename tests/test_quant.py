@@ -11,7 +11,7 @@ import pytest
 
 from solrl_jax import quant
 from solrl_jax.quant import nvfp4
-from solrl_jax.structs import QuantRule
+from solrl_jax.structs import QuantRule, QuantRules
 
 VECTORS = json.loads((Path(__file__).parent / "data/nvfp4_vectors.json").read_text())
 
@@ -131,3 +131,20 @@ def test_rule_takes_what_it_should():
 def test_odd_widths_are_refused():
     with pytest.raises(ValueError, match="24 elements: NVFP4 needs a multiple of 16"):
         nvfp4.quantise(jnp.ones((24, 8)))
+
+
+@pytest.mark.parametrize("precision", ["FP8", "int4", "", "auto"])
+def test_an_unknown_precision_is_not_taken_for_nvfp4(precision):
+    rules = QuantRules(QuantRule((), 1), QuantRule((), 2))
+    for ask in (
+        lambda: quant.quantise(jnp.ones((32, 16)), precision),
+        lambda: quant.quantise_tree({"a": {"kernel": jnp.ones((32, 16))}}, rules.nvfp4, precision),
+        lambda: quant.bits(precision),
+        lambda: quant.rule_of(rules, precision),
+        *([lambda: quant.resolve(precision, 9.0)] if precision != "auto" else []),
+    ):
+        with pytest.raises(quant.Unsupported, match=rf"^precision {precision!r} is not .*fp8, nvfp4_native, nvfp4"):
+            ask()
+    with pytest.raises(quant.Unsupported, match=r"^precision 'bf16' is not one that kernels are quantised to: use fp8"):
+        quant.quantise(jnp.ones((32, 16)), "bf16")
+    assert [quant.bits(p) for p in ("bf16", "fp8", "nvfp4_native", "nvfp4_emulated")] == [16.0, 8.0, 4.5, 4.5]

@@ -18,19 +18,27 @@ from solrl_jax.quant.nvfp4 import Nvfp4
 from solrl_jax.structs import Params, QuantRule, QuantRules
 from solrl_jax.weights import leaves_by_path
 
+LOW = ("fp8", "nvfp4_native", "nvfp4_emulated")
+"""What kernels are quantised to."""
 LEAST = {"fp8": 8.9, "nvfp4_native": 10.0}
 """Compute capability from which a precision can run."""
 
 
 class Unsupported(ValueError):
-    """A precision that the device does not have."""
+    """A precision that is not known, or that the device does not have."""
+
+
+def _known(precision: str, names: tuple[str, ...] = ("bf16", *LOW), what: str = "one that is known") -> None:
+    if precision not in names:
+        raise Unsupported(f"precision {precision!r} is not {what}: use {', '.join(names)}")
 
 
 def resolve(precision: str, capability: float | None) -> str:
     """The precision itself, or for "auto" the device's best: `capability` is a CUDA device's, None for other devices.
 
-    Raises Unsupported where the device cannot do what is asked: nothing falls back in silence.
+    Raises Unsupported for an unknown one and where the device cannot do what is asked: nothing falls back in silence.
     """
+    _known(precision, ("auto", "bf16", *LOW))
     have = 0.0 if capability is None else capability
     if precision == "auto":
         return next((p for p in ("nvfp4_native", "fp8") if have >= LEAST[p]), "nvfp4_emulated")
@@ -44,12 +52,14 @@ def resolve(precision: str, capability: float | None) -> str:
 
 
 def bits(precision: str) -> float:
-    """Of a quantised weight, block scales included."""
+    """Of a weight, block scales included."""
+    _known(precision)
     return {"bf16": 16.0, "fp8": 8.0}.get(precision, 4.5)
 
 
 def rule_of(rules: QuantRules, precision: str) -> QuantRule:
     """The rule by which a low precision chooses its Linears."""
+    _known(precision)
     return rules.fp8 if precision == "fp8" else rules.nvfp4
 
 
@@ -66,7 +76,8 @@ def chosen(params: Params, rule: QuantRule) -> dict[str, tuple[int, ...]]:
 
 
 def quantise(kernel: Any, precision: str, unit: float = 1.0) -> Fp8 | Nvfp4:
-    """A kernel [*layers, in, out] in a low precision; `unit` is fp8's, of the inputs."""
+    """A kernel [*layers, in, out] in a precision of LOW, else Unsupported; `unit` is fp8's, of the inputs."""
+    _known(precision, LOW, "one that kernels are quantised to")
     if precision == "fp8":
         return fp8.quantise(kernel, unit)
     return nvfp4.quantise(kernel, native=precision == "nvfp4_native")
