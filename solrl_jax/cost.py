@@ -64,7 +64,7 @@ def trace(f: Callable[..., Any], *args: Any) -> Jaxpr:
 
 
 def flops(jaxpr: Jaxpr) -> Counter[str]:
-    """2 x multiply-adds of products and convolutions, by the dtype of their operands ("float32 highest": not as TF32).
+    """2 x multiply-adds of products and convolutions, by the dtype of their operands ("float32" alone may be TF32).
 
     Loops count as often as they run, of a `cond` the costlier branch; a `while` counts once, as its trips are unknown.
     Elementwise work is not counted.

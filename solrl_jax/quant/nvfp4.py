@@ -160,7 +160,7 @@ def _native(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Ar
         operands = (o[None] for o in (a, w, a_scales, q.scales))
         y = jax.nn.scaled_matmul(*operands, preferred_element_type=out)[0]
     else:
-        y = _decoded(a, a_scales) @ _decoded(w, q.scales).T
+        y = jnp.matmul(_decoded(a, a_scales), _decoded(w, q.scales).T, precision=lax.Precision.HIGHEST)
     return y.reshape((*x.shape[:-1], -1)), g
 
 
