@@ -54,5 +54,5 @@ def seen(
     (_, states), steps, _ = iteration.solved(velocity, seeds, model=model, stage=stage, keep_path=True)
     sigmas = jnp.asarray(steps.sigma, jnp.float32).reshape(len(states), -1)
     sigmas = jnp.broadcast_to(sigmas, states.shape[:2])
-    found = jax.lax.map(lambda at: model.largest(variables, *at, cond), (states, sigmas))
+    found = jax.lax.map(lambda at: model.largest(variables, at[0], at[1], cond), (states, sigmas))
     return sigmas[:, 0], found
