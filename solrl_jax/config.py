@@ -67,7 +67,7 @@ class Model(Checked):
     size: int = 512
     text_tokens: int = 128
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    vae_dtype: Literal["bfloat16", "float32"] = "float32"  # of the decoder's convolutions; its weights are f32
+    vae_dtype: Literal["bfloat16", "float32"] = "float32"  # of the decoder's products; an H100's float32 peak is 1/15
     remat: bool = True  # recompute blocks in the backward pass, but for what `remat_keeps` names
     remat_keeps: tuple[str, ...] = ()  # of "attention", "qkv", "mlp": faster, and so much more memory
     min_dim: int = 1000  # quantise only Linears with max(in, out) above this

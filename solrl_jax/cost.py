@@ -1,9 +1,11 @@
 """FLOPs and live memory of a traced program, from its jaxpr alone: nothing is compiled, nothing is allocated.
 
-XLA's own cost analysis counts a loop's body once; here it counts as often as it runs.
+XLA's own cost analysis counts a loop's body once; here it counts as often as it runs. What is not known here is refused
+(`CostError`): it would count as nothing.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -11,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from solrl_jax import sharding
@@ -19,6 +21,12 @@ from solrl_jax import sharding
 CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "shard_map")
 CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call")
+LOOPS = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
+SCATTERS = [f"scatter{kind}" for kind in ("", "-add", "-sub", "-mul", "-min", "-max")]
+COMBINERS = dict.fromkeys(SCATTERS, ("update_jaxpr",)) | dict.fromkeys(("reduce", "reduce_window"), ("jaxpr",))
+"""Their programs combine two numbers: elementwise work."""
+PROGRAMS = dict.fromkeys((*CALLS, *CUSTOM_CALLS), ("jaxpr", "call_jaxpr")) | LOOPS | COMBINERS
+"""The parameters of a primitive that hold programs."""
 VIEWS = {"reshape", "squeeze", "expand_dims", "transpose"}
 FUSED = VIEWS | {
     *("add", "add_any", "sub", "mul", "div", "rem", "neg", "abs", "sign", "floor", "ceil", "round", "square"),
@@ -29,6 +37,10 @@ FUSED = VIEWS | {
     *("pad", "rev", "slice", "split", "dynamic_slice", "stack", "unstack"),
 }
 """Element by element, or only moving elements: XLA makes these part of the kernel that reads the result."""
+
+
+class CostError(ValueError):
+    """A program with a part whose work is not known here; the message names the primitive."""
 
 
 class Value:
@@ -64,7 +76,7 @@ def trace(f: Callable[..., Any], *args: Any) -> Jaxpr:
 
 
 def flops(jaxpr: Jaxpr) -> Counter[str]:
-    """2 x multiply-adds of products and convolutions, by the dtype of their operands ("float32 highest": not as TF32).
+    """2 x multiply-adds of products and convolutions, by the dtype of their operands ("float32" alone may be TF32).
 
     Loops count as often as they run, of a `cond` the costlier branch; a `while` counts once, as its trips are unknown.
     Elementwise work is not counted.
@@ -74,8 +86,9 @@ def flops(jaxpr: Jaxpr) -> Counter[str]:
         if eqn.primitive.name in PRODUCTS:
             exact = jax.lax.Precision.HIGHEST in (eqn.params.get("precision") or ())
             total[f"{_aval(eqn, 1).dtype}{' highest' if exact else ''}"] += PRODUCTS[eqn.primitive.name](eqn)
-        elif bodies := list(_bodies(eqn)):
-            found = max((flops(body) for body in bodies), key=lambda c: c.total())
+        elif found := [flops(body) for body in _bodies(eqn)]:
+            choice = eqn.primitive.name == "cond"
+            found = max(found, key=lambda c: c.total()) if choice else sum(found, Counter[str]())
             total.update({dtype: n * eqn.params.get("length", 1) for dtype, n in found.items()})
     return total
 
@@ -109,12 +122,23 @@ def _attention(eqn: JaxprEqn) -> int:
     return 2 * count * b * heads * queries * _aval(eqn, 1).shape[1] * width
 
 
+def _scaled(eqn: JaxprEqn) -> int:
+    """NVFP4's block-scaled product, of [batch, m, k] and [batch, n, k]."""
+    return 2 * math.prod(_aval(eqn, 0).shape) * _aval(eqn, 1).shape[1]
+
+
 PRODUCTS = {
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
     "dot_product_attention_fwd_wrapper": _attention,
     "dot_product_attention_bwd_wrapper": _attention,
+    "scaled_matmul_wrapper": _scaled,
 }
+MULTIPLIES = re.compile(
+    r"dot|matmul|gemm|attention|conv(?!ert)|solve|symmetric_product|cholesky|householder_product|pallas|ffi|fft"
+    r"|^(eigh?|hessenberg|lu|ormqr|qr|schur|svd|tridiagonal)$"
+)
+"""Names of primitives that multiply matrices, or may do so unseen."""
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -216,6 +240,7 @@ def _inlined(jaxpr: Jaxpr, inputs: list[Value]) -> tuple[list[Step], list[Value]
     env |= {v: Value(v.aval, stored=False) for v in jaxpr.constvars}
     steps: list[Step] = []
     for eqn in jaxpr.eqns:
+        _check(eqn)
         ins, called = _values(env, eqn.invars), _called(eqn)
         if called is None:
             outs = [Value(v.aval) for v in eqn.outvars]
@@ -232,17 +257,42 @@ def _values(env: dict[Any, Value], variables: Sequence[Any]) -> list[Value]:
     return [Value(v.aval, stored=False) if isinstance(v, Literal) else env[v] for v in variables]
 
 
+def _check(eqn: JaxprEqn) -> None:
+    """CostError for an operation that may multiply in a way that is not counted."""
+    name, what = eqn.primitive.name, ""
+    known = PROGRAMS.get(name, ())
+    if strange := [p for p, value in eqn.params.items() if p not in known and any(_programs(value))]:
+        what = f"runs the program in its parameter {strange[0]}"
+    elif name in PROGRAMS and not any(any(_programs(eqn.params.get(p))) for p in known):
+        what = f"has no program in {' or '.join(known)}, but in one of {', '.join(eqn.params)}"
+    elif name not in PRODUCTS and MULTIPLIES.search(name):
+        what = "multiplies"
+    if what:
+        raise CostError(
+            f"the plan cannot count the operation {name}, which {what}: write what it costs into solrl_jax/cost.py, or "
+            "compute the same by products and loops that are known there"
+        )
+
+
+def _programs(value: Any) -> Iterator[Jaxpr]:
+    """The programs in a parameter, also in tuples."""
+    if isinstance(value, ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, Jaxpr):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _programs(part)
+
+
 def _called(eqn: JaxprEqn) -> Jaxpr | None:
     """The program that a call stands for."""
     if eqn.primitive.name not in (*CALLS, *CUSTOM_CALLS):
         return None
-    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    return getattr(inner, "jaxpr", inner)
+    return next(_programs([eqn.params.get("jaxpr"), eqn.params.get("call_jaxpr")]))
 
 
 def _bodies(eqn: JaxprEqn) -> Iterator[Jaxpr]:
     """The programs that a loop or a choice runs."""
-    for name in ("jaxpr", "body_jaxpr", "branches"):
-        found = eqn.params.get(name, ())
-        for body in found if isinstance(found, tuple) else (found,):
-            yield getattr(body, "jaxpr", body)
+    for parameter in LOOPS.get(eqn.primitive.name, ()):
+        yield from _programs(eqn.params[parameter])

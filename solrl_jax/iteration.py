@@ -148,8 +148,25 @@ def trajectory(
     variables: Variables, cond: PyTree, keys: Seeds, *, model: Model, stage: Stage, keep_path: bool = False
 ) -> tuple[Float[Array, "B h w c"], Path | None]:
     """The ODE, or where the stage has noise the SDE; with `keep_path` also the steps that can be trained on."""
-    begin, own = (k.reshape(-1) for k in keys)
     cond = jax.tree.map(lambda c: jnp.repeat(c, keys.own.shape[1], axis=0), model.prepare(variables, cond))
+
+    def velocity(x: Array, sigma: Array) -> Array:
+        return model.velocity(variables, x, sigma, cond)
+
+    found, _, first = solved(velocity, keys, model=model, stage=stage, keep_path=keep_path)
+    if not keep_path:
+        return found, None
+    x0, states = found
+    states = jnp.concatenate([states, x0[None]])  # [N + 1, B, ...]
+    window = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=stage.trainable + 1)
+    return x0, Path(jax.vmap(window, in_axes=(1, 0))(states, first), first)
+
+
+def solved(
+    velocity: Callable[[Array, Array], Array], keys: Seeds, *, model: Model, stage: Stage, keep_path: bool
+) -> tuple[Any, sampler.Table, Int[Array, "B"]]:
+    """From each key's noise by the stage's solver: what `sampler.sample` gives, its steps, and each window's first."""
+    begin, own = (k.reshape(-1) for k in keys)
     x1 = jax.vmap(lambda k: model.noise(jax.random.fold_in(k, NOISE)))(begin)
     sigmas = sigmas_of(model, stage)
     steps, first = sampler.table(sigmas, stage.solver, stage.eta), jnp.zeros(own.shape, jnp.int32)
@@ -161,15 +178,7 @@ def trajectory(
     def noise(step: Int[Array, ""]) -> Float[Array, "B h w c"]:
         return jax.vmap(lambda k: jax.random.normal(_use(k, STEPS, step), x1.shape[1:]))(own)
 
-    def velocity(x: Array, sigma: Array) -> Array:
-        return model.velocity(variables, x, sigma, cond)
-
-    if not keep_path:
-        return sampler.sample(velocity, x1, steps, noise if stage.stochastic else None), None
-    x0, states = sampler.sample(velocity, x1, steps, noise, keep_path=True)
-    states = jnp.concatenate([states, x0[None]])  # [N + 1, B, ...]
-    window = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=stage.trainable + 1)
-    return x0, Path(jax.vmap(window, in_axes=(1, 0))(states, first), first)
+    return sampler.sample(velocity, x1, steps, noise if stage.stochastic else None, keep_path=keep_path), steps, first
 
 
 def sigmas_of(model: Model, stage: Stage) -> np.ndarray:

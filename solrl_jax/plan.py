@@ -53,7 +53,7 @@ RATES = {
     "float32 highest": 1 / 16,
     "float8_e4m3fn": 2.0,
     "float4_e2m1fn": 4.0,
-}  # peaks over bf16's; f32 runs as TF32
+}  # peaks over bf16's; f32 that asks for no more runs as TF32
 
 
 class Use(NamedTuple):
@@ -255,7 +255,7 @@ def report(p: Plan) -> list[str]:
         *(_row(use, room(card)) for use in p.uses),
         f"an iteration: {spent:,.3g} s, {p.cfg.iterations} of them {p.cfg.iterations * spent / 3600:,.3g} h",
         "",
-        f"seconds: at {FRACTION:.0%} of the bf16 peak, f32 operands (as TF32) at half of it; emulated NVFP4 brings no "
+        f"seconds: at {FRACTION:.0%} of the bf16 peak, float32 at 1/16, TF32 at half of it; emulated NVFP4 brings no "
         f"speed: bf16's time / {EMULATED}; an H100 took 1.1 (flux), 1.3 (sd35), 1.7 times as long (sana)",
         "activations: an estimate from the traced program; no library workspaces, no evaluation",
         *(() if cost.as_on_gpus() else (NO_PLUGIN,)),

@@ -40,6 +40,7 @@ from solrl_jax.checks import TrainError, check_ratio, check_rewards, device_erro
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.grids import Shown
 from solrl_jax.log import Log, open_log, read, wandb
+from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.rewards.own import RewardError
 from solrl_jax.structs import Model, Params, Prompts, TrainState
@@ -49,8 +50,6 @@ SKIPS = 3
 """Non-finite updates in a row after which a run stops."""
 UNFINISHED = 75
 """Exit code of a run that was stopped, saved, and has iterations left."""
-CALIBRATION = 8
-"""Prompts, a picture each, on which the units of FP8's inputs are measured."""
 
 
 class Stopped(Exception):
@@ -173,16 +172,21 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
 
 
 def ready(parts: Parts) -> Parts:
-    """`parts` with the units of FP8's inputs, where exploration runs in FP8: measured on the first iteration's prompts,
-    with the base, so that a resumed run finds the same."""
-    low = next((stage for _, stage, _ in parts.cfg.stages() if stage.precision == "fp8"), None)
-    if low is None:
+    """`parts` with the units of FP8's inputs, where a stage runs in FP8: measured on the run's first prompts, which are
+    encoded with all those of the first visit of the text encoders, by the base, so that a resumed run finds the same.
+    """
+    cfg, there = parts.cfg, parts.prompts.train
+    low = [stage for _, stage, _ in cfg.stages() if stage.precision == "fp8"]
+    if not low:
         return parts
-    cond = sharding.replicate(jax.device_get(parts.text(*drawn(parts, 0))), parts.mesh)
-    cond = jax.tree.map(lambda c: c[:CALIBRATION], cond)
-    variables, key = {"params": parts.frozen.base}, jax.random.key(parts.cfg.seed)
+    some = data.batch(there, cfg.seed, 0, min(calibrate.PROMPTS, len(there)))
+    padded = [*some, *[some[-1]] * (-len(some) % parts.mesh.size)]
+    first, ahead = drawn(parts, 0)
+    cond = jax.tree.map(lambda c: c[: len(some)], jax.device_get(parts.text(padded, [*first, *ahead])))
+    variables, key = {"params": parts.frozen.base}, jax.random.fold_in(jax.random.key(cfg.seed), calibrate.CALIBRATION)
     try:
-        return parts._replace(model=calibrated(parts.model, variables, cond, key, low.steps))
+        units = calibrated(parts.model, variables, sharding.replicate(cond, parts.mesh), key, low)
+        return parts._replace(model=units)
     except FloatingPointError as e:
         raise TrainError(f"FP8 cannot be calibrated: {e}; see whether the weights are whole") from None
 

@@ -12,6 +12,7 @@ from solrl_jax.quant.calibrate import calibrated
 from tests import nano
 
 F32 = jnp.float32
+STAGES = [config.Stage(2, "euler", "fp8")]
 
 
 def product(x, q):
@@ -127,7 +128,7 @@ def small(tmp_path_factory):
 def test_calibration(small):
     """Every Linear has a unit; those of one input have the same, so that XLA quantises it once."""
     parts, cond = small
-    model = calibrated(parts.model, {"params": parts.frozen.base}, cond, jax.random.key(0), 2)
+    model = calibrated(parts.model, {"params": parts.frozen.base}, cond, jax.random.key(0), STAGES)
     units = dict(model.quant_rules.fp8.units)
     kernels = {p.removesuffix("/kernel") for p in quant.chosen(parts.frozen.base, quant.QuantRule((), 0))}
     assert set(units) == kernels and all(np.log2(unit) % 1 == 0 for unit in units.values())
@@ -139,4 +140,4 @@ def test_calibration(small):
     base = jax.tree.map(lambda w: w, parts.frozen.base)
     base["x_embedder"]["kernel"] = base["x_embedder"]["kernel"] * jnp.nan
     with pytest.raises(FloatingPointError, match=r"the input of \S+ is not finite at sigma 1.000"):
-        calibrated(parts.model, {"params": base}, cond, jax.random.key(0), 2)
+        calibrated(parts.model, {"params": base}, cond, jax.random.key(0), STAGES)

@@ -147,7 +147,8 @@ def test_flops(planned):
     explore = stages["explore"].flops
     assert explore["float8_e4m3fn"] + explore["bfloat16"] == pytest.approx(images * 6 * 15.8125e12, rel=1e-3)
     assert stages["regenerate"].flops["bfloat16"] == pytest.approx(kept * 10 * 15.8125e12, rel=1e-3)
-    assert stages["explore"].flops["float32"] == pytest.approx(images * 2.515e12, rel=1e-3)
+    # The decoder, in float32 here, and the reward.
+    assert stages["explore"].flops["float32 highest"] == pytest.approx(images * (2.515e12 + 0.163e12), rel=1e-3)
     # Three forwards, one for the gradients of activations, and what remat runs again: no gradient of a base kernel.
     forwards = stages["learn"].flops["bfloat16"] / (kept * 6 * 15.8125e12)
     assert 4.3 < forwards < 5.2
@@ -192,7 +193,8 @@ def test_emulation_and_devices_change_seconds_not_work(planned):
         sizes_with(planned, "explore", explore=Stage(steps=6, precision=p)) for p in ("bf16", "nvfp4_emulated")
     )
     fp8 = by_stage(planned)["explore"]
-    assert fp8.flops.total() == pytest.approx(bf16.flops.total(), rel=1e-2) and fp8.seconds < 0.6 * bf16.seconds
+    assert fp8.flops.total() == pytest.approx(bf16.flops.total(), rel=1e-2)
+    assert fp8.seconds < 0.7 * bf16.seconds  # decoding in float32 is a third of it
     assert low.seconds == pytest.approx(bf16.seconds / 0.8, rel=1e-2) and low.flops == pytest.approx(
         bf16.flops, rel=1e-2
     )

@@ -55,12 +55,11 @@ def main(argv: list[str] | None = None) -> None:
         x = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), args.pictures))
         times = [jnp.full((args.pictures,), sigma) for sigma in SIGMAS]
         truth = {}
-        with jax.default_matmul_precision("highest"):
-            velocity = jax.jit(lambda base, *given: exact.velocity({"params": base}, *given))
-            full = jax.tree.map(lambda w: w.astype(jnp.float32), base)
-            truth = [np.asarray(velocity(full, x, t, cond), np.float64) for t in times]
-            jax.tree.map(lambda w: w.delete(), full)
-        model = calibrated(model, {"params": base}, cond, jax.random.key(1), 3)
+        velocity = jax.jit(lambda base, *given: exact.velocity({"params": base}, *given))
+        full = jax.tree.map(lambda w: w.astype(jnp.float32), base)
+        truth = [np.asarray(velocity(full, x, t, cond), np.float64) for t in times]
+        jax.tree.map(lambda w: w.delete(), full)
+        model = calibrated(model, {"params": base}, cond, jax.random.key(1), [config.Stage(3, "euler")])
         for precision in PRECISIONS:
             variables = {"params": base}
             if precision != "bf16":

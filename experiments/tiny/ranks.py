@@ -18,9 +18,9 @@ from jaxtyping import Array, Float
 
 from experiments import results
 from experiments.tiny import check, lab
-from solrl_jax import config, iteration, lora, lora_files, sharding, train
+from solrl_jax import config, iteration, lora, lora_files, sharding
 from solrl_jax.config import Stage
-from solrl_jax.quant.calibrate import calibrated
+from solrl_jax.quant import calibrate
 from solrl_jax.selection import fidelity
 from solrl_jax.structs import PyTree
 
@@ -38,8 +38,9 @@ def rewards(opened: lab.World, adapter, captions: int, candidates: int, chunk: i
     prompts = jax.tree.map(lambda x: x[:captions], opened.held_out["test"][1])
     keys = jax.random.split(jax.random.key(0), (captions, candidates))
     kernels = lora.merged_kernels(parts.frozen.base, adapter, cfg.lora)
-    some = jax.tree.map(lambda x: x[: train.CALIBRATION], prompts.cond)
-    model = calibrated(parts.model, {"params": parts.frozen.base}, some, jax.random.key(0), FULL[1])
+    some = jax.tree.map(lambda x: x[: calibrate.PROMPTS], prompts.cond)
+    full = Stage(FULL[1], cfg.regenerate.solver, FULL[0], chunk)
+    model = calibrate.calibrated(parts.model, {"params": parts.frozen.base}, some, jax.random.key(0), [full])
     low: dict[str, PyTree] = {"bf16": None}
     for precision in ("fp8", "nvfp4_emulated"):
         quantised = functools.partial(iteration.quantised, model=model, precision=precision)

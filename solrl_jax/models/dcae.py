@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from solrl_jax import weights
-from solrl_jax.models.layers import F32, DepthwiseConv, GatedConv, Linear, RMSNorm, linear_attention
+from solrl_jax.models.layers import (
+    F32,
+    DepthwiseConv,
+    GatedConv,
+    Linear,
+    RMSNorm,
+    conv,
+    linear_attention,
+    precision_of,
+)
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
 
@@ -79,7 +88,7 @@ class DcaeConfig:
 
 
 def _conv(width: int, dtype: Any, name: str, bias: bool = True) -> nn.Conv:
-    return nn.Conv(width, (3, 3), padding="SAME", use_bias=bias, dtype=dtype, name=name)
+    return conv(width, (3, 3), padding="SAME", use_bias=bias, dtype=dtype, name=name)
 
 
 def _norm(name: str) -> RMSNorm:
@@ -117,8 +126,10 @@ class Scale(nn.Module):
         x = DepthwiseConv(self.size, use_bias=False, dtype=self.dtype, name="proj_in")(x)
         kernel = self.param("proj_out", nn.initializers.lecun_normal(), (1, 1, self.run, x.shape[-1]), F32)
         kernel = jnp.asarray(kernel).astype(self.dtype).reshape(self.run, runs, self.run)
-        y = jnp.einsum("bhwgi,igo->bhwgo", x.reshape(*x.shape[:3], runs, self.run), kernel, preferred_element_type=F32)
-        return y.astype(self.dtype).reshape(x.shape)
+        x = x.reshape(*x.shape[:3], runs, self.run)
+        how: dict[str, Any] = {"precision": precision_of(self.dtype), "preferred_element_type": F32}
+        y = jnp.einsum("bhwgi,igo->bhwgo", x, kernel, **how)
+        return y.astype(self.dtype).reshape(*x.shape[:3], -1)
 
 
 class Attention(nn.Module):

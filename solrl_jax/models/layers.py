@@ -23,6 +23,12 @@ LONG = 256
 """Tokens from which the fused attention is taken; the small world's 40 are not worth a kernel of their own."""
 
 
+def precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """What a product of operands in `dtype` asks for: float32 means float32, which GPUs and TPUs give only when asked
+    (else TF32 and bfloat16). Other types have one kind of product; asking would change nothing."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == F32 else None
+
+
 class Linear(nn.Module):
     """y = x W + (x A) B + b. W [in, out] in the network's dtype, A [in, R] and B [R, out] f32, alpha/R folded in.
 
@@ -79,7 +85,7 @@ def _product(parts: Sequence[Array], w: Array, dtype: Any, out: Any) -> Array:
     total, at = None, 0
     for x in parts:
         rows = w[at : at + x.shape[-1]]
-        y = jnp.dot(x.astype(dtype), rows.astype(dtype), preferred_element_type=out)
+        y = jnp.dot(x.astype(dtype), rows.astype(dtype), precision=precision_of(dtype), preferred_element_type=out)
         total, at = y if total is None else total + y, at + x.shape[-1]
     assert total is not None
     return total
@@ -152,7 +158,8 @@ def attention(
         if q.shape[1] % 2 or k.shape[1] % 2:
             return odd_attention(q, k, v, factor, "cudnn")
         return jax.nn.dot_product_attention(q, k, v, scale=factor, implementation="cudnn")
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=F32) * factor
+    how: dict[str, Any] = {"precision": precision_of(q.dtype), "preferred_element_type": F32}
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, **how) * factor
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if lengths is not None:
@@ -161,7 +168,7 @@ def attention(
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=F32).astype(q.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, **how).astype(q.dtype)
 
 
 Heads = Float[Array, "B _ H d"]
@@ -197,15 +204,25 @@ odd_attention.defvjp(_odd_forward, lambda scale, kernel, back, out: back(out))
 def linear_attention(
     q: Float[Array, "B N H d"], k: Float[Array, "B N H d"], v: Float[Array, "B N H d"]
 ) -> Float[Array, "B N H d"]:
-    """relu(q) (relu(k)' v) / (relu(q) . sum of relu(k)), summed in f32 (SANA's and DC-AE's). Returns q's dtype."""
+    """relu(q) (relu(k)' v) / (relu(q) . sum of relu(k)), summed in f32 (SANA's and DC-AE's). Returns q's dtype.
+
+    Of a float32 network all products are float32. Of a bfloat16 one q's, with the f32 sums over k, take the device's
+    fast one: TF32 on GPUs, with three bits more than the bfloat16 that q was and the result will be.
+    """
     dtype, q, k = q.dtype, jax.nn.relu(q), jax.nn.relu(k)
+    product = functools.partial(jnp.einsum, precision=precision_of(dtype))
     # The same numbers: products of bf16 are exact in f32. XLA's CPU backend lacks this one, a GPU's copies would cost.
     k, v = (k, v) if sharding.platform() == "gpu" else (k.astype(F32), v.astype(F32))
-    states = jnp.einsum("bnhd,bnhe->bhde", k, v, preferred_element_type=F32)
+    states = product("bnhd,bnhe->bhde", k, v, preferred_element_type=F32)
     total = jnp.sum(k.astype(F32), axis=1)
-    above = jnp.einsum("bnhd,bhde->bnhe", q.astype(F32), states)
-    below = jnp.einsum("bnhd,bhd->bnh", q.astype(F32), total)
+    above = product("bnhd,bhde->bnhe", q.astype(F32), states)
+    below = product("bnhd,bhd->bnh", q.astype(F32), total)
     return (above / (below[..., None] + 1e-15)).astype(dtype)
+
+
+def conv(width: int, size: tuple[int, int], *, dtype: Any, **how: Any) -> nn.Conv:
+    """flax's convolution in `dtype`, in the precision that it asks for."""
+    return nn.Conv(width, size, dtype=dtype, precision=precision_of(dtype), **how)
 
 
 class DepthwiseConv(nn.Module):
@@ -231,10 +248,8 @@ class DepthwiseConv(nn.Module):
 
 
 def _grouped(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"]) -> Float[Array, "B h w C"]:
-    order = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=order, feature_group_count=x.shape[-1]
-    )
+    how: dict[str, Any] = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "precision": precision_of(x.dtype)}
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", feature_group_count=x.shape[-1], **how)
 
 
 def _shifted(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"]) -> Float[Array, "B h w C"]:

@@ -30,6 +30,7 @@ from solrl_jax.models.layers import (
     Linear,
     RMSNorm,
     attention,
+    conv,
     gelu_tanh,
     inputs_seen,
     linear_attention,
@@ -216,7 +217,7 @@ class SanaTransformer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, sigma: Array, length: Array, text: Array | None = None, kv: Array | None = None):
         cfg, dtype = self.cfg, self.dtype
-        x = nn.Conv(cfg.width, (1, 1), dtype=dtype, name="x_embedder")(x)
+        x = conv(cfg.width, (1, 1), dtype=dtype, name="x_embedder")(x)
         time = Embedder(cfg.width, dtype, name="t_embedder")(sinusoid(1000 * cfg.timestep_scale * sigma))
         six = Linear(6 * cfg.width, dtype=dtype, name="t_block")(jax.nn.silu(time)).reshape(-1, 6, cfg.width)
         y = None if text is None else Caption(cfg.width, dtype, name="y_embedder")(text)

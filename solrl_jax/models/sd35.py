@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, hub, weights
 from solrl_jax.models import pipeline, sd35_public, text, vae
-from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, inputs_seen
+from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, conv, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, stack
 from solrl_jax.models.pipeline import Encoder, Encoders
 from solrl_jax.models.schedule import NAME, Schedule, chosen, shifted
@@ -53,7 +53,7 @@ class Patches(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B S D"]:
         most, width = self.cfg.pos_embed_max_size, self.cfg.width
-        y = nn.Conv(width, (PATCH, PATCH), strides=PATCH, padding="VALID", dtype=self.dtype, name="proj")(x)
+        y = conv(width, (PATCH, PATCH), strides=PATCH, padding="VALID", dtype=self.dtype, name="proj")(x)
         table = jnp.asarray(self.param("pos_embed", nn.initializers.normal(0.02), (1, most**2, width), F32))
         top, left = (most - y.shape[1]) // 2, (most - y.shape[2]) // 2
         places = table.reshape(1, most, most, width)[:, top : top + y.shape[1], left : left + y.shape[2]]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from solrl_jax import weights
-from solrl_jax.models.layers import F32, Linear, attention
+from solrl_jax.models.layers import F32, Linear, attention, conv
 from solrl_jax.structs import Images, Latents, Params
 from solrl_jax.weights import Place, Rule
 
@@ -62,7 +62,7 @@ def _norm(groups: int, name: str) -> nn.GroupNorm:
 
 
 def _conv(width: int, dtype: Any, name: str, size: int = 3) -> nn.Conv:
-    return nn.Conv(width, (size, size), padding="SAME", dtype=dtype, name=name)
+    return conv(width, (size, size), padding="SAME", dtype=dtype, name=name)
 
 
 class Resnet(nn.Module):
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
                 x = Resnet(width, groups, dtype, name=f"down_blocks_{i}_resnets_{j}")(x)
             if i < len(cfg.block_out_channels) - 1:
                 # One row and column of zeros after the last pixel, none before the first: not what "SAME" would do.
-                halve = partial(nn.Conv, width, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype)
+                halve = partial(conv, width, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype)
                 x = halve(name=f"down_blocks_{i}_downsamplers_0")(x)
         x = Middle(cfg, dtype, name="mid_block")(x)
         x = nn.silu(_norm(groups, "conv_norm_out")(x))

@@ -1,39 +1,58 @@
 """Units of FP8's inputs: what every Linear sees along a few rollouts of the unquantised policy."""
 
-import itertools
-import math
+import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+import numpy as np
+from jaxtyping import Array, Float, Key
 
+from solrl_jax import iteration
+from solrl_jax.config import Stage
 from solrl_jax.quant import fp8, rule_of
 from solrl_jax.structs import Model, PyTree, Variables
 
+CALIBRATION = 0xCA11B  # folded into the seed's key: apart from every key of the training and of evaluation
+PROMPTS = 8
+"""Prompts, a picture each, on which units are measured."""
 
-def calibrated(model: Model, variables: Variables, cond: PyTree, key: Key[Array, ""], steps: int) -> Model:
-    """`model` with units in its FP8 rule, from one Euler rollout of so many steps for each of the G prompts of `cond`.
+
+def calibrated(model: Model, variables: Variables, cond: PyTree, key: Key[Array, ""], stages: Sequence[Stage]) -> Model:
+    """`model` with units in its FP8 rule, from a rollout of each stage for each of the G prompts of `cond`.
 
     Units are powers of two with room above the largest input seen (fp8.unit_of), the same numbers every time: they are
     part of the compiled program. Raises FloatingPointError where an input is not finite.
     """
-    sigmas = model.sigmas(steps)
-    prompts = jax.tree.leaves(cond)[0].shape[0]
-    x = jax.vmap(model.noise)(jax.random.split(key, prompts))
-
-    @jax.jit
-    def step(variables, cond, x, sigma, following):  # not closed over: weights would become part of the program
-        times = jnp.full((prompts,), sigma)
-        seen = model.largest(variables, x, times, cond)
-        return x + (following - sigma) * model.velocity(variables, x, times, cond), seen
-
+    keys = jax.random.split(key, jax.tree.leaves(cond)[0].shape[0])
     largest: dict[str, float] = {}
-    for sigma, following in itertools.pairwise(sigmas):
-        x, seen = step(variables, cond, x, jnp.float32(sigma), jnp.float32(following))
-        for path, value in jax.device_get(seen).items():
-            if not math.isfinite(value):
+    for stage in stages:
+        program = jax.jit(functools.partial(seen, model=model, stage=stage))  # weights given: they are no part of it
+        sigmas, found = jax.device_get(program(variables, cond, keys))
+        for path, values in found.items():
+            if not np.isfinite(values).all():
+                sigma = sigmas[np.argmin(np.isfinite(values))]
                 raise FloatingPointError(f"the input of {path} is not finite at sigma {sigma:.3f}")
-            largest[path] = max(largest.get(path, 0.0), float(value))
+            largest[path] = max(largest.get(path, 0.0), float(np.max(values)))
     rule = rule_of(model.quant_rules, "fp8")
     units = tuple(sorted((path, fp8.unit_of(value)) for path, value in largest.items()))
     return model._replace(quant_rules=model.quant_rules._replace(fp8=rule._replace(units=units)))
+
+
+def seen(
+    variables: Variables, cond: PyTree, keys: Key[Array, "G"], *, model: Model, stage: Stage
+) -> tuple[Float[Array, "N"], dict[str, Float[Array, "N"]]]:
+    """Each step's sigma (the first sample's) and the largest |input| of every Linear in it, of the stage's rollout.
+
+    `cond` is not prepared: what of the network is done once for a rollout has inputs too.
+    """
+
+    def velocity(x: Array, sigma: Array) -> Array:
+        return model.velocity(variables, x, sigma, cond)
+
+    seeds = iteration.Seeds(keys[:, None], keys[:, None])
+    (_, states), steps, _ = iteration.solved(velocity, seeds, model=model, stage=stage, keep_path=True)
+    sigmas = jnp.asarray(steps.sigma, jnp.float32).reshape(len(states), -1)
+    sigmas = jnp.broadcast_to(sigmas, states.shape[:2])
+    found = jax.lax.map(lambda at: model.largest(variables, at[0], at[1], cond), (states, sigmas))
+    return sigmas[:, 0], found

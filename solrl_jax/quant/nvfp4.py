@@ -151,7 +151,8 @@ def _emulated(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, 
 
 
 def _native(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Array]:
-    """Through the block-scaled product; elsewhere than on a GPU the same operands are multiplied in f32."""
+    """Through the block-scaled product; elsewhere than on a GPU the same operands are multiplied in f32, in any
+    precision, as all are exact in bf16."""
     values, scales, g = encode(x, jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     a = values.reshape(-1, x.shape[-1]).astype(jnp.float4_e2m1fn)
     a_scales = scales.reshape(a.shape[0], -1).astype(jnp.float8_e4m3fn)

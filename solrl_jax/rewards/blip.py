@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from solrl_jax import weights
-from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention
+from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention, conv
 from solrl_jax.models.text import ClipLayer, check_layer_config, run_layers
 from solrl_jax.rewards.clip_tower import ClipVisionConfig
 from solrl_jax.structs import Params, PerSample, WeightsError
@@ -84,7 +84,7 @@ class BlipVision(nn.Module):
     def __call__(self, pixels: Float[Array, "B H W c"]) -> Float[Array, "B S W_"]:
         cfg, patch = self.cfg, (self.cfg.patch_size, self.cfg.patch_size)
         width, count = cfg.hidden_size, (cfg.image_size // cfg.patch_size) ** 2
-        embed = nn.Conv(width, patch, patch, padding="VALID", dtype=self.dtype, name="patch_embedding")
+        embed = conv(width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="patch_embedding")
         patches = embed(pixels).astype(F32).reshape(-1, count, width)
         first = jnp.asarray(self.param("class_embedding", _table, (1, 1, width), F32))
         positions = jnp.asarray(self.param("position_embedding", _table, (1, 1 + count, width), F32))

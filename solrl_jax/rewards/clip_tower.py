@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
-from solrl_jax.models.layers import F32, LayerNorm, Linear
+from solrl_jax.models.layers import F32, LayerNorm, Linear, conv
 from solrl_jax.models.text import (
     ClipLayer,
     ClipText,
@@ -124,7 +124,9 @@ class ClipVision(nn.Module):
     def __call__(self, pixels: Float[Array, "B H W c"]) -> Float[Array, "B D"]:
         cfg, patch = self.cfg, (self.cfg.patch_size, self.cfg.patch_size)
         width, count = cfg.hidden_size, (cfg.image_size // cfg.patch_size) ** 2
-        embed = nn.Conv(width, patch, patch, padding="VALID", use_bias=False, dtype=self.dtype, name="patch_embedding")
+        embed = conv(
+            width, patch, strides=patch, padding="VALID", use_bias=False, dtype=self.dtype, name="patch_embedding"
+        )
         patches = embed(pixels).astype(F32).reshape(-1, count, width)
         first = jnp.asarray(self.param("class_embedding", _table, (width,), F32))
         positions = jnp.asarray(self.param("position_embedding", _table, (1 + count, width), F32))
@@ -172,10 +174,9 @@ def _unit(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
 def cosines(
     tower: ClipTower, params: Params, pixels: Float[Array, "B S S 3"], ids: Int[Array | np.ndarray, "G L"]
 ) -> PerSample:
-    """Cosine of image i and prompt i // (B // G). Full precision: GPUs would take TF32 for f32."""
-    with jax.default_matmul_precision("highest"):
-        image = jnp.asarray(tower.apply({"params": params}, pixels, method="image_features"))
-        text = jnp.asarray(tower.apply({"params": params}, jnp.asarray(ids), method="text_features"))
+    """Cosine of image i and prompt i // (B // G)."""
+    image = jnp.asarray(tower.apply({"params": params}, pixels, method="image_features"))
+    text = jnp.asarray(tower.apply({"params": params}, jnp.asarray(ids), method="text_features"))
     return pair_cosines(image, text)
 
 

@@ -123,9 +123,8 @@ def _tokenize(file: str, prompts: Sequence[str]) -> dict[str, np.ndarray]:
 
 def _score(module: Blip, params: Params, images: Images, tokens: Mapping[str, Array]) -> PerSample:
     """Images f32 [0, 1], B of them for G prompts."""
-    with jax.default_matmul_precision("highest"):  # GPUs would take TF32, and group advantages divide by a small spread
-        pixels = preprocess.pil_bicubic(images.astype(F32), module.cfg.vision.image_size, floor=False)
-        pixels = preprocess.standardise(pixels, preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
-        ids, mask = (jnp.asarray(tokens[name]) for name in ("ids", "mask"))
-        raw = jnp.asarray(module.apply({"params": params}, pixels, ids, mask))
+    pixels = preprocess.pil_bicubic(images.astype(F32), module.cfg.vision.image_size, floor=False)
+    pixels = preprocess.standardise(pixels, preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
+    ids, mask = (jnp.asarray(tokens[name]) for name in ("ids", "mask"))
+    raw = jnp.asarray(module.apply({"params": params}, pixels, ids, mask))
     return (raw - MEAN) / STD
