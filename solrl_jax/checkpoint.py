@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from solrl_jax import config, log
+from solrl_jax import config, disk, log
 from solrl_jax.config import Config
 from solrl_jax.structs import PyTree, TrainState
 from solrl_jax.weights import leaves_by_path
@@ -264,12 +264,8 @@ def _intact(run: Path) -> str:
 
 def replace(file: Path, text: str) -> None:
     """Write so that the file is there whole or not at all."""
-    part = file.with_name(file.name + ".part")
-    with part.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(file)
+    with disk.whole(file) as f:
+        f.write(text.encode())
 
 
 def _sync(place: Path) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from solrl_jax import disk
+
 
 class Shown(NamedTuple):
     """G prompts, an 8-bit picture of each and its raw score by every reward, trained or held out; NaN where a reward
@@ -30,10 +32,9 @@ def save(file: Path, shown: Shown, iteration: int, how: str) -> None:
     # Text as JSON's bytes: NumPy's own strings drop zeros at their ends.
     names = {"rewards": list(shown.scores), "means": list(shown.means)}
     text = json.dumps({"prompts": shown.prompts, **names, "iteration": iteration, "how": how})
-    part = file.with_suffix(".part.npz")
     arrays = {"images": shown.images, "scores": table, "means": means}
-    np.savez_compressed(part, **arrays, text=np.frombuffer(text.encode(), np.uint8))
-    part.replace(file)
+    with disk.whole(file) as f:
+        np.savez_compressed(f, **arrays, text=np.frombuffer(text.encode(), np.uint8))
 
 
 class Kept(NamedTuple):
@@ -77,6 +78,6 @@ def write_grid(file: Path, prompts: Sequence[str], columns: dict[str, UInt8[np.n
     for r, prompt in enumerate(prompts):
         lines = textwrap.wrap(prompt, 28, max_lines=max(1, size[1] // 15), placeholder=" ...")
         pen.multiline_text((6, _HEAD + r * (size[1] + _GAP)), "\n".join(lines), "black", font)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(file)
+    with disk.whole(file) as f:
+        canvas.save(f, "PNG")
     return file

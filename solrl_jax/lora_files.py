@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as safetensors_bytes
 
+from solrl_jax import disk
 from solrl_jax.config import Lora
 from solrl_jax.lora import put, scaled
 from solrl_jax.structs import Params
@@ -81,10 +82,11 @@ def _blocks(parts: Sequence[tuple[int, Tensors | None]]) -> tuple[np.ndarray, np
 
 
 def _write(file: str | Path, tensors: Mapping[str, np.ndarray], cfg: Lora) -> None:
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
     made = json.dumps({"rank": cfg.rank, "alpha": cfg.alpha, "folded": True})
     in_rows = {key: np.asarray(x, order="C") for key, x in tensors.items()}  # other orders are written out wrong
-    save_file(in_rows, file, metadata={"format": "pt", "solrl_jax": made})
+    content = safetensors_bytes(in_rows, metadata={"format": "pt", "solrl_jax": made})
+    with disk.whole(Path(file)) as f:  # save_file makes files that only their owner can read
+        f.write(content)
 
 
 def load(file: str | Path, base: Params, keys: Sequence[Rule], cfg: Lora, fused: Sequence[Fused] = ()) -> Params:

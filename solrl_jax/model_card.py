@@ -4,6 +4,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
+from solrl_jax import disk
 from solrl_jax.config import Config, Lora, Stage
 
 PACKAGES = ("jax", "flax", "optax")
@@ -35,7 +36,8 @@ def write(folder: Path, cfg: Config, iterations: int, updates: int, targets: tup
         loading(cfg, comfy),
     ]
     file = folder / "model_card.md"
-    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with disk.whole(file) as f:
+        f.write(("\n\n".join(parts) + "\n").encode())
     return file
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from solrl_jax import disk
 from solrl_jax.report import gallery, plot, run
 from solrl_jax.report.markup import Html, join, tag
 from solrl_jax.report.run import EVAL, ReportError, Run
@@ -56,8 +57,9 @@ def write(folders: Sequence[Path], file: Path) -> Path:
         section("Curves", curves(runs), stages(runs)),
         section("Setup", setup(runs)),
     ]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(page(f"{title}: {counted}", join(parts)).encode("utf-8", "replace"))
+    content = page(f"{title}: {counted}", join(parts)).encode("utf-8", "replace")
+    with disk.whole(file) as f:
+        f.write(content)
     return file
 
 
