@@ -66,7 +66,7 @@ class Model(Checked):
     shift: float = 0.0  # of sigmas in equal steps (sampler.shifted), 1: as they are; 0: the pipeline's own sigmas
     size: int = 512
     text_tokens: int = 128
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the networks' products; float32 is never TF32
     vae_dtype: Literal["bfloat16", "float32"] = "float32"  # of the decoder's products; an H100's float32 peak is 1/15
     remat: bool = True  # recompute blocks in the backward pass, but for what `remat_keeps` names
     remat_keeps: tuple[str, ...] = ()  # of "attention", "qkv", "mlp": faster, and so much more memory

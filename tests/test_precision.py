@@ -109,7 +109,8 @@ def test_errors_on_the_device_that_is_here():
 
     linear = layers.Linear(256, use_bias=False, dtype=jnp.float32)
     assert error(jax.jit(linear.apply)({"params": {"kernel": w}}, x)) < 3e-6
-    pointwise = layers.conv(256, (1, 1), use_bias=False, dtype=jnp.float32)
-    assert error(jax.jit(pointwise.apply)({"params": {"kernel": w[None, None]}}, x.reshape(1, 16, 16, 256))) < 3e-6
+    patches = layers.conv(256, (2, 2), strides=2, padding="VALID", use_bias=False, dtype=jnp.float32)
+    picture = x.reshape(1, 16, 16, 2, 2, 64).transpose(0, 1, 3, 2, 4, 5).reshape(1, 32, 32, 64)
+    assert error(jax.jit(patches.apply)({"params": {"kernel": w.reshape(2, 2, 64, 256)}}, picture)) < 3e-6
     merge = jax.jit(functools.partial(lora.merged_kernels, cfg=Lora(rank=256, alpha=256.0)))
     assert error(merge({"to_q": {"kernel": 0 * w}}, {"to_q": {"a": x, "b": w}})["to_q/kernel"]) < 3e-6

@@ -1,11 +1,12 @@
 """Units of FP8's inputs: what every Linear sees along a few rollouts of the unquantised policy."""
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Key
 
 from solrl_jax import iteration
@@ -29,11 +30,10 @@ def calibrated(model: Model, variables: Variables, cond: PyTree, key: Key[Array,
     for stage in stages:
         program = jax.jit(functools.partial(seen, model=model, stage=stage))  # weights given: they are no part of it
         sigmas, found = jax.device_get(program(variables, cond, keys))
-        for path, values in found.items():
-            if not np.isfinite(values).all():
-                sigma = sigmas[np.argmin(np.isfinite(values))]
+        for (i, sigma), (path, values) in itertools.product(enumerate(sigmas), found.items()):
+            if not math.isfinite(values[i]):
                 raise FloatingPointError(f"the input of {path} is not finite at sigma {sigma:.3f}")
-            largest[path] = max(largest.get(path, 0.0), float(np.max(values)))
+            largest[path] = max(largest.get(path, 0.0), float(values[i]))
     rule = rule_of(model.quant_rules, "fp8")
     units = tuple(sorted((path, fp8.unit_of(value)) for path, value in largest.items()))
     return model._replace(quant_rules=model.quant_rules._replace(fp8=rule._replace(units=units)))
