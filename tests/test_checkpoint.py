@@ -250,7 +250,8 @@ def test_a_run_locks_its_folder_without_fcntl(tmp_path):
     """What Windows has not, no module of the package asks for; a run takes its lock, and frees it where it ends."""
     cfg = nano.build(tmp_path, iterations=0, evaluate=config.Evaluate(every=0), watch=config.Watch(every=0))
     (tmp_path / "config.json").write_text(config.to_json(cfg))
-    code = "import orbax.checkpoint, tensorboardX, transformers\nfrom pathlib import Path\nfrom solrl_jax import config, main, train\nhere = Path(sys.argv[1])\n"
+    code = "import orbax.checkpoint, tensorboardX, transformers\nfrom pathlib import Path\n"
+    code += "from solrl_jax import config, main, train\nhere = Path(sys.argv[1])\n"
     code += "cfg = config.from_json((here / 'config.json').read_text())\nprint(train.train(cfg, here / 'run'), asked)"
     ended = subprocess.run([sys.executable, "-c", WINDOWS + code, str(tmp_path)], capture_output=True, text=True)
     assert ended.stdout.splitlines()[-1:] == ["0 [('lock', 1), ('unlock', 1)]"], ended.stderr
