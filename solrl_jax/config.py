@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import numbers
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,11 @@ NOISE = {"ddim": 1.0, "sde": math.inf, "dance": math.inf, "cps": 1.0, "sa_solver
 """The most eta that a solver takes; those that are not here solve the ODE."""
 MARKOV = ("ddim", "sde", "dance", "cps")
 """Solvers whose steps, with eta > 0, are Gaussians given where they begin: they have a probability."""
+
+
+FOLDER = Path(__file__).resolve().parent.parent / "configs"
+PACKAGE = "solrl_jax_configs"
+"""The repository's configs/, and its name among Python's modules."""
 
 
 class ConfigError(ValueError):
@@ -400,19 +406,20 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
 
 
 def module(name: str) -> types.ModuleType:
-    """configs/<name>.py."""
+    """configs/<name>.py of this repository, under a name of its own: what else is called configs is not asked."""
     if name not in available():
         raise ConfigError(f"--config={name}: there is no configs/{name}.py; use one of {', '.join(available())}")
-    return importlib.import_module(f"configs.{name}")
+    package = sys.modules.setdefault(PACKAGE, types.ModuleType(PACKAGE))
+    package.__path__ = [str(FOLDER)]
+    return importlib.import_module(f"{PACKAGE}.{name}")
 
 
 def available() -> list[str]:
-    """Names that --config takes: the files of the repository's configs/."""
-    try:
-        configs = importlib.import_module("configs")
-    except ModuleNotFoundError:
-        raise ConfigError(f"no folder configs/ in {Path.cwd()}: run from the repository's root") from None
-    return sorted(f.stem for path in configs.__path__ for f in Path(path).glob("[a-z]*.py"))
+    """Names that --config takes: the files of the repository's configs/ that define `config`."""
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in FOLDER.glob("[a-z]*.py")}
+    if found := sorted(name for name, text in texts.items() if "\ndef config(" in text):
+        return found
+    raise ConfigError(f"there are no configs in {FOLDER}: the package alone has none, take its repository")
 
 
 def to_json(config: Config) -> str:

@@ -26,6 +26,7 @@ from solrl_jax.structs import WeightsError
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 SPARE = 2 * 2**30
 """Bytes of disk for pictures, logs and compiled programs beside the checkpoints."""
+REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 
 class Finding(NamedTuple):
@@ -33,6 +34,11 @@ class Finding(NamedTuple):
 
     text: str
     mend: str = ""
+    unknown: bool = False  # what could not be looked at, and does not stop a run
+
+    @property
+    def mark(self) -> str:
+        return "to do" if self.mend else "note" if self.unknown else "ok"
 
 
 def run_doctor(cfg: Config, run: Path, *, devices: int | None = None) -> int:
@@ -40,7 +46,7 @@ def run_doctor(cfg: Config, run: Path, *, devices: int | None = None) -> int:
     mends = []
     for check in (versions, hardware, precision, division, model, tokenizers, judges, prompts, memory, disk):
         for found in examine(check, cfg, run, devices):
-            print(f"{'to do' if found.mend else 'ok':6}{found.text}", flush=True)
+            print(f"{found.mark:6}{found.text}", flush=True)
             mends += [found.mend] if found.mend else []
     todo = [f"- {mend}" for mend in dict.fromkeys(mends)]  # several checks may fail for one reason
     print("\n".join(["", "to do first:", *todo] if todo else ["ready"]))
@@ -61,21 +67,29 @@ def examine(check: Check, cfg: Config, run: Path, devices: int | None) -> Iterat
 def versions(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     found = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     yield Finding(f"Python {platform.python_version()}, {found}")
-    old = [
-        f"{name} {metadata.version(name)} is older than the {least} that is asked for"
-        for name, least in minima().items()
-        if number(metadata.version(name)) < number(least)
-    ]
-    for text in old:
-        yield Finding(text, f"{text}: pip install -r requirements.txt")
+    if (asked := minima()) is None:
+        why = f"neither {REQUIREMENTS} nor pip's record of solrl_jax says what is asked for"
+        yield Finding(f"versions were not compared: {why}", unknown=True)
+        return
+    for name, least in asked.items():
+        if number(metadata.version(name)) < number(least):
+            text = f"{name} {metadata.version(name)} is older than the {least} that is asked for"
+            how = f"-r {REQUIREMENTS.name}" if REQUIREMENTS.is_file() else f"'{name}>={least}'"
+            yield Finding(text, f"{text}: pip install {how}")
 
 
-def minima() -> dict[str, str]:
-    """{package: least version} of requirements.txt, of those packages that are named with one."""
-    file = Path(__file__).parent.parent / "requirements.txt"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+def minima() -> dict[str, str] | None:
+    """{package: least version} of requirements.txt, or else of pip's record, of those of PACKAGES that it names with
+    one; None where neither does."""
+    try:
+        lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        try:
+            lines = metadata.requires("solrl_jax") or []
+        except metadata.PackageNotFoundError:
+            return None
     found = (re.match(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)", line) for line in lines)
-    return {m[1]: m[2] for m in found if m and m[1] in PACKAGES}
+    return {m[1]: m[2] for m in found if m and m[1] in PACKAGES} or None
 
 
 def number(version: str) -> tuple[int, ...]:

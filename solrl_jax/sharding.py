@@ -29,7 +29,7 @@ def platform() -> str:
 def check_divides(mesh: Mesh, prompts: int) -> None:
     """Each device owns whole prompts."""
     if prompts % mesh.size:
-        fits = [n for n in range(1, prompts + 1) if prompts % n == 0]
+        fits = [n for n in range(1, jax.device_count() + 1) if prompts % n == 0]
         raise ValueError(
             f"{prompts} prompts do not divide over {mesh.size} devices: use a multiple of {mesh.size} prompts, "
             f"or --devices with one of {fits}"

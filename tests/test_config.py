@@ -1,6 +1,9 @@
 """Configs: validation with the mend in the message, overrides in the command line's words, JSON there and back."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jaxtyping
 import numpy as np
@@ -242,11 +245,35 @@ def test_help_has_every_recipe_in_one_line():
         recipes.help_lines("nothing")
 
 
-def test_outside_the_repository_the_folder_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(config.importlib, "import_module", _absent)
-    with pytest.raises(ConfigError, match=r"no folder configs/ in .*run from the repository's root"):
+def test_a_package_without_its_repository_says_so(tmp_path, monkeypatch):
+    """Also where another package's folder of that name is beside it."""
+    monkeypatch.setattr(config, "FOLDER", tmp_path / "configs")
+    with pytest.raises(ConfigError, match=r"there are no configs in .*configs: the package alone has none"):
         config.available()
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/tiny.py").write_text("raise ValueError('of somebody else')\n")
+    with pytest.raises(ConfigError, match="there are no configs in "):
+        config.load("tiny")
 
 
-def _absent(name):
-    raise ModuleNotFoundError(name=name)
+def test_a_users_own_configs_shadow_nothing(tmp_path):
+    """In the folder where the command is given, and first on the path."""
+    (tmp_path / "configs").mkdir()
+    for name in ("__init__", "tiny"):
+        (tmp_path / f"configs/{name}.py").write_text("raise ValueError('of somebody else')\n")
+    root = config.FOLDER.parent
+    command = [sys.executable, "-m", "solrl_jax.main", "--config=tiny:help"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0 and ended.stderr == "", ended.stderr
+    assert ended.stdout.splitlines() == recipes.help_lines("tiny")
+
+
+def test_configs_may_take_from_each_other(tmp_path, monkeypatch):
+    made = "from solrl_jax.config import Config\n\nRECIPES = ('',)\n\n\ndef config(recipe):\n    return "
+    (tmp_path / "one.py").write_text(f"{made}Config(name='one', iterations=7)\n")
+    (tmp_path / "two.py").write_text(f"from . import one\n{made}one.config(recipe)\n")
+    monkeypatch.setattr(config, "FOLDER", tmp_path)
+    monkeypatch.setattr(config, "PACKAGE", "configs_of_two")
+    assert config.available() == ["one", "two"] and config.load("two").iterations == 7

@@ -128,4 +128,29 @@ def test_old_packages_are_named(monkeypatch, cfg, tmp_path):
     assert doctor.minima()["jax"] == "0.10.2" and doctor.number("0.10.2.dev3") == (0, 10, 2)
     monkeypatch.setattr(doctor, "minima", lambda: {"jax": "99.1"})
     found = list(doctor.versions(cfg, tmp_path, None))
-    assert "is older than the 99.1 that is asked for" in found[1].text and "pip install" in found[1].mend
+    assert "is older than the 99.1 that is asked for" in found[1].text and "pip install -r" in found[1].mend
+
+
+def test_an_installed_package_has_its_minima_with_it(monkeypatch, cfg, tmp_path):
+    """Where there is no requirements.txt; where nothing says what is asked for, nothing is called compared."""
+    monkeypatch.setattr(doctor, "REQUIREMENTS", tmp_path / "requirements.txt")
+    (tmp_path / "solrl_jax-0.1.0.dist-info").mkdir()
+    lines = ['jax[cuda12]>=99.1 ; sys_platform == "linux"', 'jax>=99.1; sys_platform != "linux"', "absl-py>=2.5"]
+    head = ["Metadata-Version: 2.1", "Name: solrl_jax", "Version: 0.1.0"]
+    text = "\n".join([*head, *(f"Requires-Dist: {line}" for line in lines)])
+    (tmp_path / "solrl_jax-0.1.0.dist-info/METADATA").write_text(text + "\n")
+    with monkeypatch.context() as here:
+        here.syspath_prepend(tmp_path)
+        assert doctor.minima() == {"jax": "99.1"}
+        (old,) = [found for found in doctor.versions(cfg, tmp_path, None) if found.mend]
+        assert "is older than the 99.1 that is asked for" in old.text and "pip install 'jax>=99.1'" in old.mend
+    assert doctor.minima() is None
+    _, last = doctor.versions(cfg, tmp_path, None)
+    assert last.text.startswith("versions were not compared: ") and last.mark == "note" and not last.mend
+
+
+def test_what_was_not_compared_is_not_ok(cfg, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "REQUIREMENTS", tmp_path / "requirements.txt")
+    code, lines, todo = told(cfg, tmp_path / "run", capsys)
+    assert code == 0 and todo == [] and lines[1].startswith("note  versions were not compared: ")
+    assert all(line.startswith("ok    ") for line in [lines[0], *lines[2:]])

@@ -182,6 +182,8 @@ def test_each_device_does_its_share(folder, devices, trips):
 def test_a_device_count_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"6 prompts do not divide over 4 devices: use a multiple of 4"):
         sharding.check_divides(sharding.make_mesh(4), 6)
+    with pytest.raises(ValueError, match=r"16 prompts do not divide over 3 .*--devices with one of \[1, 2, 4\]$"):
+        sharding.check_divides(sharding.make_mesh(3), 16)  # of the 4 that there are
 
 
 def test_a_sample_is_its_key(folder):
