@@ -59,7 +59,7 @@ def of_metadata(file: Path, stated: str) -> Adapter | None:
     where = f"{file}: its lora_adapter_metadata"
     try:
         found = dict(json.loads(stated).items())
-    except (ValueError, AttributeError) as e:
+    except (ValueError, AttributeError, RecursionError) as e:
         raise WeightsError(f"{where} is no JSON object ({e}): export it again") from None
     own = {key.removeprefix("transformer."): x for key, x in found.items() if key.startswith("transformer.")}
     own = own or {key: x for key, x in found.items() if "." not in key}

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from solrl_jax import assemble, config, lora, lora_files, model_card, recipes, sampler, train
+from solrl_jax import assemble, config, lora, lora_files, model_card, recipes, sampler, sharding, train
 from solrl_jax.config import Config, Lora
 from solrl_jax.models import flux
-from solrl_jax.structs import TrainState
+from solrl_jax.structs import Frozen, TrainState
 from solrl_jax.weights import WeightsError, leaves_by_path
 from tests.test_lora import SMALL, inputs
 
@@ -399,10 +399,21 @@ def test_export_takes_either_layout(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(assemble, "model_module", lambda cfg: SimpleNamespace(make=lambda c: model))
     for file in (small.file, small.folder / "theirs.safetensors"):
         assert train.export(cfg, tmp_path / file.stem, place=None, lora_file=file) == 0
-        assert "LoRA of rank 4" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert out.startswith(f"{file}: LoRA of rank ") and " on 17 of 56 Linears, in 5 of 5 blocks\n" in out
+        assert f"{file}: LoRA of rank 4 in {tmp_path / file.stem / 'pytorch_lora_weights.safetensors'}, for" in out
         for name in ("pytorch_lora_weights", "comfyui/mine"):
             found = read(tmp_path / file.stem / f"{name}.safetensors", small.base)
             same(found, small.adapter, rtol=2e-7)
+
+
+def test_eval_and_sample_tell_how_much_is_adapted(small, monkeypatch, capsys):
+    cfg, _, model = a_run(small)
+    monkeypatch.setattr(assemble, "blank", lambda cfg, model, mesh: None)  # compiles nothing: of no use to a file
+    parts = assemble.Parts(*[None] * len(assemble.Parts._fields))._replace(cfg=cfg, model=model)
+    parts = parts._replace(mesh=sharding.make_mesh(1), frozen=Frozen(small.base, {}, {}))
+    same(assemble.adapter(parts, None, small.file), small.adapter, rtol=2e-7)
+    assert capsys.readouterr().out == f"{small.file}: LoRA of rank 4 on 17 of 56 Linears, in 5 of 5 blocks\n"
 
 
 @pytest.mark.parametrize("name", [*recipes.FAMILIES, *recipes.METHODS])

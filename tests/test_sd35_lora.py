@@ -145,6 +145,16 @@ def test_the_other_size_is_refused(tmp_path, layout):
         lora_files.load(file, same_depth.base, same_depth.keys, CFG, same_depth.comfy)
 
 
+def test_fewer_blocks_of_the_same_widths_are_told(tmp_path):
+    """The names fit and so do the shapes: the set is taken, and what is printed says that blocks are left over."""
+    few, many, file = small(), small(num_layers=7), tmp_path / "x.safetensors"
+    lora_files.save(file, made(few.base, ("attn.to_q", "attn.to_k")), few.keys, CFG)
+    found, said = lora_files.load(file, many.base, many.keys, CFG, many.comfy)
+    assert said == ("LoRA of rank 4 on 10 of 110 Linears, in 5 of 7 blocks; the others stay as they are",)
+    assert set(found) == {"transformer_blocks_0", "transformer_blocks_2"}  # the last block is a stack of its own
+    assert not found["transformer_blocks_2"]["attn"]["to_q"]["b"][3:].any()
+
+
 def test_attn2_of_medium_on_large(tmp_path):
     """What only Medium has is unknown to Large, at the same widths too."""
     medium, large, file = small(), small(dual_attention_layers=()), tmp_path / "x.safetensors"
