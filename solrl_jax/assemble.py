@@ -230,12 +230,19 @@ def blank(cfg: Config, model: Model, mesh: Mesh) -> TrainState:
 
 
 def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
-    """The LoRA to draw with: a file's, or the EMA of the checkpoint folder `place`, or else the base's (all zero)."""
+    """The LoRA to draw with: a file's, or the EMA of the checkpoint folder `place`, or else the base's (all zero).
+
+    Of a file a line or two are printed: how much of the model it adapts.
+    """
     like = blank(parts.cfg, parts.model, parts.mesh)
     if place is not None and lora_file is None:
         return checkpoint.restore_fields(place, {"ema": like.ema}, parts.cfg, INFERENCE)["ema"]
     if lora_file is None:
         found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
     else:
-        found = lora_files.load(lora_file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
+        model = parts.model
+        found, said = lora_files.load(
+            lora_file, parts.frozen.base, model.keys, parts.cfg.lora, model.comfy, model.native
+        )
+        print("\n".join(f"{lora_file}: {line}" for line in said))
     return sharding.replicate(found, parts.mesh)

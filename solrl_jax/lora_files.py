@@ -1,15 +1,17 @@
 """Files of LoRA sets, read and written.
 
-They come in two layouts. diffusers': one module per Linear, transformer.<name>.lora_A.weight [R, in] and lora_B [out,
+Two layouts are written. diffusers': one module per Linear, transformer.<name>.lora_A.weight [R, in] and lora_B [out,
 R]. ComfyUI's (and kohya's): lora_unet_<name>.lora_down.weight, .lora_up.weight and .alpha, in which one module can hold
 the rows of several Linears (`Fused`); the model's table says which.
+
+Both are read, and diffusers' names without "transformer." (a transformer's own save_lora_adapter) or behind
+"base_model.model." (PEFT's folders), whose factors are scaled as the file's metadata or adapter_config.json say.
 """
 
 import itertools
 import json
-import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from solrl_jax import disk
+from solrl_jax import disk, peft_config, pickles
 from solrl_jax.config import Lora
 from solrl_jax.lora import put, scaled
 from solrl_jax.structs import Params
@@ -61,7 +63,7 @@ def save_fused(
     for module in _layers(fused, sizes):
         parts = [(sizes[p][1], factors.pop(p, None)) for p in module.parts]
         if any(pair for _, pair in parts):
-            (down, up), its = _blocks(parts), _Names.of(module.name, comfy=True)
+            (down, up), its = _blocks(parts), _Names.of(module.name, COMFY)
             tensors[its.down], tensors[its.up] = down, _swap(up) if module.swapped else up
             tensors[its.alpha] = np.array(len(down), np.float32)
     if factors:
@@ -89,55 +91,116 @@ def _write(file: str | Path, tensors: Mapping[str, np.ndarray], cfg: Lora) -> No
         f.write(content)
 
 
-def load(file: str | Path, base: Params, keys: Sequence[Rule], cfg: Lora, fused: Sequence[Fused] = ()) -> Params:
+class Loaded(NamedTuple):
+    """A set, and what to tell the user of the file it is from: how much it adapts, what of it is left out."""
+
+    adapter: Params
+    said: tuple[str, ...]
+
+
+def load(
+    file: str | Path,
+    base: Params,
+    keys: Sequence[Rule],
+    cfg: Lora,
+    fused: Sequence[Fused] = (),
+    native: Sequence[Rule] = (),
+) -> Loaded:
     """The set that a file holds, of the file's own ranks and for the Linears that it names.
 
-    The layout shows in the names; ComfyUI's is read with the model's table `fused`. Ranks may differ: the layers of a
-    stack are padded with zeros to the largest. B is divided by cfg's alpha / R, so that `scaled` gives the file's
-    policy at the alphas it states (else scale 1). Of `base` only shapes are used. WeightsError where a name fits no
-    Linear, a layer of a stack or half of a pair lacks, a shape differs.
+    The layout shows in the names; ComfyUI's is read with the model's table `fused`, names of the original code with its
+    table `native`. Layers of a stack that the file leaves out, and ranks below the stack's largest, are zeros. B is
+    divided by cfg's alpha / R, so that `scaled` gives the file's policy at the scale it states (else 1). Of `base` only
+    shapes are used. WeightsError where a name fits no Linear, half of a pair lacks, a shape differs, or where the file
+    is more than a LoRA.
     """
-    file = Path(file)
-    if file.is_dir():
-        file = file / "pytorch_lora_weights.safetensors"
-    tensors, stated = _read(file)
-    linears = _linears(base, keys)
+    found = _read(_inside(Path(file)))
+    tables = [_linears(base, table) for table in (keys, native) if table]
+    linears = max(tables, key=lambda those: len({found.prefix + name for name in _sizes(those)} & found.named()))
     sizes = _sizes(linears)
-    comfy = any(key.startswith("lora_unet_") for key in tensors)
-    layout = _layers(fused, sizes) if comfy else [Fused(name, (name,)) for name in sizes]
-    names = {module: _Names.of(module.name, comfy) for module in layout}
-    present = {module: its for module, its in names.items() if {its.down, its.up} & tensors.keys()}
-    absent = _absent_layers(linears, names, present)
-    if problems := absent + _problems(tensors, present, sizes) or ([] if tensors else ["it is empty"]):
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise WeightsError(
-            f"{file} is no LoRA of this model: pairs of factors on its Linears, in the names of diffusers "
-            "(transformer.*.lora_A.weight) or ComfyUI (lora_unet_*.lora_down.weight):\n  "
-            + "\n  ".join(problems[:8])
-            + more
-        )
+    layout = _layers(fused, sizes) if found.prefix == COMFY else [Fused(name, (name,)) for name in sizes]
+    names = {module: _Names.of(module.name, found.prefix) for module in layout}
+    present = {module: its for module, its in names.items() if {its.down, its.up} & found.tensors.keys()}
+    _check(found, present, sizes)
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for module, its in present.items():
-        down, up = (tensors[key].astype(np.float32) for key in (its.down, its.up))
-        alpha = stated if stated is not None else tensors[its.alpha].item() if its.alpha in tensors else len(down)
-        pairs |= _split(module, down, up * (alpha / len(down)), sizes)
-    found = _stacked(linears, pairs, cfg)
-    if not found:
-        raise WeightsError(f"{file} adds nothing to the model: every up factor is zero")
-    return found
+        down, up = (found.tensors[key].astype(np.float32) for key in (its.down, its.up))
+        pairs |= _split(module, down, up * found.scale(module.name, its, len(down)), sizes)
+    adapter = _stacked(linears, pairs, cfg)
+    if not adapter:
+        raise WeightsError(f"{found.file} adds nothing to the model: every up factor is zero")
+    return Loaded(adapter, (_coverage(linears, pairs), *found.left_out()))
+
+
+def _inside(place: Path) -> Path:
+    """The file that a folder is given for."""
+    if not place.is_dir():
+        return place
+    names = [f"{stem}.{end}" for end in ("safetensors", "bin") for stem in ("pytorch_lora_weights", "adapter_model")]
+    if not (files := [place / name for name in names if (place / name).is_file()]):
+        raise WeightsError(f"{place} holds no LoRA file: none of {', '.join(names)} is there")
+    return files[0]
+
+
+COMFY, DIFFUSERS = "lora_unet_", "transformer."
 
 
 class _Names(NamedTuple):
-    """The keys of one module in a file."""
+    """The keys of one module in a file, in `_spelt`'s spelling."""
 
     down: str
     up: str
     alpha: str
 
     @classmethod
-    def of(cls, name: str, comfy: bool) -> "_Names":
-        ends = ("lora_down.weight", "lora_up.weight") if comfy else ("lora_A.weight", "lora_B.weight")
-        return cls(*(f"{'lora_unet_' if comfy else 'transformer.'}{name}.{end}" for end in (*ends, "alpha")))
+    def of(cls, name: str, prefix: str) -> "_Names":
+        ends = ("lora_down.weight", "lora_up.weight") if prefix == COMFY else ("lora_A.weight", "lora_B.weight")
+        return cls(*(f"{prefix}{name}.{end}" for end in (*ends, "alpha")))
+
+
+class _Content(NamedTuple):
+    """A file: its tensors in one spelling, what stands before its names, how it says to scale, what is not read."""
+
+    file: Path
+    prefix: str
+    tensors: dict[str, np.ndarray]
+    adapter: peft_config.Adapter | None
+    text: tuple[str, ...]  # keys of text encoders
+
+    def named(self) -> set[str]:
+        """The modules, with the prefix."""
+        return {key.split(".lora_")[0] for key in self.tensors}
+
+    def scale(self, name: str, its: _Names, rank: int) -> float:
+        """What B counts: as the description says, else alpha / rank, else 1."""
+        if self.adapter is not None:
+            return self.adapter.scale(name, rank)
+        return self.tensors[its.alpha].item() / rank if its.alpha in self.tensors else 1.0
+
+    def left_out(self) -> list[str]:
+        if not self.text:
+            return []
+        return [f"{len(self.text)} keys of text encoders are left out ({self.text[0]}, ...): those stay as they are"]
+
+
+def _check(found: _Content, present: Mapping[Fused, _Names], sizes: Mapping[str, tuple[int, int]]) -> None:
+    """WeightsError that lists what of a file does not fit."""
+    empty = f"it holds a text encoder's part alone ({found.text[0]})" if found.text else "it is empty"
+    problems = _problems(found.tensors, present, sizes) if found.tensors else [empty]
+    alphas = [its.alpha for its in present.values() if its.alpha in found.tensors]
+    if found.adapter is not None and alphas:
+        problems.append(f"{alphas[0]} beside the alpha that {found.adapter.where} states: keep one of them")
+    if found.prefix != COMFY and 0 < len(alphas) < len(present):
+        lone = next(its.alpha for its in present.values() if its.alpha not in alphas)
+        problems.append(f"missing {lone}, others have theirs and readers differ in what it is then: give all or none")
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise WeightsError(
+            f"{found.file} is no LoRA of this model: pairs of factors on its Linears, in the names of diffusers "
+            "(transformer.*.lora_A.weight), PEFT (base_model.model.*) or ComfyUI (lora_unet_*.lora_down.weight):\n  "
+            + "\n  ".join(problems[:8])
+            + more
+        )
 
 
 def _problems(tensors: Tensors, present: Mapping[Fused, _Names], sizes: Mapping[str, tuple[int, int]]) -> list[str]:
@@ -159,15 +222,18 @@ def _problems(tensors: Tensors, present: Mapping[Fused, _Names], sizes: Mapping[
     ]
 
 
-def _absent_layers(linears: Sequence[Leaf], names: Mapping[Fused, _Names], present: Collection[Fused]) -> list[str]:
-    """What a file lacks that adapts some layers of a stack: it may be for a model of fewer layers."""
-    home = {part: module for module in names for part in module.parts}
-    problems = {}
-    for leaf, first in ((one, first) for one in linears for first in range(one.fused)):
-        homes = [home[name] for name in _module_names(leaf)[first :: leaf.fused] if name in home]
-        if any(module in present for module in homes):
-            problems |= {names[module].down: None for module in homes if module not in present}
-    return [f"missing {key}" for key in problems]
+def _coverage(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
+    """How much of the model is adapted: a file for a model of fewer blocks would show here."""
+    ranks = {name: len(down) for name, (down, _) in pairs.items() if len(down)}
+    names = [name for leaf in linears if leaf.stacked for name in _module_names(leaf)]
+    blocks = {name: match[0] for name in names if (match := re.match(r".+?\.\d+(?=\.)", name))}
+    inside, whole = {blocks[name] for name in ranks if name in blocks}, set(blocks.values())
+    rest = "; the others stay as they are" if inside and inside != whole else ""
+    total = sum(len(_module_names(leaf)) for leaf in linears)
+    return (
+        f"LoRA of rank {max(ranks.values())} on {len(ranks)} of {total} Linears, in {len(inside)} of {len(whole)} "
+        f"blocks{rest}"
+    )
 
 
 def _split(
@@ -196,8 +262,8 @@ def _stacked(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.n
     for leaf in linears:
         rows = leaf.shape[-1] // leaf.fused
         layers = [[(rows, pairs.get(name)) for name in group] for group in groups(_module_names(leaf), leaf.fused)]
-        found = [_one_pair(parts) for parts in layers if any(pair for _, pair in parts)]
-        if not (most := max((len(down) for down, _ in found), default=0)):
+        found = [_one_pair(parts, leaf.shape) for parts in layers]
+        if not (most := max(len(down) for down, _ in found)):
             continue
         a = [np.pad(down.T, ((0, 0), (0, most - len(down)))) for down, _ in found]
         b = [np.pad(up.T, ((0, most - len(down)), (0, 0))) / (cfg.alpha / cfg.rank) for down, up in found]
@@ -206,11 +272,16 @@ def _stacked(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.n
     return out
 
 
-def _one_pair(parts: Sequence[tuple[int, tuple[np.ndarray, np.ndarray] | None]]) -> tuple[np.ndarray, np.ndarray]:
+def _one_pair(
+    parts: Sequence[tuple[int, tuple[np.ndarray, np.ndarray] | None]], shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
     """(down, up) of a Linear that is several ones in the file, given as (rows, their pair): q, k and v of a fused one.
 
-    What `save` wrote, the same down factor for all, comes back as it was; different ones are stacked (`_blocks`).
+    What `save` wrote, the same down factor for all, comes back as it was; different ones are stacked (`_blocks`). Where
+    there is no pair they are of rank 0, for a kernel of `shape` [..., in, out].
     """
+    if not any(pair for _, pair in parts):
+        return np.zeros((0, shape[-2]), np.float32), np.zeros((shape[-1], 0), np.float32)
     (first, _), *rest = (pair for _, pair in parts if pair)
     if all(np.array_equal(down, first) for down, _ in rest):
         return first, np.concatenate([pair[1] if pair else np.zeros((n, len(first)), np.float32) for n, pair in parts])
@@ -247,45 +318,60 @@ def _layers(fused: Sequence[Fused], modules: Collection[str]) -> Iterator[Fused]
                 break
 
 
-def _read(file: Path) -> tuple[dict[str, np.ndarray], float | None]:
-    """A file's tensors, in one spelling of each layout, and the alpha that its metadata states for all of them."""
+def _read(file: Path) -> _Content:
+    """A file, safetensors or torch's pickle, whatever it holds."""
     if not file.is_file():
         raise WeightsError(f"{file} does not exist: give a LoRA .safetensors file or the folder that holds it")
     try:
-        with safe_open(file, "numpy") as f:
-            tensors = {_spelt(key): f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - the handle is no dict
-            tensors = {key: x.reshape(matrix(x.shape)) for key, x in tensors.items()}
-            return tensors, _stated_alpha(file, f.metadata() or {})
+        if pickles.is_checkpoint(file):
+            tensors, metadata = pickles.read(file), {}
+        else:
+            with safe_open(file, "numpy") as f:
+                tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except SafetensorError as e:
         raise WeightsError(f"{file} is not a whole safetensors file ({e})") from e
     except OSError as e:
         raise WeightsError(f"{file} cannot be read: {e.strerror or e}") from e
+    text = tuple(key for key in tensors if _TEXT.match(key))
+    spelt = _respelt(file, [key for key in tensors if key not in text])
+    prefixes = (COMFY, DIFFUSERS, peft_config.PREFIX)
+    prefix = next((p for p in prefixes if any(key.startswith(p) for key in spelt)), "")
+    by_key = {key: tensors[own].reshape(matrix(tensors[own].shape)) for key, own in spelt.items()}
+    return _Content(file, prefix, by_key, _described(file, prefix, metadata), text)
+
+
+_TEXT = re.compile(r"text_encoders?(_\d)?\.|lora_te\d?_")
+
+
+def _described(file: Path, prefix: str, metadata: Mapping[str, str]) -> peft_config.Adapter | None:
+    if (stated := metadata.get("lora_adapter_metadata")) is not None:
+        return peft_config.of_metadata(file, stated)
+    return peft_config.of_folder(file) if prefix == peft_config.PREFIX or file.stem == "adapter_model" else None
+
+
+def _respelt(file: Path, keys: Iterable[str]) -> dict[str, str]:
+    """{a key in one spelling: the file's}; WeightsError for two that are the same."""
+    found: dict[str, str] = {}
+    for key in keys:
+        if (same := found.setdefault(_spelt(key), key)) != key:
+            raise WeightsError(f"{file}: {same} and {key} are one factor of two adapters: give a file of one of them")
+    return found
 
 
 def _spelt(key: str) -> str:
-    """ComfyUI also takes the dotted names of its own modules, and saves them: diffusion_model.<a.b.c>.lora_A.weight."""
-    if not (match := re.fullmatch(r"diffusion_model\.(.+?)\.(lora_(?:A|B|up|down)\.weight|alpha)", key)):
+    """lora_A and lora_B are also called down and up, with an adapter's name behind them or a dot inside.
+
+    ComfyUI also takes the dotted names of its own modules, and saves them: diffusion_model.<a.b.c>.lora_A.weight.
+    """
+    if not (match := re.fullmatch(r"(.+?)\.(?:lora[_.](A|B|down|up)(?:\.[^.]+)?\.weight|alpha)", key)):
         return key
-    end = match[2].replace("lora_A", "lora_down").replace("lora_B", "lora_up")
-    return f"lora_unet_{match[1].replace('.', '_')}.{end}"
-
-
-def _stated_alpha(file: Path, metadata: Mapping[str, str]) -> float | None:
-    """The alpha of the `lora_adapter_metadata` that diffusers writes when it does not fold (models.md section 10)."""
-    try:
-        stated = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")).items())
-    except (ValueError, AttributeError) as e:
-        raise WeightsError(f"{file}: its lora_adapter_metadata is no JSON object ({e}): export it again") from None
-    found = {key.removeprefix("transformer."): value for key, value in stated.items()}
-    odd = [name for name in ("alpha_pattern", "use_rslora", "use_dora") if found.get(name)]
-    if odd:
-        raise WeightsError(f"{file} is a LoRA with {', '.join(odd)}: give one with the same alpha / r everywhere")
-    if not {"lora_alpha", "r"} <= found.keys():
-        return None
-    alpha = found["lora_alpha"]
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise WeightsError(f"{file}: its lora_adapter_metadata says lora_alpha {alpha!r}, no number: export it again")
-    return float(alpha)
+    name, half = match.groups()
+    if name.startswith("diffusion_model."):
+        name = COMFY + name.removeprefix("diffusion_model.").replace(".", "_")
+    if half is None:
+        return f"{name}.alpha"
+    down, up = ("down", "up") if name.startswith(COMFY) else ("A", "B")
+    return f"{name}.lora_{down if half in ('A', 'down') else up}.weight"
 
 
 def _modules(tree: Params, keys: Sequence[Rule]) -> Iterator[tuple[str, Leaf]]:

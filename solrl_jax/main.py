@@ -141,7 +141,9 @@ flags.DEFINE_string(
     "checkpoint", None, "eval, sample, export: a step of --run_dir or <run>/checkpoints/<step> (default: the newest)"
 )
 flags.DEFINE_string(
-    "lora", None, "eval, sample, export: a LoRA .safetensors file (or its folder) instead of a checkpoint"
+    "lora",
+    None,
+    "eval, sample, export: a LoRA file or its folder, of diffusers, PEFT or ComfyUI, instead of a checkpoint",
 )
 flags.DEFINE_integer("devices", None, "how many devices to use (default: all; plan: 1)", lower_bound=1)
 flags.DEFINE_string("card", "H100 80GB", "plan: the GPU to plan for")

@@ -63,6 +63,7 @@ class Model(NamedTuple):
     quant_rules: "QuantRules"
     keys: tuple  # weights.Rule table: our parameter paths <-> the public checkpoint's keys
     comfy: tuple = ()  # lora_files.Fused table: the modules of ComfyUI's LoRA files; none: no such files
+    native: tuple = ()  # a weights.Rule table of other names for the modules, which LoRA files may have
     prepare: Callable[[Variables, PyTree], PyTree] = lambda variables, cond: cond
 
 

@@ -369,10 +369,10 @@ def export(
     if lora_file is not None:
         base = jax.eval_shape(model.init, jax.random.key(0))
         as_it_is = Lora(rank=1, alpha=1.0)  # whatever scale it states
-        found = lora_files.load(lora_file, base, model.keys, as_it_is, model.comfy)
+        found, said = lora_files.load(lora_file, base, model.keys, as_it_is, model.comfy, model.native)
         rank = lora.rank(found)
         file = write_lora(run, found, model, Lora(rank=rank, alpha=float(rank)), cfg.name)
-        print(f"{lora_file}: LoRA of rank {rank} in {file}, for scale 1")
+        print("\n".join(f"{lora_file}: {line}" for line in (*said, f"LoRA of rank {rank} in {file}, for scale 1")))
         return 0
     assert place is not None
     like = assemble.blank(cfg, model, assemble.make_mesh(devices))

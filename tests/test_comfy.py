@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from solrl_jax import assemble, config, lora, lora_files, model_card, recipes, sampler, train
+from solrl_jax import assemble, config, lora, lora_files, model_card, recipes, sampler, sharding, train
 from solrl_jax.config import Config, Lora
 from solrl_jax.models import flux
-from solrl_jax.structs import TrainState
+from solrl_jax.structs import Frozen, TrainState
 from solrl_jax.weights import WeightsError, leaves_by_path
 from tests.test_lora import SMALL, inputs
 
@@ -65,7 +65,7 @@ def small(tmp_path_factory):
 
 
 def read(file, base, cfg=CFG):
-    return lora_files.load(file, base, flux.KEYS, cfg, flux.COMFY)
+    return lora_files.load(file, base, flux.KEYS, cfg, flux.COMFY).adapter
 
 
 def same(one, two, **tolerance):
@@ -164,7 +164,7 @@ def test_both_layouts_come_back(small, tmp_path, targets):
         same(read(file, small.base, cfg), adapter, rtol=2e-7)
         lora_files.save_fused(file, adapter, small.base, flux.KEYS, flux.COMFY, cfg)
         same(read(file, small.base, cfg), adapter, rtol=2e-7)
-    other = lora_files.load(file, small.base, flux.KEYS, Lora(1, 1.0), flux.COMFY)  # as it is
+    other = lora_files.load(file, small.base, flux.KEYS, Lora(1, 1.0), flux.COMFY).adapter  # as it is
     same(other, lora.scaled(adapter, Lora(4, 3.0)), rtol=2e-7)
 
 
@@ -226,8 +226,9 @@ def test_a_dense_file_with_alphas(small, tmp_path):
 
 def test_alphas_in_diffusers_names(small, tmp_path):
     tensors, file = load_file(small.folder / "theirs.safetensors"), tmp_path / "x.safetensors"
-    key = "transformer.transformer_blocks.1.attn.to_out.0"
-    save_file(tensors | {f"{key}.alpha": np.array(1, np.float32)}, file)  # a quarter, of rank 4
+    key = "transformer.transformer_blocks.1.attn.to_out.0.alpha"
+    alphas = {f"{name.rsplit('.lora_', 1)[0]}.alpha": np.array(4, np.float32) for name in tensors}
+    save_file(tensors | alphas | {key: np.array(1, np.float32)}, file)  # a quarter, of rank 4
     one, two = (x["transformer_blocks/attn/to_out.0"] for x in map(products, (read(file, small.base), small.adapter)))
     np.testing.assert_allclose(one, two * np.array([1, 0.25]).reshape(2, 1, 1), rtol=1e-6)
 
@@ -252,12 +253,12 @@ def broken(name, tensors):
     down, up = f"{QKV}.lora_down.weight", f"{QKV}.lora_up.weight"
     return {
         "half": {k: v for k, v in tensors.items() if k != up},
-        "layer": {k: v for k, v in tensors.items() if "double_blocks_0" not in k},
+        "layer": {k.replace("double_blocks_0", "double_blocks_2"): v for k, v in tensors.items()},
         "rows": tensors | {up: tensors[up][:96].copy()},
         "ranks": tensors | {down: tensors[down][:5].copy()},
         "none": tensors | {down: tensors[down][:0].copy(), up: tensors[up][:, :0].copy()},
         "alphas": tensors | {f"{QKV}.alpha": np.ones(3, np.float32)},
-        "text": tensors | {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": tensors[up]},
+        "text": {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": tensors[up]},
         "dora": tensors | {f"{QKV}.dora_scale": np.ones((144, 1), np.float32)},
         "lokr": {k.replace("lora_up.weight", "lokr_w1"): v for k, v in tensors.items()},
         "both": tensors | {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": tensors[down]},
@@ -271,13 +272,13 @@ def broken(name, tensors):
         ("half", f"missing {QKV}.lora_up.weight"),
         (
             "layer",
-            f"missing {QKV}.lora_down.weight\n  missing lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+            "unused lora_unet_double_blocks_2_img_attn_proj.alpha",
         ),
         ("rows", rf"{QKV}.lora_up.weight has shape \(96, 12\), not \(144, 12\)"),
         ("ranks", rf"{QKV}.lora_up.weight has shape \(144, 12\), not \(144, 5\)"),
         ("none", rf"{QKV}.lora_down.weight has shape \(0, 48\), not \(1, 48\)"),
         ("alphas", rf"{QKV}.alpha has shape \(3,\), not \(1,\)"),
-        ("text", "unused lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight"),
+        ("text", r"holds a text encoder's part alone \(lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight\)"),
         ("dora", f"unused {QKV}.dora_scale"),
         ("lokr", f"missing {QKV}.lora_up.weight"),
         ("both", "unused transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),
@@ -398,10 +399,21 @@ def test_export_takes_either_layout(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(assemble, "model_module", lambda cfg: SimpleNamespace(make=lambda c: model))
     for file in (small.file, small.folder / "theirs.safetensors"):
         assert train.export(cfg, tmp_path / file.stem, place=None, lora_file=file) == 0
-        assert "LoRA of rank 4" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert out.startswith(f"{file}: LoRA of rank ") and " on 17 of 56 Linears, in 5 of 5 blocks\n" in out
+        assert f"{file}: LoRA of rank 4 in {tmp_path / file.stem / 'pytorch_lora_weights.safetensors'}, for" in out
         for name in ("pytorch_lora_weights", "comfyui/mine"):
             found = read(tmp_path / file.stem / f"{name}.safetensors", small.base)
             same(found, small.adapter, rtol=2e-7)
+
+
+def test_eval_and_sample_tell_how_much_is_adapted(small, monkeypatch, capsys):
+    cfg, _, model = a_run(small)
+    monkeypatch.setattr(assemble, "blank", lambda cfg, model, mesh: None)  # compiles nothing: of no use to a file
+    parts = assemble.Parts(*[None] * len(assemble.Parts._fields))._replace(cfg=cfg, model=model)
+    parts = parts._replace(mesh=sharding.make_mesh(1), frozen=Frozen(small.base, {}, {}))
+    same(assemble.adapter(parts, None, small.file), small.adapter, rtol=2e-7)
+    assert capsys.readouterr().out == f"{small.file}: LoRA of rank 4 on 17 of 56 Linears, in 5 of 5 blocks\n"
 
 
 @pytest.mark.parametrize("name", [*recipes.FAMILIES, *recipes.METHODS])

@@ -194,10 +194,10 @@ def test_round_trip(small, tmp_path, alpha):
     cfg, file = Lora(4, alpha), tmp_path / "pytorch_lora_weights.safetensors"
     lora_files.save(file, small.drawn, flux.KEYS, cfg)
     for place in (file, tmp_path):  # a file, or the folder that holds it
-        again = lora_files.load(place, small.base, flux.KEYS, cfg)
+        again = lora_files.load(place, small.base, flux.KEYS, cfg).adapter
         assert jax.tree.structure(again) == jax.tree.structure(small.drawn)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-7), again, small.drawn)
-    other = lora_files.load(file, small.base, flux.KEYS, Lora(4, 2 * alpha))  # the same policy at another alpha
+    other = lora_files.load(file, small.base, flux.KEYS, Lora(4, 2 * alpha)).adapter  # the same policy at another alpha
     one, two = (lora.scaled(x, c) for x, c in ((again, cfg), (other, Lora(4, 2 * alpha))))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-7), one, two)
 
@@ -206,7 +206,7 @@ def test_half_precision_file(small, tmp_path):
     file = tmp_path / "set.safetensors"
     lora_files.save(file, small.drawn, flux.KEYS, CFG)
     save_file({key: x.astype(jnp.bfloat16) for key, x in load_file(file).items()}, file)
-    found = lora_files.load(file, small.base, flux.KEYS, CFG)
+    found = lora_files.load(file, small.base, flux.KEYS, CFG).adapter
     assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(np.float32)}
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-8), found, small.drawn)
 
@@ -217,15 +217,15 @@ def test_scale_in_the_metadata(small, tmp_path):
     lora_files.save(file, small.drawn, flux.KEYS, CFG)
     stated = {"transformer.r": 4, "transformer.lora_alpha": 12, "transformer.target_modules": ["to_q"]}
     save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(stated)})
-    found = lora_files.load(file, small.base, flux.KEYS, CFG)
+    found = lora_files.load(file, small.base, flux.KEYS, CFG).adapter
     path = "transformer_blocks/attn/to_q/"
     before, after = leaves_by_path(small.drawn), leaves_by_path(found)
     np.testing.assert_array_equal(after[path + "a"], before[path + "a"])
     np.testing.assert_allclose(after[path + "b"], 3 * before[path + "b"], rtol=2e-7)
-    stated["transformer.use_rslora"] = True
+    stated["transformer.use_rslora"] = True  # 12 over the root of 4
     save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(stated)})
-    with pytest.raises(WeightsError, match="use_rslora"):
-        lora_files.load(file, small.base, flux.KEYS, CFG)
+    after = leaves_by_path(lora_files.load(file, small.base, flux.KEYS, CFG).adapter)
+    np.testing.assert_allclose(after[path + "b"], 6 * before[path + "b"], rtol=2e-7)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def broken(name: str, tensors: dict) -> dict:
         "missing": rest,
         "unused": tensors | {f"{FIRST.replace('to_q', 'to_quux')}.lora_A.weight": tensors[key]},
         "shape": rest | {key: np.zeros((4, 47), np.float32)},
-        "unprefixed": {k.removeprefix("transformer."): v for k, v in tensors.items()},
+        "foreign": {k.replace("transformer.", "unet."): v for k, v in tensors.items()},
     }[name]
 
 
@@ -265,7 +265,7 @@ def broken(name: str, tensors: dict) -> dict:
         ("missing", f"missing {FIRST}.lora_A.weight"),
         ("unused", f"unused {FIRST.replace('to_q', 'to_quux')}.lora_A.weight"),
         ("shape", rf"{FIRST}.lora_A.weight has shape \(4, 47\), not \(4, 48\)"),
-        ("unprefixed", r"transformer\.\*(.|\n)*unused single_transformer_blocks(.|\n)*and 26 more"),
+        ("foreign", r"transformer\.\*(.|\n)*unused unet.single_transformer_blocks(.|\n)*and 26 more"),
     ],
 )
 def test_refused_files(small, tmp_path, name, words):
@@ -282,14 +282,14 @@ def test_a_file_says_its_rank_and_modules(small, tmp_path):
     file = tmp_path / "set.safetensors"
     other = drawn(lora.init(jax.random.key(0), small.base, ("to_k", "proj_mlp", "ff.net.2"), Lora(8)), 0.1)
     lora_files.save(file, other, flux.KEYS, Lora(8, 16.0))
-    found = lora_files.load(file, small.base, flux.KEYS, CFG)
+    found = lora_files.load(file, small.base, flux.KEYS, CFG).adapter
     assert leaves_by_path(found).keys() == leaves_by_path(other).keys()
     one, two = lora.merged_kernels(small.base, found, CFG), lora.merged_kernels(small.base, other, Lora(8, 16.0))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), one, two)
     tensors = load_file(file)
     a, b = (f"{FIRST.replace('to_q', 'to_k')}.lora_{x}.weight" for x in "AB")
     save_file({**tensors, a: tensors[a][:4].copy(), b: tensors[b][:, :4].copy()}, file)  # layers of ranks 4 and 8
-    mixed = lora_files.load(file, small.base, flux.KEYS, CFG)["transformer_blocks"]["attn"]["to_k"]
+    mixed = lora_files.load(file, small.base, flux.KEYS, CFG).adapter["transformer_blocks"]["attn"]["to_k"]
     assert mixed["a"].shape == (2, 48, 8) and not mixed["a"][0, :, 4:].any() and not mixed["b"][0, 4:].any()
     jax.tree.map(np.testing.assert_array_equal, mixed["a"][1], found["transformer_blocks"]["attn"]["to_k"]["a"][1])
     np.testing.assert_allclose(mixed["a"][0] @ mixed["b"][0] * 2, (tensors[b][:, :4] @ tensors[a][:4]).T, atol=1e-6)
@@ -301,7 +301,7 @@ def test_a_file_says_its_rank_and_modules(small, tmp_path):
 def test_files_that_are_none(small, tmp_path):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     with pytest.raises(WeightsError, match=r"pytorch_lora_weights.safetensors does not exist"):
-        lora_files.load(tmp_path, small.base, flux.KEYS, CFG)
+        lora_files.load(file, small.base, flux.KEYS, CFG)
     lora_files.save(file, small.drawn, flux.KEYS, CFG)
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(WeightsError, match=r"pytorch_lora_weights.safetensors is not a whole safetensors file"):

@@ -55,7 +55,7 @@ def test_names_in_the_file(tmp_path):
         a = adapter[name]["attn"]["add_k_proj"]["a"][at]
         key = f"transformer.transformer_blocks.{number}.attn.add_k_proj.lora_A.weight"
         np.testing.assert_array_equal(stored[key], a.T)
-    same(lora_files.load(tmp_path / "x.safetensors", m.base, m.keys, CFG, m.comfy), adapter, rtol=2e-7)
+    same(lora_files.load(tmp_path / "x.safetensors", m.base, m.keys, CFG, m.comfy).adapter, adapter, rtol=2e-7)
 
 
 # --- ComfyUI --------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_rows_lie_where_the_original_checkpoint_has_them(tmp_path):
         name = key.removeprefix("transformer.").removesuffix(".lora_B.weight")
         rows = found[f"{name}.weight"].numpy()
         np.testing.assert_array_equal(rows[:, rows.any(0)], theirs[key], name)
-    same(lora_files.load(file, m.base, m.keys, CFG, m.comfy), adapter, rtol=2e-7)
+    same(lora_files.load(file, m.base, m.keys, CFG, m.comfy).adapter, adapter, rtol=2e-7)
 
 
 def native(cfg: Sd35Config) -> list[str]:
@@ -121,7 +121,7 @@ def test_comfyui_also_reads_its_dotted_names(tmp_path):
                 dotted[f"diffusion_model.{name}.{other}"] = stored[k]
     assert len(dotted) == len(stored)
     save_file(dotted, file)
-    same(lora_files.load(file, m.base, m.keys, CFG, m.comfy), adapter, rtol=2e-7)
+    same(lora_files.load(file, m.base, m.keys, CFG, m.comfy).adapter, adapter, rtol=2e-7)
 
 
 # --- another model's ------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ def test_comfyui_also_reads_its_dotted_names(tmp_path):
 
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui"])
 def test_the_other_size_is_refused(tmp_path, layout):
-    """Medium has other widths and fewer blocks than Large: said by name, nothing is loaded in part."""
+    """Medium has other widths than Large: said by name, nothing is loaded in part."""
     wide = {"num_attention_heads": 4, "caption_projection_dim": 64, "num_layers": 7, "dual_attention_layers": ()}
     medium, large, file = small(), small(**wide), tmp_path / "x.safetensors"
     adapter = made(medium.base, sd35.LORA_TARGETS)
@@ -139,10 +139,20 @@ def test_the_other_size_is_refused(tmp_path, layout):
         lora_files.save_fused(file, adapter, medium.base, medium.keys, medium.comfy, CFG)
     with pytest.raises(WeightsError, match=r"is no LoRA of this model") as e:
         lora_files.load(file, large.base, large.keys, CFG, large.comfy)
-    assert "missing" in str(e.value) and "blocks" in str(e.value)
+    assert "blocks" in str(e.value) and "more" in str(e.value)
     same_depth = small(**wide | {"num_layers": 5})
     with pytest.raises(WeightsError, match=r"has shape \(\d+, 48\), not \(\d+, 64\)"):
         lora_files.load(file, same_depth.base, same_depth.keys, CFG, same_depth.comfy)
+
+
+def test_fewer_blocks_of_the_same_widths_are_told(tmp_path):
+    """The names fit and so do the shapes: the set is taken, and what is printed says that blocks are left over."""
+    few, many, file = small(), small(num_layers=7), tmp_path / "x.safetensors"
+    lora_files.save(file, made(few.base, ("attn.to_q", "attn.to_k")), few.keys, CFG)
+    found, said = lora_files.load(file, many.base, many.keys, CFG, many.comfy)
+    assert said == ("LoRA of rank 4 on 10 of 110 Linears, in 5 of 7 blocks; the others stay as they are",)
+    assert set(found) == {"transformer_blocks_0", "transformer_blocks_2"}  # the last block is a stack of its own
+    assert not found["transformer_blocks_2"]["attn"]["to_q"]["b"][3:].any()
 
 
 def test_attn2_of_medium_on_large(tmp_path):

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
         opened = lab.open_world(config.load("tiny"), args.prompts)
         parts = opened.parts
         trained = [
-            lora_files.load(file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
+            lora_files.load(file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy).adapter
             for file in args.loras
         ]
         nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             parts = opened.parts
             policies["trained"] = lora_files.load(
                 args.run, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy
-            )
+            ).adapter
         for who, adapter in policies.items():
             found = rewards(opened, adapter, args.prompts, args.candidates, args.chunk)
             for name, preview in PREVIEWS.items():

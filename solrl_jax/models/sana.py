@@ -332,6 +332,7 @@ def make(cfg: config.Model) -> Model:
         lora_targets=LORA_TARGETS,
         quant_rules=QuantRules(QuantRule(NVFP4_SKIP, cfg.min_dim), QuantRule(FP8_SKIP, 0)),
         keys=KEYS,
+        native=NATIVE[0].keys,
         prepare=prepare,
     )
 

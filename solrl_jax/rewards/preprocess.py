@@ -79,8 +79,8 @@ def pil_bicubic(images: Images, size: int, *, floor: bool = True) -> Float[Array
     Pillow 12 and older begin with the horizontal one whatever the shape.
     """
     levels = jnp.clip(jnp.round(images.astype(jnp.float32) * 255), 0, 255)
-    before = images.shape[1:3]
-    height, width = after = tuple(_scaled(n, min(before), size) for n in before)
+    before = images.shape[1], images.shape[2]
+    height, width = after = _scaled(before[0], min(before), size), _scaled(before[1], min(before), size)
     for axis in (1, 2) if vertical_first(before, after) else (2, 1):
         levels = _resample(levels, axis, after[axis - 1])
     top, left = ((n - size) // 2 if floor else round((n - size) / 2) for n in (height, width))
