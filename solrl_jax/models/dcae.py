@@ -69,11 +69,12 @@ class DcaeConfig:
         heads = [w for w, kind in zip(widths, self.decoder_block_types, strict=True) if kind != "ResBlock"]
         if bad := [width for width in heads if width % self.attention_head_dim]:
             raise ValueError(
-                f"decoder_block_out_channels {bad} do not divide into heads of attention_head_dim {self.attention_head_dim}"
+                f"decoder_block_out_channels {bad} do not divide into attention_head_dim {self.attention_head_dim}"
             )
         if widths[-1] % self.latent_channels or any(4 * a % b for a, b in itertools.pairwise(widths)):
             raise ValueError(
-                f"decoder_block_out_channels {widths} do not divide as the shortcuts of latent_channels {self.latent_channels} need"
+                f"decoder_block_out_channels {widths} do not divide as the shortcuts need (latent_channels "
+                f"{self.latent_channels})"
             )
 
     @classmethod

@@ -46,10 +46,12 @@ class Gemma2Config:
 
     options: ClassVar[Options] = Options(
         "transformers",
-        only={"use_bidirectional_attention": (None, False)},
+        only={"model_type": ("gemma2",), "use_bidirectional_attention": (None, False)},
         # Layers of both types see the whole of a text that sliding_window holds, and no other is taken.
-        idle=("layer_types", "max_position_embeddings", "hidden_act", "final_logit_softcapping")
-        + ("rope_scaling", "rope_parameters", "cache_implementation"),  # the first two: _rope
+        idle=(
+            *("layer_types", "max_position_embeddings", "hidden_act", "final_logit_softcapping"),
+            *("rope_scaling", "rope_parameters"),  # but see _rope
+        ),
     )
 
     def __post_init__(self):
@@ -136,8 +138,6 @@ class Gemma2(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "G L"], lengths: Int[Array, "G"]) -> Float[Array, "G L D"]:
         cfg, length = self.cfg, ids.shape[1]
-        if length > cfg.sliding_window:
-            raise ValueError(f"{length} tokens: Gemma's layers see {cfg.sliding_window} (sliding_window)")
         table = self.param("embedding", nn.initializers.normal(0.02), (cfg.vocab_size, cfg.hidden_size), F32)
         x = jnp.asarray(table)[ids].astype(F32) * cfg.hidden_size**0.5
         seen = jnp.arange(length)[None, :] < lengths[:, None]

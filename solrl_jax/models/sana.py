@@ -254,7 +254,7 @@ class TextKeys(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class SanaSchedule:
-    """What shapes the sigmas in scheduler_config.json; the default is diffusers'. Whose solver steps is our config's."""
+    """What shapes the sigmas in scheduler_config.json; the default is diffusers'. The solver is the user's choice."""
 
     flow_shift: float = 1.0
 
@@ -313,8 +313,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
     decoder, gemma = dcae.DcaeConfig.read(folder / "vae"), gemma2.Gemma2Config.read(folder / "text_encoder")
     shift = SanaSchedule.read(folder / "scheduler").flow_shift
     _check_parts(folder, sana, decoder, gemma)
-    if cfg.text_tokens > gemma.sliding_window:
-        raise config.ConfigError(f"model.text_tokens={cfg.text_tokens}: Gemma's layers see {gemma.sliding_window}")
+    check_length(cfg.text_tokens, gemma)
     side, dtype = pipeline.latent_side(cfg.size, decoder, patch=1), jnp.dtype(cfg.dtype)
     network, keys_of = SanaTransformer(sana, dtype, cfg.remat, cfg.remat_keeps), TextKeys(sana, dtype)
     words, images = gemma2.Gemma2(gemma, dtype), dcae.Decoder(decoder, jnp.dtype(cfg.vae_dtype))
@@ -359,6 +358,14 @@ def make(cfg: config.Model, folder: Path) -> Model:
         keys=KEYS,
         prepare=prepare,
     )
+
+
+def check_length(text_tokens: int, gemma: gemma2.Gemma2Config) -> None:
+    """ConfigError where a text is longer than what each of its encoder's layers sees whole."""
+    if text_tokens > gemma.sliding_window:
+        raise config.ConfigError(
+            f"model.text_tokens={text_tokens}: Gemma's layers see {gemma.sliding_window} (sliding_window)"
+        )
 
 
 def _check_parts(folder: Path, cfg: SanaConfig, decoder: dcae.DcaeConfig, gemma: gemma2.Gemma2Config) -> None:

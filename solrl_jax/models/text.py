@@ -209,8 +209,13 @@ class T5Config:
     options: ClassVar[Options] = Options(
         "transformers",
         # What transformers makes of gated-gelu, and files of its fourth version also say.
-        only={"model_type": ("t5",), "dense_act_fn": ("gelu_new",), "is_gated_act": (True,)},
-        idle=("num_decoder_layers", "n_positions", "is_decoder", "scale_decoder_outputs", "output_past"),
+        only={
+            "model_type": ("t5",),
+            "dense_act_fn": ("gelu_new",),
+            "is_gated_act": (True,),
+            "is_decoder": (False, None),
+        },
+        idle=("num_decoder_layers", "n_positions", "scale_decoder_outputs", "output_past"),
     )
 
     def __post_init__(self):

@@ -66,9 +66,9 @@ class VaeConfig:
         raw = weights.read_config(folder, "AutoencoderKL")
         found = weights.from_config(cls, folder, raw)
         for name in ("down_block_types", "up_block_types"):
-            if name in raw and len(raw[name]) != len(found.block_out_channels):
+            if len(blocks := raw.get(name, ("diffusers' default",))) != len(found.block_out_channels):
                 raise weights.WeightsError(
-                    f"{Path(folder) / 'config.json'}: {name} is of {len(raw[name])} blocks, block_out_channels of "
+                    f"{Path(folder) / 'config.json'}: {name} is of {len(blocks)} blocks, block_out_channels of "
                     f"{len(found.block_out_channels)}"
                 )
         return found
