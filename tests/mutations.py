@@ -32,6 +32,13 @@ NOTES = {
 NEW = "an_attention_of_a_newer_version"
 """An option that no library knows, named as one that shapes a network would be."""
 
+TOGETHER = (
+    "does not hold the weights that its config describes",
+    "tokens, its text encoder only",
+    "transformers cannot read its tokenizer",
+)
+"""Errors that name what several options are at odds with, and no one of them."""
+
 
 class Case(NamedTuple):
     """One file of one part of a folder."""
@@ -104,7 +111,7 @@ def _judge(case: Case, verdicts: Verdicts, name: str, value: Any, changed: dict[
         ours = np.asarray(case.ours())
     except (WeightsError, ConfigError) as e:
         verdicts.refused.add(name)
-        if key not in str(e) and "does not hold the weights that its config describes" not in str(e):
+        if key not in str(e) and not any(phrase in str(e) for phrase in TOGETHER):
             verdicts.problems.append(f"{shown}: refused without its name: {e}")
         return
     except Exception as e:

@@ -21,19 +21,26 @@ from diffusers import (
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from oracle import randomise
 from transformers import (
+    BlipTextConfig,
+    BlipTextModel,
     CLIPConfig,
     CLIPModel,
     CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    GemmaTokenizer,
     PretrainedConfig,
+    T5Tokenizer,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from experiments.tiny import pretrain
 from solrl_jax import weights
 from solrl_jax.config import ConfigError
-from solrl_jax.models import dcae, flux, gemma2, sana, sd35, text, vae
+from solrl_jax.models import dcae, flux, gemma2, pipeline, sana, sd35, text, vae
 from solrl_jax.models.schedule import Schedule
-from solrl_jax.rewards import clip_tower
+from solrl_jax.rewards import blip, clip_tower, preprocess
 from solrl_jax.weights import WeightsError
-from tests import nano_sana, nano_sd35, test_flux, test_gemma2, test_sana, test_sd35, test_text
+from tests import nano, nano_sana, nano_sd35, test_flux, test_gemma2, test_sana, test_sd35, test_text
 from tests.mutations import NEW, Case, examine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -400,6 +407,105 @@ def dpm_case(folder):
     return Case(write(folder, raw, file.name), theirs, ours, others)
 
 
+# --- tokenizers and preprocessors -----------------------------------------------------------------------------------
+
+
+PROMPTS = [
+    "a red circle left of a small blue square <pad> , \u2019quoted\u2019",
+    "  A Large  pink square<pad>",
+    "",
+    "!",
+]
+LEFT = {"padding_side": "right", "truncation_side": "right", "clean_up_tokenization_spaces": False}
+
+
+def tokenizer_case(folder, encoder, kind):
+    """The ids (and where it counts the mask) of a prompt, as diffusers' pipelines ask their tokenizers for them."""
+    if encoder.name == "gemma":
+        count = nano_sana.write_tokenizer(folder / encoder.tokenizer)
+        (folder / encoder.folder).mkdir()
+        write(folder / encoder.folder, {**nano_sana.GEMMA, "vocab_size": count})
+    else:
+        pretrain.write_folders(folder, folder / "clip", nano.PROMPTS, nano.CONFIGS)
+    file = folder / encoder.tokenizer / "tokenizer_config.json"
+    raw = json.loads(file.read_text())
+
+    def ours():
+        found = pipeline.tokenize(str(folder), (encoder,), 12, PROMPTS)[encoder.name]
+        return np.concatenate([found["ids"], found["mask"]], axis=-1) if encoder.masked else found
+
+    def theirs(raw):
+        found = kind.from_pretrained(file.parent, **({"padding_side": "right"} if encoder.masked else {}))
+        length = found.model_max_length if encoder.name == "clip" else 12
+        how = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
+        read = found(PROMPTS, **how)
+        return np.concatenate([read.input_ids, read.attention_mask], axis=-1) if encoder.masked else read.input_ids
+
+    others = {"padding_side": ["left"], "truncation_side": ["left"], "tokenizer_class": ["BertTokenizer"]}
+    others |= {"backend": ["x"], "extra_special_tokens": [["red</w>"]], "extra_ids": [3]}
+    others |= {f"{x}_token": ["a", "!"] for x in ("bos", "eos", "unk", "pad", "mask")}
+    others |= {"model_max_length": [12, 100], "unk_token": ["!"], "add_prefix_space": [True], "errors": ["strict"]}
+    return Case(write(file.parent, LEFT | raw, file.name), theirs, ours, others)
+
+
+def preprocessor_case(folder):
+    """PickScore's, whose reference asks transformers' own."""
+    raw = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).to_dict()
+    file = write(folder, json.loads(json.dumps(raw)), preprocess.NAME)
+    images = np.random.default_rng(0).integers(0, 256, (2, 48, 64, 3)).astype(np.uint8)
+
+    def ours():
+        mean, std = preprocess.read_mean_std(folder, 32)
+        return preprocess.standardise(preprocess.pil_bicubic(jnp.asarray(images / np.float32(255)), 32), mean, std)
+
+    def theirs(raw):
+        found = CLIPImageProcessorPil.from_dict(raw)
+        return np.stack(found(list(images), return_tensors="np", input_data_format="channels_last")["pixel_values"])
+
+    others = {"image_mean": [[0.1, 0.2, 0.3]], "image_std": [[0.5, 0.5, 0.5]], "resample": [2]}
+    others |= {"size": [{"shortest_edge": 40}, {"height": 32, "width": 32}], "crop_size": [{"height": 24, "width": 24}]}
+    others |= {"image_processor_type": ["X"], "feature_extractor_type": ["X"], "data_format": ["channels_last"]}
+    return Case(file, lambda raw: theirs(raw).transpose(0, 2, 3, 1), ours, others)
+
+
+def med_case(folder):
+    """ImageReward's BERT that looks at pictures, as transformers' BLIP has it: its file is read by another name."""
+    sizes = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 40, "max_position_embeddings": 16, "encoder_hidden_size": 24, "hidden_act": "gelu"}
+    model = randomise(BlipTextModel(BlipTextConfig(**sizes)))
+    # No options of BERT's: how wide a picture's states are, and that there is attention to them.
+    wide = {"encoder_hidden_size": sizes.pop("encoder_hidden_size"), "is_decoder": True}
+    raw = {k: x for k, x in model.config.to_dict().items() if k in sizes or k in MED}
+    raw |= {"layer_norm_eps": 1e-12, "vision_config": None, "encoder_width": 768, "type_vocab_size": 2}
+    rng = np.random.default_rng(0)
+    ids, picture = rng.integers(1, 60, (2, 9)), rng.normal(size=(2, 5, 24)).astype(np.float32)
+    mask = np.arange(9)[None] < np.array([[9], [4]])
+
+    def ours():
+        cfg = blip.BlipConfig.read(folder).text
+        module = blip.MedText(cfg)
+        given = jnp.asarray(ids), jnp.asarray(mask), jnp.asarray(picture)
+        spec = jax.eval_shape(module.init, jax.random.key(0), *given)["params"]
+        keys = {f"{blip._BERT}{name}": x for name, x in model.state_dict().items() if "pooler" not in name}
+        held = test_flux.Held(model)
+        held.tensors, held.path = keys, folder
+        params = weights.load(held, {"text": spec}, blip.KEYS)["text"]
+        return compiled(module)(params, given, {})
+
+    def theirs(raw):
+        found = rebuilt(BlipTextModel, transformers_config(BlipTextConfig, raw | wide), model.state_dict())
+        seen = {"attention_mask": torch.tensor(mask).long(), "encoder_hidden_states": torch.tensor(picture)}
+        with torch.no_grad():
+            return found(input_ids=torch.tensor(ids), **seen, return_dict=True).last_hidden_state[:, 0].numpy()
+
+    others = {"hidden_act": ["relu", "gelu_new"], "vision_config": []}
+    ours = by_config(blip.BlipConfig.read, folder, ours)
+    return Case(write(folder, raw, "med_config.json"), theirs, ours, others)
+
+
+MED = ("attention_probs_dropout_prob", "hidden_dropout_prob", "pad_token_id", "bos_token_id", "use_cache")
+
+
 CASES = {  # and some of what is taken
     "flux": (flux_case, {"axes_dims_rope"}),
     "sd35": (sd35_case, set()),
@@ -414,6 +520,17 @@ CASES = {  # and some of what is taken
     "flux's scheduler": (functools.partial(flow_case, model="flux"), {"base_shift", "max_shift", "max_image_seq_len"}),
     "sd35's scheduler": (functools.partial(flow_case, model="sd35"), {"shift"}),
     "sana's scheduler": (dpm_case, {"flow_shift"}),
+    "clip's tokenizer": (
+        functools.partial(tokenizer_case, encoder=flux.ENCODERS[0], kind=CLIPTokenizer),
+        {"padding_side", "pad_token"},
+    ),
+    "t5's tokenizer": (
+        functools.partial(tokenizer_case, encoder=flux.ENCODERS[1], kind=T5Tokenizer),
+        {"padding_side", "truncation_side"},
+    ),
+    "gemma's tokenizer": (functools.partial(tokenizer_case, encoder=sana.ENCODERS[0], kind=GemmaTokenizer), set()),
+    "preprocessor": (preprocessor_case, {"image_mean", "image_std"}),
+    "imagereward": (med_case, {"layer_norm_eps"}),
 }
 
 
@@ -431,4 +548,4 @@ def test_changed_options(tmp_path, name):
     found = examine(make(tmp_path))
     assert not found.problems, "\n  ".join(["", *found.problems])
     assert taken <= found.taken
-    assert NEW in found.refused
+    assert NEW in (found.idle if name.endswith("tokenizer") else found.refused)  # transformers itself reads those

@@ -197,11 +197,18 @@ def _files(folder: Path, encoder: Encoder) -> str:
 @functools.lru_cache(maxsize=8)
 def _tokenizer(folder: Path, encoder: Encoder, digest: str) -> Any:
     """Once for files of the same `digest`."""
-    from transformers import AutoTokenizer
+    import transformers
 
     where, cfg = text.require_tokenizer(folder / encoder.tokenizer), encoder.config.read(folder / encoder.folder)
-    # The one that is masked is Gemma, whose files say left; its pipeline says right. Others pad as their files say.
-    found = AutoTokenizer.from_pretrained(where, **({"padding_side": "right"} if encoder.masked else {}))
+    kind = getattr(transformers, _KINDS[encoder.config])  # as in model_index.json, whatever its own file says
+    try:
+        # The one that is masked is Gemma, whose files say left; its pipeline says right. Others pad as their files say.
+        found = kind.from_pretrained(where, **({"padding_side": "right"} if encoder.masked else {}))
+    except Exception as e:  # anything: the files are the user's, the code that reads them is not ours
+        said = " ".join(str(e).split())[:200]
+        raise weights.WeightsError(
+            f"{where}: transformers cannot read its tokenizer ({said}): download it again"
+        ) from e
     if len(found) > cfg.vocab_size:
         raise weights.WeightsError(f"{where} has {len(found)} tokens, its text encoder only {cfg.vocab_size}")
     if found.pad_token_id is None:
@@ -212,6 +219,9 @@ def _tokenizer(folder: Path, encoder: Encoder, digest: str) -> Any:
             f"{cfg.max_position_embeddings} tokens (max_position_embeddings)"
         )
     return found
+
+
+_KINDS = {text.ClipTextConfig: "CLIPTokenizer", text.T5Config: "T5Tokenizer", gemma2.Gemma2Config: "GemmaTokenizer"}
 
 
 def _length(tokenizer: Any) -> str:

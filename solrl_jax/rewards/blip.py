@@ -53,7 +53,12 @@ class MedConfig:
 
     options: ClassVar[Options] = Options(
         "transformers",
-        only={"model_type": ("bert",), "position_embedding_type": ("absolute",), "is_decoder": (False, None)},
+        only={
+            "model_type": ("bert",),
+            "position_embedding_type": ("absolute",),
+            "is_decoder": (False, None),
+            "add_cross_attention": (True,),
+        },
         idle=("encoder_width", "type_vocab_size", "vision_config", "pad_token_id"),
     )
 

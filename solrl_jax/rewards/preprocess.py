@@ -60,9 +60,11 @@ class Preprocessing:
 def read_mean_std(folder: str | Path, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Of preprocessor_config.json, if there is one; pictures must come to the `size` that the vision tower takes."""
     file = Path(folder) / NAME
-    values = weights.read_json(file) if file.is_file() else {}
+    if not file.is_file():
+        return OPENAI_MEAN, OPENAI_STD
+    values = weights.read_json(file)
     for key, sides in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
-        found = values.get(key, size)
+        found = values.get(key, 224)  # transformers' default
         if found != size and found != dict.fromkeys(sides, size):
             raise weights.WeightsError(f"{file}: {key} is {found!r}: the model's config says image_size {size}")
     found = weights.from_config(Preprocessing, folder, values, NAME)
