@@ -473,7 +473,8 @@ def med_case(folder):
     sizes = {"vocab_size": 60, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"intermediate_size": 40, "max_position_embeddings": 16, "encoder_hidden_size": 24, "hidden_act": "gelu"}
     model = randomise(BlipTextModel(BlipTextConfig(**sizes)))
-    # No options of BERT's: how wide a picture's states are, and that there is attention to them.
+    # No options of BERT's: how wide a picture's states are, and that there is attention to them. (12 heads are its
+    # default.)
     wide = {"encoder_hidden_size": sizes.pop("encoder_hidden_size"), "is_decoder": True}
     raw = {k: x for k, x in model.config.to_dict().items() if k in sizes or k in MED}
     raw |= {"layer_norm_eps": 1e-12, "vision_config": None, "encoder_width": 768, "type_vocab_size": 2}
@@ -493,7 +494,11 @@ def med_case(folder):
         return compiled(module)(params, given, {})
 
     def theirs(raw):
-        found = rebuilt(BlipTextModel, transformers_config(BlipTextConfig, raw | wide), model.state_dict())
+        found = rebuilt(
+            BlipTextModel,
+            transformers_config(BlipTextConfig, {"num_attention_heads": 12} | raw | wide),
+            model.state_dict(),
+        )
         seen = {"attention_mask": torch.tensor(mask).long(), "encoder_hidden_states": torch.tensor(picture)}
         with torch.no_grad():
             return found(input_ids=torch.tensor(ids), **seen, return_dict=True).last_hidden_state[:, 0].numpy()
