@@ -5,7 +5,7 @@ A batch is a pure function of (seed, step), and a split that is made one of the 
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,11 +207,13 @@ def cut(prompts: Sequence[str], tokenize: Callable[[Sequence[str]], Any]) -> dic
     A prompt was cut if its tokens are the same without its last character. Only prompts with more characters than the
     row has tokens are looked at; one whose cut falls within the last word may be missed.
     """
-    import jax
 
     def named(texts: Sequence[str]) -> dict[str, np.ndarray]:
-        flat, _ = jax.tree_util.tree_flatten_with_path(tokenize(texts))
-        return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in flat}
+        tokens = tokenize(texts)
+        return {name: ids(x) for name, x in tokens.items()} if isinstance(tokens, Mapping) else {"": ids(tokens)}
+
+    def ids(tokens: Any) -> np.ndarray:
+        return np.asarray(tokens["ids"] if isinstance(tokens, Mapping) else tokens)
 
     shortest = min(leaf.shape[-1] for leaf in named(prompts[:1]).values())
     long = [p for p in prompts if len(p) > shortest - 2]

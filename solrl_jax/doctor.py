@@ -161,7 +161,8 @@ def files(cfg: Config, folder: Path, name: str) -> Iterator[Finding]:
 
 def tokenizers(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     tokens = assemble.model_module(cfg).make(cfg.model).tokenize(["a red circle"])
-    lengths = ", ".join(f"{name} {x.shape[-1]}" for name, x in tokens.items()) if isinstance(tokens, dict) else ""
+    read = {name: x["ids"] if isinstance(x, dict) else x for name, x in tokens.items()}
+    lengths = ", ".join(f"{name} {ids.shape[-1]}" for name, ids in read.items())
     yield Finding(f"tokenizers: {lengths or 'there'}")
 
 

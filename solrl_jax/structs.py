@@ -40,7 +40,7 @@ class Static:
 class Model(NamedTuple):
     """A text-to-image flow model as pure functions; made by `models.<name>.make`. Hashable, a static argument.
 
-    tokenize(prompts) -> int32 arrays [G, ...] on the host;
+    tokenize(prompts) -> arrays [G, ...] on the host;
     encode(text_params, tokens) -> conditioning, leaves [G, ...];
     noise(key) -> one sample's x_1, f32 [h, w, c]; sigmas(steps) -> f64 [steps + 1], falling from 1 to 0;
     prepare(variables, cond) -> conditioning, leaves [G, ...], that velocity takes in the place of `encode`'s: what of

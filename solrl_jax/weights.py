@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from solrl_jax import pickles
+from solrl_jax import options, pickles
 from solrl_jax.structs import PyTree, WeightsError
 
 
@@ -326,17 +326,25 @@ def stored(folder: str | Path, stem: str) -> list[Path]:
 def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None, name: str = "config.json"):
     """Dataclass `cls` from `values`, by default all that the folder's file `name` holds.
 
-    Its own fields only, lists as tuples; missing and null ones keep the default. What is of another kind than its
-    field's default (`_unlike`) and what the class refuses is a WeightsError.
+    Lists as tuples; missing and null ones keep the default, but null where a field may be None, and where it is true or
+    false, which a library's null is not. What is of another kind than its field's default (`_unlike`), what the class
+    refuses, and options besides its fields that its `options` do not let pass (options.py) are WeightsErrors.
     """
-    file, defaults = Path(folder) / name, {field.name: field.default for field in dataclasses.fields(cls)}
+    file, fields = Path(folder) / name, {field.name: field for field in dataclasses.fields(cls)}
     found = read_json(file) if values is None else values
-    given = {key: value for key, value in found.items() if key in defaults and value is not None}
-    for key, value in given.items():
-        if wanted := _unlike(value, defaults[key]):
+    if (known := options.of(cls)) is not None:
+        options.check(known, fields, file, found)
+    given = {}
+    for key, value in ((key, value) for key, value in found.items() if key in fields):
+        default = fields[key].default
+        if value is not None and (wanted := _unlike(value, default)):
             raise WeightsError(f"{file}: {key} is {value!r}, not {wanted}: download it again")
+        if value is None and isinstance(default, bool):
+            raise WeightsError(f"{file}: {key} is null, not true or false: download it again")
+        if value is not None or options.nullable(fields[key]):
+            given[key] = _as_tuple(value)
     try:
-        return cls(**{key: _as_tuple(value) for key, value in given.items()})
+        return cls(**given)
     except ValueError as e:
         raise WeightsError(f"{file}: {e}") from e
 

@@ -179,7 +179,7 @@ def test_tokens(folder):
 def test_preprocessor_config_is_read(tmp_path):
     model = write_clip(tmp_path)
     how = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
-    preprocessor = {"image_mean": how["mean"], "image_std": how["std"]}
+    preprocessor = {"image_mean": how["mean"], "image_std": how["std"], "size": 32, "crop_size": 32}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     reward, params = clipscore.make(tmp_path)
     images = random_images(3, 32, 32)

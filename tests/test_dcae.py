@@ -137,10 +137,13 @@ def test_linear_attention():
         ({"_class_name": "AutoencoderKL"}, "holds a AutoencoderKL, not a AutoencoderDC"),
         ({"upsample_block_type": "pixel_shuffle"}, "{'upsample_block_type': 'pixel_shuffle'} is not known here"),
         ({"decoder_block_types": ["ResBlock", "Mamba", "ResBlock"]}, r"decoder_block_types \['Mamba'\] are not known"),
-        ({"decoder_layers_per_block": [1, 1]}, "lists are of 3 and of"),
+        (
+            {"decoder_layers_per_block": [1, 1]},
+            "decoder_block_out_channels is of 3 stages, not so {'decoder_layers_per_block': 2}",
+        ),
         ({"decoder_qkv_multiscales": [[], [], [4]]}, r"decoder_qkv_multiscales \[4\] are not odd"),
         ({"decoder_qkv_multiscales": [[], 5, []]}, r"decoder_qkv_multiscales is .*, not a list, each a list"),
-        ({"attention_head_dim": 3}, "do not divide into heads of 3"),
+        ({"attention_head_dim": 3}, "do not divide into attention_head_dim 3"),
         ({"latent_channels": 3}, "do not divide as the shortcuts need"),
     ],
 )

@@ -323,11 +323,28 @@ def rewrite(file: Path, **values):
             {"_class_name": "SD3Transformer2DModel"},
             "a SD3Transformer2DModel, not a FluxTransformer2DModel",
         ),
-        ("transformer", {"patch_size": 2}, "patch_size 2"),
+        ("transformer", {"patch_size": 2}, "patch_size is 2: only 1 is known here"),
         ("transformer", {"axes_dims_rope": [4, 14, 12]}, "axes_dims_rope .* attention_head_dim 32"),
         ("transformer", {"in_channels": 64}, "takes 64 channels, the VAE gives 4 x 8"),
         ("vae", {"latent_channels": 16}, "takes 32 channels, the VAE gives 4 x 16"),
+        (
+            "transformer",
+            {"joint_attention_dim": 64},
+            r"text of 64 \(joint_attention_dim\), T5 gives 128: these parts are",
+        ),
+        (
+            "transformer",
+            {"pooled_projection_dim": 768},
+            r"pooled text of 768 .*, CLIP gives 96: these parts are of diff",
+        ),
+        ("transformer", {"out_channels": 16}, "out_channels 16 is not in_channels 32, nor null"),
+        ("vae", {"_class_name": "AutoencoderTiny"}, "holds a AutoencoderTiny, not a AutoencoderKL"),
+        ("vae", {"act_fn": "relu"}, "act_fn is 'relu': only 'silu' is known here"),
         ("vae", {"use_quant_conv": True}, "use_quant_conv"),
+        ("text_encoder", {"hidden_size": 192, "num_attention_heads": 6}, "takes pooled text of 96 .*, CLIP gives 192"),
+        ("text_encoder_2", {"d_model": 512}, "takes text of 128 .*, T5 gives 512"),
+        ("text_encoder_2", {"dense_act_fn": "relu"}, "dense_act_fn is 'relu': only 'gelu_new' is known here"),
+        ("text_encoder_2", {"quantization_config": {"load_in_8bit": True}}, "quantization_config is .*not known here"),
         ("text_encoder_2", {"feed_forward_proj": "relu"}, "gated-gelu"),
     ],
 )
@@ -347,7 +364,9 @@ def test_refused_folders(copy, part, values, words):
 )
 def test_schedules_that_are_not_ours_are_refused(copy, values):
     rewrite(copy / "scheduler" / "scheduler_config.json", **values)
-    with pytest.raises(weights.WeightsError, match=f"asks for {{'{next(iter(values))}': .*not FLUX's schedule"):
+    with pytest.raises(
+        weights.WeightsError, match=rf"scheduler_config.json: {next(iter(values))} is .*: only .* known here$"
+    ):
         flux.make(model_config(copy))
 
 
@@ -381,6 +400,50 @@ def test_damaged_values_are_named_with_their_file(copy, file, values, words):
     rewrite(copy / file, **values)
     with pytest.raises(weights.WeightsError, match=rf"{copy / file}: {words}"):
         flux.make(model_config(copy))
+
+
+@pytest.mark.parametrize(("length", "said"), [(None, "missing"), (77, "77")])
+def test_a_clip_tokenizer_of_another_length(copy, length, said):
+    """Without one transformers cuts at 10**30 tokens."""
+    file = copy / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "model_max_length"}))
+    if length:
+        rewrite(file, model_max_length=length)
+    for read in (flux.load, lambda cfg: flux.make(cfg).tokenize(PROMPTS)):
+        with pytest.raises(weights.WeightsError, match=rf"{file}: model_max_length is {said}: .* reads 24 tokens") as e:
+            read(model_config(copy))
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 8), (16, 16, 8), (8, 8, 4)])
+def test_latents_of_another_shape_have_no_positions(shape):
+    """4 x 16 latents are as many as 8 x 8, so that the table of positions would fit, and be wrong."""
+    model = flux.make(model_config())
+    base = jax.eval_shape(model.init, jax.random.key(0))
+    cond = {
+        "text": jax.ShapeDtypeStruct((1, 24, 128), jnp.float32),
+        "pooled": jax.ShapeDtypeStruct((1, 96), jnp.float32),
+    }
+    given = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32), cond
+    with pytest.raises(ValueError, match=rf"latents of shape \(1, {shape[0]}, .*\): this model's are \[B, 8, 8, 8\]"):
+        jax.eval_shape(model.velocity, {"params": base}, *given)
+
+
+def test_a_folder_that_is_written_anew(copy):
+    """Its configs make the model and its tokenizers' files the tokens, not what was there before."""
+    cfg = model_config(copy)
+    first = flux.make(cfg)
+    assert flux.make(cfg) is first
+    ids = first.tokenize(PROMPTS)
+    rewrite(copy / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False, shift=1.0)
+    second = flux.make(cfg)
+    assert second is not first and second != first
+    np.testing.assert_allclose(second.sigmas(4), [1, 0.75, 0.5, 0.25, 0])
+    assert np.abs(first.sigmas(4) - second.sigmas(4)).max() > 0.01
+    rewrite(copy / "tokenizer" / "tokenizer_config.json", pad_token="!")
+    again = second.tokenize(PROMPTS)
+    assert set(again["clip"][:, -1]) == {0} and 0 not in ids["clip"]
+    np.testing.assert_array_equal(again["t5"], ids["t5"])
 
 
 def test_size_that_does_not_divide():

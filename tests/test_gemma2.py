@@ -35,7 +35,7 @@ def ours(path, dtype=jnp.float32):
 
 @functools.lru_cache
 def compiled(module):
-    return jax.jit(lambda params: module.apply({"params": params}, jnp.asarray(IDS)))
+    return jax.jit(lambda params: module.apply({"params": params}, jnp.asarray(IDS), jnp.array(COUNTS)))
 
 
 def theirs(model) -> torch.Tensor:
@@ -53,6 +53,7 @@ def test_states(folder):
     "changes",
     [
         {"attn_logit_softcapping": 1000.0},
+        {"attn_logit_softcapping": None},
         {"num_key_value_heads": 4},
         {"query_pre_attn_scalar": 8},
         {"hidden_activation": "gelu"},
@@ -90,11 +91,6 @@ def test_spellings(tmp_path, folder):
     assert np.abs(ours(tmp_path) - ours(folder)).max() > 1e-3
 
 
-def test_lengths():
-    ids = jnp.array([[2, 7, 7, 0], [2, 0, 0, 0], [2, 7, 0, 7], [0, 0, 0, 0]])
-    assert gemma2.lengths(ids, 0).tolist() == [3, 1, 4, 1]
-
-
 def test_rope_is_half_split():
     """Position 1 turns the pair (0, d/2) by one radian: transformers' rotate_half."""
     cos, sin = map(jnp.asarray, gemma2.rope_table(2, 4, 10000.0))
@@ -111,6 +107,10 @@ def test_rope_is_half_split():
         ({"num_key_value_heads": 3}, "are no multiple of num_key_value_heads 3"),
         ({"attention_bias": True}, "attention_bias true is not known here"),
         ({"hidden_activation": "swish"}, "hidden_activation 'swish' is none of"),
+        ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping 0.0 is not above 0, nor null"),
+        ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling is .*'factor': 8.0.*: only rope_type 'def"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters is .*yarn.*: only rope_type 'def"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, an option that is not known here"),
         ({"hidden_size": "32"}, "hidden_size is '32', not a whole number"),
     ],
 )

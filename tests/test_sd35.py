@@ -356,7 +356,11 @@ def copy(folders, tmp_path):
         ("text_encoder_2/config.json", {"max_position_embeddings": 77}, r"its CLIPs read \[12, 77\] tokens"),
         ("text_encoder_3/config.json", {"feed_forward_proj": "relu"}, "gated-gelu"),
         ("scheduler/scheduler_config.json", {"use_dynamic_shifting": True}, "use_dynamic_shifting is not SD3.5's"),
-        ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "asks for {'use_karras_sigmas': True}"),
+        (
+            "scheduler/scheduler_config.json",
+            {"use_karras_sigmas": True},
+            "use_karras_sigmas is True: only False or null",
+        ),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "holds a FluxPipeline, not a StableDiffusion3Pipeline"),
     ],
 )

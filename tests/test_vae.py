@@ -149,6 +149,11 @@ def test_bfloat16_stays_near(tmp_path):
         ({"use_quant_conv": True}, "use_quant_conv"),
         ({"use_post_quant_conv": True}, "use_post_quant_conv"),
         ({"norm_num_groups": 3}, "norm_num_groups 3"),
+        ({"act_fn": "gelu"}, "config.json: act_fn is 'gelu': only 'silu' is known here"),
+        ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "up_block_types is .*: only 'UpDecoder"),
+        ({"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types is of 1 blocks, block_out_channels of 2"),
+        ({"latents_mean": [0.1] * 4}, "latents_mean is .*: only null is known here"),
+        ({"a_new_option": 3}, "a_new_option is 3, an option that is not known here"),
     ],
 )
 def test_refused_configs(tmp_path, values, words):

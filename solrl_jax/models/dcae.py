@@ -7,7 +7,7 @@ f32, convolutions `dtype`. Latents outside this file are scaled: the autoencoder
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,7 @@ from solrl_jax.models.layers import (
     linear_attention,
     precision_of,
 )
+from solrl_jax.options import Options
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
 
@@ -51,6 +52,15 @@ class DcaeConfig:
     decoder_in_shortcut: bool = True
     scaling_factor: float = 1.0
 
+    options: ClassVar[Options] = Options(
+        "diffusers",
+        idle=(
+            "downsample_block_type",
+            *(f"encoder_{x}" for x in ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")),
+            "encoder_out_shortcut",
+        ),
+    )
+
     def __post_init__(self):
         known = {"upsample_block_type": "interpolate", "decoder_norm_types": "rms_norm", "decoder_act_fns": "silu"}
         known |= {"decoder_conv_act_fn": "relu", "decoder_in_shortcut": True}
@@ -60,15 +70,21 @@ class DcaeConfig:
             raise ValueError(f"decoder_block_types {other} are not known here: only ResBlock and EfficientViTBlock")
         widths, stages = self.decoder_block_out_channels, len(self.decoder_block_out_channels)
         lists = self.decoder_block_types, self.decoder_layers_per_block, self.decoder_qkv_multiscales
-        if any(len(x) != stages for x in lists):
-            raise ValueError(f"the decoder's lists are of {stages} and of {sorted(map(len, lists))} stages")
+        names = "decoder_block_types", "decoder_layers_per_block", "decoder_qkv_multiscales"
+        if other := {name: len(x) for name, x in zip(names, lists, strict=True) if len(x) != stages}:
+            raise ValueError(f"decoder_block_out_channels is of {stages} stages, not so {other}")
         if even := [k for scales in self.decoder_qkv_multiscales for k in scales if k % 2 == 0]:
             raise ValueError(f"decoder_qkv_multiscales {even} are not odd")
         heads = [w for w, kind in zip(widths, self.decoder_block_types, strict=True) if kind != "ResBlock"]
         if bad := [width for width in heads if width % self.attention_head_dim]:
-            raise ValueError(f"decoder_block_out_channels {bad} do not divide into heads of {self.attention_head_dim}")
+            raise ValueError(
+                f"decoder_block_out_channels {bad} do not divide into attention_head_dim {self.attention_head_dim}"
+            )
         if widths[-1] % self.latent_channels or any(4 * a % b for a, b in itertools.pairwise(widths)):
-            raise ValueError(f"decoder_block_out_channels {widths} do not divide as the shortcuts need")
+            raise ValueError(
+                f"decoder_block_out_channels {widths} do not divide as the shortcuts need (latent_channels "
+                f"{self.latent_channels})"
+            )
 
     @classmethod
     def read(cls, folder: str | Path) -> "DcaeConfig":

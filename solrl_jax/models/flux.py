@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -24,6 +24,7 @@ from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_se
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, rows, stack
 from solrl_jax.models.pipeline import Encoder
 from solrl_jax.models.schedule import Schedule, chosen, shifted
+from solrl_jax.options import Options
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule
 
@@ -53,6 +54,8 @@ class FluxConfig:
     guidance_embeds: bool = True
     axes_dims_rope: tuple[int, ...] = (16, 56, 56)
 
+    options: ClassVar[Options] = Options("diffusers", only={"patch_size": (1,)}, idle=("out_channels",))
+
     def __post_init__(self):
         if len(self.axes_dims_rope) != 3 or any(d % 2 for d in self.axes_dims_rope):
             raise ValueError(f"axes_dims_rope {self.axes_dims_rope} are not three even numbers")
@@ -69,11 +72,13 @@ class FluxConfig:
     def read(cls, folder: str | Path) -> "FluxConfig":
         """From config.json; a folder of another network is refused by its class name."""
         raw = weights.read_config(folder, "FluxTransformer2DModel")
-        if raw.get("patch_size", 1) != 1:
-            raise weights.WeightsError(f"{folder}: patch_size {raw['patch_size']} is not FLUX's 1")
-        return weights.from_config(
-            cls, folder, {"guidance_embeds": False} | raw
-        )  # diffusers' default, not the dev model's
+        # diffusers' default of guidance_embeds, not the dev model's
+        found = weights.from_config(cls, folder, {"guidance_embeds": False} | raw)
+        if (out := raw.get("out_channels")) not in (None, found.in_channels):
+            raise weights.WeightsError(
+                f"{Path(folder) / 'config.json'}: out_channels {out} is not in_channels {found.in_channels}, nor null"
+            )
+        return found
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -238,23 +243,19 @@ def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=8)
-def make(cfg: config.Model) -> Model:
-    """The pure functions of the pipeline `cfg.path` (hub.pipeline). Cached: the same config, the same static argument.
+@pipeline.made_once
+def make(cfg: config.Model, folder: Path) -> Model:
+    """The pure functions of the pipeline `cfg.path`, by the configs in its `folder`.
 
     Conditioning: {"text" [G, L, Dt], "pooled" [G, Dp]}. Guidance embedding 1.0 throughout, no classifier-free guidance.
     """
-    folder = hub.pipeline(cfg.path, configs_only=True)
     hub.check_pipeline(folder, PIPELINES)
     flux = FluxConfig.read(folder / "transformer")
     vae_cfg = vae.VaeConfig.read(folder / "vae")
     schedule = Schedule.read(folder / "scheduler")
     dtype = jnp.dtype(cfg.dtype)
     side = pipeline.latent_side(cfg.size, vae_cfg)
-    if flux.in_channels != 4 * vae_cfg.latent_channels:
-        raise weights.WeightsError(
-            f"{folder}: the transformer takes {flux.in_channels} channels, the VAE gives 4 x {vae_cfg.latent_channels}"
-        )
+    _check_widths(folder, flux, vae_cfg)
     tokens = (side // 2) ** 2
     network = FluxTransformer(flux, dtype, cfg.remat, cfg.remat_keeps)
     rope = rope_table(flux, side // 2, side // 2, cfg.text_tokens)
@@ -262,6 +263,7 @@ def make(cfg: config.Model) -> Model:
     decoder = vae.Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype))
 
     def run(variables: Variables, x: Array, sigma: Array, cond: PyTree, **how: Any) -> Any:
+        pipeline.check_latents(x, shape)  # the table of positions is of this shape
         given = pack(x).astype(dtype), cond["text"], cond["pooled"], sigma, jnp.ones_like(sigma)
         return network.apply(variables, *given, tuple(map(jnp.asarray, rope)), **how)
 
@@ -297,6 +299,24 @@ def make(cfg: config.Model) -> Model:
         keys=KEYS,
         comfy=COMFY,
     )
+
+
+def _check_widths(folder: Path, cfg: FluxConfig, vae_cfg: vae.VaeConfig) -> None:
+    """WeightsError where the parts of a pipeline are of different models."""
+    clip, t5 = (e.config.read(folder / e.folder) for e in ENCODERS)
+    assert isinstance(clip, text.ClipTextConfig) and isinstance(t5, text.T5Config)
+    found = {
+        f"{cfg.in_channels} channels, the VAE gives 4 x {vae_cfg.latent_channels}": (
+            cfg.in_channels == 4 * vae_cfg.latent_channels
+        ),
+        f"text of {cfg.joint_attention_dim} (joint_attention_dim), T5 gives {t5.d_model}": (
+            cfg.joint_attention_dim == t5.d_model
+        ),
+        f"pooled text of {cfg.pooled_projection_dim} (pooled_projection_dim), CLIP gives {clip.hidden_size}": (
+            cfg.pooled_projection_dim == clip.hidden_size
+        ),
+    }
+    pipeline.check_parts(folder, found)
 
 
 def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:

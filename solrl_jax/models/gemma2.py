@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from solrl_jax import weights
 from solrl_jax.models.layers import ACTIVATIONS, F32, Linear, RMSNorm, attention
 from solrl_jax.models.text import run_layers
+from solrl_jax.options import Options
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
 
@@ -39,10 +40,19 @@ class Gemma2Config:
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     query_pre_attn_scalar: int = 256
-    attn_logit_softcapping: float = 50.0
+    attn_logit_softcapping: float | None = 50.0  # null: off
     sliding_window: int = 4096
-    pad_token_id: int = 0
     attention_bias: bool = False
+
+    options: ClassVar[Options] = Options(
+        "transformers",
+        only={"model_type": ("gemma2",), "use_bidirectional_attention": (None, False)},
+        # Layers of both types see the whole of a text that sliding_window holds, and no other is taken.
+        idle=(
+            *("layer_types", "max_position_embeddings", "hidden_act", "final_logit_softcapping"),
+            *("rope_scaling", "rope_parameters"),  # but see _rope
+        ),
+    )
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
@@ -54,6 +64,8 @@ class Gemma2Config:
             raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
         if self.hidden_activation not in ACTIVATIONS:
             raise ValueError(f"hidden_activation {self.hidden_activation!r} is none of {sorted(ACTIVATIONS)}")
+        if self.attn_logit_softcapping is not None and not self.attn_logit_softcapping > 0:
+            raise ValueError(f"attn_logit_softcapping {self.attn_logit_softcapping} is not above 0, nor null (none)")
         if self.attention_bias:
             raise ValueError("attention_bias true is not known here: Gemma-2 has none")
 
@@ -63,16 +75,19 @@ class Gemma2Config:
         raw = weights.read_json(Path(folder) / "config.json")
         if (kind := raw.get("model_type", "gemma2")) != "gemma2":
             raise weights.WeightsError(f"{folder} holds a {kind}, not a gemma2: give SANA's text encoder")
-        rope = raw.get("rope_parameters")
-        if isinstance(rope, Mapping) and "rope_theta" in rope:
-            raw |= {"rope_theta": rope["rope_theta"]}
-        return weights.from_config(cls, folder, raw)
+        return weights.from_config(cls, folder, raw | _rope(Path(folder) / "config.json", raw))
 
 
-def lengths(ids: Int[Array, "G L"], pad: int) -> Int[Array, "G"]:
-    """Tokens up to the last that is no padding, which is at the right; at least the first, <bos>."""
-    places = jnp.arange(1, ids.shape[1] + 1)[None, :]
-    return jnp.maximum(jnp.max(jnp.where(ids != pad, places, 0), axis=-1), 1)
+def _rope(file: Path, raw: Mapping[str, Any]) -> dict[str, float]:
+    """rope_theta where the file has it in an object; WeightsError for positions that are turned in another way."""
+    found = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = raw.get(key) or {}
+        plain = isinstance(given, Mapping) and given.get("rope_type", given.get("type", "default")) == "default"
+        if not plain or set(given) - {"rope_type", "type", "rope_theta"}:
+            raise weights.WeightsError(f"{file}: {key} is {given!r}: only rope_type 'default' is known here")
+        found |= {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
+    return found
 
 
 def rope_table(length: int, width: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
@@ -115,23 +130,28 @@ class Gemma2Layer(nn.Module):
 
 
 class Gemma2(nn.Module):
-    """Token ids, padded at the right -> the states after the final norm."""
+    """Token ids, of which the first `lengths` are a text and the rest padding -> the states after the final norm."""
 
     cfg: Gemma2Config
     dtype: Any = jnp.bfloat16
 
     @nn.compact
-    def __call__(self, ids: Int[Array, "G L"]) -> Float[Array, "G L D"]:
+    def __call__(self, ids: Int[Array, "G L"], lengths: Int[Array, "G"]) -> Float[Array, "G L D"]:
         cfg, length = self.cfg, ids.shape[1]
         table = self.param("embedding", nn.initializers.normal(0.02), (cfg.vocab_size, cfg.hidden_size), F32)
         x = jnp.asarray(table)[ids].astype(F32) * cfg.hidden_size**0.5
-        seen = jnp.arange(length)[None, :] < lengths(ids, cfg.pad_token_id)[:, None]
+        seen = jnp.arange(length)[None, :] < lengths[:, None]
         seen = seen[:, None, :] & jnp.tril(jnp.ones((length, length), bool))[None]
         bias = jnp.where(seen, 0.0, -jnp.inf)[:, None]
         rope = (jnp.asarray(table) for table in rope_table(length, cfg.head_dim, cfg.rope_theta))
         layer = Gemma2Layer(cfg, self.dtype, name="layers")
         x, _ = run_layers(layer, cfg.num_hidden_layers, x.astype(self.dtype), bias, *rope)
         return RMSNorm(cfg.rms_norm_eps, offset=1.0, name="final_norm")(x)
+
+
+def blank() -> tuple[Int[Array, "1 2"], Int[Array, "1"]]:
+    """Arguments by which the parameters' shapes are found."""
+    return jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
 
 
 _LAYER = "layers.{layer}."
@@ -150,6 +170,6 @@ DROPPABLE = (r"lm_head\.weight", r".*rotary_emb\.inv_freq")
 def load(folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None = None) -> tuple[Gemma2, Params]:
     """Module and parameters (numpy, or where `place` takes them; in `dtype`) of a folder in transformers' layout."""
     module = Gemma2(Gemma2Config.read(folder), dtype)
-    spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    spec = jax.eval_shape(module.init, jax.random.key(0), *blank())["params"]
     files = weights.Files(folder, "model")
     return module, weights.load(files, spec, KEYS, dtype=dtype, aliases=ALIASES, droppable=DROPPABLE, place=place)

@@ -4,7 +4,7 @@ A model file says which encoders it has, in a table of `Encoder`s; here they are
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ class Encoder(NamedTuple):
     tokenizer: str
     config: type[text.ClipTextConfig] | type[text.T5Config] | type[gemma2.Gemma2Config]
     project: bool = False  # a CLIP whose pooled state is projected
+    masked: bool = False  # one whose reader must know what is padding
 
 
 Encoders = tuple[Encoder, ...]
@@ -57,6 +58,40 @@ def decoder(folder: Path, dtype: Any) -> vae.Decoder | dcae.Decoder:
     if weights.read_json(folder / "vae" / "config.json").get("_class_name") == "AutoencoderDC":
         return dcae.Decoder(dcae.DcaeConfig.read(folder / "vae"), dtype)
     return vae.Decoder(vae.VaeConfig.read(folder / "vae"), dtype)
+
+
+def check_parts(folder: Path, found: Mapping[str, bool]) -> None:
+    """WeightsError for the first of {what the transformer takes and another part gives: whether they are the same}."""
+    for what, fits in found.items():
+        if not fits:
+            raise weights.WeightsError(f"{folder}: the transformer takes {what}: these parts are of different models")
+
+
+def check_latents(x: Array, shape: tuple[int, ...]) -> None:
+    """ValueError unless x is a batch of the model's own latents."""
+    if x.shape[1:] != shape:
+        raise ValueError(f"latents of shape {x.shape}: this model's are [B, {', '.join(map(str, shape))}], by its size")
+
+
+def made_once(make: Callable[[config.Model, Path], Model]) -> Callable[[config.Model], Model]:
+    """`make` of a config and its pipeline's folder (hub.pipeline) as a function of the config.
+
+    The same config gives the same Model, as a static argument of jit must be, while the folder's configs are the same:
+    when they are written anew, so is the Model.
+    """
+
+    @functools.lru_cache(maxsize=8)
+    def remembered(cfg: config.Model, folder: Path, digest: str) -> Model:
+        return make(cfg, folder)
+
+    @functools.wraps(make)
+    def of(cfg: config.Model) -> Model:
+        folder = hub.pipeline(cfg.path, configs_only=True)
+        return remembered(
+            cfg, folder, text.contents(folder, "model_index.json", "*/config.json", "*/scheduler_config.json")
+        )
+
+    return of
 
 
 def text_modules(folder: Path, encoders: Encoders, dtype: Any) -> dict[str, nn.Module]:
@@ -113,7 +148,7 @@ def _load(encoder: Encoder, folder: Path, dtype: Any, place: weights.Place | Non
 def shapes(cfg: config.Model, model: Model, encoders: Encoders) -> tuple[Params, Params, Params]:
     """What `parts` gives, as ShapeDtypeStructs: from the folder's configs alone."""
     folder, dtype = hub.pipeline(cfg.path, configs_only=True), jnp.dtype(cfg.dtype)
-    key, ids, half = jax.random.key(0), jnp.zeros((1, 2), jnp.int32), decoder(folder, F32)
+    key, half = jax.random.key(0), decoder(folder, F32)
 
     def decoder_init(k: Key[Array, ""]) -> Params:
         return half.init(k, jnp.zeros((1, 1, 1, half.cfg.latent_channels)))["params"]
@@ -122,12 +157,16 @@ def shapes(cfg: config.Model, model: Model, encoders: Encoders) -> tuple[Params,
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, to), tree)
 
     words = text_modules(folder, encoders, dtype)
-    trees = {name: jax.eval_shape(module.init, key, ids)["params"] for name, module in words.items()}
+    trees = {name: jax.eval_shape(module.init, key, *_blank(module))["params"] for name, module in words.items()}
     return (
         typed(jax.eval_shape(model.init, key), dtype),
         typed(jax.eval_shape(decoder_init, key), F32),
         typed(trees, dtype),
     )
+
+
+def _blank(module: nn.Module) -> tuple[Array, ...]:
+    return gemma2.blank() if isinstance(module, gemma2.Gemma2) else (jnp.zeros((1, 2), jnp.int32),)
 
 
 def token_shapes(cfg: config.Model, encoders: Encoders, prompts: int) -> PyTree:
@@ -138,32 +177,68 @@ def token_shapes(cfg: config.Model, encoders: Encoders, prompts: int) -> PyTree:
         read = encoder.config.read(folder / encoder.folder)
         return read.max_position_embeddings if isinstance(read, text.ClipTextConfig) else cfg.text_tokens
 
-    return {e.name: jax.ShapeDtypeStruct((prompts, length(e)), jnp.int32) for e in encoders}
+    def shapes(encoder: Encoder) -> PyTree:
+        ids, mask = (jax.ShapeDtypeStruct((prompts, length(encoder)), kind) for kind in (jnp.int32, jnp.bool_))
+        return {"ids": ids, "mask": mask} if encoder.masked else ids
+
+    return {e.name: shapes(e) for e in encoders}
 
 
-@functools.lru_cache(maxsize=4)
 def tokenizers(folder: str, encoders: Encoders) -> tuple[Any, ...]:
-    """transformers' tokenizers of the encoders. WeightsError where one is missing or knows more words than its encoder
-    does."""
-    from transformers import AutoTokenizer
-
-    found = []
-    for e in encoders:
-        where = text.require_tokenizer(Path(folder) / e.tokenizer)
-        found.append(AutoTokenizer.from_pretrained(where, padding_side="right"))  # Gemma's files say left
-        words = e.config.read(Path(folder) / e.folder).vocab_size
-        if len(found[-1]) > words:
-            raise weights.WeightsError(
-                f"{folder}/{e.tokenizer} has {len(found[-1])} tokens, its text encoder only {words}"
-            )
-    return tuple(found)
+    """transformers' tokenizers of the encoders. WeightsError where one is missing, or is not of its encoder's model:
+    knows more words than that does, or a CLIP's cuts texts at another length."""
+    return tuple(_tokenizer(Path(folder), e, _files(Path(folder), e)) for e in encoders)
 
 
-def tokenize(folder: str, encoders: Encoders, text_tokens: int, prompts: Sequence[str]) -> dict[str, np.ndarray]:
-    """{name: int32 [G, L]}, padded at the right and cut to a CLIP's own length or to `text_tokens`."""
+def _files(folder: Path, encoder: Encoder) -> str:
+    return text.contents(folder, f"{encoder.tokenizer}/*", f"{encoder.folder}/config.json")
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(folder: Path, encoder: Encoder, digest: str) -> Any:
+    """Once for files of the same `digest`."""
+    import transformers
+
+    where, cfg = text.require_tokenizer(folder / encoder.tokenizer), encoder.config.read(folder / encoder.folder)
+    kind = getattr(transformers, _KINDS[encoder.config])  # as in model_index.json, whatever its own file says
+    try:
+        # The one that is masked is Gemma, whose files say left; its pipeline says right. Others pad as their files say.
+        found = kind.from_pretrained(where, **({"padding_side": "right"} if encoder.masked else {}))
+    except Exception as e:  # anything: the files are the user's, the code that reads them is not ours
+        said = " ".join(str(e).split())[:200]
+        raise weights.WeightsError(
+            f"{where}: transformers cannot read its tokenizer ({said}): download it again"
+        ) from e
+    if len(found) > cfg.vocab_size:
+        raise weights.WeightsError(f"{where} has {len(found)} tokens, its text encoder only {cfg.vocab_size}")
+    if found.pad_token_id is None:
+        raise weights.WeightsError(f"{Path(where) / 'tokenizer_config.json'}: pad_token is missing: download it again")
+    if isinstance(cfg, text.ClipTextConfig) and found.model_max_length != cfg.max_position_embeddings:
+        raise weights.WeightsError(
+            f"{Path(where) / 'tokenizer_config.json'}: model_max_length is {_length(found)}: its text encoder reads "
+            f"{cfg.max_position_embeddings} tokens (max_position_embeddings)"
+        )
+    return found
+
+
+_KINDS = {text.ClipTextConfig: "CLIPTokenizer", text.T5Config: "T5Tokenizer", gemma2.Gemma2Config: "GemmaTokenizer"}
+
+
+def _length(tokenizer: Any) -> str:
+    """transformers says 10**30 for none."""
+    return str(tokenizer.model_max_length) if tokenizer.model_max_length < 10**9 else "missing"
+
+
+def tokenize(folder: str, encoders: Encoders, text_tokens: int, prompts: Sequence[str]) -> dict[str, PyTree]:
+    """{name: int32 [G, L]}, padded and cut to a CLIP's own length or to `text_tokens`.
+
+    Of an encoder that is masked {"ids", "mask"}: the mask is the tokenizer's own, bool [G, L], false where it padded.
+    """
     pad = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
     found = {}
     for e, tokenizer in zip(encoders, tokenizers(folder, encoders), strict=True):
         length = tokenizer.model_max_length if e.config is text.ClipTextConfig else text_tokens
-        found[e.name] = tokenizer(list(prompts), max_length=length, **pad)["input_ids"].astype(np.int32)
+        read = tokenizer(list(prompts), max_length=length, **pad)
+        ids, mask = read["input_ids"].astype(np.int32), read["attention_mask"].astype(bool)
+        found[e.name] = {"ids": ids, "mask": mask} if e.masked else ids
     return found

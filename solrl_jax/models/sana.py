@@ -10,10 +10,9 @@ a rollout asks for it once (`Model.prepare`).
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -39,6 +38,7 @@ from solrl_jax.models.layers import (
 from solrl_jax.models.mmdit import STACKED, Embedder, gated, modulate, stack
 from solrl_jax.models.pipeline import Encoder, Naming
 from solrl_jax.models.schedule import NAME, chosen, shifted
+from solrl_jax.options import Options
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule
 
@@ -51,7 +51,7 @@ NVFP4_SKIP = (
 )
 # The original's width leaves the square Linears out, and its list q, k and v: NVFP4's own care. 8 bits take all.
 FP8_SKIP = NVFP4_SKIP[:-1]
-ENCODERS = (Encoder("gemma", "text_encoder", "tokenizer", gemma2.Gemma2Config),)
+ENCODERS = (Encoder("gemma", "text_encoder", "tokenizer", gemma2.Gemma2Config, masked=True),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,8 @@ class SanaConfig:
     qk_norm: str = ""
     interpolation_scale: float = 0.0
 
+    options: ClassVar[Options] = Options("diffusers", idle=("sample_size", "guidance_embeds_scale"))
+
     def __post_init__(self):
         names = ("patch_size", "attention_bias", "norm_elementwise_affine", "guidance_embeds", "qk_norm", "norm_eps")
         known = {field.name: field.default for field in dataclasses.fields(self)}
@@ -87,8 +89,9 @@ class SanaConfig:
         heads, width = self.num_cross_attention_heads, self.cross_attention_head_dim
         if not self.cross_attention_dim == heads * width == self.width:
             raise ValueError(
-                f"cross_attention_dim {self.cross_attention_dim}, {heads} heads x {width} and the width {self.width} "
-                "are not the same"
+                f"cross_attention_dim {self.cross_attention_dim}, num_cross_attention_heads {heads} x "
+                f"cross_attention_head_dim {width} and the width {self.width} (num_attention_heads "
+                f"{self.num_attention_heads} x attention_head_dim {self.attention_head_dim}) are not the same"
             )
 
     @property
@@ -250,17 +253,41 @@ class TextKeys(nn.Module):
 # --- times ----------------------------------------------------------------------------------------------------------
 
 
-def flow_shift(folder: Path) -> float:
-    """The shift that the pipeline's scheduler gives its sigmas; WeightsError for a scheduler that gives others."""
-    raw = weights.read_json(folder / NAME)
-    known = {"_class_name": ("DPMSolverMultistepScheduler",), "prediction_type": ("flow_prediction",)}
-    known |= {"use_flow_sigmas": (True,), "num_train_timesteps": (1000,), "use_dynamic_shifting": (False, None)}
-    if strange := {k: raw.get(k) for k, values in known.items() if k in raw and raw[k] not in values}:
-        raise weights.WeightsError(f"{folder / NAME} asks for {strange}: not SANA's schedule, not known here")
-    shift = raw.get("flow_shift", 1.0)
-    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < np.inf:
-        raise weights.WeightsError(f"{folder / NAME}: flow_shift {shift!r} is no number above 0: download it again")
-    return float(shift)
+@dataclasses.dataclass(frozen=True)
+class SanaSchedule:
+    """What shapes the sigmas in scheduler_config.json; the default is diffusers'. The solver is the user's choice."""
+
+    flow_shift: float = 1.0
+
+    options: ClassVar[Options] = Options(
+        "diffusers",
+        only={
+            "_class_name": ("DPMSolverMultistepScheduler",),
+            "prediction_type": ("flow_prediction",),
+            "use_flow_sigmas": (True,),
+            "num_train_timesteps": (1000,),
+            "final_sigmas_type": ("zero",),
+            "thresholding": (False,),
+            **dict.fromkeys(("use_dynamic_shifting", "use_lu_lambdas"), (False, None)),
+            **dict.fromkeys((f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta")), (False, None)),
+        },
+        idle=(
+            *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "variance_type"),
+            *("dynamic_thresholding_ratio", "sample_max_value", "lambda_min_clipped", "timestep_spacing"),
+            *("steps_offset", "time_shift_type", "algorithm_type", "solver_order", "solver_type", "lower_order_final"),
+            "euler_at_final",
+        ),
+    )
+
+    def __post_init__(self):
+        if not 0 < self.flow_shift < np.inf:
+            raise ValueError(f"flow_shift {self.flow_shift} is no number above 0: download it again")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "SanaSchedule":
+        """From scheduler_config.json; what it leaves out has diffusers' defaults, with which it is another schedule."""
+        defaults = {"prediction_type": "epsilon", "use_flow_sigmas": False}
+        return weights.from_config(cls, folder, defaults | weights.read_json(Path(folder) / NAME), NAME)
 
 
 def sigmas(steps: int, shift: float) -> np.ndarray:
@@ -275,21 +302,19 @@ def sigmas(steps: int, shift: float) -> np.ndarray:
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=8)
-def make(cfg: config.Model) -> Model:
-    """The pure functions of the pipeline `cfg.path` (hub.pipeline). Cached: the same config, the same static argument.
+@pipeline.made_once
+def make(cfg: config.Model, folder: Path) -> Model:
+    """The pure functions of the pipeline `cfg.path`, by the configs in its `folder`.
 
     Conditioning: {"text" [G, L, Dt], "length" int [G]}, and of `prepare` {"kv" [G, layers, L, 2 D], "length"}. Prompts
     are in lower case, without an instruction before them. No classifier-free guidance.
     """
-    folder = hub.pipeline(cfg.path, configs_only=True)
     hub.check_pipeline(folder, PIPELINES)
     sana = SanaConfig.read(folder / "transformer")
     decoder, gemma = dcae.DcaeConfig.read(folder / "vae"), gemma2.Gemma2Config.read(folder / "text_encoder")
-    shift = flow_shift(folder / "scheduler")
+    shift = SanaSchedule.read(folder / "scheduler").flow_shift
     _check_parts(folder, sana, decoder, gemma)
-    if cfg.text_tokens > gemma.sliding_window:
-        raise config.ConfigError(f"model.text_tokens={cfg.text_tokens}: Gemma's layers see {gemma.sliding_window}")
+    check_length(cfg.text_tokens, gemma)
     side, dtype = pipeline.latent_side(cfg.size, decoder, patch=1), jnp.dtype(cfg.dtype)
     network, keys_of = SanaTransformer(sana, dtype, cfg.remat, cfg.remat_keeps), TextKeys(sana, dtype)
     words, images = gemma2.Gemma2(gemma, dtype), dcae.Decoder(decoder, jnp.dtype(cfg.vae_dtype))
@@ -312,10 +337,10 @@ def make(cfg: config.Model) -> Model:
         return network.init(key, jnp.zeros((1, *shape)), jnp.ones(1), jnp.ones(1, jnp.int32), text)["params"]
 
     def encode(params: Params, ids: PyTree) -> PyTree:
-        text = words.apply({"params": params["gemma"]}, ids["gemma"])
-        return {"text": text, "length": gemma2.lengths(ids["gemma"], gemma.pad_token_id)}
+        length = jnp.sum(ids["gemma"]["mask"], axis=-1)  # not of ids: a prompt may hold the word <pad>
+        return {"text": words.apply({"params": params["gemma"]}, ids["gemma"]["ids"], length), "length": length}
 
-    def tokenize(prompts: Sequence[str]) -> dict[str, np.ndarray]:
+    def tokenize(prompts: Sequence[str]) -> PyTree:
         plain = [prompt.lower().strip() for prompt in prompts]
         return pipeline.tokenize(str(folder), ENCODERS, cfg.text_tokens, plain)
 
@@ -337,6 +362,14 @@ def make(cfg: config.Model) -> Model:
     )
 
 
+def check_length(text_tokens: int, gemma: gemma2.Gemma2Config) -> None:
+    """ConfigError where a text is longer than what each of its encoder's layers sees whole."""
+    if text_tokens > gemma.sliding_window:
+        raise config.ConfigError(
+            f"model.text_tokens={text_tokens}: Gemma's layers see {gemma.sliding_window} (sliding_window)"
+        )
+
+
 def _check_parts(folder: Path, cfg: SanaConfig, decoder: dcae.DcaeConfig, gemma: gemma2.Gemma2Config) -> None:
     """WeightsError where the parts of a pipeline are of different models."""
     found = {
@@ -345,9 +378,7 @@ def _check_parts(folder: Path, cfg: SanaConfig, decoder: dcae.DcaeConfig, gemma:
         ),
         f"text of {cfg.caption_channels}, Gemma gives {gemma.hidden_size}": cfg.caption_channels == gemma.hidden_size,
     }
-    for what, fits in found.items():
-        if not fits:
-            raise weights.WeightsError(f"{folder}: the transformer takes {what}: these parts are of different models")
+    pipeline.check_parts(folder, found)
 
 
 def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:

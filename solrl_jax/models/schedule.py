@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from solrl_jax import sampler, weights
+from solrl_jax.options import Options
 
 NAME = "scheduler_config.json"
 
@@ -22,6 +24,18 @@ class Schedule:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
 
+    options: ClassVar[Options] = Options(
+        "diffusers",
+        only={
+            "_class_name": ("FlowMatchEulerDiscreteScheduler",),
+            "num_train_timesteps": (1000,),
+            "time_shift_type": ("exponential", None),
+            "shift_terminal": (None,),
+            **dict.fromkeys(("invert_sigmas", "stochastic_sampling"), (False, None)),
+            **dict.fromkeys((f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta")), (False, None)),
+        },
+    )
+
     def __post_init__(self):
         if not 0 < self.shift < np.inf:
             raise ValueError(f"shift {self.shift} is no number above 0")
@@ -31,18 +45,7 @@ class Schedule:
     @classmethod
     def read(cls, folder: str | Path) -> "Schedule":
         """From scheduler_config.json; a scheduler or options of it that would give other sigmas are refused."""
-        raw = weights.read_json(Path(folder) / NAME)
-        known = {"time_shift_type": ("exponential", None), "shift_terminal": (None,), "num_train_timesteps": (1000,)}
-        known |= {"_class_name": ("FlowMatchEulerDiscreteScheduler",)}
-        known |= dict.fromkeys(("invert_sigmas", "stochastic_sampling"), (False, None))
-        known |= dict.fromkeys(
-            (f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta", "lu", "flow")), (False, None)
-        )
-        if strange := {k: raw[k] for k, values in known.items() if k in raw and raw[k] not in values}:
-            raise weights.WeightsError(
-                f"{Path(folder) / NAME} asks for {strange}: not FLUX's schedule, nor SD3.5's, not known here"
-            )
-        return weights.from_config(cls, folder, raw, NAME)
+        return weights.from_config(cls, folder, weights.read_json(Path(folder) / NAME), NAME)
 
 
 def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:

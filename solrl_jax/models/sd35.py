@@ -156,6 +156,11 @@ def sigmas(steps: int, shift: float) -> np.ndarray:
     return np.append(shifted(np.linspace(1, shifted(1 / 1000, shift), steps), shift), 0.0)
 
 
+def check_schedule(folder: Path, schedule: Schedule) -> None:
+    if schedule.use_dynamic_shifting:
+        raise weights.WeightsError(f"{folder / NAME}: use_dynamic_shifting is not SD3.5's schedule")
+
+
 def encoders_of(folder: Path) -> Encoders:
     """The pipeline's text encoders: T5 too, unless model_index.json leaves it out by [null, null]."""
     if (folder / "model_index.json").is_file():
@@ -171,36 +176,30 @@ def _check_widths(folder: Path, cfg: Sd35Config, vae_cfg: vae.VaeConfig, encoder
     assert isinstance(one, text.ClipTextConfig) and isinstance(two, text.ClipTextConfig)
     wide = [("T5", x.d_model) for x in rest if isinstance(x, text.T5Config)]
     found = {
-        f"takes {cfg.in_channels} channels, the VAE gives {vae_cfg.latent_channels}": (
+        f"{cfg.in_channels} channels, the VAE gives {vae_cfg.latent_channels}": (
             cfg.in_channels == vae_cfg.latent_channels
         ),
-        f"takes pooled text of {cfg.pooled_projection_dim}, the CLIPs give {one.projection_dim} + "
+        f"pooled text of {cfg.pooled_projection_dim}, the CLIPs give {one.projection_dim} + "
         f"{two.projection_dim}": cfg.pooled_projection_dim == one.projection_dim + two.projection_dim,
-        f"takes text of {cfg.joint_attention_dim}, the CLIPs give {one.hidden_size} + {two.hidden_size}": (
+        f"text of {cfg.joint_attention_dim}, the CLIPs give {one.hidden_size} + {two.hidden_size}": (
             one.hidden_size + two.hidden_size <= cfg.joint_attention_dim
         ),
     }
-    found |= {
-        f"takes text of {cfg.joint_attention_dim}, {name} gives {n}": n == cfg.joint_attention_dim for name, n in wide
-    }
-    for what, fits in found.items():
-        if not fits:
-            raise weights.WeightsError(f"{folder}: the transformer {what}: these parts are of different models")
+    found |= {f"text of {cfg.joint_attention_dim}, {name} gives {n}": n == cfg.joint_attention_dim for name, n in wide}
+    pipeline.check_parts(folder, found)
 
 
-@functools.lru_cache(maxsize=8)
-def make(cfg: config.Model) -> Model:
-    """The pure functions of the pipeline `cfg.path` (hub.pipeline). Cached: the same config, the same static argument.
+@pipeline.made_once
+def make(cfg: config.Model, folder: Path) -> Model:
+    """The pure functions of the pipeline `cfg.path`, by the configs in its `folder`.
 
     Conditioning: {"text" [G, 77 + text_tokens, Dt], "pooled" [G, Dp]}. No classifier-free guidance.
     """
-    folder = hub.pipeline(cfg.path, configs_only=True)
     hub.check_pipeline(folder, PIPELINES)
     sd35 = Sd35Config.read(folder / "transformer")
     vae_cfg = vae.VaeConfig.read(folder / "vae")
     schedule = Schedule.read(folder / "scheduler")
-    if schedule.use_dynamic_shifting:
-        raise weights.WeightsError(f"{folder / 'scheduler' / NAME}: use_dynamic_shifting is not SD3.5's schedule")
+    check_schedule(folder / "scheduler", schedule)
     encoders, dtype = encoders_of(folder), jnp.dtype(cfg.dtype)
     _check_widths(folder, sd35, vae_cfg, encoders)
     side = pipeline.latent_side(cfg.size, vae_cfg)

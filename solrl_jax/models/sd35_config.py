@@ -6,10 +6,11 @@ The network is in sd35.py (spec: models.md sections 3 and 10).
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from solrl_jax import weights
 from solrl_jax.lora_files import Fused
+from solrl_jax.options import Options
 from solrl_jax.weights import Rule
 
 PATCH = 2
@@ -31,6 +32,8 @@ class Sd35Config:
     dual_attention_layers: tuple[int, ...] = ()
     qk_norm: str = ""
     patch_size: int = PATCH
+
+    options: ClassVar[Options] = Options("diffusers", idle=("sample_size",))  # the table of positions is in the file
 
     def __post_init__(self):
         if self.patch_size != PATCH:

@@ -6,9 +6,10 @@ stream are in the module's dtype.
 """
 
 import dataclasses
+import hashlib
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
 from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, RMSNorm, attention, gelu_tanh
+from solrl_jax.options import Options
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
 
@@ -43,6 +45,15 @@ def require_tokenizer(folder: str | Path) -> str:
     return str(folder)
 
 
+def contents(folder: Path, *patterns: str) -> str:
+    """A digest of the names and bytes of the files that `patterns` find in a folder: equal only if it is unchanged."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
+        data = file.read_bytes()
+        digest.update(f"{file.relative_to(folder)} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
 # ---- CLIP
 
 
@@ -61,6 +72,10 @@ class ClipTextConfig:
     eos_token_id: int = 49407
     projection_dim: int = 512
 
+    options: ClassVar[Options] = Options(
+        "transformers", only={"model_type": ("clip_text_model",)}, idle=("bos_token_id", "pad_token_id")
+    )
+
     def __post_init__(self):
         check_layer_config(self)
 
@@ -74,7 +89,9 @@ def check_layer_config(cfg: Any) -> None:
     if cfg.hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act {cfg.hidden_act!r} is not known here: it must be one of {sorted(ACTIVATIONS)}")
     if cfg.hidden_size % cfg.num_attention_heads:
-        raise ValueError(f"hidden_size {cfg.hidden_size} does not divide into {cfg.num_attention_heads} heads")
+        raise ValueError(
+            f"hidden_size {cfg.hidden_size} does not divide into {cfg.num_attention_heads} heads (num_attention_heads)"
+        )
 
 
 class ClipLayer(nn.Module):
@@ -188,6 +205,18 @@ class T5Config:
     relative_attention_max_distance: int = 128
     feed_forward_proj: str = "relu"
     layer_norm_epsilon: float = 1e-6
+
+    options: ClassVar[Options] = Options(
+        "transformers",
+        # What transformers makes of gated-gelu, and files of its fourth version also say.
+        only={
+            "model_type": ("t5",),
+            "dense_act_fn": ("gelu_new",),
+            "is_gated_act": (True,),
+            "is_decoder": (False, None),
+        },
+        idle=("num_decoder_layers", "n_positions", "scale_decoder_outputs", "output_past"),
+    )
 
     def __post_init__(self):
         if self.feed_forward_proj != "gated-gelu":

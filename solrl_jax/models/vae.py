@@ -7,7 +7,7 @@ z, so that their spread is about one.
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from solrl_jax import weights
 from solrl_jax.models.layers import F32, Linear, attention, conv
+from solrl_jax.options import Options
 from solrl_jax.structs import Images, Latents, Params
 from solrl_jax.weights import Place, Rule
 
@@ -38,6 +39,18 @@ class VaeConfig:
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
 
+    options: ClassVar[Options] = Options(
+        "diffusers",
+        only={
+            "act_fn": ("silu",),
+            "down_block_types": ("DownEncoderBlock2D",),
+            "up_block_types": ("UpDecoderBlock2D",),
+            "latents_mean": (None,),
+            "latents_std": (None,),
+        },
+        idle=("sample_size", "force_upcast"),
+    )
+
     def __post_init__(self):
         if self.use_quant_conv or self.use_post_quant_conv:
             raise ValueError(
@@ -49,7 +62,16 @@ class VaeConfig:
 
     @classmethod
     def read(cls, folder: str | Path) -> "VaeConfig":
-        return weights.from_config(cls, folder)
+        """From config.json; another kind of autoencoder is refused by its class name."""
+        raw = weights.read_config(folder, "AutoencoderKL")
+        found = weights.from_config(cls, folder, raw)
+        for name in ("down_block_types", "up_block_types"):
+            if len(blocks := raw.get(name, ("diffusers' default",))) != len(found.block_out_channels):
+                raise weights.WeightsError(
+                    f"{Path(folder) / 'config.json'}: {name} is of {len(blocks)} blocks, block_out_channels of "
+                    f"{len(found.block_out_channels)}"
+                )
+        return found
 
     @property
     def factor(self) -> int:

@@ -6,7 +6,7 @@ Reimplemented for ImageReward, whose features are BLIP's ITM ones but for the fi
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from solrl_jax import weights
 from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention, conv
 from solrl_jax.models.text import ClipLayer, check_layer_config, run_layers
+from solrl_jax.options import Options
 from solrl_jax.rewards.clip_tower import ClipVisionConfig
 from solrl_jax.structs import Params, PerSample, WeightsError
 from solrl_jax.weights import Rule
@@ -49,6 +50,17 @@ class MedConfig:
     max_position_embeddings: int = 512
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
+
+    options: ClassVar[Options] = Options(
+        "transformers",
+        only={
+            "model_type": ("bert",),
+            "position_embedding_type": ("absolute",),
+            "is_decoder": (False, None),
+            "add_cross_attention": (True,),
+        },
+        idle=("encoder_width", "type_vocab_size", "vision_config", "pad_token_id"),
+    )
 
     def __post_init__(self):
         check_layer_config(self)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from solrl_jax import hub
-from solrl_jax.models.text import ClipTextConfig
+from solrl_jax.models.text import ClipTextConfig, contents
 from solrl_jax.structs import WeightsError
 
 Tokens = dict[str, Int[np.ndarray, "G L"]]  # {"ids": ids}
@@ -54,9 +54,16 @@ def check(cfg: ClipTextConfig, folder: str, count: int, end: int) -> None:
 # ---- transformers' flavour
 
 
-@functools.lru_cache
+FILES = ("vocab.json", "merges.txt", "tokenizer.json", "*_config.json", "special_tokens_map.json", GZIP)
+
+
 def hf_tokenizer(folder: str) -> Any:
-    """transformers' CLIPTokenizer of a folder that holds its files."""
+    """transformers' CLIPTokenizer of a folder that holds its files; once while they are the same."""
+    return _hf_tokenizer(folder, contents(Path(folder), *FILES))
+
+
+@functools.lru_cache
+def _hf_tokenizer(folder: str, digest: str) -> Any:
     from transformers import CLIPTokenizer  # seconds to import
 
     return CLIPTokenizer.from_pretrained(folder)
@@ -124,9 +131,13 @@ def _encode(vocabulary: Vocabulary, text: str) -> list[int]:
     return ids
 
 
-@functools.lru_cache
 def read_vocabulary(folder: str) -> Vocabulary:
-    """Of open_clip's file if the folder has it, else of transformers' files."""
+    """Of open_clip's file if the folder has it, else of transformers' files; once while they are the same."""
+    return _vocabulary(folder, contents(Path(folder), *FILES))
+
+
+@functools.lru_cache
+def _vocabulary(folder: str, digest: str) -> Vocabulary:
     from tokenizers.models import BPE
 
     if (Path(folder) / GZIP).is_file():

@@ -7,7 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,7 @@ from solrl_jax.models.text import (
     clip_text_rules,
     run_layers,
 )
+from solrl_jax.options import Options, check
 from solrl_jax.structs import Params, PerSample
 from solrl_jax.weights import Rule
 
@@ -46,6 +47,11 @@ class ClipVisionConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
+    # Pictures have three channels; how wide the projection is says the config around this one.
+    options: ClassVar[Options] = Options(
+        "transformers", only={"model_type": ("clip_vision_model",), "num_channels": (3,)}, idle=("projection_dim",)
+    )
+
     def __post_init__(self):
         check_layer_config(self)
         if self.image_size % self.patch_size:
@@ -60,9 +66,19 @@ class ClipConfig:
     vision: ClipVisionConfig
     projection_dim: int = 512
 
+    options: ClassVar[Options] = Options(
+        "transformers",
+        only={"model_type": ("clip",)},
+        idle=(
+            *(f"{side}_config{old}" for side in ("text", "vision") for old in ("", "_dict")),
+            "logit_scale_init_value",
+        ),
+    )
+
     @classmethod
     def read(cls, folder: str | Path) -> "ClipConfig":
         values = weights.read_config(folder)
+        check(cls.options, ("projection_dim",), Path(folder) / "config.json", values)
         # The text tower's own projection_dim is for a text encoder that stands alone; here the outer one counts.
         outer = {"projection_dim": values.get("projection_dim")}
         text = weights.from_config(ClipTextConfig, folder, {**_part(values, "text_config", folder), **outer})
@@ -73,8 +89,10 @@ class ClipConfig:
     def read_open_clip(cls, folder: str | Path) -> "ClipConfig":
         """Of open_clip_config.json; WeightsError for a CLIP that is built otherwise."""
         file = Path(folder) / "open_clip_config.json"
+        found = weights.read_json(file)
+        check(_OPEN_CLIP, (), file, found)
         try:
-            return cls._of_open_clip(**weights.read_json(file)["model_cfg"])
+            return cls._of_open_clip(**found["model_cfg"])
         except (TypeError, ValueError, KeyError) as e:  # a field that is not known here, or is not there
             raise weights.WeightsError(f"{file} describes a model that is not read here: {e}") from e
 
@@ -95,6 +113,8 @@ class ClipConfig:
 
         return cls(text(**text_cfg), vision(**vision_cfg), embed_dim)
 
+
+_OPEN_CLIP = Options("diffusers", idle=("model_cfg", "preprocess_cfg"))  # HPSv2 prepares pictures in its own way
 
 VIT_H_14 = ClipConfig(
     ClipTextConfig(49408, 1024, 24, 16, 4096, 77, "gelu", eos_token_id=2, projection_dim=1024),

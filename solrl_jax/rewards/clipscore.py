@@ -40,7 +40,9 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     tower, params = clip_tower.load_clip(path, jnp.dtype(dtype))
     folder = str(path.resolve())
     clip_tokens.check_hf(tower.cfg.text, require_tokenizer(folder))
-    return _reward(folder, tower.cfg, jnp.dtype(dtype), *preprocess.read_mean_std(folder)), params
+    return _reward(
+        folder, tower.cfg, jnp.dtype(dtype), *preprocess.read_mean_std(folder, tower.cfg.vision.image_size)
+    ), params
 
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from solrl_jax import hub, weights
 from solrl_jax.models.layers import F32
+from solrl_jax.models.text import contents
 from solrl_jax.rewards import blip, preprocess
 from solrl_jax.rewards.blip import Blip, BlipConfig
 from solrl_jax.structs import Images, Params, PerSample, Reward, WeightsError
@@ -87,9 +88,14 @@ def _read_vocabulary(file: str) -> dict[str, int]:
     return {line: i for i, line in enumerate(Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n"))}
 
 
-@functools.lru_cache
 def _tokenizer(file: str) -> Any:
-    """Uncased BERT's, with the two tokens that BLIP added; its vocabulary alone is the user's."""
+    """Uncased BERT's, with the two tokens that BLIP added; its vocabulary alone is the user's. Once while that is the
+    same."""
+    return _read_tokenizer(file, contents(Path(file).parent, Path(file).name))
+
+
+@functools.lru_cache
+def _read_tokenizer(file: str, digest: str) -> Any:
     from transformers import BertTokenizer  # seconds to import
 
     tokenizer = BertTokenizer(vocab=_read_vocabulary(file))

@@ -33,7 +33,9 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     tower, params = clip_tower.load_clip(path, jnp.dtype(dtype))
     tokenizer = clip_tokens.find(path)
     clip_tokens.check_hf(tower.cfg.text, tokenizer)
-    return _reward(tokenizer, tower.cfg, jnp.dtype(dtype), *preprocess.read_mean_std(path)), params
+    return _reward(
+        tokenizer, tower.cfg, jnp.dtype(dtype), *preprocess.read_mean_std(path, tower.cfg.vision.image_size)
+    ), params
 
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:

@@ -4,8 +4,10 @@ Each reference resizes in its own way, and group advantages divide by a small sp
 or without the overshoot of a cubic, or Pillow's bytes, rounded after each of two passes.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int64
 
 from solrl_jax import weights
+from solrl_jax.options import Options
 from solrl_jax.structs import Images
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -25,12 +28,47 @@ def standardise(images: Images, mean: tuple[float, ...], std: tuple[float, ...])
     return centred / jnp.asarray(std, jnp.float32).reshape(1, 1, 1, 3)
 
 
-def read_mean_std(folder: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of preprocessor_config.json; OpenAI's numbers, which all known CLIPs use, where the file or a key is missing."""
-    file = Path(folder) / "preprocessor_config.json"
-    values = weights.read_json(file) if file.is_file() else {}
-    mean, std = values.get("image_mean") or OPENAI_MEAN, values.get("image_std") or OPENAI_STD
-    return tuple(map(float, mean)), tuple(map(float, std))
+NAME = "preprocessor_config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """preprocessor_config.json of a CLIP; the defaults are OpenAI's, which all known CLIPs use."""
+
+    image_mean: tuple[float, ...] = OPENAI_MEAN
+    image_std: tuple[float, ...] = OPENAI_STD
+
+    options: ClassVar[Options] = Options(
+        "diffusers",
+        only={
+            "resample": (3,),  # bicubic; CLIPScore's reference reads it no more than ours does, and resizes bilinearly
+            "rescale_factor": (1 / 255,),
+            **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
+            "use_square_size": (False,),
+        },
+        idle=(
+            *("size", "crop_size"),  # read_mean_std
+            *("do_convert_rgb", "feature_extractor_type", "image_processor_type", "processor_class"),
+        ),
+    )
+
+    def __post_init__(self):
+        if bad := {n: x for n, x in vars(self).items() if len(x) != 3}:
+            raise ValueError(f"{bad}: not a number for each of three channels")
+
+
+def read_mean_std(folder: str | Path, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of preprocessor_config.json, if there is one; pictures must come to the `size` that the vision tower takes."""
+    file = Path(folder) / NAME
+    if not file.is_file():
+        return OPENAI_MEAN, OPENAI_STD
+    values = weights.read_json(file)
+    for key, sides in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
+        found = values.get(key, 224)  # transformers' default
+        if found != size and found != dict.fromkeys(sides, size):
+            raise weights.WeightsError(f"{file}: {key} is {found!r}: the model's config says image_size {size}")
+    found = weights.from_config(Preprocessing, folder, values, NAME)
+    return tuple(map(float, found.image_mean)), tuple(map(float, found.image_std))
 
 
 # ---- floats: torchvision's antialiased resizes of tensors, which jax.image.resize equals to 1e-6
