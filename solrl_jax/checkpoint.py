@@ -194,6 +194,11 @@ def _lines(run: Path) -> list[log.Line]:
     return log.read(run / "metrics.jsonl")
 
 
+def best_step(run: Path) -> int | None:
+    """The whole checkpoint with the highest eval_reward_avg; None if no whole one was evaluated."""
+    return best(run, [step for step in steps(run) if damage(folder(run, step)) is None])
+
+
 @contextlib.contextmanager
 def alone(run: Path) -> Iterator[None]:
     """While it lasts, no other process may train in `run`. Raises CheckpointError if one does.
@@ -308,8 +313,16 @@ def saved(run: Path) -> bool:
 
 
 def find(run: Path, which: str | None = None) -> tuple[Path, list[str]]:
-    """The checkpoint folder that is meant, and why newer ones were passed over: the newest whole one of `run`, or
-    `which`, a step of it or a path. Raises CheckpointError if there is none."""
+    """The checkpoint folder that is meant, and what to say of that: the newest whole one of `run` and why newer ones
+    were passed over, or `which`, a step of it, a path, or "best". Raises CheckpointError if there is none."""
+    if which == "best":
+        load_config(run)
+        if (step := best_step(run)) is None:
+            raise CheckpointError(
+                f"--checkpoint=best: no whole checkpoint of {run} was evaluated; name a step, one of "
+                f"{', '.join(map(str, steps(run))) or 'none'}, or leave it out for the newest"
+            )
+        return folder(run, step), [f"the best checkpoint is {folder(run, step)}"]
     if which is not None:
         place = folder(run, int(which)) if which.isdigit() else Path(which)
         if not place.is_dir() or not place.name.isdigit():

@@ -87,18 +87,23 @@ def eight_bit(images: Float[np.ndarray, "*batch H W 3"]) -> UInt8[np.ndarray, "*
 
 
 def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:
-    """{"eval_reward_<name>": mean over the fixed prompts}, and the first picture of each prompt of the grid.
-
-    "eval_reward_avg" is the weighted sum of the trained rewards, under the name that the original gives it.
-    """
+    """The `averages`, and the first picture of each prompt of the grid."""
     cfg = parts.cfg
     prompts = fixed_prompts(parts)
     found = pictures(parts, adapter, prompts, score=parts.judged)
     means = {name: found.scores[name].mean(1) for name in parts.judged.names}
-    averaged = {f"eval_reward_{name}": float(x.mean()) for name, x in _with_total(means, parts.score).items()}
     grid = slice(cfg.evaluate.grid)
     scores = {name: found.scores[name][grid, 0] for name in parts.judged.names}
-    return averaged, Shown(prompts[grid], found.images[grid, 0], scores, means)
+    shown = Shown(prompts[grid], found.images[grid, 0], scores, means)
+    return averages(shown, parts.score), shown
+
+
+def averages(shown: Shown, score: Score) -> dict[str, float]:
+    """{"eval_reward_<name>": mean over the fixed prompts}.
+
+    "eval_reward_avg" is the weighted sum of the trained rewards, under the name that the original gives it.
+    """
+    return {f"eval_reward_{name}": float(x.mean()) for name, x in _with_total(shown.means, score).items()}
 
 
 def gains(base: Shown, now: Shown, score: Score) -> dict[str, float]:

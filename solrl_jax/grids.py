@@ -37,6 +37,10 @@ def save(file: Path, shown: Shown, iteration: int, how: str) -> None:
         np.savez_compressed(f, **arrays, text=np.frombuffer(text.encode(), np.uint8))
 
 
+OLDER = ({"images", "how"}, {"images", "scores", "text"})
+"""What older versions kept."""
+
+
 class Kept(NamedTuple):
     """What `save` wrote."""
 
@@ -46,16 +50,18 @@ class Kept(NamedTuple):
 
 
 def load(file: Path) -> Kept | None:
-    """None where there is no file, or one of a version that kept less."""
-    if not file.exists():
-        return None
+    """None for a file of a version that kept less. One that is damaged raises: see `disk.readable`."""
     with np.load(file) as saved:
-        if not {"text", "means"} <= set(saved):
+        if set(saved) in OLDER:
             return None
-        told = json.loads(saved["text"].tobytes())
+        told, images = json.loads(saved["text"].tobytes()), saved["images"]
         scores = dict(zip(told["rewards"], saved["scores"], strict=True))
         means = dict(zip(told["means"], saved["means"], strict=True))
-        return Kept(Shown(told["prompts"], saved["images"], scores, means), told["iteration"], told["how"])
+        if images.dtype != np.uint8 or images.ndim != 4 or any(len(x) != len(images) for x in scores.values()):
+            raise ValueError(f"its pictures are {images.dtype}{list(images.shape)}")
+        if len(told["prompts"]) != len(images):
+            raise ValueError(f"it has {len(told['prompts'])} prompts for {len(images)} pictures")
+        return Kept(Shown(told["prompts"], images, scores, means), told["iteration"], told["how"])
 
 
 _CAPTION, _HEAD, _GAP = 180, 24, 6  # pixels: width of the captions, height of the titles, space between pictures

@@ -1,8 +1,9 @@
 """Where an iteration's numbers go: metrics.jsonl, TensorBoard, the screen, and Weights & Biases where asked for. A sink
 is write(iteration, metrics).
 
-metrics.jsonl has one JSON object a line, "iteration" first; iteration 0 is the base model's evaluation. A number that
-is not finite is null there (JSON has no NaN) and left out of TensorBoard.
+metrics.jsonl has one JSON object a line, "iteration" first; iteration 0 is what is known of the base model: its
+evaluation and how well the preview ranks. It stands first, once, whenever it is written. A number that is not finite is
+null there (JSON has no NaN) and left out of TensorBoard.
 """
 
 import contextlib
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
+
+from solrl_jax import disk
 
 Metrics = Mapping[str, float]
 Sink = Callable[[int, Metrics], None]
@@ -66,24 +69,45 @@ def open_log(
 
 @contextlib.contextmanager
 def jsonl(file: Path, done: int) -> Iterator[Sink]:
-    """Append to `file` after dropping the lines past iteration `done` and one that a crash cut short."""
-    kept = [json.dumps(line) + "\n" for line in read(file) if line["iteration"] <= done]
-    part = file.with_name(file.name + ".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(file)
-    with file.open("a", encoding="utf-8") as f:
+    """Append to `file` after dropping the lines past iteration `done` and one that a crash cut short.
 
-        def write(iteration: int, metrics: Metrics) -> None:
-            f.write(json.dumps(as_line(iteration, metrics), allow_nan=False) + "\n")
+    Iteration 0's line goes to the beginning, in the place of one that is there.
+    """
+    kept = [json.dumps(line) + "\n" for line in read(file) if line["iteration"] <= done]
+    _rewrite(file, kept)
+    f = file.open("a", encoding="utf-8")
+
+    def write(iteration: int, metrics: Metrics) -> None:
+        nonlocal f
+        text = json.dumps(as_line(iteration, metrics), allow_nan=False) + "\n"
+        if iteration == 0:  # it may come late, where evaluation is switched on, or again, where it is changed
+            f.close()
+            _rewrite(file, [text, *(json.dumps(line) + "\n" for line in read(file) if line["iteration"] > 0)])
+            f = file.open("a", encoding="utf-8")
+        else:
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())  # before the checkpoint of this iteration, which must not outlive its line
 
+    try:
         yield write
+    finally:
+        f.close()
+
+
+def finite(metrics: Metrics) -> dict[str, float | None]:
+    """As they are written: None for what is not finite."""
+    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+
+
+def _rewrite(file: Path, lines: Sequence[str]) -> None:
+    with disk.whole(file) as f:
+        f.write("".join(lines).encode())
 
 
 def as_line(iteration: int, metrics: Metrics) -> Line:
     """What metrics.jsonl says of an iteration: null for a number that is not finite."""
-    return {"iteration": iteration, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
+    return {"iteration": iteration, **finite(metrics)}
 
 
 def read(file: Path) -> list[Line]:
@@ -191,14 +215,13 @@ class Screen:
             self.bar.set_description_str(f"{stage} {share:4.0%}")
 
     def write(self, iteration: int, metrics: Metrics) -> None:
-        """Show an iteration; 0 is the base model's evaluation."""
+        """Show an iteration; 0 is what is known of the base model."""
         self.judged = metrics.get(f"eval_reward_{self.judge}", self.judged)
         self.seconds += [metrics["time/iteration"]] if "time/iteration" in metrics else []
         text = self.line(iteration, metrics)
         if iteration == 0:
             self.say(
-                "base model: "
-                + "  ".join(f"{k.removeprefix('eval_reward_')} {v:.4f}" for k, v in metrics.items() if "eval" in k)
+                "base model: " + "  ".join(f"{k.removeprefix('eval_reward_')} {v:.4f}" for k, v in metrics.items())
             )
         elif self.bar is not None:
             self.bar.set_description_str("", refresh=False)

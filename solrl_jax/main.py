@@ -138,7 +138,10 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("images", None, "score: the folder of the pictures, .png, .jpg, .jpeg or .webp")
 flags.DEFINE_string(
-    "checkpoint", None, "eval, sample, export: a step of --run_dir or <run>/checkpoints/<step> (default: the newest)"
+    "checkpoint",
+    None,
+    "eval, sample, export: a step of --run_dir, best (the highest eval_reward_avg of those that are kept) or "
+    "<run>/checkpoints/<step> (default: the newest)",
 )
 flags.DEFINE_string(
     "lora",
@@ -219,6 +222,8 @@ def _place(run: Path | None) -> Path | None:
     inside = run is not None and (run / "config.json").exists()
     if FLAGS.mode in ("train", "plan", "score", "doctor") or FLAGS.lora or not (FLAGS.checkpoint or inside):
         return None
+    if FLAGS.checkpoint == "best" and run is None:
+        raise ConfigError("--checkpoint=best needs --run_dir, the directory of the run whose best is meant")
     from solrl_jax import checkpoint
 
     place, said = checkpoint.find(run or Path(), FLAGS.checkpoint)

@@ -34,6 +34,8 @@ def write(folder: Path, cfg: Config, iterations: int, updates: int, targets: tup
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
         "## Use it",
         loading(cfg, comfy),
+        "## Which policy",
+        which((folder / "ema").exists()),
     ]
     file = folder / "model_card.md"
     with disk.whole(file) as f:
@@ -90,7 +92,7 @@ def _lora(cfg: Lora) -> str:
 def loading(cfg: Config, comfy: str) -> str:
     """How diffusers and ComfyUI take the files."""
     lines = [
-        "diffusers (the trained policy; its running average is in `ema/`):",
+        "diffusers:",
         "",
         "```python",
         "import torch",
@@ -102,4 +104,20 @@ def loading(cfg: Config, comfy: str) -> str:
     ]
     if comfy:
         lines += ["", f"ComfyUI: copy `{comfy}` to `models/loras`, load it by a LoRA loader at strength 1."]
+    return "\n".join(lines)
+
+
+def which(ema: bool) -> str:
+    """What the files hold; `ema`: an earlier version has left a folder of that name."""
+    lines = [
+        "The files here hold the running average of the policy over its updates: every evaluation, picture and score "
+        "of the run is of it. The policy itself, as it was after the last update, is in `current/`, in the same "
+        "layouts.",
+    ]
+    if ema:
+        lines += [
+            "",
+            "`ema/` is of an earlier version of solrl_jax, which kept the average there and the policy itself here; it "
+            "may be of fewer iterations.",
+        ]
     return "\n".join(lines)

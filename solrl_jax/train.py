@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import signal
 import threading
@@ -24,6 +25,7 @@ from solrl_jax import (
     assemble,
     checkpoint,
     data,
+    disk,
     evaluate,
     grids,
     iteration,
@@ -39,9 +41,10 @@ from solrl_jax.assemble import Parts
 from solrl_jax.checks import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.grids import Shown
-from solrl_jax.log import Log, open_log, read, wandb
+from solrl_jax.log import Log, finite, open_log, read, wandb
 from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
+from solrl_jax.report.run import read_starts
 from solrl_jax.rewards.own import RewardError
 from solrl_jax.structs import Model, Params, Prompts, TrainState
 
@@ -50,6 +53,8 @@ SKIPS = 3
 """Non-finite updates in a row after which a run stops."""
 UNFINISHED = 75
 """Exit code of a run that was stopped, saved, and has iterations left."""
+CURRENT = "current"
+"""Folder, beside the LoRA files of the average, of those of the policy that is trained."""
 
 
 class Stopped(Exception):
@@ -75,8 +80,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         if not resume:
             stack.enter_context(checkpoint.alone(run))
         checkpoint.replace(run / "config.json", to_json(cfg))
-        notes = assemble.notes(parts)
-        begun(run, int(state.iteration), parts, notes)
+        notes = begun(run, int(state.iteration), parts, assemble.notes(parts))
         held_out = parts.judged.names[len(parts.score.names) :]
         judge = (*held_out, *parts.score.names)[0]
         also = (wandb(run, cfg.wandb, json.loads(to_json(cfg))),) if cfg.wandb else ()
@@ -96,12 +100,14 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
     return UNFINISHED if int(state.iteration) < cfg.iterations else 0
 
 
-def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> None:
-    """Add to starts.json on what the run begins or goes on after `done` iterations, and what its log says first."""
+def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> list[str]:
+    """Add to starts.json on what the run begins or goes on after `done` iterations, and what its log says first: the
+    notes, and before them that the earlier starts cannot be read, if so. Returns these."""
     file, first = run / "starts.json", parts.mesh.devices.flat[0]
-    past = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    past = disk.readable(read_starts, file, said := []) or []
     now = {"after": done, "devices": parts.mesh.size, "device": first.device_kind, "jax": jax.__version__}
-    checkpoint.replace(file, json.dumps([*past, now | {"notes": notes}], indent=1))
+    checkpoint.replace(file, json.dumps([*past, now | {"notes": [*said, *notes]}], indent=1))
+    return [*said, *notes]
 
 
 def memory_limit() -> float | None:
@@ -257,19 +263,40 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
 
 
 def base_pictures(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown | None:
-    """The base model's pictures, from a resumed run's file or drawn, logged as iteration 0; None without evaluation."""
-    if not parts.cfg.evaluate.every:
-        return None
+    """The base model's pictures, from a resumed run's file or drawn; None without evaluation.
+
+    What is known of the base is iteration 0's line of the metrics, which this writes where it is not there or tells
+    something else: the rewards of these pictures, and how well the preview ranks. That is measured where a run begins,
+    so that what does not fit the device ends it in its first minutes.
+    """
+    cfg = parts.cfg
+    shown = _base(parts, state, run, out) if cfg.evaluate.every else None
+    before = next((line for line in read(run / "metrics.jsonl") if line["iteration"] == 0), {})
+    metrics = {} if shown is None else evaluate.averages(shown, parts.score)
+    for name, value in before.items():
+        if name != "iteration" and (shown is None or name.startswith("watch/")):
+            metrics[name] = math.nan if value is None else value
+    if int(state.iteration) == 0 and watch.due(cfg, 0):
+        out.between("watch", 0.0)
+        metrics |= watch.measured(parts, state)
+    if metrics and finite(metrics) != {k: v for k, v in before.items() if k != "iteration"}:
+        out.write(0, metrics)
+    return shown
+
+
+def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
+    """The base's pictures of the config's evaluation; of another one they are drawn anew."""
     file, how = run / "grids" / "base.npz", repr(parts.cfg.evaluate)
-    if (kept := grids.load(file)) is not None and kept.how == how:
+    kept = disk.readable(grids.load, file, said := [])
+    for line in said:
+        out.say(line)
+    if kept is not None and kept.how == how:
         return kept.shown
     out.between("evaluate", 0.0)
     zeros = jax.tree.map(lambda x: x * 0, state.ema)  # placed as the EMA is: both are drawn by one compiled program
-    metrics, shown = evaluate.evaluate(parts, zeros)
+    _, shown = evaluate.evaluate(parts, zeros)
     grid = grids.write_grid(run / "grids" / "000000.png", shown.prompts, {"base": shown.images})
     out.say(f"first pictures: {grid}")
-    if int(state.iteration) == 0:
-        out.write(0, metrics)
     grids.save(file, shown, 0, how)
     return shown
 
@@ -310,20 +337,37 @@ def signals() -> Iterator[threading.Event]:
 
 
 def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
-    """The report, the LoRA files of a run that is done, and a last line that says where things are."""
+    """The LoRA files of a run that is done, then the report, and a last line that says where things are."""
     done, total = int(state.iteration), parts.cfg.iterations
-    page = report.write([run], run / "report.html")
     if stopped and done < total:
+        reported(run)
         print(
             f"stopped after iteration {done} of {total}, saved; go on with: {again(run, parts.mesh.size)}", flush=True
         )
         return
     file = deliver(run, state, parts.model, parts.cfg)
+    page = reported(run)
     print(
-        f"done: {page} in a browser shows the run, tensorboard --logdir={run} its curves; the LoRA is {file}, "
-        "its model_card.md says how to load it",
+        f"done: the LoRA is {file}, the average that was evaluated (the policy as it ended: {run / CURRENT}), its "
+        f"model_card.md says how to load it; {f'{page} in a browser shows the run, ' if page else ''}"
+        f"tensorboard --logdir={run} its curves",
         flush=True,
     )
+
+
+def reported(run: Path) -> Path | None:
+    """report.html; where it cannot be made a line says why, and what else a run delivers does not depend on it."""
+    file = run / "report.html"
+    try:
+        return report.write([run], file)
+    except Exception as e:  # whatever it is: --mode=report raises it again, with the traceback of a defect
+        why = (str(e).splitlines() or [""])[0]
+        print(
+            f"warning: {file} could not be made ({type(e).__name__}: {why}); try again by --mode=report "
+            f"--run_dir={run}",
+            flush=True,
+        )
+        return None
 
 
 def again(run: Path, devices: int) -> str:
@@ -333,9 +377,10 @@ def again(run: Path, devices: int) -> str:
 
 
 def deliver(folder: Path, state: TrainState, model: Model, cfg: Config) -> Path:
-    """The trained LoRA as it is (as Sol-RL saves it), for diffusers and ComfyUI, its average in ema/, a model card."""
-    file = write_lora(folder, state.lora, model, cfg.lora, cfg.name)
-    lora_files.save(folder / "ema" / file.name, state.ema, model.keys, cfg.lora)
+    """The running average, which every score and picture is of, for diffusers and ComfyUI; the policy as it is in
+    current/, in both layouts too; a model card. Sol-RL saves both, DiffusionNFT and Flow-GRPO the average."""
+    file = write_lora(folder, state.ema, model, cfg.lora, cfg.name)
+    write_lora(folder / CURRENT, state.lora, model, cfg.lora, cfg.name)
     targets = cfg.lora.targets or model.lora_targets
     comfy = comfy_name(cfg.name) if model.comfy else ""
     model_card.write(folder, cfg, int(state.iteration), int(state.updates), targets, comfy)
@@ -379,5 +424,5 @@ def export(
     fields = {name: getattr(like, name) for name in ("lora", "ema", "iteration", "updates")}
     state = like._replace(**checkpoint.restore_fields(place, fields, cfg, assemble.INFERENCE))
     file = deliver(run, state, model, checkpoint.load_config(place))  # the card tells of the run, not of the flags
-    print(f"{place}: LoRA in {file}, its average in {file.parent / 'ema' / file.name}")
+    print(f"{place}: LoRA, the average, in {file}; the policy as it was then in {run / CURRENT}")
     return 0

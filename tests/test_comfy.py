@@ -361,7 +361,8 @@ def a_run(small, **changes):
     fields = {"name": "mine", "model": config.Model(path="/models/FLUX.1-dev"), "reward": "pickscore,hpsv2:0.5"}
     cfg = Config(**{**fields, "lora": CFG, "iterations": 300, "prompt_files": "prompts.txt", **changes})
     model = flux.make(config.Model(path=str(tiny.WORLD / "pipeline"), size=32, text_tokens=24))
-    state = TrainState(*[None] * len(TrainState._fields))._replace(lora=small.adapter, ema=small.adapter)
+    twice = jax.tree.map(lambda x: 2 * x, small.adapter)
+    state = TrainState(*[None] * len(TrainState._fields))._replace(lora=twice, ema=small.adapter)
     state = state._replace(iteration=jnp.array(120), updates=jnp.array(240))
     return cfg, state, model._replace(init=lambda key: small.base)
 
@@ -370,9 +371,11 @@ def test_a_run_delivers_both_layouts_and_a_card(small, tmp_path):
     cfg, state, model = a_run(small)
     assert train.deliver(tmp_path, state, model, cfg) == tmp_path / "pytorch_lora_weights.safetensors"
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*"))
-    names = ["comfyui/mine.safetensors", "ema/pytorch_lora_weights.safetensors"]
-    assert files == [*names, "model_card.md", "pytorch_lora_weights.safetensors"]
-    same(read(tmp_path, small.base), read(tmp_path / names[0], small.base), rtol=2e-7)
+    names = ["comfyui/mine.safetensors", "pytorch_lora_weights.safetensors"]
+    assert files == [names[0], *(f"current/{name}" for name in names), "model_card.md", names[1]]
+    for name in names:
+        same(read(tmp_path / name, small.base), small.adapter, rtol=2e-7)  # the average
+        same(read(tmp_path / "current" / name, small.base), state.lora, rtol=2e-7)
     text = (tmp_path / "model_card.md").read_text()
     for words in (
         "# mine\n",

@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_to_the_bit(toy, tmp_path, broken):
         for key, value in ours.items():
             np.testing.assert_array_equal(value, theirs[key], err_msg=f"{name} {key}")
         assert np.any(ours[".ema['to_q']['b']"] != ours[".lora['to_q']['b']"])  # each is itself, not a copy
-        for file in (faults.LORA, f"ema/{faults.LORA}"):
+        for file in (faults.LORA, f"current/{faults.LORA}"):
             jax.tree.map(np.testing.assert_array_equal, load_file(run / file), load_file(whole / file))
         assert (run / "grids/000004.png").read_bytes() == (whole / "grids/000004.png").read_bytes()
 

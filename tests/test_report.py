@@ -4,14 +4,16 @@ import dataclasses
 import html.parser
 import json
 import math
+import pathlib
 import re
+import tempfile
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solrl_jax import config, grids, report
+from solrl_jax import config, disk, grids, report
 from solrl_jax.config import Config
 from solrl_jax.report import gallery, plot, run
 
@@ -231,7 +233,7 @@ def test_kept_pictures_come_back(tmp_path):
         np.testing.assert_array_equal(back.shown.images, one.images)
         assert back.shown.scores.keys() == one.scores.keys()
     np.testing.assert_array_equal(back.shown.scores["r"], with_scores.scores["r"])
-    assert grids.load(tmp_path / "none.npz") is None and [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
     text = gallery.score_list({"r": math.nan}, {"r": 0.5}, {})
     assert "not finite" in text and "nan" not in text
 
@@ -291,3 +293,51 @@ def test_metrics_that_are_no_numbers_are_left_out():
     one = run.Run("r", None, {}, None, [{"iteration": 1, "x": None, "y": 2.0, "z": "text"}], [], None, None, [])
     assert one.points("x") == one.points("z") == [] and one.points("y") == [(1, 2.0)]
     assert run.metrics([one], ("y", "x")) == ["y"]
+
+
+CUT = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "other": lambda content: b'{"a": 1}',
+}
+
+
+@pytest.mark.parametrize("harm", CUT)
+@pytest.mark.parametrize("name", ["starts.json", "grids/base.npz", "grids/last.npz"])
+def test_a_file_that_cannot_be_read_is_absent_and_named_once(tmp_path, name, harm):
+    file = write(tmp_path / "run", metrics(0.1)) / name
+    file.write_bytes(CUT[harm](file.read_bytes()))
+    text, tree = made(tmp_path, tmp_path / "run")
+    assert tree.text.count(f"{file} cannot be read and counts as absent (") == 1
+    assert "older version" not in tree.text and "only the base was evaluated" not in tree.text
+    assert "never evaluated" not in tree.text and "0.5000 at 4" in re.sub(r"<[^>]*>", "", text)
+    pictures = {"starts.json": 6, "grids/base.npz": 0, "grids/last.npz": 3}[name]
+    assert len(tree.all("img")) == pictures
+    assert (f"its {file.stem}.npz cannot be read" in tree.text) == (pictures != 6)
+
+
+def test_a_grid_that_cannot_be_read_is_named(tmp_path):
+    folder = write(tmp_path / "run", metrics(0.1), pictures=False)
+    file = grids.write_grid(folder / "grids/000004.png", ["a"], {"base": np.zeros((1, 8, 8, 3), np.uint8)})
+    assert len(made(tmp_path, folder)[1].all("img")) == 1
+    file.write_bytes(file.read_bytes()[:40])
+    _, tree = made(tmp_path, folder)
+    assert not tree.all("img") and tree.text.count(f"{file} cannot be read") == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 255))
+def test_no_flipped_byte_of_kept_pictures_stops_a_report(place, change):
+    """It is read as it was, or told: zip archives have bytes that nothing reads."""
+    shown = grids.Shown(["a"], np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), {}, {})
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "x.npz"
+        grids.save(file, shown, 5, "how")
+        content = bytearray(file.read_bytes())
+        content[place % len(content)] ^= change
+        file.write_bytes(content)
+        found = disk.readable(grids.load, file, said := [])
+    if said:
+        assert found is None and "x.npz cannot be read" in said[0]
+    else:
+        np.testing.assert_array_equal(found.shown.images, shown.images)

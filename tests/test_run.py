@@ -39,7 +39,7 @@ def test_a_run_writes_what_the_readme_says(runs):
         "config.json",
         "grids/000000.png",
         "grids/000002.png",
-        "ema/pytorch_lora_weights.safetensors",
+        "current/pytorch_lora_weights.safetensors",
         "comfyui/nano.safetensors",
         "model_card.md",
     ):

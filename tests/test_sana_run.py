@@ -159,7 +159,7 @@ def run(public):
 
 def test_an_iteration(run):
     """Every factor moves; the file in diffusers' names, the card and the report are there, ComfyUI's layout is not."""
-    for name in ("report.html", "ema/pytorch_lora_weights.safetensors", "model_card.md"):
+    for name in ("report.html", "current/pytorch_lora_weights.safetensors", "model_card.md"):
         assert (run / name).stat().st_size > 0, name
     assert not (run / "comfyui").exists() and "ComfyUI" not in (run / "model_card.md").read_text()
     tensors = load_file(run / "pytorch_lora_weights.safetensors")

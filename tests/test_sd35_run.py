@@ -160,7 +160,7 @@ def test_an_iteration(run):
     """All but the last block's factors of the text's queries move; both layouts and the report are there."""
     for name in (
         "report.html",
-        "ema/pytorch_lora_weights.safetensors",
+        "current/pytorch_lora_weights.safetensors",
         "comfyui/nano-sd35.safetensors",
         "model_card.md",
     ):

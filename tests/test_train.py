@@ -117,6 +117,7 @@ def world(monkeypatch, folder):
         learn=config.Learn(micro_batch=2, learning_rate=0.03),
         evaluate=config.Evaluate(every=2, prompts=3, images=2, grid=2, steps=3, rewards="dark", chunk=4),
         iterations=5,
+        watch=config.Watch(every=0),
         save_every=2,
     )
 
@@ -157,7 +158,7 @@ def test_a_whole_run_writes_everything(toy, tmp_path, capsys):
     assert sorted(p.name for p in (run / "grids").glob("*.png")) == [f"{i:06d}.png" for i in (0, 2, 4, 5)]
     assert checkpoint.steps(run) == [5, 4, 2] and checkpoint.latest(run) == (5, [])
     assert any((run / "tensorboard").iterdir())
-    for file in (run / "pytorch_lora_weights.safetensors", run / "ema" / "pytorch_lora_weights.safetensors"):
+    for file in (run / "pytorch_lora_weights.safetensors", run / "current" / "pytorch_lora_weights.safetensors"):
         assert set(load_file(file)) == {"transformer.to_q.lora_A.weight", "transformer.to_q.lora_B.weight"}
     said = capsys.readouterr().out
     assert "iteration 5/5  reward " in said and "dark " in said
@@ -179,7 +180,7 @@ def test_a_resumed_run_equals_an_unbroken_one(toy, tmp_path, monkeypatch, capsys
     assert train.train(toy, broken, resume=True, devices=1) == 0
     assert metrics_of(broken) == metrics_of(whole)
     assert (broken / "grids" / "000005.png").read_bytes() == (whole / "grids" / "000005.png").read_bytes()
-    for name in ("pytorch_lora_weights.safetensors", "ema/pytorch_lora_weights.safetensors"):
+    for name in ("pytorch_lora_weights.safetensors", "current/pytorch_lora_weights.safetensors"):
         jax.tree.map(np.testing.assert_array_equal, load_file(broken / name), load_file(whole / name))
 
 
@@ -362,7 +363,7 @@ def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
     assert "dark" in table and (run / "eval.png").is_file()
     last = metrics_of(run)[2]
     assert f"{last['eval_reward_bright']:.4f}" in table  # the EMA of the checkpoint, as in the run
-    assert evaluate.run_eval(toy, tmp_path / "new", place=None, lora_file=run / "ema", devices=1) == 0
+    assert evaluate.run_eval(toy, tmp_path / "new", place=None, lora_file=run, devices=1) == 0  # the main file is it
     assert capsys.readouterr().out.splitlines()[:-1] == table.splitlines()[:-1]
 
     texts = [f"text {i}" for i in range(5)]
@@ -404,9 +405,10 @@ def test_a_held_out_reward_that_falls_is_told_in_the_log_and_in_the_report(
     run, real, count = tmp_path / "run", evaluate.evaluate, iter(range(9))
 
     def made_up(parts, adapter):
-        metrics, shown = real(parts, adapter)
+        _, shown = real(parts, adapter)
         i = next(count)
-        return {**metrics, "eval_reward_avg": 0.5 + i / 8, "eval_reward_dark": 1 + step * i}, shown
+        means = {"bright": np.full(3, 0.5 + i / 8, np.float32), "dark": np.full(3, 1 + step * i, np.float32)}
+        return evaluate.averages(shown._replace(means=means), parts.score), shown._replace(means=means)
 
     monkeypatch.setattr(evaluate, "evaluate", made_up)
     train.train(config.override(toy, iterations=1), run, devices=1)
@@ -501,3 +503,176 @@ def test_through_the_command_line(toy, tmp_path, capsys, monkeypatch):
     with flagsaver.flagsaver():
         assert main.main(main.parse(["solrl_jax", f"--run_dir={run}/config.json", "--config=toy"])) == 2
     assert "config.json is a file: give a folder" in capsys.readouterr().err
+
+
+# --- iteration 0's line ---------------------------------------------------------------------------------------------
+
+
+def numbers_of(run):
+    return [line["iteration"] for line in log.read(run / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("where", ["write_grid", "save", "write"])
+def test_a_run_killed_at_its_first_pictures_has_one_line_of_the_base(toy, tmp_path, monkeypatch, where):
+    """Before the grid, before the pictures are kept, and before the line: a resumed run is an unbroken one."""
+    cfg, run = config.override(toy, iterations=2), tmp_path / "run"
+    train.train(cfg, tmp_path / "whole", devices=1)
+    with monkeypatch.context() as patch:
+        strike(patch, where)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(cfg, run, devices=1)
+    assert numbers_of(run) == [] and checkpoint.steps(run) == []
+    train.train(cfg, run, resume=True, devices=1)
+    assert numbers_of(run) == [0, 1, 2] and metrics_of(run) == metrics_of(tmp_path / "whole")
+
+
+def strike(patch, where):
+    """What a kill leaves: nothing is caught, nothing more is written."""
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    if where != "write":
+        patch.setattr(grids, where, killed)
+        return
+    patch.setattr(log, "finite", killed)
+
+
+def test_a_line_of_the_base_that_was_written_before_the_pictures_is_not_written_twice(toy, tmp_path):
+    """As a run of an older version left it when it was killed between the two."""
+    run, cfg = tmp_path / "run", config.override(toy, iterations=1)
+    train.train(cfg, tmp_path / "whole", devices=1)
+    run.mkdir()
+    (run / "config.json").write_text(config.to_json(cfg))
+    (run / "metrics.jsonl").write_text((tmp_path / "whole/metrics.jsonl").read_text().splitlines()[0] + "\n")
+    train.train(cfg, run, resume=True, devices=1)
+    assert numbers_of(run) == [0, 1] and metrics_of(run) == metrics_of(tmp_path / "whole")
+
+
+def test_evaluation_that_is_switched_on_late_has_its_base(toy, tmp_path, capsys):
+    """Its line comes first, as if it had been there: report and alarms have the base to compare with."""
+    run = tmp_path / "run"
+    train.train(config.override(toy, iterations=2), tmp_path / "whole", devices=1)
+    train.train(config.override(toy, iterations=1, **{"evaluate.every": 0}), run, devices=1)
+    assert numbers_of(run) == [1]
+    train.train(config.override(toy, iterations=2), run, resume=True, devices=1)
+    assert numbers_of(run) == [0, 1, 2]
+    found, whole = metrics_of(run), metrics_of(tmp_path / "whole")
+    assert found[0] == whole[0] and found[2] == whole[2] and found[0]["eval_reward_dark"] > 0
+    capsys.readouterr()
+    train.train(config.override(toy, iterations=3), run, resume=True, devices=1)
+    assert numbers_of(run) == [0, 1, 2, 3] and "base model:" not in capsys.readouterr().out  # it was there
+
+
+def test_another_evaluation_at_resume_gives_the_base_its_own_line(toy, tmp_path):
+    """Line 0 and base.npz are always of one evaluation."""
+    run = tmp_path / "run"
+    train.train(config.override(toy, iterations=1), run, devices=1)
+    before = metrics_of(run)[0]
+    train.train(config.override(toy, iterations=2, **{"evaluate.rewards": "plain"}), run, resume=True, devices=1)
+    after = metrics_of(run)[0]
+    assert numbers_of(run) == [0, 1, 2] and "eval_reward_dark" in before and "eval_reward_dark" not in after
+    kept = grids.load(run / "grids/base.npz")
+    assert after["eval_reward_plain"] == pytest.approx(kept.shown.means["plain"].mean()) == pytest.approx(0.25)
+    assert after["eval_reward_bright"] == before["eval_reward_bright"]
+
+
+# --- what a run delivers --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"a": 1}', "[1]"])
+def test_files_that_cannot_be_read_are_absent_for_a_resumed_run(toy, tmp_path, capsys, content):
+    """Said once, each by its name; the base is drawn anew and the run ends as one that was whole."""
+    run, toy = tmp_path / "run", config.override(toy, **{"evaluate.every": 1})
+    train.train(config.override(toy, iterations=2), tmp_path / "whole", devices=1)
+    train.train(config.override(toy, iterations=1), run, devices=1)
+    for name in ("starts.json", "grids/base.npz", "grids/last.npz"):
+        (run / name).write_text(content)
+    capsys.readouterr()
+    train.train(config.override(toy, iterations=2), run, resume=True, devices=1)
+    said = capsys.readouterr().out
+    for name in ("starts.json", "grids/base.npz"):
+        assert said.count(f"{run / name} cannot be read and counts as absent (") == 1
+    assert metrics_of(run) == metrics_of(tmp_path / "whole")
+    (start,) = json.loads((run / "starts.json").read_text())
+    assert start["after"] == 1 and "starts.json cannot be read" in start["notes"][0]
+    assert (run / "report.html").stat().st_size > 0 and grids.load(run / "grids/last.npz").iteration == 2
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_report_that_cannot_be_made_hides_nothing(toy, tmp_path, monkeypatch, capsys, stopped):
+    """Its last iteration spoils config.json, without which there is no report: the LoRA is there before."""
+    run, write, seen = tmp_path / "run", train.report.write, []
+
+    def spoilt(folders, file):
+        seen.append((run / "pytorch_lora_weights.safetensors").exists() and (run / "model_card.md").exists())
+        (run / "config.json").write_text("{")
+        return write(folders, file)
+
+    monkeypatch.setattr(train.report, "write", spoilt)
+    if stopped:
+        interrupt_at(monkeypatch, 1)
+    train.train(config.override(toy, iterations=2), run, devices=1)
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if line.startswith(f"warning: {run / 'report.html'} could not be made (ReportError")]
+    assert len(told) == 1 and f"{run / 'config.json'}: not the JSON of a config" in told[0]
+    assert seen == [not stopped] and "report.html" not in lines[-1]
+    assert lines[-1].startswith("stopped after iteration 1 of 2" if stopped else "done: the LoRA is ")
+
+
+def test_the_main_file_is_the_policy_that_was_evaluated(toy, tmp_path, capsys):
+    """The average; the policy as it ended is in current/. The last line and the card say which is which."""
+    run = tmp_path / "run"
+    train.train(config.override(toy, iterations=3), run, devices=1)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "the average that was evaluated (the policy as it ended: " + str(run / "current") in last
+    state = checkpoint.restore(
+        checkpoint.folder(run, 3), assemble.blank(toy, TOY, assemble.make_mesh(1)), toy, only=assemble.INFERENCE
+    )
+    for folder, mine, other in ((run, state.ema, state.lora), (run / "current", state.lora, state.ema)):
+        up = load_file(folder / "pytorch_lora_weights.safetensors")["transformer.to_q.lora_B.weight"]
+        np.testing.assert_array_equal(up, 2 * np.asarray(mine["to_q"]["b"]).T)  # alpha / rank is 2
+        assert np.any(up != 2 * np.asarray(other["to_q"]["b"]).T)
+    card = (run / "model_card.md").read_text()
+    assert "running average" in card and "`current/`" in card and "ema/" not in card
+    (run / "ema").mkdir()  # of an older version
+    train.export(toy, run, place=checkpoint.folder(run, 3), devices=1)
+    assert f"the policy as it was then in {run / 'current'}" in capsys.readouterr().out
+    assert "`ema/` is of an earlier version" in (run / "model_card.md").read_text()
+
+
+def test_the_best_checkpoint_is_taken_by_every_mode(toy, tmp_path, capsys, monkeypatch):
+    """Of the whole ones that were evaluated: 2 is the best, 4 the best of what is left where 2 is damaged."""
+    from absl.testing import flagsaver
+
+    run = tmp_path / "run"
+    train.train(config.override(toy, keep=5), run, devices=1)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    made_up = {2: 0.9, 4: 0.6, 5: 0.5}
+    changed = [line | {"eval_reward_avg": made_up.get(line["iteration"])} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    assert checkpoint.steps(run) == [5, 4, 2]
+
+    def command(*words):
+        capsys.readouterr()
+        with flagsaver.flagsaver():
+            code = main.main(main.parse(["solrl_jax", "--devices=1", "--checkpoint=best", *words]))
+        return code, capsys.readouterr()
+
+    def mode(name, *words):
+        return command(f"--run_dir={run}", f"--mode={name}", *words)
+
+    told = f"the best checkpoint is {checkpoint.folder(run, 2)}"
+    for name, *words in (("export",), ("sample", "--prompt=x"), ("eval",)):
+        code, said = mode(name, *words)
+        assert code == 0 and said.out.splitlines()[0] == told, name
+    train.export(toy, tmp_path / "two", place=checkpoint.folder(run, 2), devices=1)
+    two, exported = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "two", run))
+    jax.tree.map(np.testing.assert_array_equal, two, exported)
+    (checkpoint.folder(run, 2) / "config.json").write_text("{}")
+    assert mode("export")[1].out.splitlines()[0] == f"the best checkpoint is {checkpoint.folder(run, 4)}"
+    (run / "metrics.jsonl").write_text("")
+    code, said = mode("export")
+    assert code == 2 and f"--checkpoint=best: no whole checkpoint of {run} was evaluated; name a step" in said.err
+    code, said = command("--config=tiny", "--mode=export")
+    assert code == 2 and "--checkpoint=best needs --run_dir" in said.err

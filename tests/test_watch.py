@@ -97,7 +97,7 @@ def test_of_fewer_prompts_than_asked_for_all_are_measured(toy, tmp_path):
 
 
 def test_a_run_falls_back_to_bf16_and_a_resumed_one_stays_there(toy, tmp_path, capsys, monkeypatch):
-    """Measured after the second of four iterations: a step does not rank as 4 do, and watch.rank=1 asks for that."""
+    """Measured as it begins and after each second iteration: a step does not rank as 4 do, as watch.rank=1 asks."""
     nothing = types.SimpleNamespace(check=lambda *_: None, uses=lambda *_: [], report=lambda *_: [])
     monkeypatch.setattr(assemble, "coverage", nothing)  # the toy has no Linear to quantise
     low = {"explore.precision": "nvfp4_emulated", "watch.every": "2", "watch.rank": "1", "watch.prompts": "2"}
@@ -108,11 +108,12 @@ def test_a_run_falls_back_to_bf16_and_a_resumed_one_stays_there(toy, tmp_path, c
     assert said.count("warning: the preview ranks candidates unlike the full rollout") == 1
     assert "exploring in bf16" not in said
     found = metrics_of(tmp_path / "warned")
-    assert [i for i in found if "watch/spearman" in found[i]] == [2, 4] and found[2]["watch/spearman"] < 1
+    assert [i for i in found if "watch/spearman" in found[i]] == [0, 2, 4] and found[0]["watch/spearman"] < 1
     cfg = config.override(cfg, **{"watch.fall_back": "true"})
     train.train(cfg, tmp_path / "fell", devices=1)
     said = capsys.readouterr().out
-    assert said.count("exploring in bf16 from iteration 3 on") == 1 and "it goes on in bf16" in said
-    assert metrics_of(tmp_path / "fell")[2] == found[2]
+    assert said.count("exploring in bf16 from iteration 1 on") == 1 and "it goes on in bf16" in said
+    fell = metrics_of(tmp_path / "fell")
+    assert fell[0] == found[0] and [i for i in fell if "watch/spearman" in fell[i]] == [0]
     train.train(config.override(cfg, iterations=5), tmp_path / "fell", resume=True, devices=1)
     assert capsys.readouterr().out.count("exploring in bf16 from iteration 5 on") == 1

@@ -254,8 +254,7 @@ def setup(runs: Sequence[Run]) -> Html:
     ]
     heads = ("run", "devices", "JAX", "precision", "folder")
     parts = [table("Where and how the runs ran", [join(column(w) for w in heads)], rows)]
-    if any(not r.starts for r in runs):
-        lost = ", ".join(r.name for r in runs if not r.starts)
+    if lost := ", ".join(r.name for r in runs if not r.starts and "starts.json" not in r.damaged):
         parts.append(tag("p", f"Not recorded, by an older version of solrl_jax: the devices of {lost}.", class_="note"))
     parts += [differences(runs)] if len(runs) > 1 else []
     for r in runs:

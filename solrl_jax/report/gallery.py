@@ -8,13 +8,14 @@ import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from solrl_jax import grids
+from solrl_jax import disk, grids
 from solrl_jax.report import plot
 from solrl_jax.report.markup import Html, join, tag
 from solrl_jax.report.run import Run
@@ -45,7 +46,9 @@ def shelves(runs: Sequence[Run]) -> tuple[list[Shelf], list[str]]:
         if shelf is None:
             found.append(shelf := Shelf(run.base.shown, {}))
         shelf.runs[i] = run
-        if run.last is None:
+        if run.last is None and "grids/last.npz" in run.damaged:
+            lost.setdefault("its last.npz cannot be read, so the base's pictures stand alone", []).append(run.name)
+        elif run.last is None:
             lost.setdefault("only the base was evaluated, so its pictures stand alone", []).append(run.name)
         elif not comparable(run):
             lost.setdefault("base and last evaluation have other settings of evaluate", []).append(run.name)
@@ -57,6 +60,8 @@ def shelves(runs: Sequence[Run]) -> tuple[list[Shelf], list[str]]:
 
 
 def _why(run: Run) -> str:
+    if "grids/base.npz" in run.damaged:
+        return "its base.npz cannot be read"
     if any((run.folder / "grids").glob("[0-9]*.png")):
         return "written by an older version of solrl_jax, which kept grids alone"
     return "never evaluated"
@@ -152,11 +157,16 @@ def last_grid(run: Run) -> Html:
     files = sorted((run.folder / "grids").glob("[0-9]*.png"))
     if not files:
         return Html("")
-    with Image.open(files[-1]) as opened:
-        image = np.asarray(opened.convert("RGB"))
+    if (image := disk.readable(_pixels, files[-1], said := [])) is None:
+        return tag("p", *said, class_="note")
     words = f"{run.name}, iteration {int(files[-1].stem)}"
     picture = tag("img", src=data_uri(image, max(image.shape)), alt=f"grid of {words}")
     return tag("figure", tag("figcaption", tag("b", words)), picture)
+
+
+def _pixels(file: Path) -> UInt8[np.ndarray, "H W 3"]:
+    with Image.open(file) as opened:
+        return np.asarray(opened.convert("RGB"))
 
 
 def data_uri(image: UInt8[np.ndarray, "H W 3"], widest: int = WIDEST) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from solrl_jax import config, grids, log, model_card, rewards
+from solrl_jax import config, disk, grids, log, model_card, rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.report.plot import Points
 
@@ -33,6 +33,7 @@ class Run(NamedTuple):
     base: grids.Kept | None
     last: grids.Kept | None
     notes: list[str]
+    damaged: tuple[str, ...] = ()  # names of files that are there and cannot be read; the notes say why
 
     @property
     def iterations(self) -> int:
@@ -136,10 +137,25 @@ def read(folder: Path, name: str) -> Run:
         notes.append(f"Its config is of another version and is shown as it is written: {e}.")
     values = dict(config.values(cfg)) if cfg else flat(values)
     lines = [line for line in log.read(folder / "metrics.jsonl") if isinstance(line["iteration"], int)]
-    starts = json.loads(_text(folder / "starts.json") or "[]")
-    kept = [grids.load(folder / "grids" / f"{which}.npz") for which in ("base", "last")]
-    run = Run(name, folder, values, cfg, lines, starts, kept[0], kept[1], notes)
+    readers = {"starts.json": read_starts, "grids/base.npz": grids.load, "grids/last.npz": grids.load}
+    found, damaged = [], []
+    for file, reader in readers.items():
+        found.append(disk.readable(reader, folder / file, said := []))
+        damaged += [file] * len(said)
+        notes += said
+    starts, base, last = found
+    run = Run(name, folder, values, cfg, lines, starts or [], base, last, notes, tuple(damaged))
     return run._replace(notes=[*notes, *told(run)])
+
+
+def read_starts(file: Path) -> list[dict[str, Any]]:
+    """What `train.begun` wrote at each start. Raises ValueError for anything else."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
+        raise ValueError("not a list of starts")
+    if not all(isinstance(start.get("notes", []), list) for start in found):
+        raise ValueError("the notes of a start are not a list")
+    return found
 
 
 def _text(file: Path) -> str | None:
