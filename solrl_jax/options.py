@@ -36,7 +36,7 @@ _IDLE = (
     r"attn_implementation|add_cross_attention",  # a choice of kernels; of decoders
 )
 _SHAPES = re.compile(
-    r"rope|rotary|position|attention|attn|softcap|window|causal|bidirectional|head|layer|block|stage|group|gate|moe|"
+    r"rope|rotary|position|attention|attn|softcap|window|causal|bidirectional|head|layer|block|stage|gate|moe|"
     r"expert|norm|eps|bias|scal|act_|_act|activation|quant|dim|size|width|channel|conv|kernel|embed|project|residual|"
     r"multiplier|factor|patch|type$"
 )

@@ -5,12 +5,14 @@ What happens decides, no list of ours: a changed option is taken (our output is 
 """
 
 import copy
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from solrl_jax.config import ConfigError
@@ -135,3 +137,51 @@ def _apart(a: np.ndarray, b: np.ndarray) -> float:
         return math.inf
     found = np.max(np.abs(a - b)) / max(np.max(np.abs(b)), 1e-30)
     return math.inf if np.isnan(found) else float(found)
+
+
+# --- what cases are made of -------------------------------------------------------------------------------------
+
+
+def write(folder, values, name="config.json"):
+    (folder / name).write_text(json.dumps(values))
+    return folder / name
+
+
+def rebuilt(kind, config, state, other=()):
+    """A model of `kind` by its config, with the tensors of `state`; those of the half `other` do not matter."""
+    model = kind._from_config(config) if hasattr(kind, "_from_config") else kind.from_config(config)
+    missing, unused = model.load_state_dict({k: x for k, x in state.items() if not k.startswith(other)}, strict=False)
+    if bad := [key for key in (*missing, *unused) if not (other and key.startswith(other))]:
+        raise ValueError(f"the weights are not this config's: {bad[:3]}")
+    return model.eval()
+
+
+def transformers_config(kind, raw):
+    """As from_pretrained reads a file; what it hands out is not of the network."""
+    config = kind.from_dict(raw)
+    config.return_dict, config.output_attentions = True, False
+    return config
+
+
+def by_config(read, folder, ours):
+    """What `ours` gives; as an equal config makes an equal network, once for each that the folder's file comes to."""
+
+    @functools.lru_cache
+    def of(cfg):
+        try:
+            return ours(), None
+        except (WeightsError, ConfigError) as e:
+            return None, e
+
+    def outcome():
+        found, error = of(read(folder))
+        if error is not None:
+            raise error
+        return found
+
+    return outcome
+
+
+@functools.lru_cache(maxsize=200)
+def compiled(module):
+    return jax.jit(lambda params, args, kwargs: module.apply({"params": params}, *args, **kwargs))

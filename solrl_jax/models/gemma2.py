@@ -50,6 +50,7 @@ class Gemma2Config:
         # Layers of both types see the whole of a text that sliding_window holds, and no other is taken.
         idle=(
             *("layer_types", "max_position_embeddings", "hidden_act", "final_logit_softcapping"),
+            "sliding_window_size",
             *("rope_scaling", "rope_parameters"),  # but see _rope
         ),
     )
