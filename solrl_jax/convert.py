@@ -1,16 +1,19 @@
 """Weights in a form that loads faster: --mode=convert reads a public folder once and writes down what `load` gives.
 
     <out>/model_index.json, */config.json, tokenizer*/, ...   as they were: <out> is a model.path like any other
-    <out>/weights/base, vae, text                             orbax, dtypes as they train
-    <out>/weights.json      written last: the tree, SHA-256 of the files of weights/ and of those it was made from
+    <out>/weights/0000, 0001, ...                             a leaf's bytes each, row-major, in the dtype it trains in
+    <out>/weights.json      written last: the tree and where each leaf is, SHA-256 of the files of weights/ and of those
+                            it was made from
 
-Restoring puts every leaf straight onto the devices of whatever mesh there is, in parallel and without transposing.
+A leaf is written as soon as it is read, and only then is the next one read. Restoring puts every leaf straight onto the
+devices of whatever mesh there is, in parallel and without transposing.
 """
 
 import concurrent.futures
 import contextlib
-import gc
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -26,13 +29,27 @@ from solrl_jax import checkpoint, hub
 from solrl_jax.config import ConfigError, Model
 from solrl_jax.models import pipeline
 from solrl_jax.structs import Params
-from solrl_jax.weights import WeightsError
+from solrl_jax.weights import WeightsError, leaves_by_path
 
 MANIFEST = "weights.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".gguf", ".index.json")
 """Endings of files that hold weights, or say where they are: they are not copied."""
 Trees = tuple[Params, Params, Params]
 NAMES = ("base", "vae", "text")
+VERSION = 2
+"""Of the form of a converted folder. Version 1, which had no number, kept each tree in orbax's form in weights/<name>:
+orbax holds a second copy of what it writes."""
+READERS = 4
+"""Leaves that are read from disk at a time; so many are in the host's memory on their way to the devices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Stands in a tree for a leaf that was written."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 def is_converted(folder: Path) -> bool:
@@ -59,29 +76,28 @@ def convert(module: Any, cfg: Model, out: Path) -> None:
         with _said(out):
             _write(module, cfg, out)
     except BaseException:
-        gc.collect()  # writes that orbax left in the air are let go first
         shutil.rmtree(out, ignore_errors=True)  # a part of it would be taken for a folder without weights
         raise
 
 
 @contextlib.contextmanager
 def _said(place: Path) -> Iterator[None]:
-    """What the disk refuses as a WeightsError; tensorstore tells of it in a ValueError."""
+    """What the disk refuses as a WeightsError."""
     try:
         yield
     except OSError as e:
         raise WeightsError(f"{e.filename or place}: {checkpoint.cause(e)}") from None
-    except ValueError as e:
-        if "os_error_code" not in str(e):
-            raise
-        raise WeightsError(f"{place}: {checkpoint.cause(e)}") from None
 
 
 def _write(module: Any, cfg: Model, out: Path) -> None:
-    """One tree after another, each gone before the next is read. As JAX's own arrays: orbax copies numpy's."""
-    trees, described = module.parts(cfg, jax.device_put, jax.device_put), {}
-    for name in NAMES:
-        described |= _save(out / "weights", name, next(trees))
+    """One leaf after another, each gone before the next is read: a model's `parts` gets trees of `Kept` back."""
+    (out / "weights").mkdir(parents=True)
+    numbers = itertools.count()
+
+    def keep(leaf: np.ndarray) -> Kept:
+        return _save(out / "weights" / f"{next(numbers):04d}", leaf)
+
+    trees = dict(zip(NAMES, module.parts(cfg, keep, keep), strict=True))
     source, file = hub.pipeline(cfg.path), pipeline.network_file(cfg)
     files = [f for f in sorted(source.rglob("*")) if f.is_file() and not f.relative_to(source).parts[0].startswith(".")]
     for small in files:
@@ -89,19 +105,24 @@ def _write(module: Any, cfg: Model, out: Path) -> None:
             (out / small.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(small, out / small.relative_to(source))
     manifest = {
+        "version": VERSION,
         "source": str(source),
         "made from": hashes(source, [f for f in hub.read_of(source, file) if f != file])
         | ({str(file): digest(file)} if file else {}),
-        "tree": described,
+        "tree": checkpoint.describe(trees),
+        "leaves": {path: kept.file for path, kept in leaves_by_path(trees).items()},
         "files": hashes(out, (out / "weights").rglob("*")),
     }
     checkpoint.replace(out / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def _save(folder: Path, name: str, tree: Params) -> dict[str, str]:
-    """Write one tree, and describe it."""
-    checkpoint.save_tree(folder / name, tree)
-    return checkpoint.describe({name: tree})
+def _save(file: Path, leaf: np.ndarray) -> Kept:
+    """Write the bytes of one leaf."""
+    with file.open("wb") as f:
+        f.write(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+        f.flush()
+        os.fsync(f.fileno())
+    return Kept(file.name, leaf.shape, leaf.dtype)
 
 
 def digest(file: Path) -> str:
@@ -122,9 +143,27 @@ def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
 
     `shapes` are ShapeDtypeStructs. Raises WeightsError as `check` does.
     """
+    leaves = check(folder, shapes)
+    if leaves is None:
+        return _restore_first(folder, shapes, sharding)
+    tree = dict(zip(NAMES, shapes, strict=True))
+
+    def read(path: str, like: jax.ShapeDtypeStruct) -> Any:
+        leaf = np.fromfile(folder / "weights" / leaves[path], like.dtype).reshape(like.shape)
+        return (
+            leaf if path.startswith("text/") else jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
+        )
+
+    with _said(folder), concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        found = list(pool.map(lambda item: read(*item), leaves_by_path(tree).items()))
+    tree = jax.tree.unflatten(jax.tree.structure(tree), found)
+    return tree["base"], tree["vae"], tree["text"]
+
+
+def _restore_first(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
+    """`restore` of what version 1 wrote."""
     import orbax.checkpoint as ocp
 
-    check(folder, shapes)
     tree = dict(zip(NAMES, shapes, strict=True))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
     like["text"] = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree["text"])
@@ -133,8 +172,11 @@ def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
     return base, vae, text
 
 
-def check(folder: Path, shapes: Trees) -> None:
-    """Raises WeightsError for damaged files of a converted folder and for weights of other shapes or dtypes."""
+def check(folder: Path, shapes: Trees) -> dict[str, str] | None:
+    """{path: its file in weights/}, None of a folder of version 1.
+
+    Raises WeightsError for damaged files of a converted folder and for weights of other shapes or dtypes.
+    """
     manifest = _manifest(folder)
     with _said(folder):
         found = hashes(folder, (folder / "weights").rglob("*"))
@@ -149,11 +191,18 @@ def check(folder: Path, shapes: Trees) -> None:
             f"{folder} was converted for another config: {k} is {there.get(k, 'absent')} there and "
             f"{wanted.get(k, 'absent')} here, {len(differ)} such: convert again with this --config"
         )
+    return manifest["leaves"]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    """`files`, `tree` and `leaves` (None in version 1) of weights.json."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return {"files": dict(manifest["files"]), "tree": dict(manifest["tree"])}
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        version = manifest.get("version", 1)
+        leaves = dict(manifest["leaves"]) if version == VERSION else None
+        found = {"files": dict(manifest["files"]), "tree": dict(manifest["tree"]), "leaves": leaves}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise WeightsError(f"{folder / MANIFEST} cannot be read ({e!r}): convert again") from None
+    if version not in (1, VERSION):
+        raise WeightsError(f"{folder / MANIFEST} is of version {version}, known here is {VERSION}: convert again")
+    return found

@@ -40,6 +40,8 @@ _TO_OURS = {"same": None, "linear": (1, 0), "pointwise": (1, 0), "conv": (2, 3, 
 _TO_THEIRS = {"same": None, "linear": (1, 0), "pointwise": (1, 0), "conv": (3, 2, 0, 1)}
 
 
+MAPPED = 2**26
+"""Bytes of a stack that are read before its files' maps are closed, without which they would be a second copy of it."""
 Place = Callable[[np.ndarray], Any]
 """Takes a leaf that was just read to where it belongs: onto the devices, say."""
 
@@ -234,9 +236,13 @@ def _read(files: Files, leaf: Leaf, keys: Sequence[str], dtype: Any) -> np.ndarr
         return np.asarray(value, order="C", dtype=value.dtype if dtype is None else dtype)
     if dtype is None:
         return np.stack(list(layers))
-    stack = np.empty(leaf.shape, dtype)
+    stack, read = np.empty(leaf.shape, dtype), 0
     for i, value in enumerate(layers):
         stack[i] = value
+        read += value.nbytes
+        if read > MAPPED:
+            files.close()
+            read = 0
     return stack
 
 

@@ -59,11 +59,11 @@ def random(spec, seed: int, size: float = 0.2):
     return jax.tree_util.tree_map_with_path(leaf, spec)
 
 
-def build(folder: Path, **changes) -> Config:
+def build(folder: Path, configs=CONFIGS, **changes) -> Config:
     """Write the folders, and return a config of one whole sol_rl iteration on them; `changes` replace its fields."""
     pipeline, clip = folder / "pipeline", folder / "clip"
     if not pipeline.exists():
-        _write(pipeline, clip)
+        _write(pipeline, clip, configs)
         (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     fields = {
         "model": Model(path=str(pipeline), size=16, text_tokens=8, dtype="float32", remat=False, min_dim=0),
@@ -85,8 +85,8 @@ def build(folder: Path, **changes) -> Config:
     return Config(**{"name": "nano", **fields, **changes})
 
 
-def _write(pipeline: Path, clip: Path) -> None:
-    pretrain.write_folders(pipeline, clip, PROMPTS, CONFIGS)
+def _write(pipeline: Path, clip: Path, configs) -> None:
+    pretrain.write_folders(pipeline, clip, PROMPTS, configs)
     model_cfg = config.Model(path=str(pipeline), size=16, text_tokens=8, dtype="float32", remat=False, min_dim=0)
     model, key = flux.make(model_cfg), jax.random.key(0)
     cfg = vae.VaeConfig.read(pipeline / "vae")

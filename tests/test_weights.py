@@ -118,6 +118,23 @@ def test_a_leaf_is_placed_as_soon_as_it_is_read(tmp_path):
     assert not files._open  # nothing stays mapped
 
 
+@pytest.mark.parametrize(("mapped", "opened"), [(2**26, 5), (159, 6), (0, 9)])
+def test_maps_are_closed_within_a_stack(folder, monkeypatch, mapped, opened):
+    """What was read from a map is no second copy of the stack. Of six leaves two are stacks of three layers, of 80 and
+    of 4 bytes each; the first leaf's map is open already, and a map is closed with each leaf in any case."""
+    monkeypatch.setattr(weights, "MAPPED", mapped)
+    files, times = Files(folder, "model"), []
+    handle = files._handle
+
+    def watched(file):
+        times.append(file not in files._open)
+        return handle(file)
+
+    monkeypatch.setattr(files, "_handle", watched)
+    identical(weights.load(files, SPEC, RULES, dtype=np.float32), tree_of())
+    assert sum(times) == opened
+
+
 def test_folders_are_made(tmp_path):
     weights.save(tree_of(), RULES, tmp_path / "a" / "b" / "model.safetensors", metadata={"made": "here"})
     from safetensors import safe_open
