@@ -18,7 +18,7 @@ from solrl_jax import assemble, data, iteration, lora, sharding
 from solrl_jax.assemble import Parts
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.grids import Shown, write_grid
-from solrl_jax.rewards import Score, score_images, score_on_host
+from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
 from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
 
 EVALUATION = 0xE7A1  # folded into the seed's key: apart from every key of the training
@@ -33,12 +33,12 @@ def draw(
     model: Model,
     score: Score,
     stage: Stage,
-) -> tuple[Float[Array, "P n H W 3"], dict[str, Float[Array, "P n"]]]:
-    """Images in [0, 1] of P prompts, one per key, and their scores by the rewards that run on the devices."""
+) -> tuple[UInt8[Array, "P n H W 3"], dict[str, Float[Array, "P n"]]]:
+    """8-bit pictures of P prompts, one per key, and their scores by the rewards that run on the devices."""
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
         images = model.decode(frozen.vae, iteration.integrate(variables, prompts.cond, keys, model=model, stage=stage))
-        return images, score_images(score, frozen.rewards, images, prompts.tokens)[1]
+        return eight_bit(images), score_images(score, frozen.rewards, images, prompts.tokens)[1]
 
     return iteration.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
 
@@ -78,12 +78,7 @@ def pictures(
         stage=Stage(cfg.steps, cfg.solver, "bf16", cfg.chunk),
     )
     images, scores = jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], (images, scores))
-    images = eight_bit(images)
     return Pictures(images, {**scores, **score_on_host(score, images, prompts)[1]})
-
-
-def eight_bit(images: Float[np.ndarray, "*batch H W 3"]) -> UInt8[np.ndarray, "*batch H W 3"]:
-    return (np.clip(images, 0, 1) * 255).round().astype(np.uint8)
 
 
 def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:

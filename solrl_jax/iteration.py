@@ -561,17 +561,18 @@ class Staged:
         return state, {**metrics, **learnt}
 
     def _by_prompt(self, name: str, rest, prompts: Prompts, keys, times, between) -> Rollout:
-        """One block per device and call: the prompts that a chunk takes together."""
+        """One block per device and call: of each device's own prompts the next that a chunk takes together."""
         (count, images), devices, parts = keys.shape, jax.sharding.get_mesh().size, []
         stage = next(stage for n, stage, _ in self.cfg.stages() if n == name)
-        step = devices * block_shape(stage.chunk, count // devices, images)[0]
+        mine = count // devices
+        together = block_shape(stage.chunk, mine, images)[0]
         with clock(times, name):
-            for i in range(0, count, step):
-                group, group_keys = jax.tree.map(lambda x: x[i : i + step], (prompts, keys))  # noqa: B023
+            for i in range(0, mine, together):
+                group, group_keys = sharding.block((prompts, keys), i, together)
                 rolled = jax.block_until_ready(self.jit[name](*rest, group, group_keys))
                 parts.append(with_host(rolled, self.stages.score, group.tokens))
-                between(name, (i + step) / count)
-        return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+                between(name, (i + together) / mine)
+        return sharding.joined(tuple(parts))
 
 
 @contextlib.contextmanager

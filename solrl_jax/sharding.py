@@ -1,8 +1,10 @@
 """The mesh and its one axis. Data-parallel stages run under `over_data`; everything else is replicated."""
 
+import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,6 +50,29 @@ def over_data(f: Callable, split: tuple[bool, ...], out_specs) -> Callable:
         raise ValueError("no mesh: call this under `with jax.set_mesh(sharding.make_mesh())`")
     # Each device's own gradients, summed by us: check_vma=True would sum them behind our back.
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def block(tree, first, count: int):
+    """Of every leaf the rows `first` to `first` + `count` of what each device holds, split as the leaf is.
+
+    A slice outside of jit comes back replicated: every device then gathers what the others hold.
+    """
+
+    def mine(tree, first):
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), tree)
+
+    return over_data(mine, (True, False), SPLIT)(tree, first)
+
+
+@jax.jit
+def joined(blocks: tuple):
+    """What `block` took apart, of blocks in their order."""
+
+    def mine(*blocks):
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *blocks)
+
+    return over_data(mine, (True,) * len(blocks), SPLIT)(*blocks)
 
 
 def replicate(tree, mesh: Mesh):

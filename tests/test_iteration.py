@@ -120,6 +120,58 @@ def test_staged_equals_whole(folder, devices):
     assert [s for n, s in seen if n == "explore"] == ([0.25, 0.5, 0.75, 1.0] if devices == 1 else [1.0])
 
 
+def test_blocks_stay_on_the_devices_that_hold_them(folder):
+    """4 prompts on 2 devices, one of each a call: nothing is gathered on the way in or out, and the order stays."""
+    parts = parts_of(nano.build(folder), 2)
+    with jax.set_mesh(parts.mesh):
+        _, prompts, keys = begun(parts)
+        keys = sharding.split(keys, parts.mesh)
+        given = (prompts.cond, prompts.tokens, keys)
+        blocks = [sharding.block(given, i, 1) for i in range(2)]
+        back = sharding.joined(tuple(blocks))
+        text = sharding.block.lower(given, 0, 1).compile().as_text()
+        text += sharding.joined.lower(tuple(blocks)).compile().as_text()
+    for x in jax.tree.leaves((blocks, back)):
+        assert x.sharding.spec[0] == sharding.DATA and not x.sharding.is_fully_replicated
+    assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", text)
+    for whole, one, two, again in zip(*map(jax.tree.leaves, (given, *blocks, back)), strict=True):
+        whole, one, two, again = (
+            np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+            for x in (whole, one, two, again)
+        )
+        np.testing.assert_array_equal(one, whole[[0, 2]])
+        np.testing.assert_array_equal(two, whole[[1, 3]])
+        np.testing.assert_array_equal(again, whole)
+
+
+def test_the_staged_loop_gives_each_device_its_own_prompts(folder):
+    """What the rollouts get and what they are selected from is split over the devices; the keys are those of one
+    device, in its order."""
+    found = {}
+    for devices in (1, 2):
+        parts = parts_of(nano.build(folder), devices)
+        with jax.set_mesh(parts.mesh):
+            _, prompts, keys = begun(parts)
+            staged, seen = iteration.Staged(**dict(zip(STATICS, statics_of(parts), strict=True))), []
+
+            def drawn(kernels, low, frozen, group, keys, seen=seen):
+                seen.append((group, keys))
+                reward = jnp.sum(jax.random.key_data(keys).astype(jnp.float32), axis=-1)
+                return iteration.Rollout(keys, reward[..., None, None, None], reward, {"clipscore": reward})
+
+            staged.jit["explore"] = drawn
+            found[devices] = staged._by_prompt("explore", (None, None, None), prompts, keys, {}, lambda *_: None)
+        assert len(seen) == {1: 4, 2: 2}[devices]
+        if devices == 2:
+            leaves = jax.tree.leaves((seen, found[2]))
+            assert leaves and all(not x.sharding.is_fully_replicated for x in leaves)
+    for one, two in zip(
+        *map(jax.tree.leaves, (found[1]._replace(keys=None), found[2]._replace(keys=None))), strict=True
+    ):
+        np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(*(jax.random.key_data(found[n].keys) for n in (1, 2)))
+
+
 @pytest.fixture(scope="module")
 def four(folder):
     cfg = nano.build(folder)

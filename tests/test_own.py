@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from solrl_jax import assemble, config, evaluate, iteration, rewards, sizes, train
+from solrl_jax import assemble, config, iteration, rewards, sizes, train
 from solrl_jax.rewards import own
 from tests.test_train import TOY, compiled, load, metrics_of  # noqa: F401 - `compiled` is used by its name
 
@@ -184,4 +184,3 @@ def test_they_score_pictures_on_disk(folder):
     found = score.score_arrays(mix, params, images, ["a", "b", "c"])
     np.testing.assert_allclose(found["my_reward.brightness"], images.mean((1, 2, 3)) / 255, rtol=1e-5)
     np.testing.assert_allclose(found["my_rules.contrast"], images.std((1, 2, 3)) / 255, rtol=1e-5)
-    assert evaluate.eight_bit(np.ones((1, 1, 1, 3), np.float32)).max() == 255

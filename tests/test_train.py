@@ -353,6 +353,25 @@ def test_evaluation_is_fixed_and_does_not_depend_on_the_devices(toy):
     assert shown.prompts == others.prompts and len(shown.prompts) == 2
 
 
+def test_pictures_leave_the_devices_as_bytes(toy, monkeypatch):
+    """The bytes that NumPy makes of the same floats, ties to even; a quarter of what the floats take."""
+    edges = (np.arange(256, dtype=np.float32)[:, None] + np.float32([-0.5, 0, 0.5])) / np.float32(255)
+    edges = np.stack([edges, np.nextafter(edges, np.float32(9)), np.nextafter(edges, np.float32(-9))])[..., None, :]
+    expect = (np.clip(edges, 0, 1) * 255).round().astype(np.uint8)
+    np.testing.assert_array_equal(jax.jit(rewards.eight_bit)(edges), expect)
+    assert len(set(expect.ravel())) == 256
+
+    drawn, seen = evaluate._draw, []
+    monkeypatch.setattr(evaluate, "_draw", lambda *args, **kw: seen.append(drawn(*args, **kw)) or seen[-1])
+    parts = assemble.assemble(toy, 2)
+    with jax.set_mesh(parts.mesh):
+        _, shown = evaluate.evaluate(parts, assemble.fresh(parts).lora)
+    (images, _), *others = seen
+    assert images.dtype == jnp.uint8 and images.shape == (4, 2, 4, 4, 3) and not others  # 3 prompts, filled up
+    assert not images.sharding.is_fully_replicated
+    np.testing.assert_array_equal(shown.images, np.asarray(images)[:2, 0])
+
+
 def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
     run = tmp_path / "run"
     train.train(config.override(toy, iterations=2), run, devices=1)
