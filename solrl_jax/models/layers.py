@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from solrl_jax import sharding
 from solrl_jax.layout import as_it_lies
+from solrl_jax.products import operands
 
 F32 = jnp.float32
 LONG = 256
@@ -79,7 +80,7 @@ def _product(parts: Sequence[Array], w: Array, dtype: Any, out: Any) -> Array:
     total, at = None, 0
     for x in parts:
         rows = w[at : at + x.shape[-1]]
-        y = jnp.dot(x.astype(dtype), rows.astype(dtype), preferred_element_type=out)
+        y = jnp.dot(*operands(x.astype(dtype), rows.astype(dtype)), preferred_element_type=out)
         total, at = y if total is None else total + y, at + x.shape[-1]
     assert total is not None
     return total
@@ -152,7 +153,7 @@ def attention(
         if q.shape[1] % 2 or k.shape[1] % 2:
             return odd_attention(q, k, v, factor, "cudnn")
         return jax.nn.dot_product_attention(q, k, v, scale=factor, implementation="cudnn")
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=F32) * factor
+    scores = jnp.einsum("bqhd,bkhd->bhqk", *operands(q, k), preferred_element_type=F32) * factor
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if lengths is not None:
@@ -161,7 +162,7 @@ def attention(
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, preferred_element_type=F32).astype(q.dtype)
+    return jnp.einsum("bhqk,bkhd->bqhd", *operands(weights, v), preferred_element_type=F32).astype(q.dtype)
 
 
 Heads = Float[Array, "B _ H d"]
