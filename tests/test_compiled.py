@@ -94,7 +94,7 @@ def test_forward_in_fp8(h100):
     assert {dtype for dtype, epilogue in found if epilogue != "BIAS_GELU"} == {"bf16"}
     assert calls(text)["__cudnn$fmhaSoftmax"] == 2 and "wrapped_dot" not in text
     assert not re.findall(r"= f8e4m3fn\[[^\]]*\]\S* transpose", text)  # weights lie as the tensor cores take them
-    assert program.memory_analysis().temp_size_in_bytes < 0.4e9  # 0.33
+    assert program.memory_analysis().temp_size_in_bytes < 0.5e9  # 0.33; 0.44 from JAX 0.12 on, with the same products
 
 
 @pytest.mark.slow

@@ -151,6 +151,16 @@ def test_without_a_gpu_nothing_is_printed(code):
     )
 
 
+def test_gpu_flags_are_added_to_the_users_own():
+    """Each that is not named; and this jaxlib knows them all: it ends the process at a flag that it does not know."""
+    ours = "--xla_gpu_enable_triton_gemm=false --xla_gpu_dot_merger_threshold_mb=32"
+    assert solrl_jax.with_gpu_flags("") == ours
+    theirs = "--xla_gpu_enable_triton_gemm=true --xla_dump_to=/tmp/x"
+    assert solrl_jax.with_gpu_flags(theirs) == f"{theirs} --xla_gpu_dot_merger_threshold_mb=32"
+    found = shell("-c", "import jax; print(jax.device_count())", JAX_PLATFORMS="cpu", XLA_FLAGS=ours)
+    assert (found.returncode, found.stdout) == (0, "1\n"), found.stderr
+
+
 ON_CPU = """
 import jax
 from absl.testing import flagsaver

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from solrl_jax import sharding
 from solrl_jax.layout import as_it_lies
+from solrl_jax.products import operands
 
 F32 = jnp.float32
 LONG = 256
@@ -85,7 +86,8 @@ def _product(parts: Sequence[Array], w: Array, dtype: Any, out: Any) -> Array:
     total, at = None, 0
     for x in parts:
         rows = w[at : at + x.shape[-1]]
-        y = jnp.dot(x.astype(dtype), rows.astype(dtype), precision=precision_of(dtype), preferred_element_type=out)
+        how = {"precision": precision_of(dtype), "preferred_element_type": out}
+        y = jnp.dot(*operands(x.astype(dtype), rows.astype(dtype)), **how)
         total, at = y if total is None else total + y, at + x.shape[-1]
     assert total is not None
     return total
@@ -159,7 +161,7 @@ def attention(
             return odd_attention(q, k, v, factor, "cudnn")
         return jax.nn.dot_product_attention(q, k, v, scale=factor, implementation="cudnn")
     how: dict[str, Any] = {"precision": precision_of(q.dtype), "preferred_element_type": F32}
-    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, **how) * factor
+    scores = jnp.einsum("bqhd,bkhd->bhqk", *operands(q, k), **how) * factor
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     if lengths is not None:
@@ -168,6 +170,11 @@ def attention(
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights, v = operands(weights, v)
+    if q.dtype == jnp.bfloat16 and sharding.platform() == "cpu":
+        # In the heads' order: XLA's CPU backend takes three times as long to put the result into the tokens'.
+        out = jnp.einsum("bhqk,bhkd->bhqd", weights, jnp.swapaxes(v, 1, 2), **how)
+        return jnp.swapaxes(out.astype(q.dtype), 1, 2)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, **how).astype(q.dtype)
 
 
@@ -304,11 +311,20 @@ def quick_gelu(x: Array) -> Array:
 
 
 def gelu_tanh(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=True)
+    return _rounded_once(functools.partial(jax.nn.gelu, approximate=True), x)
 
 
 def gelu_erf(x: Array) -> Array:
-    return jax.nn.gelu(x, approximate=False)
+    return _rounded_once(functools.partial(jax.nn.gelu, approximate=False), x)
+
+
+def _rounded_once(f: Callable[[Array], Array], x: Array) -> Array:
+    """f(x) of bf16 x; on CPUs computed in f32, since XLA there rounds to bf16 after each of f's operations, which takes
+    three times as long. The backward pass keeps x and no more. (A GPU's products have the GELU, in f32, in their
+    epilogue.)"""
+    if x.dtype != jnp.bfloat16 or sharding.platform() != "cpu":
+        return f(x)
+    return jax.checkpoint(lambda x: f(x.astype(F32)).astype(x.dtype), prevent_cse=False)(x)
 
 
 ACTIVATIONS = {

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float8e4m3fn, UInt8
 
 from solrl_jax import sharding
 from solrl_jax.layout import as_it_lies
+from solrl_jax.products import operands
 from solrl_jax.structs import Static
 
 BLOCK = 16
@@ -147,7 +148,7 @@ def _emulated(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, 
     a, g = fake_quantise(x)
     w = _scaled(q).astype(jnp.bfloat16)
     contracted = (((a.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(a.astype(jnp.bfloat16), w, contracted, preferred_element_type=out), g
+    return lax.dot_general(*operands(a.astype(jnp.bfloat16), w), contracted, preferred_element_type=out), g
 
 
 def _native(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Array]:
