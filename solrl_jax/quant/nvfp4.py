@@ -148,7 +148,8 @@ def _emulated(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, 
     a, g = fake_quantise(x)
     w = _scaled(q).astype(jnp.bfloat16)
     contracted = (((a.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(*operands(a.astype(jnp.bfloat16), w), contracted, preferred_element_type=out), g
+    a, w = operands(a.astype(jnp.bfloat16), w)
+    return lax.dot_general(a, w, contracted, preferred_element_type=out), g
 
 
 def _native(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Array]:
