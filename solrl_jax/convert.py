@@ -149,13 +149,12 @@ def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
     tree = dict(zip(NAMES, shapes, strict=True))
 
     def read(path: str, like: jax.ShapeDtypeStruct) -> Any:
-        leaf = np.fromfile(folder / "weights" / leaves[path], like.dtype).reshape(like.shape)
-        return (
-            leaf if path.startswith("text/") else jax.make_array_from_callback(leaf.shape, sharding, leaf.__getitem__)
-        )
+        x = np.fromfile(folder / "weights" / leaves[path], like.dtype).reshape(like.shape)
+        return x if path.startswith("text/") else jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
+    wanted = leaves_by_path(tree)
     with _said(folder), concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        found = list(pool.map(lambda item: read(*item), leaves_by_path(tree).items()))
+        found = list(pool.map(read, wanted.keys(), wanted.values()))
     tree = jax.tree.unflatten(jax.tree.structure(tree), found)
     return tree["base"], tree["vae"], tree["text"]
 
@@ -199,8 +198,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = manifest.get("version", 1)
-        leaves = dict(manifest["leaves"]) if version == VERSION else None
-        found = {"files": dict(manifest["files"]), "tree": dict(manifest["tree"]), "leaves": leaves}
+        found = {"files": dict(manifest["files"]), "tree": dict(manifest["tree"]), "leaves": None}
+        if version == VERSION:
+            found["leaves"] = {path: manifest["leaves"][path] for path in found["tree"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise WeightsError(f"{folder / MANIFEST} cannot be read ({e!r}): convert again") from None
     if version not in (1, VERSION):

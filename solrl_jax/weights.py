@@ -159,9 +159,8 @@ def _shards(folder: Path, stem: str) -> list[Path]:
 
 def _indexed(index: Path) -> list[Path]:
     try:
-        return sorted(
-            {index.parent / file for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        )
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return sorted({index.parent / file for file in named.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise WeightsError(f"{index} is not an index of weights ({e!r}): download it again") from e
     except OSError as e:

@@ -11,13 +11,14 @@ import weakref
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
 from solrl_jax import assemble, checkpoint, config, convert, sharding
 from solrl_jax.models import flux
-from solrl_jax.weights import WeightsError
+from solrl_jax.weights import WeightsError, leaves_by_path
 from tests import nano
 
 
@@ -77,9 +78,34 @@ def test_a_flipped_byte_and_another_config_are_named(public, converted, tmp_path
         WeightsError, match=rf"{file.name} is not what was written \(by SHA-256; 1 such\): convert again"
     ):
         assemble.read_weights(cfg, mesh)
-    (tmp_path / "copy" / "weights.json").write_text("{")
-    with pytest.raises(WeightsError, match=r"weights.json cannot be read"):
-        assemble.read_weights(cfg, mesh)
+    found = json.loads((tmp_path / "copy" / "weights.json").read_text())
+    found["leaves"].popitem()
+    for text in ("{", "[]", json.dumps(found)):
+        (tmp_path / "copy" / "weights.json").write_text(text)
+        with pytest.raises(WeightsError, match=r"weights.json cannot be read"):
+            assemble.read_weights(cfg, mesh)
+
+
+def test_leaves_of_every_shape_come_back(tmp_path):
+    """Scalars, an empty axis, a transposed view, in bfloat16."""
+    x = np.random.default_rng(0).standard_normal((3, 5)).astype(ml_dtypes.bfloat16)
+    tree = {
+        "base": {"a": x.T, "b": np.array(x[0, 0]), "c": np.zeros((0, 4), np.float32)},
+        "vae": {"d": x},
+        "text": {},
+    }
+    (tmp_path / "weights").mkdir()
+    kept = jax.tree.map(lambda leaf: convert._save(tmp_path / "weights" / f"{id(leaf)}", leaf), tree)
+    found = {"version": 2, "tree": checkpoint.describe(tree), "files": convert.hashes(tmp_path, tmp_path.rglob("*"))}
+    found["leaves"] = {path: leaf.file for path, leaf in leaves_by_path(kept).items()}
+    (tmp_path / "weights.json").write_text(json.dumps(found))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    where = NamedSharding(sharding.make_mesh(4), sharding.WHOLE)
+    read = convert.restore(tmp_path, tuple(shapes[name] for name in convert.NAMES), where)
+    for one, two in zip(
+        jax.tree.leaves(tree), jax.tree.leaves(dict(zip(convert.NAMES, read, strict=True))), strict=True
+    ):
+        assert (one.shape, one.dtype, one.tobytes()) == (two.shape, two.dtype, np.asarray(two).tobytes())
 
 
 def test_nothing_is_overwritten_and_a_cut_conversion_leaves_nothing(public, converted, tmp_path, monkeypatch):

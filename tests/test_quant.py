@@ -1,6 +1,7 @@
 """NVFP4: every published vector bit for bit, the formats' tables, error bounds, and batch independence."""
 
 import json
+import typing
 from pathlib import Path
 
 import jax
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from solrl_jax import quant
+from solrl_jax import config, quant
 from solrl_jax.quant import nvfp4
 from solrl_jax.structs import QuantRule, QuantRules
 
@@ -147,4 +148,5 @@ def test_an_unknown_precision_is_not_taken_for_nvfp4(precision):
             ask()
     with pytest.raises(quant.Unsupported, match=r"^precision 'bf16' is not one that kernels are quantised to: use fp8"):
         quant.quantise(jnp.ones((32, 16)), "bf16")
+    assert ("auto", "bf16", *quant.LOW) == typing.get_args(config.Precision)  # what a config takes is known here
     assert [quant.bits(p) for p in ("bf16", "fp8", "nvfp4_native", "nvfp4_emulated")] == [16.0, 8.0, 4.5, 4.5]
