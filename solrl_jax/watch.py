@@ -7,17 +7,18 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import assemble, data, iteration, rewards
+from solrl_jax import assemble, data, iteration, rewards, sharding
 from solrl_jax.assemble import Parts
-from solrl_jax.config import Config
+from solrl_jax.config import Config, Stage
 from solrl_jax.iteration import Stages
 from solrl_jax.log import Line, exploited
 from solrl_jax.selection import fidelity
-from solrl_jax.structs import Rollout, TrainState
+from solrl_jax.structs import Params, Rollout, TrainState
 
 RECENT = 5
 """Iterations whose median an alarm looks at: one odd batch of prompts is none."""
@@ -96,7 +97,7 @@ def _low(cfg: Config) -> bool:
 
 
 def due(cfg: Config, done: int) -> bool:
-    """Whether the preview is measured after iteration `done`."""
+    """Whether the preview is measured after iteration `done`; 0 is the begin of a run."""
     return cfg.explore is not None and cfg.watch.every > 0 and done % cfg.watch.every == 0
 
 
@@ -104,35 +105,56 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     """Spearman, overlap of the best K/2 and kept contrast of the preview against all N candidates drawn in full.
 
     Of `watch.prompts` training prompts, rounded to a multiple of the devices, with the noise of the coming iteration;
-    costs N full rollouts of each.
+    costs N full rollouts of each. Takes no more memory than the stages: a prompt a device at a time, in the smallest of
+    their chunks, and no quantised kernels beside the full rollouts.
     """
     cfg = parts.cfg
-    assert cfg.explore is not None
     devices, train = parts.mesh.size, parts.prompts.train
     count = min(-(-cfg.watch.prompts // devices), len(train) // devices) * devices  # all there are, where that is less
     batch = data.batch(train, cfg.seed, 0, max(count, cfg.prompts))[:count]
     prompts = assemble.encode(parts, batch, parts.score)
     keys = iteration.sample_keys(state, count, cfg.candidates)
-    merged, quantised, preview, full = _programs(Stages(parts.model, parts.score, parts.optimizer, cfg))
-    kernels = merged(state, parts.frozen)
-    low = quantised(kernels, parts.frozen)
+    programs = _programs(Stages(parts.model, parts.score, parts.optimizer, cfg))
+    kernels = programs.merged(state, parts.frozen)
+    low = programs.quantised(kernels, parts.frozen)
 
-    def reward(roll: Callable[..., Rollout]) -> jax.Array:
-        rolled = roll(kernels, low, parts.frozen, prompts, keys)
-        return iteration.with_host(rolled, parts.score, prompts.tokens).reward
+    def rewards_of(roll: Callable[..., Rollout], low: Params | None) -> jax.Array:
+        found = []
+        for i in range(count // devices):
+            group, group_keys = sharding.block((prompts, keys), i, 1)
+            rolled = roll(kernels, low, parts.frozen, group, group_keys)
+            found.append(iteration.with_host(rolled, parts.score, group.tokens).reward)
+        return jax.block_until_ready(sharding.joined(tuple(found)))
 
-    found: Mapping[str, jax.Array] = fidelity(reward(preview), reward(full), cfg.kept)
+    previewed = rewards_of(programs.preview, low)
+    if cfg.regenerate.precision == "bf16":
+        low = None  # the quantised kernels leave the device
+    found: Mapping[str, jax.Array] = fidelity(previewed, rewards_of(programs.full, low), cfg.kept)
     return {f"watch/{name}": float(jnp.mean(value)) for name, value in found.items()}
 
 
+class Programs(NamedTuple):
+    """Of one measurement, each jitted: kernels, then rollouts of a prompt's N candidates."""
+
+    merged: Callable[..., dict[str, jax.Array]]
+    quantised: Callable[..., Params | None]
+    preview: Callable[..., Rollout]
+    full: Callable[..., Rollout]
+
+
 @functools.lru_cache(maxsize=1)
-def _programs(run: Stages) -> tuple[Callable, ...]:
-    """merged, quantised, and both rollouts of N candidates, a prompt at a time, jitted once for a run."""
-    explore, regenerate = run.cfg.explore, run.cfg.regenerate
-    assert explore is not None
-    chunk = min(explore.chunk, run.cfg.candidates)
-    stages = (dataclasses.replace(stage, chunk=chunk) for stage in (explore, regenerate))
-    return jax.jit(run.merged), jax.jit(run.quantised), *(jax.jit(functools.partial(run.roll, s)) for s in stages)
+def _programs(run: Stages) -> Programs:
+    """Jitted once for a run."""
+    rolls = (jax.jit(functools.partial(run.roll, stage)) for stage in rollouts(run.cfg))
+    return Programs(jax.jit(run.merged), jax.jit(run.quantised), *rolls)
+
+
+def rollouts(cfg: Config) -> tuple[Stage, Stage]:
+    """Preview and full rollout of a measurement: the stages' own, in a chunk that fits both and divides N."""
+    assert cfg.explore is not None
+    smallest = min(cfg.explore.chunk, cfg.regenerate.chunk)
+    chunk = max(size for size in range(1, min(smallest, cfg.candidates) + 1) if cfg.candidates % size == 0)
+    return dataclasses.replace(cfg.explore, chunk=chunk), dataclasses.replace(cfg.regenerate, chunk=chunk)
 
 
 def judged(state: TrainState, metrics: Mapping[str, float], cfg: Config) -> TrainState:

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.tiny import pretrain
 from solrl_jax import config, weights
-from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
+from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, Watch
 from solrl_jax.models import flux, text, vae
 from solrl_jax.models.pipeline import text_modules
 from solrl_jax.rewards import clip_tower
@@ -78,6 +78,7 @@ def build(folder: Path, configs=CONFIGS, **changes) -> Config:
         "lora": Lora(rank=4, alpha=8.0),
         "learn": Learn(timestep_fraction=0.7, updates=2, micro_batch=2, learning_rate=1e-3),
         "evaluate": Evaluate(every=2, prompts=4, steps=2, grid=2, chunk=4),
+        "watch": Watch(every=0),
         "iterations": 2,
         "save_every": 1,
         "seed": 195,  # with it the rewards around the cuts of the first selection are more than 1e-3 apart

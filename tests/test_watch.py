@@ -1,16 +1,20 @@
 """Alarms over a run's metrics, the measurement of the preview's ranks, and falling back to BF16 exploration."""
 
+import functools
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from solrl_jax import assemble, config, train, watch
+from solrl_jax import assemble, checkpoint, config, train, watch
 from solrl_jax.config import Config, ConfigError, Watch
+from solrl_jax.structs import Rollout
 from tests.test_checkpoint import state_at
+from tests.test_iteration import quick_compiles
 from tests.test_train import compiled, metrics_of, toy
 
-__all__ = ["compiled", "toy"]  # fixtures
+__all__ = ["compiled", "quick_compiles", "toy"]  # fixtures
 CFG = Config()
 
 
@@ -86,6 +90,80 @@ def test_a_preview_like_the_full_rollout_ranks_like_it(toy):
         assert set(found) == {"watch/spearman", "watch/overlap", "watch/kept_contrast"}
         assert (found["watch/spearman"] == pytest.approx(1, abs=1e-6)) == (steps == 4)
         assert -1 <= found["watch/kept_contrast"] <= 1 + 1e-6
+
+
+def test_full_rollouts_have_no_quantised_kernels_beside_them(toy, monkeypatch):
+    """A run whose regenerate.chunk was lowered until it fits: the full rollouts of all candidates go through that."""
+    cfg = config.override(toy, **{"regenerate.chunk": "2", "explore.chunk": "4", "candidates": "8", "kept": "4"})
+    parts, programs, seen = assemble.assemble(cfg, 1), watch._programs, {"preview": [], "full": []}
+    before = jax.live_arrays()  # held, so that no id is given anew
+
+    def watched(run):
+        made = programs(run)
+
+        def roll(name, *args):
+            new = [x for x in jax.live_arrays() if id(x) not in {id(y) for y in before}]
+            seen[name].append((args[1] is None, sum(x.dtype == jnp.float8_e4m3fn for x in new), args[4].shape))
+            reward = jax.random.uniform(jax.random.key(len(seen[name])), args[4].shape)
+            return Rollout(args[4], reward[..., None, None, None], reward, {})
+
+        low = {"quantised": lambda kernels, frozen: {"to_q": jnp.zeros(8, jnp.float8_e4m3fn)}}
+        return made._replace(**low, **{name: functools.partial(roll, name) for name in seen})
+
+    monkeypatch.setattr(watch, "_programs", watched)
+    with jax.set_mesh(parts.mesh):
+        found = watch.measured(parts, assemble.fresh(parts))
+    assert [stage.chunk for stage in watch.rollouts(cfg)] == [2, 2] and -1 <= found["watch/spearman"] <= 1
+    assert len(seen["preview"]) == len(seen["full"]) == 4  # a prompt a call
+    assert all(not none and scales == 1 and shape == (1, 8) for none, scales, shape in seen["preview"])
+    assert all(none and scales == 0 and shape == (1, 8) for none, scales, shape in seen["full"])
+
+
+@pytest.mark.parametrize(
+    ("explore", "regenerate", "candidates", "chunk"),
+    [(24, 24, 96, 24), (24, 8, 24, 8), (96, 48, 96, 48), (24, 9, 24, 8)],
+)
+def test_the_smallest_chunk_that_divides_the_candidates(explore, regenerate, candidates, chunk):
+    cfg = config.override(
+        Config(), **{"candidates": candidates, "kept": {9: 18}.get(regenerate, 24), "explore.chunk": explore},
+        **{"regenerate.chunk": regenerate, "learn.micro_batch": 6}
+    )  # fmt: skip
+    assert [stage.chunk for stage in watch.rollouts(cfg)] == [chunk, chunk]
+
+
+def test_a_run_is_measured_as_it_begins(toy, tmp_path, capsys, monkeypatch):
+    """In the base's line, also without evaluation; a run that goes on is not measured again and has the same lines."""
+    cfg = config.override(toy, iterations=2, **{"watch.every": "20", "watch.prompts": "2", "evaluate.every": "2"})
+    whole, blind = tmp_path / "whole", tmp_path / "blind"
+    train.train(cfg, whole, devices=1)
+    found = metrics_of(whole)
+    assert [i for i in found if "watch/spearman" in found[i]] == [0] and "eval_reward_dark" in found[0]
+    assert "watch/spearman" in next(line for line in capsys.readouterr().out.splitlines() if "base model: " in line)
+    train.train(config.override(cfg, **{"watch.every": "0"}), tmp_path / "unwatched", devices=1)
+    unwatched = metrics_of(tmp_path / "unwatched")
+    assert [unwatched[i] for i in (1, 2)] == [found[i] for i in (1, 2)]  # training's numbers are as without
+    train.train(config.override(cfg, iterations=1, **{"evaluate.every": "0"}), blind, devices=1)
+    assert list(metrics_of(blind)) == [0, 1] and set(metrics_of(blind)[0]) == {"iteration", *watch_names(found[0])}
+    monkeypatch.setattr(watch, "measured", lambda *_: pytest.fail("measured again"))
+    train.train(cfg, blind, resume=True, devices=1)
+    assert metrics_of(blind)[0] == found[0] and metrics_of(blind)[2] == found[2]
+
+
+def watch_names(line):
+    return {name for name in line if name.startswith("watch/")}
+
+
+def test_a_device_too_small_for_the_measurement_ends_a_run_in_its_first_minutes(toy, tmp_path, monkeypatch):
+    """Before its first iteration, with the fields to lower; nothing is saved, so a run with those begins anew."""
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    cfg = config.override(toy, iterations=1, **{"watch.every": "20"})
+    monkeypatch.setattr(watch, "measured", full)
+    with pytest.raises(train.TrainError, match=r"iteration 1: the device's memory is full .*lower explore.chunk"):
+        train.train(cfg, tmp_path / "run", devices=1)
+    assert metrics_of(tmp_path / "run") == {} and checkpoint.steps(tmp_path / "run") == []
 
 
 def test_of_fewer_prompts_than_asked_for_all_are_measured(toy, tmp_path):
