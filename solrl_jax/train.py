@@ -136,7 +136,8 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
     cfg, first, done, score = parts.cfg, int(state.iteration), int(state.iteration), None
     with checkpoint.Saver(run, cfg) as saver:
         try:
-            base = base_pictures(parts, state, run, out)
+            base, seen = beginning(parts, state, run, out)
+            state = watch.judged(state, seen, cfg) if done == 0 else state
             began, lines, said = time.perf_counter(), read(run / "metrics.jsonl"), {}
             step, low = stepper(parts, out, stop), True
             while done < cfg.iterations and not stop.is_set():
@@ -262,12 +263,12 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
 # --- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def base_pictures(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown | None:
-    """The base model's pictures, from a resumed run's file or drawn; None without evaluation.
+def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Shown | None, Metrics]:
+    """The base model's pictures, from a resumed run's file or drawn, None without evaluation; and what is known of it.
 
-    What is known of the base is iteration 0's line of the metrics, which this writes where it is not there or tells
-    something else: the rewards of these pictures, and how well the preview ranks. That is measured where a run begins,
-    so that what does not fit the device ends it in its first minutes.
+    That is iteration 0's line of the metrics, which this writes where it is not there or says something else: the
+    rewards of these pictures, and how well the preview ranks. The latter is measured where a run begins, so that what
+    does not fit the device ends it in its first minutes.
     """
     cfg = parts.cfg
     shown = _base(parts, state, run, out) if cfg.evaluate.every else None
@@ -281,7 +282,7 @@ def base_pictures(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown
         metrics |= watch.measured(parts, state)
     if metrics and finite(metrics) != {k: v for k, v in before.items() if k != "iteration"}:
         out.write(0, metrics)
-    return shown
+    return shown, metrics
 
 
 def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:

@@ -5,6 +5,7 @@ Alarms are functions of metrics.jsonl's lines, so that a resumed run sees what t
 
 import dataclasses
 import functools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -160,7 +161,8 @@ def rollouts(cfg: Config) -> tuple[Stage, Stage]:
 def judged(state: TrainState, metrics: Mapping[str, float], cfg: Config) -> TrainState:
     """`state`, from which on exploration is in BF16 where these metrics have a Spearman below watch.rank and the run is
     one that falls back. The flag is part of the state, so a resumed run needs no metrics to know it."""
-    if not (cfg.watch.fall_back and _low(cfg) and metrics["watch/spearman"] < cfg.watch.rank):
+    found = metrics.get("watch/spearman", math.nan)  # NaN is not below
+    if not (cfg.watch.fall_back and _low(cfg) and found < cfg.watch.rank):
         return state
     return state._replace(fallen_back=jnp.ones_like(state.fallen_back))
 
