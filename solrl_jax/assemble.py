@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import checkpoint, convert, data, iteration, lora_files, quant, rewards, sharding
+from solrl_jax import checkpoint, convert, data, iteration, lora_files, products, quant, rewards, sharding
 from solrl_jax.conditioning import Conditioner
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.quant import coverage
@@ -191,7 +191,7 @@ def use_compilation_cache() -> None:
 
 
 def notes(parts: Parts) -> list[str]:
-    """What a user should know before a run: what is quantised; how many prompts, what was dropped, what is cut."""
+    """What a user should know before a run: what is quantised, how a CPU multiplies; prompts, dropped ones, cut ones."""
     p = parts.prompts
     precision = parts.cfg.low_precision
     low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
@@ -202,7 +202,7 @@ def notes(parts: Parts) -> list[str]:
         out.append(
             f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
         )
-    return low + out
+    return low + products.notes() + out
 
 
 def encode(parts: Parts, prompts: Sequence[str], score: Score, ahead: Sequence[str] = ()) -> Prompts:

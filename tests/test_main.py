@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
+import solrl_jax
 from solrl_jax import config, main, rewards
 
 

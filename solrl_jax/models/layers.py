@@ -319,9 +319,8 @@ def gelu_erf(x: Array) -> Array:
 
 
 def _rounded_once(f: Callable[[Array], Array], x: Array) -> Array:
-    """f(x) of bf16 x; on CPUs computed in f32, since XLA there rounds to bf16 after each of f's operations, which takes
-    three times as long. The backward pass keeps x and no more. (A GPU's products have the GELU, in f32, in their
-    epilogue.)"""
+    """f(x). Of bf16 x on CPUs, f in f32 and rounded once: XLA there rounds after each of f's operations, which takes
+    three times as long. The backward pass is left x alone. (On GPUs a GELU is in a product's epilogue, in f32.)"""
     if x.dtype != jnp.bfloat16 or sharding.platform() != "cpu":
         return f(x)
     return jax.checkpoint(lambda x: f(x.astype(F32)).astype(x.dtype), prevent_cse=False)(x)

@@ -144,7 +144,7 @@ def _scaled(q: Nvfp4) -> Float[Array, "*layers out in"]:
 
 
 def _emulated(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Array]:
-    """Exact products in bf16, f32 sums."""
+    """Exact products, in bf16 or where that is slow in f32; f32 sums."""
     a, g = fake_quantise(x)
     w = _scaled(q).astype(jnp.bfloat16)
     contracted = (((a.ndim - 1,), (1,)), ((), ()))

@@ -1,0 +1,101 @@
+"""bfloat16 products on CPUs with matrix units for them and without: the same numbers, whichever way is chosen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+from solrl_jax import products, sharding
+from solrl_jax.models import layers
+from solrl_jax.quant import nvfp4
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "amx"])
+def amx(request, monkeypatch):
+    """Both choices, whatever this machine has."""
+    monkeypatch.setattr(products, "has_amx", lambda: request.param)
+    return request.param
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def rounded(x):
+    """x in bf16, as f64."""
+    return np.asarray(x).astype(bfloat16).astype(np.float64)
+
+
+def test_the_processor_is_asked(tmp_path):
+    for name, flags, expect in (("old", "avx512_bf16 avx512_fp16", False), ("new", "amx_tile amx_bf16", True)):
+        (tmp_path / name).write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
+        assert products.has_amx(str(tmp_path / name)) == expect
+    assert not products.has_amx(str(tmp_path / "of another system"))
+
+
+def test_a_program_is_of_one_choice(amx):
+    """So that the compilation cache keeps them apart; and the first lines of a run say which."""
+    x = jnp.ones((8, 16), jnp.bfloat16)
+    text = jax.jit(lambda x, w: jnp.dot(*products.operands(x, w))).lower(x, x.T).as_text()
+    assert ("tensor<8x16xbf16>, tensor<16x8xbf16>" in text) == amx
+    assert products.wide() == (not amx)
+    assert ("no matrix units" in products.notes()[0]) == (not amx)
+
+
+def test_only_cpus_choose(monkeypatch):
+    x = jnp.ones(3, jnp.bfloat16)
+    for platform in ("gpu", "tpu"):
+        monkeypatch.setattr(sharding, "platform", lambda platform=platform: platform)
+        assert products.operands(x) == (x,) and products.notes() == []
+
+
+def test_linear_multiplies_rounded_operands(amx):
+    """Operands are rounded to bf16, also those that were computed in f32 in the same program; sums are not."""
+    x, w = normal(64, 160), normal(160, 96, seed=1)
+    module = layers.Linear(96, use_bias=False)
+    found = jax.jit(lambda x, w: module.apply({"params": {"kernel": w}}, x * 1.5))(x, w)
+    expect = rounded(x * np.float32(1.5)) @ rounded(w)
+    np.testing.assert_allclose(rounded(found), expect, rtol=2**-8, atol=1e-5)
+    f32 = jax.jit(lambda x, w: layers._product((x * 1.5,), w, jnp.bfloat16, jnp.float32))(x, w)
+    np.testing.assert_allclose(f32, expect, rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_of_a_product(amx):
+    x, w = normal(32, 48), normal(48, 16, seed=1)
+    back = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(layers._product((x,), w, jnp.bfloat16, jnp.float32))), (0, 1)))
+    out = np.cos(rounded(x) @ rounded(w))
+    for found, expect in zip(back(x, w), (out @ rounded(w).T, rounded(x).T @ out), strict=True):
+        np.testing.assert_allclose(found, expect, rtol=2**-8, atol=1e-4)  # rounded once, to the operand's bf16
+
+
+def test_emulated_nvfp4_is_exact(amx):
+    """Both operands have at most 6 significant bits: every product is exact, only the f32 sums round."""
+    x, kernel = normal(24, 800), nvfp4.quantise(jnp.asarray(normal(800, 160, seed=1)))
+    values, g = nvfp4.fake_quantise(jnp.asarray(x))
+    exact = np.asarray(values, np.float64) @ np.asarray(nvfp4._scaled(kernel), np.float64).T
+    expect = exact * np.asarray(g * kernel.g, np.float64)
+    found = jax.jit(lambda x, q: q.matmul((x,), jnp.float32))(x, kernel)
+    np.testing.assert_allclose(found, expect, rtol=1e-5, atol=1e-6 * np.abs(expect).max())
+
+
+def test_attention(amx):
+    """Weights are rounded to bf16, as before their product on any device."""
+    q, k, v = (jnp.asarray(normal(3, 40, 5, 32, seed=i), jnp.bfloat16) for i in range(3))
+    scores = np.einsum("bqhd,bkhd->bhqk", rounded(q), rounded(k)) / 32**0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    expect = np.einsum("bhqk,bkhd->bqhd", rounded(weights), rounded(v))
+    found = jax.jit(layers.attention)(q, k, v)
+    assert found.dtype == jnp.bfloat16 and found.shape == q.shape
+    np.testing.assert_allclose(rounded(found), expect, rtol=2**-7, atol=2e-3)
+
+
+@pytest.mark.parametrize("f", [layers.gelu_tanh, layers.gelu_erf])
+def test_gelu_rounds_once(f):
+    """Of a bf16 number the f32 GELU, rounded; and so its derivative."""
+    x = jnp.asarray(np.linspace(-6, 6, 4001), jnp.bfloat16)
+    wide = x.astype(jnp.float32)
+    np.testing.assert_array_equal(jax.jit(f)(x), jax.jit(f)(wide).astype(jnp.bfloat16))
+    slope = jax.jit(jax.grad(lambda x: jnp.sum(f(x).astype(jnp.float32))))
+    np.testing.assert_array_equal(slope(x), slope(wide).astype(jnp.bfloat16))
