@@ -191,7 +191,7 @@ def use_compilation_cache() -> None:
 
 
 def notes(parts: Parts) -> list[str]:
-    """What a user should know before a run: what is quantised, how a CPU multiplies; prompts, dropped ones, cut ones."""
+    """What a user should know before a run: what is quantised, how a CPU multiplies; prompts, and which are cut."""
     p = parts.prompts
     precision = parts.cfg.low_precision
     low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
