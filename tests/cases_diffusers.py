@@ -20,7 +20,7 @@ from oracle import randomise
 
 from solrl_jax import weights
 from solrl_jax.models import dcae, flux, sana, sd35, vae
-from solrl_jax.models.schedule import Schedule
+from solrl_jax.models.schedule import SanaSchedule, Schedule
 from tests import nano_sana, nano_sd35, test_flux, test_sana, test_sd35
 from tests.mutations import Case, by_config, compiled, rebuilt, write
 
@@ -180,7 +180,7 @@ def dpm_case(folder):
         return found.sigmas.numpy()
 
     def ours():
-        return sana.sigmas(6, sana.SanaSchedule.read(folder).flow_shift)
+        return sana.sigmas(6, SanaSchedule.read(folder).flow_shift)
 
     others = {"beta_schedule": ["scaled_linear"], "trained_betas": [[0.1, 0.2]], "prediction_type": ["epsilon"]}
     others |= {"algorithm_type": ["sde-dpmsolver++"], "solver_type": ["heun"], "final_sigmas_type": ["sigma_min"]}

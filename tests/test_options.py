@@ -8,7 +8,7 @@ import pytest
 from transformers import CLIPTokenizer, GemmaTokenizer, T5Tokenizer
 
 from solrl_jax.models import dcae, flux, gemma2, sana, sana_public, sd35, text, vae
-from solrl_jax.models.schedule import Schedule
+from solrl_jax.models.schedule import SanaSchedule, Schedule
 from solrl_jax.rewards import blip, clip_tower, preprocess
 from tests import cases_diffusers as diffusers
 from tests import cases_transformers as transformers
@@ -181,7 +181,7 @@ def test_what_public_files_hold_is_known(tmp_path, name):
 
 def test_where_a_model_says_its_options_it_says_no_field_of_its_own():
     """What is taken is neither fixed nor idle; and each config that reads a file says what it leaves unread."""
-    for read in (*(read for read, _ in PUBLIC.values()), Schedule, sana.SanaSchedule, preprocess.Preprocessing):
+    for read in (*(read for read, _ in PUBLIC.values()), Schedule, SanaSchedule, preprocess.Preprocessing):
         found, fields = getattr(read, "options", None), {field.name for field in dataclasses.fields(read)}
         if found is None:
             assert read is blip.BlipConfig  # of two parts, which both do

@@ -48,6 +48,43 @@ class Schedule:
         return weights.from_config(cls, folder, weights.read_json(Path(folder) / NAME), NAME)
 
 
+@dataclasses.dataclass(frozen=True)
+class SanaSchedule:
+    """What shapes the sigmas in scheduler_config.json; the default is diffusers'. The solver is the user's choice."""
+
+    flow_shift: float = 1.0
+
+    options: ClassVar[Options] = Options(
+        "diffusers",
+        only={
+            "_class_name": ("DPMSolverMultistepScheduler",),
+            "prediction_type": ("flow_prediction",),
+            "use_flow_sigmas": (True,),
+            "num_train_timesteps": (1000,),
+            "final_sigmas_type": ("zero",),
+            "thresholding": (False,),
+            **dict.fromkeys(("use_dynamic_shifting", "use_lu_lambdas"), (False, None)),
+            **dict.fromkeys((f"use_{kind}_sigmas" for kind in ("karras", "exponential", "beta")), (False, None)),
+        },
+        idle=(
+            *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "variance_type"),
+            *("dynamic_thresholding_ratio", "sample_max_value", "lambda_min_clipped", "timestep_spacing"),
+            *("steps_offset", "time_shift_type", "algorithm_type", "solver_order", "solver_type", "lower_order_final"),
+            "euler_at_final",
+        ),
+    )
+
+    def __post_init__(self):
+        if not 0 < self.flow_shift < np.inf:
+            raise ValueError(f"flow_shift {self.flow_shift} is no number above 0: download it again")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "SanaSchedule":
+        """From scheduler_config.json; what it leaves out has diffusers' defaults, with which it is another schedule."""
+        defaults = {"prediction_type": "epsilon", "use_flow_sigmas": False}
+        return weights.from_config(cls, folder, defaults | weights.read_json(Path(folder) / NAME), NAME)
+
+
 def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
     """shift s / (1 + (shift - 1) s), of s in (0, 1]; 1 stays exactly 1."""
     return shift / (shift + (1 / sigma - 1))
