@@ -198,10 +198,10 @@ def memory(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     plan.check_fits(cfg, count, plan.room(card))
     uses = plan.uses_of(cfg, sizes.read(cfg, count), count, card)
     most = max(uses, key=lambda use: use.total)
-    seconds = sum(use.seconds for use in uses)
+    seconds = plan.spent(uses)
     yield Finding(f"memory: {most.stage} takes the most, {most.total / 1e9:.1f} of {plan.room(card) / 1e9:.1f} GB")
     whole = duration(seconds * cfg.iterations)
-    yield Finding(f"time: about {duration(seconds)} an iteration, {whole} for all {cfg.iterations}, and evaluation")
+    yield Finding(f"time: about {duration(seconds)} an iteration, {whole} for all {cfg.iterations}, with evaluation")
 
 
 def disk(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:

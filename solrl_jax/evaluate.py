@@ -16,7 +16,7 @@ from PIL import Image
 
 from solrl_jax import assemble, data, iteration, lora, sharding
 from solrl_jax.assemble import Parts
-from solrl_jax.config import Config, ConfigError, Stage
+from solrl_jax.config import Config, ConfigError, Evaluate, Stage
 from solrl_jax.grids import Shown, write_grid
 from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
 from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
@@ -62,9 +62,7 @@ def pictures(
     every call of a row of calls has one shape and compiles once.
     """
     cfg, devices = parts.cfg.evaluate, parts.mesh.size
-    wanted = max(groups or 0, len(prompts))
-    together = max(1, min(cfg.chunk // cfg.images, -(-wanted // devices)))
-    count = wanted + -wanted % (together * devices)
+    count = devices * prompts_each(cfg, max(groups or 0, len(prompts)), devices)
     padded = [*prompts, *[prompts[-1]] * (count - len(prompts))]
     key = jax.random.fold_in(jax.random.key(parts.cfg.seed), EVALUATION)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count * cfg.images))
@@ -75,10 +73,20 @@ def pictures(
         sharding.split(keys.reshape(count, cfg.images), parts.mesh),
         model=parts.model,
         score=score,
-        stage=Stage(cfg.steps, cfg.solver, "bf16", cfg.chunk),
+        stage=rollout_of(cfg),
     )
     images, scores = jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], (images, scores))
     return Pictures(images, {**scores, **score_on_host(score, images, prompts)[1]})
+
+
+def prompts_each(cfg: Evaluate, prompts: int, devices: int) -> int:
+    """Of so many prompts those of one device, filled up to whole blocks."""
+    together = max(1, min(cfg.chunk // cfg.images, -(-prompts // devices)))
+    return -(-prompts // (together * devices)) * together
+
+
+def rollout_of(cfg: Evaluate) -> Stage:
+    return Stage(cfg.steps, cfg.solver, "bf16", cfg.chunk)
 
 
 def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:

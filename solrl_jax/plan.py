@@ -3,8 +3,9 @@
 The stages are traced as they run (`iteration.Stages`, the encoders), with one device's share of the prompts, so a
 change of the code is a change of the plan. Memory is what lies on a device while a stage runs: weights, LoRA sets and
 moments, merged and quantised kernels by their shapes; activations, with the stage's results and a backward pass's
-residuals, by `cost.peak` of its program. Not counted: libraries' workspaces, what XLA copies, pads or reorders,
-fragmentation, the runtime's own few hundred MB, and evaluation. Seconds are FLOPs at a stated share of the card's peak.
+residuals, by `cost.peak` of its program. The watch's measurement and evaluation are stages too, which come once in many
+iterations. Not counted: libraries' workspaces, what XLA copies, pads or reorders, fragmentation, and the runtime's own
+few hundred MB. Seconds are FLOPs at a stated share of the card's peak.
 
 Activations of FLUX.1-dev in GB, here and as XLA allots them where it compiles for an H100 (jax 0.10.2, micro-batches of
 12 points at 512 px): learn 9.4 and 6.5 where remat keeps nothing, 33.7 and 30.8 where it keeps attention and the MLP.
@@ -13,20 +14,21 @@ SD3.5 Large 52.0 GB and 87 s (53.7 and 66), SANA 28.8 GB and 15 s (28.9 and 8.6)
 products, the longer it takes than its FLOPs say.
 """
 
+import functools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import assemble, cost, iteration
-from solrl_jax.config import Config, ConfigError, override
+from solrl_jax import assemble, cost, evaluate, iteration, lora, watch
+from solrl_jax.config import Config, ConfigError, Stage, override
 from solrl_jax.cost import nbytes
 from solrl_jax.quant import coverage
 from solrl_jax.sizes import Sizes, batch, blank, keys, parameters, read, samples, with_configs
-from solrl_jax.structs import Model
+from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
 
 
 class Card(NamedTuple):
@@ -57,7 +59,8 @@ RATES = {
 
 
 class Use(NamedTuple):
-    """One stage of an iteration: bytes on each device, FLOPs of all devices by operand dtype, seconds to expect."""
+    """One stage of an iteration, or of every so many: bytes on each device, FLOPs of all devices by operand dtype,
+    seconds to expect."""
 
     stage: str
     weights: int
@@ -67,6 +70,7 @@ class Use(NamedTuple):
     activations: int
     flops: Counter[str]
     seconds: float
+    every: int = 1
 
     @property
     def total(self) -> int:
@@ -108,44 +112,120 @@ def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
 
 
 def uses_of(cfg: Config, sizes: Sizes, devices: int, card: Card) -> tuple[Use, ...]:
-    """Every stage's, in order."""
-    stages = ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn")
+    """Every stage's, in order; then of what comes once in many iterations and as a run begins."""
+    stages = ["encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn"]
+    stages += ["watch"] * watch.due(cfg, 0) + ["evaluate"] * bool(cfg.evaluate.every)
     return tuple(use_of(stage, cfg, sizes, devices, card) for stage in stages)
 
 
 def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
-    """What `stage` takes, as `iteration.Staged` runs it: rollouts one block of prompts a call."""
+    """What `stage` takes, as `iteration.Staged`, `watch.measured` and `evaluate.pictures` run it."""
+    return _measured(cfg, sizes, devices, card) if stage == "watch" else _use(_work(stage, cfg, sizes, devices), card)
+
+
+class Work(NamedTuple):
+    """A program of one device, `calls` times, and what lies there beside its own arrays."""
+
+    stage: str
+    cfg: Config
+    sizes: Sizes
+    devices: int
+    program: Any  # a jaxpr
+    calls: int = 1
+    every: int = 1
+    precision: str = "bf16"
+    kernels: Any = None
+    low: Any = None
+    held: Any = None
+
+
+def _work(stage: str, cfg: Config, sizes: Sizes, devices: int) -> Work:
     model, frozen, mine = sizes.model, sizes.frozen, cfg.prompts // devices
     run, state = iteration.Stages(model, sizes.score, iteration.make_optimizer(cfg), cfg), blank(cfg, sizes)
-    precision, calls, kernels, low = "bf16", 1, {}, None
+    for name, how, images in cfg.stages():
+        if name == stage:
+            return _rollout(stage, how, mine, images, cfg, sizes, devices)
     if stage == "encode":
-        f, args = model.encode, (sizes.text, sizes.tokens)
-    elif stage == "learn":
-        f, args = run.learn, (state, frozen, sizes.prompts.cond, samples(cfg, sizes, mine, cfg.kept))
-    else:
-        kernels = jax.eval_shape(run.merged, state, frozen)
-        low = jax.eval_shape(run.quantised, kernels, frozen)
-        f, args = lambda state, frozen: run.quantised(run.merged(state, frozen), frozen), (state, frozen)
-    for _, rollout, images in (found for found in cfg.stages() if found[0] == stage):
-        precision, together = rollout.precision, iteration.block_shape(rollout.chunk, mine, images)[0]
-        calls, low = mine // together, None if stage == "regenerate" and precision == "bf16" else low
-        f, args = getattr(run, stage), (kernels, low, frozen, batch(sizes.prompts, together), keys(together, images))
+        return Work(stage, cfg, sizes, devices, cost.trace(model.encode, sizes.text, sizes.tokens))
+    if stage == "learn":
+        held = samples(cfg, sizes, mine, cfg.kept)
+        program = cost.trace(run.learn, state, frozen, sizes.prompts.cond, held)
+        return Work(stage, cfg, sizes, devices, program, held=held)
+    if stage == "evaluate":
+        return _evaluation(cfg, sizes, devices)
+    program = cost.trace(lambda state, frozen: run.quantised(run.merged(state, frozen), frozen), state, frozen)
+    kernels, low = _kernels(run, state, frozen)
+    return Work(stage, cfg, sizes, devices, program, kernels=kernels, low=low)
+
+
+def _kernels(run: iteration.Stages, state: TrainState, frozen: Frozen) -> tuple[Any, Any]:
+    """The merged and the quantised."""
+    kernels = jax.eval_shape(run.merged, state, frozen)
+    return kernels, jax.eval_shape(run.quantised, kernels, frozen)
+
+
+def _rollout(stage: str, how: Stage, mine: int, images: int, cfg: Config, sizes: Sizes, devices: int) -> Work:
+    """So many images of each of a device's `mine` prompts, one block of prompts a call."""
+    run = iteration.Stages(sizes.model, sizes.score, iteration.make_optimizer(cfg), cfg)
+    kernels, low = _kernels(run, blank(cfg, sizes), sizes.frozen)
+    if stage != "explore" and how.precision == "bf16":
+        low = None
+    together = iteration.block_shape(how.chunk, mine, images)[0]
+    roll = functools.partial(run.roll, how, keep_path=stage == "regenerate" and cfg.of_steps)
+    program = cost.trace(roll, kernels, low, sizes.frozen, batch(sizes.prompts, together), keys(together, images))
     # What is drawn stays until it is learnt from, or not kept; GRPO's samples come with their paths.
-    drawn = {"regenerate": cfg.stages()[-1][-1], "learn": cfg.kept}
-    held = samples(cfg, sizes, mine, drawn[stage]) if stage in drawn else None
-    program = cost.trace(f, *args)
-    flops = Counter({dtype: n * calls * devices for dtype, n in cost.flops(program).items()})
+    held = samples(cfg, sizes, mine, images) if stage == "regenerate" else None
+    return Work(stage, cfg, sizes, devices, program, mine // together, 1, how.precision, kernels, low, held)
+
+
+def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
+    """The preview's and the full rollouts of a measurement, a prompt a call: the memory of the larger, the work of
+    both."""
+    prompts = -(-cfg.watch.prompts // devices)
+    uses = []
+    for name, how in zip(("explore", "watch"), watch.rollouts(cfg), strict=True):
+        one = _rollout(name, how, 1, cfg.candidates, cfg, sizes, devices)
+        uses.append(_use(one._replace(calls=prompts, every=cfg.watch.every), card))
+    largest = max(uses, key=lambda use: use.total)
+    flops = sum((use.flops for use in uses), Counter())
+    return largest._replace(stage="watch", flops=flops, seconds=sum(use.seconds for use in uses))
+
+
+def _evaluation(cfg: Config, sizes: Sizes, devices: int) -> Work:
+    """All of a device's fixed prompts in one call, with the rewards that are not trained on too."""
+    mine = evaluate.prompts_each(cfg.evaluate, cfg.evaluate.prompts, devices)
+    frozen = sizes.frozen._replace(rewards={**sizes.frozen.rewards, **sizes.towers})
+
+    def drawn(adapter: Params, frozen: Frozen, prompts: Prompts, keys: Any) -> Any:
+        statics = {"model": sizes.model, "score": sizes.judged, "stage": evaluate.rollout_of(cfg.evaluate)}
+        return evaluate.draw(lora.policy(frozen.base, adapter, cfg.lora), frozen, prompts, keys, **statics)
+
+    prompts = batch(Prompts(sizes.prompts.cond, sizes.captions), mine)
+    program = cost.trace(drawn, blank(cfg, sizes).ema, frozen, prompts, keys(mine, cfg.evaluate.images))
+    return Work("evaluate", cfg, sizes, devices, program, every=cfg.evaluate.every)
+
+
+def _use(work: Work, card: Card) -> Use:
+    stage, cfg, sizes, devices = work.stage, work.cfg, work.sizes, work.devices
+    flops = Counter({dtype: n * work.calls * devices for dtype, n in cost.flops(work.program).items()})
     text = nbytes(sizes.text) if stage == "encode" or not cfg.encode_ahead else 0
+    made = nbytes(work.low) if stage == "quantise" else 0  # its result is no activation
     return Use(
         stage=stage,
-        weights=nbytes((frozen, sizes.towers)) + text,
-        adapters=nbytes(state),
-        merged=nbytes(kernels),
-        quantised=nbytes(low),
-        activations=cost.peak(program) + nbytes(held) - (nbytes(low) if stage == "quantise" else 0),
+        weights=nbytes((sizes.frozen, sizes.towers)) + text,
+        adapters=nbytes(blank(cfg, sizes)),
+        merged=nbytes(work.kernels),
+        quantised=nbytes(work.low),
+        activations=cost.peak(work.program) + nbytes(work.held) - made,
         flops=flops,
-        seconds=seconds(flops, card, devices) / (EMULATED if precision.endswith("_emulated") else 1),
+        seconds=seconds(flops, card, devices) / (EMULATED if work.precision.endswith("_emulated") else 1),
+        every=work.every,
     )
+
+
+def spent(uses: Sequence[Use]) -> float:
+    """Seconds of an iteration, with its share of what comes once in many."""
+    return sum(use.seconds / use.every for use in uses)
 
 
 def seconds(flops: Counter[str], card: Card, devices: int = 1) -> float:
@@ -212,10 +292,12 @@ def remedies(stage: str, cfg: Config) -> Iterator[tuple[str, str]]:
         yield "model.remat", "true"
     if stage == "learn" and cfg.model.remat_keeps:
         yield "model.remat_keeps", ""
-    chunks = {name: rollout.chunk for name, rollout, _ in cfg.stages()} | {"learn": cfg.learn.micro_batch}
+    chunks = {name: rollout.chunk for name, rollout, _ in cfg.stages()}
+    chunks |= {"learn": cfg.learn.micro_batch, "watch": cfg.regenerate.chunk, "evaluate": cfg.evaluate.chunk}
+    field = {"learn": "learn.micro_batch", "watch": "regenerate.chunk"}.get(stage, f"{stage}.chunk")
     for size in range(chunks.get(stage, 1) - 1, 0, -1):
         if chunks[stage] % size == 0:
-            yield "learn.micro_batch" if stage == "learn" else f"{stage}.chunk", str(size)
+            yield field, str(size)
 
 
 def _like(sizes: Sizes, new: Config, cfg: Config) -> Sizes:
@@ -235,7 +317,7 @@ HEADER = f"{'GB a device':<12}{'weights':>9}{'LoRA':>7}{'merged':>8}{'quantised'
 
 def report(p: Plan) -> list[str]:
     """The plan as lines: what there is, a table of the stages, what it assumes, what to change."""
-    model, frozen, card, spent = p.sizes.model, p.sizes.frozen, CARDS[p.card], sum(u.seconds for u in p.uses)
+    model, frozen, card, each = p.sizes.model, p.sizes.frozen, CARDS[p.card], spent(p.uses)
     held = {
         "transformer": frozen.base,
         "LoRA": blank(p.cfg, p.sizes).lora,
@@ -243,6 +325,7 @@ def report(p: Plan) -> list[str]:
         "text encoders": p.sizes.text,
     }
     held |= {f"reward {name}": x for name, x in {**frozen.rewards, **p.sizes.towers}.items() if parameters(x)}
+    rare = [u for u in p.uses if u.stage in ("watch", "evaluate")]
     per_image = [f"{name} {flops.total() / 1e12:.4g}" for name, flops in per_image_flops(p.sizes).items()]
     return [
         f"{p.cfg.name or 'run'} at {p.cfg.model.size} px on {p.devices} x {p.card}: {_gb(room(card))} GB usable of "
@@ -253,11 +336,12 @@ def report(p: Plan) -> list[str]:
         "",
         f"{HEADER}{'':12}{'TFLOP':>11}{'seconds':>10}",
         *(_row(use, room(card)) for use in p.uses),
-        f"an iteration: {spent:,.3g} s, {p.cfg.iterations} of them {p.cfg.iterations * spent / 3600:,.3g} h",
+        f"an iteration: {each:,.3g} s, {p.cfg.iterations} of them {p.cfg.iterations * each / 3600:,.3g} h",
+        *(f"{u.stage}: every {u.every} iterations, its share is in theirs, and as a run begins" for u in rare),
         "",
         f"seconds: at {FRACTION:.0%} of the bf16 peak, float32 at 1/16, TF32 at half of it; emulated NVFP4 brings no "
         f"speed: bf16's time / {EMULATED}; an H100 took 1.1 (flux), 1.3 (sd35), 1.7 times as long (sana)",
-        "activations: an estimate from the traced program; no library workspaces, no evaluation",
+        "activations: an estimate from the traced program; no library workspaces",
         *(() if cost.as_on_gpus() else (NO_PLUGIN,)),
         *p.sizes.notes,
         *(p.advice or (f"fits {p.card}",)),

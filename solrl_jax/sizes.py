@@ -24,6 +24,8 @@ class Sizes(NamedTuple):
     text: Params
     tokens: PyTree
     prompts: Prompts
+    judged: Score  # the trained rewards and then the held-out ones
+    captions: dict[str, PyTree]  # their tokens
     notes: tuple[str, ...]
 
 
@@ -48,8 +50,10 @@ def read(cfg: Config, devices: int) -> Sizes:
             what = f"nothing is at reward_paths={name}={path or '...'}"
             notes.append(f"reward {name} has its public sizes here, {public}'s: {what}")
     trained = [name for name in wanted if name in found]
+    weights = {**rewards.held_out(cfg.reward, cfg.evaluate.rewards), **wanted}
+    everyone = [*trained, *(name for name in found if name not in trained)]
+    captions = {name: batch(found[name][2], mine) for name in everyone}
     tokens = module.token_shapes(cfg.model, mine)
-    judged = {name: batch(found[name][2], mine) for name in trained}
     return Sizes(
         model=model,
         score=Score(tuple(found[name][0] for name in trained), tuple(wanted[name] for name in trained)),
@@ -57,7 +61,9 @@ def read(cfg: Config, devices: int) -> Sizes:
         towers={name: params for name, (_, params, _) in found.items() if name not in trained},
         text=text,
         tokens=tokens,
-        prompts=Prompts(jax.eval_shape(model.encode, text, tokens), judged),
+        prompts=Prompts(jax.eval_shape(model.encode, text, tokens), {name: captions[name] for name in trained}),
+        judged=Score(tuple(found[name][0] for name in everyone), tuple(weights[name] for name in everyone)),
+        captions=captions,
         notes=tuple(notes),
     )
 

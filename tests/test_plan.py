@@ -208,6 +208,44 @@ def test_emulation_and_devices_change_seconds_not_work(planned):
     assert one.total - eight.total == pytest.approx(kept * 7 / 8, rel=1e-6)
 
 
+# --- what comes once in many iterations -------------------------------------------------------------------------------
+
+
+def test_the_measurement_and_evaluation_are_counted(planned):
+    """4 prompts of 96 candidates in 6 and in 10 steps; 16 pictures in 28 steps. A 20th of each is in an iteration."""
+    stages, forward, decode = by_stage(planned), 15.8125e12, 2.515e12
+    assert list(stages)[-2:] == ["watch", "evaluate"]
+    assert stages["watch"].flops.total() == pytest.approx(4 * 96 * (16 * forward + 2 * decode), rel=2e-2)
+    assert stages["evaluate"].flops.total() == pytest.approx(16 * (28 * forward + decode), rel=2e-2)
+    each = sum(stages[name].seconds for name in ("encode", "quantise", "explore", "regenerate", "learn"))
+    rare = stages["watch"].seconds + stages["evaluate"].seconds
+    assert plan.spent(planned.uses) == pytest.approx(each + rare / 20) and rare > 100
+    assert stages["watch"].quantised == stages["explore"].quantised and stages["evaluate"].merged == 0
+    never = config.override(planned.cfg, **{"watch.every": "0", "evaluate.every": "0"})
+    found = plan.uses_of(never, planned.sizes, 1, plan.CARDS["H100 80GB"])
+    assert [use.stage for use in found] == ["encode", "quantise", "explore", "regenerate", "learn"]
+
+
+def test_a_watch_of_a_lowered_chunk_takes_what_that_takes(planned):
+    low = config.override(planned.cfg, **{"regenerate.chunk": "4"})
+    full, less = by_stage(planned)["watch"], plan.use_of("watch", low, planned.sizes, 1, plan.CARDS["H100 80GB"])
+    assert less.activations < 0.6 * full.activations and less.flops == pytest.approx(full.flops, rel=0.02)
+    eight = plan.use_of("watch", planned.cfg, sizes.read(planned.cfg, 8), 8, plan.CARDS["H100 80GB"])
+    assert eight.flops.total() == pytest.approx(2 * full.flops.total(), rel=1e-3)  # 4 prompts are 8 there
+
+
+def test_an_evaluation_that_does_not_fit_is_refused_before_the_run(planned, monkeypatch):
+    """2048 pictures at a time; with the chunk that does fit."""
+    cfg = config.override(planned.cfg, **{"evaluate.chunk": "2048", "evaluate.images": "128"})
+    use = plan.use_of("evaluate", cfg, planned.sizes, 1, plan.CARDS["H100 80GB"])
+    assert use.activations > 8 * by_stage(planned)["evaluate"].activations
+    monkeypatch.setattr(plan, "uses_of", lambda *_: (use,))  # the others are not asked about again
+    with pytest.raises(ConfigError, match=r"too small: evaluate does not fit: .* with --config.evaluate.chunk=\d+"):
+        plan.check_fits(cfg, 1, plan.room(plan.CARDS["H100 80GB"]))
+    assert ("regenerate.chunk", "12") in plan.remedies("watch", planned.cfg)
+    assert ("evaluate.chunk", "1024") in plan.remedies("evaluate", cfg)
+
+
 # --- advice ---------------------------------------------------------------------------------------------------------
 
 
@@ -318,8 +356,9 @@ def test_plan_of_the_small_world(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "tiny at 32 px on 1 x H100 80GB" in out and "fits H100 80GB" in out.splitlines()[-1]
     assert [line.split()[0] for line in out.splitlines() if " fits " in line] == [
-        *("encode", "quantise", "explore", "regenerate", "learn")
+        *("encode", "quantise", "explore", "regenerate", "learn", "watch", "evaluate")
     ]
+    assert "evaluate: every 20 iterations, its share is in theirs, and as a run begins\n" in out
 
 
 def test_what_is_wrong_is_said(capsys):

@@ -103,7 +103,7 @@ def test_plan_from_public_sizes(capsys, monkeypatch):
     ]
     assert all(line in out for line in lines), out
     assert [line.split()[0] for line in out.splitlines() if " fits " in line] == [
-        *("encode", "quantise", "explore", "regenerate", "learn")
+        *("encode", "quantise", "explore", "regenerate", "learn", "watch", "evaluate")
     ]
 
 
