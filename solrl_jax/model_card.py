@@ -110,9 +110,8 @@ def loading(cfg: Config, comfy: str) -> str:
 def which(ema: bool) -> str:
     """What the files hold; `ema`: an earlier version has left a folder of that name."""
     lines = [
-        "The files here hold the running average of the policy over its updates: every evaluation, picture and score "
-        "of the run is of it. The policy itself, as it was after the last update, is in `current/`, in the same "
-        "layouts.",
+        "The files here hold the running average of the policy over its updates, which is what every evaluation scored "
+        "and drew. The policy itself, as it was after the last update, is in `current/`, in the same layouts.",
     ]
     if ema:
         lines += [

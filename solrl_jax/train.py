@@ -378,7 +378,7 @@ def again(run: Path, devices: int) -> str:
 
 
 def deliver(folder: Path, state: TrainState, model: Model, cfg: Config) -> Path:
-    """The running average, which every score and picture is of, for diffusers and ComfyUI; the policy as it is in
+    """The running average, which is what evaluations score and draw, for diffusers and ComfyUI; the policy as it is in
     current/, in both layouts too; a model card. Sol-RL saves both, DiffusionNFT and Flow-GRPO the average."""
     file = write_lora(folder, state.ema, model, cfg.lora, cfg.name)
     write_lora(folder / CURRENT, state.lora, model, cfg.lora, cfg.name)
