@@ -191,7 +191,7 @@ def use_compilation_cache() -> None:
 
 
 def notes(parts: Parts) -> list[str]:
-    """What a user should know before a run: what is quantised, how a CPU multiplies; prompts, and which are cut."""
+    """What a user should know before a run: what is quantised; prompts, and which are cut; how a CPU multiplies."""
     p = parts.prompts
     precision = parts.cfg.low_precision
     low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
@@ -202,7 +202,7 @@ def notes(parts: Parts) -> list[str]:
         out.append(
             f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
         )
-    return low + products.notes() + out
+    return low + out + products.notes()
 
 
 def encode(parts: Parts, prompts: Sequence[str], score: Score, ahead: Sequence[str] = ()) -> Prompts:

@@ -64,10 +64,11 @@ def as_on_gpus() -> bool:
 def trace(f: Callable[..., Any], *args: Any) -> Jaxpr:
     """The program f of shapes (jax.ShapeDtypeStruct leaves), of one device of a mesh.
 
-    As for a GPU, if a CUDA plugin is installed: without one JAX cannot trace the fused attention.
+    As for a GPU, if a CUDA plugin is installed: without one JAX cannot trace the fused attention, and the program is
+    of a device that is neither a GPU nor this machine's CPU, whose products may be in another dtype.
     """
-    gpu = AbstractDevice("GPU", None, "gpu") if as_on_gpus() else None
-    mesh = AbstractMesh((1,), (sharding.DATA,), axis_types=(AxisType.Auto,), abstract_device=gpu)
+    device = AbstractDevice("GPU", None, "gpu" if as_on_gpus() else "other")
+    mesh = AbstractMesh((1,), (sharding.DATA,), axis_types=(AxisType.Auto,), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.make_jaxpr(f)(*args).jaxpr
 

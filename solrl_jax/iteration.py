@@ -94,7 +94,7 @@ def quantised(kernels: dict[str, Array], frozen: Frozen, model: Model, precision
 def policy_variables(kernels: dict[str, Array], low: Params | None, frozen: Frozen) -> Variables:
     """Variables of a rollout: the merged policy, or the explorer where `low` is given."""
     params = {"params": lora.graft(frozen.base, kernels)}
-    return params if low is None else {**params, "quant": low}
+    return params if low is None else {**params, "quant": quant.for_rollout(low)}
 
 
 def rollout(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from solrl_jax import products, sharding
+from solrl_jax import cost, products, quant, sharding
 from solrl_jax.models import layers
-from solrl_jax.quant import nvfp4
+from solrl_jax.quant import fp8, nvfp4
 
 
 @pytest.fixture(params=[False, True], ids=["float32", "amx"])
@@ -99,3 +99,25 @@ def test_gelu_rounds_once(f):
     np.testing.assert_array_equal(jax.jit(f)(x), jax.jit(f)(wide).astype(jnp.bfloat16))
     slope = jax.jit(jax.grad(lambda x: jnp.sum(f(x).astype(jnp.float32))))
     np.testing.assert_array_equal(slope(x), slope(wide).astype(jnp.bfloat16))
+
+
+def test_a_plan_does_not_depend_on_this_cpu(amx, monkeypatch):
+    """Its programs are another device's, also where no CUDA plugin says how a GPU would trace them."""
+    x, w = jax.ShapeDtypeStruct((4, 16), jnp.bfloat16), jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)
+    for plugin in (False, True):
+        monkeypatch.setattr(cost, "as_on_gpus", lambda plugin=plugin: plugin)
+        found = cost.trace(lambda x, w: layers._product((x,), w, jnp.bfloat16, jnp.float32), x, w)
+        assert cost.flops(found) == {"bfloat16": 2 * 4 * 16 * 8}
+
+
+def test_emulated_kernels_are_unpacked_once_on_cpus(monkeypatch):
+    """The same numbers to the last bit; a GPU keeps 4.5 bits a weight."""
+    low = {"a": nvfp4.quantise(jnp.asarray(normal(2, 32, 48))), "b": fp8.quantise(jnp.asarray(normal(32, 48)))}
+    found = quant.for_rollout(low)
+    assert isinstance(found["a"], nvfp4.Unpacked) and found["b"] is low["b"]
+    x = jnp.asarray(normal(5, 32))
+    packed, ready = (jax.tree.map(lambda leaf: leaf[1], kernel) for kernel in (low["a"], found["a"]))
+    multiply = jax.jit(lambda kernel, x: kernel.matmul((x,), jnp.float32))
+    np.testing.assert_array_equal(multiply(ready, x), multiply(packed, x))
+    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    assert quant.for_rollout(low)["a"] is low["a"]

@@ -12,6 +12,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
+from solrl_jax import sharding
 from solrl_jax.quant import fp8, nvfp4
 from solrl_jax.quant.fp8 import Fp8
 from solrl_jax.quant.nvfp4 import Nvfp4
@@ -99,3 +102,14 @@ def quantise_tree(params: Params, rule: QuantRule, precision: str) -> dict[str, 
         return out
 
     return walk(params, "")
+
+
+def for_rollout(low: Params) -> Params:
+    """The `quant` collection as a rollout reads it: on CPUs, which have the memory, emulated NVFP4 is unpacked once
+    and not at every step."""
+
+    def ready(kernel: Fp8 | Nvfp4) -> Any:
+        emulated = isinstance(kernel, Nvfp4) and not kernel.native.value
+        return nvfp4.unpacked(kernel) if emulated and sharding.platform() == "cpu" else kernel
+
+    return jax.tree.map(ready, low, is_leaf=lambda x: isinstance(x, Fp8 | Nvfp4))

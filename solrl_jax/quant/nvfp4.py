@@ -113,9 +113,9 @@ class Nvfp4(NamedTuple):
     def matmul(self, parts: Sequence[Float[Array, "*batch _"]], out: Any) -> Float[Array, "*batch out"]:
         """x W in `out` with both operands in NVFP4, of x's parts along the contracted axis; g_x (a row's) times g_w
         comes after the sum."""
-        x = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
-        product = _native if self.native.value else _emulated
-        y, g = product(x, self, out)
+        if not self.native.value:
+            return unpacked(self).matmul(parts, out)
+        y, g = _native(_whole(parts), self, out)
         return (y.astype(jnp.float32) * (g * self.g)).astype(out)
 
     def dequantise(self) -> Float[Array, "*layers in out"]:
@@ -143,13 +143,26 @@ def _scaled(q: Nvfp4) -> Float[Array, "*layers out in"]:
     return blocks.reshape(values.shape)
 
 
-def _emulated(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Array]:
-    """Exact products, in bf16 or where that is slow in f32; f32 sums."""
-    a, g = fake_quantise(x)
-    w = _scaled(q).astype(jnp.bfloat16)
-    contracted = (((a.ndim - 1,), (1,)), ((), ()))
-    a, w = operands(a.astype(jnp.bfloat16), w)
-    return lax.dot_general(a, w, contracted, preferred_element_type=out), g
+class Unpacked(NamedTuple):
+    """An emulated kernel as the numbers that are multiplied, codes times block scales, in their products' dtype."""
+
+    values: Float[Array, "*layers out in"]
+    g: Float[Array, "*layers"]
+
+    def matmul(self, parts: Sequence[Float[Array, "*batch _"]], out: Any) -> Float[Array, "*batch out"]:
+        """As Nvfp4's. Exact products, in bf16 or where that is slow in f32; f32 sums."""
+        a, g = fake_quantise(_whole(parts))
+        a, contracted = a.astype(self.values.dtype), (((a.ndim - 1,), (1,)), ((), ()))
+        y = lax.dot_general(a, self.values, contracted, preferred_element_type=out)
+        return (y.astype(jnp.float32) * (g * self.g)).astype(out)
+
+
+def unpacked(q: Nvfp4) -> Unpacked:
+    return Unpacked(*operands(_scaled(q).astype(jnp.bfloat16)), q.g)
+
+
+def _whole(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
 def _native(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Array]:
@@ -177,5 +190,6 @@ def fake_quantise(x: Float[Array, "*d K"]) -> tuple[Float[Array, "*d K"], Float[
 
     The products are exact in bf16: e2m1 has 2 significant bits, e4m3 has 4.
     """
-    values, scale, g = encode(x, jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    most = jnp.max(jnp.abs(x.astype(jnp.float32).reshape((*x.shape[:-1], -1, BLOCK))), axis=-1)  # encode's own, once
+    values, scale, g = encode(x, jnp.max(most, axis=-1, keepdims=True))
     return (values * scale).reshape(x.shape), g
