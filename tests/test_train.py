@@ -666,10 +666,13 @@ def test_the_best_checkpoint_is_taken_by_every_mode(toy, tmp_path, capsys, monke
 
     run = tmp_path / "run"
     train.train(config.override(toy, keep=5), run, devices=1)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    made_up = {2: 0.9, 4: 0.6, 5: 0.5}
-    changed = [line | {"eval_reward_avg": made_up.get(line["iteration"])} for line in lines]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+
+    def scored(**scores):
+        for step in checkpoint.steps(run):
+            file = checkpoint.folder(run, step) / "manifest.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"score": scores.get(f"step_{step}")}))
+
+    scored(step_2=0.9, step_4=0.6, step_5=0.5)
     assert checkpoint.steps(run) == [5, 4, 2]
 
     def command(*words):
@@ -690,7 +693,7 @@ def test_the_best_checkpoint_is_taken_by_every_mode(toy, tmp_path, capsys, monke
     jax.tree.map(np.testing.assert_array_equal, two, exported)
     (checkpoint.folder(run, 2) / "config.json").write_text("{}")
     assert mode("export")[1].out.splitlines()[0] == f"the best checkpoint is {checkpoint.folder(run, 4)}"
-    (run / "metrics.jsonl").write_text("")
+    scored()
     code, said = mode("export")
     assert code == 2 and f"--checkpoint=best: no whole checkpoint of {run} was evaluated; name a step" in said.err
     code, said = command("--config=tiny", "--mode=export")
