@@ -98,7 +98,8 @@ def for_rollout(low: Params) -> Params:
     and not at every step."""
 
     def ready(kernel: Fp8 | Nvfp4) -> Any:
-        emulated = isinstance(kernel, Nvfp4) and not kernel.native.value
-        return nvfp4.unpacked(kernel) if emulated and sharding.platform() == "cpu" else kernel
+        if isinstance(kernel, Nvfp4) and not kernel.native.value and sharding.platform() == "cpu":
+            return nvfp4.unpacked(kernel)
+        return kernel
 
     return jax.tree.map(ready, low, is_leaf=lambda x: isinstance(x, Fp8 | Nvfp4))

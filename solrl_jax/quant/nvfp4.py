@@ -158,7 +158,8 @@ class Unpacked(NamedTuple):
 
 
 def unpacked(q: Nvfp4) -> Unpacked:
-    return Unpacked(*operands(_scaled(q).astype(jnp.bfloat16)), q.g)
+    (values,) = operands(_scaled(q).astype(jnp.bfloat16))
+    return Unpacked(values, q.g)
 
 
 def _whole(parts: Sequence[Array]) -> Array:
