@@ -166,13 +166,3 @@ def test_outside_the_repository_the_folder_is_asked_for(tmp_path, monkeypatch):
 
 def _absent(name):
     raise ModuleNotFoundError(name=name)
-
-
-def test_a_chunk_may_take_more_prompts_than_there_are():
-    """As `iteration.block_shape` has it; the small world's regenerate takes 4 x 8."""
-    few = config.load("tiny", {"prompts": "2", "learn.micro_batch": "16"})
-    assert (few.prompts, few.kept, few.regenerate.chunk) == (2, 8, 32)
-    with pytest.raises(
-        ConfigError, match=r"regenerate.chunk=32 .* whole prompts of 6: use one of \[1, 2, 4, 8, 16, 24"
-    ):
-        config.load("tiny", {"prompts": "6", "learn.micro_batch": "16"})
