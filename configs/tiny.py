@@ -39,7 +39,7 @@ def base(reward: str) -> Config:
         candidates=24,  # 96
         kept=8,  # 24
         explore=Stage(steps=6, solver="dpm2", precision="nvfp4_emulated", chunk=24),
-        regenerate=Stage(steps=10, solver="dpm2", precision="bf16", chunk=32),
+        regenerate=Stage(steps=10, solver="dpm2", precision="bf16", chunk=8),
         lora=Lora(rank=32, alpha=64.0),
         learn=Learn(
             timestep_fraction=0.4,

@@ -287,7 +287,7 @@ class Config(Checked):
         )
         _require(self.selection != "all" or k == n, f"selection=all keeps every candidate: set kept={n}")
         for name, stage, count in self.stages():
-            together = min(stage.chunk // count, p) if stage.chunk % count == 0 else 0  # whole prompts in a chunk
+            together = stage.chunk // count if stage.chunk % count == 0 else 0  # whole prompts in a chunk
             _require(
                 count % stage.chunk == 0 or (together > 0 and p % together == 0),
                 f"{name}.chunk={stage.chunk} neither divides a prompt's {count} images nor takes whole prompts of {p}: "

@@ -277,13 +277,3 @@ def test_configs_may_take_from_each_other(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "FOLDER", tmp_path)
     monkeypatch.setattr(config, "PACKAGE", "configs_of_two")
     assert config.available() == ["one", "two"] and config.load("two").iterations == 7
-
-
-def test_a_chunk_may_take_more_prompts_than_there_are():
-    """As `iteration.block_shape` has it; the small world's regenerate takes 4 x 8."""
-    few = config.load("tiny", {"prompts": "2", "learn.micro_batch": "16"})
-    assert (few.prompts, few.kept, few.regenerate.chunk) == (2, 8, 32)
-    with pytest.raises(
-        ConfigError, match=r"regenerate.chunk=32 .* whole prompts of 6: use one of \[1, 2, 4, 8, 16, 24"
-    ):
-        config.load("tiny", {"prompts": "6", "learn.micro_batch": "16"})
