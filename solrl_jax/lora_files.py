@@ -230,10 +230,8 @@ def _coverage(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.
     inside, whole = {blocks[name] for name in ranks if name in blocks}, set(blocks.values())
     rest = "; the others stay as they are" if inside and inside != whole else ""
     total = sum(len(_module_names(leaf)) for leaf in linears)
-    return (
-        f"LoRA of rank {max(ranks.values())} on {len(ranks)} of {total} Linears, in {len(inside)} of {len(whole)} "
-        f"blocks{rest}"
-    )
+    stacks = f", in {len(inside)} of {len(whole)} blocks{rest}" if whole else ""
+    return f"LoRA of rank {max(ranks.values())} on {len(ranks)} of {total} Linears{stacks}"
 
 
 def _split(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import checkpoint, grids, lora
+from solrl_jax import checkpoint, grids, lora_files
 from solrl_jax.config import Lora
 from solrl_jax.weights import Rule
 
@@ -16,7 +16,7 @@ SHOWN = grids.Shown(["a"], np.zeros((1, 8, 8, 3), np.uint8), {}, {})
 
 
 def write_lora(file):
-    lora.save(file, {"to_q": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}}, KEYS, Lora(2, 2.0))
+    lora_files.save(file, {"to_q": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}}, KEYS, Lora(2, 2.0))
 
 
 WRITERS = {
