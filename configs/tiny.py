@@ -48,7 +48,7 @@ def base(reward: str) -> Config:
             learning_rate=1e-3,  # 3e-4
         ),
         evaluate=Evaluate(every=20, prompts=128, images=2, steps=10, rewards="shapes", grid=8, chunk=32),  # steps 28
-        iterations=40,
+        iterations=36,
         save_every=20,
     )
 
