@@ -16,10 +16,11 @@ from typing import NamedTuple
 
 import jax
 
-from solrl_jax import assemble, checkpoint, convert, cost, hub, plan, rewards, sizes, weights
+from solrl_jax import assemble, checkpoint, convert, hub, plan, rewards, sizes, weights
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.data import DataError
 from solrl_jax.log import duration
+from solrl_jax.plan import jaxpr
 from solrl_jax.quant import coverage
 from solrl_jax.structs import WeightsError
 
@@ -178,7 +179,7 @@ def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         except (ConfigError, WeightsError) as e:
             yield Finding(f"reward {name}: see below", f"reward {name}: {e}")
             continue
-        place = "on the host" if score.on_host else f"{cost.nbytes(params) / 1e9:.1f} GB"
+        place = "on the host" if score.on_host else f"{jaxpr.nbytes(params) / 1e9:.1f} GB"
         yield Finding(f"reward {name}: {place}{'' if name in rewards.parse(cfg.reward) else ', held out'}")
 
 
@@ -207,7 +208,7 @@ def memory(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
 def disk(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     """Room for the checkpoints that are kept, and one that is being written."""
     place = next(parent for parent in (run, *run.absolute().parents) if parent.exists())
-    state = cost.nbytes(assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(1)))
+    state = jaxpr.nbytes(assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(1)))
     need, free = (cfg.keep + 1) * state + SPARE, shutil.disk_usage(place).free
     kept = f"{cfg.keep} checkpoints of {state / 1e9:.2f}"
     text = f"disk: {free / 1e9:.0f} GB free for {run}, {need / 1e9:.1f} needed ({kept})"

@@ -6,7 +6,8 @@ import pytest
 from jax.experimental import pallas
 from jax.extend.core import Primitive
 
-from solrl_jax import config, cost, plan, sizes
+from solrl_jax import config, plan, sizes
+from solrl_jax.plan import jaxpr
 
 X = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 
@@ -48,7 +49,7 @@ def root(a):
 
 
 @pytest.mark.parametrize(("f", "said"), UNKNOWN.values(), ids=UNKNOWN.keys())
-@pytest.mark.parametrize("count", [cost.flops, cost.peak])
+@pytest.mark.parametrize("count", [jaxpr.flops, jaxpr.peak])
 def test_what_is_not_known_is_refused(f, said, count):
     """Also inside of a branch of a loop's body that is made anew."""
 
@@ -57,8 +58,8 @@ def test_what_is_not_known_is_refused(f, said, count):
         return jax.lax.scan(step, x, None, length=3)[0]
 
     for program in (f, deep):
-        with pytest.raises(cost.CostError, match=f"cannot count the operation {said}"):
-            count(cost.trace(program, X))
+        with pytest.raises(jaxpr.CostError, match=f"cannot count the operation {said}"):
+            count(jaxpr.trace(program, X))
 
 
 @jax.custom_vjp
@@ -80,8 +81,8 @@ def test_calls_choices_loops_and_sums():
     }
     for products, some in programs.items():
         for f in some:
-            traced = cost.trace(f, X)
-            assert cost.flops(traced) == {"float32": products * one} and cost.peak(traced) >= 64
+            traced = jaxpr.trace(f, X)
+            assert jaxpr.flops(traced) == {"float32": products * one} and jaxpr.peak(traced) >= 64
 
 
 def cube(x):
@@ -92,7 +93,7 @@ def summed(x):
     return jax.lax.reduce(x, 0.0, lambda a, b: a + 2 * b, (0,))
 
 
-@pytest.mark.skipif(not cost.as_on_gpus(), reason="native NVFP4 is traced as f32 where no CUDA plugin is installed")
+@pytest.mark.skipif(not jaxpr.as_on_gpus(), reason="native NVFP4 is traced as f32 where no CUDA plugin is installed")
 def test_native_nvfp4_counts(tmp_path):
     """As many FLOPs as where it is emulated in bf16, and four times as fast as those."""
     work = {}

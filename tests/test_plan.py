@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import flagsaver
 
-from solrl_jax import config, cost, main, plan, sizes, train
+from solrl_jax import config, main, plan, sizes, train
 from solrl_jax.config import ConfigError, Evaluate, Stage
 from solrl_jax.models import flux
+from solrl_jax.plan import jaxpr
 from solrl_jax.quant import coverage
 from tests import flux_dev
 
@@ -44,22 +45,22 @@ def test_flops_of_products_convolutions_and_loops():
         return x, jax.lax.conv_general_dilated(k, jnp.ones((3, 3, 4, 5)), (1, 1), "SAME", dimension_numbers=LAST)
 
     LAST = ("NHWC", "HWIO", "NHWC")
-    program = cost.trace(f, S((2, 8), BF16), S((8, 8), BF16), S((1, 6, 6, 4), F32))
-    assert cost.flops(program) == {"bfloat16": 7 * 2 * 2 * 8 * 8, "float32": 2 * 6 * 6 * 5 * 3 * 3 * 4}
-    exact = cost.trace(lambda x: jnp.dot(x, x, precision="highest"), S((4, 4), F32))
-    assert cost.flops(exact) == {"float32 highest": 2 * 4**3}
+    program = jaxpr.trace(f, S((2, 8), BF16), S((8, 8), BF16), S((1, 6, 6, 4), F32))
+    assert jaxpr.flops(program) == {"bfloat16": 7 * 2 * 2 * 8 * 8, "float32": 2 * 6 * 6 * 5 * 3 * 3 * 4}
+    exact = jaxpr.trace(lambda x: jnp.dot(x, x, precision="highest"), S((4, 4), F32))
+    assert jaxpr.flops(exact) == {"float32 highest": 2 * 4**3}
 
 
 def test_peak_of_fused_chains_products_and_loops():
     x, kib = S((16, 16), F32), 1024
-    assert cost.peak(cost.trace(lambda x: jnp.exp(x) * 2 + 1, x)) == kib  # one kernel, one result
-    assert cost.peak(cost.trace(lambda x: jnp.exp(x) @ x, x)) == 2 * kib  # the operand is written
-    assert cost.peak(cost.trace(lambda x: ((x @ x) @ x) @ x, x)) == 2 * kib  # the first is freed
+    assert jaxpr.peak(jaxpr.trace(lambda x: jnp.exp(x) * 2 + 1, x)) == kib  # one kernel, one result
+    assert jaxpr.peak(jaxpr.trace(lambda x: jnp.exp(x) @ x, x)) == 2 * kib  # the operand is written
+    assert jaxpr.peak(jaxpr.trace(lambda x: ((x @ x) @ x) @ x, x)) == 2 * kib  # the first is freed
 
     def stacked(x):
         return jax.lax.scan(lambda c, _: (c @ c, c), x, None, length=10)
 
-    assert cost.peak(cost.trace(stacked, x)) == (10 + 1 + 1) * kib  # what it stacks, its carry, and the next one
+    assert jaxpr.peak(jaxpr.trace(stacked, x)) == (10 + 1 + 1) * kib  # what it stacks, its carry, and the next one
 
 
 def test_peak_of_training_counts_residuals_and_less_of_them_with_remat():
@@ -70,7 +71,7 @@ def test_peak_of_training_counts_residuals_and_less_of_them_with_remat():
         return jnp.tanh(jnp.tanh(x @ w) @ w)
 
     plain, again = (
-        cost.peak(cost.trace(jax.grad(lambda w, x, f=f: loss(w, x, f)), S((8, 8), F32), S((1024, 8), F32)))
+        jaxpr.peak(jaxpr.trace(jax.grad(lambda w, x, f=f: loss(w, x, f)), S((8, 8), F32), S((1024, 8), F32)))
         for f in (block, jax.checkpoint(block))
     )
     state = 1024 * 8 * 4
@@ -117,8 +118,8 @@ def test_imagereward_without_its_weights(planned):
     assert sizes.parameters(params) == 446_206_689
     tokens = found.prompts.tokens["imagereward"]
     assert {name: x.shape for name, x in tokens.items()} == {"ids": (48, 35), "mask": (48, 35)}
-    program = cost.trace(reward.score, params, S((24, 512, 512, 3), F32), sizes.batch(tokens, 1))
-    assert cost.flops(program)["float32 highest"] == pytest.approx(24 * 0.139e12, rel=0.03)
+    program = jaxpr.trace(reward.score, params, S((24, 512, 512, 3), F32), sizes.batch(tokens, 1))
+    assert jaxpr.flops(program)["float32 highest"] == pytest.approx(24 * 0.139e12, rel=0.03)
 
 
 def test_bfloat16_rewards_cost_less(planned):
@@ -128,8 +129,8 @@ def test_bfloat16_rewards_cost_less(planned):
         cfg = dataclasses.replace(planned.cfg, reward="pickscore", reward_dtype=dtype)
         found = sizes.read(cfg, 1)
         images, tokens = S((24, 512, 512, 3), F32), sizes.batch(found.prompts.tokens["pickscore"], 1)
-        program = cost.trace(found.score.rewards[0].score, found.frozen.rewards["pickscore"], images, tokens)
-        flops[dtype] = cost.flops(program)
+        program = jaxpr.trace(found.score.rewards[0].score, found.frozen.rewards["pickscore"], images, tokens)
+        flops[dtype] = jaxpr.flops(program)
     assert flops["float32"]["float32 highest"] == pytest.approx(24 * 0.335e12, rel=0.03)
     assert flops["bfloat16"].total() == flops["float32"].total()
     half = sum(n for dtype, n in flops["bfloat16"].items() if dtype.startswith("bfloat16"))
@@ -181,11 +182,11 @@ def test_less_at_a_time_takes_less(planned):
 
 def test_seconds():
     card = plan.CARDS["H100 80GB"]
-    work = cost.Counter({"bfloat16": 989 * 10**12})
+    work = jaxpr.Counter({"bfloat16": 989 * 10**12})
     assert plan.seconds(work, card) == pytest.approx(1 / 0.6) and plan.seconds(work, card, 8) == pytest.approx(
         0.125 / 0.6
     )
-    assert plan.seconds(cost.Counter({"float32": 989 * 10**12}), card) == pytest.approx(2 / 0.6)
+    assert plan.seconds(jaxpr.Counter({"float32": 989 * 10**12}), card) == pytest.approx(2 / 0.6)
 
 
 def test_emulation_and_devices_change_seconds_not_work(planned):
@@ -316,7 +317,7 @@ def test_report_of_a_card_that_is_too_small(planned):
 def test_the_report_says_whether_a_gpu_was_traced(planned, monkeypatch, plugin):
     monkeypatch.setattr(plan, "per_image_flops", lambda sizes: {})
     monkeypatch.setattr(plan, "_covered", lambda *_: [])
-    monkeypatch.setattr(cost, "CUDA", (plugin,))
+    monkeypatch.setattr(jaxpr, "CUDA", (plugin,))
     notes = [line for line in plan.report(planned) if "no CUDA plugin is installed here" in line]
     assert len(notes) == (plugin != "json") and all("unfused attention" in line for line in notes)
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import config, cost, iteration, lora, plan, sizes
+from solrl_jax import config, iteration, lora, plan, sizes
 from solrl_jax.config import Lora, Stage
 from solrl_jax.models import layers
+from solrl_jax.plan import jaxpr
 from tests import card, nano
 
 EXACT = {"model.dtype": "float32", "model.vae_dtype": "float32", "explore.precision": "bf16"}
@@ -36,7 +37,7 @@ def test_float32_is_float32(name, reward, tmp_path):
     assert found["learn"]["float32 highest"] > 1e14 and found["quantise"]["float32 highest"] > 1e10
 
 
-@pytest.mark.skipif(not cost.as_on_gpus(), reason="traced as for a CPU, where bf16 products give float32")
+@pytest.mark.skipif(not jaxpr.as_on_gpus(), reason="traced as for a CPU, where bf16 products give float32")
 @pytest.mark.parametrize(("name", "reward"), MODELS)
 def test_bfloat16_asks_for_nothing(name, reward, tmp_path):
     """But for the merge of the LoRA, which is float32 always, and the sums of SANA's linear attention: TF32."""

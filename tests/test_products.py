@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from solrl_jax import cost, products, quant, sharding
+from solrl_jax import products, quant, sharding
 from solrl_jax.models import layers
+from solrl_jax.plan import jaxpr
 from solrl_jax.quant import fp8, nvfp4
 
 
@@ -105,9 +106,9 @@ def test_a_plan_does_not_depend_on_this_cpu(amx, monkeypatch):
     """Its programs are another device's, also where no CUDA plugin says how a GPU would trace them."""
     x, w = jax.ShapeDtypeStruct((4, 16), jnp.bfloat16), jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)
     for plugin in (False, True):
-        monkeypatch.setattr(cost, "as_on_gpus", lambda plugin=plugin: plugin)
-        found = cost.trace(lambda x, w: layers._product((x,), w, jnp.bfloat16, jnp.float32), x, w)
-        assert cost.flops(found) == {"bfloat16": 2 * 4 * 16 * 8}
+        monkeypatch.setattr(jaxpr, "as_on_gpus", lambda plugin=plugin: plugin)
+        found = jaxpr.trace(lambda x, w: layers._product((x,), w, jnp.bfloat16, jnp.float32), x, w)
+        assert jaxpr.flops(found) == {"bfloat16": 2 * 4 * 16 * 8}
 
 
 def test_emulated_kernels_are_unpacked_once_on_cpus(monkeypatch):

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import assemble, cost, evaluate, iteration, lora, watch
+from solrl_jax import assemble, evaluate, iteration, lora, watch
 from solrl_jax.config import Config, ConfigError, Stage, override
-from solrl_jax.cost import nbytes
+from solrl_jax.plan import jaxpr
+from solrl_jax.plan.jaxpr import nbytes
 from solrl_jax.quant import coverage
 from solrl_jax.sizes import Sizes, batch, blank, keys, parameters, read, samples, with_configs
 from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
@@ -146,14 +147,14 @@ def _work(stage: str, cfg: Config, sizes: Sizes, devices: int) -> Work:
         if name == stage:
             return _rollout(stage, how, mine, images, cfg, sizes, devices)
     if stage == "encode":
-        return Work(stage, cfg, sizes, devices, cost.trace(model.encode, sizes.text, sizes.tokens))
+        return Work(stage, cfg, sizes, devices, jaxpr.trace(model.encode, sizes.text, sizes.tokens))
     if stage == "learn":
         held = samples(cfg, sizes, mine, cfg.kept)
-        program = cost.trace(run.learn, state, frozen, sizes.prompts.cond, held)
+        program = jaxpr.trace(run.learn, state, frozen, sizes.prompts.cond, held)
         return Work(stage, cfg, sizes, devices, program, held=held)
     if stage == "evaluate":
         return _evaluation(cfg, sizes, devices)
-    program = cost.trace(lambda state, frozen: run.quantised(run.merged(state, frozen), frozen), state, frozen)
+    program = jaxpr.trace(lambda state, frozen: run.quantised(run.merged(state, frozen), frozen), state, frozen)
     kernels, low = _kernels(run, state, frozen)
     return Work(stage, cfg, sizes, devices, program, kernels=kernels, low=low)
 
@@ -172,7 +173,7 @@ def _rollout(stage: str, how: Stage, mine: int, images: int, cfg: Config, sizes:
         low = None
     together = iteration.block_shape(how.chunk, mine, images)[0]
     roll = functools.partial(run.roll, how, keep_path=stage == "regenerate" and cfg.of_steps)
-    program = cost.trace(roll, kernels, low, sizes.frozen, batch(sizes.prompts, together), keys(together, images))
+    program = jaxpr.trace(roll, kernels, low, sizes.frozen, batch(sizes.prompts, together), keys(together, images))
     # What is drawn stays until it is learnt from, or not kept; GRPO's samples come with their paths.
     held = samples(cfg, sizes, mine, images) if stage == "regenerate" else None
     return Work(stage, cfg, sizes, devices, program, mine // together, 1, how.precision, kernels, low, held)
@@ -201,13 +202,13 @@ def _evaluation(cfg: Config, sizes: Sizes, devices: int) -> Work:
         return evaluate.draw(lora.policy(frozen.base, adapter, cfg.lora), frozen, prompts, keys, **statics)
 
     prompts = batch(Prompts(sizes.prompts.cond, sizes.captions), mine)
-    program = cost.trace(drawn, blank(cfg, sizes).ema, frozen, prompts, keys(mine, cfg.evaluate.images))
+    program = jaxpr.trace(drawn, blank(cfg, sizes).ema, frozen, prompts, keys(mine, cfg.evaluate.images))
     return Work("evaluate", cfg, sizes, devices, program, every=cfg.evaluate.every)
 
 
 def _use(work: Work, card: Card) -> Use:
     stage, cfg, sizes, devices = work.stage, work.cfg, work.sizes, work.devices
-    flops = Counter({dtype: n * work.calls * devices for dtype, n in cost.flops(work.program).items()})
+    flops = Counter({dtype: n * work.calls * devices for dtype, n in jaxpr.flops(work.program).items()})
     text = nbytes(sizes.text) if stage == "encode" or not cfg.encode_ahead else 0
     made = nbytes(work.low) if stage == "quantise" else 0  # its result is no activation
     return Use(
@@ -216,7 +217,7 @@ def _use(work: Work, card: Card) -> Use:
         adapters=nbytes(blank(cfg, sizes)),
         merged=nbytes(work.kernels),
         quantised=nbytes(work.low),
-        activations=cost.peak(work.program) + nbytes(work.held) - made,
+        activations=jaxpr.peak(work.program) + nbytes(work.held) - made,
         flops=flops,
         seconds=seconds(flops, card, devices) / (EMULATED if work.precision.endswith("_emulated") else 1),
         every=work.every,
@@ -309,7 +310,7 @@ def _like(sizes: Sizes, new: Config, cfg: Config) -> Sizes:
 
 
 NO_PLUGIN = (
-    f"activations: no CUDA plugin is installed here ({' or '.join(cost.CUDA)}), so they are those of unfused attention "
+    f"activations: no CUDA plugin is installed here ({' or '.join(jaxpr.CUDA)}), so they are those of unfused attention "
     "and of f32 products: more than a GPU takes"
 )
 HEADER = f"{'GB a device':<12}{'weights':>9}{'LoRA':>7}{'merged':>8}{'quantised':>11}{'activations':>13}{'total':>8}"
@@ -342,7 +343,7 @@ def report(p: Plan) -> list[str]:
         f"seconds: at {FRACTION:.0%} of the bf16 peak, float32 at 1/16, TF32 at half of it; emulated NVFP4 brings no "
         f"speed: bf16's time / {EMULATED}; an H100 took 1.1 (flux), 1.3 (sd35), 1.7 times as long (sana)",
         "activations: an estimate from the traced program; no library workspaces",
-        *(() if cost.as_on_gpus() else (NO_PLUGIN,)),
+        *(() if jaxpr.as_on_gpus() else (NO_PLUGIN,)),
         *p.sizes.notes,
         *(p.advice or (f"fits {p.card}",)),
     ]
@@ -366,8 +367,8 @@ def per_image_flops(sizes: Sizes) -> dict[str, Counter[str]]:
     x, sigma = jax.ShapeDtypeStruct((1, *noise.shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     forward = {"params": sizes.frozen.base}, x, sigma, batch(sizes.prompts.cond, 1)
     return {
-        "forward": cost.flops(cost.trace(sizes.model.velocity, *forward)),
-        "decode": cost.flops(cost.trace(sizes.model.decode, sizes.frozen.vae, x)),
+        "forward": jaxpr.flops(jaxpr.trace(sizes.model.velocity, *forward)),
+        "decode": jaxpr.flops(jaxpr.trace(sizes.model.decode, sizes.frozen.vae, x)),
     }
 
 
