@@ -25,8 +25,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from experiments import profile, results
-from solrl_jax import algos, assemble, config, iteration, plan, quant, rewards, sharding, sizes
+from solrl_jax import algos, assemble, config, iteration, plan, quant, rewards, sharding
 from solrl_jax.config import Config
+from solrl_jax.plan import shapes
 from solrl_jax.structs import Prompts, PyTree, Variables
 
 
@@ -102,7 +103,7 @@ class Bench:
 
     def __init__(self, cfg: Config, mesh: Mesh, repeat: int, folder: Path | None = None):
         self.cfg, self.mesh, self.repeat, self.folder, self.figures = cfg, mesh, repeat, folder, {}
-        self.sizes = sizes.read(cfg, 1)
+        self.sizes = shapes.read(cfg, 1)
         self.optimizer = iteration.make_optimizer(cfg)
         self.frozen = self.drawn(self.sizes.frozen)
         self.statics = {"model": self.sizes.model, "optimizer": self.optimizer, "cfg": cfg}
@@ -232,7 +233,7 @@ class Bench:
 
 def work(cfg: Config, devices: int) -> dict[str, float]:
     """TFLOP of every stage of an iteration, of one device; called outside of any mesh of several devices."""
-    share, card = sizes.read(cfg, devices), plan.CARDS["H100 80GB"]
+    share, card = shapes.read(cfg, devices), plan.CARDS["H100 80GB"]
     return {use.stage: use.flops.total() / devices / 1e12 for use in plan.uses_of(cfg, share, devices, card)}
 
 
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
         words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
         named = config.load(args.config, {"prompts": str(args.prompts), **words})
-        cfg = assemble.resolved(sizes.with_configs(named, folder), assemble.capability())
+        cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
         bench = Bench(cfg, mesh, args.repeat, args.profile)
         forwards, decodes = ([word.split(":") for word in words.split(",")] for words in (args.forward, args.decode))
         keeping = ",".join(cfg.model.remat_keeps) if args.keeps is None else args.keeps

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import jax
 
-from solrl_jax import assemble, checkpoint, convert, hub, plan, rewards, sizes, weights
+from solrl_jax import assemble, checkpoint, convert, hub, plan, rewards, weights
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.data import DataError
 from solrl_jax.log import duration
-from solrl_jax.plan import jaxpr
+from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
 from solrl_jax.structs import WeightsError
 
@@ -129,7 +129,7 @@ def model(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     where, module = cfg.model.path, assemble.model_module(cfg)
     made = module.make(cfg.model)
     base = jax.eval_shape(made.init, jax.random.key(0))
-    name = f"{cfg.model.name}, {sizes.parameters(base):,} parameters"
+    name = f"{cfg.model.name}, {shapes.parameters(base):,} parameters"
     if (folder := assemble.converted(cfg)) is not None:
         convert.check(folder, module.shapes(cfg.model))
         yield Finding(f"{name}: converted weights, whole, in {folder}")
@@ -197,7 +197,7 @@ def memory(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         return
     cfg, count = assemble.resolved(cfg, assemble.capability()), devices or jax.device_count()
     plan.check_fits(cfg, count, plan.room(card))
-    uses = plan.uses_of(cfg, sizes.read(cfg, count), count, card)
+    uses = plan.uses_of(cfg, shapes.read(cfg, count), count, card)
     most = max(uses, key=lambda use: use.total)
     seconds = plan.spent(uses)
     yield Finding(f"memory: {most.stage} takes the most, {most.total / 1e9:.1f} of {plan.room(card) / 1e9:.1f} GB")

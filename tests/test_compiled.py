@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import config, iteration, lora, quant, sharding, sizes
+from solrl_jax import config, iteration, lora, quant, sharding
 from solrl_jax.config import Lora
 from solrl_jax.models import flux
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
+from solrl_jax.plan import shapes
 from solrl_jax.structs import QuantRule, QuantRules
 from tests import card, flux_dev
 
@@ -130,11 +131,11 @@ def test_a_whole_iteration_explores_in_fp8(devices, tmp_path):
     few = {"prompts": str(devices), "candidates": "8", "kept": "4", "explore.chunk": "8", "regenerate.chunk": "4"}
     few |= {"learn.micro_batch": "4", "explore.precision": "fp8", "model.path": str(configs)}
     cfg = config.load("flux", few)
-    found = sizes.read(cfg, devices)
+    found = shapes.read(cfg, devices)
     statics = {"model": found.model, "score": found.score, "optimizer": iteration.make_optimizer(cfg), "cfg": cfg}
     step = functools.partial(iteration.iteration_step, **statics)
-    prompts = sizes.batch(found.prompts, devices)
-    text = card.compiled(step, sizes.blank(cfg, found), found.frozen, on=on, split=(prompts,)).as_text()
+    prompts = shapes.batch(found.prompts, devices)
+    text = card.compiled(step, shapes.blank(cfg, found), found.frozen, on=on, split=(prompts,)).as_text()
     made = calls(text)
     assert made["__cublas$lt$matmul$f8"] == 16 and made["__cudnn$fmhaSoftmaxBackward"] == 2
     assert ("all-reduce" in text) == (devices == 2) and "all-gather" not in text

@@ -6,8 +6,8 @@ import pytest
 from jax.experimental import pallas
 from jax.extend.core import Primitive
 
-from solrl_jax import config, plan, sizes
-from solrl_jax.plan import jaxpr
+from solrl_jax import config, plan
+from solrl_jax.plan import jaxpr, shapes
 
 X = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 
@@ -99,8 +99,8 @@ def test_native_nvfp4_counts(tmp_path):
     work = {}
     for card, precision in (("B200 180GB", "nvfp4_native"), ("A100 80GB", "nvfp4_emulated")):
         words = {"prompts": "1", "explore.precision": precision, "reward": "shapes"}
-        cfg = sizes.with_configs(config.load("flux", words), tmp_path / precision)
-        work[precision] = plan.use_of("explore", cfg, sizes.read(cfg, 1), 1, plan.CARDS[card]).flops
+        cfg = shapes.with_configs(config.load("flux", words), tmp_path / precision)
+        work[precision] = plan.use_of("explore", cfg, shapes.read(cfg, 1), 1, plan.CARDS[card]).flops
     native, emulated = work.values()
     assert native.total() == emulated.total() and native["float4_e2m1fn"] > 0.9 * native.total()
     assert plan.seconds(native, plan.CARDS["B200 180GB"]) < plan.seconds(emulated, plan.CARDS["B200 180GB"]) / 3

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from solrl_jax import assemble, config, iteration, rewards, sizes, train
+from solrl_jax import assemble, config, iteration, rewards, train
+from solrl_jax.plan import shapes
 from solrl_jax.rewards import own
 from tests.test_train import TOY, compiled, load, metrics_of  # noqa: F401 - `compiled` is used by its name
 
@@ -168,7 +169,7 @@ def test_prompts_travel_as_bytes():
 
 def test_the_plan_counts_them_and_paths_reach_them(folder):
     found = rewards.module("my_reward.brightness").shapes(None, "float32")
-    assert found[1]["scale"].shape == () and found[2].shape == (1,) and sizes.own is own
+    assert found[1]["scale"].shape == () and found[2].shape == (1,) and shapes.own is own
     assert rewards.parse_paths(["my_reward.brightness=x"]) == {"my_reward.brightness": "x"}
     one, two = (rewards.load_rewards("my_reward.brightness", {})[0] for _ in range(2))
     assert one == two and hash(one) == hash(two)  # no new program

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 from absl.testing import flagsaver
 
-from solrl_jax import config, main, plan, sizes, train
+from solrl_jax import config, main, plan, train
 from solrl_jax.config import ConfigError, Evaluate, Stage
 from solrl_jax.models import flux
-from solrl_jax.plan import jaxpr
+from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
 from tests import flux_dev
 
@@ -83,11 +83,11 @@ def test_peak_of_training_counts_residuals_and_less_of_them_with_remat():
 
 def test_parameters_and_bytes(planned):
     found = planned.sizes
-    assert sizes.parameters(found.frozen.base) == 11_901_408_320
-    assert sizes.parameters(found.frozen.vae) == 49_545_475
-    assert sizes.parameters(sizes.blank(planned.cfg, found).lora) == 37_355_520
-    assert {name: sizes.parameters(x) for name, x in found.text.items()} == {"clip": 123_060_480, "t5": 4_762_310_656}
-    assert sizes.parameters(found.frozen.rewards["clipscore"]) == 427_616_513
+    assert shapes.parameters(found.frozen.base) == 11_901_408_320
+    assert shapes.parameters(found.frozen.vae) == 49_545_475
+    assert shapes.parameters(shapes.blank(planned.cfg, found).lora) == 37_355_520
+    assert {name: shapes.parameters(x) for name, x in found.text.items()} == {"clip": 123_060_480, "t5": 4_762_310_656}
+    assert shapes.parameters(found.frozen.rewards["clipscore"]) == 427_616_513
     use = by_stage(planned)["explore"]
     assert use.weights == 2 * 11_901_408_320 + 4 * (49_545_475 + 427_616_513)
     assert use.adapters == pytest.approx(5 * 4 * 37_355_520, abs=100)  # current, old, average and two moments
@@ -98,12 +98,12 @@ def test_parameters_and_bytes(planned):
 
 def test_rewards_that_are_not_here_have_their_public_sizes(planned):
     cfg = dataclasses.replace(planned.cfg, reward="pickscore:1,hpsv2:0.5", evaluate=Evaluate(rewards="clipscore"))
-    found = sizes.read(cfg, 1)
-    assert {name: sizes.parameters(x) for name, x in found.frozen.rewards.items()} == {
+    found = shapes.read(cfg, 1)
+    assert {name: shapes.parameters(x) for name, x in found.frozen.rewards.items()} == {
         "pickscore": 986_109_441,
         "hpsv2": 986_109_441,
     }
-    assert {name: sizes.parameters(x) for name, x in found.towers.items()} == {"clipscore": 427_616_513}
+    assert {name: shapes.parameters(x) for name, x in found.towers.items()} == {"clipscore": 427_616_513}
     assert {name: x["ids"].shape for name, x in found.prompts.tokens.items()} == {
         "pickscore": (48, 77),
         "hpsv2": (48, 77),
@@ -113,12 +113,12 @@ def test_rewards_that_are_not_here_have_their_public_sizes(planned):
 
 def test_imagereward_without_its_weights(planned):
     """The vision is .12 TFLOP an image (rewards.md section 7), the text that looks at it .016 more."""
-    found = sizes.read(dataclasses.replace(planned.cfg, reward="imagereward"), 1)
+    found = shapes.read(dataclasses.replace(planned.cfg, reward="imagereward"), 1)
     params, reward = found.frozen.rewards["imagereward"], found.score.rewards[0]
-    assert sizes.parameters(params) == 446_206_689
+    assert shapes.parameters(params) == 446_206_689
     tokens = found.prompts.tokens["imagereward"]
     assert {name: x.shape for name, x in tokens.items()} == {"ids": (48, 35), "mask": (48, 35)}
-    program = jaxpr.trace(reward.score, params, S((24, 512, 512, 3), F32), sizes.batch(tokens, 1))
+    program = jaxpr.trace(reward.score, params, S((24, 512, 512, 3), F32), shapes.batch(tokens, 1))
     assert jaxpr.flops(program)["float32 highest"] == pytest.approx(24 * 0.139e12, rel=0.03)
 
 
@@ -127,8 +127,8 @@ def test_bfloat16_rewards_cost_less(planned):
     flops = {}
     for dtype in ("float32", "bfloat16"):
         cfg = dataclasses.replace(planned.cfg, reward="pickscore", reward_dtype=dtype)
-        found = sizes.read(cfg, 1)
-        images, tokens = S((24, 512, 512, 3), F32), sizes.batch(found.prompts.tokens["pickscore"], 1)
+        found = shapes.read(cfg, 1)
+        images, tokens = S((24, 512, 512, 3), F32), shapes.batch(found.prompts.tokens["pickscore"], 1)
         program = jaxpr.trace(found.score.rewards[0].score, found.frozen.rewards["pickscore"], images, tokens)
         flops[dtype] = jaxpr.flops(program)
     assert flops["float32"]["float32 highest"] == pytest.approx(24 * 0.335e12, rel=0.03)
@@ -200,7 +200,7 @@ def test_emulation_and_devices_change_seconds_not_work(planned):
         bf16.flops, rel=1e-2
     )
     cfg = planned.cfg
-    eight = plan.use_of("regenerate", cfg, sizes.read(cfg, 8), 8, plan.CARDS["H100 80GB"])
+    eight = plan.use_of("regenerate", cfg, shapes.read(cfg, 8), 8, plan.CARDS["H100 80GB"])
     one = by_stage(planned)["regenerate"]
     assert eight.flops == one.flops and eight.seconds == pytest.approx(one.seconds / 8)
     kept = plan.nbytes(
@@ -231,7 +231,7 @@ def test_a_watch_of_a_lowered_chunk_takes_what_that_takes(planned):
     low = config.override(planned.cfg, **{"regenerate.chunk": "4"})
     full, less = by_stage(planned)["watch"], plan.use_of("watch", low, planned.sizes, 1, plan.CARDS["H100 80GB"])
     assert less.activations < 0.6 * full.activations and less.flops == pytest.approx(full.flops, rel=0.02)
-    eight = plan.use_of("watch", planned.cfg, sizes.read(planned.cfg, 8), 8, plan.CARDS["H100 80GB"])
+    eight = plan.use_of("watch", planned.cfg, shapes.read(planned.cfg, 8), 8, plan.CARDS["H100 80GB"])
     assert eight.flops.total() == pytest.approx(2 * full.flops.total(), rel=1e-3)  # 4 prompts are 8 there
 
 
@@ -333,8 +333,8 @@ def test_a_reward_that_is_here_has_its_own_sizes(planned, tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
     def read(path):
-        found = sizes.read(dataclasses.replace(planned.cfg, reward_paths=(f"clipscore={path}",)), 1)
-        return sizes.parameters(found.frozen.rewards["clipscore"]), [n for n in found.notes if "clipscore" in n]
+        found = shapes.read(dataclasses.replace(planned.cfg, reward_paths=(f"clipscore={path}",)), 1)
+        return shapes.parameters(found.frozen.rewards["clipscore"]), [n for n in found.notes if "clipscore" in n]
 
     small = 151_277_313 - (49_408 - 1000) * 512  # transformers' default CLIP is ViT-B/32, here with fewer words
     assert read(snapshot) == read("org/clip") == (small, [])

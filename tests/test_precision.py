@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import config, iteration, lora, plan, sizes
+from solrl_jax import config, iteration, lora, plan
 from solrl_jax.config import Lora, Stage
 from solrl_jax.models import layers
-from solrl_jax.plan import jaxpr
+from solrl_jax.plan import jaxpr, shapes
 from tests import card, nano
 
 EXACT = {"model.dtype": "float32", "model.vae_dtype": "float32", "explore.precision": "bf16"}
@@ -24,8 +24,8 @@ MODELS = [("flux", "clipscore,imagereward"), slow("sd35", "pickscore"), slow("sa
 
 def asked(name: str, folder, words: dict[str, str]) -> dict[str, dict[str, int]]:
     """{stage: FLOPs by what their products ask for} of a config on its public sizes, traced as it runs."""
-    cfg = sizes.with_configs(config.load(name, {"prompts": "1", **words}), folder)
-    found, h100 = sizes.read(cfg, 1), plan.CARDS["H100 80GB"]
+    cfg = shapes.with_configs(config.load(name, {"prompts": "1", **words}), folder)
+    found, h100 = shapes.read(cfg, 1), plan.CARDS["H100 80GB"]
     return {stage: dict(plan.use_of(stage, cfg, found, 1, h100).flops) for stage in STAGES}
 
 
@@ -92,10 +92,10 @@ def test_compiled_for_an_h100(dtype):
 @pytest.mark.slow
 def test_a_whole_iteration_in_float32_compiled_for_an_h100(tmp_path):
     cfg = nano.build(tmp_path, explore=Stage(steps=2, precision="bf16", chunk=4))
-    found = sizes.read(cfg, 1)
+    found = shapes.read(cfg, 1)
     statics = {"model": found.model, "score": found.score, "optimizer": iteration.make_optimizer(cfg), "cfg": cfg}
-    step, prompts = functools.partial(iteration.iteration_step, **statics), sizes.batch(found.prompts, cfg.prompts)
-    program = card.compiled(step, sizes.blank(cfg, found), found.frozen, on=card.mesh(), split=(prompts,))
+    step, prompts = functools.partial(iteration.iteration_step, **statics), shapes.batch(found.prompts, cfg.prompts)
+    program = card.compiled(step, shapes.blank(cfg, found), found.frozen, on=card.mesh(), split=(prompts,))
     made = products(program)
     assert len(made) > 200 and all(highest for _, highest in made)
 

@@ -23,11 +23,11 @@ from solrl_jax import (
     quant,
     recipes,
     sharding,
-    sizes,
     train,
 )
 from solrl_jax.config import ConfigError, Evaluate, Lora, Stage
 from solrl_jax.models import sana, sana_public
+from solrl_jax.plan import shapes
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.weights import WeightsError
 from tests import nano, nano_sana
@@ -112,7 +112,7 @@ def test_flops_of_a_forward_pass_and_of_a_rollout(tmp_path):
     """2.9667 TFLOP; in a rollout the text's part is done once for all its steps and all images of a prompt."""
     path = str(hub.write_configs(tmp_path, next(iter(sana_public.PUBLIC.values()))))
     cfg = config.load("sana", {"model.path": path, "reward": "clipscore", "explore.precision": "bf16"})
-    found = sizes.read(cfg, 1)
+    found = shapes.read(cfg, 1)
     one = plan.per_image_flops(found)
     assert one["forward"].total() == pytest.approx(2.9667e12, rel=1e-4)
     text = 2 * 300 * (2304 * 2240 + 2240**2 + 20 * 2240 * 4480)

@@ -11,9 +11,10 @@ import pytest
 from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
-from solrl_jax import assemble, config, convert, evaluate, hub, lora, main, plan, quant, recipes, sharding, sizes, train
+from solrl_jax import assemble, config, convert, evaluate, hub, lora, main, plan, quant, recipes, sharding, train
 from solrl_jax.config import ConfigError, Evaluate, Lora, Stage
 from solrl_jax.models import sd35
+from solrl_jax.plan import shapes
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.weights import WeightsError
 from tests import nano, nano_sd35
@@ -116,7 +117,7 @@ def test_flops_of_a_forward_pass(tmp_path):
     """30.0287 TFLOP, of which the last block's queries of the text are spared, .009."""
     path = str(hub.write_configs(tmp_path, next(iter(sd35.PUBLIC.values()))))
     cfg = config.load("sd35", {"model.path": path, "reward": "clipscore"})
-    found = plan.per_image_flops(sizes.read(cfg, 1))["forward"].total()
+    found = plan.per_image_flops(shapes.read(cfg, 1))["forward"].total()
     spared = 4 * 205 * (4096 + 205) * 2432
     assert found + spared == pytest.approx(30.0287e12, rel=1e-5)
 

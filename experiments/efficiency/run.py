@@ -22,8 +22,9 @@ import jax
 
 from experiments import results
 from experiments.full_size import Bench, iterations
-from solrl_jax import assemble, config, iteration, sharding, sizes
+from solrl_jax import assemble, config, iteration, sharding
 from solrl_jax.config import Config
+from solrl_jax.plan import shapes
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = {
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def variant(recipe: str, changes: dict[str, str]) -> Config:
             named = config.load(f"{args.model}:{recipe}", {**words, **changes})
-            return assemble.resolved(sizes.with_configs(named, folder), assemble.capability())
+            return assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
 
         cfgs = {name: variant(*how) for name, how in VARIANTS.items()}
         bench = Bench(cfgs["two stages, low precision"], sharding.make_mesh(1), args.repeat)

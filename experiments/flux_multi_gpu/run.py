@@ -20,8 +20,9 @@ import numpy as np
 
 from experiments import results
 from experiments.full_size import Bench, work
-from solrl_jax import algos, assemble, config, iteration, sharding, sizes
+from solrl_jax import algos, assemble, config, iteration, sharding
 from solrl_jax.config import Config
+from solrl_jax.plan import shapes
 from solrl_jax.weights import leaves_by_path
 
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         for devices in (1, count):
             mesh = sharding.make_mesh(devices)
             # The gradients of as many prompts as all devices have; the iteration of `each` a device.
-            cfg = assemble.resolved(sizes.with_configs(named, folder), assemble.capability())
+            cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
             few = config.override(cfg, prompts=str(args.each * devices))
             tflop = work(few, devices)
             with jax.set_mesh(mesh):

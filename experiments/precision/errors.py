@@ -22,7 +22,8 @@ import numpy as np
 
 from experiments import results
 from experiments.full_size import drawn
-from solrl_jax import assemble, config, quant, sharding, sizes
+from solrl_jax import assemble, config, quant, sharding
+from solrl_jax.plan import shapes
 from solrl_jax.quant import coverage
 from solrl_jax.quant.calibrate import calibrated
 
@@ -43,15 +44,15 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh(1)):
         words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
         named = config.load(args.config, {"explore.precision": "bf16", **words})
-        cfg = sizes.with_configs(named, folder)
+        cfg = shapes.with_configs(named, folder)
         if args.layers:
             shallow(Path(folder), [int(n) for n in args.layers.split(",")])
         low = config.override(cfg, **{"model.dtype": "bfloat16"})
         high = config.override(cfg, **{"model.dtype": "float32"})
-        found = sizes.read(low, 1)
+        found = shapes.read(low, 1)
         model, exact = found.model, assemble.model_module(high).make(high.model)
         base = drawn(found.frozen.base)
-        cond = drawn(sizes.batch(found.prompts.cond, args.pictures))
+        cond = drawn(shapes.batch(found.prompts.cond, args.pictures))
         x = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), args.pictures))
         times = [jnp.full((args.pictures,), sigma) for sigma in SIGMAS]
         truth = {}

@@ -23,7 +23,8 @@ from experiments import results
 from experiments.full_size import drawn
 from experiments.rewards.speed import REWARDS
 from experiments.tiny import check, lab
-from solrl_jax import config, sharding, sizes
+from solrl_jax import config, sharding
+from solrl_jax.plan import shapes
 from solrl_jax.rewards import clipscore, parse_paths
 from solrl_jax.selection import fidelity
 from solrl_jax.structs import Params, PyTree, Reward
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             shapes = importlib.import_module(f"solrl_jax.rewards.{name}").shapes
             params = drawn(shapes(None)[1])
             rewards = {dtype: shapes(None, jnp.dtype(dtype)) for dtype in DTYPES}
-            tokens = drawn(sizes.batch(rewards["float32"][2], args.groups))
+            tokens = drawn(shapes.batch(rewards["float32"][2], args.groups))
             few = images[: args.groups]
             note(name, {d: scores(reward, params, few, tokens, SIZE) for d, (reward, *_) in rewards.items()})
             del params

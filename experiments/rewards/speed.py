@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from experiments import results
 from experiments.full_size import drawn, timed
-from solrl_jax import assemble, sharding, sizes
+from solrl_jax import assemble, sharding
+from solrl_jax.plan import shapes
 
 REWARDS = "clipscore,pickscore,hpsv2,imagereward"
 TOGETHER = 24
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             params = drawn(shapes(None)[1])
             for dtype in ("float32", "bfloat16"):
                 reward, _, tokens = shapes(None, jnp.dtype(dtype))
-                ids = drawn(sizes.batch(tokens, 1))
+                ids = drawn(shapes.batch(tokens, 1))
                 chunks = max(1, args.pictures // TOGETHER)
 
                 @jax.jit
