@@ -67,7 +67,7 @@ def _plan(cfg: Config, run: Path, place: Path | None) -> int:
 
 
 def _doctor(cfg: Config, run: Path, place: Path | None) -> int:
-    from solrl_jax import doctor
+    from solrl_jax.plan import doctor
 
     return doctor.run_doctor(cfg, run, devices=FLAGS.devices)
 

@@ -5,7 +5,8 @@ import types
 
 import pytest
 
-from solrl_jax import assemble, config, convert, doctor, plan
+from solrl_jax import assemble, config, convert, plan
+from solrl_jax.plan import doctor
 from tests import nano
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
