@@ -25,11 +25,11 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from solrl_jax import checkpoint, hub
+from solrl_jax import checkpoint
 from solrl_jax.config import ConfigError, Model
 from solrl_jax.models import pipeline
 from solrl_jax.structs import Params
-from solrl_jax.weights import WeightsError, leaves_by_path
+from solrl_jax.weights import WeightsError, hub, leaves_by_path
 
 MANIFEST = "weights.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".gguf", ".index.json")

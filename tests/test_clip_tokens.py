@@ -7,10 +7,10 @@ import random
 import numpy as np
 import pytest
 
-from solrl_jax import hub
 from solrl_jax.models.text import ClipTextConfig
 from solrl_jax.rewards import clip_tokens
 from solrl_jax.structs import WeightsError
+from solrl_jax.weights import hub
 from tests.golden import clip
 
 GOLDEN = json.loads(clip.TOKENS.read_text(encoding="utf-8"))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from solrl_jax import hub, weights
+from solrl_jax import weights
 from solrl_jax.rewards import clip_tower, hpsv2
 from solrl_jax.structs import WeightsError
+from solrl_jax.weights import hub
 from tests.golden import clip
 
 GOLDEN = json.loads(clip.TOWERS.read_text())

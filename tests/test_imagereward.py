@@ -238,7 +238,7 @@ def test_from_the_hub(folder, tmp_path, monkeypatch):
     shutil.copy(folder / "vocab.txt", blobs / "2")
     for link, blob in (("a/ImageReward.pt", "0"), ("a/med_config.json", "1"), ("b/vocab.txt", "2")):
         (tmp_path / link).symlink_to(blobs / blob)
-    monkeypatch.setattr("solrl_jax.hub._fetch", lambda name, *_: snapshots[name])
+    monkeypatch.setattr("solrl_jax.weights.hub._fetch", lambda name, *_: snapshots[name])
     reward, params = imagereward.make("zai-org/ImageReward")
     ours, before = imagereward.make(folder)
     jax.tree.map(np.testing.assert_array_equal, params, before)

@@ -12,8 +12,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from experiments.tiny.tokenizers_local import write_clip_tokenizer
-from solrl_jax import hub, weights
+from solrl_jax import weights
 from solrl_jax.rewards import clip_tokens, clip_tower, pickscore, preprocess
+from solrl_jax.weights import hub
 
 PROMPTS = ["a red circle left of a blue square", "two green triangles, “quoted”"]
 SIZE = 32

@@ -13,10 +13,11 @@ from oracle import error, randomise
 from safetensors.numpy import load_file, save_file
 from transformers import T5EncoderModel
 
-from solrl_jax import config, hub, sampler, weights
+from solrl_jax import config, sampler, weights
 from solrl_jax.models import layers, sd35
 from solrl_jax.models.sd35 import Sd35Config, Sd35Transformer
 from solrl_jax.quant import coverage
+from solrl_jax.weights import hub
 from tests import nano, nano_sd35
 from tests.test_flux import Held, rewrite
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from solrl_jax import config, hub, weights
+from solrl_jax import config, weights
 from solrl_jax.lora_files import Fused
 from solrl_jax.models import flux_dev, pipeline, text, vae
 from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen
@@ -26,7 +26,7 @@ from solrl_jax.models.pipeline import Encoder
 from solrl_jax.models.schedule import Schedule, chosen, shifted
 from solrl_jax.options import Options
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
-from solrl_jax.weights import Rule
+from solrl_jax.weights import Rule, hub
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # of the same parts
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

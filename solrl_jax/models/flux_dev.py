@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from solrl_jax import hub
+from solrl_jax.weights import hub
 
 HUB_ID = "black-forest-labs/FLUX.1-dev"
 CONFIGS = {

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from solrl_jax import config, hub, weights
+from solrl_jax import config, weights
 from solrl_jax.models import dcae, gemma2, text, vae
 from solrl_jax.models.layers import F32
 from solrl_jax.structs import Model, Params, PyTree
+from solrl_jax.weights import hub
 
 
 class Encoder(NamedTuple):

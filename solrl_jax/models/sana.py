@@ -21,7 +21,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
-from solrl_jax import config, hub, weights
+from solrl_jax import config, weights
 from solrl_jax.models import dcae, gemma2, pipeline, sana_public, vae
 from solrl_jax.models.layers import (
     F32,
@@ -40,7 +40,7 @@ from solrl_jax.models.pipeline import Encoder, Naming
 from solrl_jax.models.schedule import SanaSchedule, chosen, shifted
 from solrl_jax.options import Options
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
-from solrl_jax.weights import Rule
+from solrl_jax.weights import Rule, hub
 
 PIPELINES = ("SanaPipeline",)
 PUBLIC = sana_public.PUBLIC

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from solrl_jax import config, hub, weights
+from solrl_jax import config, weights
 from solrl_jax.models import pipeline, sd35_public, text, vae
 from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, conv, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, stack
@@ -24,6 +24,7 @@ from solrl_jax.models.pipeline import Encoder, Encoders
 from solrl_jax.models.schedule import NAME, Schedule, chosen, shifted
 from solrl_jax.models.sd35_config import PATCH, Sd35Config, comfy, keys, runs
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
+from solrl_jax.weights import hub
 
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
 PUBLIC = sd35_public.PUBLIC

@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import jax
 
-from solrl_jax import assemble, checkpoint, convert, hub, plan, rewards, weights
+from solrl_jax import assemble, checkpoint, convert, plan, rewards, weights
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.data import DataError
 from solrl_jax.log import duration
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
 from solrl_jax.structs import WeightsError
+from solrl_jax.weights import hub
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 SPARE = 2 * 2**30

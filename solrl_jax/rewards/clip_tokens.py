@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from solrl_jax import hub
 from solrl_jax.models.text import ClipTextConfig, contents
 from solrl_jax.structs import WeightsError
+from solrl_jax.weights import hub
 
 Tokens = dict[str, Int[np.ndarray, "G L"]]  # {"ids": ids}
 HUB_ID = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from solrl_jax import hub, weights
+from solrl_jax import weights
 from solrl_jax.models.layers import F32
 from solrl_jax.models.text import ClipTextConfig, require_tokenizer
 from solrl_jax.rewards import clip_tokens, clip_tower, preprocess
 from solrl_jax.rewards.clip_tower import ClipConfig, ClipTower, ClipVisionConfig
 from solrl_jax.structs import Images, Params, PerSample, Reward
+from solrl_jax.weights import hub
 
 HUB_ID = "openai/clip-vit-large-patch14"
 PUBLIC = ClipConfig(

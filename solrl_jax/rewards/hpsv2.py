@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from solrl_jax import hub
 from solrl_jax.models.layers import F32
 from solrl_jax.rewards import clip_tokens, clip_tower, preprocess
 from solrl_jax.rewards.clip_tower import VIT_H_14, ClipConfig, ClipTower
 from solrl_jax.structs import Images, Params, PerSample, Reward, WeightsError
+from solrl_jax.weights import hub
 
 HUB_ID, PUBLIC_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 

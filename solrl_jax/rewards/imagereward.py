@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from solrl_jax import hub, weights
+from solrl_jax import weights
 from solrl_jax.models.layers import F32
 from solrl_jax.models.text import contents
 from solrl_jax.rewards import blip, preprocess
 from solrl_jax.rewards.blip import Blip, BlipConfig
 from solrl_jax.structs import Images, Params, PerSample, Reward, WeightsError
+from solrl_jax.weights import hub
 
 LENGTH = 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072

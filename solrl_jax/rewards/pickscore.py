@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from solrl_jax import hub, weights
+from solrl_jax import weights
 from solrl_jax.models.layers import F32
 from solrl_jax.rewards import clip_tokens, clip_tower, preprocess
 from solrl_jax.rewards.clip_tower import VIT_H_14, ClipConfig, ClipTower
 from solrl_jax.structs import Images, Params, PerSample, Reward
+from solrl_jax.weights import hub
 
 HUB_ID = "yuvalkirstain/PickScore_v1"
 
