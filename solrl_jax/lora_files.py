@@ -20,11 +20,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from solrl_jax import disk, peft_config, pickles
+from solrl_jax import disk, peft_config
 from solrl_jax.config import Lora
 from solrl_jax.lora import put, scaled
 from solrl_jax.structs import Params
-from solrl_jax.weights import Leaf, Rule, WeightsError, groups, leaves_by_path, matrix, needed
+from solrl_jax.weights import Leaf, Rule, WeightsError, groups, leaves_by_path, matrix, needed, torch_file
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -321,8 +321,8 @@ def _read(file: Path) -> _Content:
     if not file.is_file():
         raise WeightsError(f"{file} does not exist: give a LoRA .safetensors file or the folder that holds it")
     try:
-        if pickles.is_checkpoint(file):
-            tensors, metadata = pickles.read(file), {}
+        if torch_file.is_checkpoint(file):
+            tensors, metadata = torch_file.read(file), {}
         else:
             with safe_open(file, "numpy") as f:
                 tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118

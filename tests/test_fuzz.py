@@ -17,10 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from solrl_jax import config, data, lora_files, pickles, weights
+from solrl_jax import config, data, lora_files, weights
 from solrl_jax.config import ConfigError
 from solrl_jax.data import DataError
 from solrl_jax.structs import WeightsError
+from solrl_jax.weights import torch_file
 
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -118,7 +119,7 @@ def test_lying_headers(tmp_path, rows, size):
 def test_damaged_pickles(tmp_path, content):
     file = tmp_path / "x.pt"
     file.write_bytes(content)
-    found = careful(lambda: pickles.read(file), WeightsError)
+    found = careful(lambda: torch_file.read(file), WeightsError)
     assert found is None or all(isinstance(x, np.ndarray) for x in found.values())
 
 
@@ -141,7 +142,7 @@ def description() -> bytes:
 def test_damaged_descriptions_in_a_whole_file(tmp_path, content):
     file = tmp_path / "x.pt"
     file.write_bytes(repacked(content))
-    found = careful(lambda: pickles.read(file), WeightsError)
+    found = careful(lambda: torch_file.read(file), WeightsError)
     assert found is None or all(isinstance(x, np.ndarray) and x.size <= 17 for x in found.values())
 
 
@@ -173,7 +174,7 @@ def test_hostile_pickles(tmp_path, content, said):
     tracemalloc.start()
     try:
         with pytest.raises(WeightsError, match=said):
-            pickles.read(file)
+            torch_file.read(file)
         assert tracemalloc.get_traced_memory()[1] < MOST
     finally:
         tracemalloc.stop()
@@ -186,7 +187,7 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x/data.pkl", b"\x80\x02X\xff\xff\xff\x0f" + bytes(2**26))
     with pytest.raises(WeightsError, match=r"is compressed, which torch\.save never does"):
-        pickles.read(file)
+        torch_file.read(file)
 
 
 @QUICK

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from solrl_jax import pickles, weights
-from solrl_jax.weights import Files, WeightsError
+from solrl_jax import weights
+from solrl_jax.weights import Files, WeightsError, torch_file
 
 DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
@@ -48,7 +48,7 @@ def identical(ours, theirs):
 @pytest.mark.parametrize("name", ["model.pt", "a b.pth", "pytorch_model.bin"])
 def test_every_dtype_and_view(tmp_path, name):
     torch.save(tensors(), tmp_path / name)
-    identical(pickles.read(tmp_path / name), tensors())
+    identical(torch_file.read(tmp_path / name), tensors())
 
 
 def test_what_surrounds_a_state_dict(tmp_path):
@@ -56,7 +56,7 @@ def test_what_surrounds_a_state_dict(tmp_path):
     state = module.state_dict()
     for found in (state, {"epoch": 3, "name": "x", "state_dict": state, "best": 0.5}):
         torch.save(found, tmp_path / "model.pt")
-        identical(pickles.read(tmp_path / "model.pt"), dict(state))
+        identical(torch_file.read(tmp_path / "model.pt"), dict(state))
 
 
 def test_files(tmp_path):
@@ -118,7 +118,7 @@ def test_nothing_runs(tmp_path, depth):
     )
     torch.save(tree, tmp_path / "model.pt")
     with pytest.raises(WeightsError, match=r"model.pt asks for posix\.mkdir, which is no part of a tensor"):
-        pickles.read(tmp_path / "model.pt")
+        torch_file.read(tmp_path / "model.pt")
     with pytest.raises(WeightsError, match=r"asks for posix\.mkdir"):
         Files(tmp_path / "model.pt")
     assert not mark.exists()
@@ -140,7 +140,7 @@ def test_nothing_runs(tmp_path, depth):
 def test_names_that_are_refused(tmp_path, function, name):
     torch.save({"x": Payload(function, "1")}, tmp_path / "model.pt")
     with pytest.raises(WeightsError, match=f"asks for ({name})"):
-        pickles.read(tmp_path / "model.pt")
+        torch_file.read(tmp_path / "model.pt")
 
 
 def write_zip(file, data, **storages):
@@ -164,7 +164,7 @@ def test_by_hand(tmp_path):
     """The pickle that the next tests bend is right as it stands."""
     raw = np.arange(6, dtype=np.float32)
     write_zip(tmp_path / "model.pt", by_hand(), _0=raw.tobytes())
-    np.testing.assert_array_equal(pickles.read(tmp_path / "model.pt")["x"], raw.reshape(2, 3))
+    np.testing.assert_array_equal(torch_file.read(tmp_path / "model.pt")["x"], raw.reshape(2, 3))
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_by_hand(tmp_path):
 def test_views_that_reach_beyond_and_other_mischief(tmp_path, bent):
     write_zip(tmp_path / "model.pt", by_hand(**bent), _0=np.arange(6, dtype=np.float32).tobytes())
     with pytest.raises(WeightsError, match=r"model.pt (is not a whole file of torch.save|holds a \w+ as 'x')"):
-        pickles.read(tmp_path / "model.pt")
+        torch_file.read(tmp_path / "model.pt")
 
 
 @pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.9, 0.999])
@@ -205,7 +205,7 @@ def test_no_checkpoints(tmp_path):
 
     def said():
         with pytest.raises(WeightsError) as e:
-            pickles.read(file)
+            torch_file.read(file)
         return str(e.value)
 
     file.write_text("<!DOCTYPE html><p>Sign in")

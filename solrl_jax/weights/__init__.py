@@ -18,8 +18,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from solrl_jax import options, pickles
+from solrl_jax import options
 from solrl_jax.structs import PyTree, WeightsError
+from solrl_jax.weights import torch_file
 
 
 class Rule(NamedTuple):
@@ -114,7 +115,7 @@ class Files:
     def _handle(self, file: Path):
         if file not in self._open:
             try:
-                self._open[file] = pickles.read(file) if pickles.is_checkpoint(file) else safe_open(file, "numpy")
+                self._open[file] = torch_file.read(file) if torch_file.is_checkpoint(file) else safe_open(file, "numpy")
             except FileNotFoundError as e:
                 raise WeightsError(f"{file} is named by the index but is not there: download it again") from e
             except SafetensorError as e:
