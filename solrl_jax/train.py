@@ -30,7 +30,6 @@ from solrl_jax import (
     grids,
     iteration,
     lora,
-    lora_files,
     model_card,
     plan,
     report,
@@ -47,6 +46,7 @@ from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.report.run import read_starts
 from solrl_jax.rewards.own import RewardError
 from solrl_jax.structs import Model, Params, Prompts, TrainState
+from solrl_jax.weights import lora_files
 
 Metrics = dict[str, float]
 SKIPS = 3

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import checkpoint, grids, lora_files
+from solrl_jax import checkpoint, grids
 from solrl_jax.config import Lora
-from solrl_jax.weights import Rule
+from solrl_jax.weights import Rule, lora_files
 
 KEYS = (Rule(r"(.+)/kernel", r"\1.weight", "linear"),)
 SHOWN = grids.Shown(["a"], np.zeros((1, 8, 8, 3), np.uint8), {}, {})

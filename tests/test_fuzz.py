@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from solrl_jax import config, data, lora_files, weights
+from solrl_jax import config, data, weights
 from solrl_jax.config import ConfigError
 from solrl_jax.data import DataError
 from solrl_jax.structs import WeightsError
-from solrl_jax.weights import torch_file
+from solrl_jax.weights import lora_files, torch_file
 
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

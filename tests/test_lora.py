@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from solrl_jax import config, lora, lora_files, sampler
+from solrl_jax import config, lora, sampler
 from solrl_jax.config import ConfigError, Lora
 from solrl_jax.models import flux
-from solrl_jax.weights import WeightsError, leaves_by_path
+from solrl_jax.weights import WeightsError, leaves_by_path, lora_files
 
 CFG = Lora(rank=4, alpha=8.0)
 SMALL = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 24}

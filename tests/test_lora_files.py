@@ -15,13 +15,13 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from solrl_jax import lora, lora_files, weights
+from solrl_jax import lora, weights
 from solrl_jax.config import Lora
 from solrl_jax.models import flux, sana, sd35
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
 from solrl_jax.models.sana import SanaConfig, SanaTransformer
 from solrl_jax.models.sd35 import Sd35Config, Sd35Transformer
-from solrl_jax.weights import WeightsError, leaves_by_path
+from solrl_jax.weights import WeightsError, leaves_by_path, lora_files
 from tests import nano_sana, nano_sd35, test_flux, test_sana, test_sd35
 from tests.test_lora import SMALL
 

@@ -8,11 +8,11 @@ import torch
 from diffusers import SanaPipeline
 from safetensors.numpy import load_file, save_file
 
-from solrl_jax import lora, lora_files, sampler
+from solrl_jax import lora, sampler
 from solrl_jax.config import Lora, Model
 from solrl_jax.models import sana, sana_public
 from solrl_jax.models.sana import SanaConfig
-from solrl_jax.weights import WeightsError, hub, leaves_by_path
+from solrl_jax.weights import WeightsError, hub, leaves_by_path, lora_files
 from tests import nano_sana
 from tests.test_comfy import made, same
 from tests.test_lora import drawn

@@ -11,11 +11,11 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from safetensors.numpy import load_file, save_file
 
-from solrl_jax import lora, lora_files, sampler
+from solrl_jax import lora, sampler
 from solrl_jax.config import Lora, Model
 from solrl_jax.models import sd35
 from solrl_jax.models.sd35 import Sd35Config
-from solrl_jax.weights import WeightsError, hub, leaves_by_path
+from solrl_jax.weights import WeightsError, hub, leaves_by_path, lora_files
 from tests import nano_sd35
 from tests.test_comfy import made, same
 from tests.test_lora import drawn

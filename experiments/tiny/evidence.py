@@ -23,10 +23,11 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check, lab, pretrain, world
-from solrl_jax import config, iteration, lora, lora_files, sharding
+from solrl_jax import config, iteration, lora, sharding
 from solrl_jax.config import Config
 from solrl_jax.models import vae
 from solrl_jax.structs import Hyper, TrainState
+from solrl_jax.weights import lora_files
 
 PICTURES = 4  # of each caption
 

@@ -18,11 +18,12 @@ from jaxtyping import Array, Float
 
 from experiments import results
 from experiments.tiny import check, lab
-from solrl_jax import config, iteration, lora, lora_files, sharding
+from solrl_jax import config, iteration, lora, sharding
 from solrl_jax.config import Stage
 from solrl_jax.quant import calibrate
 from solrl_jax.selection import fidelity
 from solrl_jax.structs import PyTree
+from solrl_jax.weights import lora_files
 
 PRECISIONS = {"BF16": "bf16", "FP8": "fp8", "NVFP4": "nvfp4_emulated"}
 PREVIEWS = {f"{name}, {steps} steps": (p, steps) for name, p in PRECISIONS.items() for steps in (2, 4, 6, 8)} | {

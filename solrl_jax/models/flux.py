@@ -18,7 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, weights
-from solrl_jax.lora_files import Fused
 from solrl_jax.models import flux_dev, pipeline, text, vae
 from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, rows, stack
@@ -27,6 +26,7 @@ from solrl_jax.models.schedule import Schedule, chosen, shifted
 from solrl_jax.options import Options
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule, hub
+from solrl_jax.weights.lora_files import Fused
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # of the same parts
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
