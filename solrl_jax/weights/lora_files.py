@@ -20,11 +20,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
-from solrl_jax import disk, peft_config
+from solrl_jax import disk
 from solrl_jax.config import Lora
 from solrl_jax.lora import put, scaled
 from solrl_jax.structs import Params
-from solrl_jax.weights import Leaf, Rule, WeightsError, groups, leaves_by_path, matrix, needed, torch_file
+from solrl_jax.weights import Leaf, Rule, WeightsError, groups, leaves_by_path, matrix, needed, peft_config, torch_file
 
 Tensors = Mapping[str, np.ndarray]
 
