@@ -25,9 +25,9 @@ from solrl_jax.models.layers import (
     linear_attention,
     precision_of,
 )
-from solrl_jax.options import Options
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
+from solrl_jax.weights.options import Options
 
 Features = Float[Array, "B h w C"]
 EXPANSION = 4  # of the gated convolutions

@@ -23,10 +23,10 @@ from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_se
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, rows, stack
 from solrl_jax.models.pipeline import Encoder
 from solrl_jax.models.schedule import Schedule, chosen, shifted
-from solrl_jax.options import Options
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule, hub
 from solrl_jax.weights.lora_files import Fused
+from solrl_jax.weights.options import Options
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # of the same parts
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 from solrl_jax import weights
 from solrl_jax.models.layers import ACTIVATIONS, F32, Linear, RMSNorm, attention
 from solrl_jax.models.text import run_layers
-from solrl_jax.options import Options
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
+from solrl_jax.weights.options import Options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,9 +38,9 @@ from solrl_jax.models.layers import (
 from solrl_jax.models.mmdit import STACKED, Embedder, gated, modulate, stack
 from solrl_jax.models.pipeline import Encoder, Naming
 from solrl_jax.models.schedule import SanaSchedule, chosen, shifted
-from solrl_jax.options import Options
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule, hub
+from solrl_jax.weights.options import Options
 
 PIPELINES = ("SanaPipeline",)
 PUBLIC = sana_public.PUBLIC

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from solrl_jax import sampler, weights
-from solrl_jax.options import Options
+from solrl_jax.weights.options import Options
 
 NAME = "scheduler_config.json"
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from solrl_jax import weights
-from solrl_jax.options import Options
 from solrl_jax.weights import Rule
 from solrl_jax.weights.lora_files import Fused
+from solrl_jax.weights.options import Options
 
 PATCH = 2
 

@@ -19,9 +19,9 @@ from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
 from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, RMSNorm, attention, gelu_tanh
-from solrl_jax.options import Options
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
+from solrl_jax.weights.options import Options
 
 _table = nn.initializers.normal(0.02)
 

@@ -16,9 +16,9 @@ from jaxtyping import Array, Float
 
 from solrl_jax import weights
 from solrl_jax.models.layers import F32, Linear, attention, conv
-from solrl_jax.options import Options
 from solrl_jax.structs import Images, Latents, Params
 from solrl_jax.weights import Place, Rule
+from solrl_jax.weights.options import Options
 
 Features = Float[Array, "B h w C"]
 

@@ -16,10 +16,10 @@ from jaxtyping import Array, Bool, Float, Int
 from solrl_jax import weights
 from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention, conv
 from solrl_jax.models.text import ClipLayer, check_layer_config, run_layers
-from solrl_jax.options import Options
 from solrl_jax.rewards.clip_tower import ClipVisionConfig
 from solrl_jax.structs import Params, PerSample, WeightsError
 from solrl_jax.weights import Rule
+from solrl_jax.weights.options import Options
 
 HEAD = (1024, 128, 64, 16, 1)
 _table = nn.initializers.normal(0.02)

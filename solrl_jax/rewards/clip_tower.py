@@ -26,9 +26,9 @@ from solrl_jax.models.text import (
     clip_text_rules,
     run_layers,
 )
-from solrl_jax.options import Options, check
 from solrl_jax.structs import Params, PerSample
 from solrl_jax.weights import Rule
+from solrl_jax.weights.options import Options, check
 
 _table = nn.initializers.normal(0.02)
 

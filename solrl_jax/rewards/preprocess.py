@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Float64, Int64
 
 from solrl_jax import weights
-from solrl_jax.options import Options
 from solrl_jax.structs import Images
+from solrl_jax.weights.options import Options
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -18,9 +18,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from solrl_jax import options
 from solrl_jax.structs import PyTree, WeightsError
-from solrl_jax.weights import torch_file
+from solrl_jax.weights import options, torch_file
 
 
 class Rule(NamedTuple):
