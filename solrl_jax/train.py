@@ -26,7 +26,6 @@ from solrl_jax import (
     checkpoint,
     data,
     disk,
-    evaluate,
     grids,
     iteration,
     lora,
@@ -45,6 +44,7 @@ from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.report.run import read_starts
 from solrl_jax.rewards.own import RewardError
+from solrl_jax.run import evaluate
 from solrl_jax.structs import Model, Params, Prompts, TrainState
 from solrl_jax.weights import lora_files
 

@@ -16,7 +16,8 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check, evidence, lab
-from solrl_jax import config, evaluate, grids, sharding
+from solrl_jax import config, grids, sharding
+from solrl_jax.run import evaluate
 from solrl_jax.structs import Params
 from solrl_jax.weights import lora_files
 
