@@ -40,7 +40,7 @@ def _sample(cfg: Config, run: Path, place: Path | None) -> int:
 
 
 def _score(cfg: Config, run: Path, place: Path | None) -> int:
-    from solrl_jax import score
+    from solrl_jax.run import score
 
     return score.run_score(cfg, run, prompts=FLAGS.prompts, images=FLAGS.images, devices=FLAGS.devices)
 

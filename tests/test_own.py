@@ -178,7 +178,7 @@ def test_the_plan_counts_them_and_paths_reach_them(folder):
 
 
 def test_they_score_pictures_on_disk(folder):
-    from solrl_jax import score
+    from solrl_jax.run import score
 
     mix, params = rewards.load_rewards("my_reward.brightness,my_rules.contrast", {})
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)

@@ -11,7 +11,8 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from configs.tiny import WORLD
-from solrl_jax import main, rewards, score
+from solrl_jax import main, rewards
+from solrl_jax.run import score
 
 CLIP = (f"--config.reward_paths=clipscore={WORLD / 'clip'}", "--config.reward=clipscore")
 PROMPTS = ["a red circle", "a blue square left of a green cross", "a small yellow triangle"]
