@@ -206,7 +206,7 @@ def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
     if FLAGS.mode == "score" and FLAGS.config is None and not (run and (run / "config.json").exists()):
         cfg = config.override(Config(), **overrides)  # only its rewards matter
     elif FLAGS.config is None and source is not None and (FLAGS.resume or FLAGS.mode != "train"):
-        from solrl_jax import checkpoint
+        from solrl_jax.run import checkpoint
 
         cfg = config.override(checkpoint.load_config(source), **overrides)
     elif FLAGS.config is None:
@@ -226,7 +226,7 @@ def _place(run: Path | None) -> Path | None:
         return None
     if FLAGS.checkpoint == "best" and run is None:
         raise ConfigError("--checkpoint=best needs --run_dir, the directory of the run whose best is meant")
-    from solrl_jax import checkpoint
+    from solrl_jax.run import checkpoint
 
     place, said = checkpoint.find(run or Path(), FLAGS.checkpoint)
     for line in said:

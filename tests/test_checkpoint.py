@@ -13,8 +13,9 @@ import numpy as np
 import optax
 import pytest
 
-from solrl_jax import checkpoint, config, sharding
-from solrl_jax.checkpoint import CheckpointError, Saver
+from solrl_jax import config, sharding
+from solrl_jax.run import checkpoint
+from solrl_jax.run.checkpoint import CheckpointError, Saver
 from solrl_jax.structs import Hyper, TrainState
 from tests import nano
 

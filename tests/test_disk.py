@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import checkpoint, grids
+from solrl_jax import grids
 from solrl_jax.config import Lora
+from solrl_jax.run import checkpoint
 from solrl_jax.weights import Rule, lora_files
 
 KEYS = (Rule(r"(.+)/kernel", r"\1.weight", "linear"),)

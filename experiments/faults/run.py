@@ -24,7 +24,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from experiments import results
-from solrl_jax import checkpoint
+from solrl_jax.run import checkpoint
 
 HERE = Path(__file__).resolve().parent
 SMALL = {

@@ -25,9 +25,9 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from solrl_jax import checkpoint
 from solrl_jax.config import ConfigError, Model
 from solrl_jax.models import pipeline
+from solrl_jax.run import checkpoint
 from solrl_jax.structs import Params
 from solrl_jax.weights import WeightsError, hub, leaves_by_path
 
