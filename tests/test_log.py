@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from solrl_jax import log
+from solrl_jax.run import log
 
 
 def write_some(run, iterations, done=0):

@@ -28,8 +28,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from solrl_jax import config, disk, log
+from solrl_jax import config, disk
 from solrl_jax.config import Config
+from solrl_jax.run import log
 from solrl_jax.structs import PyTree, TrainState
 from solrl_jax.weights import leaves_by_path
 
