@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from solrl_jax import config, disk, grids, model_card, rewards
+from solrl_jax import config, disk, grids, rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.report.plot import Points
-from solrl_jax.run import log
+from solrl_jax.run import log, model_card
 
 EVAL = "eval_reward_"
 
