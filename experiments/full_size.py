@@ -25,9 +25,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from experiments import profile, results
-from solrl_jax import algos, assemble, config, iteration, plan, quant, rewards, sharding
+from solrl_jax import algos, config, iteration, plan, quant, rewards, sharding
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
+from solrl_jax.run import assemble
 from solrl_jax.structs import Prompts, PyTree, Variables
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
-from solrl_jax.assemble import Parts
+from solrl_jax.run.assemble import Parts
 from solrl_jax.structs import Prompts, TrainState
 from solrl_jax.weights import leaves_by_path
 

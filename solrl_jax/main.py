@@ -53,8 +53,7 @@ def _export(cfg: Config, run: Path, place: Path | None) -> int:
 
 def _convert(cfg: Config, run: Path, place: Path | None) -> int:
     _on_cpu()
-    from solrl_jax import assemble
-    from solrl_jax.run import convert
+    from solrl_jax.run import assemble, convert
 
     convert.convert(assemble.model_module(cfg), cfg.model, run)
     print(f"converted {cfg.model.path}: use it as --config.model.path={run}")

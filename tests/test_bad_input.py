@@ -9,7 +9,8 @@ import pytest
 from absl.testing import flagsaver
 from safetensors.numpy import load_file, save_file
 
-from solrl_jax import assemble, config, main
+from solrl_jax import config, main
+from solrl_jax.run import assemble
 from tests import nano
 
 

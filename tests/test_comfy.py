@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from solrl_jax import assemble, config, lora, recipes, sampler, sharding, train
+from solrl_jax import config, lora, recipes, sampler, sharding, train
 from solrl_jax.config import Config, Lora
 from solrl_jax.models import flux
-from solrl_jax.run import model_card
+from solrl_jax.run import assemble, model_card
 from solrl_jax.structs import Frozen, TrainState
 from solrl_jax.weights import WeightsError, leaves_by_path, lora_files
 from tests.test_lora import SMALL, inputs

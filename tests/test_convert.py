@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from solrl_jax import assemble, config, sharding
+from solrl_jax import config, sharding
 from solrl_jax.models import flux
-from solrl_jax.run import checkpoint, convert
+from solrl_jax.run import assemble, checkpoint, convert
 from solrl_jax.weights import WeightsError, leaves_by_path
 from tests import nano
 

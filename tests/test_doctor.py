@@ -5,9 +5,9 @@ import types
 
 import pytest
 
-from solrl_jax import assemble, config, plan
+from solrl_jax import config, plan
 from solrl_jax.plan import doctor
-from solrl_jax.run import convert
+from solrl_jax.run import assemble, convert
 from tests import nano
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"

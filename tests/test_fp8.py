@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import assemble, config, quant
+from solrl_jax import config, quant
 from solrl_jax.models import flux
 from solrl_jax.quant import fp8, nvfp4
 from solrl_jax.quant.calibrate import calibrated
+from solrl_jax.run import assemble
 from tests import nano
 
 F32 = jnp.float32

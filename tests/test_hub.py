@@ -7,10 +7,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from solrl_jax import assemble, config
+from solrl_jax import config
 from solrl_jax.config import ConfigError
 from solrl_jax.models import flux, flux_dev
 from solrl_jax.rewards import clipscore
+from solrl_jax.run import assemble
 from solrl_jax.weights import WeightsError, hub
 
 NAME = "org/flux"

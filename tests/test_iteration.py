@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from experiments.tiny import pretrain
-from solrl_jax import assemble, config, iteration, quant, recipes, sharding
+from solrl_jax import config, iteration, quant, recipes, sharding
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
+from solrl_jax.run import assemble
 from solrl_jax.selection import take
 from tests import nano
 

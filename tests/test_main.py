@@ -78,7 +78,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(command, words, message):
 
 
 def test_rewards_are_checked_by_name_and_weight(command, monkeypatch):
-    monkeypatch.setattr("solrl_jax.assemble.model_module", lambda cfg: types.SimpleNamespace(make=str))
+    monkeypatch.setattr("solrl_jax.run.assemble.model_module", lambda cfg: types.SimpleNamespace(make=str))
     words = ("--config=small", "--config.explore.precision=bf16")  # no coverage to check of the stand-in for a model
     for mixture, message in (
         ("shape", "unknown reward 'shape' in 'shape': use one of "),

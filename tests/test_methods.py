@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import algos, assemble, config, iteration, recipes, sampler, train
+from solrl_jax import algos, config, iteration, recipes, sampler, train
 from solrl_jax.config import ConfigError, Stage
+from solrl_jax.run import assemble
 from tests import nano
 from tests.test_iteration import begun, folder, numbers, parts_of, quick_compiles, statics_of, whole
 

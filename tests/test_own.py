@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from solrl_jax import assemble, config, iteration, rewards, train
+from solrl_jax import config, iteration, rewards, train
 from solrl_jax.plan import shapes
 from solrl_jax.rewards import own
+from solrl_jax.run import assemble
 from tests.test_train import TOY, compiled, load, metrics_of  # noqa: F401 - `compiled` is used by its name
 
 PAGE = (Path(__file__).parent.parent / "docs/rewards.md").read_text(encoding="utf-8")

@@ -272,7 +272,7 @@ def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(planned, tmp
         ConfigError, match=r"too small: explore does not fit: \d+\.\d of \d+\.\d GB; it does \(.*chunk="
     ):
         plan.check_fits(planned.cfg, 1, plan.room(card_without(largest, 0.5)))
-    monkeypatch.setattr("solrl_jax.assemble.capability", lambda: 9.0)
+    monkeypatch.setattr("solrl_jax.run.assemble.capability", lambda: 9.0)
     monkeypatch.setattr(train, "memory_limit", lambda: 24e9)
     with pytest.raises(ConfigError, match=r"too small: encode does not fit: .* of 24.0 GB"):
         train.train(planned.cfg, tmp_path / "run")

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from solrl_jax import assemble, train
+from solrl_jax import train
 from solrl_jax.config import Evaluate, Stage
+from solrl_jax.run import assemble
 from tests import nano
 
 NAMES = {

@@ -20,11 +20,11 @@ from diffusers import (
 from oracle import error, randomise
 from safetensors.numpy import save_file
 
-from solrl_jax import assemble, config, sampler, sharding, weights
+from solrl_jax import config, sampler, sharding, weights
 from solrl_jax.models import layers, sana, sana_public
 from solrl_jax.models.sana import SanaConfig, SanaTransformer, TextKeys
 from solrl_jax.quant import coverage
-from solrl_jax.run import convert
+from solrl_jax.run import assemble, convert
 from solrl_jax.structs import Model
 from solrl_jax.weights import hub
 from tests import nano, nano_sana

@@ -11,12 +11,12 @@ import pytest
 from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
-from solrl_jax import assemble, config, lora, main, plan, quant, recipes, sharding, train
+from solrl_jax import config, lora, main, plan, quant, recipes, sharding, train
 from solrl_jax.config import ConfigError, Evaluate, Lora, Stage
 from solrl_jax.models import sd35
 from solrl_jax.plan import shapes
 from solrl_jax.quant.calibrate import calibrated
-from solrl_jax.run import convert, evaluate
+from solrl_jax.run import assemble, convert, evaluate
 from solrl_jax.weights import WeightsError, hub
 from tests import nano, nano_sd35
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from solrl_jax import assemble, config, train, watch
+from solrl_jax import config, train, watch
 from solrl_jax.config import Config, ConfigError, Watch
-from solrl_jax.run import checkpoint
+from solrl_jax.run import assemble, checkpoint
 from solrl_jax.structs import Rollout
 from tests.test_checkpoint import state_at
 from tests.test_iteration import quick_compiles

@@ -22,9 +22,10 @@ import jax
 
 from experiments import results
 from experiments.full_size import Bench, iterations
-from solrl_jax import assemble, config, iteration, sharding
+from solrl_jax import config, iteration, sharding
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
+from solrl_jax.run import assemble
 
 HERE = Path(__file__).resolve().parent
 VARIANTS = {

@@ -20,9 +20,10 @@ import numpy as np
 
 from experiments import results
 from experiments.full_size import Bench, work
-from solrl_jax import algos, assemble, config, iteration, sharding
+from solrl_jax import algos, config, iteration, sharding
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
+from solrl_jax.run import assemble
 from solrl_jax.weights import leaves_by_path
 
 

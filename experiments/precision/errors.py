@@ -22,10 +22,11 @@ import numpy as np
 
 from experiments import results
 from experiments.full_size import drawn
-from solrl_jax import assemble, config, quant, sharding
+from solrl_jax import config, quant, sharding
 from solrl_jax.plan import shapes
 from solrl_jax.quant import coverage
 from solrl_jax.quant.calibrate import calibrated
+from solrl_jax.run import assemble
 
 PRECISIONS = ("bf16", "fp8", "nvfp4_emulated")
 SIGMAS = (0.9, 0.5, 0.1)

@@ -21,8 +21,9 @@ import jax.numpy as jnp
 
 from experiments import results
 from experiments.full_size import drawn, timed
-from solrl_jax import assemble, sharding
+from solrl_jax import sharding
 from solrl_jax.plan import shapes
+from solrl_jax.run import assemble
 
 REWARDS = "clipscore,pickscore,hpsv2,imagereward"
 TOGETHER = 24

@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import assemble, iteration, lora, watch
+from solrl_jax import iteration, lora, watch
 from solrl_jax.config import Config, ConfigError, Stage, override
 from solrl_jax.plan import jaxpr
 from solrl_jax.plan.jaxpr import nbytes
 from solrl_jax.plan.shapes import Sizes, batch, blank, keys, parameters, read, samples, with_configs
 from solrl_jax.quant import coverage
-from solrl_jax.run import evaluate
+from solrl_jax.run import assemble, evaluate
 from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
 
 

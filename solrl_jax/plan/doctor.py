@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import jax
 
-from solrl_jax import assemble, plan, rewards, weights
+from solrl_jax import plan, rewards, weights
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.data import DataError
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
-from solrl_jax.run import checkpoint, convert
+from solrl_jax.run import assemble, checkpoint, convert
 from solrl_jax.run.log import duration
 from solrl_jax.structs import WeightsError
 from solrl_jax.weights import hub

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import assemble, iteration, rewards
+from solrl_jax import iteration, rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import Score, own
+from solrl_jax.run import assemble
 from solrl_jax.structs import Frozen, Model, Params, Path, Prompts, PyTree, Rollout, TrainState
 from solrl_jax.weights import hub
 
