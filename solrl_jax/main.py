@@ -32,8 +32,7 @@ def _eval(cfg: Config, run: Path, place: Path | None) -> int:
 
 
 def _sample(cfg: Config, run: Path, place: Path | None) -> int:
-    from solrl_jax import data
-    from solrl_jax.run import evaluate
+    from solrl_jax.run import data, evaluate
 
     texts = ([FLAGS.prompt] if FLAGS.prompt else []) + (list(data.read_file(FLAGS.prompts)[0]) if FLAGS.prompts else [])
     return evaluate.run_sample(cfg, run, prompts=texts, place=place, lora_file=_lora(), devices=FLAGS.devices)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 
-from solrl_jax import data, disk, grids, iteration, lora, plan, report, sharding, watch
+from solrl_jax import disk, grids, iteration, lora, plan, report, sharding, watch
 from solrl_jax.checks import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.grids import Shown
@@ -29,7 +29,7 @@ from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.report.run import read_starts
 from solrl_jax.rewards.own import RewardError
-from solrl_jax.run import assemble, checkpoint, evaluate, model_card
+from solrl_jax.run import assemble, checkpoint, data, evaluate, model_card
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.log import Log, finite, open_log, read, wandb
 from solrl_jax.structs import Model, Params, Prompts, TrainState

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import data, iteration, rewards, sharding
+from solrl_jax import iteration, rewards, sharding
 from solrl_jax.config import Config, Stage
 from solrl_jax.iteration import Stages
-from solrl_jax.run import assemble
+from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.log import Line, exploited
 from solrl_jax.selection import fidelity

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import data, iteration, lora, sampler, train
+from solrl_jax import iteration, lora, sampler, train
 from solrl_jax.config import Stage
 from solrl_jax.quant import calibrate
-from solrl_jax.run import assemble, evaluate
+from solrl_jax.run import assemble, data, evaluate
 from tests import nano
 
 FP8 = Stage(2, "dpm2", "fp8", 4)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solrl_jax import data
 from solrl_jax.config import ConfigError
+from solrl_jax.run import data
 
 
 def test_a_file_is_both_splits_and_drops_are_counted(tmp_path):

@@ -27,8 +27,9 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from experiments import results
-from solrl_jax import config, data, main, train
+from solrl_jax import config, main, train
 from solrl_jax.config import Config
+from solrl_jax.run import data
 from tests import documents, nano, test_report
 from tests.documents import PAGES, ROOT, Command
 from tests.test_train import compiled  # noqa: F401 - every command of this file compiles much the same

@@ -18,8 +18,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments.faults import run as faults
-from solrl_jax import config, data, iteration, recipes, train
-from solrl_jax.run import assemble, checkpoint, evaluate
+from solrl_jax import config, iteration, recipes, train
+from solrl_jax.run import assemble, checkpoint, data, evaluate
 from tests import test_train
 from tests.test_iteration import quick_compiles
 from tests.test_train import TOY, compiled, metrics_of, toy

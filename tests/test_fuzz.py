@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from solrl_jax import config, data, weights
+from solrl_jax import config, weights
 from solrl_jax.config import ConfigError
-from solrl_jax.data import DataError
+from solrl_jax.run import data
+from solrl_jax.run.data import DataError
 from solrl_jax.structs import WeightsError
 from solrl_jax.weights import lora_files, torch_file
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from solrl_jax import config, data, grids, main, rewards, train
-from solrl_jax.run import assemble, checkpoint, evaluate, log
+from solrl_jax import config, grids, main, rewards, train
+from solrl_jax.run import assemble, checkpoint, data, evaluate, log
 from solrl_jax.structs import Model, QuantRule, QuantRules, Reward
 from solrl_jax.weights import Rule
 

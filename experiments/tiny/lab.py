@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from experiments.tiny import check
-from solrl_jax import config, data, iteration, lora
+from solrl_jax import config, iteration, lora
 from solrl_jax.config import Config, Stage
 from solrl_jax.rewards import Reward, Score, shapes
-from solrl_jax.run import assemble
+from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, TrainState, Variables
 

@@ -18,10 +18,10 @@ import jax
 
 from solrl_jax import plan, rewards, weights
 from solrl_jax.config import Config, ConfigError
-from solrl_jax.data import DataError
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
 from solrl_jax.run import assemble, checkpoint, convert
+from solrl_jax.run.data import DataError
 from solrl_jax.run.log import duration
 from solrl_jax.structs import WeightsError
 from solrl_jax.weights import hub

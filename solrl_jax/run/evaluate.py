@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 from PIL import Image
 
-from solrl_jax import data, iteration, lora, sharding
+from solrl_jax import iteration, lora, sharding
 from solrl_jax.config import Config, ConfigError, Evaluate, Stage
 from solrl_jax.grids import Shown, write_grid
 from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
-from solrl_jax.run import assemble
+from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
 

@@ -11,10 +11,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from solrl_jax import data, rewards
+from solrl_jax import rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import Score, own
-from solrl_jax.run import assemble
+from solrl_jax.run import assemble, data
 from solrl_jax.structs import Params
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
