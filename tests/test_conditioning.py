@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import conditioning, sharding, structs
-from solrl_jax.conditioning import Conditioner
+from solrl_jax import sharding, structs
+from solrl_jax.run import encode
+from solrl_jax.run.encode import Conditioner
 
 PROMPTS = [f"prompt {i}" for i in range(10)]
 
@@ -69,7 +70,7 @@ def test_the_encoders_leave_unless_they_stay():
 
 
 def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(conditioning, "MOST", 4)
+    monkeypatch.setattr(encode, "MOST", 4)
     seen, encode = made(stay=True, devices=1, group=2)
     for i in range(0, 10, 2):
         encode(PROMPTS[i : i + 2])
@@ -83,7 +84,7 @@ def test_memory_is_bounded(monkeypatch):
 
 def test_what_comes_next_is_not_forgotten(monkeypatch):
     """Three iterations of 2 prompts are encoded together, MOST is 4: each is encoded once while they are drawn."""
-    monkeypatch.setattr(conditioning, "MOST", 4)
+    monkeypatch.setattr(encode, "MOST", 4)
     seen, encode = made(stay=False, devices=1, group=2)
     drawn = [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 8, 9]  # 2 and 3 come again while they are kept
     for i in range(0, 12, 2):

@@ -17,11 +17,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from solrl_jax import iteration, products, quant, rewards, sharding
-from solrl_jax.conditioning import Conditioner
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.quant import coverage
 from solrl_jax.rewards import Score
 from solrl_jax.run import checkpoint, convert, data
+from solrl_jax.run.encode import Conditioner
 from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
 from solrl_jax.weights import lora_files
 
