@@ -21,17 +21,17 @@ from pathlib import Path
 
 import jax
 
-from solrl_jax import disk, grids, iteration, lora, plan, report, sharding, watch
+from solrl_jax import disk, iteration, lora, plan, report, sharding, watch
 from solrl_jax.checks import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.config import Config, ConfigError, Lora, to_json
-from solrl_jax.grids import Shown
 from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.report.run import read_starts
 from solrl_jax.rewards.own import RewardError
-from solrl_jax.run import assemble, checkpoint, data, evaluate, model_card
+from solrl_jax.run import assemble, checkpoint, data, evaluate, model_card, pictures
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.log import Log, finite, open_log, read, wandb
+from solrl_jax.run.pictures import Shown
 from solrl_jax.structs import Model, Params, Prompts, TrainState
 from solrl_jax.weights import lora_files
 
@@ -275,7 +275,7 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
 def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
     """The base's pictures of the config's evaluation; of another one they are drawn anew."""
     file, how = run / "grids" / "base.npz", repr(parts.cfg.evaluate)
-    kept = disk.readable(grids.load, file, said := [])
+    kept = disk.readable(pictures.load, file, said := [])
     for line in said:
         out.say(line)
     if kept is not None and kept.how == how:
@@ -283,9 +283,9 @@ def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
     out.between("evaluate", 0.0)
     zeros = jax.tree.map(lambda x: x * 0, state.ema)  # placed as the EMA is: both are drawn by one compiled program
     _, shown = evaluate.evaluate(parts, zeros)
-    grid = grids.write_grid(run / "grids" / "000000.png", shown.prompts, {"base": shown.images})
+    grid = pictures.write_grid(run / "grids" / "000000.png", shown.prompts, {"base": shown.images})
     out.say(f"first pictures: {grid}")
-    grids.save(file, shown, 0, how)
+    pictures.save(file, shown, 0, how)
     return shown
 
 
@@ -297,8 +297,8 @@ def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown 
         metrics, shown = evaluate.evaluate(parts, state.ema)
     number = int(state.iteration)
     columns = ({} if base is None else {"base": base.images}) | {f"iteration {number}": shown.images}
-    grids.write_grid(run / "grids" / f"{number:06d}.png", shown.prompts, columns)
-    grids.save(run / "grids" / "last.npz", shown, number, repr(parts.cfg.evaluate))
+    pictures.write_grid(run / "grids" / f"{number:06d}.png", shown.prompts, columns)
+    pictures.save(run / "grids" / "last.npz", shown, number, repr(parts.cfg.evaluate))
     return metrics | ({} if base is None else evaluate.gains(base, shown, parts.score)) | times
 
 

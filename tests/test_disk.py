@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import grids
 from solrl_jax.config import Lora
-from solrl_jax.run import checkpoint
+from solrl_jax.run import checkpoint, pictures
 from solrl_jax.weights import Rule, lora_files
 
 KEYS = (Rule(r"(.+)/kernel", r"\1.weight", "linear"),)
-SHOWN = grids.Shown(["a"], np.zeros((1, 8, 8, 3), np.uint8), {}, {})
+SHOWN = pictures.Shown(["a"], np.zeros((1, 8, 8, 3), np.uint8), {}, {})
 
 
 def write_lora(file):
@@ -22,8 +21,8 @@ def write_lora(file):
 
 WRITERS = {
     "lora.safetensors": write_lora,
-    "base.npz": lambda file: grids.save(file, SHOWN, 0, "how"),
-    "000000.png": lambda file: grids.write_grid(file, SHOWN.prompts, {"base": SHOWN.images}),
+    "base.npz": lambda file: pictures.save(file, SHOWN, 0, "how"),
+    "000000.png": lambda file: pictures.write_grid(file, SHOWN.prompts, {"base": SHOWN.images}),
     "text.json": lambda file: checkpoint.replace(file, "{}"),
 }
 

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from solrl_jax import config, disk, grids, report
+from solrl_jax import config, disk, report
 from solrl_jax.config import Config
 from solrl_jax.report import gallery, plot, run
+from solrl_jax.run import pictures
 
 EVIL = '<script>alert("x")</script>&amp;'
 CFG = Config(name="toy", reward="clipscore", evaluate=config.Evaluate(every=2, prompts=4, grid=3, rewards="shapes"))
@@ -64,10 +65,10 @@ def write(folder, lines, cfg=CFG, prompts=("a", "b", "c"), seed=0, pictures=True
     if pictures:
         (folder / "grids").mkdir()
         scores = {"clipscore": np.linspace(0.25, 0.5, len(prompts)), "shapes": np.full(len(prompts), 0.5)}
-        grids.save(folder / "grids/base.npz", grids.Shown(list(prompts), images, scores, scores), 0, "how")
+        pictures.save(folder / "grids/base.npz", pictures.Shown(list(prompts), images, scores, scores), 0, "how")
         after = {name: value + change for name, value in scores.items()}
-        shown = grids.Shown(list(prompts), (images // 2 + 100 * change).astype(np.uint8), after, after)
-        grids.save(folder / "grids/last.npz", shown, 4, "how")
+        shown = pictures.Shown(list(prompts), (images // 2 + 100 * change).astype(np.uint8), after, after)
+        pictures.save(folder / "grids/last.npz", shown, 4, "how")
     return folder
 
 
@@ -169,7 +170,7 @@ def test_what_is_missing_is_said(tmp_path):
     }
     (runs["old"] / "grids").mkdir()
     (runs["old"] / "starts.json").unlink()
-    grids.write_grid(runs["old"] / "grids/000004.png", ["a"], {"base": np.zeros((1, 8, 8, 3), np.uint8)})
+    pictures.write_grid(runs["old"] / "grids/000004.png", ["a"], {"base": np.zeros((1, 8, 8, 3), np.uint8)})
     np.savez(runs["old"] / "grids/base.npz", images=np.zeros((1, 8, 8, 3), np.uint8), how="x")
     text, tree = made(tmp_path, *runs.values())
     for words in (
@@ -224,11 +225,11 @@ def test_names_are_as_long_as_they_must_be(tmp_path):
 
 
 def test_kept_pictures_come_back(tmp_path):
-    shown = grids.Shown(["a\0", "ü"], np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3), {}, {})
+    shown = pictures.Shown(["a\0", "ü"], np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3), {}, {})
     with_scores = shown._replace(scores={"r": np.array([math.nan, 0.5], np.float32)})
     for one in (shown, with_scores):
-        grids.save(tmp_path / "x.npz", one, 5, "how")
-        back = grids.load(tmp_path / "x.npz")
+        pictures.save(tmp_path / "x.npz", one, 5, "how")
+        back = pictures.load(tmp_path / "x.npz")
         assert back.shown.prompts == one.prompts and (back.iteration, back.how) == (5, "how")
         np.testing.assert_array_equal(back.shown.images, one.images)
         assert back.shown.scores.keys() == one.scores.keys()
@@ -318,7 +319,7 @@ def test_a_file_that_cannot_be_read_is_absent_and_named_once(tmp_path, name, har
 
 def test_a_grid_that_cannot_be_read_is_named(tmp_path):
     folder = write(tmp_path / "run", metrics(0.1), pictures=False)
-    file = grids.write_grid(folder / "grids/000004.png", ["a"], {"base": np.zeros((1, 8, 8, 3), np.uint8)})
+    file = pictures.write_grid(folder / "grids/000004.png", ["a"], {"base": np.zeros((1, 8, 8, 3), np.uint8)})
     assert len(made(tmp_path, folder)[1].all("img")) == 1
     file.write_bytes(file.read_bytes()[:40])
     _, tree = made(tmp_path, folder)
@@ -329,14 +330,14 @@ def test_a_grid_that_cannot_be_read_is_named(tmp_path):
 @given(st.integers(0, 10**6), st.integers(1, 255))
 def test_no_flipped_byte_of_kept_pictures_stops_a_report(place, change):
     """It is read as it was, or told: zip archives have bytes that nothing reads."""
-    shown = grids.Shown(["a"], np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), {}, {})
+    shown = pictures.Shown(["a"], np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), {}, {})
     with tempfile.TemporaryDirectory() as folder:
         file = pathlib.Path(folder) / "x.npz"
-        grids.save(file, shown, 5, "how")
+        pictures.save(file, shown, 5, "how")
         content = bytearray(file.read_bytes())
         content[place % len(content)] ^= change
         file.write_bytes(content)
-        found = disk.readable(grids.load, file, said := [])
+        found = disk.readable(pictures.load, file, said := [])
     if said:
         assert found is None and "x.npz cannot be read" in said[0]
     else:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from solrl_jax import config, grids, main, rewards, train
-from solrl_jax.run import assemble, checkpoint, data, evaluate, log
+from solrl_jax import config, main, rewards, train
+from solrl_jax.run import assemble, checkpoint, data, evaluate, log, pictures
 from solrl_jax.structs import Model, QuantRule, QuantRules, Reward
 from solrl_jax.weights import Rule
 
@@ -149,7 +149,7 @@ def test_a_whole_run_writes_everything(toy, tmp_path, capsys):
     assert {"reward/mean", "reward/range", "kl_div", "old_deviate", "grad_norm", "rank/spearman"} <= found[1].keys()
     assert [i for i in found if "eval_reward_dark" in found[i]] == [0, 2, 4, 5]
     assert found[0]["eval_reward_bright"] == found[0]["eval_reward_avg"] != found[5]["eval_reward_bright"]
-    gain, means = found[5]["eval_gain/dark"], [grids.load(run / f"grids/{n}.npz") for n in ("base", "last")]
+    gain, means = found[5]["eval_gain/dark"], [pictures.load(run / f"grids/{n}.npz") for n in ("base", "last")]
     assert gain == pytest.approx(found[5]["eval_reward_dark"] - found[0]["eval_reward_dark"], abs=1e-6)
     before, after = (kept.shown.means["dark"] for kept in means if kept is not None)
     error = np.std(after - before, ddof=1) / len(before) ** 0.5
@@ -452,7 +452,7 @@ def test_report_is_one_readable_file(toy, tmp_path):
     assert page.count("data:image/png;base64,") == 4 and page.count("<script") == 1 and "http:" not in page
     assert "dark (held out)" in page and "learn.learning_rate" in page and 'name="viewport"' in page
     assert "1 x cpu" in page and "7 training prompts" in page
-    base, last = (grids.load(run / "grids" / f"{name}.npz") for name in ("base", "last"))
+    base, last = (pictures.load(run / "grids" / f"{name}.npz") for name in ("base", "last"))
     assert (base.iteration, last.iteration) == (0, 5) and base.shown.prompts == last.shown.prompts
     assert base.shown.images.shape == last.shown.images.shape == (2, 4, 4, 3)
     assert (base.shown.images != last.shown.images).any()
@@ -491,11 +491,11 @@ def test_a_run_of_an_older_version_goes_on(toy, tmp_path):
     """Its base.npz has no rewards: the base is drawn anew, to the same pictures."""
     run, file = tmp_path / "run", tmp_path / "run/grids/base.npz"
     train.train(config.override(toy, iterations=1), run, devices=1)
-    before = grids.load(file).shown
+    before = pictures.load(file).shown
     np.savez(file, images=before.images, how="")
     (run / "starts.json").unlink()
     train.train(config.override(toy, iterations=2), run, resume=True, devices=1)
-    np.testing.assert_array_equal(grids.load(file).shown.images, before.images)
+    np.testing.assert_array_equal(pictures.load(file).shown.images, before.images)
     (start,) = json.loads((run / "starts.json").read_text())
     assert (start["after"], start["devices"], start["device"]) == (1, 1, "cpu")
     assert sorted(metrics_of(run)) == [0, 1, 2]
@@ -554,7 +554,7 @@ def strike(patch, where):
         raise KeyboardInterrupt
 
     if where != "write":
-        patch.setattr(grids, where, killed)
+        patch.setattr(pictures, where, killed)
         return
     patch.setattr(log, "finite", killed)
 
@@ -593,7 +593,7 @@ def test_another_evaluation_at_resume_gives_the_base_its_own_line(toy, tmp_path)
     train.train(config.override(toy, iterations=2, **{"evaluate.rewards": "plain"}), run, resume=True, devices=1)
     after = metrics_of(run)[0]
     assert numbers_of(run) == [0, 1, 2] and "eval_reward_dark" in before and "eval_reward_dark" not in after
-    kept = grids.load(run / "grids/base.npz")
+    kept = pictures.load(run / "grids/base.npz")
     assert after["eval_reward_plain"] == pytest.approx(kept.shown.means["plain"].mean()) == pytest.approx(0.25)
     assert after["eval_reward_bright"] == before["eval_reward_bright"]
 
@@ -617,7 +617,7 @@ def test_files_that_cannot_be_read_are_absent_for_a_resumed_run(toy, tmp_path, c
     assert metrics_of(run) == metrics_of(tmp_path / "whole")
     (start,) = json.loads((run / "starts.json").read_text())
     assert start["after"] == 1 and "starts.json cannot be read" in start["notes"][0]
-    assert (run / "report.html").stat().st_size > 0 and grids.load(run / "grids/last.npz").iteration == 2
+    assert (run / "report.html").stat().st_size > 0 and pictures.load(run / "grids/last.npz").iteration == 2
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -16,8 +16,8 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check, evidence, lab
-from solrl_jax import config, grids, sharding
-from solrl_jax.run import evaluate
+from solrl_jax import config, sharding
+from solrl_jax.run import evaluate, pictures
 from solrl_jax.structs import Params
 from solrl_jax.weights import lora_files
 
@@ -40,7 +40,7 @@ def pictures(opened: lab.World, adapters: dict[str, Params], file: Path, count: 
         name: evaluate.pictures(opened.parts, adapter, captions, score=opened.parts.judged).images[:, 0]
         for name, adapter in adapters.items()
     }
-    print(grids.write_grid(file, captions, columns))
+    print(pictures.write_grid(file, captions, columns))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from solrl_jax import disk, grids
+from solrl_jax import disk
 from solrl_jax.report import plot
 from solrl_jax.report.markup import Html, join, tag
 from solrl_jax.report.run import Run
+from solrl_jax.run import pictures
 
 SAME = 3.0
 """Mean difference, of 255, up to which two bases' pictures are the same: what devices round differently is below one,
@@ -30,7 +31,7 @@ WIDEST = 256
 class Shelf(NamedTuple):
     """`runs`, by their number among all, have the prompts and, to rounding, the pictures of `base`."""
 
-    base: grids.Shown
+    base: pictures.Shown
     runs: dict[int, Run]
 
 
@@ -75,7 +76,7 @@ def comparable(run: Run) -> bool:
     return (base.how, base.shown.prompts) == (last.how, last.shown.prompts)
 
 
-def alike(a: grids.Shown, b: grids.Shown) -> bool:
+def alike(a: pictures.Shown, b: pictures.Shown) -> bool:
     if a.prompts != b.prompts or a.images.shape != b.images.shape:
         return False
     return float(np.abs(a.images.astype(int) - b.images).mean()) <= SAME
@@ -110,7 +111,7 @@ def row(shelf: Shelf, g: int, anchor: str, several: bool) -> Html:
     return tag("section", tag("h3", prompt), tag("div", *figures, class_="row"), class_="prompt", id=anchor)
 
 
-def scores_of(shown: grids.Shown, g: int) -> dict[str, float]:
+def scores_of(shown: pictures.Shown, g: int) -> dict[str, float]:
     return {name: float(values[g]) for name, values in shown.scores.items()}
 
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from solrl_jax import config, disk, grids, rewards
+from solrl_jax import config, disk, rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.report.plot import Points
-from solrl_jax.run import log, model_card
+from solrl_jax.run import log, model_card, pictures
 
 EVAL = "eval_reward_"
 
@@ -31,8 +31,8 @@ class Run(NamedTuple):
     cfg: Config | None
     lines: list[log.Line]
     starts: list[dict[str, Any]]
-    base: grids.Kept | None
-    last: grids.Kept | None
+    base: pictures.Kept | None
+    last: pictures.Kept | None
     notes: list[str]
     damaged: tuple[str, ...] = ()  # names of files that are there and cannot be read; the notes say why
 
@@ -138,7 +138,7 @@ def read(folder: Path, name: str) -> Run:
         notes.append(f"Its config is of another version and is shown as it is written: {e}.")
     values = dict(config.values(cfg)) if cfg else flat(values)
     lines = [line for line in log.read(folder / "metrics.jsonl") if isinstance(line["iteration"], int)]
-    readers = {"starts.json": read_starts, "grids/base.npz": grids.load, "grids/last.npz": grids.load}
+    readers = {"starts.json": read_starts, "grids/base.npz": pictures.load, "grids/last.npz": pictures.load}
     found, damaged = [], []
     for file, reader in readers.items():
         found.append(disk.readable(reader, folder / file, said := []))

@@ -16,10 +16,10 @@ from PIL import Image
 
 from solrl_jax import iteration, lora, sharding
 from solrl_jax.config import Config, ConfigError, Evaluate, Stage
-from solrl_jax.grids import Shown, write_grid
 from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
 from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
+from solrl_jax.run.pictures import Shown, write_grid
 from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
 
 EVALUATION = 0xE7A1  # folded into the seed's key: apart from every key of the training
