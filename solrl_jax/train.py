@@ -21,14 +21,14 @@ from pathlib import Path
 
 import jax
 
-from solrl_jax import disk, iteration, lora, plan, report, sharding, watch
+from solrl_jax import disk, iteration, lora, plan, report, sharding
 from solrl_jax.checks import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.config import Config, ConfigError, Lora, to_json
 from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.report.run import read_starts
 from solrl_jax.rewards.own import RewardError
-from solrl_jax.run import assemble, checkpoint, data, evaluate, model_card, pictures
+from solrl_jax.run import assemble, checkpoint, data, evaluate, guards, model_card, pictures
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.log import Log, finite, open_log, read, wandb
 from solrl_jax.run.pictures import Shown
@@ -124,12 +124,12 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
     with checkpoint.Saver(run, cfg) as saver:
         try:
             base, seen = beginning(parts, state, run, out)
-            state = watch.judged(state, seen, cfg) if done == 0 else state
+            state = guards.judged(state, seen, cfg) if done == 0 else state
             began, lines, said = time.perf_counter(), read(run / "metrics.jsonl"), {}
             step, low = stepper(parts, out, stop), True
             while done < cfg.iterations and not stop.is_set():
                 if low and int(state.fallen_back):
-                    step, low = stepper(parts._replace(cfg=watch.in_bf16(cfg)), out, stop), False
+                    step, low = stepper(parts._replace(cfg=guards.in_bf16(cfg)), out, stop), False
                     out.say(f"exploring in bf16 from iteration {done + 1} on")
                 prompts = encoded(parts, done, times := {})
                 try:
@@ -137,9 +137,9 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                 except Stopped:
                     break
                 number = int(new.iteration)
-                if low and watch.due(cfg, number):
-                    metrics |= watch.measured(parts, new)
-                    new = watch.judged(new, metrics, cfg)
+                if low and guards.due(cfg, number):
+                    metrics |= guards.measured(parts, new)
+                    new = guards.judged(new, metrics, cfg)
                 if cfg.evaluate.every and (number % cfg.evaluate.every == 0 or number == cfg.iterations):
                     metrics |= evaluated(parts, new, run, out, base)
                 began, metrics["time/iteration"] = time.perf_counter(), time.perf_counter() - began
@@ -147,11 +147,11 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                 state, done, score = new, number, line.get("eval_reward_avg")
                 if metrics["skipped"]:
                     out.say(f"warning: iteration {done}: {metrics['skipped']:.0f} updates were not finite and skipped")
-                said, before = watch.alarms(lines, cfg), said
+                said, before = guards.alarms(lines, cfg), said
                 for kind in said.keys() - before.keys():  # an alarm is told when it begins
                     out.say(said[kind])
                 if "eval_reward_avg" in metrics:
-                    for warning in watch.falling(lines, cfg):
+                    for warning in guards.falling(lines, cfg):
                         out.say(warning)
                 if cfg.save_every and done % cfg.save_every == 0:
                     saver.save(state, score)
@@ -264,9 +264,9 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
     for name, value in before.items():
         if name != "iteration" and (shown is None or name.startswith("watch/")):
             metrics[name] = math.nan if value is None else value
-    if int(state.iteration) == 0 and watch.due(cfg, 0):
+    if int(state.iteration) == 0 and guards.due(cfg, 0):
         out.between("watch", 0.0)
-        metrics |= watch.measured(parts, state)
+        metrics |= guards.measured(parts, state)
     if metrics and finite(metrics) != {k: v for k, v in before.items() if k != "iteration"}:
         out.write(0, metrics)
     return shown, metrics

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from solrl_jax import config, train, watch
+from solrl_jax import config, train
 from solrl_jax.config import Config, ConfigError, Watch
-from solrl_jax.run import assemble, checkpoint
+from solrl_jax.run import assemble, checkpoint, guards
 from solrl_jax.structs import Rollout
 from tests.test_checkpoint import state_at
 from tests.test_iteration import quick_compiles
@@ -29,48 +29,48 @@ def lines(**series):
 
 
 def test_collapsed_groups():
-    assert watch.alarms(lines(zero_std_ratio=[0.1] * 5 + [1.0, 0.2, 0.9, 0.2, 0.2]), CFG) == {}  # the median is .2
-    found = watch.alarms(lines(zero_std_ratio=[0.0] * 5 + [0.6, 0.75, 0.5, 0.9, 0.75]), CFG)
+    assert guards.alarms(lines(zero_std_ratio=[0.1] * 5 + [1.0, 0.2, 0.9, 0.2, 0.2]), CFG) == {}  # the median is .2
+    found = guards.alarms(lines(zero_std_ratio=[0.0] * 5 + [0.6, 0.75, 0.5, 0.9, 0.75]), CFG)
     assert list(found) == ["collapsed"] and found["collapsed"].startswith("warning: 75% of the prompts have one reward")
-    assert watch.alarms(lines(zero_std_ratio=[1.0] * 4), CFG) == {}  # too few to tell
+    assert guards.alarms(lines(zero_std_ratio=[1.0] * 4), CFG) == {}  # too few to tell
 
 
 @pytest.mark.parametrize("name", ["kl_div", "old_deviate"])
 def test_runaway_distances(name):
     kind = {"kl_div": "kl_div", "old_deviate": "old"}[name]
     steady = [1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 6e-3, 8e-3, 9e-3]  # 12 times in 5 iterations, then slower
-    assert watch.alarms(lines(**{name: [*steady, 9e-3, 9e-3, 9e-3, 9e-3, 9e-3]}), CFG) == {}
-    assert list(watch.alarms(lines(**{name: [0.1] * 5 + [0.3] * 5}), CFG)) == [kind]  # far
-    found = watch.alarms(lines(**{name: [4e-4] * 5 + [5e-3] * 5}), CFG)  # near, but 12.5 times as far as it was
+    assert guards.alarms(lines(**{name: [*steady, 9e-3, 9e-3, 9e-3, 9e-3, 9e-3]}), CFG) == {}
+    assert list(guards.alarms(lines(**{name: [0.1] * 5 + [0.3] * 5}), CFG)) == [kind]  # far
+    found = guards.alarms(lines(**{name: [4e-4] * 5 + [5e-3] * 5}), CFG)  # near, but 12.5 times as far as it was
     assert "is 0.005, 5 iterations ago it was 0.0004" in found[kind]
-    assert watch.alarms(lines(**{name: [1e-6] * 5 + [1e-4] * 5}), CFG) == {}  # next to nothing may grow
-    assert watch.alarms(lines(**{name: [None] * 5 + [1.0] * 5}), CFG) == {}
+    assert guards.alarms(lines(**{name: [1e-6] * 5 + [1e-4] * 5}), CFG) == {}  # next to nothing may grow
+    assert guards.alarms(lines(**{name: [None] * 5 + [1.0] * 5}), CFG) == {}
     grpo = config.load("flux:flow_grpo")
-    assert watch.alarms(lines(**{name: [0.1] * 5 + [0.3] * 5}), grpo) == {}
+    assert guards.alarms(lines(**{name: [0.1] * 5 + [0.3] * 5}), grpo) == {}
 
 
 def test_bad_ranks():
-    found = watch.alarms([{"iteration": 4, "watch/spearman": 0.8}, {"iteration": 8, "watch/spearman": 0.31}], CFG)
+    found = guards.alarms([{"iteration": 4, "watch/spearman": 0.8}, {"iteration": 8, "watch/spearman": 0.31}], CFG)
     assert "Spearman 0.31, below watch.rank=0.5" in found["ranks"] and "explore.precision=bf16" in found["ranks"]
-    assert watch.alarms([{"iteration": 4, "watch/spearman": 0.31}, {"iteration": 8, "watch/spearman": 0.8}], CFG) == {}
+    assert guards.alarms([{"iteration": 4, "watch/spearman": 0.31}, {"iteration": 8, "watch/spearman": 0.8}], CFG) == {}
 
 
 def test_a_preview_in_bf16_has_nothing_to_fall_back_to():
     cfg = config.override(CFG, **{"explore.precision": "bf16", "watch.fall_back": "true"})
     low = [{"iteration": 4, "watch/spearman": 0.31}]
-    assert watch.alarms(low, cfg)["ranks"].endswith("raise explore.steps")
+    assert guards.alarms(low, cfg)["ranks"].endswith("raise explore.steps")
     state, fp8 = state_at(1), config.override(cfg, **{"explore.precision": "fp8"})
     for rank, how, flag in ((0.31, cfg, 0), (0.31, fp8, 1), (0.5, fp8, 0), (float("nan"), fp8, 0)):
-        assert int(watch.judged(state, {"watch/spearman": rank}, how).fallen_back) == flag
+        assert int(guards.judged(state, {"watch/spearman": rank}, how).fallen_back) == flag
     warned = config.override(fp8, **{"watch.fall_back": "false"})
-    assert int(watch.judged(state, {"watch/spearman": 0.31}, warned).fallen_back) == 0
+    assert int(guards.judged(state, {"watch/spearman": 0.31}, warned).fallen_back) == 0
 
 
 def test_when_it_is_due():
     cfg = config.override(CFG, **{"watch.every": "4"})
-    assert [done for done in range(1, 13) if watch.due(cfg, done)] == [4, 8, 12]
-    assert not watch.due(config.override(CFG, **{"watch.every": "0"}), 4)
-    assert not any(watch.due(config.load("tiny:diffusionnft"), done) for done in range(1, 60))
+    assert [done for done in range(1, 13) if guards.due(cfg, done)] == [4, 8, 12]
+    assert not guards.due(config.override(CFG, **{"watch.every": "0"}), 4)
+    assert not any(guards.due(config.load("tiny:diffusionnft"), done) for done in range(1, 60))
     for change, message in (
         ({"every": -1}, "watch.every=-1"),
         ({"prompts": 0}, "watch.prompts=0"),
@@ -87,7 +87,7 @@ def test_a_preview_like_the_full_rollout_ranks_like_it(toy):
         changed = config.override(cfg, **{"explore.steps": str(steps), "explore.solver": solver})
         parts = assemble.assemble(changed, devices)
         with jax.set_mesh(parts.mesh):
-            found = watch.measured(parts, assemble.fresh(parts))
+            found = guards.measured(parts, assemble.fresh(parts))
         assert set(found) == {"watch/spearman", "watch/overlap", "watch/kept_contrast"}
         assert (found["watch/spearman"] == pytest.approx(1, abs=1e-6)) == (steps == 4)
         assert -1 <= found["watch/kept_contrast"] <= 1 + 1e-6
@@ -96,7 +96,7 @@ def test_a_preview_like_the_full_rollout_ranks_like_it(toy):
 def test_full_rollouts_have_no_quantised_kernels_beside_them(toy, monkeypatch):
     """A run whose regenerate.chunk was lowered until it fits: the full rollouts of all candidates go through that."""
     cfg = config.override(toy, **{"regenerate.chunk": "2", "explore.chunk": "4", "candidates": "8", "kept": "4"})
-    parts, programs, seen = assemble.assemble(cfg, 1), watch._programs, {"preview": [], "full": []}
+    parts, programs, seen = assemble.assemble(cfg, 1), guards._programs, {"preview": [], "full": []}
     before = jax.live_arrays()  # held, so that no id is given anew
 
     def watched(run):
@@ -111,10 +111,10 @@ def test_full_rollouts_have_no_quantised_kernels_beside_them(toy, monkeypatch):
         low = {"quantised": lambda kernels, frozen: {"to_q": jnp.zeros(8, jnp.float8_e4m3fn)}}
         return made._replace(**low, **{name: functools.partial(roll, name) for name in seen})
 
-    monkeypatch.setattr(watch, "_programs", watched)
+    monkeypatch.setattr(guards, "_programs", watched)
     with jax.set_mesh(parts.mesh):
-        found = watch.measured(parts, assemble.fresh(parts))
-    assert [stage.chunk for stage in watch.rollouts(cfg)] == [2, 2] and -1 <= found["watch/spearman"] <= 1
+        found = guards.measured(parts, assemble.fresh(parts))
+    assert [stage.chunk for stage in guards.rollouts(cfg)] == [2, 2] and -1 <= found["watch/spearman"] <= 1
     assert len(seen["preview"]) == len(seen["full"]) == 4  # a prompt a call
     assert all(not none and scales == 1 and shape == (1, 8) for none, scales, shape in seen["preview"])
     assert all(none and scales == 0 and shape == (1, 8) for none, scales, shape in seen["full"])
@@ -129,7 +129,7 @@ def test_the_smallest_chunk_that_divides_the_candidates(explore, regenerate, can
         Config(), **{"candidates": candidates, "kept": {9: 18}.get(regenerate, 24), "explore.chunk": explore},
         **{"regenerate.chunk": regenerate, "learn.micro_batch": 6}
     )  # fmt: skip
-    assert [stage.chunk for stage in watch.rollouts(cfg)] == [chunk, chunk]
+    assert [stage.chunk for stage in guards.rollouts(cfg)] == [chunk, chunk]
 
 
 def test_a_run_is_measured_as_it_begins(toy, tmp_path, capsys, monkeypatch):
@@ -145,7 +145,7 @@ def test_a_run_is_measured_as_it_begins(toy, tmp_path, capsys, monkeypatch):
     assert [unwatched[i] for i in (1, 2)] == [found[i] for i in (1, 2)]  # training's numbers are as without
     train.train(config.override(cfg, iterations=1, **{"evaluate.every": "0"}), blind, devices=1)
     assert list(metrics_of(blind)) == [0, 1] and set(metrics_of(blind)[0]) == {"iteration", *watch_names(found[0])}
-    monkeypatch.setattr(watch, "measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(guards, "measured", lambda *_: pytest.fail("measured again"))
     train.train(cfg, blind, resume=True, devices=1)
     assert metrics_of(blind)[0] == found[0] and metrics_of(blind)[2] == found[2]
 
@@ -161,7 +161,7 @@ def test_a_device_too_small_for_the_measurement_ends_a_run_in_its_first_minutes(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
     cfg = config.override(toy, iterations=1, **{"watch.every": "20"})
-    monkeypatch.setattr(watch, "measured", full)
+    monkeypatch.setattr(guards, "measured", full)
     with pytest.raises(train.TrainError, match=r"iteration 1: the device's memory is full .*lower explore.chunk"):
         train.train(cfg, tmp_path / "run", devices=1)
     assert metrics_of(tmp_path / "run") == {} and checkpoint.steps(tmp_path / "run") == []
@@ -172,7 +172,7 @@ def test_of_fewer_prompts_than_asked_for_all_are_measured(toy, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     parts = assemble.assemble(config.override(toy, **{"prompts": "2"}), 2)
     with jax.set_mesh(parts.mesh):
-        assert "watch/spearman" in watch.measured(parts, assemble.fresh(parts))
+        assert "watch/spearman" in guards.measured(parts, assemble.fresh(parts))
 
 
 def test_a_run_falls_back_to_bf16_and_a_resumed_one_stays_there(toy, tmp_path, capsys, monkeypatch):

@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import iteration, lora, watch
+from solrl_jax import iteration, lora
 from solrl_jax.config import Config, ConfigError, Stage, override
 from solrl_jax.plan import jaxpr
 from solrl_jax.plan.jaxpr import nbytes
 from solrl_jax.plan.shapes import Sizes, batch, blank, keys, parameters, read, samples, with_configs
 from solrl_jax.quant import coverage
-from solrl_jax.run import assemble, evaluate
+from solrl_jax.run import assemble, evaluate, guards
 from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
 
 
@@ -116,7 +116,7 @@ def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
 def uses_of(cfg: Config, sizes: Sizes, devices: int, card: Card) -> tuple[Use, ...]:
     """Every stage's, in order; then of what comes once in many iterations and as a run begins."""
     stages = ["encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn"]
-    stages += ["watch"] * watch.due(cfg, 0) + ["evaluate"] * bool(cfg.evaluate.every)
+    stages += ["watch"] * guards.due(cfg, 0) + ["evaluate"] * bool(cfg.evaluate.every)
     return tuple(use_of(stage, cfg, sizes, devices, card) for stage in stages)
 
 
@@ -185,7 +185,7 @@ def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
     both."""
     prompts = -(-cfg.watch.prompts // devices)
     uses = []
-    for name, how in zip(("explore", "watch"), watch.rollouts(cfg), strict=True):
+    for name, how in zip(("explore", "watch"), guards.rollouts(cfg), strict=True):
         one = _rollout(name, how, 1, cfg.candidates, cfg, sizes, devices)
         uses.append(_use(one._replace(calls=prompts, every=cfg.watch.every), card))
     largest = max(uses, key=lambda use: use.total)
