@@ -24,9 +24,9 @@ ROPE = tuple(map(jnp.asarray, flux.rope_table(CFG, 32, 32, L)))
 
 
 def given(batch: int):
-    shapes = [(batch, S, 64), (batch, L, 4096), (batch, 768)]
+    inputs = [(batch, S, 64), (batch, L, 4096), (batch, 768)]
     times = [jax.ShapeDtypeStruct((batch,), jnp.float32)] * 2
-    return [*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes), *times]
+    return [*(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in inputs), *times]
 
 
 def network(remat: bool = False):

@@ -44,24 +44,24 @@ def made(stay: bool, devices: int = 2, group: int = 3) -> tuple[Seen, Conditione
 
 @pytest.mark.parametrize("stay", [True, False])
 def test_each_prompt_once_in_calls_of_one_size(stay):
-    seen, encode = made(stay)
-    first = encode(PROMPTS[:4], ahead=PROMPTS[4:6])
+    seen, conditioner = made(stay)
+    first = conditioner(PROMPTS[:4], ahead=PROMPTS[4:6])
     assert [len(call) for call in seen.calls] == [4, 4]  # 3 prompts would not divide over 2 devices
     assert seen.calls == [PROMPTS[:4], [*PROMPTS[4:6], PROMPTS[5], PROMPTS[5]]]
     np.testing.assert_array_equal(np.asarray(first["pooled"])[:, 0], (np.arange(4) * 0.5) ** 2)
     assert first["text"].dtype == jnp.bfloat16 and first["text"].sharding.spec == sharding.SPLIT
-    again = encode([PROMPTS[5], PROMPTS[0], PROMPTS[5], PROMPTS[1]], ahead=PROMPTS)  # all known: nothing runs
+    again = conditioner([PROMPTS[5], PROMPTS[0], PROMPTS[5], PROMPTS[1]], ahead=PROMPTS)  # all known: nothing runs
     np.testing.assert_array_equal(np.asarray(again["pooled"])[:, 0], [6.25, 0, 6.25, 0.25])
     assert len(seen.calls) == 2 and seen.traces == 1
-    encode(PROMPTS[6:8])
+    conditioner(PROMPTS[6:8])
     assert len(seen.calls) == 3 and seen.traces == 1  # one compiled program serves all
 
 
 def test_the_encoders_leave_unless_they_stay():
     held = jax.live_arrays()  # alive, so that no new array has the id of one of them
     before = set(map(id, held))
-    _, encode = made(stay=False)
-    kept = encode(PROMPTS[:2])
+    _, conditioner = made(stay=False)
+    kept = conditioner(PROMPTS[:2])
     own = [x for x in jax.live_arrays() if id(x) not in before]
     assert {x.shape for x in own} == {kept["text"].shape, kept["pooled"].shape}
     _, staying = made(stay=True)
@@ -71,28 +71,28 @@ def test_the_encoders_leave_unless_they_stay():
 
 def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr(encode, "MOST", 4)
-    seen, encode = made(stay=True, devices=1, group=2)
+    seen, conditioner = made(stay=True, devices=1, group=2)
     for i in range(0, 10, 2):
-        encode(PROMPTS[i : i + 2])
-    assert list(encode.kept) == PROMPTS[6:] and len(seen.calls) == 5
-    encode(PROMPTS[:2])
-    assert len(seen.calls) == 6 and list(encode.kept) == [*PROMPTS[8:], *PROMPTS[:2]]
-    encode(PROMPTS[8:])  # what was used is kept longer than what is newer
-    encode(PROMPTS[4:6])
-    assert len(seen.calls) == 7 and set(encode.kept) == {*PROMPTS[8:], *PROMPTS[4:6]}
+        conditioner(PROMPTS[i : i + 2])
+    assert list(conditioner.kept) == PROMPTS[6:] and len(seen.calls) == 5
+    conditioner(PROMPTS[:2])
+    assert len(seen.calls) == 6 and list(conditioner.kept) == [*PROMPTS[8:], *PROMPTS[:2]]
+    conditioner(PROMPTS[8:])  # what was used is kept longer than what is newer
+    conditioner(PROMPTS[4:6])
+    assert len(seen.calls) == 7 and set(conditioner.kept) == {*PROMPTS[8:], *PROMPTS[4:6]}
 
 
 def test_what_comes_next_is_not_forgotten(monkeypatch):
     """Three iterations of 2 prompts are encoded together, MOST is 4: each is encoded once while they are drawn."""
     monkeypatch.setattr(encode, "MOST", 4)
-    seen, encode = made(stay=False, devices=1, group=2)
+    seen, conditioner = made(stay=False, devices=1, group=2)
     drawn = [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 8, 9]  # 2 and 3 come again while they are kept
     for i in range(0, 12, 2):
         now, ahead = ([PROMPTS[j] for j in drawn[a:b]] for a, b in ((i, i + 2), (i + 2, i + 6)))
-        first = encode(now, ahead)
+        first = conditioner(now, ahead)
         np.testing.assert_array_equal(np.asarray(first["pooled"])[:, 0], (np.asarray(drawn[i : i + 2]) * 0.5) ** 2)
-        assert set(now) <= set(encode.kept) and len(encode.kept) <= 6
+        assert set(now) <= set(conditioner.kept) and len(conditioner.kept) <= 6
     asked = [int(p.split()[1]) for call in seen.calls for p in call]
     assert asked == list(range(10))
-    encode(PROMPTS[:2])  # as an evaluation does, without naming what comes
-    assert len(encode.kept) == 6
+    conditioner(PROMPTS[:2])  # as an evaluation does, without naming what comes
+    assert len(conditioner.kept) == 6

@@ -38,13 +38,13 @@ TENSORS = {
 SAFETENSORS = save(TENSORS)
 
 
-def torch_file() -> bytes:
+def saved_by_torch() -> bytes:
     out = io.BytesIO()
     torch.save({"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.bfloat16)}, out)
     return out.getvalue()
 
 
-TORCH = torch_file()
+TORCH = saved_by_torch()
 
 
 @st.composite

@@ -53,7 +53,7 @@ class Tree(html.parser.HTMLParser):
         return " ".join(self.texts)
 
 
-def write(folder, lines, cfg=CFG, prompts=("a", "b", "c"), seed=0, pictures=True, change=0.0, values=None):
+def write(folder, lines, cfg=CFG, prompts=("a", "b", "c"), seed=0, drawn=True, change=0.0, values=None):
     """A run directory; `lines` are metrics by iteration. Two runs of one `seed` have the same base."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(values) if values else config.to_json(cfg))
@@ -62,7 +62,7 @@ def write(folder, lines, cfg=CFG, prompts=("a", "b", "c"), seed=0, pictures=True
     start = {"after": 0, "devices": 2, "device": "toy card", "jax": "0.0", "notes": ["12 prompts", EVIL]}
     (folder / "starts.json").write_text(json.dumps([start]))
     images = np.random.default_rng(seed).integers(0, 256, (len(prompts), 8, 8, 3), np.uint8)
-    if pictures:
+    if drawn:
         (folder / "grids").mkdir()
         scores = {"clipscore": np.linspace(0.25, 0.5, len(prompts)), "shapes": np.full(len(prompts), 0.5)}
         pictures.save(folder / "grids/base.npz", pictures.Shown(list(prompts), images, scores, scores), 0, "how")
@@ -111,10 +111,10 @@ def test_two_runs_side_by_side(tmp_path):
     apart = text[text.index("Where the configs differ") :].split("</table>")[0]
     assert re.findall(r'<th scope="row">([^<]*)', apart) == ["iterations", "seed"]
     # Three prompts, the base and each run: a picture is in the page once, with a text and its rewards.
-    pictures = tree.all("img")
-    assert len(pictures) == 3 * 3 == len({p["src"] for p in pictures})
-    assert [p["alt"] for p in pictures[:4]] == ["a — base", "a — one", "a — two", "b — base"]
-    assert all(p["src"].startswith("data:image/png;base64,") for p in pictures)
+    images = tree.all("img")
+    assert len(images) == 3 * 3 == len({p["src"] for p in images})
+    assert [p["alt"] for p in images[:4]] == ["a — base", "a — one", "a — two", "b — base"]
+    assert all(p["src"].startswith("data:image/png;base64,") for p in images)
     assert tree.texts.count("+0.1250") == 6 and tree.texts.count("-0.2500") == 6 and "0.6250" in tree.texts
     # A line per run in every plot but that of what only one has, in the run's own style everywhere.
     plots = re.findall(r'<figure class="plot">.*?</figure>', text)
@@ -161,12 +161,10 @@ def test_what_is_missing_is_said(tmp_path):
     runs = {
         "whole": write(tmp_path / "whole", metrics(0.1)),
         "gaps": write(tmp_path / "gaps", gaps),
-        "none": write(tmp_path / "none", {}, pictures=False),
-        "blind": write(tmp_path / "blind", {1: {"reward/mean": 1.0}}, pictures=False),
+        "none": write(tmp_path / "none", {}, drawn=False),
+        "blind": write(tmp_path / "blind", {1: {"reward/mean": 1.0}}, drawn=False),
         "prompts": write(tmp_path / "prompts", metrics(), prompts=("x", "y"), seed=3),
-        "old": write(
-            tmp_path / "old", metrics(), pictures=False, values={"name": "old", "reward": "nice:2", "steps": 4}
-        ),
+        "old": write(tmp_path / "old", metrics(), drawn=False, values={"name": "old", "reward": "nice:2", "steps": 4}),
     }
     (runs["old"] / "grids").mkdir()
     (runs["old"] / "starts.json").unlink()
@@ -312,13 +310,13 @@ def test_a_file_that_cannot_be_read_is_absent_and_named_once(tmp_path, name, har
     assert tree.text.count(f"{file} cannot be read and counts as absent (") == 1
     assert "older version" not in tree.text and "only the base was evaluated" not in tree.text
     assert "never evaluated" not in tree.text and "0.5000 at 4" in re.sub(r"<[^>]*>", "", text)
-    pictures = {"starts.json": 6, "grids/base.npz": 0, "grids/last.npz": 3}[name]
-    assert len(tree.all("img")) == pictures
-    assert (f"its {file.stem}.npz cannot be read" in tree.text) == (pictures != 6)
+    expected = {"starts.json": 6, "grids/base.npz": 0, "grids/last.npz": 3}[name]
+    assert len(tree.all("img")) == expected
+    assert (f"its {file.stem}.npz cannot be read" in tree.text) == (expected != 6)
 
 
 def test_a_grid_that_cannot_be_read_is_named(tmp_path):
-    folder = write(tmp_path / "run", metrics(0.1), pictures=False)
+    folder = write(tmp_path / "run", metrics(0.1), drawn=False)
     file = pictures.write_grid(folder / "grids/000004.png", ["a"], {"base": np.zeros((1, 8, 8, 3), np.uint8)})
     assert len(made(tmp_path, folder)[1].all("img")) == 1
     file.write_bytes(file.read_bytes()[:40])

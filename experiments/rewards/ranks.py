@@ -91,9 +91,9 @@ def main(argv: list[str] | None = None) -> None:
         trained = {dtype: clipscore.make(folder, dtype) for dtype in DTYPES}
         note("trained, small", {dtype: scores(*made, images, tokens) for dtype, made in trained.items()})
         for name in filter(None, args.rewards.split(",")):
-            shapes = importlib.import_module(f"solrl_jax.rewards.{name}").shapes
-            params = drawn(shapes(None)[1])
-            rewards = {dtype: shapes(None, jnp.dtype(dtype)) for dtype in DTYPES}
+            described = importlib.import_module(f"solrl_jax.rewards.{name}").shapes
+            params = drawn(described(None)[1])
+            rewards = {dtype: described(None, jnp.dtype(dtype)) for dtype in DTYPES}
             tokens = drawn(shapes.batch(rewards["float32"][2], args.groups))
             few = images[: args.groups]
             note(name, {d: scores(reward, params, few, tokens, SIZE) for d, (reward, *_) in rewards.items()})

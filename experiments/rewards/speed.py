@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     figures, together = {}, {}
     with jax.set_mesh(sharding.make_mesh(1)):
         for name in args.rewards.split(","):
-            shapes = importlib.import_module(f"solrl_jax.rewards.{name}").shapes
-            params = drawn(shapes(None)[1])
+            described = importlib.import_module(f"solrl_jax.rewards.{name}").shapes
+            params = drawn(described(None)[1])
             for dtype in ("float32", "bfloat16"):
-                reward, _, tokens = shapes(None, jnp.dtype(dtype))
+                reward, _, tokens = described(None, jnp.dtype(dtype))
                 ids = drawn(shapes.batch(tokens, 1))
                 chunks = max(1, args.pictures // TOGETHER)
 

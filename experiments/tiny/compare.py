@@ -34,7 +34,7 @@ def by_figure(base: dict[str, np.ndarray], trained: dict[str, np.ndarray], split
     return means | evidence.gains(base, trained, split)
 
 
-def pictures(opened: lab.World, adapters: dict[str, Params], file: Path, count: int = 8) -> None:
+def draw(opened: lab.World, adapters: dict[str, Params], file: Path, count: int = 8) -> None:
     captions = evaluate.fixed_prompts(opened.parts)[:count]  # and their noise: the pictures of a run's grids
     columns = {
         name: evaluate.pictures(opened.parts, adapter, captions, score=opened.parts.judged).images[:, 0]
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
         if args.pictures:
             named = {file.stem: adapter for file, adapter in zip(args.loras, trained, strict=True)}
-            return pictures(opened, {"base": nothing, **named}, args.pictures)
+            return draw(opened, {"base": nothing, **named}, args.pictures)
         figures, stage = {}, config.Stage(steps=10, chunk=min(CHUNK, evidence.PICTURES * args.prompts))
         for split in lab.SPLITS:
             base, policy = (

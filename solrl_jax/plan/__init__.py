@@ -311,7 +311,7 @@ def _like(sizes: Sizes, new: Config, cfg: Config) -> Sizes:
 
 
 NO_PLUGIN = (
-    f"activations: no CUDA plugin is installed here ({' or '.join(jaxpr.CUDA)}), so they are those of unfused attention "
+    f"activations: there is no CUDA plugin here ({' or '.join(jaxpr.CUDA)}), so they are those of unfused attention "
     "and of f32 products: more than a GPU takes"
 )
 HEADER = f"{'GB a device':<12}{'weights':>9}{'LoRA':>7}{'merged':>8}{'quantised':>11}{'activations':>13}{'total':>8}"

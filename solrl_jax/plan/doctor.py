@@ -29,7 +29,7 @@ from solrl_jax.weights import hub
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 SPARE = 2 * 2**30
 """Bytes of disk for pictures, logs and compiled programs beside the checkpoints."""
-REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
+REQUIREMENTS = Path(__file__).parent.parent.parent / "requirements.txt"
 
 
 class Finding(NamedTuple):

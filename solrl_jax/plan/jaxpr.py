@@ -270,7 +270,8 @@ def _check(eqn: JaxprEqn) -> None:
         what = "multiplies"
     if what:
         raise CostError(
-            f"the plan cannot count the operation {name}, which {what}: write what it costs into solrl_jax/plan/jaxpr.py, or "
+            f"the plan cannot count the operation {name}, which {what}: write what it costs into "
+            "solrl_jax/plan/jaxpr.py, or "
             "compute the same by products and loops that are known there"
         )
 

@@ -178,7 +178,7 @@ def read_prompts(cfg: Config, purpose: Purpose) -> data.PromptSet:
 def model_module(cfg: Config) -> types.ModuleType:
     """models/<name>.py, looked up by its name: a file that defines `make` and `load`."""
     name = cfg.model.name
-    files = (Path(__file__).parent / "models").glob("[a-z]*.py")
+    files = (Path(__file__).parent.parent / "models").glob("[a-z]*.py")
     texts = {f.stem: f.read_text(encoding="utf-8") for f in files}
     models = sorted(stem for stem, text in texts.items() if "\ndef make(" in text and "\ndef load(" in text)
     if name not in models:
