@@ -20,7 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from experiments.tiny import pretrain
 from solrl_jax import weights
-from solrl_jax.models import gemma2, pipeline, sana, text
+from solrl_jax.models import folders, gemma2, sana, text
 from solrl_jax.rewards import blip, clip_tower, preprocess
 from tests import nano, nano_sana, test_flux, test_gemma2, test_text
 from tests.mutations import Case, by_config, compiled, rebuilt, transformers_config, write
@@ -198,7 +198,7 @@ def tokenizer_case(folder, encoder, kind):
     raw = json.loads(file.read_text())
 
     def ours():
-        found = pipeline.tokenize(str(folder), (encoder,), 12, PROMPTS)[encoder.name]
+        found = folders.tokenize(str(folder), (encoder,), 12, PROMPTS)[encoder.name]
         return np.concatenate([found["ids"], found["mask"]], axis=-1) if encoder.masked else found
 
     def theirs(raw):

@@ -10,7 +10,7 @@ from experiments.tiny import pretrain
 from solrl_jax import config, weights
 from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, Watch
 from solrl_jax.models import flux, text, vae
-from solrl_jax.models.pipeline import text_modules
+from solrl_jax.models.folders import text_modules
 from solrl_jax.rewards import clip_tower
 
 PROMPTS = [

@@ -25,8 +25,8 @@ import optax
 from experiments.tiny import check, tokenizers_local, world
 from solrl_jax import config, weights
 from solrl_jax.models import flux, flux_dev, text, vae
-from solrl_jax.models.pipeline import text_modules
-from solrl_jax.models.pipeline import tokenize as tokenize_by
+from solrl_jax.models.folders import text_modules
+from solrl_jax.models.folders import tokenize as tokenize_by
 from solrl_jax.rewards import clip_tower, preprocess
 from solrl_jax.structs import Model
 

@@ -18,10 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, weights
-from solrl_jax.models import flux_dev, pipeline, text, vae
+from solrl_jax.models import flux_dev, folders, text, vae
+from solrl_jax.models.folders import Encoder
 from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, rows, stack
-from solrl_jax.models.pipeline import Encoder
 from solrl_jax.models.schedule import Schedule, chosen, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule, hub
@@ -243,7 +243,7 @@ def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-@pipeline.made_once
+@folders.made_once
 def make(cfg: config.Model, folder: Path) -> Model:
     """The pure functions of the pipeline `cfg.path`, by the configs in its `folder`.
 
@@ -254,7 +254,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
     vae_cfg = vae.VaeConfig.read(folder / "vae")
     schedule = Schedule.read(folder / "scheduler")
     dtype = jnp.dtype(cfg.dtype)
-    side = pipeline.latent_side(cfg.size, vae_cfg)
+    side = folders.latent_side(cfg.size, vae_cfg)
     _check_widths(folder, flux, vae_cfg)
     tokens = (side // 2) ** 2
     network = FluxTransformer(flux, dtype, cfg.remat, cfg.remat_keeps)
@@ -263,7 +263,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
     decoder = vae.Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype))
 
     def run(variables: Variables, x: Array, sigma: Array, cond: PyTree, **how: Any) -> Any:
-        pipeline.check_latents(x, shape)  # the table of positions is of this shape
+        folders.check_latents(x, shape)  # the table of positions is of this shape
         given = pack(x).astype(dtype), cond["text"], cond["pooled"], sigma, jnp.ones_like(sigma)
         return network.apply(variables, *given, tuple(map(jnp.asarray, rope)), **how)
 
@@ -278,7 +278,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
         one, pooled = jnp.ones(1), jnp.zeros((1, flux.pooled_projection_dim))
         return network.init(key, x, text, pooled, one, one, tuple(map(jnp.asarray, rope)))["params"]
 
-    clip, t5 = pipeline.text_modules(folder, ENCODERS, dtype).values()
+    clip, t5 = folders.text_modules(folder, ENCODERS, dtype).values()
 
     def encode(params: Params, ids: PyTree) -> PyTree:
         read = cast(text.ClipOutput, clip.apply({"params": params["clip"]}, ids["clip"]))
@@ -286,7 +286,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
 
     return Model(
         name="flux",
-        tokenize=functools.partial(pipeline.tokenize, str(folder), ENCODERS, cfg.text_tokens),
+        tokenize=functools.partial(folders.tokenize, str(folder), ENCODERS, cfg.text_tokens),
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
         sigmas=chosen(cfg.shift, lambda steps: sigmas(steps, tokens, schedule)),
@@ -316,7 +316,7 @@ def _check_widths(folder: Path, cfg: FluxConfig, vae_cfg: vae.VaeConfig) -> None
             cfg.pooled_projection_dim == clip.hidden_size
         ),
     }
-    pipeline.check_parts(folder, found)
+    folders.check_parts(folder, found)
 
 
 def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:
@@ -332,17 +332,17 @@ def parts(
     cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
 ) -> Iterator[Params]:
     """What `load` returns, one after another, each read when it is asked for."""
-    return pipeline.parts(cfg, make(cfg), ENCODERS, place, place_text)
+    return folders.parts(cfg, make(cfg), ENCODERS, place, place_text)
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
     """What `load` returns, as ShapeDtypeStructs: from the folder's configs alone."""
-    return pipeline.shapes(cfg, make(cfg), ENCODERS)
+    return folders.shapes(cfg, make(cfg), ENCODERS)
 
 
 def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
     """What `tokenize` gives for so many prompts, as ShapeDtypeStructs."""
-    return pipeline.token_shapes(cfg, ENCODERS, prompts)
+    return folders.token_shapes(cfg, ENCODERS, prompts)
 
 
 _STACK = r"((?:single_)?transformer_blocks)/(.+)"

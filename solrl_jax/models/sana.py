@@ -22,7 +22,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from solrl_jax import config, weights
-from solrl_jax.models import dcae, gemma2, pipeline, sana_public, vae
+from solrl_jax.models import dcae, folders, gemma2, sana_public, vae
+from solrl_jax.models.folders import Encoder, Naming
 from solrl_jax.models.layers import (
     F32,
     GatedConv,
@@ -36,7 +37,6 @@ from solrl_jax.models.layers import (
     sinusoid,
 )
 from solrl_jax.models.mmdit import STACKED, Embedder, gated, modulate, stack
-from solrl_jax.models.pipeline import Encoder, Naming
 from solrl_jax.models.schedule import SanaSchedule, chosen, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule, hub
@@ -265,7 +265,7 @@ def sigmas(steps: int, shift: float) -> np.ndarray:
 # --- the model ------------------------------------------------------------------------------------------------------
 
 
-@pipeline.made_once
+@folders.made_once
 def make(cfg: config.Model, folder: Path) -> Model:
     """The pure functions of the pipeline `cfg.path`, by the configs in its `folder`.
 
@@ -278,7 +278,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
     shift = SanaSchedule.read(folder / "scheduler").flow_shift
     _check_parts(folder, sana, decoder, gemma)
     check_length(cfg.text_tokens, gemma)
-    side, dtype = pipeline.latent_side(cfg.size, decoder, patch=1), jnp.dtype(cfg.dtype)
+    side, dtype = folders.latent_side(cfg.size, decoder, patch=1), jnp.dtype(cfg.dtype)
     network, keys_of = SanaTransformer(sana, dtype, cfg.remat, cfg.remat_keeps), TextKeys(sana, dtype)
     words, images = gemma2.Gemma2(gemma, dtype), dcae.Decoder(decoder, jnp.dtype(cfg.vae_dtype))
     shape = (side, side, sana.in_channels)
@@ -305,7 +305,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
 
     def tokenize(prompts: Sequence[str]) -> PyTree:
         plain = [prompt.lower().strip() for prompt in prompts]
-        return pipeline.tokenize(str(folder), ENCODERS, cfg.text_tokens, plain)
+        return folders.tokenize(str(folder), ENCODERS, cfg.text_tokens, plain)
 
     return Model(
         name="sana",
@@ -341,7 +341,7 @@ def _check_parts(folder: Path, cfg: SanaConfig, decoder: dcae.DcaeConfig, gemma:
         ),
         f"text of {cfg.caption_channels}, Gemma gives {gemma.hidden_size}": cfg.caption_channels == gemma.hidden_size,
     }
-    pipeline.check_parts(folder, found)
+    folders.check_parts(folder, found)
 
 
 def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:
@@ -358,17 +358,17 @@ def parts(
     cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
 ) -> Iterator[Params]:
     """What `load` returns, one after another, each read when it is asked for."""
-    return pipeline.parts(cfg, make(cfg), ENCODERS, place, place_text, NATIVE)
+    return folders.parts(cfg, make(cfg), ENCODERS, place, place_text, NATIVE)
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
     """What `load` returns, as ShapeDtypeStructs: from the folder's configs alone."""
-    return pipeline.shapes(cfg, make(cfg), ENCODERS)
+    return folders.shapes(cfg, make(cfg), ENCODERS)
 
 
 def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
     """What `tokenize` gives for so many prompts, as ShapeDtypeStructs."""
-    return pipeline.token_shapes(cfg, ENCODERS, prompts)
+    return folders.token_shapes(cfg, ENCODERS, prompts)
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------

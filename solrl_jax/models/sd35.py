@@ -17,10 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, weights
-from solrl_jax.models import pipeline, sd35_public, text, vae
+from solrl_jax.models import folders, sd35_public, text, vae
+from solrl_jax.models.folders import Encoder, Encoders
 from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, conv, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, stack
-from solrl_jax.models.pipeline import Encoder, Encoders
 from solrl_jax.models.schedule import NAME, Schedule, chosen, shifted
 from solrl_jax.models.sd35_config import PATCH, Sd35Config, comfy, keys, runs
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
@@ -187,10 +187,10 @@ def _check_widths(folder: Path, cfg: Sd35Config, vae_cfg: vae.VaeConfig, encoder
         ),
     }
     found |= {f"text of {cfg.joint_attention_dim}, {name} gives {n}": n == cfg.joint_attention_dim for name, n in wide}
-    pipeline.check_parts(folder, found)
+    folders.check_parts(folder, found)
 
 
-@pipeline.made_once
+@folders.made_once
 def make(cfg: config.Model, folder: Path) -> Model:
     """The pure functions of the pipeline `cfg.path`, by the configs in its `folder`.
 
@@ -203,12 +203,12 @@ def make(cfg: config.Model, folder: Path) -> Model:
     check_schedule(folder / "scheduler", schedule)
     encoders, dtype = encoders_of(folder), jnp.dtype(cfg.dtype)
     _check_widths(folder, sd35, vae_cfg, encoders)
-    side = pipeline.latent_side(cfg.size, vae_cfg)
+    side = folders.latent_side(cfg.size, vae_cfg)
     if side // PATCH > sd35.pos_embed_max_size:
         most = sd35.pos_embed_max_size * PATCH * vae_cfg.factor
         raise config.ConfigError(f"model.size={cfg.size}: the model's table of positions ends at {most} pixels")
     network = Sd35Transformer(sd35, dtype, cfg.remat, cfg.remat_keeps)
-    words, length = pipeline.text_modules(folder, encoders, dtype), _clip_length(folder) + cfg.text_tokens
+    words, length = folders.text_modules(folder, encoders, dtype), _clip_length(folder) + cfg.text_tokens
     shape = (side, side, vae_cfg.latent_channels)
     decoder = vae.Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype))
 
@@ -233,7 +233,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
 
     return Model(
         name="sd35",
-        tokenize=functools.partial(pipeline.tokenize, str(folder), encoders, cfg.text_tokens),
+        tokenize=functools.partial(folders.tokenize, str(folder), encoders, cfg.text_tokens),
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
         sigmas=chosen(cfg.shift, lambda steps: sigmas(steps, schedule.shift)),
@@ -282,17 +282,17 @@ def parts(
     cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
 ) -> Iterator[Params]:
     """What `load` returns, one after another, each read when it is asked for."""
-    return pipeline.parts(cfg, make(cfg), _encoders(cfg), place, place_text)
+    return folders.parts(cfg, make(cfg), _encoders(cfg), place, place_text)
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
     """What `load` returns, as ShapeDtypeStructs: from the folder's configs alone."""
-    return pipeline.shapes(cfg, make(cfg), _encoders(cfg))
+    return folders.shapes(cfg, make(cfg), _encoders(cfg))
 
 
 def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
     """What `tokenize` gives for so many prompts, as ShapeDtypeStructs."""
-    return pipeline.token_shapes(cfg, _encoders(cfg), prompts)
+    return folders.token_shapes(cfg, _encoders(cfg), prompts)
 
 
 def _encoders(cfg: config.Model) -> Encoders:

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from solrl_jax.config import ConfigError, Model
-from solrl_jax.models import pipeline
+from solrl_jax.models import folders
 from solrl_jax.run import checkpoint
 from solrl_jax.structs import Params
 from solrl_jax.weights import WeightsError, hub, leaves_by_path
@@ -98,7 +98,7 @@ def _write(module: Any, cfg: Model, out: Path) -> None:
         return _save(out / "weights" / f"{next(numbers):04d}", leaf)
 
     trees = dict(zip(NAMES, module.parts(cfg, keep, keep), strict=True))
-    source, file = hub.pipeline(cfg.path), pipeline.network_file(cfg)
+    source, file = hub.pipeline(cfg.path), folders.network_file(cfg)
     files = [f for f in sorted(source.rglob("*")) if f.is_file() and not f.relative_to(source).parts[0].startswith(".")]
     for small in files:
         if not small.name.endswith(WEIGHTS) and len(small.relative_to(source).parts) <= 2:
