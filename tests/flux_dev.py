@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from solrl_jax.config import Config, Model
-from solrl_jax.models import flux_dev
+from solrl_jax.models import public
+from solrl_jax.weights import hub
 
 
 def configs(folder: Path) -> Path:
     """Write FLUX.1-dev's public config files into `folder`, and return it."""
-    return flux_dev.write(folder)
+    return hub.write_configs(folder, public.FLUX_DEV)
 
 
 def config(folder: Path, **changes) -> Config:

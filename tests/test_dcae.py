@@ -11,7 +11,7 @@ from diffusers import AutoencoderDC
 from oracle import error, randomise
 
 from solrl_jax import sharding, weights
-from solrl_jax.models import dcae, sana_public, vae
+from solrl_jax.models import dcae, public, vae
 from solrl_jax.models.layers import DepthwiseConv, linear_attention
 from tests import nano_sana
 from tests.test_flux import rewrite
@@ -57,7 +57,7 @@ def test_what_is_added_to_small_sums(tmp_path):
 @pytest.mark.slow
 def test_true_stages(tmp_path):
     """All six stages at an eighth of their widths, two scales at once in one of them."""
-    values = {k: v for k, v in sana_public.PUBLIC_VAE.items() if k != "_class_name"}
+    values = {k: v for k, v in public.SANA_VAE.items() if k != "_class_name"}
     values |= {"downsample_block_type": "Conv", "latent_channels": 8, "attention_head_dim": 8}
     values["decoder_qkv_multiscales"] = ((), (), (), (5,), (5, 3), (5,))
     for half in ("encoder", "decoder"):

@@ -9,7 +9,7 @@ from huggingface_hub import errors
 
 from solrl_jax import config
 from solrl_jax.config import ConfigError
-from solrl_jax.models import flux, flux_dev
+from solrl_jax.models import flux, public
 from solrl_jax.rewards import clipscore
 from solrl_jax.run import assemble
 from solrl_jax.weights import WeightsError, hub
@@ -96,7 +96,7 @@ LARGE = (*LARGE, "text_encoder/model.safetensors", "text_encoder_2/model.fp16.sa
 
 def whole(folder):
     """FLUX.1-dev's files, empty but for what says where others are: the transformer in three shards."""
-    flux_dev.write(folder)
+    hub.write_configs(folder, public.FLUX_DEV)
     for file in (*WORDS, *LARGE):
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).touch()
@@ -124,7 +124,7 @@ def test_a_download_that_was_cut_short_goes_on(asked, tmp_path, gone):
     assert asked[1:] == [(SMALL + HEAVY, True), (SMALL + HEAVY, False)]
 
 
-@pytest.mark.parametrize("gone", ["model_index.json", *flux_dev.CONFIGS, *WORDS])
+@pytest.mark.parametrize("gone", ["model_index.json", *public.FLUX_DEV, *WORDS])
 def test_configs_that_lack_are_fetched(asked, tmp_path, gone):
     asked.local = whole(tmp_path / "cached")
     (asked.local / gone).unlink()
@@ -161,7 +161,7 @@ def test_the_real_cache_is_read_without_network(tmp_path, monkeypatch):
     root, commit = tmp_path / "models--org--cached", "a" * 40
     (root / "refs").mkdir(parents=True)
     (root / "refs" / "main").write_text(commit)
-    flux_dev.write(root / "snapshots" / commit)
+    hub.write_configs(root / "snapshots" / commit, public.FLUX_DEV)
     (root / "snapshots" / commit / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     assert flux.make(config.Model(path="org/cached")).name == "flux"
     assert flux.token_shapes(config.Model(path="org/cached"), 3)["t5"].shape == (3, 128)
@@ -287,7 +287,7 @@ def test_a_reward_that_is_not_here_is_said_before_anything_is_fetched(asked):
 def test_the_pipeline_of_another_model_is_named_with_its_config(tmp_path, monkeypatch, kind, mend):
     there = ["flux", "sana", "tiny"] if "sana" in mend else ["flux", "tiny"]
     monkeypatch.setattr(config, "available", lambda: there)
-    flux_dev.write(tmp_path)
+    hub.write_configs(tmp_path, public.FLUX_DEV)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     with pytest.raises(WeightsError, match=rf"holds a {kind}, not a FluxPipeline: {mend}"):
         flux.make(config.Model(path=str(tmp_path)))
@@ -295,14 +295,14 @@ def test_the_pipeline_of_another_model_is_named_with_its_config(tmp_path, monkey
 
 @pytest.mark.parametrize("kind", ["FluxPipeline", "FluxImg2ImgPipeline"])
 def test_flux_pipelines_and_folders_without_an_index_are_taken(tmp_path, kind):
-    flux_dev.write(tmp_path)
+    hub.write_configs(tmp_path, public.FLUX_DEV)
     assert flux.make(config.Model(path=str(tmp_path))).name == "flux"
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     assert flux.make(config.Model(path=str(tmp_path), text_tokens=64)).name == "flux"
 
 
 def test_resolution_and_transformer_of_flux_dev(tmp_path):
-    flux_dev.write(tmp_path)
+    hub.write_configs(tmp_path, public.FLUX_DEV)
     with pytest.raises(ConfigError, match=r"model.size=500: use a multiple of 16 pixels \(VAE x8, 2x2 patches\)"):
         flux.make(config.Model(path=str(tmp_path), size=500))
     file = tmp_path / "transformer" / "config.json"

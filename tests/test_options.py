@@ -7,7 +7,7 @@ import logging
 import pytest
 from transformers import CLIPTokenizer, GemmaTokenizer, T5Tokenizer
 
-from solrl_jax.models import dcae, flux, gemma2, sana, sana_public, sd35, text, vae
+from solrl_jax.models import dcae, flux, gemma2, public, sana, sd35, text, vae
 from solrl_jax.models.schedule import SanaSchedule, Schedule
 from solrl_jax.rewards import blip, clip_tower, preprocess
 from tests import cases_diffusers as diffusers
@@ -122,7 +122,7 @@ PUBLIC = {
     "dcae": (
         dcae.DcaeConfig,
         {
-            **{k: x for k, x in sana_public.PUBLIC_VAE.items()},
+            **{k: x for k, x in public.SANA_VAE.items()},
             **{"downsample_block_type": "Conv", "encoder_layers_per_block": [2, 2, 2, 3, 3, 3], "in_channels": 3},
             **{"encoder_block_types": ["ResBlock"] * 6, "encoder_block_out_channels": [128] * 6},
             **{"encoder_qkv_multiscales": [[]] * 6, "encoder_out_shortcut": True, "decoder_conv_act_fn": "relu"},

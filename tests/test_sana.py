@@ -21,7 +21,7 @@ from oracle import error, randomise
 from safetensors.numpy import save_file
 
 from solrl_jax import config, sampler, sharding, weights
-from solrl_jax.models import layers, sana, sana_public
+from solrl_jax.models import layers, public, sana
 from solrl_jax.models.sana import SanaConfig, SanaTransformer, TextKeys
 from solrl_jax.quant import coverage
 from solrl_jax.run import assemble, convert
@@ -31,7 +31,7 @@ from tests import nano, nano_sana
 from tests.test_flux import Held, rewrite
 
 PROMPTS = ["a red circle!", "  A small Blue square on a white background, left of a green triangle", ""]
-PUBLIC = next(iter(sana_public.PUBLIC.values()))
+PUBLIC = next(iter(public.SANA.values()))
 
 
 def make_transformer(**changes):

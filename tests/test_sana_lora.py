@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from solrl_jax import lora, sampler
 from solrl_jax.config import Lora, Model
-from solrl_jax.models import sana, sana_public
+from solrl_jax.models import public, sana
 from solrl_jax.models.sana import SanaConfig
 from solrl_jax.weights import WeightsError, hub, leaves_by_path, lora_files
 from tests import nano_sana
@@ -29,7 +29,7 @@ def at(name: str, i: int = 1) -> str:
 
 def test_targets(tmp_path):
     """100 modules, 18,636,800 parameters (models.md section 10)."""
-    path = str(hub.write_configs(tmp_path, next(iter(sana_public.PUBLIC.values()))))
+    path = str(hub.write_configs(tmp_path, next(iter(public.SANA.values()))))
     model = sana.make(Model(name="sana", path=path, size=1024))
     base = jax.eval_shape(model.init, jax.random.key(0))
     found = lora.adapted(base, model.lora_targets)

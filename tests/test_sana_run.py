@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from solrl_jax import config, iteration, lora, main, plan, quant, recipes, sharding, train
 from solrl_jax.config import ConfigError, Evaluate, Lora, Stage
-from solrl_jax.models import sana, sana_public
+from solrl_jax.models import public, sana
 from solrl_jax.plan import shapes
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.run import assemble, convert, evaluate
@@ -23,7 +23,7 @@ REWARDS = ("pickscore", "clipscore", "hpsv2", "imagereward")
 
 
 @pytest.fixture(scope="module")
-def public(tmp_path_factory):
+def nano_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano")
     nano_sana.build(folder)
     return folder
@@ -97,7 +97,7 @@ def test_plan_from_public_sizes(capsys, monkeypatch):
 @pytest.mark.slow
 def test_flops_of_a_forward_pass_and_of_a_rollout(tmp_path):
     """2.9667 TFLOP; in a rollout the text's part is done once for all its steps and all images of a prompt."""
-    path = str(hub.write_configs(tmp_path, next(iter(sana_public.PUBLIC.values()))))
+    path = str(hub.write_configs(tmp_path, next(iter(public.SANA.values()))))
     cfg = config.load("sana", {"model.path": path, "reward": "clipscore", "explore.precision": "bf16"})
     found = shapes.read(cfg, 1)
     one = plan.per_image_flops(found)
@@ -112,8 +112,8 @@ def test_flops_of_a_forward_pass_and_of_a_rollout(tmp_path):
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
-def test_converted_weights(public, tmp_path):
-    cfg = nano_sana.build(public)
+def test_converted_weights(nano_dir, tmp_path):
+    cfg = nano_sana.build(nano_dir)
     out = tmp_path / "converted"
     convert.convert(assemble.model_module(cfg), cfg.model, out)
     mesh = sharding.make_mesh(1)
@@ -127,21 +127,21 @@ def test_converted_weights(public, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, made.tokenize(["a"]), sana.make(cfg.model).tokenize(["a"]))
 
 
-def test_anothers_folder_is_told(public, tmp_path):
+def test_anothers_folder_is_told(nano_dir, tmp_path):
     cfg = nano.build(tmp_path)
     with pytest.raises(WeightsError, match=r"holds a SanaPipeline, not a FluxPipeline: use --config=sana"):
-        assemble.assemble(config.override(cfg, **{"model.path": public / "sana"}), 1)
+        assemble.assemble(config.override(cfg, **{"model.path": nano_dir / "sana"}), 1)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def run(public):
+def run(nano_dir):
     """One iteration, exploring in emulated NVFP4."""
-    cfg = nano_sana.build(public, iterations=1, evaluate=Evaluate(every=0))
-    train.train(cfg, public / "run", devices=1)
-    return public / "run"
+    cfg = nano_sana.build(nano_dir, iterations=1, evaluate=Evaluate(every=0))
+    train.train(cfg, nano_dir / "run", devices=1)
+    return nano_dir / "run"
 
 
 def test_an_iteration(run):
@@ -157,9 +157,9 @@ def test_an_iteration(run):
 
 
 @pytest.mark.slow
-def test_pictures_of_the_run(run, public, tmp_path):
+def test_pictures_of_the_run(run, nano_dir, tmp_path):
     """The run's file draws what its state does not: other pictures than the base's, of 2 prompts."""
-    cfg = nano_sana.build(public, evaluate=Evaluate(every=0, prompts=2, steps=2, solver="euler", grid=1, chunk=2))
+    cfg = nano_sana.build(nano_dir, evaluate=Evaluate(every=0, prompts=2, steps=2, solver="euler", grid=1, chunk=2))
     for name, file in {"base": None, "policy": run}.items():
         evaluate.run_sample(cfg, tmp_path / name, prompts=nano.PROMPTS[:2], place=None, lora_file=file, devices=1)
     one, two = (sorted((tmp_path / name / "samples").iterdir()) for name in ("base", "policy"))
@@ -168,13 +168,13 @@ def test_pictures_of_the_run(run, public, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_card_with_fp8(public, tmp_path, monkeypatch):
+def test_a_card_with_fp8(nano_dir, tmp_path, monkeypatch):
     """auto is FP8 there, with units for all Linears of a block."""
     monkeypatch.setattr(assemble, "capability", lambda: 9.0)
     seen = []
     monkeypatch.setattr(train, "calibrated", lambda *given: seen.append(calibrated(*given)) or seen[-1])
     low = Stage(steps=2, solver="euler", precision="auto", chunk=4)
-    cfg = nano_sana.build(public, iterations=1, evaluate=Evaluate(every=0), explore=low)
+    cfg = nano_sana.build(nano_dir, iterations=1, evaluate=Evaluate(every=0), explore=low)
     train.train(cfg, tmp_path / "run", devices=1)
     assert json.loads((tmp_path / "run/config.json").read_text())["explore"]["precision"] == "fp8"
     (model,) = seen
@@ -189,8 +189,8 @@ def test_a_card_with_fp8(public, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_errors_of_the_low_precisions(public):
-    cfg = nano_sana.build(public).model
+def test_errors_of_the_low_precisions(nano_dir):
+    cfg = nano_sana.build(nano_dir).model
     model, (base, _, _) = sana.make(cfg), sana.load(cfg)
     base = jax.tree.map(jnp.asarray, base)
     cond = {"text": jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 32)), jnp.float32)}
@@ -208,11 +208,11 @@ def test_errors_of_the_low_precisions(public):
 
 
 @pytest.mark.slow
-def test_remat_keeps_the_gradient(public):
+def test_remat_keeps_the_gradient(nano_dir):
     """Recomputing blocks, but for some results, gives the same gradient of the LoRA."""
     found = []
     for remat, keeps in ((False, ()), (True, ("attention", "qkv", "mlp"))):
-        model = sana.make(nano_sana.model(public / "sana", remat=remat, remat_keeps=keeps))
+        model = sana.make(nano_sana.model(nano_dir / "sana", remat=remat, remat_keeps=keeps))
         base = nano.random(jax.eval_shape(model.init, jax.random.key(0)), 1)
         begin = functools.partial(lora.init, jax.random.key(0), targets=model.lora_targets, cfg=Lora(4))
         adapter = nano.random(jax.eval_shape(begin, base), 2)

@@ -24,7 +24,7 @@ import optax
 
 from experiments.tiny import check, tokenizers_local, world
 from solrl_jax import config, weights
-from solrl_jax.models import flux, flux_dev, text, vae
+from solrl_jax.models import flux, public, text, vae
 from solrl_jax.models.folders import text_modules
 from solrl_jax.models.folders import tokenize as tokenize_by
 from solrl_jax.rewards import clip_tower, preprocess
@@ -66,7 +66,7 @@ TRANSFORMER = {
     "guidance_embeds": True,
     "axes_dims_rope": [4, 14, 14],
 }
-SCHEDULER = flux_dev.CONFIGS["scheduler/scheduler_config.json"] | {"num_train_timesteps": 1000}
+SCHEDULER = public.FLUX_DEV["scheduler/scheduler_config.json"] | {"num_train_timesteps": 1000}
 TEXT = {
     "architectures": ["CLIPTextModel"],
     "model_type": "clip_text_model",

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, weights
-from solrl_jax.models import flux_dev, folders, text, vae
+from solrl_jax.models import folders, public, text, vae
 from solrl_jax.models.folders import Encoder
 from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, rows, stack
@@ -37,7 +37,7 @@ ENCODERS = (
     Encoder("clip", "text_encoder", "tokenizer", text.ClipTextConfig),
     Encoder("t5", "text_encoder_2", "tokenizer_2", text.T5Config),
 )
-PUBLIC = {flux_dev.HUB_ID: flux_dev.CONFIGS}
+PUBLIC = public.FLUX
 
 
 @dataclasses.dataclass(frozen=True)

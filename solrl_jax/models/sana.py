@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from solrl_jax import config, weights
-from solrl_jax.models import dcae, folders, gemma2, sana_public, vae
+from solrl_jax.models import dcae, folders, gemma2, public, vae
 from solrl_jax.models.folders import Encoder, Naming
 from solrl_jax.models.layers import (
     F32,
@@ -43,7 +43,7 @@ from solrl_jax.weights import Rule, hub
 from solrl_jax.weights.options import Options
 
 PIPELINES = ("SanaPipeline",)
-PUBLIC = sana_public.PUBLIC
+PUBLIC = public.SANA
 LORA_TARGETS = ("attn.qkv", "attn.proj", "cross_attn.q_linear", "cross_attn.kv_linear", "cross_attn.proj")
 NVFP4_SKIP = (
     *("t_embedder", "t_block", "cfg_embedder", "y_embedder", "x_embedder", "final_layer", "logvar_linear"),
@@ -400,8 +400,8 @@ _MODULES = (  # ours: diffusers' layout and names, the native name
 
 
 def _rules(native: bool) -> Iterator[Rule]:
-    for ours, layout, public, own in _MODULES:
-        theirs = (own,) if native else public
+    for ours, layout, diffusers, own in _MODULES:
+        theirs = (own,) if native else diffusers
         path = ours.replace(".", r"\.")
         yield Rule(f"{path}/kernel", tuple(f"{name}.weight" for name in theirs), layout)
         yield Rule(f"{path}/bias", tuple(f"{name}.bias" for name in theirs))

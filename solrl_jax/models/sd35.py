@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, weights
-from solrl_jax.models import folders, sd35_public, text, vae
+from solrl_jax.models import folders, public, text, vae
 from solrl_jax.models.folders import Encoder, Encoders
 from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, conv, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, stack
@@ -27,7 +27,7 @@ from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Vari
 from solrl_jax.weights import hub
 
 PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
-PUBLIC = sd35_public.PUBLIC
+PUBLIC = public.SD35
 LORA_TARGETS = (
     *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
