@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from experiments import profile, results
-from solrl_jax import algos, config, iteration, plan, quant, rewards, sharding
+from solrl_jax import algos, config, device, iteration, plan, quant, rewards, sharding
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
@@ -239,6 +239,7 @@ def work(cfg: Config, devices: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="flux")
     parser.add_argument("--prompts", type=int, default=1)

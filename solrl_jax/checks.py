@@ -6,8 +6,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 
 from solrl_jax.run.assemble import Parts
-from solrl_jax.structs import Prompts, TrainState
-from solrl_jax.weights import leaves_by_path
+from solrl_jax.structs import Prompts, TrainState, leaves_by_path
 
 Metrics = dict[str, float]
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from solrl_jax.config import ConfigError, Lora
-from solrl_jax.structs import Params, Variables
-from solrl_jax.weights import WeightsError, leaves_by_path
+from solrl_jax.structs import Params, Variables, leaves_by_path
+from solrl_jax.weights import WeightsError
 
 
 def adapted(base: Params, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:

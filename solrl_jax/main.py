@@ -176,6 +176,9 @@ def main(argv: Sequence[str]) -> int:
         if FLAGS.mode == "report":
             return _report(argv[1:])
         cfg, run, place = _meant(argv[1:])
+        from solrl_jax import device
+
+        device.setup()
         return MODES[FLAGS.mode](cfg, run, place)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -21,13 +21,6 @@ def make_mesh(devices: int | None = None) -> Mesh:
     return jax.make_mesh((count,), (DATA,), devices=found[:count], axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def platform() -> str:
-    """ "cpu", "gpu" or "tpu": of the ambient mesh's devices, which may be described only (to compile for a card that
-    is not there); without a mesh JAX's default."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return getattr(device, "platform", None) or jax.default_backend()
-
-
 def check_divides(mesh: Mesh, prompts: int) -> None:
     """Each device owns whole prompts."""
     if prompts % mesh.size:

@@ -29,6 +29,12 @@ class WeightsError(ValueError):
     """A checkpoint that cannot be used; the message names the file, the keys and what to do."""
 
 
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """{"a/b/kernel": leaf} in tree order."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path): leaf for path, leaf in flat}
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static:

@@ -8,7 +8,6 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-import solrl_jax
 from solrl_jax import sharding
 
 
@@ -27,4 +26,4 @@ def compiled(f, *args, on: Mesh, split: tuple = ()):
         for tree, place in [*((a, sharding.WHOLE) for a in args), *((a, sharding.SPLIT) for a in split)]
     ]
     with jax.set_mesh(on):
-        return jax.jit(f).lower(*shapes).compile(solrl_jax.XLA_GPU)
+        return jax.jit(f).lower(*shapes).compile(device.XLA_GPU)

@@ -14,6 +14,12 @@ install_import_hook("solrl_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_configure(config):
+    from solrl_jax import device  # after the hook, which checks what is imported from here on
+
+    device.setup()
+
+
 @pytest.fixture
 def one_thread():
     """torch on one thread: on a busy machine its threads wait on each other for seconds."""

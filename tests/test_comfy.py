@@ -22,8 +22,8 @@ from solrl_jax import config, lora, recipes, sampler, sharding, train
 from solrl_jax.config import Config, Lora
 from solrl_jax.models import flux
 from solrl_jax.run import assemble, model_card
-from solrl_jax.structs import Frozen, TrainState
-from solrl_jax.weights import WeightsError, leaves_by_path, lora_files
+from solrl_jax.structs import Frozen, TrainState, leaves_by_path
+from solrl_jax.weights import WeightsError, lora_files
 from tests.test_lora import SMALL, inputs
 
 CFG = Lora(rank=4, alpha=8.0)

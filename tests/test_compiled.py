@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import config, iteration, lora, quant, sharding
+from solrl_jax import config, device, iteration, lora, quant, sharding
 from solrl_jax.config import Lora
 from solrl_jax.models import flux
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
@@ -162,8 +162,8 @@ def test_gradient(h100):
 
 def test_the_small_world_keeps_its_own_attention(h100):
     """40 tokens: no fused kernel; and without a mesh, or on a CPU's, nothing of this is chosen."""
-    assert sharding.platform() == "cpu"
+    assert device.platform() == "cpu"
     with jax.set_mesh(h100):
-        assert sharding.platform() == "gpu"
+        assert device.platform() == "gpu"
     with jax.set_mesh(sharding.make_mesh(1)):
-        assert sharding.platform() == "cpu"
+        assert device.platform() == "cpu"

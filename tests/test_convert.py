@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding
 from solrl_jax import config, sharding
 from solrl_jax.models import flux
 from solrl_jax.run import assemble, checkpoint, convert
-from solrl_jax.weights import WeightsError, leaves_by_path
+from solrl_jax.structs import leaves_by_path
+from solrl_jax.weights import WeightsError
 from tests import nano
 
 

@@ -16,7 +16,8 @@ from configs import tiny
 from solrl_jax import config, lora, sampler
 from solrl_jax.config import ConfigError, Lora
 from solrl_jax.models import flux
-from solrl_jax.weights import WeightsError, leaves_by_path, lora_files
+from solrl_jax.structs import leaves_by_path
+from solrl_jax.weights import WeightsError, lora_files
 
 CFG = Lora(rank=4, alpha=8.0)
 SMALL = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 24}

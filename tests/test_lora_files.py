@@ -21,7 +21,8 @@ from solrl_jax.models import flux, sana, sd35
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
 from solrl_jax.models.sana import SanaConfig, SanaTransformer
 from solrl_jax.models.sd35 import Sd35Config, Sd35Transformer
-from solrl_jax.weights import WeightsError, leaves_by_path, lora_files
+from solrl_jax.structs import leaves_by_path
+from solrl_jax.weights import WeightsError, lora_files
 from tests import nano_sana, nano_sd35, test_flux, test_sana, test_sd35
 from tests.test_lora import SMALL
 

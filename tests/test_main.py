@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-import solrl_jax
 from solrl_jax import config, main, rewards
 
 
@@ -142,22 +141,44 @@ def test_prompts_are_short_for_prompt_files_but_in_sample_mode(command, monkeypa
     assert seen == ["p.txt", "other", "other", "p.txt", "p.txt", "other"]
 
 
+ENVIRONMENT = """
+import os
+before = dict(os.environ)
+import solrl_jax.main, solrl_jax.iteration, solrl_jax.train, jax
+assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
+assert jax.config.jax_platforms == before.get("JAX_PLATFORMS"), jax.config.jax_platforms
+solrl_jax.device.setup()
+print(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"], jax.config.jax_platforms)
+"""
+
+
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dxg"), reason="there is a GPU")
-@pytest.mark.parametrize("code", ["import solrl_jax, jax; jax.devices()", "import solrl_jax.main, jax; jax.devices()"])
-def test_without_a_gpu_nothing_is_printed(code):
-    found = shell("-c", code)
+@pytest.mark.parametrize(("given", "said"), [({}, "0.92 cpu"), ({"JAX_PLATFORMS": "tpu"}, "0.92 tpu")])
+def test_importing_changes_no_environment_and_setup_does(given, said, monkeypatch):
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        monkeypatch.delenv(name, raising=False)
+    found = shell("-c", ENVIRONMENT, **given)
+    assert (found.returncode, found.stdout) == (0, f"{said}\n"), found.stderr
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0") or os.path.exists("/dev/dxg"), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_printed():
+    found = shell("-c", "import jax; from solrl_jax import device; device.setup(); jax.devices()")
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
-    assert (
-        shell("-c", "import os, solrl_jax; print(os.environ['JAX_PLATFORMS'])", JAX_PLATFORMS="tpu").stdout == "tpu\n"
-    )
+
+
+def test_what_is_absent_is_named(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")  # the user's own word counts
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    assert device.absent() == ["XLA_FLAGS=--xla_gpu_dot_merger_threshold_mb=32", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"]
 
 
 def test_gpu_flags_are_added_to_the_users_own():
     """Each that is not named; and this jaxlib knows them all: it ends the process at a flag that it does not know."""
     ours = "--xla_gpu_enable_triton_gemm=false --xla_gpu_dot_merger_threshold_mb=32"
-    assert solrl_jax.with_gpu_flags("") == ours
+    assert device.with_gpu_flags("") == ours
     theirs = "--xla_gpu_enable_triton_gemm=true --xla_dump_to=/tmp/x"
-    assert solrl_jax.with_gpu_flags(theirs) == f"{theirs} --xla_gpu_dot_merger_threshold_mb=32"
+    assert device.with_gpu_flags(theirs) == f"{theirs} --xla_gpu_dot_merger_threshold_mb=32"
     found = shell("-c", "import jax; print(jax.device_count())", JAX_PLATFORMS="cpu", XLA_FLAGS=ours)
     assert (found.returncode, found.stdout) == (0, "1\n"), found.stderr
 

@@ -20,7 +20,7 @@ from diffusers import (
 from oracle import error, randomise
 from safetensors.numpy import save_file
 
-from solrl_jax import config, sampler, sharding, weights
+from solrl_jax import config, sampler, sharding, structs, weights
 from solrl_jax.models import layers, public, sana
 from solrl_jax.models.sana import SanaConfig, SanaTransformer, TextKeys
 from solrl_jax.quant import coverage
@@ -598,6 +598,6 @@ def test_text_keys_use_the_networks_parameters():
     cfg = SanaConfig(**nano_sana.TRANSFORMER)
     spec = shapes_of(cfg)
     own = jax.eval_shape(lambda: TextKeys(cfg, jnp.float32).init(jax.random.key(0), jnp.zeros((1, 3, 32)))["params"])
-    found = {path: x.shape for path, x in weights.leaves_by_path(own).items() if "scale_shift" not in path}
-    assert found.items() <= {path: x.shape for path, x in weights.leaves_by_path(spec).items()}.items()
+    found = {path: x.shape for path, x in structs.leaves_by_path(own).items() if "scale_shift" not in path}
+    assert found.items() <= {path: x.shape for path, x in structs.leaves_by_path(spec).items()}.items()
     assert "blocks/cross_attn/kv_linear/kernel" in found

@@ -12,7 +12,8 @@ from solrl_jax import lora, sampler
 from solrl_jax.config import Lora, Model
 from solrl_jax.models import public, sana
 from solrl_jax.models.sana import SanaConfig
-from solrl_jax.weights import WeightsError, hub, leaves_by_path, lora_files
+from solrl_jax.structs import leaves_by_path
+from solrl_jax.weights import WeightsError, hub, lora_files
 from tests import nano_sana
 from tests.test_comfy import made, same
 from tests.test_lora import drawn

@@ -15,7 +15,8 @@ from solrl_jax import lora, sampler
 from solrl_jax.config import Lora, Model
 from solrl_jax.models import sd35
 from solrl_jax.models.sd35 import Sd35Config
-from solrl_jax.weights import WeightsError, hub, leaves_by_path, lora_files
+from solrl_jax.structs import leaves_by_path
+from solrl_jax.weights import WeightsError, hub, lora_files
 from tests import nano_sd35
 from tests.test_comfy import made, same
 from tests.test_lora import drawn

@@ -25,7 +25,7 @@ from experiments.methods import run as methods
 from experiments.methods.price import price, prices
 from experiments.tiny import evidence, lab
 from experiments.tiny.evidence import PICTURES, Arm
-from solrl_jax import config, sharding, train
+from solrl_jax import config, device, sharding, train
 
 HERE = Path(__file__).resolve().parent
 
@@ -141,6 +141,7 @@ def draw(file: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(ABLATIONS))
     parser.add_argument("--seeds", default="0,1,2,3,4")

@@ -22,7 +22,7 @@ import jax
 
 from experiments import results
 from experiments.full_size import Bench, iterations
-from solrl_jax import config, iteration, sharding
+from solrl_jax import config, device, iteration, sharding
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
@@ -81,6 +81,7 @@ def known(file: Path, facts: Mapping[str, Any]) -> dict[str, list[dict[str, floa
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="flux", help="a config: flux, sd35, sana")
     parser.add_argument("--prompts", type=int, default=1)

@@ -24,6 +24,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from experiments import results
+from solrl_jax import device
 from solrl_jax.run import checkpoint
 
 HERE = Path(__file__).resolve().parent
@@ -134,6 +135,7 @@ def same(run: Path, other: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--in_saves", type=int, default=10)

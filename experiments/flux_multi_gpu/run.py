@@ -20,11 +20,11 @@ import numpy as np
 
 from experiments import results
 from experiments.full_size import Bench, work
-from solrl_jax import algos, config, iteration, sharding
+from solrl_jax import algos, config, device, iteration, sharding
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
-from solrl_jax.weights import leaves_by_path
+from solrl_jax.structs import leaves_by_path
 
 
 def gradient(bench: Bench, cfg: Config) -> dict[str, np.ndarray]:
@@ -51,6 +51,7 @@ def apart(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="flux")
     parser.add_argument("--each", type=int, default=1, help="prompts a device")

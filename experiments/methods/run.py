@@ -25,7 +25,7 @@ from experiments import results
 from experiments.methods.price import price, prices
 from experiments.tiny import evidence, lab
 from experiments.tiny.evidence import PICTURES, Arm
-from solrl_jax import config, sharding
+from solrl_jax import config, device, sharding
 from solrl_jax.config import Config
 from solrl_jax.structs import TrainState
 
@@ -130,6 +130,7 @@ def at_mark(split: str, done: int, cost: float, states: TrainState, bench: Bench
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join(ARMS), help="methods before their controls")
     parser.add_argument("--seeds", default="0,1,2,3,4")

@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments import results
 from experiments.full_size import drawn
-from solrl_jax import config, quant, sharding
+from solrl_jax import config, device, quant, sharding
 from solrl_jax.plan import shapes
 from solrl_jax.quant import coverage
 from solrl_jax.quant.calibrate import calibrated
@@ -33,6 +33,7 @@ SIGMAS = (0.9, 0.5, 0.1)
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="flux")
     parser.add_argument("--pictures", type=int, default=1)

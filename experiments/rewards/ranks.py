@@ -23,7 +23,7 @@ from experiments import results
 from experiments.full_size import drawn
 from experiments.rewards.speed import REWARDS
 from experiments.tiny import check, lab
-from solrl_jax import config, sharding
+from solrl_jax import config, device, sharding
 from solrl_jax.plan import shapes
 from solrl_jax.rewards import clipscore, parse_paths
 from solrl_jax.selection import fidelity
@@ -65,6 +65,7 @@ def compared(name: str, found: dict[str, Float[np.ndarray, "P N"]], kept: int) -
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", default=REWARDS, help="of full size, with random weights")
     parser.add_argument("--captions", type=int, default=100, help="prompts that the small world's CLIP judges")

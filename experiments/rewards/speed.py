@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from experiments import results
 from experiments.full_size import drawn, timed
-from solrl_jax import sharding
+from solrl_jax import device, sharding
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 
@@ -49,6 +49,7 @@ def shares(figures: Mapping[str, dict]) -> dict[str, dict]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", default=REWARDS)
     parser.add_argument("--pictures", type=int, default=96)

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import world
-from solrl_jax import config, iteration, sharding
+from solrl_jax import config, device, iteration, sharding
 from solrl_jax.models import flux, vae
 from solrl_jax.rewards import clipscore, shapes
 from solrl_jax.selection import spearman
@@ -70,6 +70,7 @@ def judge_figures(cfg: config.Model, count: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", type=Path, default=HERE)
     parser.add_argument("--prompts", type=int, default=500)

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check, evidence, lab
-from solrl_jax import config, sharding
+from solrl_jax import config, device, sharding
 from solrl_jax.run import evaluate, pictures
 from solrl_jax.structs import Params
 from solrl_jax.weights import lora_files
@@ -44,6 +44,7 @@ def draw(opened: lab.World, adapters: dict[str, Params], file: Path, count: int 
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("loras", type=Path, nargs="+", help="a run's folder or a LoRA file")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")

@@ -23,7 +23,7 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check, lab, pretrain, world
-from solrl_jax import config, iteration, lora, sharding
+from solrl_jax import config, device, iteration, lora, sharding
 from solrl_jax.config import Config
 from solrl_jax.models import vae
 from solrl_jax.structs import Hyper, TrainState
@@ -247,6 +247,7 @@ def run_guidance(bench: Bench, weights: Sequence[float] = (1.5, 2.0, 3.0)) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join([*ARMS, *OTHERS]))
     parser.add_argument("--seeds", default="0,1,2")

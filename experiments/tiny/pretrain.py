@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from experiments.tiny import check, tokenizers_local, world
-from solrl_jax import config, weights
+from solrl_jax import config, device, weights
 from solrl_jax.models import flux, public, text, vae
 from solrl_jax.models.folders import text_modules
 from solrl_jax.models.folders import tokenize as tokenize_by
@@ -334,6 +334,7 @@ def paired_pool(rng: np.random.Generator, count: int, tokenize) -> dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=0)

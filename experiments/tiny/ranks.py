@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from experiments import results
 from experiments.tiny import check, lab
-from solrl_jax import config, iteration, lora, sharding
+from solrl_jax import config, device, iteration, lora, sharding
 from solrl_jax.config import Stage
 from solrl_jax.quant import calibrate
 from solrl_jax.selection import fidelity
@@ -60,6 +60,7 @@ def _reward(*args, **statics) -> Float[Array, "P N"]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run's folder or a LoRA file")
     parser.add_argument("--prompts", type=int, default=500)

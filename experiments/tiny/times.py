@@ -14,7 +14,7 @@ from pathlib import Path
 
 from experiments import results
 from experiments.tiny import check
-from solrl_jax import config, train
+from solrl_jax import config, device, train
 
 RECIPES = {
     "sol_rl": ("sol_rl", {}),
@@ -36,6 +36,7 @@ def seconds(recipe: str, overrides: dict[str, str], iterations: int) -> dict[str
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--out", type=Path, default=check.HERE / "results/times.json")

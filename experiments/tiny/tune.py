@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check, evidence, lab
-from solrl_jax import config, sharding
+from solrl_jax import config, device, sharding
 
 
 def setting(rate: float, kl: float = 1e-4, more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -44,6 +44,7 @@ AT_ONCE = 3
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--marks", default="60,120", help="iterations after which to measure")
     parser.add_argument("--prompts", type=int, default=500, help="test captions")

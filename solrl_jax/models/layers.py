@@ -15,9 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from solrl_jax import sharding
-from solrl_jax.layout import as_it_lies
-from solrl_jax.products import operands
+from solrl_jax import device
+from solrl_jax.device import operands, row_major
 
 F32 = jnp.float32
 LONG = 256
@@ -47,7 +46,7 @@ class Linear(nn.Module):
     def __call__(self, *parts: Float[Array, "*batch _"]) -> Float[Array, "*batch out"]:
         # f32 results of bf16 products: on CPUs up to twice as fast as bf16 ones. On GPUs they would double the traffic,
         # and cuBLASLt adds a bias to its f32 sums before it rounds them, so there the result is the same without.
-        out = self.dtype if sharding.platform() == "gpu" else F32
+        out = self.dtype if device.platform() == "gpu" else F32
         if self.is_mutable_collection("largest") and not self.is_initializing():
             self.sow("largest", "x", jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in parts])).astype(F32))
         if self.has_variable("quant", "kernel"):
@@ -65,7 +64,7 @@ class Linear(nn.Module):
             a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "ab")
             y = y + _product((_product(parts, a, self.dtype, out),), b, self.dtype, out)
         if bias is not None and self.bias_after:
-            y = _plus(jax.lax.optimization_barrier(y) if sharding.platform() == "gpu" else y, bias)
+            y = _plus(jax.lax.optimization_barrier(y) if device.platform() == "gpu" else y, bias)
         return y.astype(self.dtype)
 
 
@@ -154,7 +153,7 @@ def attention(
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     plain = bias is None and softcap is None
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and plain and q.shape[-1] in range(8, 129, 8)
-    if fits and q.shape[1] >= LONG and sharding.platform() == "gpu":
+    if fits and q.shape[1] >= LONG and device.platform() == "gpu":
         if lengths is not None:
             return masked_attention(q, k, v, factor, "cudnn", lengths)
         if q.shape[1] % 2 or k.shape[1] % 2:
@@ -171,7 +170,7 @@ def attention(
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     weights, v = operands(weights, v)
-    if q.dtype == jnp.bfloat16 and sharding.platform() == "cpu":
+    if q.dtype == jnp.bfloat16 and device.platform() == "cpu":
         # In the heads' order: XLA's CPU backend takes three times as long to put the result into the tokens'.
         out = jnp.einsum("bhqk,bhkd->bhqd", weights, jnp.swapaxes(v, 1, 2), **how)
         return jnp.swapaxes(out.astype(q.dtype), 1, 2)
@@ -219,7 +218,7 @@ def linear_attention(
     dtype, q, k = q.dtype, jax.nn.relu(q), jax.nn.relu(k)
     product = functools.partial(jnp.einsum, precision=precision_of(dtype))
     # The same numbers: products of bf16 are exact in f32. XLA's CPU backend lacks this one, a GPU's copies would cost.
-    k, v = (k, v) if sharding.platform() == "gpu" else (k.astype(F32), v.astype(F32))
+    k, v = (k, v) if device.platform() == "gpu" else (k.astype(F32), v.astype(F32))
     states = product("bnhd,bnhe->bhde", k, v, preferred_element_type=F32)
     total = jnp.sum(k.astype(F32), axis=1)
     above = product("bnhd,bhde->bnhe", q.astype(F32), states)
@@ -247,11 +246,11 @@ class DepthwiseConv(nn.Module):
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         channels = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (self.size, self.size, 1, channels), F32)
-        convolve = _grouped if sharding.platform() == "gpu" else _shifted
+        convolve = _grouped if device.platform() == "gpu" else _shifted
         y = convolve(x.astype(self.dtype), jnp.asarray(kernel).astype(self.dtype))
         if self.use_bias:
             y = _plus(y, jnp.asarray(self.param("bias", nn.initializers.zeros, (channels,), F32)))
-        return as_it_lies(y.astype(self.dtype))
+        return row_major(y.astype(self.dtype))
 
 
 def _grouped(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"]) -> Float[Array, "B h w C"]:
@@ -321,7 +320,7 @@ def gelu_erf(x: Array) -> Array:
 def _rounded_once(f: Callable[[Array], Array], x: Array) -> Array:
     """f(x). Of bf16 x on CPUs, f in f32 and rounded once: XLA there rounds after each of f's operations, which takes
     three times as long. The backward pass is left x alone. (On GPUs a GELU is in a product's epilogue, in f32.)"""
-    if x.dtype != jnp.bfloat16 or sharding.platform() != "cpu":
+    if x.dtype != jnp.bfloat16 or device.platform() != "cpu":
         return f(x)
     return jax.checkpoint(lambda x: f(x.astype(F32)).astype(x.dtype), prevent_cse=False)(x)
 

@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 
-from solrl_jax import sharding
+from solrl_jax import device
 from solrl_jax.quant import fp8, nvfp4
 from solrl_jax.quant.fp8 import Fp8
 from solrl_jax.quant.nvfp4 import Nvfp4
-from solrl_jax.structs import Params, QuantRule, QuantRules
-from solrl_jax.weights import leaves_by_path
+from solrl_jax.structs import Params, QuantRule, QuantRules, leaves_by_path
 
 LOW = ("fp8", "nvfp4_native", "nvfp4_emulated")
 """What kernels are quantised to."""
@@ -109,7 +108,7 @@ def for_rollout(low: Params) -> Params:
     and not at every step."""
 
     def ready(kernel: Fp8 | Nvfp4) -> Any:
-        if isinstance(kernel, Nvfp4) and not kernel.native.value and sharding.platform() == "cpu":
+        if isinstance(kernel, Nvfp4) and not kernel.native.value and device.platform() == "cpu":
             return nvfp4.unpacked(kernel)
         return kernel
 

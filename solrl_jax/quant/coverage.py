@@ -7,8 +7,7 @@ import jax
 
 from solrl_jax import quant
 from solrl_jax.models.layers import Linear
-from solrl_jax.structs import Model
-from solrl_jax.weights import leaves_by_path
+from solrl_jax.structs import Model, leaves_by_path
 
 
 class Use(NamedTuple):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float8e4m3fn
 
-from solrl_jax.layout import as_it_lies
+from solrl_jax.device import row_major
 from solrl_jax.structs import Static
 
 MAX = 448.0
@@ -57,10 +57,10 @@ def quantise(kernel: Float[Array, "*layers in out"], unit: float = 1.0) -> Fp8:
     """One scale a kernel (a layer of a stack is a kernel of its own)."""
     if kernel.ndim > 2:
         return jax.lax.map(lambda k: quantise(k, unit), kernel)
-    w = as_it_lies(kernel).astype(jnp.float32)
+    w = row_major(kernel).astype(jnp.float32)
     most = jnp.max(jnp.abs(w))
     scale = jnp.where(most > 0, most * jnp.float32(1 / MAX), 1.0)
-    return Fp8(as_it_lies(encode(w, scale)).T, scale, Static(unit))
+    return Fp8(row_major(encode(w, scale)).T, scale, Static(unit))
 
 
 def unit_of(largest: float) -> float:

@@ -21,9 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float8e4m3fn, UInt8
 
-from solrl_jax import sharding
-from solrl_jax.layout import as_it_lies
-from solrl_jax.products import operands
+from solrl_jax import device
+from solrl_jax.device import operands, row_major
 from solrl_jax.structs import Static
 
 BLOCK = 16
@@ -128,12 +127,12 @@ def quantise(kernel: Float[Array, "*layers in out"], native: bool = False) -> Nv
     if kernel.ndim > 2:  # one layer at a time: a whole stack in f32 would not fit at FLUX's size
         return lax.map(lambda k: quantise(k, native), kernel)
     _check(kernel.shape[0])
-    w = as_it_lies(kernel).astype(jnp.float32)
+    w = row_major(kernel).astype(jnp.float32)
     amax, blocks = jnp.max(jnp.abs(w)), w.reshape(-1, BLOCK, w.shape[1])
     values, scales = _encode_blocks(blocks, amax, 1)
     codes = pack(code_of(values), 1).reshape(-1, w.shape[1])
     scales = scales[:, 0].astype(jnp.float8_e4m3fn)
-    return Nvfp4(as_it_lies(codes).T, as_it_lies(scales).T, amax * jnp.float32(1 / FULL), Static(native))
+    return Nvfp4(row_major(codes).T, row_major(scales).T, amax * jnp.float32(1 / FULL), Static(native))
 
 
 def _scaled(q: Nvfp4) -> Float[Array, "*layers out in"]:
@@ -173,7 +172,7 @@ def _native(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Ar
     a = values.reshape(-1, x.shape[-1]).astype(jnp.float4_e2m1fn)
     a_scales = scales.reshape(a.shape[0], -1).astype(jnp.float8_e4m3fn)
     w = lax.bitcast_convert_type(q.codes, jnp.float4_e2m1fn).reshape(q.codes.shape[0], -1)
-    if sharding.platform() == "gpu":
+    if device.platform() == "gpu":
         operands = (o[None] for o in (a, w, a_scales, q.scales))
         y = jax.nn.scaled_matmul(*operands, preferred_element_type=out)[0]
     else:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import iteration, products, quant, rewards, sharding
+from solrl_jax import device, iteration, quant, rewards, sharding
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.quant import coverage
 from solrl_jax.rewards import Score
@@ -64,8 +64,8 @@ def resolved(cfg: Config, capability: float | None) -> Config:
 
 def capability() -> float | None:
     """Compute capability of the first device, None where it is no CUDA device."""
-    device = jax.devices()[0]
-    return float(device.compute_capability) if device.platform == "gpu" else None
+    first = jax.devices()[0]
+    return float(first.compute_capability) if first.platform == "gpu" else None
 
 
 def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train") -> Parts:
@@ -204,7 +204,7 @@ def notes(parts: Parts) -> list[str]:
         out.append(
             f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
         )
-    return low + out + products.notes()
+    return low + out + device.notes()
 
 
 def encode(parts: Parts, prompts: Sequence[str], score: Score, ahead: Sequence[str] = ()) -> Prompts:

@@ -31,8 +31,7 @@ import numpy as np
 from solrl_jax import config, disk
 from solrl_jax.config import Config
 from solrl_jax.run import log
-from solrl_jax.structs import PyTree, TrainState
-from solrl_jax.weights import leaves_by_path
+from solrl_jax.structs import PyTree, TrainState, leaves_by_path
 
 try:
     import fcntl

@@ -28,8 +28,8 @@ from jax.sharding import Sharding
 from solrl_jax.config import ConfigError, Model
 from solrl_jax.models import folders
 from solrl_jax.run import checkpoint
-from solrl_jax.structs import Params
-from solrl_jax.weights import WeightsError, hub, leaves_by_path
+from solrl_jax.structs import Params, leaves_by_path
+from solrl_jax.weights import WeightsError, hub
 
 MANIFEST = "weights.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".gguf", ".index.json")

@@ -63,12 +63,6 @@ def groups(keys: Sequence[str], size: int) -> list[tuple[str, ...]]:
     return [tuple(keys[i : i + size]) for i in range(0, len(keys), size)]
 
 
-def leaves_by_path(tree: PyTree) -> dict[str, Any]:
-    """{"a/b/kernel": leaf} in tree order."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path): leaf for path, leaf in flat}
-
-
 def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
     """What `tree` (arrays or ShapeDtypeStructs) asks of a checkpoint. A path without a rule is the table's defect."""
     found = []

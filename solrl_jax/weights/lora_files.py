@@ -23,8 +23,8 @@ from safetensors.numpy import save as safetensors_bytes
 from solrl_jax import disk
 from solrl_jax.config import Lora
 from solrl_jax.lora import put, scaled
-from solrl_jax.structs import Params
-from solrl_jax.weights import Leaf, Rule, WeightsError, groups, leaves_by_path, matrix, needed, peft_config, torch_file
+from solrl_jax.structs import Params, leaves_by_path
+from solrl_jax.weights import Leaf, Rule, WeightsError, groups, matrix, needed, peft_config, torch_file
 
 Tensors = Mapping[str, np.ndarray]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from solrl_jax import products, quant, sharding
+from solrl_jax import device, quant, sharding
 from solrl_jax.models import layers
 from solrl_jax.plan import jaxpr
 from solrl_jax.quant import fp8, nvfp4
@@ -15,7 +15,7 @@ from solrl_jax.quant import fp8, nvfp4
 @pytest.fixture(params=[False, True], ids=["float32", "amx"])
 def amx(request, monkeypatch):
     """Both choices, whatever this machine has."""
-    monkeypatch.setattr(products, "has_amx", lambda: request.param)
+    monkeypatch.setattr(device, "has_amx", lambda: request.param)
     return request.param
 
 
@@ -31,24 +31,24 @@ def rounded(x):
 def test_the_processor_is_asked(tmp_path):
     for name, flags, expect in (("old", "avx512_bf16 avx512_fp16", False), ("new", "amx_tile amx_bf16", True)):
         (tmp_path / name).write_text(f"processor\t: 0\nflags\t\t: fpu {flags}\n")
-        assert products.has_amx(str(tmp_path / name)) == expect
-    assert not products.has_amx(str(tmp_path / "of another system"))
+        assert device.has_amx(str(tmp_path / name)) == expect
+    assert not device.has_amx(str(tmp_path / "of another system"))
 
 
 def test_a_program_is_of_one_choice(amx):
     """So that the compilation cache keeps them apart; and the first lines of a run say which."""
     x = jnp.ones((8, 16), jnp.bfloat16)
-    text = jax.jit(lambda x, w: jnp.dot(*products.operands(x, w))).lower(x, x.T).as_text()
+    text = jax.jit(lambda x, w: jnp.dot(*device.operands(x, w))).lower(x, x.T).as_text()
     assert ("tensor<8x16xbf16>, tensor<16x8xbf16>" in text) == amx
-    assert products.wide() == (not amx)
-    assert ("no matrix units" in products.notes()[0]) == (not amx)
+    assert device.wide() == (not amx)
+    assert ("no matrix units" in device.notes()[0]) == (not amx)
 
 
 def test_only_cpus_choose(monkeypatch):
     x = jnp.ones(3, jnp.bfloat16)
     for platform in ("gpu", "tpu"):
         monkeypatch.setattr(sharding, "platform", lambda platform=platform: platform)
-        assert products.operands(x) == (x,) and products.notes() == []
+        assert device.operands(x) == (x,) and device.notes() == []
 
 
 def test_linear_multiplies_rounded_operands(amx):
