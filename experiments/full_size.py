@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from experiments import profile, results
 from solrl_jax import algos, config, device, iteration, plan, quant, rewards, sharding
 from solrl_jax.config import Config
+from solrl_jax.learn import gradients, init_state, make_optimizer
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 from solrl_jax.structs import Prompts, PyTree, Variables
@@ -105,7 +106,7 @@ class Bench:
     def __init__(self, cfg: Config, mesh: Mesh, repeat: int, folder: Path | None = None):
         self.cfg, self.mesh, self.repeat, self.folder, self.figures = cfg, mesh, repeat, folder, {}
         self.sizes = shapes.read(cfg, 1)
-        self.optimizer = iteration.make_optimizer(cfg)
+        self.optimizer = make_optimizer(cfg)
         self.frozen = self.drawn(self.sizes.frozen)
         self.statics = {"model": self.sizes.model, "optimizer": self.optimizer, "cfg": cfg}
 
@@ -211,7 +212,7 @@ class Bench:
         keys = jax.random.split(jax.random.key(1), (1, kept))
         x0 = jnp.zeros((1, kept, *jax.eval_shape(model.noise, keys[0, 0]).shape))
         cond = jax.tree.map(lambda c: c[:1], self.prompts.cond)
-        step = jax.jit(functools.partial(iteration.gradients, model=model, cfg=cfg))
+        step = jax.jit(functools.partial(gradients, model=model, cfg=cfg))
         call = functools.partial(step, state, state, self.frozen, cond, keys, algos.Sample(x0), jnp.ones((1, kept)))
         seconds, compiling = timed(call, self.repeat)
         name = f"micro-step of {kept * cfg.times} points, keeping {keeps or 'nothing'}"
@@ -220,7 +221,7 @@ class Bench:
         self.peak(f"peak after the {name}")
 
     def state(self) -> iteration.TrainState:
-        state = iteration.init_state(jax.random.key(0), self.frozen, **self.statics)
+        state = init_state(jax.random.key(0), self.frozen, **self.statics)
         return sharding.replicate(state, self.mesh)
 
     def iterations(self, tflop: dict[str, float]) -> None:

@@ -2,7 +2,7 @@
 
 An `Algorithm`, found here by its name, is two functions and what they need. points(key, sample, schedule, times, cfg)
 -> where the velocities of one sample are asked for, leaves [T, ...]; loss(velocities, points, advantage, hyper, cfg)
--> (f32 [B], metrics). `learn` in iteration.py averages, differentiates and updates.
+-> (f32 [B], metrics). `learn.learn` averages, differentiates and updates.
 """
 
 from collections.abc import Callable

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import iteration, lora, sampler, train
+from solrl_jax import lora, rollout, sampler, train
 from solrl_jax.config import Stage
 from solrl_jax.quant import calibrate
 from solrl_jax.run import assemble, data, evaluate
@@ -52,9 +52,9 @@ def test_keys_are_pairwise_different(parts, given, monkeypatch):
         keys |= {f"{name} {i}": key for i, key in enumerate(jax.random.split(keys[name], 8))}
     keys |= {f"picture {i}": jax.random.fold_in(keys["evaluation"], i) for i in range(8)}
     for at in (state._replace(iteration=jnp.int32(i)) for i in range(3)):
-        samples = iteration.sample_keys(at, 4, 8).reshape(-1)
+        samples = sample_keys(at, 4, 8).reshape(-1)
         keys |= {f"sample {at.iteration} {i}": key for i, key in enumerate(samples)}
-        keys[f"selection {at.iteration}"] = iteration.chooser(at)
+        keys[f"selection {at.iteration}"] = chooser(at)
     found = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys.values()}
     assert len(found) == len(keys) == 5 + 3 * 8 + 3 * 33
 
@@ -102,12 +102,12 @@ def test_the_stage_as_it_draws(parts, stage):
     sigmas, found = jax.jit(lambda c, k: calibrate.seen({}, c, k, model=model, stage=stage))(cond, keys)
     jax.effects_barrier()
     assert len(at) == stage.steps and found["x"].shape == (stage.steps,)
-    table = sampler.table(iteration.sigmas_of(model, stage), stage.solver, stage.eta)
+    table = sampler.table(rollout.sigmas_of(model, stage), stage.solver, stage.eta)
     np.testing.assert_allclose(sigmas, table.sigma, rtol=1e-6)
     np.testing.assert_allclose([sigma for _, sigma in at], np.repeat(table.sigma[:, None], 2, 1), rtol=1e-6)
     x, sigma = map(jnp.asarray, at[-1])  # every solver's last step takes x0hat
-    seeds = iteration.Seeds(keys[:, None], keys[:, None])
-    drawn, _ = iteration.trajectory({}, cond, seeds, model=model, stage=stage)
+    seeds = rollout.Seeds(keys[:, None], keys[:, None])
+    drawn, _ = rollout.trajectory({}, cond, seeds, model=model, stage=stage)
     np.testing.assert_allclose(x - sampler.over(sigma, x) * velocity({}, x, sigma, cond), drawn, rtol=1e-5, atol=1e-5)
     assert np.abs(at[0][0]).max() == pytest.approx(float(found["x"][0]))
 
@@ -120,6 +120,6 @@ def test_units_are_of_all_stages(parts):
         cond = parts.text(nano.PROMPTS[:2])
     given = {"params": parts.frozen.base}, cond, jax.random.key(0)
     units = [dict(calibrate.calibrated(model, *given, some).quant_rules.fp8.units) for some in (stages[:1], stages)]
-    last = [1 / iteration.sigmas_of(model, stage)[-2] for stage in stages]
+    last = [1 / rollout.sigmas_of(model, stage)[-2] for stage in stages]
     assert units[0]["last"] == calibrate.fp8.unit_of(last[0]) and units[1]["last"] == calibrate.fp8.unit_of(max(last))
     assert units[0]["first"] == units[1]["first"] == calibrate.fp8.unit_of(10.0)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import config, device, iteration, lora, quant, sharding
+from solrl_jax import config, device, iteration, learn, lora, quant, sharding
 from solrl_jax.config import Lora
 from solrl_jax.models import flux
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
@@ -132,7 +132,7 @@ def test_a_whole_iteration_explores_in_fp8(devices, tmp_path):
     few |= {"learn.micro_batch": "4", "explore.precision": "fp8", "model.path": str(configs)}
     cfg = config.load("flux", few)
     found = shapes.read(cfg, devices)
-    statics = {"model": found.model, "score": found.score, "optimizer": iteration.make_optimizer(cfg), "cfg": cfg}
+    statics = {"model": found.model, "score": found.score, "optimizer": learn.make_optimizer(cfg), "cfg": cfg}
     step = functools.partial(iteration.iteration_step, **statics)
     prompts = shapes.batch(found.prompts, devices)
     text = card.compiled(step, shapes.blank(cfg, found), found.frozen, on=on, split=(prompts,)).as_text()

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from experiments.faults import run as faults
 from solrl_jax import config, iteration, recipes, train
+from solrl_jax.learn import apply_gradients
 from solrl_jax.run import assemble, checkpoint, data, evaluate
 from tests import test_train
 from tests.test_iteration import quick_compiles
@@ -380,7 +381,7 @@ def test_a_step_to_a_lora_that_is_not_finite_is_not_taken(toy):
     with jax.set_mesh(parts.mesh):
         state = assemble.fresh(parts)
         fast = state._replace(hyper=state.hyper._replace(learning_rate=jnp.float32(3e38)))
-        after, norm = iteration.apply_gradients(
+        after, norm = apply_gradients(
             fast, jax.tree.map(lambda x: 9 * jnp.ones_like(x), state.lora), parts.optimizer, parts.cfg
         )
     assert np.isfinite(norm) and int(after.skipped) == 1 and int(after.updates) == 0

@@ -11,8 +11,11 @@ import pytest
 
 from experiments.tiny import pretrain
 from solrl_jax import config, iteration, quant, recipes, sharding
+from solrl_jax.keys import sample_keys
+from solrl_jax.learn import apply_gradients, dealt, samples_at_a_time
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
+from solrl_jax.rollout import block_shape, policy_variables, rollout
 from solrl_jax.run import assemble
 from solrl_jax.selection import take
 from tests import nano
@@ -77,7 +80,7 @@ def run_whole(parts, iterations: int = 1, state=None):
 def begun(parts):
     """A fresh state, 4 prompts and the keys of their 8 candidates; call it under the mesh."""
     state = assemble.fresh(parts)
-    return state, assemble.encode(parts, nano.PROMPTS[:4], parts.score), iteration.sample_keys(state, 4, 8)
+    return state, assemble.encode(parts, nano.PROMPTS[:4], parts.score), sample_keys(state, 4, 8)
 
 
 def numbers(tree):
@@ -263,11 +266,11 @@ def test_blocks_of_any_size_give_the_same_samples(folder):
     run = iteration.Stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
         state, prompts, keys = begun(parts)
-        variables = iteration.policy_variables(run.merged(state, parts.frozen), None, parts.frozen)
+        variables = policy_variables(run.merged(state, parts.frozen), None, parts.frozen)
 
         def rolled(chunk):
             stage = dataclasses.replace(parts.cfg.regenerate, chunk=chunk)
-            roll = functools.partial(iteration.rollout, model=parts.model, score=parts.score, stage=stage)
+            roll = functools.partial(rollout, model=parts.model, score=parts.score, stage=stage)
             return jax.jit(roll)(variables, parts.frozen, prompts, keys)
 
         expect, *others = (rolled(chunk) for chunk in (8, 2, 16, 32))
@@ -277,12 +280,12 @@ def test_blocks_of_any_size_give_the_same_samples(folder):
 
 
 def test_blocks_that_do_not_divide_are_refused():
-    assert iteration.block_shape(8, 4, 8) == (1, 8) and iteration.block_shape(16, 4, 8) == (2, 8)
-    assert iteration.block_shape(2, 4, 8) == (1, 2) and iteration.block_shape(999, 4, 8) == (4, 8)
+    assert block_shape(8, 4, 8) == (1, 8) and block_shape(16, 4, 8) == (2, 8)
+    assert block_shape(2, 4, 8) == (1, 2) and block_shape(999, 4, 8) == (4, 8)
     with pytest.raises(config.ConfigError, match=r"chunk=24 takes 3 prompts x 8 images .* 4 x 8 of one device"):
-        iteration.block_shape(24, 4, 8)
+        block_shape(24, 4, 8)
     with pytest.raises(config.ConfigError, match=r"chunk=3 takes 1 prompts x 3 .* use one of \[1, 2, 4, 8\]"):
-        iteration.block_shape(3, 4, 8)
+        block_shape(3, 4, 8)
 
 
 def test_shapes_are_checked_where_data_enters(folder):
@@ -318,7 +321,7 @@ def test_low_precision_is_really_there(folder):
         compiled = jax.jit(run.explore).lower(kernels, low, parts.frozen, prompts, keys).compile().as_text()
         plain = jax.jit(run.regenerate).lower(kernels, None, parts.frozen, prompts, keys).compile().as_text()
         jax.config.update("jax_disable_most_optimizations", True)
-        exact = iteration.rollout(
+        exact = rollout(
             {"params": parts.frozen.base},
             parts.frozen,
             prompts,
@@ -367,7 +370,7 @@ def test_a_bad_gradient_changes_nothing_and_is_counted(folder):
     parts = parts_of(nano.build(folder))
     with jax.set_mesh(parts.mesh):
         state = assemble.fresh(parts)
-        step = jax.jit(lambda s, g: iteration.apply_gradients(s, g, parts.optimizer, parts.cfg))
+        step = jax.jit(lambda s, g: apply_gradients(s, g, parts.optimizer, parts.cfg))
         bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.lora)
         after, norm = step(*step(state, bad)[:1], bad)
         good, _ = step(after, jax.tree.map(jnp.ones_like, state.lora))
@@ -383,7 +386,7 @@ def test_clipping_and_rate(folder):
     with jax.set_mesh(parts.mesh):
         state = assemble.fresh(parts)
         grads = jax.tree.map(lambda x: 100.0 * jnp.ones_like(x), state.lora)
-        after, norm = iteration.apply_gradients(state, grads, parts.optimizer, parts.cfg)
+        after, norm = apply_gradients(state, grads, parts.optimizer, parts.cfg)
     size = len(numbers(state.lora))
     assert float(norm) == pytest.approx(100 * size**0.5, rel=1e-5)
     decayed = numbers(state.lora) * (1 - 1e-3 * 1e-4)
@@ -397,14 +400,14 @@ def test_updates_take_disjoint_parts_of_every_prompt():
     """Each of 4 updates has one of the prompt's 4 best and one of its 4 worst; another epoch deals anew."""
     keys = jax.random.split(jax.random.key(0), (3, 8))
     reward = jax.random.normal(jax.random.key(1), (3, 8))
-    index = np.asarray(iteration.dealt(keys, reward, 0, 4))
+    index = np.asarray(dealt(keys, reward, 0, 4))
     assert index.shape == (4, 3, 2)
     rank = np.argsort(np.argsort(reward, axis=1), axis=1)
     for prompt in range(3):
         assert sorted(index[:, prompt].ravel().tolist()) == list(range(8))
         assert np.array_equal(rank[prompt][index[:, prompt]] >= 4, [[False, True]] * 4)
-    assert not np.array_equal(index, iteration.dealt(keys, reward, 1, 4))
-    assert np.array_equal(iteration.dealt(keys, reward, 0, 1)[0], np.argsort(reward, axis=1))
+    assert not np.array_equal(index, dealt(keys, reward, 1, 4))
+    assert np.array_equal(dealt(keys, reward, 0, 1)[0], np.argsort(reward, axis=1))
 
 
 def test_many_runs_as_one_program(folder):
@@ -426,7 +429,7 @@ def test_many_runs_as_one_program(folder):
 def test_a_micro_batch_that_does_not_divide_a_device_is_refused(folder):
     learn = config.Learn(timestep_fraction=0.7, micro_batch=12)
     cfg = dataclasses.replace(nano.build(folder), prompts=6, learn=learn)
-    assert iteration.samples_at_a_time(cfg, 24) == 6 and iteration.samples_at_a_time(cfg, 3) == 3  # at most 6
+    assert samples_at_a_time(cfg, 24) == 6 and samples_at_a_time(cfg, 3) == 3  # at most 6
     with pytest.raises(
         config.ConfigError, match=r"learn\.micro_batch=12 takes 6 samples at a time, but a device holds 8"
     ):

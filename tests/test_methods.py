@@ -9,6 +9,8 @@ import pytest
 
 from solrl_jax import algos, config, iteration, recipes, sampler, train
 from solrl_jax.config import ConfigError, Stage
+from solrl_jax.keys import STEPS, _use, sample_keys
+from solrl_jax.rollout import policy_variables, sigmas_of
 from solrl_jax.run import assemble
 from tests import nano
 from tests.test_iteration import begun, folder, numbers, parts_of, quick_compiles, statics_of, whole
@@ -32,10 +34,10 @@ def rolled(parts):
     run = iteration.Stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
         state, prompts, _ = begun(parts)
-        keys = iteration.sample_keys(state, 4, parts.cfg.candidates)
+        keys = sample_keys(state, 4, parts.cfg.candidates)
         kernels = jax.jit(run.merged)(state, parts.frozen)
         samples = jax.jit(run.regenerate)(kernels, None, parts.frozen, prompts, keys)
-    return state, samples, prompts, iteration.policy_variables(kernels, None, parts.frozen)
+    return state, samples, prompts, policy_variables(kernels, None, parts.frozen)
 
 
 @pytest.mark.parametrize("name", ["flow_grpo", "flow_grpo_fast", "dance_grpo"])
@@ -47,8 +49,8 @@ def test_paths_are_the_steps_that_were_taken(folder, name):
     assert samples.path is not None
     first, states = np.asarray(samples.path.first), samples.path.states
     assert states.shape == (4, 4, stage.trainable + 1, 8, 8, 4)
-    law = sampler.gaussians(iteration.sigmas_of(parts.model, stage), stage.solver, stage.eta)
-    rows = sampler.table(iteration.sigmas_of(parts.model, stage), stage.solver, stage.eta)
+    law = sampler.gaussians(sigmas_of(parts.model, stage), stage.solver, stage.eta)
+    rows = sampler.table(sigmas_of(parts.model, stage), stage.solver, stage.eta)
     cond = jax.tree.map(lambda c: jnp.repeat(c, 4, axis=0), prompts.cond)
     velocity = jax.jit(parts.model.velocity)
     for k in range(stage.trainable):
@@ -58,7 +60,7 @@ def test_paths_are_the_steps_that_were_taken(folder, name):
         x0 = x - sampler.over(t, x) * velocity(variables, x, t, cond)
         step = jax.tree.map(lambda c: jnp.asarray(c[at], jnp.float32), law)  # noqa: B023
         keys = samples.keys.reshape(-1)
-        z = jnp.stack([jax.random.normal(iteration._use(key, iteration.STEPS, int(i)), (8, 8, 4))
+        z = jnp.stack([jax.random.normal(_use(key, STEPS, int(i)), (8, 8, 4))
                        for key, i in zip(keys, at, strict=True)])  # fmt: skip
         expect = sampler.mean(step, x, x0) + sampler.over(jnp.asarray(rows.noise[at], jnp.float32), x) * z
         np.testing.assert_allclose(x_next, expect, rtol=1e-4, atol=2e-5)

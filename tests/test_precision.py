@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import config, iteration, lora, plan
+from solrl_jax import config, iteration, learn, lora, plan
 from solrl_jax.config import Lora, Stage
 from solrl_jax.models import layers
 from solrl_jax.plan import jaxpr, shapes
@@ -93,7 +93,7 @@ def test_compiled_for_an_h100(dtype):
 def test_a_whole_iteration_in_float32_compiled_for_an_h100(tmp_path):
     cfg = nano.build(tmp_path, explore=Stage(steps=2, precision="bf16", chunk=4))
     found = shapes.read(cfg, 1)
-    statics = {"model": found.model, "score": found.score, "optimizer": iteration.make_optimizer(cfg), "cfg": cfg}
+    statics = {"model": found.model, "score": found.score, "optimizer": learn.make_optimizer(cfg), "cfg": cfg}
     step, prompts = functools.partial(iteration.iteration_step, **statics), shapes.batch(found.prompts, cfg.prompts)
     program = card.compiled(step, shapes.blank(cfg, found), found.frozen, on=card.mesh(), split=(prompts,))
     made = products(program)

@@ -10,7 +10,7 @@ import pytest
 from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
-from solrl_jax import config, iteration, lora, main, plan, quant, recipes, sharding, train
+from solrl_jax import config, learn, lora, main, plan, quant, recipes, rollout, sharding, train
 from solrl_jax.config import ConfigError, Evaluate, Lora, Stage
 from solrl_jax.models import public, sana
 from solrl_jax.plan import shapes
@@ -66,9 +66,9 @@ def test_recipes_have_the_names_of_the_original():
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_it_divides_over_devices(devices):
     cfg = config.load("sana")
-    assert iteration.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices) == 4
+    assert learn.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices) == 4
     for _, stage, images in cfg.stages():
-        assert iteration.block_shape(stage.chunk, cfg.prompts // devices, images) == (1, 24)
+        assert rollout.block_shape(stage.chunk, cfg.prompts // devices, images) == (1, 24)
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------

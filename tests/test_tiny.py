@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.tiny import check, world
-from solrl_jax import config, iteration
+from solrl_jax import config, learn
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
 from solrl_jax.rewards import clipscore
@@ -49,7 +49,7 @@ def test_recipes():
 def test_every_device_count_that_divides_works(devices):
     cfg = config.load("tiny")
     held = cfg.prompts * cfg.kept // cfg.learn.updates // devices
-    assert held % iteration.samples_at_a_time(cfg, held) == 0
+    assert held % learn.samples_at_a_time(cfg, held) == 0
 
 
 def test_the_rule_covers_the_blocks():

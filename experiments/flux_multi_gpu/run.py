@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import results
 from experiments.full_size import Bench, work
-from solrl_jax import algos, config, device, iteration, sharding
+from solrl_jax import algos, config, device, learn, sharding
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
@@ -39,7 +39,7 @@ def gradient(bench: Bench, cfg: Config) -> dict[str, np.ndarray]:
     x0 = jax.vmap(jax.vmap(model.noise))(keys)
     advantage = jnp.tile(jnp.linspace(-2.0, 2.0, kept), (cfg.prompts, 1))
     split = functools.partial(sharding.split, mesh=bench.mesh)
-    step = jax.jit(functools.partial(iteration.gradients, model=model, cfg=cfg))
+    step = jax.jit(functools.partial(learn.gradients, model=model, cfg=cfg))
     keys, samples, advantage = map(split, (keys, algos.Sample(x0), advantage))
     found, _ = step(state._replace(lora=moved), state, bench.frozen, bench.prompts.cond, keys, samples, advantage)
     return {path: np.asarray(x, np.float64) for path, x in leaves_by_path(jax.device_get(found)).items()}

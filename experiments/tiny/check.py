@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import world
-from solrl_jax import config, device, iteration, sharding
+from solrl_jax import config, device, rollout, sharding
 from solrl_jax.models import flux, vae
 from solrl_jax.rewards import clipscore, shapes
 from solrl_jax.selection import spearman
@@ -37,7 +37,7 @@ def draw_samples(cfg: config.Model, base, vae_params, cond, images: int, stage: 
     keys = jax.random.split(jax.random.key(seed), (prompts, images))
     with jax.set_mesh(sharding.make_mesh(1)):
         run = jax.jit(
-            lambda frozen, cond, keys: iteration.sample({"params": frozen.base}, cond, keys, model=model, stage=stage)
+            lambda frozen, cond, keys: rollout.sample({"params": frozen.base}, cond, keys, model=model, stage=stage)
         )
         x0 = run(frozen, cond, keys)
         decode = jax.jit(lambda p, x: jax.lax.map(lambda row: model.decode(p, row), x))

@@ -23,8 +23,9 @@ import numpy as np
 
 from experiments import results
 from experiments.tiny import check, lab, pretrain, world
-from solrl_jax import config, device, iteration, lora, sharding
+from solrl_jax import config, device, lora, sharding
 from solrl_jax.config import Config
+from solrl_jax.learn import apply_gradients
 from solrl_jax.models import vae
 from solrl_jax.structs import Hyper, TrainState
 from solrl_jax.weights import lora_files
@@ -147,7 +148,7 @@ def supervised(opened: lab.World, cfg: Config, seeds: Sequence[int], iterations:
         batch = jax.tree.map(lambda x: x[jax.random.randint(pick, (count,), 0, size)], pool)
         x0, _ = vae.encode(encoder, weights, pretrain.pictures(batch))
         grads = jax.grad(loss)(state.lora, base, batch, x0, key)
-        return iteration.apply_gradients(state, grads, parts.optimizer, cfg)[0]
+        return apply_gradients(state, grads, parts.optimizer, cfg)[0]
 
     @functools.partial(jax.jit, static_argnames="updates")
     def run(states, pool, base, weights, updates):

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from experiments.tiny import check
-from solrl_jax import config, iteration, lora
+from solrl_jax import config, iteration, learn, lora, rollout
 from solrl_jax.config import Config, Stage
 from solrl_jax.rewards import Reward, Score, shapes
 from solrl_jax.run import assemble, data
@@ -63,7 +63,7 @@ def begin(world: World, cfg: Config, settings: Sequence[Mapping[str, float]], se
     """States of one run per (setting, seed) pair, leaves [R, ...]; a setting replaces fields of `Hyper`."""
 
     def state(setting: Mapping[str, float], seed: int) -> TrainState:
-        made = iteration.init_state(
+        made = learn.init_state(
             jax.random.key(seed), world.parts.frozen, model=world.parts.model, optimizer=world.parts.optimizer, cfg=cfg
         )
         return made._replace(hyper=made.hyper._replace(**{k: jnp.float32(v) for k, v in setting.items()}))
@@ -163,7 +163,7 @@ def _measure(
     variables = {"params": lora.graft(frozen.base, lora.merged_kernels(frozen.base, adapter, lora_cfg))}
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]) -> dict[str, Array]:
-        images = model.decode(frozen.vae, iteration.integrate(variables, prompts.cond, keys, model=model, stage=stage))
+        images = model.decode(frozen.vae, rollout.integrate(variables, prompts.cond, keys, model=model, stage=stage))
         verdict = shapes.judge(images, prompts.tokens[FACTS])
         rows = images.reshape(*keys.shape, -1)
         apart = jnp.abs(rows[:, :, None] - rows[:, None]).mean(-1).sum((1, 2)) / (keys.shape[1] * (keys.shape[1] - 1))
@@ -174,9 +174,9 @@ def _measure(
             "spread": 255 * jnp.repeat(apart, keys.shape[1]),
         }
 
-    _, together = iteration.block_shape(stage.chunk, *keys.shape)
+    _, together = rollout.block_shape(stage.chunk, *keys.shape)
     assert together == keys.shape[1], "a block must hold a caption's pictures, else their spread is not theirs"
-    return iteration.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
+    return rollout.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
 
 
 def guided(model: Model, weight: float) -> Model:

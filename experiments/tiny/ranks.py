@@ -18,9 +18,10 @@ from jaxtyping import Array, Float
 
 from experiments import results
 from experiments.tiny import check, lab
-from solrl_jax import config, device, iteration, lora, sharding
+from solrl_jax import config, device, lora, sharding
 from solrl_jax.config import Stage
 from solrl_jax.quant import calibrate
+from solrl_jax.rollout import policy_variables, quantised, rollout
 from solrl_jax.selection import fidelity
 from solrl_jax.structs import PyTree
 from solrl_jax.weights import lora_files
@@ -44,19 +45,19 @@ def rewards(opened: lab.World, adapter, captions: int, candidates: int, chunk: i
     model = calibrate.calibrated(parts.model, {"params": parts.frozen.base}, some, jax.random.key(0), [full])
     low: dict[str, PyTree] = {"bf16": None}
     for precision in ("fp8", "nvfp4_emulated"):
-        quantised = functools.partial(iteration.quantised, model=model, precision=precision)
+        quantised = functools.partial(quantised, model=model, precision=precision)
         low[precision] = jax.jit(quantised)(kernels, parts.frozen)
     out = {}
     for precision, steps in (*PREVIEWS.values(), FULL):
         stage = Stage(steps, cfg.regenerate.solver, precision, chunk)
-        variables = iteration.policy_variables(kernels, low[precision], parts.frozen)
+        variables = policy_variables(kernels, low[precision], parts.frozen)
         roll = jax.jit(functools.partial(_reward, model=model, score=parts.score, stage=stage))
         out[precision, steps] = roll(variables, parts.frozen, prompts, keys)
     return out
 
 
 def _reward(*args, **statics) -> Float[Array, "P N"]:
-    return iteration.rollout(*args, **statics).reward
+    return rollout(*args, **statics).reward
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import iteration, rewards
+from solrl_jax import learn, rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import Score, own
 from solrl_jax.run import assemble
@@ -108,7 +108,7 @@ def samples(cfg: Config, sizes: Sizes, prompts: int, images: int) -> Rollout:
 
 def blank(cfg: Config, sizes: Sizes) -> TrainState:
     """A run's state in shapes."""
-    begin = functools.partial(iteration.init_state, model=sizes.model, optimizer=iteration.make_optimizer(cfg), cfg=cfg)
+    begin = functools.partial(learn.init_state, model=sizes.model, optimizer=learn.make_optimizer(cfg), cfg=cfg)
     return jax.eval_shape(lambda frozen: begin(jax.random.key(0), frozen), sizes.frozen)
 
 

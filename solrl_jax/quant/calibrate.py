@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from solrl_jax import iteration
+from solrl_jax import rollout
 from solrl_jax.config import Stage
 from solrl_jax.quant import fp8, rule_of
 from solrl_jax.structs import Model, PyTree, Variables
@@ -50,8 +50,8 @@ def seen(
     def velocity(x: Array, sigma: Array) -> Array:
         return model.velocity(variables, x, sigma, cond)
 
-    seeds = iteration.Seeds(keys[:, None], keys[:, None])
-    (_, states), steps, _ = iteration.solved(velocity, seeds, model=model, stage=stage, keep_path=True)
+    seeds = rollout.Seeds(keys[:, None], keys[:, None])
+    (_, states), steps, _ = rollout.solved(velocity, seeds, model=model, stage=stage, keep_path=True)
     sigmas = jnp.asarray(steps.sigma, jnp.float32).reshape(len(states), -1)
     sigmas = jnp.broadcast_to(sigmas, states.shape[:2])
     found = jax.lax.map(lambda at: model.largest(variables, at[0], at[1], cond), (states, sigmas))

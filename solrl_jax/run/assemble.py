@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import device, iteration, quant, rewards, sharding
+from solrl_jax import device, learn, quant, rewards, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.quant import coverage
 from solrl_jax.rewards import Score
@@ -99,7 +99,7 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
         mesh=mesh,
         model=model,
         text=Conditioner(model, text, mesh, group=cfg.prompts, stay=not cfg.encode_ahead),
-        optimizer=iteration.make_optimizer(cfg),
+        optimizer=learn.make_optimizer(cfg),
         score=score,
         judged=judged,
         frozen=Frozen(base, vae, place(trained)),
@@ -110,9 +110,9 @@ def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train"
 
 def check_divides(cfg: Config, devices: int) -> None:
     """ConfigError unless what one of so many devices holds divides into chunks and micro-batches."""
-    iteration.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices)
+    learn.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices)
     for _, stage, images in cfg.stages():
-        iteration.block_shape(stage.chunk, cfg.prompts // devices, images)
+        rollout.block_shape(stage.chunk, cfg.prompts // devices, images)
 
 
 def read_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
@@ -215,17 +215,17 @@ def encode(parts: Parts, prompts: Sequence[str], score: Score, ahead: Sequence[s
 def fresh(parts: Parts) -> TrainState:
     """Iteration 0 of a run, replicated; call it under the mesh."""
     key = jax.random.key(parts.cfg.seed)
-    state = iteration.init_state(key, parts.frozen, model=parts.model, optimizer=parts.optimizer, cfg=parts.cfg)
+    state = learn.init_state(key, parts.frozen, model=parts.model, optimizer=parts.optimizer, cfg=parts.cfg)
     return sharding.replicate(state, parts.mesh)
 
 
 def blank(cfg: Config, model: Model, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a run's state, without any weights: what a checkpoint is restored into."""
-    optimizer = iteration.make_optimizer(cfg)
+    optimizer = learn.make_optimizer(cfg)
 
     def make() -> TrainState:
         key = jax.random.key(cfg.seed)
-        return iteration.init_state(key, Frozen(model.init(key), {}, {}), model=model, optimizer=optimizer, cfg=cfg)
+        return learn.init_state(key, Frozen(model.init(key), {}, {}), model=model, optimizer=optimizer, cfg=cfg)
 
     whole = NamedSharding(mesh, sharding.WHOLE)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(make))

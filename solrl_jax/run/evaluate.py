@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 from PIL import Image
 
-from solrl_jax import iteration, lora, sharding
+from solrl_jax import lora, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Evaluate, Stage
 from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
 from solrl_jax.run import assemble, data
@@ -38,10 +38,10 @@ def draw(
     """8-bit pictures of P prompts, one per key, and their scores by the rewards that run on the devices."""
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
-        images = model.decode(frozen.vae, iteration.integrate(variables, prompts.cond, keys, model=model, stage=stage))
+        images = model.decode(frozen.vae, rollout.integrate(variables, prompts.cond, keys, model=model, stage=stage))
         return eight_bit(images), score_images(score, frozen.rewards, images, prompts.tokens)[1]
 
-    return iteration.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
+    return rollout.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
 
 
 _draw = jax.jit(draw, static_argnames=("model", "score", "stage"))

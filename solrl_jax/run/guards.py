@@ -13,9 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import iteration, rewards, sharding
+from solrl_jax import rewards, rollout, sharding
 from solrl_jax.config import Config, Stage
 from solrl_jax.iteration import Stages
+from solrl_jax.keys import sample_keys
 from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.log import Line, exploited
@@ -115,7 +116,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     count = min(-(-cfg.watch.prompts // devices), len(train) // devices) * devices  # all there are, where that is less
     batch = data.batch(train, cfg.seed, 0, max(count, cfg.prompts))[:count]
     prompts = assemble.encode(parts, batch, parts.score)
-    keys = iteration.sample_keys(state, count, cfg.candidates)
+    keys = sample_keys(state, count, cfg.candidates)
     programs = _programs(Stages(parts.model, parts.score, parts.optimizer, cfg))
     kernels = programs.merged(state, parts.frozen)
     low = programs.quantised(kernels, parts.frozen)
@@ -125,7 +126,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
         for i in range(count // devices):
             group, group_keys = sharding.block((prompts, keys), i, 1)
             rolled = roll(kernels, low, parts.frozen, group, group_keys)
-            found.append(iteration.with_host(rolled, parts.score, group.tokens).reward)
+            found.append(rollout.with_host(rolled, parts.score, group.tokens).reward)
         return jax.block_until_ready(sharding.joined(tuple(found)))
 
     previewed = rewards_of(programs.preview, low)

@@ -1,0 +1,205 @@
+"""Samples to gradients, gradients to the LoRA, the old policy and the average."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key
+
+from solrl_jax import algos, lora, sampler, sharding
+from solrl_jax.algos import Sample, Schedule
+from solrl_jax.config import Config, ConfigError
+from solrl_jax.keys import ORDER, POINTS, _use
+from solrl_jax.rollout import sigmas_of
+from solrl_jax.selection import take
+from solrl_jax.structs import (
+    Frozen,
+    Hyper,
+    Model,
+    Params,
+    PyTree,
+    Rollout,
+    TrainState,
+    Velocities,
+)
+
+Metrics = dict[str, Any]
+F32 = jnp.float32
+
+
+def make_optimizer(cfg: Config) -> optax.GradientTransformation:
+    """AdamW's direction as in torch (decoupled decay, eps outside the root); `apply_gradients` applies the rate."""
+    return optax.chain(optax.scale_by_adam(0.9, 0.999, 1e-8), optax.add_decayed_weights(cfg.learn.weight_decay))
+
+
+def init_state(
+    key: Key[Array, ""], frozen: Frozen, *, model: Model, optimizer: optax.GradientTransformation, cfg: Config
+) -> TrainState:
+    """A fresh LoRA (the base's output exactly), old and ema its copies."""
+    key_lora, key = jax.random.split(key)
+    adapter = lora.init(key_lora, frozen.base, cfg.lora.targets or model.lora_targets, cfg.lora)
+    hyper = Hyper(*(jnp.asarray(getattr(cfg.learn, name), F32) for name in Hyper._fields))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, zero, zero, key, adapter, adapter, adapter, optimizer.init(adapter), hyper, zero)
+
+
+def learn(
+    state: TrainState,
+    frozen: Frozen,
+    cond: PyTree,
+    samples: Rollout,
+    *,
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    cfg: Config,
+) -> tuple[TrainState, Metrics]:
+    """Advantages over the kept samples, `epochs` x `updates` steps of the LoRA, then the old policy follows.
+
+    An update takes K / updates samples of every prompt (`dealt`): which ones does not depend on the devices.
+    """
+    chex.assert_tree_shape_prefix(samples, samples.keys.shape)
+    chex.assert_tree_shape_prefix(cond, samples.keys.shape[:1])
+    advantage = algos.advantages(samples.reward, cfg.learn.advantage_spread)
+    epochs, updates = cfg.learn.epochs, cfg.learn.updates
+    began = state
+
+    def update(state: TrainState, which: tuple[Array, Array]):
+        epoch, index = which
+        keys = jax.vmap(jax.vmap(lambda k: _use(k, POINTS, epoch)))(samples.keys)
+        made = Sample(samples.x0, samples.path)
+        batch = jax.tree.map(lambda x: take(x, index), (keys, made, advantage))
+        grads, metrics = gradients(state, began, frozen, cond, *batch, model=model, cfg=cfg)
+        state, norm = apply_gradients(state, grads, optimizer, cfg)
+        return state, {**metrics, "grad_norm": norm, "skipped": (state.skipped > 0).astype(F32)}
+
+    epoch_of = jnp.repeat(jnp.arange(epochs), updates)
+    index = jnp.concatenate([dealt(samples.keys, samples.reward, e, updates) for e in range(epochs)])
+    state, metrics = jax.lax.scan(update, state, (epoch_of, index))
+    hyper = state.hyper
+    decay = algos.old_decay(state.updates, hyper.old_wait, hyper.old_ramp, hyper.old_max)
+    followed = jax.tree.map(lambda o, c: decay * o + (1 - decay) * c, began.old, state.lora)
+    state = state._replace(old=followed, iteration=state.iteration + 1)
+    if "behaviour" in algos.find(cfg.learn.algorithm).fixed(cfg.learn):
+        # Of the first update both policies are the same: what is left is the rounding of the two programs.
+        metrics["ratio/noise"] = metrics["ratio/deviation"][0]
+    return state, {**jax.tree.map(jnp.mean, metrics), "skipped": jnp.sum(metrics["skipped"]), "old_decay": decay}
+
+
+def dealt(keys: Key[Array, "P K"], reward: Float[Array, "P K"], epoch: int, updates: int) -> Int[Array, "U P k"]:
+    """The K / updates samples that each update takes of every prompt, no sample twice.
+
+    One of each stratum, `updates` neighbours in the prompt's order of rewards, by chance: so every update sees good
+    and bad samples of a prompt, and advantages that nearly cancel. (The original shuffles all samples together.)
+    """
+    prompts, kept = keys.shape
+    order = jnp.argsort(reward, axis=-1, stable=True)
+    chance = jax.vmap(jax.vmap(lambda k: jax.random.uniform(_use(k, ORDER, epoch))))(keys)
+    strata, chance = (x.reshape(prompts, kept // updates, updates) for x in (order, take(chance, order)))
+    return jnp.moveaxis(jnp.take_along_axis(strata, jnp.argsort(chance, axis=-1), axis=-1), -1, 0)
+
+
+def samples_at_a_time(cfg: Config, held: int) -> int:
+    """Samples whose points are made together, of the `held` that one device has in an update; ConfigError if uneven."""
+    group = min(held, max(1, cfg.learn.micro_batch // cfg.times))
+    if held % group:
+        raise ConfigError(
+            f"learn.micro_batch={cfg.learn.micro_batch} takes {group} samples at a time, but a device holds {held} in "
+            f"an update: set it to {cfg.times} times a divisor of {held}, or use fewer devices"
+        )
+    return group
+
+
+def gradients(
+    state: TrainState,
+    began: TrainState,
+    frozen: Frozen,
+    cond: PyTree,
+    keys: Key[Array, "P k"],
+    samples: Sample,
+    advantage: Float[Array, "P k"],
+    *,
+    model: Model,
+    cfg: Config,
+) -> tuple[Params, Metrics]:
+    """Gradient and metrics of the mean loss over all (sample, time) points, `micro_batch` points a forward pass.
+
+    `began` is the state as the iteration began; leaves of `samples` [P, k, ...].
+    """
+    times, micro, hyper = cfg.times, cfg.learn.micro_batch, state.hyper
+    algorithm = algos.find(cfg.learn.algorithm)
+    schedule = schedule_of(model, cfg)
+    # Policies that no gradient goes through, in one pass; the reference is an adapter of zeros.
+    zeros = jax.tree.map(jnp.zeros_like, state.lora)
+    policies = {"old": began.old, "reference": zeros, "behaviour": began.lora}
+    names = algorithm.fixed(cfg.learn)
+    fixed = jax.tree.map(lambda *x: jnp.stack(x), *(policies[name] for name in names)) if names else {}
+
+    def objective(current: Params, base: Params, fixed: Params, cond: PyTree, points: Any, advantage: Array):
+        def velocity(adapter: Params) -> Array:
+            return model.velocity(lora.policy(base, adapter, cfg.lora), points.x_t, points.t, cond)
+
+        apart = jax.lax.stop_gradient(jax.vmap(velocity)(fixed)) if names else ()
+        v = Velocities(velocity(current), **dict(zip(names, apart, strict=True)))
+        loss, metrics = algorithm.loss(v, points, advantage, hyper, cfg.learn)
+        return jnp.sum(loss), jax.tree.map(jnp.sum, {"loss": loss, **metrics})
+
+    def on_device(current, base, fixed, cond, keys, samples, advantage):
+        count = keys.size
+        group = samples_at_a_time(cfg, count)
+        owner = jnp.repeat(jnp.arange(keys.shape[0]), keys.shape[1])
+        flat = (owner, *jax.tree.map(lambda x: x.reshape((count, *x.shape[2:])), (keys, samples, advantage)))
+        groups = jax.tree.map(lambda x: x.reshape((count // group, group, *x.shape[1:])), flat)
+
+        def one_group(total, item):
+            owner, keys, samples, advantage = item
+            points = jax.vmap(lambda k, x: algorithm.points(k, x, schedule, times, cfg.learn))(keys, samples)
+            flat = (
+                jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), points),
+                jnp.repeat(owner, times),
+                jnp.repeat(advantage, times),
+            )
+            micros = jax.tree.map(lambda x: x.reshape((-1, min(micro, group * times), *x.shape[1:])), flat)
+
+            def one_micro(total, item):
+                points, owner, advantage = item
+                own = jax.tree.map(lambda c: c[owner], cond)
+                gradient = jax.value_and_grad(objective, has_aux=True)
+                (_, metrics), grads = gradient(current, base, fixed, own, points, advantage)
+                return jax.tree.map(jnp.add, total, grads), metrics
+
+            return jax.lax.scan(one_micro, total, micros)
+
+        grads, metrics = jax.lax.scan(one_group, jax.tree.map(jnp.zeros_like, current), groups)
+        return jax.lax.psum((grads, jax.tree.map(jnp.sum, metrics)), sharding.DATA)
+
+    run = sharding.over_data(on_device, (False, False, False, True, True, True, True), sharding.WHOLE)
+    total = run(state.lora, frozen.base, fixed, cond, keys, samples, advantage)
+    return jax.tree.map(lambda x: x / (keys.size * times), total)
+
+
+def schedule_of(model: Model, cfg: Config) -> Schedule:
+    """The times of the rollout that is trained on, and the law of its steps where the algorithm asks for it."""
+    stage = cfg.regenerate
+    sigmas = sigmas_of(model, stage)
+    steps = sampler.gaussians(sigmas, stage.solver, stage.eta) if cfg.of_steps else None
+    return Schedule(*jax.tree.map(lambda x: jnp.asarray(x, F32), (sigmas[:-1], steps)))
+
+
+def apply_gradients(
+    state: TrainState, grads: Params, optimizer: optax.GradientTransformation, cfg: Config
+) -> tuple[TrainState, Float[Array, ""]]:
+    """One clipped AdamW step and the evaluation average. A gradient or a LoRA that would not be finite changes nothing
+    and is counted."""
+    norm = optax.tree.norm(grads)
+    scale = jnp.minimum(1.0, cfg.learn.clip_norm / (norm + 1e-6))  # torch's clip_grad_norm_
+    grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g * scale, 0.0), grads)
+    direction, moments = optimizer.update(grads, state.moments, state.lora)
+    stepped = jax.tree.map(lambda p, d: p - state.hyper.learning_rate * d, state.lora, direction)
+    finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(stepped))
+    decay = algos.ema_decay(state.updates + 1, cfg.learn.ema_max)
+    ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema, stepped)
+    new = state._replace(lora=stepped, moments=moments, ema=ema, updates=state.updates + 1)
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new._replace(key=None), state._replace(key=None))
+    return new._replace(key=state.key, skipped=jnp.where(finite, 0, state.skipped + 1)), norm
