@@ -21,14 +21,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Key
+from jaxtyping import Array
 
 from solrl_jax import sharding
-from solrl_jax.config import Config, ConfigError, Stage
-from solrl_jax.keys import chooser, sample_keys
+from solrl_jax.config import Config, ConfigError
+from solrl_jax.keys import sample_keys, selection_key
 from solrl_jax.learn import learn
 from solrl_jax.rewards import Score
-from solrl_jax.rollout import block_shape, merged, policy_variables, quantised, rollout, with_host
+from solrl_jax.rollout import block_shape, merged, quantised, rolled, with_host
 from solrl_jax.selection import select, spearman, take
 from solrl_jax.structs import (
     Frozen,
@@ -57,7 +57,7 @@ def iteration_step(
     """One iteration over P prompts. Pure; jit it whole under `jax.set_mesh`, with the keyword arguments static."""
     if score.on_host:
         raise ConfigError(f"reward {score.on_host[0].name} runs on the host, between the stages: set staged=true")
-    run = Stages(model, score, optimizer, cfg)
+    run = stages(model, score, optimizer, cfg)
     count = jax.tree.leaves(prompts)[0].shape[0]
     chex.assert_tree_shape_prefix(prompts, (count,))  # fields of NamedTuples are not seen by jaxtyping
     keys = sample_keys(state, count, cfg.candidates)
@@ -76,47 +76,31 @@ def iteration_step(
 
 
 class Stages(NamedTuple):
-    """An iteration's stages as functions of arrays, bound to the statics; `Staged` jits each, `iteration_step` none."""
+    """The stages of an iteration: pure functions of arrays, of which a benchmark can jit each alone."""
 
-    model: Model
-    score: Score
-    optimizer: optax.GradientTransformation
-    cfg: Config
+    merged: Callable[[TrainState, Frozen], dict[str, Array]]
+    quantised: Callable[[dict[str, Array], Frozen], Params | None]
+    explore: Callable[..., Rollout]  # (kernels, low, frozen, prompts, keys), as regenerate
+    regenerate: Callable[..., Rollout]
+    select_keys: Callable[[TrainState, Rollout], Rollout]
+    select_samples: Callable[[TrainState, Rollout], tuple[Rollout, Metrics]]
+    compare: Callable[[Rollout, Rollout, Rollout], Metrics]
+    learn: Callable[[TrainState, Frozen, PyTree, Rollout], tuple[TrainState, Metrics]]
 
-    def merged(self, state: TrainState, frozen: Frozen) -> dict[str, Array]:
-        return merged(state, frozen, self.cfg)
 
-    def quantised(self, kernels: dict[str, Array], frozen: Frozen) -> Params | None:
-        """None where no stage explores in low precision."""
-        low = self.cfg.low_precision
-        return quantised(kernels, frozen, self.model, low) if low else None
-
-    def explore(self, kernels, low, frozen: Frozen, prompts: Prompts, keys) -> Rollout:
-        assert self.cfg.explore is not None
-        return self.roll(self.cfg.explore, kernels, low, frozen, prompts, keys)
-
-    def regenerate(self, kernels, low, frozen: Frozen, prompts: Prompts, keys) -> Rollout:
-        return self.roll(self.cfg.regenerate, kernels, low, frozen, prompts, keys, keep_path=self.cfg.of_steps)
-
-    def roll(self, stage: Stage, kernels, low, frozen, prompts, keys, keep_path: bool = False) -> Rollout:
-        variables = policy_variables(kernels, None if stage.precision == "bf16" else low, frozen)
-        statics = {"model": self.model, "score": self.score, "stage": stage, "keep_path": keep_path}
-        return rollout(variables, frozen, prompts, keys, **statics)
-
-    def select_keys(self, state: TrainState, preview: Rollout) -> Rollout:
-        return keep(preview, self.cfg.kept, self.cfg.selection, chooser(state))
-
-    def select_samples(self, state: TrainState, full: Rollout) -> tuple[Rollout, Metrics]:
-        samples = keep(full, self.cfg.kept, self.cfg.selection, chooser(state))
-        return samples, reward_metrics(full, samples)
-
-    def compare(self, preview: Rollout, chosen: Rollout, samples: Rollout) -> Metrics:
-        """Does the preview rank as the real thing does? Spearman within each prompt, over the kept samples."""
-        agreement = jnp.mean(spearman(chosen.reward, samples.reward))
-        return {**reward_metrics(preview, samples), "rank/spearman": agreement}
-
-    def learn(self, state: TrainState, frozen: Frozen, cond: PyTree, samples: Rollout) -> tuple[TrainState, Metrics]:
-        return learn(state, frozen, cond, samples, model=self.model, optimizer=self.optimizer, cfg=self.cfg)
+def stages(model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config) -> Stages:
+    """The stages with their statics bound: `Staged` jits each, `iteration_step` none."""
+    roll = functools.partial(rolled, model=model, score=score)
+    return Stages(
+        merged=functools.partial(merged, cfg=cfg),
+        quantised=functools.partial(quantised, model=model, precision=cfg.low_precision),
+        explore=functools.partial(roll, stage=cfg.explore or cfg.regenerate),
+        regenerate=functools.partial(roll, stage=cfg.regenerate, keep_path=cfg.of_steps),
+        select_keys=functools.partial(keep, cfg=cfg),
+        select_samples=functools.partial(select_samples, cfg=cfg),
+        compare=compare,
+        learn=functools.partial(learn, model=model, optimizer=optimizer, cfg=cfg),
+    )
 
 
 class Staged:
@@ -126,10 +110,9 @@ class Staged:
     """
 
     def __init__(self, *, model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config):
-        self.cfg = cfg
-        self.stages = Stages(model, score, optimizer, cfg)
-        jitted = ("merged", "quantised", "explore", "regenerate", "select_keys", "select_samples", "compare", "learn")
-        self.jit: dict[str, Callable[..., Any]] = {name: jax.jit(getattr(self.stages, name)) for name in jitted}
+        self.cfg, self.score = cfg, score
+        run = stages(model, score, optimizer, cfg)
+        self.jit: dict[str, Callable[..., Any]] = {name: jax.jit(f) for name, f in run._asdict().items()}
         self.keys = jax.jit(functools.partial(sample_keys, prompts=cfg.prompts, candidates=cfg.candidates))
 
     def __call__(
@@ -174,16 +157,28 @@ class Staged:
         with clock(times, name):
             for i in range(0, mine, together):
                 group, group_keys = sharding.block((prompts, keys), i, together)
-                rolled = jax.block_until_ready(self.jit[name](*rest, group, group_keys))
-                parts.append(with_host(rolled, self.stages.score, group.tokens))
+                found = jax.block_until_ready(self.jit[name](*rest, group, group_keys))
+                parts.append(with_host(found, self.score, group.tokens))
                 between(name, (i + together) / mine)
         return sharding.joined(tuple(parts))
 
 
-def keep(rollout: Rollout, kept: int, rule: str, key: Key[Array, ""]) -> Rollout:
+def keep(state: TrainState, found: Rollout, *, cfg: Config) -> Rollout:
     """The kept samples of each prompt, best first."""
-    index = select(rollout.reward, kept, rule, key)
-    return jax.tree.map(lambda x: take(x, index), rollout)
+    index = select(found.reward, cfg.kept, cfg.selection, selection_key(state))
+    return jax.tree.map(lambda x: take(x, index), found)
+
+
+def select_samples(state: TrainState, full: Rollout, *, cfg: Config) -> tuple[Rollout, Metrics]:
+    """Of one stage's candidates the samples that are learnt from, and the rewards of both."""
+    samples = keep(state, full, cfg=cfg)
+    return samples, reward_metrics(full, samples)
+
+
+def compare(preview: Rollout, chosen: Rollout, samples: Rollout) -> Metrics:
+    """Does the preview rank as the full rollout does? Spearman within each prompt, over the kept samples."""
+    agreement = jnp.mean(spearman(chosen.reward, samples.reward))
+    return {**reward_metrics(preview, samples), "rank/spearman": agreement}
 
 
 def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:

@@ -1,29 +1,67 @@
-"""Every random number of a run comes from a key that is made here."""
+"""Every random number of a run comes from one of these keys. A sample is its key, whatever its batch or device.
+
+| number | key |
+|---|---|
+| the LoRA's first A | the first half of the seed's key; the second is the state's |
+| a candidate | state's key, iteration, SAMPLES; split into [P, N] |
+| kept by chance | state's key, iteration, SELECTION |
+| a sample's first noise | its key, NOISE |
+| noise of its step i, in an SDE | its key, STEPS, i |
+| first step of its window | its key, WINDOW |
+| which of an epoch's updates takes it | its key, ORDER, epoch |
+| its trained times and their noise | its key, POINTS, epoch |
+| pictures of an evaluation | seed's key, EVALUATION, place of the picture |
+| pictures that FP8 is calibrated on | seed's key, CALIBRATION; split |
+
+"a, b" is `jax.random.fold_in(a, b)`. The order of prompts (run/data.py) is NumPy's, from the seed and the epoch.
+"""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
-from solrl_jax.structs import (
-    TrainState,
-)
+from solrl_jax.structs import TrainState
 
-NOISE, ORDER, POINTS, STEPS, WINDOW = range(5)  # what a sample's key is folded with: each use has a key of its own
+SAMPLES, SELECTION = range(2)
+"""Purposes of an iteration's key."""
+NOISE, ORDER, POINTS, STEPS, WINDOW = range(5)
+"""Purposes of a sample's key."""
+EVALUATION, CALIBRATION = 0xE7A1, 0xCA11B
+"""Purposes of the seed's key: far from the numbers of iterations, that are folded into keys made of it."""
+
+
+def split_seed(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """(the LoRA's key, the state's key) of the seed's."""
+    for_lora, for_state = jax.random.split(key)
+    return for_lora, for_state
 
 
 def sample_keys(state: TrainState, prompts: int, candidates: int) -> Key[Array, "P N"]:
-    """This iteration's samples. A sample is its key, whatever batch or device it falls to."""
-    return jax.random.split(_purpose(state, 0), (prompts, candidates))
+    """The coming iteration's candidates."""
+    return jax.random.split(_of_iteration(state, SAMPLES), (prompts, candidates))
 
 
-def _purpose(state: TrainState, which: int) -> Key[Array, ""]:
-    """Keys of one iteration apart by purpose: 0 for its samples, 1 for its random selection."""
-    return jax.random.fold_in(jax.random.fold_in(state.key, state.iteration), which)
+def selection_key(state: TrainState) -> Key[Array, ""]:
+    """Of the coming iteration's selection by chance."""
+    return _of_iteration(state, SELECTION)
 
 
-def chooser(state: TrainState) -> Key[Array, ""]:
-    """The key of this iteration's random selection, apart from every sample's key."""
-    return _purpose(state, 1)
+def _of_iteration(state: TrainState, purpose: int) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.iteration), purpose)
 
 
-def _use(key: Key[Array, ""], use: int, epoch: Int[Array, ""] | int) -> Key[Array, ""]:
-    return jax.random.fold_in(jax.random.fold_in(key, use), epoch)
+def sample_key(key: Key[Array, ""], purpose: int, number: Int[Array, ""] | int | None = None) -> Key[Array, ""]:
+    """Of one sample's key the one for `purpose`, and for this number of a step or an epoch where it has numbers."""
+    key = jax.random.fold_in(key, purpose)
+    return key if number is None else jax.random.fold_in(key, number)
+
+
+def evaluation_keys(seed: int, first: int, count: int) -> Key[Array, "n"]:
+    """Of the pictures at the places first .. first + count - 1 of an evaluation."""
+    key = jax.random.fold_in(jax.random.key(seed), EVALUATION)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
+
+
+def calibration_key(seed: int) -> Key[Array, ""]:
+    """Of the pictures, a prompt each, on which FP8's units are measured."""
+    return jax.random.fold_in(jax.random.key(seed), CALIBRATION)

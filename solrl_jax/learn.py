@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 from solrl_jax import algos, lora, sampler, sharding
 from solrl_jax.algos import Sample, Schedule
 from solrl_jax.config import Config, ConfigError
-from solrl_jax.keys import ORDER, POINTS, _use
+from solrl_jax.keys import ORDER, POINTS, sample_key, split_seed
 from solrl_jax.rollout import sigmas_of
 from solrl_jax.selection import take
 from solrl_jax.structs import (
@@ -38,7 +38,7 @@ def init_state(
     key: Key[Array, ""], frozen: Frozen, *, model: Model, optimizer: optax.GradientTransformation, cfg: Config
 ) -> TrainState:
     """A fresh LoRA (the base's output exactly), old and ema its copies."""
-    key_lora, key = jax.random.split(key)
+    key_lora, key = split_seed(key)
     adapter = lora.init(key_lora, frozen.base, cfg.lora.targets or model.lora_targets, cfg.lora)
     hyper = Hyper(*(jnp.asarray(getattr(cfg.learn, name), F32) for name in Hyper._fields))
     zero = jnp.zeros((), jnp.int32)
@@ -67,7 +67,7 @@ def learn(
 
     def update(state: TrainState, which: tuple[Array, Array]):
         epoch, index = which
-        keys = jax.vmap(jax.vmap(lambda k: _use(k, POINTS, epoch)))(samples.keys)
+        keys = jax.vmap(jax.vmap(lambda k: sample_key(k, POINTS, epoch)))(samples.keys)
         made = Sample(samples.x0, samples.path)
         batch = jax.tree.map(lambda x: take(x, index), (keys, made, advantage))
         grads, metrics = gradients(state, began, frozen, cond, *batch, model=model, cfg=cfg)
@@ -95,7 +95,7 @@ def dealt(keys: Key[Array, "P K"], reward: Float[Array, "P K"], epoch: int, upda
     """
     prompts, kept = keys.shape
     order = jnp.argsort(reward, axis=-1, stable=True)
-    chance = jax.vmap(jax.vmap(lambda k: jax.random.uniform(_use(k, ORDER, epoch))))(keys)
+    chance = jax.vmap(jax.vmap(lambda k: jax.random.uniform(sample_key(k, ORDER, epoch))))(keys)
     strata, chance = (x.reshape(prompts, kept // updates, updates) for x in (order, take(chance, order)))
     return jnp.moveaxis(jnp.take_along_axis(strata, jnp.argsort(chance, axis=-1), axis=-1), -1, 0)
 
@@ -125,58 +125,95 @@ def gradients(
 ) -> tuple[Params, Metrics]:
     """Gradient and metrics of the mean loss over all (sample, time) points, `micro_batch` points a forward pass.
 
-    `began` is the state as the iteration began; leaves of `samples` [P, k, ...].
+    `began` is the state as the iteration began; leaves of `samples` [P, k, ...]. Each device takes its own prompts, a
+    group of samples at a time, of which it makes the points; the sums of the devices are added.
     """
-    times, micro, hyper = cfg.times, cfg.learn.micro_batch, state.hyper
-    algorithm = algos.find(cfg.learn.algorithm)
-    schedule = schedule_of(model, cfg)
-    # Policies that no gradient goes through, in one pass; the reference is an adapter of zeros.
-    zeros = jax.tree.map(jnp.zeros_like, state.lora)
-    policies = {"old": began.old, "reference": zeros, "behaviour": began.lora}
-    names = algorithm.fixed(cfg.learn)
-    fixed = jax.tree.map(lambda *x: jnp.stack(x), *(policies[name] for name in names)) if names else {}
-
-    def objective(current: Params, base: Params, fixed: Params, cond: PyTree, points: Any, advantage: Array):
-        def velocity(adapter: Params) -> Array:
-            return model.velocity(lora.policy(base, adapter, cfg.lora), points.x_t, points.t, cond)
-
-        apart = jax.lax.stop_gradient(jax.vmap(velocity)(fixed)) if names else ()
-        v = Velocities(velocity(current), **dict(zip(names, apart, strict=True)))
-        loss, metrics = algorithm.loss(v, points, advantage, hyper, cfg.learn)
-        return jnp.sum(loss), jax.tree.map(jnp.sum, {"loss": loss, **metrics})
+    objective = functools.partial(summed_loss, hyper=state.hyper, model=model, cfg=cfg)
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    points = functools.partial(points_of, schedule=schedule_of(model, cfg), cfg=cfg)
 
     def on_device(current, base, fixed, cond, keys, samples, advantage):
-        count = keys.size
-        group = samples_at_a_time(cfg, count)
-        owner = jnp.repeat(jnp.arange(keys.shape[0]), keys.shape[1])
-        flat = (owner, *jax.tree.map(lambda x: x.reshape((count, *x.shape[2:])), (keys, samples, advantage)))
-        groups = jax.tree.map(lambda x: x.reshape((count // group, group, *x.shape[1:])), flat)
+        def one_group(total, group):
+            return jax.lax.scan(one_micro, total, points(*group))
 
-        def one_group(total, item):
-            owner, keys, samples, advantage = item
-            points = jax.vmap(lambda k, x: algorithm.points(k, x, schedule, times, cfg.learn))(keys, samples)
-            flat = (
-                jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), points),
-                jnp.repeat(owner, times),
-                jnp.repeat(advantage, times),
-            )
-            micros = jax.tree.map(lambda x: x.reshape((-1, min(micro, group * times), *x.shape[1:])), flat)
+        def one_micro(total, micro):
+            owner, *micro = micro
+            own = jax.tree.map(lambda c: c[owner], cond)
+            (_, metrics), grads = gradient(current, base, fixed, own, *micro)
+            return jax.tree.map(jnp.add, total, grads), metrics
 
-            def one_micro(total, item):
-                points, owner, advantage = item
-                own = jax.tree.map(lambda c: c[owner], cond)
-                gradient = jax.value_and_grad(objective, has_aux=True)
-                (_, metrics), grads = gradient(current, base, fixed, own, points, advantage)
-                return jax.tree.map(jnp.add, total, grads), metrics
-
-            return jax.lax.scan(one_micro, total, micros)
-
+        groups = by_group(keys, samples, advantage, samples_at_a_time(cfg, keys.size))
         grads, metrics = jax.lax.scan(one_group, jax.tree.map(jnp.zeros_like, current), groups)
         return jax.lax.psum((grads, jax.tree.map(jnp.sum, metrics)), sharding.DATA)
 
     run = sharding.over_data(on_device, (False, False, False, True, True, True, True), sharding.WHOLE)
-    total = run(state.lora, frozen.base, fixed, cond, keys, samples, advantage)
-    return jax.tree.map(lambda x: x / (keys.size * times), total)
+    total = run(state.lora, frozen.base, fixed_policies(state, began, cfg), cond, keys, samples, advantage)
+    return jax.tree.map(lambda x: x / (keys.size * cfg.times), total)
+
+
+def fixed_policies(state: TrainState, began: TrainState, cfg: Config) -> Params:
+    """The adapters that no gradient goes through and that the loss compares with, stacked; {} where there are none.
+
+    The old policy and the one that drew the samples are those of the iteration's beginning; the reference is an adapter
+    of zeros.
+    """
+    policies = {"old": began.old, "reference": jax.tree.map(jnp.zeros_like, state.lora), "behaviour": began.lora}
+    names = algos.find(cfg.learn.algorithm).fixed(cfg.learn)
+    return jax.tree.map(lambda *x: jnp.stack(x), *(policies[name] for name in names)) if names else {}
+
+
+def summed_loss(
+    current: Params,
+    base: Params,
+    fixed: Params,
+    cond: PyTree,
+    points: Any,
+    advantage: Float[Array, "B"],
+    *,
+    hyper: Hyper,
+    model: Model,
+    cfg: Config,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss, and its metrics, summed over B points; `cond` leaves [B, ...]. `fixed` go through the network as one
+    batch of policies."""
+    algorithm = algos.find(cfg.learn.algorithm)
+    names = algorithm.fixed(cfg.learn)
+
+    def velocity(adapter: Params) -> Array:
+        return model.velocity(lora.policy(base, adapter, cfg.lora), points.x_t, points.t, cond)
+
+    others = jax.lax.stop_gradient(jax.vmap(velocity)(fixed)) if names else ()
+    v = Velocities(velocity(current), **dict(zip(names, others, strict=True)))
+    loss, metrics = algorithm.loss(v, points, advantage, hyper, cfg.learn)
+    return jnp.sum(loss), jax.tree.map(jnp.sum, {"loss": loss, **metrics})
+
+
+def by_group(keys: Key[Array, "p k"], samples: Sample, advantage: Float[Array, "p k"], size: int) -> PyTree:
+    """(number of its prompt, key, sample, advantage) of p x k samples, leaves [p k / size, size, ...]."""
+    owner = jnp.repeat(jnp.arange(keys.shape[0]), keys.shape[1])
+    flat = (owner, *jax.tree.map(lambda x: x.reshape((keys.size, *x.shape[2:])), (keys, samples, advantage)))
+    return jax.tree.map(lambda x: x.reshape((keys.size // size, size, *x.shape[1:])), flat)
+
+
+def points_of(
+    owner: Int[Array, "n"],
+    keys: Key[Array, "n"],
+    samples: Sample,
+    advantage: Float[Array, "n"],
+    *,
+    schedule: Schedule,
+    cfg: Config,
+) -> PyTree:
+    """(number of its prompt, point, advantage) of T points a sample, leaves [n T / micro_batch, micro_batch, ...]."""
+    algorithm, times = algos.find(cfg.learn.algorithm), cfg.times
+    points = jax.vmap(lambda k, x: algorithm.points(k, x, schedule, times, cfg.learn))(keys, samples)
+    flat = (
+        jnp.repeat(owner, times),
+        jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), points),
+        jnp.repeat(advantage, times),
+    )
+    micro = min(cfg.learn.micro_batch, owner.shape[0] * times)
+    return jax.tree.map(lambda x: x.reshape((-1, micro, *x.shape[1:])), flat)
 
 
 def schedule_of(model: Model, cfg: Config) -> Schedule:

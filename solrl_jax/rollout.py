@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from solrl_jax import algos, lora, quant, sampler, sharding
 from solrl_jax.config import Config, ConfigError, Stage
-from solrl_jax.keys import NOISE, STEPS, WINDOW, _use
+from solrl_jax.keys import NOISE, STEPS, WINDOW, sample_key
 from solrl_jax.rewards import Score, eight_bit, own, score_images, score_on_host
 from solrl_jax.structs import (
     Frozen,
@@ -26,14 +26,17 @@ from solrl_jax.structs import (
 )
 
 
-def merged(state: TrainState, frozen: Frozen, cfg: Config) -> dict[str, Array]:
+def merged(state: TrainState, frozen: Frozen, *, cfg: Config) -> dict[str, Array]:
     """The adapted kernels of the policy that makes the samples, {path: W + (alpha / R) A B}."""
     rolls_out = algos.find(cfg.learn.algorithm).rolls_out
     return lora.merged_kernels(frozen.base, state.old if rolls_out == "old" else state.lora, cfg.lora)
 
 
-def quantised(kernels: dict[str, Array], frozen: Frozen, model: Model, precision: str) -> Params:
-    """The explorer's quantised kernels, made once per policy update from the merged policy."""
+def quantised(kernels: dict[str, Array], frozen: Frozen, *, model: Model, precision: str | None) -> Params | None:
+    """The explorer's quantised kernels, made once per policy update from the merged policy; None without a precision,
+    where no rollout is in a low one."""
+    if precision is None:
+        return None
     return quant.quantise_tree(lora.graft(frozen.base, kernels), quant.rule_of(model.quant_rules, precision), precision)
 
 
@@ -41,6 +44,23 @@ def policy_variables(kernels: dict[str, Array], low: Params | None, frozen: Froz
     """Variables of a rollout: the merged policy, or the explorer where `low` is given."""
     params = {"params": lora.graft(frozen.base, kernels)}
     return params if low is None else {**params, "quant": quant.for_rollout(low)}
+
+
+def rolled(
+    kernels: dict[str, Array],
+    low: Params | None,
+    frozen: Frozen,
+    prompts: Prompts,
+    keys: Key[Array, "P N"],
+    *,
+    model: Model,
+    score: Score,
+    stage: Stage,
+    keep_path: bool = False,
+) -> Rollout:
+    """`rollout` by the merged policy, or by the quantised one where the stage's precision is a low one."""
+    variables = policy_variables(kernels, None if stage.precision == "bf16" else low, frozen)
+    return rollout(variables, frozen, prompts, keys, model=model, score=score, stage=stage, keep_path=keep_path)
 
 
 def rollout(
@@ -113,16 +133,16 @@ def solved(
 ) -> tuple[Any, sampler.Table, Int[Array, "B"]]:
     """From each key's noise by the stage's solver: what `sampler.sample` gives, its steps, and each window's first."""
     begin, own = (k.reshape(-1) for k in keys)
-    x1 = jax.vmap(lambda k: model.noise(jax.random.fold_in(k, NOISE)))(begin)
+    x1 = jax.vmap(lambda k: model.noise(sample_key(k, NOISE)))(begin)
     sigmas = sigmas_of(model, stage)
     steps, first = sampler.table(sigmas, stage.solver, stage.eta), jnp.zeros(own.shape, jnp.int32)
     if stage.window:
         last = stage.window_within - stage.window
-        first = jax.vmap(lambda k: jax.random.randint(jax.random.fold_in(k, WINDOW), (), 0, last + 1))(own)
+        first = jax.vmap(lambda k: jax.random.randint(sample_key(k, WINDOW), (), 0, last + 1))(own)
         steps = sampler.windowed(steps, sampler.table(sigmas, "euler"), first, stage.window)
 
     def noise(step: Int[Array, ""]) -> Float[Array, "B h w c"]:
-        return jax.vmap(lambda k: jax.random.normal(_use(k, STEPS, step), x1.shape[1:]))(own)
+        return jax.vmap(lambda k: jax.random.normal(sample_key(k, STEPS, step), x1.shape[1:]))(own)
 
     return sampler.sample(velocity, x1, steps, noise if stage.stochastic else None, keep_path=keep_path), steps, first
 

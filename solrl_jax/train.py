@@ -22,14 +22,15 @@ from pathlib import Path
 import jax
 
 from solrl_jax import disk, iteration, lora, plan, report, sharding
-from solrl_jax.checks import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.config import Config, ConfigError, Lora, to_json
+from solrl_jax.keys import calibration_key
 from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.report.run import read_starts
 from solrl_jax.rewards.own import RewardError
 from solrl_jax.run import assemble, checkpoint, data, evaluate, guards, model_card, pictures
 from solrl_jax.run.assemble import Parts
+from solrl_jax.run.guards import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.run.log import Log, finite, open_log, read, wandb
 from solrl_jax.run.pictures import Shown
 from solrl_jax.structs import Model, Params, Prompts, TrainState
@@ -177,7 +178,7 @@ def ready(parts: Parts) -> Parts:
     padded = [*some, *[some[-1]] * (-len(some) % parts.mesh.size)]
     first, ahead = drawn(parts, 0)
     cond = jax.tree.map(lambda c: c[: len(some)], jax.device_get(parts.text(padded, [*first, *ahead])))
-    variables, key = {"params": parts.frozen.base}, jax.random.fold_in(jax.random.key(cfg.seed), calibrate.CALIBRATION)
+    variables, key = {"params": parts.frozen.base}, calibration_key(cfg.seed)
     try:
         units = calibrated(parts.model, variables, sharding.replicate(cond, parts.mesh), key, low)
         return parts._replace(model=units)

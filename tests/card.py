@@ -8,7 +8,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import sharding
+from solrl_jax import device, sharding
 
 
 def mesh(name: str = "h100", devices: int = 1) -> Mesh:

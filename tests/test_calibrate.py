@@ -9,8 +9,9 @@ import pytest
 
 from solrl_jax import lora, rollout, sampler, train
 from solrl_jax.config import Stage
+from solrl_jax.keys import EVALUATION, sample_keys, selection_key
 from solrl_jax.quant import calibrate
-from solrl_jax.run import assemble, data, evaluate
+from solrl_jax.run import assemble, data
 from tests import nano
 
 FP8 = Stage(2, "dpm2", "fp8", 4)
@@ -47,14 +48,14 @@ def test_keys_are_pairwise_different(parts, given, monkeypatch):
         state = assemble.fresh(parts)
         train.ready(with_fp8(parts))
     keys |= {"state": state.key, "calibration": given[0][1]}
-    keys["evaluation"] = jax.random.fold_in(keys["seed"], evaluate.EVALUATION)
+    keys["evaluation"] = jax.random.fold_in(keys["seed"], EVALUATION)
     for name in ("lora", "calibration"):
         keys |= {f"{name} {i}": key for i, key in enumerate(jax.random.split(keys[name], 8))}
     keys |= {f"picture {i}": jax.random.fold_in(keys["evaluation"], i) for i in range(8)}
     for at in (state._replace(iteration=jnp.int32(i)) for i in range(3)):
         samples = sample_keys(at, 4, 8).reshape(-1)
         keys |= {f"sample {at.iteration} {i}": key for i, key in enumerate(samples)}
-        keys[f"selection {at.iteration}"] = chooser(at)
+        keys[f"selection {at.iteration}"] = selection_key(at)
     found = {tuple(np.asarray(jax.random.key_data(key)).tolist()) for key in keys.values()}
     assert len(found) == len(keys) == 5 + 3 * 8 + 3 * 33
 

@@ -184,7 +184,7 @@ def four(folder):
 
 def stages_on(parts):
     """Preview, samples and the updated state, with the stages jitted under the mesh of `parts`."""
-    run = iteration.Stages(*statics_of(parts))
+    run = iteration.stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
         state, prompts, keys = begun(parts)
         kernels = jax.jit(run.merged)(state, parts.frozen)
@@ -227,7 +227,7 @@ def assemble_lora(parts):
 def test_each_device_does_its_share(folder, devices, trips):
     """The scan over prompts has P / devices trips on each device: a scanned axis is never the sharded one."""
     parts = parts_of(nano.build(folder), devices)
-    run = iteration.Stages(*statics_of(parts))
+    run = iteration.stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
         state, prompts, keys = begun(parts)
         text = str(jax.make_jaxpr(run.explore)(run.merged(state, parts.frozen), None, parts.frozen, prompts, keys))
@@ -245,7 +245,7 @@ def test_a_device_count_that_does_not_divide_is_refused():
 def test_a_sample_is_its_key(folder):
     """Any subset of the keys, in any order, gives the same samples; and permuted prompts give permuted outputs."""
     parts = parts_of(nano.build(folder))
-    run = iteration.Stages(*statics_of(parts))
+    run = iteration.stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
         state, prompts, keys = begun(parts)
         kernels = run.merged(state, parts.frozen)
@@ -263,7 +263,7 @@ def test_a_sample_is_its_key(folder):
 def test_blocks_of_any_size_give_the_same_samples(folder):
     """A chunk is a part of a prompt's 8 samples, all of them, or those of 2 or 4 prompts."""
     parts = parts_of(nano.build(folder))
-    run = iteration.Stages(*statics_of(parts))
+    run = iteration.stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
         state, prompts, keys = begun(parts)
         variables = policy_variables(run.merged(state, parts.frozen), None, parts.frozen)
@@ -312,7 +312,7 @@ def test_families(folder, family):
 def test_low_precision_is_really_there(folder):
     """The explorer's optimised program rounds to nearest even, the bf16 one does not; its samples differ a little."""
     parts = parts_of(nano.build(folder))
-    run = iteration.Stages(*statics_of(parts))
+    run = iteration.stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
         state, prompts, keys = begun(parts)
         kernels = run.merged(state, parts.frozen)

@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from solrl_jax.run import log
+from solrl_jax.run import guards, log
 
 
 def write_some(run, iterations, done=0):
@@ -151,7 +151,7 @@ def lines(trained, held_out, name="eval_reward_shapes"):
 
 
 def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_told():
-    (said,) = log.exploited([*lines([0.1, 0.9, 0.3], [0.5, 0.9, 0.25]), {"iteration": 41}], {"shapes": 1.0})
+    (said,) = guards.exploited([*lines([0.1, 0.9, 0.3], [0.5, 0.9, 0.25]), {"iteration": 41}], {"shapes": 1.0})
     assert said.startswith("warning: from iteration 0 to 40 the trained reward rose by 0.2 (0.1 to 0.3) while shapes, ")
     assert "held out, fell by 0.25 (0.5 to 0.25)" in said and "\n" not in said
 
@@ -169,7 +169,7 @@ def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_told():
     ],
 )
 def test_nothing_is_told_where_nothing_is_wrong(trained, held_out, weight):
-    assert log.exploited(lines(trained, held_out), {"shapes": weight}) == []
+    assert guards.exploited(lines(trained, held_out), {"shapes": weight}) == []
 
 
 def test_a_change_within_its_noise_is_not_told():
@@ -177,9 +177,9 @@ def test_a_change_within_its_noise_is_not_told():
     for errors, told in (((0.09, 0.12), 1), ((0.09, 0.13), 0), ((0.11, 0.12), 0)):
         found = lines([0.1, 0.3], [0.5, 0.25])
         found[-1] |= dict(zip(("eval_gain_error/avg", "eval_gain_error/shapes"), errors, strict=True))
-        assert len(log.exploited(found, {"shapes": 1.0})) == told
+        assert len(guards.exploited(found, {"shapes": 1.0})) == told
 
 
 def test_a_held_out_reward_of_negative_weight_is_better_the_lower_it_is():
-    (said,) = log.exploited(lines([0.1, 0.3], [0.5, 0.7]), {"shapes": -0.5})
+    (said,) = guards.exploited(lines([0.1, 0.3], [0.5, 0.7]), {"shapes": -0.5})
     assert "shapes, held out, rose by 0.2 (0.5 to 0.7)" in said

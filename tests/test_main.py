@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from solrl_jax import config, main, rewards
+from solrl_jax import config, device, main, rewards
 
 
 @pytest.fixture
@@ -186,7 +186,8 @@ def test_gpu_flags_are_added_to_the_users_own():
 ON_CPU = """
 import jax
 from absl.testing import flagsaver
-from solrl_jax import convert, main, plan
+from solrl_jax import main, plan
+from solrl_jax.run import convert
 convert.convert = lambda *_: None
 plan.run_plan = lambda *_, **__: print(jax.devices()) or 0
 with flagsaver.flagsaver():

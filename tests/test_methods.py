@@ -9,7 +9,7 @@ import pytest
 
 from solrl_jax import algos, config, iteration, recipes, sampler, train
 from solrl_jax.config import ConfigError, Stage
-from solrl_jax.keys import STEPS, _use, sample_keys
+from solrl_jax.keys import STEPS, sample_key, sample_keys
 from solrl_jax.rollout import policy_variables, sigmas_of
 from solrl_jax.run import assemble
 from tests import nano
@@ -31,7 +31,7 @@ def build(folder, name: str, **changes):
 
 def rolled(parts):
     """The samples of a first iteration, their prompts' conditioning, and the policy that drew them."""
-    run = iteration.Stages(*statics_of(parts))
+    run = iteration.stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
         state, prompts, _ = begun(parts)
         keys = sample_keys(state, 4, parts.cfg.candidates)
@@ -60,7 +60,7 @@ def test_paths_are_the_steps_that_were_taken(folder, name):
         x0 = x - sampler.over(t, x) * velocity(variables, x, t, cond)
         step = jax.tree.map(lambda c: jnp.asarray(c[at], jnp.float32), law)  # noqa: B023
         keys = samples.keys.reshape(-1)
-        z = jnp.stack([jax.random.normal(_use(key, STEPS, int(i)), (8, 8, 4))
+        z = jnp.stack([jax.random.normal(sample_key(key, STEPS, int(i)), (8, 8, 4))
                        for key, i in zip(keys, at, strict=True)])  # fmt: skip
         expect = sampler.mean(step, x, x0) + sampler.over(jnp.asarray(rows.noise[at], jnp.float32), x) * z
         np.testing.assert_allclose(x_next, expect, rtol=1e-4, atol=2e-5)
@@ -108,7 +108,7 @@ def test_one_update_needs_no_second_pass(folder):
     assert algos.find("awm").fixed(cfg.learn) == ("old", "reference")
     parts = parts_of(cfg)
     state, samples, prompts, _ = rolled(parts)
-    run = iteration.Stages(*statics_of(parts))
+    run = iteration.stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
         _, metrics = jax.jit(run.learn)(state, parts.frozen, prompts.cond, samples)
     assert float(metrics["ratio/deviation"]) == 0.0 and "ratio/noise" not in metrics

@@ -45,8 +45,8 @@ def rewards(opened: lab.World, adapter, captions: int, candidates: int, chunk: i
     model = calibrate.calibrated(parts.model, {"params": parts.frozen.base}, some, jax.random.key(0), [full])
     low: dict[str, PyTree] = {"bf16": None}
     for precision in ("fp8", "nvfp4_emulated"):
-        quantised = functools.partial(quantised, model=model, precision=precision)
-        low[precision] = jax.jit(quantised)(kernels, parts.frozen)
+        quantise = functools.partial(quantised, model=model, precision=precision)
+        low[precision] = jax.jit(quantise)(kernels, parts.frozen)
     out = {}
     for precision, steps in (*PREVIEWS.values(), FULL):
         stage = Stage(steps, cfg.regenerate.solver, precision, chunk)

@@ -29,7 +29,7 @@ from solrl_jax.plan import jaxpr
 from solrl_jax.plan.jaxpr import nbytes
 from solrl_jax.plan.shapes import Sizes, batch, blank, keys, parameters, read, samples, with_configs
 from solrl_jax.quant import coverage
-from solrl_jax.rollout import block_shape
+from solrl_jax.rollout import block_shape, rolled
 from solrl_jax.run import assemble, evaluate, guards
 from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
 
@@ -144,7 +144,7 @@ class Work(NamedTuple):
 
 def _work(stage: str, cfg: Config, sizes: Sizes, devices: int) -> Work:
     model, frozen, mine = sizes.model, sizes.frozen, cfg.prompts // devices
-    run, state = iteration.Stages(model, sizes.score, learn.make_optimizer(cfg), cfg), blank(cfg, sizes)
+    run, state = iteration.stages(model, sizes.score, learn.make_optimizer(cfg), cfg), blank(cfg, sizes)
     for name, how, images in cfg.stages():
         if name == stage:
             return _rollout(stage, how, mine, images, cfg, sizes, devices)
@@ -169,12 +169,13 @@ def _kernels(run: iteration.Stages, state: TrainState, frozen: Frozen) -> tuple[
 
 def _rollout(stage: str, how: Stage, mine: int, images: int, cfg: Config, sizes: Sizes, devices: int) -> Work:
     """So many images of each of a device's `mine` prompts, one block of prompts a call."""
-    run = iteration.Stages(sizes.model, sizes.score, learn.make_optimizer(cfg), cfg)
+    run = iteration.stages(sizes.model, sizes.score, learn.make_optimizer(cfg), cfg)
     kernels, low = _kernels(run, blank(cfg, sizes), sizes.frozen)
     if stage != "explore" and how.precision == "bf16":
         low = None
     together = block_shape(how.chunk, mine, images)[0]
-    roll = functools.partial(run.roll, how, keep_path=stage == "regenerate" and cfg.of_steps)
+    keep_path = stage == "regenerate" and cfg.of_steps
+    roll = functools.partial(rolled, model=sizes.model, score=sizes.score, stage=how, keep_path=keep_path)
     program = jaxpr.trace(roll, kernels, low, sizes.frozen, batch(sizes.prompts, together), keys(together, images))
     # What is drawn stays until it is learnt from, or not kept; GRPO's samples come with their paths.
     held = samples(cfg, sizes, mine, images) if stage == "regenerate" else None

@@ -14,7 +14,6 @@ from solrl_jax.config import Stage
 from solrl_jax.quant import fp8, rule_of
 from solrl_jax.structs import Model, PyTree, Variables
 
-CALIBRATION = 0xCA11B  # folded into the seed's key: apart from every key of the training and of evaluation
 PROMPTS = 8
 """Prompts, a picture each, on which units are measured."""
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from solrl_jax import config, disk, rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.report.plot import Points
-from solrl_jax.run import log, model_card, pictures
+from solrl_jax.run import guards, log, model_card, pictures
 
 EVAL = "eval_reward_"
 
@@ -195,7 +195,7 @@ def warnings(run: Run) -> list[str]:
     trained, others = run.mixtures
     held_out = {name: weight for name, weight in others.items() if name not in trained}
     numbers = [{k: v for k, v in line.items() if drawable(v)} for line in run.lines]
-    return [line.removeprefix("warning: ") for line in log.exploited(numbers, held_out)]
+    return [line.removeprefix("warning: ") for line in guards.exploited(numbers, held_out)]
 
 
 def series(runs: Sequence[Run], metric: str) -> dict[str, Points]:

@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 from PIL import Image
 
 from solrl_jax import lora, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Evaluate, Stage
+from solrl_jax.keys import evaluation_keys
 from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
 from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.pictures import Shown, write_grid
 from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
-
-EVALUATION = 0xE7A1  # folded into the seed's key: apart from every key of the training
 
 
 def draw(
@@ -65,8 +63,7 @@ def pictures(
     cfg, devices = parts.cfg.evaluate, parts.mesh.size
     count = devices * prompts_each(cfg, max(groups or 0, len(prompts)), devices)
     padded = [*prompts, *[prompts[-1]] * (count - len(prompts))]
-    key = jax.random.fold_in(jax.random.key(parts.cfg.seed), EVALUATION)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count * cfg.images))
+    keys = evaluation_keys(parts.cfg.seed, first, count * cfg.images)
     images, scores = _draw(
         lora.policy(parts.frozen.base, adapter, parts.cfg.lora),
         parts.frozen._replace(rewards={**parts.frozen.rewards, **parts.towers}),

@@ -1,6 +1,7 @@
-"""What a run should not do unseen: alarms over its metrics, and a pass that measures how well the preview ranks.
+"""What warns of a run that goes wrong, what makes it fall back to BF16, and what stops it.
 
-Alarms are functions of metrics.jsonl's lines, so that a resumed run sees what the one before it saw.
+Alarms are functions of the lines of metrics.jsonl, so that a resumed run sees what the one before it saw. How well the
+preview ranks is measured; a run that falls back does so for good, in its state. Numbers that are not finite stop it.
 """
 
 import dataclasses
@@ -12,16 +13,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from solrl_jax import rewards, rollout, sharding
 from solrl_jax.config import Config, Stage
-from solrl_jax.iteration import Stages
+from solrl_jax.iteration import stages
 from solrl_jax.keys import sample_keys
+from solrl_jax.rewards import Score
 from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
-from solrl_jax.run.log import Line, exploited
+from solrl_jax.run.log import Line
 from solrl_jax.selection import fidelity
-from solrl_jax.structs import Params, Rollout, TrainState
+from solrl_jax.structs import Model, Params, Prompts, Rollout, TrainState, leaves_by_path
 
 RECENT = 5
 """Iterations whose median an alarm looks at: one odd batch of prompts is none."""
@@ -45,6 +48,31 @@ def alarms(lines: Sequence[Line], cfg: Config) -> dict[str, str]:
 def falling(lines: Sequence[Line], cfg: Config) -> list[str]:
     """Which held-out rewards have fallen since the first evaluation, while the trained one rose."""
     return exploited(lines, rewards.held_out(cfg.reward, cfg.evaluate.rewards))
+
+
+def exploited(lines: Sequence[Line], held_out: Mapping[str, float]) -> list[str]:
+    """A warning for each held-out reward that fell from the first evaluation to the last while the trained one rose.
+
+    `held_out` are their weights: one with a negative weight is better the lower it is, so it warns where it rose. A
+    change counts beyond two of its standard errors over prompts, where the last line has those (evaluate.gains).
+    """
+    said = []
+    for name, weight in held_out.items():
+        keys = ("eval_reward_avg", f"eval_reward_{name}")
+        found = [line for line in lines if all(line.get(key) is not None for key in keys)]
+        if len(found) < 2:
+            continue
+        first, last = found[0], found[-1]
+        (a, b), (c, d) = ((first[key], last[key]) for key in keys)
+        noise, other = (2 * (last.get(f"eval_gain_error/{n}") or 0.0) for n in ("avg", name))
+        if b - a > noise and weight * (d - c) < 0 and abs(d - c) > other:
+            said.append(
+                f"warning: from iteration {first['iteration']} to {last['iteration']} the trained reward rose by "
+                f"{b - a:.4g} ({a:.4g} to {b:.4g}) while {name}, held out, {'fell' if d < c else 'rose'} by "
+                f"{abs(d - c):.4g} ({c:.4g} to {d:.4g}): the policy may exploit what it is trained on; look at the "
+                "pictures, take an earlier checkpoint, raise learn.kl_weight or train on a mix"
+            )
+    return said
 
 
 def _recent(lines: Sequence[Line], name: str, back: int = 0) -> float | None:
@@ -117,7 +145,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     batch = data.batch(train, cfg.seed, 0, max(count, cfg.prompts))[:count]
     prompts = assemble.encode(parts, batch, parts.score)
     keys = sample_keys(state, count, cfg.candidates)
-    programs = _programs(Stages(parts.model, parts.score, parts.optimizer, cfg))
+    programs = _programs(parts.model, parts.score, parts.optimizer, cfg)
     kernels = programs.merged(state, parts.frozen)
     low = programs.quantised(kernels, parts.frozen)
 
@@ -146,9 +174,11 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _programs(run: Stages) -> Programs:
+def _programs(model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config) -> Programs:
     """Jitted once for a run."""
-    rolls = (jax.jit(functools.partial(run.roll, stage)) for stage in rollouts(run.cfg))
+    run = stages(model, score, optimizer, cfg)
+    statics = {"model": model, "score": score}
+    rolls = (jax.jit(functools.partial(rollout.rolled, **statics, stage=stage)) for stage in rollouts(cfg))
     return Programs(jax.jit(run.merged), jax.jit(run.quantised), *rolls)
 
 
@@ -173,3 +203,78 @@ def in_bf16(cfg: Config) -> Config:
     """`cfg`, exploring in BF16."""
     assert cfg.explore is not None
     return dataclasses.replace(cfg, explore=dataclasses.replace(cfg.explore, precision="bf16"))
+
+
+# --- what stops a run ------------------------------------------------------------------------------------------------
+
+Metrics = dict[str, float]
+
+
+class TrainError(RuntimeError):
+    """A run that cannot go on; the message says why and what was saved."""
+
+
+SUMMARIES = (
+    "reward/mean",
+    "reward/max",
+    "reward/min",
+    "reward/range",
+    "explore/reward_mean",
+    "explore/reward_std_mean",
+)
+
+
+def check_rewards(metrics: Metrics, number: int, cause: Callable[[], str]) -> None:
+    """Raises TrainError that names the rewards whose mean is not finite, over the kept samples or the candidates.
+
+    `cause` says which weights are to blame, "" where none are.
+    """
+    scored = {name: value for name, value in metrics.items() if name.startswith(("reward/", "explore/reward"))}
+    bad = {name: value for name, value in scored.items() if not math.isfinite(value)}
+    if bad:
+        named = {
+            n.removeprefix("explore/reward_").removeprefix("reward/"): v for n, v in bad.items() if n not in SUMMARIES
+        }
+        told = ", ".join(f"{name} = {value}" for name, value in (named or bad).items())
+        raise TrainError(
+            f"iteration {number}: a reward is not finite: {told}; {cause() or 'look at the pictures it got'}"
+        )
+
+
+def not_finite(parts: Parts, state: TrainState, prompts: Prompts) -> str:
+    """Which arrays an iteration begins with that are NaN or infinite somewhere, and what to do; "" if none."""
+    frozen = parts.frozen
+    trees = {"network": frozen.base, "vae": frozen.vae, "rewards": frozen.rewards, "conditioning": prompts.cond}
+    trees |= {"lora": state.lora, "old": state.old}
+    floats = {k: x for k, x in leaves_by_path(trees).items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    bad = [k for k, x in floats.items() if not bool(jnp.isfinite(x.astype(jnp.float32)).all())]
+    if not bad:
+        return ""
+    more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+    return (
+        f"not finite are {', '.join(bad[:3])}{more}: look at those weights (conditioning is the text encoders'; of a "
+        "damaged lora or old delete the newest checkpoint and go on from the one before)"
+    )
+
+
+def check_ratio(metrics: Metrics, number: int, clip_range: float) -> None:
+    """Raises TrainError where ratios of probabilities are clipped at what is mere rounding.
+
+    Of an iteration's first update the ratio is 1; how far it is off is what the network's rounding does to it.
+    """
+    noise = metrics.get("ratio/noise", 0.0)
+    if not clip_range >= 10 * noise:
+        raise TrainError(
+            f"iteration {number}: before an update the ratio of probabilities is off by {noise:.1e} from rounding, "
+            f"more than a tenth of learn.clip_range={clip_range:g}: use {11 * noise:.1e} or more, learn.updates=1 "
+            "(whose ratio is exactly 1) or model.dtype=float32"
+        )
+
+
+def device_error(e: Exception) -> str:
+    """What a device reports, its first line, and what mends it."""
+    told = (str(e).strip() or "no message").splitlines()[0]
+    if "RESOURCE_EXHAUSTED" in told:
+        sizes = "explore.chunk, regenerate.chunk, evaluate.chunk or learn.micro_batch"
+        return f"the device's memory is full ({told}): lower {sizes}; --mode=plan says what each takes"
+    return f"the device failed ({told}): see whether it is still there, then go on with --resume"

@@ -119,31 +119,6 @@ def read(file: Path) -> list[Line]:
     return [line for line in lines if isinstance(line, dict) and "iteration" in line]
 
 
-def exploited(lines: Sequence[Line], held_out: Mapping[str, float]) -> list[str]:
-    """A warning for each held-out reward that fell from the first evaluation to the last while the trained one rose.
-
-    `held_out` are their weights: one with a negative weight is better the lower it is, so it warns where it rose. A
-    change counts beyond two of its standard errors over prompts, where the last line has those (evaluate.gains).
-    """
-    said = []
-    for name, weight in held_out.items():
-        keys = ("eval_reward_avg", f"eval_reward_{name}")
-        found = [line for line in lines if all(line.get(key) is not None for key in keys)]
-        if len(found) < 2:
-            continue
-        first, last = found[0], found[-1]
-        (a, b), (c, d) = ((first[key], last[key]) for key in keys)
-        noise, other = (2 * (last.get(f"eval_gain_error/{n}") or 0.0) for n in ("avg", name))
-        if b - a > noise and weight * (d - c) < 0 and abs(d - c) > other:
-            said.append(
-                f"warning: from iteration {first['iteration']} to {last['iteration']} the trained reward rose by "
-                f"{b - a:.4g} ({a:.4g} to {b:.4g}) while {name}, held out, {'fell' if d < c else 'rose'} by "
-                f"{abs(d - c):.4g} ({c:.4g} to {d:.4g}): the policy may exploit what it is trained on; look at the "
-                "pictures, take an earlier checkpoint, raise learn.kl_weight or train on a mix"
-            )
-    return said
-
-
 @contextlib.contextmanager
 def tensorboard(folder: Path, done: int) -> Iterator[Sink]:
     """TensorBoard events; a resumed run's file tells TensorBoard to forget the steps past `done`."""

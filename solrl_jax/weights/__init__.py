@@ -18,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from solrl_jax.structs import PyTree, WeightsError
+from solrl_jax.structs import PyTree, WeightsError, leaves_by_path
 from solrl_jax.weights import options, torch_file
 
 
