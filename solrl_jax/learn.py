@@ -1,5 +1,6 @@
 """Samples to gradients, gradients to the LoRA, the old policy and the average."""
 
+import functools
 from typing import Any
 
 import chex

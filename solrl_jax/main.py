@@ -45,9 +45,9 @@ def _score(cfg: Config, run: Path, place: Path | None) -> int:
 
 
 def _export(cfg: Config, run: Path, place: Path | None) -> int:
-    from solrl_jax import train
+    from solrl_jax.run import export
 
-    return train.export(cfg, run, place=place, lora_file=_lora(), devices=FLAGS.devices)
+    return export.export(cfg, run, place=place, lora_file=_lora(), devices=FLAGS.devices)
 
 
 def _convert(cfg: Config, run: Path, place: Path | None) -> int:

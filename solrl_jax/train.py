@@ -21,28 +21,25 @@ from pathlib import Path
 
 import jax
 
-from solrl_jax import disk, iteration, lora, plan, report, sharding
-from solrl_jax.config import Config, ConfigError, Lora, to_json
+from solrl_jax import disk, iteration, plan, report, sharding
+from solrl_jax.config import Config, ConfigError, to_json
 from solrl_jax.keys import calibration_key
 from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.report.run import read_starts
 from solrl_jax.rewards.own import RewardError
-from solrl_jax.run import assemble, checkpoint, data, evaluate, guards, model_card, pictures
+from solrl_jax.run import assemble, checkpoint, data, evaluate, export, guards, pictures
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.guards import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.run.log import Log, finite, open_log, read, wandb
 from solrl_jax.run.pictures import Shown
-from solrl_jax.structs import Model, Params, Prompts, TrainState
-from solrl_jax.weights import lora_files
+from solrl_jax.structs import Prompts, TrainState
 
 Metrics = dict[str, float]
 SKIPS = 3
 """Non-finite updates in a row after which a run stops."""
 UNFINISHED = 75
 """Exit code of a run that was stopped, saved, and has iterations left."""
-CURRENT = "current"
-"""Folder, beside the LoRA files of the average, of those of the policy that is trained."""
 
 
 class Stopped(Exception):
@@ -334,11 +331,11 @@ def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
             f"stopped after iteration {done} of {total}, saved; go on with: {again(run, parts.mesh.size)}", flush=True
         )
         return
-    file = deliver(run, state, parts.model, parts.cfg)
+    file = export.deliver(run, state, parts.model, parts.cfg)
     page = reported(run)
     print(
-        f"done: the LoRA is {file}, the average that was evaluated (the policy as it ended: {run / CURRENT}), its "
-        f"model_card.md says how to load it; {f'{page} in a browser shows the run, ' if page else ''}"
+        f"done: the LoRA is {file}, the average that was evaluated (the policy as it ended: {run / export.CURRENT}), "
+        f"its model_card.md says how to load it; {f'{page} in a browser shows the run, ' if page else ''}"
         f"tensorboard --logdir={run} its curves",
         flush=True,
     )
@@ -363,55 +360,3 @@ def again(run: Path, devices: int) -> str:
     """The command that goes on with a run, on as many devices."""
     command = f"python -m solrl_jax.main --run_dir={run} --resume"
     return command if devices == jax.device_count() else f"{command} --devices={devices}"
-
-
-def deliver(folder: Path, state: TrainState, model: Model, cfg: Config) -> Path:
-    """The running average, which is what evaluations score and draw, for diffusers and ComfyUI; the policy as it is in
-    current/, in both layouts too; a model card. Sol-RL saves both, DiffusionNFT and Flow-GRPO the average."""
-    file = write_lora(folder, state.ema, model, cfg.lora, cfg.name)
-    write_lora(folder / CURRENT, state.lora, model, cfg.lora, cfg.name)
-    targets = cfg.lora.targets or model.lora_targets
-    comfy = comfy_name(cfg.name) if model.comfy else ""
-    model_card.write(folder, cfg, int(state.iteration), int(state.updates), targets, comfy)
-    return file
-
-
-def write_lora(folder: Path, adapter: Params, model: Model, how: Lora, name: str) -> Path:
-    """pytorch_lora_weights.safetensors, and comfyui/<name>.safetensors where the model has that layout."""
-    file = folder / "pytorch_lora_weights.safetensors"
-    lora_files.save(file, adapter, model.keys, how)
-    if model.comfy:
-        base = jax.eval_shape(model.init, jax.random.key(0))
-        lora_files.save_fused(folder / comfy_name(name), adapter, base, model.keys, model.comfy, how)
-    return file
-
-
-def comfy_name(name: str) -> str:
-    """In a folder of its own: diffusers takes a folder of one LoRA file, ComfyUI lists files by their names."""
-    return f"comfyui/{name or 'lora'}.safetensors"
-
-
-def export(
-    cfg: Config, run: Path, *, place: Path | None, lora_file: Path | None = None, devices: int | None = None
-) -> int:
-    """--mode=export: the LoRA files of a checkpoint, or a LoRA file anew, in `run`. Needs no base weights."""
-    if place is None and lora_file is None:
-        raise ConfigError(
-            "--mode=export needs --run_dir of a run, --checkpoint=<run>/checkpoints/<step> or --lora=file.safetensors"
-        )
-    model = assemble.model_module(cfg).make(cfg.model)
-    if lora_file is not None:
-        base = jax.eval_shape(model.init, jax.random.key(0))
-        as_it_is = Lora(rank=1, alpha=1.0)  # whatever scale it states
-        found, said = lora_files.load(lora_file, base, model.keys, as_it_is, model.comfy, model.native)
-        rank = lora.rank(found)
-        file = write_lora(run, found, model, Lora(rank=rank, alpha=float(rank)), cfg.name)
-        print("\n".join(f"{lora_file}: {line}" for line in (*said, f"LoRA of rank {rank} in {file}, for scale 1")))
-        return 0
-    assert place is not None
-    like = assemble.blank(cfg, model, assemble.make_mesh(devices))
-    fields = {name: getattr(like, name) for name in ("lora", "ema", "iteration", "updates")}
-    state = like._replace(**checkpoint.restore_fields(place, fields, cfg, assemble.INFERENCE))
-    file = deliver(run, state, model, checkpoint.load_config(place))  # the card tells of the run, not of the flags
-    print(f"{place}: LoRA, the average, in {file}; the policy as it was then in {run / CURRENT}")
-    return 0

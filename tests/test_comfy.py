@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from configs import tiny
-from solrl_jax import config, lora, recipes, sampler, sharding, train
+from solrl_jax import config, lora, recipes, sampler, sharding
 from solrl_jax.config import Config, Lora
 from solrl_jax.models import flux
-from solrl_jax.run import assemble, model_card
+from solrl_jax.run import assemble, export, model_card
 from solrl_jax.structs import Frozen, TrainState, leaves_by_path
 from solrl_jax.weights import WeightsError, lora_files
 from tests.test_lora import SMALL, inputs
@@ -370,7 +370,7 @@ def a_run(small, **changes):
 
 def test_a_run_delivers_both_layouts_and_a_card(small, tmp_path):
     cfg, state, model = a_run(small)
-    assert train.deliver(tmp_path, state, model, cfg) == tmp_path / "pytorch_lora_weights.safetensors"
+    assert export.deliver(tmp_path, state, model, cfg) == tmp_path / "pytorch_lora_weights.safetensors"
     files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*"))
     names = ["comfyui/mine.safetensors", "pytorch_lora_weights.safetensors"]
     assert files == [names[0], *(f"current/{name}" for name in names), "model_card.md", names[1]]
@@ -394,7 +394,7 @@ def test_a_run_delivers_both_layouts_and_a_card(small, tmp_path):
 
 def test_a_model_without_the_layout_delivers_none(small, tmp_path):
     cfg, state, model = a_run(small, name="")
-    train.deliver(tmp_path, state, model._replace(comfy=()), cfg)
+    export.deliver(tmp_path, state, model._replace(comfy=()), cfg)
     assert not (tmp_path / "comfyui").exists() and "ComfyUI" not in (tmp_path / "model_card.md").read_text()
 
 
@@ -402,7 +402,7 @@ def test_export_takes_either_layout(small, tmp_path, monkeypatch, capsys):
     cfg, _, model = a_run(small)
     monkeypatch.setattr(assemble, "model_module", lambda cfg: SimpleNamespace(make=lambda c: model))
     for file in (small.file, small.folder / "theirs.safetensors"):
-        assert train.export(cfg, tmp_path / file.stem, place=None, lora_file=file) == 0
+        assert export.export(cfg, tmp_path / file.stem, place=None, lora_file=file) == 0
         out = capsys.readouterr().out
         assert out.startswith(f"{file}: LoRA of rank ") and " on 17 of 56 Linears, in 5 of 5 blocks\n" in out
         assert f"{file}: LoRA of rank 4 in {tmp_path / file.stem / 'pytorch_lora_weights.safetensors'}, for" in out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from solrl_jax import device, quant, sharding
+from solrl_jax import device, quant
 from solrl_jax.models import layers
 from solrl_jax.plan import jaxpr
 from solrl_jax.quant import fp8, nvfp4
@@ -47,7 +47,7 @@ def test_a_program_is_of_one_choice(amx):
 def test_only_cpus_choose(monkeypatch):
     x = jnp.ones(3, jnp.bfloat16)
     for platform in ("gpu", "tpu"):
-        monkeypatch.setattr(sharding, "platform", lambda platform=platform: platform)
+        monkeypatch.setattr(device, "platform", lambda platform=platform: platform)
         assert device.operands(x) == (x,) and device.notes() == []
 
 
@@ -120,5 +120,5 @@ def test_emulated_kernels_are_unpacked_once_on_cpus(monkeypatch):
     packed, ready = (jax.tree.map(lambda leaf: leaf[1], kernel) for kernel in (low["a"], found["a"]))
     multiply = jax.jit(lambda kernel, x: kernel.matmul((x,), jnp.float32))
     np.testing.assert_array_equal(multiply(ready, x), multiply(packed, x))
-    monkeypatch.setattr(sharding, "platform", lambda: "gpu")
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
     assert quant.for_rollout(low)["a"] is low["a"]

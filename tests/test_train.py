@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from solrl_jax import config, main, rewards, train
-from solrl_jax.run import assemble, checkpoint, data, evaluate, log, pictures
+from solrl_jax.run import assemble, checkpoint, data, evaluate, export, log, pictures
 from solrl_jax.structs import Model, QuantRule, QuantRules, Reward
 from solrl_jax.weights import Rule
 
@@ -396,11 +396,11 @@ def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
     with pytest.raises(config.ConfigError, match="needs --prompt"):
         evaluate.run_sample(toy, run, prompts=[], place=None, lora_file=None, devices=1)
 
-    assert train.export(toy, tmp_path / "out", place=place, devices=1) == 0
+    assert export.export(toy, tmp_path / "out", place=place, devices=1) == 0
     out, mine = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "out", run))
     jax.tree.map(np.testing.assert_array_equal, out, mine)
     assert "2 of 2, 4 prompts each" in (tmp_path / "out" / "model_card.md").read_text()  # the run's config, not `toy`
-    assert train.export(toy, tmp_path / "again", place=None, lora_file=run, devices=1) == 0  # from a LoRA file
+    assert export.export(toy, tmp_path / "again", place=None, lora_file=run, devices=1) == 0  # from a LoRA file
     again = load_file(tmp_path / "again" / "pytorch_lora_weights.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again, mine)
 
@@ -475,7 +475,7 @@ def test_a_run_of_format_1_goes_on_evaluates_and_exports(toy, tmp_path, monkeypa
     assert checkpoint.best(run, [2]) == 2  # its score is in metrics.jsonl
     assert evaluate.run_eval(cfg, tmp_path / "eval", place=place, lora_file=None, devices=1) == 0
     assert "0.5124" in capsys.readouterr().out
-    assert train.export(cfg, tmp_path / "out", place=place, devices=1) == 0
+    assert export.export(cfg, tmp_path / "out", place=place, devices=1) == 0
     assert train.train(config.override(cfg, iterations=4), run, resume=True, devices=1) == 0
     assert "exploring in bf16 from iteration 3 on" in capsys.readouterr().out
     found = metrics_of(run)
@@ -658,7 +658,7 @@ def test_the_main_file_is_the_policy_that_was_evaluated(toy, tmp_path, capsys):
     card = (run / "model_card.md").read_text()
     assert "running average" in card and "`current/`" in card and "ema/" not in card
     (run / "ema").mkdir()  # of an older version
-    train.export(toy, run, place=checkpoint.folder(run, 3), devices=1)
+    export.export(toy, run, place=checkpoint.folder(run, 3), devices=1)
     assert f"the policy as it was then in {run / 'current'}" in capsys.readouterr().out
     assert "`ema/` is of an earlier version" in (run / "model_card.md").read_text()
 
@@ -691,7 +691,7 @@ def test_the_best_checkpoint_is_taken_by_every_mode(toy, tmp_path, capsys, monke
     for name, *words in (("export",), ("sample", "--prompt=x"), ("eval",)):
         code, said = mode(name, *words)
         assert code == 0 and said.out.splitlines()[0] == told, name
-    train.export(toy, tmp_path / "two", place=checkpoint.folder(run, 2), devices=1)
+    export.export(toy, tmp_path / "two", place=checkpoint.folder(run, 2), devices=1)
     two, exported = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (tmp_path / "two", run))
     jax.tree.map(np.testing.assert_array_equal, two, exported)
     (checkpoint.folder(run, 2) / "config.json").write_text("{}")

@@ -99,8 +99,8 @@ def test_full_rollouts_have_no_quantised_kernels_beside_them(toy, monkeypatch):
     parts, programs, seen = assemble.assemble(cfg, 1), guards._programs, {"preview": [], "full": []}
     before = jax.live_arrays()  # held, so that no id is given anew
 
-    def watched(run):
-        made = programs(run)
+    def watched(*statics):
+        made = programs(*statics)
 
         def roll(name, *args):
             new = [x for x in jax.live_arrays() if id(x) not in {id(y) for y in before}]
