@@ -19,13 +19,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from solrl_jax.solvers import GAUSSIAN, SOLVERS
+
 Precision = Literal["auto", "bf16", "fp8", "nvfp4_native", "nvfp4_emulated"]
 """Of a rollout (solrl_jax.quant); auto is the device's best low one."""
 Solver = Literal["euler", "dpm1", "dpm2", "ddim", "sde", "dance", "cps", "sa_solver"]
-NOISE = {"ddim": 1.0, "sde": math.inf, "dance": math.inf, "cps": 1.0, "sa_solver": math.inf}
-"""The most eta that a solver takes; those that are not here solve the ODE."""
-MARKOV = ("ddim", "sde", "dance", "cps")
-"""Solvers whose steps, with eta > 0, are Gaussians given where they begin: they have a probability."""
 
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -111,7 +109,7 @@ class Stage(Checked):
     def rules(self) -> None:
         _require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
         _require(self.chunk >= 1, f"chunk={self.chunk}: give 1 or more images at a time")
-        most = NOISE.get(self.solver, 0.0)
+        most = SOLVERS[self.solver].noise
         takes = f"0 to {most:g}" if most < math.inf else "a finite number, 0 or more"
         _require(
             0 <= self.eta <= most and self.eta < math.inf,
@@ -124,8 +122,8 @@ class Stage(Checked):
         )
         if self.window or self.window_within:
             _require(
-                self.stochastic and self.solver in MARKOV,
-                f"window={self.window}: only {', '.join(MARKOV)} with eta > 0 have noise for a window",
+                self.stochastic and self.solver in GAUSSIAN,
+                f"window={self.window}: only {', '.join(GAUSSIAN)} with eta > 0 have noise for a window",
             )
             _require(
                 1 <= self.window <= self.window_within < self.steps,
@@ -141,7 +139,7 @@ class Stage(Checked):
     @property
     def trainable(self) -> int:
         """Consecutive steps that have a log-probability: the window's, or all but the last (algorithms.md 3, 5)."""
-        return (self.window or self.steps - 1) if self.stochastic and self.solver in MARKOV else 0
+        return (self.window or self.steps - 1) if self.stochastic and self.solver in GAUSSIAN else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,7 +349,7 @@ class Config(Checked):
             _require(
                 stage.trainable > 0,
                 f"learn.algorithm={name} needs the probability of a step, which solver={stage.solver} with "
-                f"eta={stage.eta} has not: use {', '.join(MARKOV)} with eta > 0",
+                f"eta={stage.eta} has not: use {', '.join(GAUSSIAN)} with eta > 0",
             )
             _require(
                 t <= stage.trainable,

@@ -4,45 +4,14 @@ A family is a way to make samples for DiffusionNFT's loss, with the names of Sol
 that Sol-RL is compared with. `base(reward)` of configs/NAME.py gives sol_rl and everything that is the model's.
 """
 
-import dataclasses
 import difflib
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from solrl_jax import config
-from solrl_jax.config import Config, ConfigError
+from solrl_jax.config import Config, ConfigError, Learn, Stage
 
-FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft")
-ALIASES = {"compile": "naive_scaling"}
-"""Families of the original that are another one here, where everything is compiled."""
-_GRPO = {"updates": 2, "kl_weight": 0.0, "old_max": 0.0, "clip_norm": 1.0}
-METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "flow_grpo": (
-        {"steps": 6, "solver": "sde", "eta": 0.9},
-        {"algorithm": "flow_grpo", "timestep_fraction": 0.99, "clip_range": 1e-4, **_GRPO},
-    ),
-    "flow_grpo_fast": (
-        {"steps": 6, "solver": "cps", "eta": 0.8, "window": 3, "window_within": 3},
-        {"algorithm": "flow_grpo", "timestep_fraction": 0.99, "clip_range": 1e-5, **_GRPO},
-    ),
-    "dance_grpo": (
-        {"steps": 12, "solver": "dance", "eta": 0.3, "shift": 3.0, "shared_noise": True},
-        {
-            **{"algorithm": "dance_grpo", "timestep_fraction": 0.5, "clip_range": 1e-4},
-            **{"advantage_spread": "prompt_unbiased", **_GRPO},
-        },
-    ),
-    "awm": (
-        {"steps": 14, "solver": "sa_solver", "eta": 0.4},
-        {
-            **{"algorithm": "awm", "timestep_fraction": 0.43, "first_time": 1, "updates": 1, "kl_weight": 1e-3},
-            **{"clip_range": 1.0, "lag_weight": 1.0, "old_ramp": 1e-3, "old_max": 0.3, "clip_norm": 1.0},
-        },
-    ),
-}
-"""Rollout and loss of the methods, as published for FLUX.1-dev with a LoRA; AWM, which has no FLUX trainer, as for
-SD3.5-M (algorithms.md section 7). Of K pictures a prompt all are kept. DanceGRPO draws its 12 steps and trains 6."""
 ON_THE_HUB = (
     "clipscore=openai/clip-vit-large-patch14",
     "pickscore=yuvalkirstain/PickScore_v1",
@@ -50,40 +19,95 @@ ON_THE_HUB = (
     "imagereward=zai-org/ImageReward",
 )
 """Where the four rewards are read from, as `reward_paths`."""
+ALIASES = {"compile": "naive_scaling"}
+"""Families of the original that are another one here, where everything is compiled."""
+
+
+# --- families: ways to make samples for DiffusionNFT's loss (algorithms.md 6); `cfg` is sol_rl ------------------------
+
+
+def sol_rl(cfg: Config) -> Config:
+    """Explore all N in few steps of a low precision, regenerate the K best and worst in BF16."""
+    return cfg
+
+
+def naive_scaling(cfg: Config) -> Config:
+    """All N in one rollout in BF16, the K best and worst are kept."""
+    return replace(cfg, explore=None, regenerate=replace(cfg.regenerate, chunk=_explored(cfg).chunk))
+
+
+def naive_quant(cfg: Config) -> Config:
+    """All N in one rollout of full steps in the low precision, and trained on those."""
+    low = _explored(cfg)
+    return replace(cfg, explore=None, regenerate=replace(cfg.regenerate, chunk=low.chunk, precision=low.precision))
+
+
+def diffusionnft(cfg: Config) -> Config:
+    """K of K in BF16: nothing is selected."""
+    return replace(cfg, explore=None, candidates=cfg.kept, selection="all")
+
+
+def _explored(cfg: Config) -> Stage:
+    return cfg.explore or replace(cfg.regenerate, precision="auto")
+
+
+# --- methods: rollout and loss as published for FLUX.1-dev with a LoRA (algorithms.md 7); K of K ----------------------
+
+
+def flow_grpo(cfg: Config) -> Config:
+    """The reverse SDE in 6 steps, all but the last trained."""
+    stage = replace(cfg.regenerate, steps=6, solver="sde", eta=0.9)
+    return _method(cfg, stage, grpo(cfg, algorithm="flow_grpo", timestep_fraction=0.99, clip_range=1e-4))
+
+
+def flow_grpo_fast(cfg: Config) -> Config:
+    """Noise in the first 3 of 6 steps only, which alone are trained; the coefficients-preserving step."""
+    stage = replace(cfg.regenerate, steps=6, solver="cps", eta=0.8, window=3, window_within=3)
+    return _method(cfg, stage, grpo(cfg, algorithm="flow_grpo", timestep_fraction=0.99, clip_range=1e-5))
+
+
+def dance_grpo(cfg: Config) -> Config:
+    """12 steps of DanceGRPO's SDE, of which 6 are trained; a prompt's samples begin with the same noise."""
+    stage = replace(cfg.regenerate, steps=12, solver="dance", eta=0.3, shift=3.0, shared_noise=True)
+    learn = grpo(cfg, algorithm="dance_grpo", timestep_fraction=0.5, clip_range=1e-4)
+    return _method(cfg, stage, replace(learn, advantage_spread="prompt_unbiased"))
+
+
+def awm(cfg: Config) -> Config:
+    """14 steps of SA-Solver. AWM has no FLUX trainer: these are its values for SD3.5-M."""
+    stage = replace(cfg.regenerate, steps=14, solver="sa_solver", eta=0.4)
+    learn = replace(cfg.learn, algorithm="awm", timestep_fraction=0.43, first_time=1, kl_weight=1e-3, clip_range=1.0)
+    return _method(cfg, stage, replace(learn, lag_weight=1.0, old_ramp=1e-3, old_max=0.3, clip_norm=1.0))
+
+
+def grpo(cfg: Config, **values: Any) -> Learn:
+    """What Flow-GRPO and DanceGRPO have in common: two updates or more, no KL, no old policy that lags behind."""
+    common = {"updates": max(2, cfg.learn.updates), "kl_weight": 0.0, "old_max": 0.0, "clip_norm": 1.0}
+    return replace(cfg.learn, **common, **values)
+
+
+def _method(cfg: Config, stage: Stage, learn: Learn) -> Config:
+    """One stage, all K of K pictures kept. The micro-batch: as many whole samples' points as fit into the config's, and
+    divide an update's samples."""
+    times = stage.window or int(learn.timestep_fraction * stage.steps + 1e-9)
+    samples, most = cfg.prompts * cfg.kept // learn.updates, max(1, cfg.learn.micro_batch // times)
+    fitting = max(n for n in range(1, most + 1) if samples % n == 0)
+    return replace(diffusionnft(cfg), regenerate=stage, learn=replace(learn, micro_batch=times * fitting))
+
+
+FAMILIES = {f.__name__: f for f in (sol_rl, naive_scaling, naive_quant, diffusionnft)}
+METHODS = {f.__name__: f for f in (flow_grpo, flow_grpo_fast, dance_grpo, awm)}
 NAMES = (*FAMILIES, *METHODS, *ALIASES)
 
 
+# --- names on the command line --------------------------------------------------------------------------------------
+
+
 def family(cfg: Config, name: str) -> Config:
-    """`cfg`, which is sol_rl, as another family or method; one-stage ones have explore = None (algorithms.md 6).
-
-    sol_rl; naive_scaling, all N in BF16; naive_quant, all in low precision; diffusionnft and the methods, K of K,
-    nothing selected. Prompts, pictures, LoRA, rate and reward stay as they are, and updates are at least as many.
-    """
-    if name not in (*FAMILIES, *METHODS):
-        raise ConfigError(f"unknown family {name!r}: use one of {', '.join((*FAMILIES, *METHODS))}")
-    if name == "sol_rl":
-        return cfg
-    low, chunk = (cfg.explore.precision, cfg.explore.chunk) if cfg.explore else ("auto", cfg.regenerate.chunk)
-    full = dataclasses.replace(cfg.regenerate, chunk=chunk)
-    if name == "naive_scaling":
-        return dataclasses.replace(cfg, explore=None, regenerate=full)
-    if name == "naive_quant":
-        return dataclasses.replace(cfg, explore=None, regenerate=dataclasses.replace(full, precision=low))
-    alone = {"explore": None, "candidates": cfg.kept, "selection": "all"}
-    if name == "diffusionnft":
-        return dataclasses.replace(cfg, **alone)
-    stage, how = METHODS[name]
-    learn = dataclasses.replace(cfg.learn, **how | {"updates": max(how["updates"], cfg.learn.updates)})
-    stage = dataclasses.replace(cfg.regenerate, **stage)
-    times = stage.window or int(learn.timestep_fraction * stage.steps + 1e-9)
-    learn = dataclasses.replace(learn, micro_batch=_micro_batch(cfg, times, cfg.prompts * cfg.kept // learn.updates))
-    return dataclasses.replace(cfg, **alone | {"regenerate": stage, "learn": learn})
-
-
-def _micro_batch(cfg: Config, times: int, samples: int) -> int:
-    """As many whole samples' points as fit into the config's micro-batch, and divide an update's samples."""
-    most = max(1, cfg.learn.micro_batch // times)
-    return times * max(n for n in range(1, most + 1) if samples % n == 0)
+    """`cfg`, which is sol_rl, as another family or method. Prompts, pictures, LoRA, rate and reward stay as they are."""
+    if name not in FAMILIES | METHODS:
+        raise ConfigError(f"unknown family {name!r}: use one of {', '.join(FAMILIES | METHODS)}")
+    return (FAMILIES | METHODS)[name](cfg)
 
 
 def recipes(rewards: Sequence[str]) -> tuple[str, ...]:
@@ -97,7 +121,7 @@ def choose(base: Callable[[str], Config], rewards: Sequence[str], recipe: str) -
     `base(reward)` is sol_rl on that reward. Raises ConfigError for another recipe, with the nearest.
     """
     found = next((r for r in rewards if recipe.endswith(f"_{r}")), None)
-    name = recipe.removesuffix(f"_{found}") if found else recipe or FAMILIES[0]
+    name = recipe.removesuffix(f"_{found}") if found else recipe or sol_rl.__name__
     reward = found or rewards[0]
     if name not in NAMES:
         at = base(reward).name
@@ -119,9 +143,7 @@ def help_lines(name: str) -> list[str]:
     lines = [*(module.__doc__ or "").strip().splitlines(), "", f"Recipes of --config={name}:RECIPE (default: {first})"]
     for recipe, cfg in made.items():
         same = next((f"; the same as {real}" for old, real in ALIASES.items() if recipe.startswith(old)), "")
-        here = (Path(__file__).parent / "rewards" / f"{cfg.reward}.py").is_file()
-        missing = "" if here else f" ({cfg.reward} is not here yet)"
-        lines.append(f"  {recipe:{width}}  {describe(cfg)}{same}{missing}")
+        lines.append(f"  {recipe:{width}}  {describe(cfg)}{same}")
     return [*lines, "A FAMILY alone is trained on the default's reward."]
 
 

@@ -8,14 +8,15 @@ and density algorithms ask (`gaussians`, `log_prob`).
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from solrl_jax.config import MARKOV, NOISE, Solver
+from solrl_jax.solvers import GAUSSIAN
+from solrl_jax.solvers import SOLVERS as LIMITS
 
 F32 = jnp.float32
 
@@ -33,15 +34,8 @@ class Table(NamedTuple):
 
 
 def table(sigmas: np.ndarray, solver: str, eta: float = 0.0) -> Table:
-    """sigmas f64 [N + 1], falling from 1 to 0 -> the N steps of a solver (algorithms.md 1.3); d = t - s below.
+    """sigmas f64 [N + 1], falling from 1 to 0 -> the N steps of a solver (algorithms.md 1.3); `eta` is its noise.
 
-    euler: x' = x + d v. dpm1, DPM-Solver++ of first order, is the same formula.
-    dpm2, DPM-Solver++(2M): x0hat is extrapolated by half a step, x0hat + r/2 (x0hat - x0hat_prev) with r = h/h_prev in
-    lambda = ln((1-s)/s); first and last step stay first order, and so does the second, whose h_prev is infinite.
-    sde, Flow-GRPO's: a reverse SDE of Euler's marginals with diffusion g^2 = eta^2 s / (1 - s).
-    dance, DanceGRPO's: the same with g = eta; its last step gives x0hat, which is what DanceGRPO decodes.
-    cps: Flow-GRPO's coefficients-preserving step, noise t sin(eta pi/2) and the rest t cos(eta pi/2) of ehat.
-    ddim: noise of share eta as in DDIM. sa_solver: AWM's stochastic Adams, eta being its tau (`_sa_solver`).
     With eta = 0 ddim, sde, dance and cps are Euler (dance but for its last step, which is the same there).
 
     Raises ValueError for an unknown solver, an eta that it has no use for, or sigmas that do not fall from at most 1
@@ -50,48 +44,78 @@ def table(sigmas: np.ndarray, solver: str, eta: float = 0.0) -> Table:
     sigmas = np.asarray(sigmas, np.float64)
     if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[0] > 1 or sigmas[-1] != 0 or np.any(np.diff(sigmas) >= 0):
         raise ValueError(f"sigmas {sigmas} must fall strictly from at most 1 to 0 in one step or more")
-    if solver not in get_args(Solver):
-        raise ValueError(f"unknown solver {solver!r}: use one of {', '.join(get_args(Solver))}")
-    if not 0 <= eta <= NOISE.get(solver, 0.0):
-        raise ValueError(f"eta={eta}: the noise of {solver} is 0 to {NOISE.get(solver, 0.0):g}")
-    if solver == "sa_solver":
-        return _sa_solver(sigmas, eta)
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: use one of {', '.join(SOLVERS)}")
+    if not 0 <= eta <= LIMITS[solver].noise:
+        raise ValueError(f"eta={eta}: the noise of {solver} is 0 to {LIMITS[solver].noise:g}")
+    return SOLVERS[solver](sigmas, eta)
+
+
+# --- solvers: (sigmas f64 [N + 1], eta) -> Table; s, t: where a step begins and ends; d = t - s ----------------------
+
+
+def euler(sigmas: np.ndarray, eta: float) -> Table:
+    """x' = x + d v. DPM-Solver++ of first order, dpm1, is the same formula."""
     s, t = sigmas[:-1], sigmas[1:]
-    none = np.zeros_like(s)
-    if solver == "dpm2":
-        with np.errstate(divide="ignore"):
-            lam = np.log((1 - sigmas) / sigmas)
-        h, r = np.diff(lam), np.zeros_like(s)
-        r[1:-1] = h[1:-1] / h[:-2]  # h / inf = 0 at the second step
-        first_order = 1 - t / s
-        return Table(s, t / s, np.stack([first_order * (1 + 0.5 * r), -0.5 * r * first_order], axis=1), none)
-    if solver in ("sde", "dance"):
-        return _sde(s, t, eta, solver)
-    if solver in ("ddim", "cps"):
-        if solver == "cps":
-            share = np.full_like(s, math.sin(eta * math.pi / 2))
-        else:
-            share = eta * np.sqrt(np.maximum(0.0, 1 - (t * (1 - s) / (s * (1 - t))) ** 2))
-        ehat = t * np.sqrt(1 - share**2)  # x' = (1 - t) x0hat + ehat (x - (1 - s) x0hat) / s + t share z
-        return Table(s, ehat / s, ((1 - t) - ehat * (1 - s) / s)[:, None], t * share)
-    return Table(s, t / s, (1 - t / s)[:, None], none)
+    return Table(s, t / s, (1 - t / s)[:, None], np.zeros_like(s))
 
 
-def _sde(s: np.ndarray, t: np.ndarray, eta: float, solver: str) -> Table:
-    """mean = x (1 + g^2 d/(2s)) + v d (1 + g^2 (1-s)/(2s)), std = g sqrt(-d) (algorithms.md 1.3 b, c)."""
-    d = t - s
+def dpm2(sigmas: np.ndarray, eta: float) -> Table:
+    """DPM-Solver++(2M): x0hat is extrapolated by half a step, x0hat + r/2 (x0hat - x0hat_prev) with r = h/h_prev in
+    lambda = ln((1-s)/s). First and last step are of first order, and so is the second, whose h_prev is infinite."""
+    s, t = sigmas[:-1], sigmas[1:]
+    with np.errstate(divide="ignore"):
+        lam = np.log((1 - sigmas) / sigmas)
+    h, r = np.diff(lam), np.zeros_like(s)
+    r[1:-1] = h[1:-1] / h[:-2]  # h / inf = 0 at the second step
+    first_order = 1 - t / s
+    of_x0 = np.stack([first_order * (1 + 0.5 * r), -0.5 * r * first_order], axis=1)
+    return Table(s, t / s, of_x0, np.zeros_like(s))
+
+
+def sde(sigmas: np.ndarray, eta: float) -> Table:
+    """Flow-GRPO's: a reverse SDE of Euler's marginals with diffusion g^2 = eta^2 s / (1 - s) (1.3 b)."""
+    s, t = sigmas[:-1], sigmas[1:]
     # At s = 1 Flow-GRPO takes the next sigma in g; SANA's own grid begins at .9997, where 1 - s is no better.
-    apart = np.where(s > 0.999, 1 - t, 1 - s)
-    g2 = np.full_like(s, eta**2) if solver == "dance" else eta**2 * s / apart
+    rest = np.where(s > 0.999, 1 - t, 1 - s)
+    return _reverse(s, t, eta**2 * s / rest)
+
+
+def dance(sigmas: np.ndarray, eta: float) -> Table:
+    """DanceGRPO's: the same SDE with g = eta; its last step gives x0hat, which is what DanceGRPO decodes (1.3 c)."""
+    s, t = sigmas[:-1], sigmas[1:]
+    steps = _reverse(s, t, np.full_like(s, eta**2))
+    steps.x[-1], steps.x0[-1], steps.noise[-1] = 0, 1, 0
+    return steps
+
+
+def _reverse(s: np.ndarray, t: np.ndarray, g2: np.ndarray) -> Table:
+    """mean = x (1 + g^2 d/(2s)) + v d (1 + g^2 (1-s)/(2s)), std = g sqrt(-d)."""
+    d = t - s
     of_v = d * (1 + g2 * (1 - s) / (2 * s))
-    of_x, of_x0, noise = 1 + g2 * d / (2 * s) + of_v / s, -of_v / s, np.sqrt(-g2 * d)
-    if solver == "dance":
-        of_x[-1], of_x0[-1], noise[-1] = 0, 1, 0
-    return Table(s, of_x, of_x0[:, None], noise)
+    return Table(s, 1 + g2 * d / (2 * s) + of_v / s, (-of_v / s)[:, None], np.sqrt(-g2 * d))
 
 
-def _sa_solver(sigmas: np.ndarray, tau: float) -> Table:
-    """SA-Solver, predictor and corrector of order 2, one network call a step (algorithms.md 1.3 h).
+def ddim(sigmas: np.ndarray, eta: float) -> Table:
+    """DDIM's noise, of share eta."""
+    s, t = sigmas[:-1], sigmas[1:]
+    return _shared(s, t, eta * np.sqrt(np.maximum(0.0, 1 - (t * (1 - s) / (s * (1 - t))) ** 2)))
+
+
+def cps(sigmas: np.ndarray, eta: float) -> Table:
+    """Flow-GRPO's coefficients-preserving step: noise t sin(eta pi/2), and t cos(eta pi/2) of ehat."""
+    s, t = sigmas[:-1], sigmas[1:]
+    return _shared(s, t, np.full_like(s, math.sin(eta * math.pi / 2)))
+
+
+def _shared(s: np.ndarray, t: np.ndarray, share: np.ndarray) -> Table:
+    """x' = (1 - t) x0hat + t sqrt(1 - share^2) ehat + t share z, ehat = (x - (1 - s) x0hat) / s."""
+    ehat = t * np.sqrt(1 - share**2)
+    return Table(s, ehat / s, ((1 - t) - ehat * (1 - s) / s)[:, None], t * share)
+
+
+def sa_solver(sigmas: np.ndarray, tau: float) -> Table:
+    """AWM's stochastic Adams: SA-Solver, predictor and corrector of order 2, one network call a step (1.3 h).
 
     Noise is added where the step arrives at a sigma of .3 to .9. The grid begins at .999, its last sigma is half of the
     one before. A step's corrector uses the x0hat that the network gives after it, so it is folded into the next
@@ -119,6 +143,22 @@ def _sa_solver(sigmas: np.ndarray, tau: float) -> Table:
     of_x0[-1, 0] = 1
     noise[:-1] = t[:-1] * np.sqrt(-np.expm1(-2 * tau2 * h))
     return Table(s, of_x, of_x0, noise)
+
+
+SOLVERS: dict[str, Callable[[np.ndarray, float], Table]] = {
+    "euler": euler,
+    "dpm1": euler,
+    "dpm2": dpm2,
+    "ddim": ddim,
+    "sde": sde,
+    "dance": dance,
+    "cps": cps,
+    "sa_solver": sa_solver,
+}
+"""By the names of solvers.SOLVERS, which has their limits."""
+
+
+# --- sigmas and the scan --------------------------------------------------------------------------------------------
 
 
 def shifted(steps: int, shift: float) -> np.ndarray:
@@ -195,8 +235,10 @@ def gaussians(sigmas: np.ndarray, solver: str, eta: float) -> Gaussian:
 
     sde, dance, ddim: precision 1/(2 std^2) and log_norm -ln(std) - ln(2 pi)/2; cps: 1 and 0, as Flow-GRPO defines it.
     """
-    if solver not in MARKOV or eta <= 0:
-        raise ValueError(f"solver {solver}, eta={eta}: a log-probability needs eta > 0 and one of {', '.join(MARKOV)}")
+    if solver not in GAUSSIAN or eta <= 0:
+        raise ValueError(
+            f"solver {solver}, eta={eta}: a log-probability needs eta > 0 and one of {', '.join(GAUSSIAN)}"
+        )
     rows = table(sigmas, solver, eta)
     std = np.where(rows.noise > 0, rows.noise, np.inf)
     known = rows.noise > 0

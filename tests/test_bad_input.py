@@ -156,7 +156,7 @@ def test_damaged_files_are_named(command, file, damage, words):
         ({"regenerate.solver": "rk4"}, "regenerate.solver=rk4: use one of euler"),
         ({"selection": "best"}, "selection=best: use one of best_worst"),
         ({"selection": "all"}, "selection=all keeps every candidate: set kept=8"),
-        ({"model.name": "sdxl"}, "model.name=sdxl: there is no models/sdxl.py; use one of flux, "),
+        ({"model.name": "sdxl"}, "model.name=sdxl: there is no such model; use one of flux, "),
         ({"model.path": ""}, "no model is given"),
         ({"model.size": "-16"}, "model.size=-16: give pixels, 1 or more"),
         ({"model.size": "16px"}, "model.size=16px: needs int"),

@@ -43,7 +43,7 @@ def moved(cfg, folder):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_the_same_weights_on_any_mesh(public, converted, devices):
     cfg, mesh = nano.build(public), sharding.make_mesh(devices)
-    read, again = (assemble.read_weights(c, mesh) for c in (cfg, moved(cfg, converted)))
+    read, again = (assemble.open_weights(c, mesh) for c in (cfg, moved(cfg, converted)))
     assert jax.tree.structure(read) == jax.tree.structure(again)
     for one, two in zip(jax.tree.leaves(read), jax.tree.leaves(again), strict=True):
         assert (one.dtype, np.asarray(one).tobytes()) == (two.dtype, np.asarray(two).tobytes())
@@ -71,7 +71,7 @@ def test_a_flipped_byte_and_another_config_are_named(public, converted, tmp_path
     with pytest.raises(
         WeightsError, match=r"converted for another config: base/.* is float32\[.* there and bfloat16\[.*"
     ):
-        assemble.read_weights(config.override(cfg, **{"model.dtype": "bfloat16"}), mesh)
+        assemble.open_weights(config.override(cfg, **{"model.dtype": "bfloat16"}), mesh)
     file = max((tmp_path / "copy" / "weights").rglob("*"), key=lambda f: f.stat().st_size if f.is_file() else 0)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -79,13 +79,13 @@ def test_a_flipped_byte_and_another_config_are_named(public, converted, tmp_path
     with pytest.raises(
         WeightsError, match=rf"{file.name} is not what was written \(by SHA-256; 1 such\): convert again"
     ):
-        assemble.read_weights(cfg, mesh)
+        assemble.open_weights(cfg, mesh)
     found = json.loads((tmp_path / "copy" / "weights.json").read_text())
     found["leaves"].popitem()
     for text in ("{", "[]", json.dumps(found)):
         (tmp_path / "copy" / "weights.json").write_text(text)
         with pytest.raises(WeightsError, match=r"weights.json cannot be read"):
-            assemble.read_weights(cfg, mesh)
+            assemble.open_weights(cfg, mesh)
 
 
 def test_leaves_of_every_shape_come_back(tmp_path):
@@ -183,7 +183,7 @@ def test_a_folder_that_cannot_be_read_back_is_told(public, converted, monkeypatc
 
     monkeypatch.setattr(convert, "hashes", denied)
     with pytest.raises(WeightsError, match=r"^weights/x: Permission denied$"):
-        assemble.read_weights(moved(nano.build(public), converted), sharding.make_mesh(1))
+        assemble.open_weights(moved(nano.build(public), converted), sharding.make_mesh(1))
 
 
 def test_one_leaf_is_held_at_a_time_and_other_checkpoints_are_not_hashed(public, tmp_path):
@@ -224,13 +224,13 @@ def test_folders_of_version_1_are_read(public, converted, tmp_path):
     del found["version"], found["leaves"]
     found["files"] = convert.hashes(tmp_path / "first", (tmp_path / "first" / "weights").rglob("*"))
     file.write_text(json.dumps(found))
-    read = assemble.read_weights(cfg, mesh)
+    read = assemble.open_weights(cfg, mesh)
     for one, two in zip(jax.tree.leaves(trees), jax.tree.leaves(read), strict=True):
         assert (one.dtype, type(one), np.asarray(one).tobytes()) == (two.dtype, type(two), np.asarray(two).tobytes())
     assert all(x.sharding == NamedSharding(mesh, sharding.WHOLE) for x in jax.tree.leaves(read[:2]))
     file.write_text(json.dumps(found | {"version": 3}))
     with pytest.raises(WeightsError, match=r"weights.json is of version 3, known here is 2: convert again$"):
-        assemble.read_weights(cfg, mesh)
+        assemble.open_weights(cfg, mesh)
 
 
 MEASURE = """

@@ -53,7 +53,7 @@ def load_small(spec, overrides):
         (["--config=small", "--prompts=q.txt", "--config.prompt_files=p.txt"], "name two things: give one of them"),
         (["--config=small", "--mode=eval", "--prompts=q.txt"], "q.txt does not exist"),
         (["--config=large:help"], "there is no configs/large.py; use one of small"),
-        (["--config=small", "--config.model.name=flax"], "model.name=flax: there is no models/flax.py"),
+        (["--config=small", "--config.model.name=flax"], "model.name=flax: there is no such model"),
         (["--config=small", "--devices=64"], "64 devices asked for"),
         (["--config=small", "--resume"], "--resume needs --run_dir"),
         (["--run_dir=nowhere", "--resume"], "nowhere is not the directory of a run"),
@@ -215,4 +215,4 @@ def test_mixtures_are_weighted_sums_with_their_parts():
     empty, none = rewards.score_images(rewards.Score((), ()), {}, images, {})
     assert none == {} and empty.shape == (4,)
     assert rewards.parse("pickscore:1,hpsv2:0.5") == {"pickscore": 1.0, "hpsv2": 0.5}
-    assert rewards.parse("shapes") == {"shapes": 1.0} and "shapes" in rewards.available()
+    assert rewards.parse("shapes") == {"shapes": 1.0} and "shapes" in rewards.REWARDS

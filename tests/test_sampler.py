@@ -1,13 +1,15 @@
 """Solvers against closed forms and published sigma tables."""
 
 import itertools
+import math
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import sampler
+from solrl_jax import config, sampler, solvers
 
 FLUX_10 = np.array([1, 0.944129, 0.882497, 0.814164, 0.737974, 0.652489, 0.555899, 0.445888, 0.319451, 0.172612, 0])
 
@@ -246,3 +248,14 @@ def test_a_grid_that_begins_just_below_one_begins_as_from_one():
     below, at = (sampler.table(np.array([first, 0.94, 0.8, 0.5, 0.0]), "sde", 0.9) for first in (0.9997, 1.0))
     for mine, whole in zip(below[1:], at[1:], strict=True):
         np.testing.assert_allclose(mine, whole, atol=5e-3)
+
+
+def test_solvers_limits_and_the_config_name_the_same():
+    names = list(solvers.SOLVERS)
+    assert list(sampler.SOLVERS) == names == list(typing.get_args(config.Solver))
+    for name, limits in solvers.SOLVERS.items():
+        most = min(limits.noise, 2.0)
+        assert np.any(sampler.table(FLUX_10, name, most).noise > 0) == (limits.noise > 0)
+        with pytest.raises(ValueError, match="the noise of" if limits.noise < math.inf else "noise"):
+            sampler.table(FLUX_10, name, limits.noise + 0.1 if limits.noise < math.inf else -0.1)
+        config.Stage(solver=name, eta=most)

@@ -587,10 +587,10 @@ def test_converted_weights_are_not_replaced(folder, tmp_path):
     convert.convert(sana, cfg, out)
     assert str(file) in json.loads((out / convert.MANIFEST).read_text())["made from"]
     mesh, plain = sharding.make_mesh(1), config.Config(model=nano_sana.model(out))
-    base, _, _ = assemble.read_weights(plain, mesh)
+    base, _, _ = assemble.open_weights(plain, mesh)
     jax.tree.map(np.testing.assert_array_equal, base, next(sana.parts(cfg)))
     with pytest.raises(config.ConfigError, match=r"holds converted weights: leave it empty"):
-        assemble.read_weights(config.override(plain, **{"model.weights": str(file)}), mesh)
+        assemble.open_weights(config.override(plain, **{"model.weights": str(file)}), mesh)
 
 
 def test_text_keys_use_the_networks_parameters():

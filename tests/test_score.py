@@ -60,7 +60,7 @@ def lines(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 24])
 def test_scores_are_those_of_the_arrays(command, pictures, tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("solrl_jax.run.assemble.read_weights", None)  # the text-to-image model is not touched
+    monkeypatch.setattr("solrl_jax.run.assemble.open_weights", None)  # the text-to-image model is not touched
     code, out, err = command(*CLIP, "--prompts=p.txt", "--images=pictures", f"--config.evaluate.chunk={chunk}")
     assert (code, err) == (0, "")
     found, wanted = lines(tmp_path), scored(pictures.values(), PROMPTS)

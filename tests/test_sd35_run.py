@@ -131,8 +131,8 @@ def test_converted_weights(public, tmp_path):
     out = tmp_path / "converted"
     convert.convert(assemble.model_module(cfg), cfg.model, out)
     mesh = sharding.make_mesh(1)
-    read = assemble.read_weights(cfg, mesh)
-    again = assemble.read_weights(config.override(cfg, **{"model.path": out}), mesh)
+    read = assemble.open_weights(cfg, mesh)
+    again = assemble.open_weights(config.override(cfg, **{"model.path": out}), mesh)
     assert jax.tree.structure(read) == jax.tree.structure(again)
     for one, two in zip(jax.tree.leaves(read), jax.tree.leaves(again), strict=True):
         assert (one.dtype, np.asarray(one).tobytes()) == (two.dtype, np.asarray(two).tobytes())

@@ -100,7 +100,7 @@ def toy(monkeypatch, tmp_path):
 def world(monkeypatch, folder):
     """The toy config, with its prompts in `folder`."""
     monkeypatch.setattr(assemble, "model_module", lambda cfg: types.SimpleNamespace(make=lambda c: TOY, load=load))
-    monkeypatch.setattr(rewards, "available", lambda: ["bright", "dark", "broken", "plain"])
+    monkeypatch.setattr(rewards, "REWARDS", ("bright", "dark", "broken", "plain"))
     for score in (bright, dark, broken, plain):
         monkeypatch.setitem(sys.modules, f"solrl_jax.rewards.{score.__name__}", reward_module(score.__name__, score))
     (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(7)))

@@ -171,9 +171,9 @@ def tokenizers(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]
 
 def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     """Each reward is read whole and let go: what a run would find out after its weights."""
-    names = dict.fromkeys(assemble.check_rewards(cfg))
+    names = dict.fromkeys(assemble.reward_names(cfg))
     if not rewards.parse(cfg.reward):
-        yield Finding("no reward to train on", f"give --config.reward, of {', '.join(rewards.available())}")
+        yield Finding("no reward to train on", f"give --config.reward, of {', '.join(rewards.REWARDS)}")
     for name in names:
         try:
             score, params = rewards.load_rewards(name, rewards.parse_paths(cfg.reward_paths), cfg.reward_dtype)
@@ -186,7 +186,7 @@ def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
 
 
 def prompts(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
-    found = assemble.read_prompts(cfg, "train")
+    found = assemble.open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
     dropped = f" ({found.repeated} repeated and {found.blank} blank lines dropped)" * bool(found.repeated + found.blank)
     yield Finding(f"{len(found.train)} training prompts, {len(found.test)} test prompts{dropped}")
 

@@ -7,7 +7,6 @@ The weighted sum is on the rewards' raw scales (algorithms.md 1.6); the parts st
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -35,10 +34,8 @@ class Score(NamedTuple):
         return tuple(reward for reward in self.rewards if reward.host is not None)
 
 
-def available() -> list[str]:
-    """Names of the rewards there are: the files of this folder with a top-level `def make(`."""
-    files = Path(__file__).parent.glob("[a-z]*.py")
-    return sorted(f.stem for f in files if "\ndef make(" in f.read_text(encoding="utf-8"))
+REWARDS = ("clipscore", "hpsv2", "imagereward", "pickscore", "shapes")
+"""Each is a file of this folder with `make(path, dtype) -> (Reward, params)`."""
 
 
 def parse(mixture: str) -> dict[str, float]:
@@ -80,9 +77,9 @@ def module(name: str, mixture: str = "") -> Any:
     """What defines a reward's `make`: a file of this folder or, for a name with a dot, own.Own. Raises ConfigError."""
     if own.is_own(name):
         return own.find(name)
-    if name not in available():
+    if name not in REWARDS:
         raise ConfigError(
-            f"unknown reward {name!r} in {mixture or name!r}: use one of {', '.join(available())} "
+            f"unknown reward {name!r} in {mixture or name!r}: use one of {', '.join(REWARDS)} "
             f"(there is no solrl_jax/rewards/{name}.py), or one of your own by its name with a dot, my_file.function"
         )
     return importlib.import_module(f"solrl_jax.rewards.{name}")
@@ -93,8 +90,8 @@ def parse_paths(pairs: Sequence[str]) -> dict[str, str]:
     paths = {}
     for pair in pairs:
         name, sign, folder = pair.partition("=")
-        if not sign or not folder or not (own.is_own(name) or name in available()):
-            raise ConfigError(f"reward_paths={pair!r}: give name=folder, the name one of {', '.join(available())}")
+        if not sign or not folder or not (own.is_own(name) or name in REWARDS):
+            raise ConfigError(f"reward_paths={pair!r}: give name=folder, the name one of {', '.join(REWARDS)}")
         paths[name] = folder
     return paths
 

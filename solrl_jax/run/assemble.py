@@ -9,7 +9,7 @@ import importlib
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from solrl_jax import device, learn, quant, rewards, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Stage
+from solrl_jax.models import MODELS
 from solrl_jax.quant import coverage
 from solrl_jax.rewards import Score
 from solrl_jax.run import checkpoint, convert, data
@@ -44,9 +45,6 @@ class Parts(NamedTuple):
     prompts: data.PromptSet
 
 
-Purpose = Literal["train", "eval", "sample"]
-
-
 def resolved(cfg: Config, capability: float | None) -> Config:
     """The config with what "auto" is on a device of that compute capability (None: no CUDA device).
 
@@ -68,42 +66,103 @@ def capability() -> float | None:
     return float(first.compute_capability) if first.platform == "gpu" else None
 
 
-def assemble(cfg: Config, devices: int | None = None, purpose: Purpose = "train") -> Parts:
-    """Read what `cfg` names and place it, replicated, on the first `devices` devices (all by default).
+def assemble(cfg: Config, devices: int | None = None) -> Parts:
+    """Read what a training of `cfg` needs and place it, replicated, on the first `devices` devices (all by default).
 
-    For "sample" neither prompts nor rewards are read. Raises ConfigError, DataError or WeightsError.
+    Raises ConfigError, DataError or WeightsError.
     """
     use_compilation_cache()
-    if purpose == "train":
-        cfg = resolved(cfg, capability())
-    if purpose != "sample":
-        check_rewards(cfg)
-        if not rewards.parse(cfg.reward):
-            raise ConfigError(f"reward is empty: name what to train on, of {', '.join(rewards.available())}")
-    mesh = make_mesh(devices, cfg.prompts if purpose == "train" else 0)
-    if purpose == "train":
-        check_divides(cfg, mesh.size)
-    prompts = read_prompts(cfg, purpose) if purpose != "sample" else data.PromptSet((), (), 0, 0)
+    cfg = resolved(cfg, capability())
+    check_rewards(cfg)
+    mesh = make_mesh(devices, cfg.prompts)
+    check_divides(cfg, mesh.size)
+    prompts = open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
     model = model_module(cfg).make(cfg.model)
-    if purpose == "train" and cfg.low_precision:
+    if cfg.low_precision:
         coverage.check(model, cfg.low_precision, cfg.model.min_quantised_flops)
-    score, judged, towers = read_rewards(cfg) if purpose != "sample" else (Score((), ()), Score((), ()), {})
-    if purpose == "train" and not cfg.staged and score.on_host:
-        raise ConfigError(f"staged=false, but reward {score.on_host[0].name} runs on the host: set staged=true")
-    rewards.tokenize(judged, (*prompts.train, *prompts.test))  # a caption that a reward cannot read stops us now
-    place = functools.partial(sharding.replicate, mesh=mesh)
-    base, vae, text = read_weights(cfg, mesh)
-    trained = {name: towers.pop(name) for name in score.names}
+    judges = open_rewards(cfg, (*prompts.train, *prompts.test))
+    if not cfg.staged and judges.score.on_host:
+        raise ConfigError(f"staged=false, but reward {judges.score.on_host[0].name} runs on the host: set staged=true")
+    return _placed(cfg, mesh, model, prompts, judges)
+
+
+def for_evaluation(cfg: Config, devices: int | None = None) -> Parts:
+    """As `assemble`, for --mode=eval: what does not divide for a training is no error, training prompts may be few."""
+    use_compilation_cache()
+    check_rewards(cfg)
+    mesh = make_mesh(devices)
+    prompts = open_prompts(cfg, test=cfg.evaluate.prompts)
+    return _placed(
+        cfg, mesh, model_module(cfg).make(cfg.model), prompts, open_rewards(cfg, (*prompts.train, *prompts.test))
+    )
+
+
+def for_drawing(cfg: Config, devices: int | None = None) -> Parts:
+    """As `assemble`, for --mode=sample: without prompt files and rewards."""
+    use_compilation_cache()
+    nothing = Judges(Score((), ()), Score((), ()), {})
+    mesh, model = make_mesh(devices), model_module(cfg).make(cfg.model)
+    return _placed(cfg, mesh, model, data.PromptSet((), (), 0, 0), nothing)
+
+
+class Judges(NamedTuple):
+    """The rewards that are trained on, these and the held-out ones, and the weights of all by name."""
+
+    score: Score
+    judged: Score
+    towers: dict[str, Params]
+
+
+def open_rewards(cfg: Config, prompts: Sequence[str] = ()) -> Judges:
+    """The rewards that `cfg` names; one that is both trained on and held out counts as trained on.
+
+    Raises ConfigError for one of `prompts` that a reward cannot read, WeightsError for weights that cannot be used.
+    """
+    paths = rewards.parse_paths(cfg.reward_paths)
+    score, towers = rewards.load_rewards(cfg.reward, paths, cfg.reward_dtype)
+    names = ",".join(rewards.held_out(cfg.reward, cfg.evaluate.rewards))
+    held_out, more = rewards.load_rewards(names, paths, cfg.reward_dtype)
+    judged = Score(score.rewards + held_out.rewards, score.weights + held_out.weights)
+    rewards.tokenize(judged, prompts)
+    return Judges(score, judged, {**towers, **more})
+
+
+def open_prompts(cfg: Config, *, train: int = 0, test: int = 0) -> data.PromptSet:
+    """The content of the prompt files; ConfigError where they have fewer than `train` or `test` distinct prompts."""
+    if not cfg.prompt_files:
+        raise ConfigError(f"prompt_files is empty, say what to train on: --prompts={data.LAYOUT}")
+    prompts = data.read(cfg.prompt_files, cfg.evaluate.held_out, cfg.seed)
+    for name, count, found in (("prompts", train, prompts.train), ("evaluate.prompts", test, prompts.test)):
+        if count > len(found):
+            raise ConfigError(
+                f"{name}={count}, but {cfg.prompt_files} has {len(found)} distinct ones: use {len(found)} or fewer"
+            )
+    return prompts
+
+
+def open_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
+    """(base, VAE) on the devices of `mesh`, text encoders as numpy, of a public folder or of a converted one."""
+    module = model_module(cfg)
+    if (folder := converted(cfg)) is not None:
+        return convert.restore(folder, module.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
+    return module.load(cfg.model, functools.partial(sharding.replicate, mesh=mesh))
+
+
+def _placed(cfg: Config, mesh: Mesh, model: Model, prompts: data.PromptSet, judges: Judges) -> Parts:
+    """All of it, once the large weights are read: the last step, since everything before may find an error."""
+    base, vae, text = open_weights(cfg, mesh)
+    trained = {name: tower for name, tower in judges.towers.items() if name in judges.score.names}
+    held_out = {name: tower for name, tower in judges.towers.items() if name not in trained}
     return Parts(
         cfg=cfg,
         mesh=mesh,
         model=model,
         text=Conditioner(model, text, mesh, group=cfg.prompts, stay=not cfg.encode_ahead),
         optimizer=learn.make_optimizer(cfg),
-        score=score,
-        judged=judged,
-        frozen=Frozen(base, vae, place(trained)),
-        towers=place(towers),
+        score=judges.score,
+        judged=judges.judged,
+        frozen=Frozen(base, vae, sharding.replicate(trained, mesh)),
+        towers=sharding.replicate(held_out, mesh),
         prompts=prompts,
     )
 
@@ -113,14 +172,6 @@ def check_divides(cfg: Config, devices: int) -> None:
     learn.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices)
     for _, stage, images in cfg.stages():
         rollout.block_shape(stage.chunk, cfg.prompts // devices, images)
-
-
-def read_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
-    """(base, VAE) on the devices of `mesh`, text encoders as numpy, of a public folder or of a converted one."""
-    module = model_module(cfg)
-    if (folder := converted(cfg)) is not None:
-        return convert.restore(folder, module.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
-    return module.load(cfg.model, functools.partial(sharding.replicate, mesh=mesh))
 
 
 def converted(cfg: Config) -> Path | None:
@@ -133,19 +184,17 @@ def converted(cfg: Config) -> Path | None:
     return folder
 
 
-def check_rewards(cfg: Config) -> tuple[str, ...]:
-    """Names of the rewards to train on and of those to watch, before any is read; ConfigError if one is not there."""
+def reward_names(cfg: Config) -> tuple[str, ...]:
+    """Names of the rewards to train on and of those to watch; ConfigError where one is not there. Reads no weights."""
     rewards.parse_paths(cfg.reward_paths)
     return (*rewards.parse(cfg.reward), *rewards.parse(cfg.evaluate.rewards))
 
 
-def read_rewards(cfg: Config) -> tuple[Score, Score, dict[str, Params]]:
-    """What is trained on, that and the held-out rewards, and all towers. A reward in both counts as trained on."""
-    paths = rewards.parse_paths(cfg.reward_paths)
-    score, towers = rewards.load_rewards(cfg.reward, paths, cfg.reward_dtype)
-    names = ",".join(rewards.held_out(cfg.reward, cfg.evaluate.rewards))
-    held_out, more = rewards.load_rewards(names, paths, cfg.reward_dtype)
-    return score, Score(score.rewards + held_out.rewards, score.weights + held_out.weights), {**towers, **more}
+def check_rewards(cfg: Config) -> None:
+    """ConfigError where a reward is not there or none is trained on, before any weights are read."""
+    reward_names(cfg)
+    if not rewards.parse(cfg.reward):
+        raise ConfigError(f"reward is empty: name what to train on, of {', '.join(rewards.REWARDS)}")
 
 
 def make_mesh(devices: int | None, prompts: int = 0) -> Mesh:
@@ -158,32 +207,11 @@ def make_mesh(devices: int | None, prompts: int = 0) -> Mesh:
     return mesh
 
 
-def read_prompts(cfg: Config, purpose: Purpose) -> data.PromptSet:
-    """The prompt files' content, enough of it for the batches that will be drawn."""
-    if not cfg.prompt_files:
-        raise ConfigError(f"prompt_files is empty, say what to train on: --prompts={data.LAYOUT}")
-    prompts = data.read(cfg.prompt_files, cfg.evaluate.held_out, cfg.seed)
-    wanted = [("prompts", cfg.prompts, prompts.train)] if purpose == "train" else []
-    wanted += (
-        [("evaluate.prompts", cfg.evaluate.prompts, prompts.test)] if purpose == "eval" or cfg.evaluate.every else []
-    )
-    for name, count, found in wanted:
-        if count > len(found):
-            raise ConfigError(
-                f"{name}={count}, but {cfg.prompt_files} has {len(found)} distinct ones: use {len(found)} or fewer"
-            )
-    return prompts
-
-
 def model_module(cfg: Config) -> types.ModuleType:
-    """models/<name>.py, looked up by its name: a file that defines `make` and `load`."""
-    name = cfg.model.name
-    files = (Path(__file__).parent.parent / "models").glob("[a-z]*.py")
-    texts = {f.stem: f.read_text(encoding="utf-8") for f in files}
-    models = sorted(stem for stem, text in texts.items() if "\ndef make(" in text and "\ndef load(" in text)
-    if name not in models:
-        raise ConfigError(f"model.name={name}: there is no models/{name}.py; use one of {', '.join(models)}")
-    return importlib.import_module(f"solrl_jax.models.{name}")
+    """models/<name>.py, which has `make` and `load`; ConfigError for a name that is not one of MODELS."""
+    if cfg.model.name not in MODELS:
+        raise ConfigError(f"model.name={cfg.model.name}: there is no such model; use one of {', '.join(MODELS)}")
+    return importlib.import_module(f"solrl_jax.models.{cfg.model.name}")
 
 
 def use_compilation_cache() -> None:

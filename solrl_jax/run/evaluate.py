@@ -134,7 +134,7 @@ def fixed_prompts(parts: Parts) -> list[str]:
 
 def run_eval(cfg: Config, run: Path, *, place: Path | None, lora_file: Path | None, devices: int | None) -> int:
     """--mode=eval: every reward of base and policy on the fixed prompts, as a table, and their grid."""
-    parts = assemble.assemble(cfg, devices, "eval")
+    parts = assemble.for_evaluation(cfg, devices)
     name = str(lora_file or place or "")
     with jax.set_mesh(parts.mesh):
         policies = {"base": assemble.adapter(parts, None, None)}
@@ -159,7 +159,7 @@ def run_sample(
     """--mode=sample: cfg.evaluate.images pictures of each prompt as PNG files in <run>/samples."""
     if not prompts:
         raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
-    parts = assemble.assemble(cfg, devices, "sample")
+    parts = assemble.for_drawing(cfg, devices)
     folder = run / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     each = cfg.evaluate.images

@@ -40,13 +40,13 @@ def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None
         raise ConfigError("--mode=score needs --prompts=FILE and --images=DIR, the prompts of the pictures in DIR")
     if devices not in (None, 1):
         raise ConfigError(f"--devices={devices}: --mode=score uses one device, leave it out")
-    if not assemble.check_rewards(cfg):
-        raise ConfigError(f"no reward is named: give --config.reward=NAME, of {', '.join(rewards.available())}")
+    if not assemble.reward_names(cfg):
+        raise ConfigError(f"no reward is named: give --config.reward=NAME, of {', '.join(rewards.REWARDS)}")
     folder = Path(images)
     assemble.use_compilation_cache()
     found = pair(data.read_captions(prompts), folder, prompts)
     left = len(set(pictures_in(folder)) - {p.name for p in found})
-    _, judged, towers = assemble.read_rewards(cfg)
+    _, judged, towers = assemble.open_rewards(cfg)
     scores = score_files(judged, jax.device_put(towers), found, folder, cfg.evaluate.chunk)
     print("\n".join(table(found, scores)))
     print(f"scores: {write_csv(run / 'scores.csv', found, scores)}")
