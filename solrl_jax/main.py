@@ -5,6 +5,7 @@ once. Errors of this package's own kinds, and a full disk, end in one line on st
 defect and shows its traceback.
 """
 
+import dataclasses
 import errno
 import sys
 import time
@@ -19,60 +20,83 @@ from solrl_jax.config import Config, ConfigError
 FLAGS = flags.FLAGS
 
 
-def _train(cfg: Config, run: Path, place: Path | None) -> int:
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What a command line asks for; `place` is a checkpoint, `lora` a LoRA file or its folder."""
+
+    cfg: Config
+    run: Path
+    place: Path | None = None
+    lora: Path | None = None
+    devices: int | None = None
+    resume: bool = False
+    prompt: str = ""
+    prompts: str | None = None
+    images: str | None = None
+    card: str = ""
+
+
+def train(c: Command) -> int:
     from solrl_jax import train
 
-    return train.train(cfg, run, resume=FLAGS.resume, devices=FLAGS.devices)
+    return train.train(c.cfg, c.run, resume=c.resume, devices=c.devices)
 
 
-def _eval(cfg: Config, run: Path, place: Path | None) -> int:
+def evaluate(c: Command) -> int:
     from solrl_jax.run import evaluate
 
-    return evaluate.run_eval(cfg, run, place=place, lora_file=_lora(), devices=FLAGS.devices)
+    return evaluate.run_eval(c.cfg, c.run, place=c.place, lora_file=c.lora, devices=c.devices)
 
 
-def _sample(cfg: Config, run: Path, place: Path | None) -> int:
+def sample(c: Command) -> int:
     from solrl_jax.run import data, evaluate
 
-    texts = ([FLAGS.prompt] if FLAGS.prompt else []) + (list(data.read_file(FLAGS.prompts)[0]) if FLAGS.prompts else [])
-    return evaluate.run_sample(cfg, run, prompts=texts, place=place, lora_file=_lora(), devices=FLAGS.devices)
+    texts = ([c.prompt] if c.prompt else []) + (list(data.read_file(c.prompts)[0]) if c.prompts else [])
+    return evaluate.run_sample(c.cfg, c.run, prompts=texts, place=c.place, lora_file=c.lora, devices=c.devices)
 
 
-def _score(cfg: Config, run: Path, place: Path | None) -> int:
+def score(c: Command) -> int:
     from solrl_jax.run import score
 
-    return score.run_score(cfg, run, prompts=FLAGS.prompts, images=FLAGS.images, devices=FLAGS.devices)
+    return score.run_score(c.cfg, c.run, prompts=c.prompts, images=c.images, devices=c.devices)
 
 
-def _export(cfg: Config, run: Path, place: Path | None) -> int:
+def export(c: Command) -> int:
     from solrl_jax.run import export
 
-    return export.export(cfg, run, place=place, lora_file=_lora(), devices=FLAGS.devices)
+    return export.export(c.cfg, c.run, place=c.place, lora_file=c.lora, devices=c.devices)
 
 
-def _convert(cfg: Config, run: Path, place: Path | None) -> int:
+def convert(c: Command) -> int:
     _on_cpu()
     from solrl_jax.run import assemble, convert
 
-    convert.convert(assemble.model_module(cfg), cfg.model, run)
-    print(f"converted {cfg.model.path}: use it as --config.model.path={run}")
+    convert.convert(assemble.model_module(c.cfg), c.cfg.model, c.run)
+    print(f"converted {c.cfg.model.path}: use it as --config.model.path={c.run}")
     return 0
 
 
-def _plan(cfg: Config, run: Path, place: Path | None) -> int:
+def plan(c: Command) -> int:
     _on_cpu()
     from solrl_jax import plan
 
-    return plan.run_plan(cfg, devices=FLAGS.devices, card=FLAGS.card)
+    return plan.run_plan(c.cfg, devices=c.devices, card=c.card)
 
 
-def _doctor(cfg: Config, run: Path, place: Path | None) -> int:
+def doctor(c: Command) -> int:
     from solrl_jax.plan import doctor
 
-    return doctor.run_doctor(cfg, run, devices=FLAGS.devices)
+    return doctor.run_doctor(c.cfg, c.run, devices=c.devices)
 
 
-def _report(words: Sequence[str]) -> int:
+def _on_cpu() -> None:
+    """No GPU is taken, nor its memory: a training run beside this one keeps it. Before JAX makes its first array."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+def report(words: Sequence[str]) -> int:
     """A report is of what runs have written: it takes no config, and runs of other versions."""
     if words or FLAGS.config:
         word = words[0] if words else f"--config={FLAGS.config}"
@@ -92,22 +116,15 @@ def _report(words: Sequence[str]) -> int:
     return 0
 
 
-def _on_cpu() -> None:
-    """No GPU is taken, nor its memory: a training run beside this one keeps it. Before JAX makes its first array."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-
-
-MODES: dict[str, Callable[[Config, Path, Path | None], int]] = {
-    "train": _train,
-    "eval": _eval,
-    "sample": _sample,
-    "score": _score,
-    "export": _export,
-    "convert": _convert,
-    "plan": _plan,
-    "doctor": _doctor,
+MODES: dict[str, Callable[[Command], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "sample": sample,
+    "score": score,
+    "export": export,
+    "convert": convert,
+    "plan": plan,
+    "doctor": doctor,
 }
 
 flags.DEFINE_string(
@@ -174,12 +191,12 @@ def main(argv: Sequence[str]) -> int:
             print("\n".join(recipes.help_lines(name)))
             return 0
         if FLAGS.mode == "report":
-            return _report(argv[1:])
-        cfg, run, place = _meant(argv[1:])
+            return report(argv[1:])
+        asked = command(argv[1:])
         from solrl_jax import device
 
         device.setup()
-        return MODES[FLAGS.mode](cfg, run, place)
+        return MODES[FLAGS.mode](asked)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -191,8 +208,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
 
 
-def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
-    """Config, run directory and checkpoint that the flags and overrides mean."""
+def command(words: Sequence[str]) -> Command:
+    """What the flags and the overrides ask for. Raises ConfigError where they contradict each other."""
     if strange := [w for w in words if not w.startswith("config.")]:
         raise ConfigError(f"unexpected argument {strange[0]!r}: flags begin with --, as in --config=tiny")
     overrides = dict(word.removeprefix("config.").split("=", 1) for word in words)
@@ -217,7 +234,18 @@ def _meant(words: Sequence[str]) -> tuple[Config, Path, Path | None]:
     if FLAGS.resume and run is None:
         raise ConfigError("--resume needs --run_dir, the directory of the run to go on with")
     name = (FLAGS.config or cfg.name or "run").replace(":", "-")
-    return cfg, run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}", place
+    return Command(
+        cfg=cfg,
+        run=run or Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}",
+        place=place,
+        lora=Path(FLAGS.lora) if FLAGS.lora else None,
+        devices=FLAGS.devices,
+        resume=FLAGS.resume,
+        prompt=FLAGS.prompt or "",
+        prompts=FLAGS.prompts,
+        images=FLAGS.images,
+        card=FLAGS.card,
+    )
 
 
 def _place(run: Path | None) -> Path | None:
@@ -233,10 +261,6 @@ def _place(run: Path | None) -> Path | None:
     for line in said:
         print(line)
     return place
-
-
-def _lora() -> Path | None:
-    return Path(FLAGS.lora) if FLAGS.lora else None
 
 
 if __name__ == "__main__":

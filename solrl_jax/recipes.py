@@ -104,7 +104,7 @@ NAMES = (*FAMILIES, *METHODS, *ALIASES)
 
 
 def family(cfg: Config, name: str) -> Config:
-    """`cfg`, which is sol_rl, as another family or method. Prompts, pictures, LoRA, rate and reward stay as they are."""
+    """`cfg`, which is sol_rl, as another family or method: its prompts, pictures, LoRA, rate and reward stay."""
     if name not in FAMILIES | METHODS:
         raise ConfigError(f"unknown family {name!r}: use one of {', '.join(FAMILIES | METHODS)}")
     return (FAMILIES | METHODS)[name](cfg)

@@ -143,7 +143,7 @@ def test_a_command_of_the_package(command, place, monkeypatch, capsys):
     """Quick ones run. The rest end where work begins: flags, config, recipe and fields are real, and so are prompts."""
     seen = []
     for name in set(main.MODES) - set(QUICK):
-        monkeypatch.setitem(main.MODES, name, lambda cfg, run, found: seen.append((cfg, run)) or 0)
+        monkeypatch.setitem(main.MODES, name, lambda asked: seen.append((asked.cfg, asked.run)) or 0)
     monkeypatch.setattr(main, "_place", lambda run: None)  # checkpoints are what only a trained run has
     for name in ("RUN", "runs/a", "runs/b", "runs/mine"):
         test_report.write(place / name, test_report.metrics(), config.load("tiny"))

@@ -98,13 +98,13 @@ def test_dotted_overrides_in_both_spellings(command):
 
 
 def test_a_defect_keeps_its_traceback(command, monkeypatch):
-    monkeypatch.setitem(main.MODES, "train", lambda cfg, run, place: 1 // 0)
+    monkeypatch.setitem(main.MODES, "train", lambda asked: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         command("--config=small")
 
 
 def test_an_interrupt_is_not_a_traceback(command, monkeypatch):
-    def interrupted(cfg, run, place):
+    def interrupted(asked):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(main.MODES, "train", interrupted)
@@ -135,7 +135,7 @@ def test_recipes_are_listed_without_jax(name, recipes):
 def test_prompts_are_short_for_prompt_files_but_in_sample_mode(command, monkeypatch):
     seen = []
     for mode in ("train", "sample"):
-        monkeypatch.setitem(main.MODES, mode, lambda cfg, run, place: seen.append(cfg.prompt_files) or 0)
+        monkeypatch.setitem(main.MODES, mode, lambda asked: seen.append(asked.cfg.prompt_files) or 0)
         for words in ([], ["--prompts=other"], ["--prompts=other", "--config.prompt_files=other"]):
             assert command("--config=small", f"--mode={mode}", *words)[0] == 0
     assert seen == ["p.txt", "other", "other", "p.txt", "p.txt", "other"]

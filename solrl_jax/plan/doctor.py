@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 
-from solrl_jax import plan, rewards, weights
+from solrl_jax import device, plan, rewards, weights
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
@@ -111,6 +111,9 @@ def hardware(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         return
     limit = (first.memory_stats() or {}).get("bytes_limit", 0)
     yield Finding(f"{count} x {first.device_kind}, JAX may take {limit / 1e9:.1f} GB of each")
+    if first.platform == "gpu" and (settings := device.absent()):
+        text = f"slower or with less memory than it could be, not set are {', '.join(settings)}"
+        yield Finding(text, "call solrl_jax.device.setup() before the first array, or set them in the environment")
 
 
 def precision(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:

@@ -123,7 +123,8 @@ def open_rewards(cfg: Config, prompts: Sequence[str] = ()) -> Judges:
     names = ",".join(rewards.held_out(cfg.reward, cfg.evaluate.rewards))
     held_out, more = rewards.load_rewards(names, paths, cfg.reward_dtype)
     judged = Score(score.rewards + held_out.rewards, score.weights + held_out.weights)
-    rewards.tokenize(judged, prompts)
+    if prompts:  # a caption that a reward cannot read ends a run before the large weights are read
+        rewards.tokenize(judged, prompts)
     return Judges(score, judged, {**towers, **more})
 
 
