@@ -26,9 +26,11 @@ Precision = Literal["auto", "bf16", "fp8", "nvfp4_native", "nvfp4_emulated"]
 Solver = Literal["euler", "dpm1", "dpm2", "ddim", "sde", "dance", "cps", "sa_solver"]
 
 
-FOLDER = Path(__file__).resolve().parent.parent / "configs"
+FOLDER = Path(__file__).resolve().parent / "configs"
+if not FOLDER.is_dir():
+    FOLDER = FOLDER.parent.parent / "configs"
 PACKAGE = "solrl_jax_configs"
-"""The repository's configs/, and its name among Python's modules."""
+"""The configs: inside an installed package, beside it in the repository; and their name among Python's modules."""
 
 
 class ConfigError(ValueError):
@@ -404,7 +406,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
 
 
 def module(name: str) -> types.ModuleType:
-    """configs/<name>.py of this repository, under a name of its own: what else is called configs is not asked."""
+    """<name>.py of FOLDER, under a name of its own: what else is called configs is not asked."""
     if name not in available():
         raise ConfigError(f"--config={name}: there is no configs/{name}.py; use one of {', '.join(available())}")
     package = sys.modules.setdefault(PACKAGE, types.ModuleType(PACKAGE))
@@ -413,11 +415,11 @@ def module(name: str) -> types.ModuleType:
 
 
 def available() -> list[str]:
-    """Names that --config takes: the files of the repository's configs/ that define `config`."""
+    """Names that --config takes: the files of FOLDER that define `config`."""
     texts = {file.stem: file.read_text(encoding="utf-8") for file in FOLDER.glob("[a-z]*.py")}
     if found := sorted(name for name, text in texts.items() if "\ndef config(" in text):
         return found
-    raise ConfigError(f"there are no configs in {FOLDER}: the package alone has none, take its repository")
+    raise ConfigError(f"there are no configs in {FOLDER}: install the package with pip, or take its repository")
 
 
 def to_json(config: Config) -> str:

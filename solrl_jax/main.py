@@ -263,5 +263,13 @@ def _place(run: Path | None) -> Path | None:
     return place
 
 
-if __name__ == "__main__":
+def cli() -> None:
+    """The command `solrl`: as python -m solrl_jax.main, with the same --help."""
+    sys.modules["__main__"].__doc__ = __doc__
+    for flag in FLAGS.flags_by_module_dict().get(__name__, []):  # --help shows those of argv[0]
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(main, flags_parser=parse)
+
+
+if __name__ == "__main__":
+    cli()

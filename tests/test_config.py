@@ -248,7 +248,7 @@ def test_help_has_every_recipe_in_one_line():
 def test_a_package_without_its_repository_says_so(tmp_path, monkeypatch):
     """Also where another package's folder of that name is beside it."""
     monkeypatch.setattr(config, "FOLDER", tmp_path / "configs")
-    with pytest.raises(ConfigError, match=r"there are no configs in .*configs: the package alone has none"):
+    with pytest.raises(ConfigError, match=r"there are no configs in .*configs: install the package with pip"):
         config.available()
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/tiny.py").write_text("raise ValueError('of somebody else')\n")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 
 from solrl_jax import device, plan, rewards, weights
-from solrl_jax.config import Config, ConfigError
+from solrl_jax.config import FOLDER, Config, ConfigError
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
 from solrl_jax.run import assemble, checkpoint, convert
@@ -29,7 +29,8 @@ from solrl_jax.weights import hub
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 SPARE = 2 * 2**30
 """Bytes of disk for pictures, logs and compiled programs beside the checkpoints."""
-REQUIREMENTS = Path(__file__).parent.parent.parent / "requirements.txt"
+REQUIREMENTS = FOLDER.parent / "requirements.txt"
+"""The repository's; an installed package has none."""
 
 
 class Finding(NamedTuple):
@@ -88,7 +89,7 @@ def minima() -> dict[str, str] | None:
         lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         try:
-            lines = metadata.requires("solrl_jax") or []
+            lines = [line for line in metadata.requires("solrl_jax") or [] if "extra ==" not in line]
         except metadata.PackageNotFoundError:
             return None
     found = (re.match(r"([\w-]+)(?:\[[\w,]+\])?>=([\d.]+)", line) for line in lines)
@@ -106,7 +107,8 @@ def hardware(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         what = f"{count} CPU device{'s' * (count > 1)}, {os.cpu_count()} cores"
         # Only a computer with an NVIDIA card can be missing the plugin for it.
         unseen = shutil.which("nvidia-smi") is not None and not os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
-        mend = "JAX does not see the NVIDIA GPU here: pip install -r requirements.txt (jax[cuda12]), or look at its log"
+        how = "-r requirements.txt (jax[cuda12])" if REQUIREMENTS.is_file() else "'jax[cuda12]'"
+        mend = f"JAX does not see the NVIDIA GPU here: pip install {how}, or look at its log"
         yield Finding(what, mend if unseen else "")
         return
     limit = (first.memory_stats() or {}).get("bytes_limit", 0)
