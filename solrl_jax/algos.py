@@ -154,7 +154,8 @@ def awm_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, times: i
     """
     key_t, key_eps = jax.random.split(key)
     edges = jnp.asarray(awm_edges(schedule.sigmas.shape[0], times, cfg.first_time))
-    index = edges[:-1] + jnp.floor(jax.random.uniform(key_t, (times,)) * (edges[1:] - edges[:-1])).astype(jnp.int32)
+    widths = (edges[1:] - edges[:-1]).astype(jnp.float32)
+    index = edges[:-1] + jnp.floor(jax.random.uniform(key_t, (times,)) * widths).astype(jnp.int32)
     return _noised(key_eps, sample.x0, schedule.sigmas[jnp.minimum(index, edges[1:] - 1)])
 
 

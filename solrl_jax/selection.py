@@ -44,8 +44,8 @@ def take(x: Array, index: Int[Array, "P K"]) -> Array:
 
 def ranks(x: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
     """Ranks 0..N-1 along the last axis, ties by their average."""
-    below = jnp.sum(x[..., None, :] < x[..., :, None], axis=-1)
-    equal = jnp.sum(x[..., None, :] == x[..., :, None], axis=-1)
+    below = jnp.sum(x[..., None, :] < x[..., :, None], axis=-1, dtype=jnp.float32)
+    equal = jnp.sum(x[..., None, :] == x[..., :, None], axis=-1, dtype=jnp.float32)
     return below + (equal - 1) * 0.5
 
 
@@ -76,6 +76,6 @@ def fidelity(preview: Float[Array, "P N"], truth: Float[Array, "P N"], kept: int
     most = contrast(perfect)
     return {
         "spearman": spearman(preview, truth),
-        "overlap": jnp.sum(same, axis=(1, 2)) / best,
+        "overlap": jnp.sum(same, axis=(1, 2), dtype=jnp.float32) / best,
         "kept_contrast": jnp.where(most > 0, contrast(chosen) / jnp.where(most > 0, most, 1.0), 0.0),
     }

@@ -21,6 +21,14 @@ def pytest_configure(config):
 
 
 @pytest.fixture
+def strict_dtypes():
+    """Dtypes are cast where they are meant to be, for a test of formulas. Networks and optax's AdamW promote: bfloat16
+    residuals to float32, and the optimiser's integer count."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture
 def one_thread():
     """torch on one thread: on a busy machine its threads wait on each other for seconds."""
     import torch

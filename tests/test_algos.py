@@ -9,6 +9,8 @@ from solrl_jax import algos, sampler
 from solrl_jax.config import Config, Learn, Stage
 from solrl_jax.structs import Hyper, Path, Points, Transitions, Velocities
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 
 def hyper(**changes):
     values = {name: getattr(Learn(), name) for name in Hyper._fields} | changes

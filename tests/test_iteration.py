@@ -95,7 +95,9 @@ def test_golden_iteration(folder):
     assert found == pytest.approx(GOLDEN, rel=2e-3, abs=1e-7)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "devices", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_staged_equals_whole(folder, devices):
     parts = parts_of(nano.build(folder), devices)
     with jax.set_mesh(parts.mesh):
@@ -121,7 +123,8 @@ def test_staged_equals_whole(folder, devices):
         loose = 1e-2 if name.startswith(("explore", "rank")) else 1e-4
         assert float(metrics[name]) == pytest.approx(float(value), rel=loose, abs=1e-6), name
     assert set(times) == {"quantise", "explore", "select", "regenerate", "learn"} and all(t > 0 for t in times.values())
-    assert [s for n, s in seen if n == "explore"] == ([0.25, 0.5, 0.75, 1.0] if devices == 1 else [1.0])
+    shares = {1: [0.25, 0.5, 0.75, 1.0], 2: [0.5, 1.0], 4: [1.0]}[devices]  # of 2 devices each has two blocks
+    assert [share for name, share in seen if name == "explore"] == shares
 
 
 def test_blocks_stay_on_the_devices_that_hold_them(folder):

@@ -19,6 +19,8 @@ from solrl_jax.models import flux
 from solrl_jax.structs import leaves_by_path
 from solrl_jax.weights import WeightsError, lora_files
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 CFG = Lora(rank=4, alpha=8.0)
 SMALL = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 24}
 SMALL |= {"pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6), "num_layers": 2, "num_single_layers": 3}

@@ -11,6 +11,8 @@ import pytest
 
 from solrl_jax import config, sampler, solvers
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 FLUX_10 = np.array([1, 0.944129, 0.882497, 0.814164, 0.737974, 0.652489, 0.555899, 0.445888, 0.319451, 0.172612, 0])
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from solrl_jax.selection import fidelity, ranks, select, spearman, take
 
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
 KEY = jax.random.key(0)
 REWARD = jnp.array([[0.1, 0.9, 0.4, 0.7, 0.2, 0.8], [5.0, 1.0, 4.0, 2.0, 3.0, 0.0]])
 

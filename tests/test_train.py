@@ -701,3 +701,21 @@ def test_the_best_checkpoint_is_taken_by_every_mode(toy, tmp_path, capsys, monke
     assert code == 2 and f"--checkpoint=best: no whole checkpoint of {run} was evaluated; name a step" in said.err
     code, said = command("--config=tiny", "--mode=export")
     assert code == 2 and "--checkpoint=best needs --run_dir" in said.err
+
+
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+def test_the_reward_rises_and_with_a_negative_weight_falls(toy, tmp_path, weight):
+    """From noise to rewards to a LoRA: the whole loop moves pictures where the sign of the weight says."""
+    changes = {
+        "iterations": "20",
+        "prompts": "7",
+        "evaluate.every": "20",
+        "learn.learning_rate": "0.1",
+        "save_every": "0",
+    }
+    cfg = config.override(toy, **changes, reward=f"bright:{weight}", **{"learn.micro_batch": "4"})
+    assert train.train(cfg, tmp_path / "run", devices=1) == 0
+    metrics = metrics_of(tmp_path / "run")
+    change = metrics[20]["eval_reward_bright"] - metrics[0]["eval_reward_bright"]
+    assert weight * change > 0.02, change
+    assert metrics[20]["eval_gain/avg"] == pytest.approx(weight * change, abs=1e-5)
