@@ -221,9 +221,15 @@ class Parsed(Exception):
 
 @pytest.mark.parametrize("command", [*LAB, *IN_SHORT.values()], ids=lambda c: f"{c.page}: {c.text}")
 def test_a_command_of_the_experiments(command, tmp_path, monkeypatch):
-    """Their modules are there and take the arguments; `results` makes the tables of every README as they stand."""
+    """Their modules are there and take the arguments; `results` makes the tables of docs/results.md and
+    of the READMEs as they are."""
     module, words = importlib.import_module(command.words[2]), command.words[3:]
     if module is results:
+        (tmp_path / "docs").mkdir()
+        (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+        page = shutil.copy(ROOT / "docs/results.md", tmp_path / "docs")
+        results.fill(page)
+        assert Path(page).read_text() == documents.read("docs/results.md")
         for readme in sorted((ROOT / "experiments").glob("*/README.md")):
             copy = shutil.copytree(readme.parent, tmp_path / readme.parent.name, ignore=shutil.ignore_patterns("*.py"))
             results.fill(copy / "README.md")
@@ -280,6 +286,15 @@ def optional(command: Command) -> None:
     assert any(text in f.read_text() for f in (ROOT / "tests").glob("test_*.py") if f != Path(__file__))
 
 
+def extra(command: Command) -> None:
+    """It is an extra of this package, where pyproject.toml has any."""
+    how = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    declared = how["project"].get("optional-dependencies", {})
+    declared |= how["tool"]["setuptools"]["dynamic"].get("optional-dependencies", {})
+    name = re.fullmatch(r"\.\[(\w+)\]", command.words[-1])
+    assert name and (not declared or name[1] in declared)
+
+
 def pytest_is_set_up(command: Command) -> None:
     how = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert how["testpaths"] == ["tests"] and "-m 'not slow'" in how["addopts"]
@@ -302,6 +317,7 @@ def event_files(command: Command) -> None:
 
 ELSEWHERE = {
     ("pip", "install", "-r"): requirements,  # the network, a fresh environment
+    ("pip", "install", ".[cuda12]"): extra,  # the same
     ("pip", "install"): optional,  # the network
     ("python", "-m", "pytest"): pytest_is_set_up,  # this is it
     ("hf",): hub_command,  # the network, a licence
@@ -326,10 +342,21 @@ def test_blocks_are_bash_that_is_run_and_python_that_is_run():
     languages = {page: [language for language, _ in documents.blocks(page)] for page in PAGES}
     assert {language for found in languages.values() for language in found} == {"bash", "python", ""}
     python = {page: found.count("python") for page, found in languages.items() if "python" in found}
-    assert python == {"docs/rewards.md": 2, "docs/flux.md": 1}  # run by tests/test_own.py and, above, with the page
+    # Run by tests/test_own.py; above, with the page; below.
+    assert python == {"docs/rewards.md": 2, "docs/flux.md": 1, "README.md": 1}
     drawn = [text for page in PAGES for language, text in documents.blocks(page) if not language]
     assert not any(re.search(r"^\s*(\$|python|pip|hf) ", text, re.M) for text in drawn)
     assert len(OURS) > 25 and len(LAB) > 12 and len(REST) > 5
+
+
+@pytest.mark.usefixtures("shrunk")
+def test_the_iteration_of_the_readme(capsys):
+    """Its Python block, word for word, at a small size."""
+    ((_, text),) = (block for block in documents.blocks("README.md") if block[0] == "python")
+    scope = {}
+    exec(text, scope)
+    assert int(scope["state"].iteration) == 1 and scope["samples"].reward.shape == (2, 2)
+    assert all(np.isfinite(float(x)) for x in capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("page", PAGES)
