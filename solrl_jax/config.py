@@ -1,4 +1,4 @@
-"""Frozen dataclasses: one run, whole. Every field is validated where it is made, with the value, the rule and the mend.
+"""One run as frozen dataclasses. Every field is checked where it is made; errors name the value, the rule and the fix.
 
 Sizes are global (prompts, candidates, kept); what one device does follows from them. A config file in configs/ defines
 `config(recipe: str) -> Config` and RECIPES, all there are; `--config=tiny:sol_rl_clipscore` names file and recipe.
@@ -34,7 +34,7 @@ PACKAGE = "solrl_jax_configs"
 
 
 class ConfigError(ValueError):
-    """A config that cannot run; the message names the value, the rule and the mend."""
+    """A config that cannot run; the message names the value, the rule and the fix."""
 
 
 def _require(ok: bool, message: str) -> None:
@@ -330,7 +330,7 @@ class Config(Checked):
         _require(
             self.explore is None or not (self.explore.stochastic or stage.stochastic),
             f"explore.eta={self.explore and self.explore.eta}, regenerate.eta={stage.eta}: the kept seeds would be "
-            "drawn anew with other noise in every step, so the preview would say nothing of them: set eta=0, or take "
+            "drawn again with other noise in every step, so the preview would say nothing of them: set eta=0, or take "
             "a family of one stage",
         )
         fraction, steps = self.learn.timestep_fraction, stage.steps
@@ -366,7 +366,7 @@ class Config(Checked):
 
     @property
     def of_steps(self) -> bool:
-        """Whether the algorithm learns from the rollout's own steps, not from its pictures noised anew."""
+        """Whether the algorithm learns from the rollout's own steps, not from its pictures with fresh noise."""
         return self.learn.algorithm in ("flow_grpo", "dance_grpo")
 
     @property

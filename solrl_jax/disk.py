@@ -28,7 +28,7 @@ def whole(file: Path) -> Iterator[BinaryIO]:
 
 def readable(read: Callable[[Path], T], file: Path, said: list[str]) -> T | None:
     """What `read` makes of `file`; None where there is no file, and where there is one that `read` cannot use, cut
-    short or of other content: that is told in `said`."""
+    short or of other content: a line in `said` tells so."""
     if not file.exists():
         return None
     try:

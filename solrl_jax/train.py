@@ -110,7 +110,7 @@ def start(cfg: Config, run: Path, resume: bool, devices: int | None) -> tuple[Tr
             )
         return None, []
     if begun and not checkpoint.saved(run):
-        return None, [f"nothing was saved in {run} before it ended: beginning anew"]
+        return None, [f"nothing was saved in {run} before it ended: beginning again"]
     place, said = checkpoint.find(run)
     like = assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(devices, cfg.prompts))
     return checkpoint.restore(place, like, cfg), [*said, f"going on from {place}"]
@@ -271,7 +271,7 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
 
 
 def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
-    """The base's pictures of the config's evaluation; of another one they are drawn anew."""
+    """The base's pictures of the config's evaluation; if those are of another one, they are drawn again."""
     file, how = run / "grids" / "base.npz", repr(parts.cfg.evaluate)
     kept = disk.readable(pictures.load, file, said := [])
     for line in said:

@@ -1,4 +1,4 @@
-"""What users get wrong, given to the command on a whole (nano) pipeline: exit code 2, the mend, nothing written."""
+"""What users get wrong, given to the command on a whole (nano) pipeline: exit code 2, the fix, nothing written."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What XLA makes of FLUX at its true width for an H100: the kernels that the speed hangs on, without a card."""
+"""What XLA makes of FLUX at its true width for an H100: the kernels that the speed depends on, without a card."""
 
 import functools
 import json

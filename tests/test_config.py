@@ -1,4 +1,4 @@
-"""Configs: validation with the mend in the message, overrides in the command line's words, JSON there and back."""
+"""Configs: validation with the fix in the message, overrides in the command line's words, JSON there and back."""
 
 import dataclasses
 import os

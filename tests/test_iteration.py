@@ -38,9 +38,9 @@ GOLDEN = {
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compiles():
-    """What is compared here does not hang on XLA's optimisations, and without them compiling takes half the time.
+    """What is compared here does not depend on XLA's optimisations, and without them compiling takes half the time.
 
-    Programs of other modules, compiled with them, are let go: they are others to the bit, and jit would take them.
+    Programs of other modules were compiled with them and differ in the last bit: they are dropped, or jit would use them.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()

@@ -202,7 +202,7 @@ def test_a_run_that_was_killed_before_its_first_save_begins_anew(toy, tmp_path, 
     (run / "checkpoints/1/state").mkdir(parents=True)
     (run / "config.json").write_text(config.to_json(toy))
     train.train(toy, run, resume=True, devices=1)
-    assert f"nothing was saved in {run} before it ended: beginning anew" in capsys.readouterr().out
+    assert f"nothing was saved in {run} before it ended: beginning again" in capsys.readouterr().out
     assert metrics_of(run) == metrics_of(tmp_path / "whole")
 
 

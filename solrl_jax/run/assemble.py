@@ -176,7 +176,7 @@ def check_divides(cfg: Config, devices: int) -> None:
 
 
 def converted(cfg: Config) -> Path | None:
-    """The converted folder that model.path is, None if it is none; ConfigError where model.weights names others."""
+    """model.path where it is a converted folder, else None; ConfigError where model.weights names other weights."""
     folder = Path(cfg.model.path)
     if not convert.is_converted(folder):
         return None

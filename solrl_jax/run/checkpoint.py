@@ -135,7 +135,7 @@ def write(run: Path, step: int, state: PyTree, cfg: Config, score: float | None 
     else:
         _drop_older(run, step, cfg.keep)
         return place
-    # Out of the handler, so that the failed writes that orbax left in the air are let go before our own message.
+    # Outside of the handler, so that the writes which orbax left unfinished are freed before our own message.
     gc.collect()
     shutil.rmtree(place, ignore_errors=True)
     raise CheckpointError(f"checkpoint {place} could not be written: {why}. {_intact(run)}")

@@ -36,7 +36,7 @@ LAYOUT = (
 
 def read(path: str | Path, held_out: int = 0, seed: int = 0) -> PromptSet:
     """A folder with train.txt and test.txt, or train_metadata.jsonl and test_metadata.jsonl; or one file, whose prompts
-    are both splits, or parted so that `held_out` of them are the test split.
+    is both splits; with `held_out` that many of its prompts are the test split.
 
     Where a split has both kinds, its .txt is read. Raises DataError for what is not there, not UTF-8, not the layout
     of `read_file`, or holds no prompt, and where nothing is left to train on.
@@ -49,14 +49,14 @@ def read(path: str | Path, held_out: int = 0, seed: int = 0) -> PromptSet:
             raise DataError(
                 f"evaluate.held_out={held_out}: {path} has {count} distinct prompts, leave some to train on"
             )
-        return PromptSet(*parted(prompts, held_out, seed), blank, repeated)
+        return PromptSet(*split_off(prompts, held_out, seed), blank, repeated)
     train, test = read_file(_split(path, "train")), read_file(_split(path, "test"))
     if held_out:
         raise DataError(f"evaluate.held_out={held_out}: {path} has a test split; set it to 0, or give one file")
     return PromptSet(train[0], test[0], train[1] + test[1], train[2] + test[2])
 
 
-def parted(prompts: tuple[str, ...], held_out: int, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def split_off(prompts: tuple[str, ...], held_out: int, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(train, test) in file order, `held_out` of them the test split; all are both where that is 0."""
     if not held_out:
         return prompts, prompts

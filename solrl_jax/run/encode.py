@@ -21,7 +21,7 @@ class Conditioner:
     named, if that is more) were asked for since. With `stay` the text encoders are on the devices for good; else they
     are brought there (FLUX's T5 is 9.5 GB) when a prompt is new, and leave when it is encoded: so name the prompts that
     come next as `ahead`. A call of the encoders always has `group` prompts, a multiple of the devices, so that a
-    prompt's numbers do not hang on its company.
+    prompt's numbers do not depend on the others of its batch.
     """
 
     def __init__(self, model: Model, params: Params, mesh: Mesh, *, group: int, stay: bool):

@@ -43,7 +43,7 @@ def comfy_name(name: str) -> str:
 def export(
     cfg: Config, run: Path, *, place: Path | None, lora_file: Path | None = None, devices: int | None = None
 ) -> int:
-    """--mode=export: the LoRA files of a checkpoint, or a LoRA file anew, in `run`. Needs no base weights."""
+    """--mode=export: the LoRA files of a checkpoint, or a LoRA file rewritten, in `run`. Needs no base weights."""
     if place is None and lora_file is None:
         raise ConfigError(
             "--mode=export needs --run_dir of a run, --checkpoint=<run>/checkpoints/<step> or --lora=file.safetensors"

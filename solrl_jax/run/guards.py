@@ -27,7 +27,7 @@ from solrl_jax.selection import fidelity
 from solrl_jax.structs import Model, Params, Prompts, Rollout, TrainState, leaves_by_path
 
 RECENT = 5
-"""Iterations whose median an alarm looks at: one odd batch of prompts is none."""
+"""Iterations whose median an alarm looks at: one odd batch of prompts raises no alarm."""
 COLLAPSED = 0.5
 """Share of prompts whose kept samples all have one reward."""
 FAR = 0.2
@@ -107,10 +107,10 @@ def _badly_ranked(lines: Sequence[Line], cfg: Config) -> str:
     found = _ranks(lines)
     if not found or found[-1] >= cfg.watch.rank:
         return ""
-    mend = "it goes on in bf16" if cfg.watch.fall_back else "set explore.precision=bf16 or watch.fall_back=true"
+    fix = "it goes on in bf16" if cfg.watch.fall_back else "set explore.precision=bf16 or watch.fall_back=true"
     return (
         f"the preview ranks candidates unlike the full rollout: Spearman {found[-1]:.2f}, below "
-        f"watch.rank={cfg.watch.rank:g}; raise explore.steps{f', or {mend}' if _low(cfg) else ''}"
+        f"watch.rank={cfg.watch.rank:g}; raise explore.steps{f', or {fix}' if _low(cfg) else ''}"
     )
 
 
@@ -128,7 +128,7 @@ def _low(cfg: Config) -> bool:
 
 
 def due(cfg: Config, done: int) -> bool:
-    """Whether the preview is measured after iteration `done`; 0 is the begin of a run."""
+    """Whether the preview is measured after iteration `done`; 0 is the beginning of a run."""
     return cfg.explore is not None and cfg.watch.every > 0 and done % cfg.watch.every == 0
 
 
@@ -272,7 +272,7 @@ def check_ratio(metrics: Metrics, number: int, clip_range: float) -> None:
 
 
 def device_error(e: Exception) -> str:
-    """What a device reports, its first line, and what mends it."""
+    """What a device reports, its first line, and what fixes it."""
     told = (str(e).strip() or "no message").splitlines()[0]
     if "RESOURCE_EXHAUSTED" in told:
         sizes = "explore.chunk, regenerate.chunk, evaluate.chunk or learn.micro_batch"

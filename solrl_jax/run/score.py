@@ -98,7 +98,7 @@ def read(file: Path) -> UInt8[np.ndarray, "H W 3"]:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow raises at broken files
         raise PictureError(
-            f"{file} cannot be read as a picture ({(str(e) or type(e).__name__).splitlines()[0]}): save it anew"
+            f"{file} cannot be read as a picture ({(str(e) or type(e).__name__).splitlines()[0]}): save it again"
         ) from e
 
 
