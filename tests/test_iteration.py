@@ -40,7 +40,7 @@ GOLDEN = {
 def quick_compiles():
     """What is compared here does not depend on XLA's optimisations, and without them compiling takes half the time.
 
-    Programs of other modules were compiled with them and differ in the last bit: they are dropped, or jit would use them.
+    Programs of other modules were compiled with them and differ in the last bit: they are dropped, or jit uses them.
     """
     jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()

@@ -35,8 +35,8 @@ LAYOUT = (
 
 
 def read(path: str | Path, held_out: int = 0, seed: int = 0) -> PromptSet:
-    """A folder with train.txt and test.txt, or train_metadata.jsonl and test_metadata.jsonl; or one file, whose prompts
-    is both splits; with `held_out` that many of its prompts are the test split.
+    """A folder with train.txt and test.txt, or train_metadata.jsonl and test_metadata.jsonl; or one file, which is both
+    splits; with `held_out` that many of its prompts are the test split.
 
     Where a split has both kinds, its .txt is read. Raises DataError for what is not there, not UTF-8, not the layout
     of `read_file`, or holds no prompt, and where nothing is left to train on.
