@@ -71,9 +71,7 @@ def check(base: Params, lora: Params) -> None:
     for path in leaves_by_path(lora):
         module, _, part = path.rpartition("/")
         if part not in ("a", "b") or f"{module}/kernel" not in paths:
-            raise WeightsError(
-                f"adapter leaf {path!r} belongs to no Linear of this model: make adapters with lora.init"
-            )
+            raise WeightsError(f"adapter leaf {path!r} belongs to no Linear here: make adapters with lora.init")
 
 
 def policy(base: Params, lora: Params, cfg: Lora) -> Variables:

@@ -7,7 +7,7 @@ nibble.
 
 The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. Rounding is f32 arithmetic, never a cast
 to the narrow type and back: XLA removes such a pair of casts on GPUs, and the network silently runs unquantised
-(tests/test_compiled.py looks for "round-nearest-even" in the program). Casting an already rounded value is exact, so
+(tests/test_compiled.py looks for the "round-nearest-even" of round_e2m1). Casting an already rounded value is exact, so
 storing it is safe.
 
 `Nvfp4.matmul` multiplies NVFP4 kernels with NVFP4 inputs. The emulation is exact: e2m1 x e4m3 has at most 6 significant
