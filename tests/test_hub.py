@@ -198,11 +198,11 @@ ABSENT = f"{NAME} is not a folder here and not complete in the hub's cache"
         (answer(errors.GatedRepoError, 403), f"{NAME} is behind a licence: {LICENCE}, {FOLDER}"),
         (
             answer(errors.RepositoryNotFoundError, 401),
-            f"{NAME} is not a folder here, and {PAGE} does not exist or is private: correct the name, or {LICENCE}, {FOLDER}",
+            f"{NAME} is not a folder here, and {PAGE} is missing or private: fix the name, or {LICENCE}, {FOLDER}",
         ),
         (
             answer(errors.HfHubHTTPError, 401),
-            f"{NAME} is not a folder here, and {PAGE} does not exist or is private: correct the name, or {LICENCE}, {FOLDER}",
+            f"{NAME} is not a folder here, and {PAGE} is missing or private: fix the name, or {LICENCE}, {FOLDER}",
         ),
         (
             answer(errors.HfHubHTTPError, 503),

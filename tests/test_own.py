@@ -128,8 +128,8 @@ def test_what_a_host_function_must_return(toy, folder, result, message):
     [
         ("nowhere.at", None, "there is no module nowhere.at and no module nowhere in "),
         ("my_reward.dark", None, "my_reward.py defines no function dark: it needs a function make"),
-        ("my reward.x", None, "is no dotted name"),
-        (".brightness", None, "is no dotted name"),
+        ("my reward.x", None, "is not a dotted name"),
+        (".brightness", None, "is not a dotted name"),
         (
             "bad.x",
             "import no_such_thing\n",

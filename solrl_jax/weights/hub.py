@@ -200,8 +200,8 @@ def _said(name: str, flag: str, e: Exception) -> str:
     if isinstance(e, errors.HFValidationError):
         return f"{name} is not a folder here, nor a valid name on {SITE}: give org/name, or a folder{flag}"
     if isinstance(e, errors.RepositoryNotFoundError) or status == 401:
-        fix = f"correct the name, or {licence}, or give a folder{flag}"
-        return f"{name} is not a folder here, and {page} does not exist or is private: {fix}"
+        fix = f"fix the name, or {licence}, or give a folder{flag}"
+        return f"{name} is not a folder here, and {page} is missing or private: {fix}"
     if isinstance(e, errors.OfflineModeIsEnabled) or isinstance(e.__cause__, errors.OfflineModeIsEnabled):
         why = "is not a folder here and not complete in the hub's cache, and HF_HUB_OFFLINE is set"
     elif isinstance(e, errors.LocalEntryNotFoundError) and not status:
