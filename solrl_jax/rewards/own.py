@@ -114,7 +114,7 @@ def _place(module: types.ModuleType) -> str:
 
 
 def _on_device(name: str, make: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params]:
-    """The user's (Reward, params), with the dotted name; ConfigError if `make` returns something else."""
+    """The user's (Reward, params), with the dotted name; ConfigError for anything else."""
     found = _guarded(name, make, path, dtype)
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Reward)):
         raise ConfigError(
@@ -150,7 +150,7 @@ def _shapes(make: Callable, path: str | None, dtype: Any) -> tuple[Reward, Param
 
 def _on_host(name: str, function: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params]:
     if path is not None:
-        raise ConfigError(f"reward {name!r} runs on the host and reads no path ({path!r}): remove its reward_paths")
+        raise ConfigError(f"reward {name!r} runs on the host and reads no path ({path!r}): remove it from reward_paths")
     return Reward(name, to_bytes, _nowhere, function), {}
 
 
@@ -164,7 +164,7 @@ def to_bytes(prompts: Sequence[str]) -> UInt8[np.ndarray, "G L"]:
     for text in coded:
         if len(text) > LONGEST:
             raise ValueError(
-                f"{len(text)} bytes, more than the {LONGEST} passed to the host: {text[:40].decode(errors='ignore')!r}..."
+                f"{len(text)} bytes, more than {LONGEST} for the host: {text[:40].decode(errors='ignore')!r}..."
             )
     rows = b"".join(text.ljust(LONGEST, b"\0") for text in coded)
     return np.frombuffer(rows, np.uint8).reshape(-1, LONGEST)

@@ -254,9 +254,7 @@ def _fit(mask: Float[Array, "32 32"]) -> tuple[Int[Array, ""], Float[Array, ""],
 
 def _read_one(image: Float[Array, "32 32 3"]) -> Reading:
     background, ground = _background(image)
-    paint = jnp.where(
-        background >= 0, _paint(image, ground), jnp.ones((9, 1, 1))
-    )  # without a background all is clutter
+    paint = jnp.where(background >= 0, _paint(image, ground), jnp.ones((9, 1, 1)))  # no background: all is clutter
     shape, radius, centre, fit = jax.vmap(_fit)(paint[:8])
     present = (background >= 0) & (fit >= FIT) & (radius >= SMALLEST) & (radius <= LARGEST)
     window = jax.lax.reduce_window(paint, 0.0, jax.lax.add, (1, 3, 3), (1, 1, 1), "VALID") / 9
