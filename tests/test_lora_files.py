@@ -369,7 +369,7 @@ def test_files_that_are_refused(small, tmp_path):
     with pytest.raises(WeightsError, match=rf"^{tmp_path} holds no LoRA file: none of .*, adapter_model.bin is there$"):
         load(small.family, tmp_path)
     file = written(tmp_path, small.tensors)
-    with pytest.raises(WeightsError, match=rf"^{file} is an adapter of PEFT, .* adapter_config.json: put that beside"):
+    with pytest.raises(WeightsError, match=rf"^{file} is an adapter of PEFT, .* adapter_config.json: put it beside"):
         load(small.family, file)
     key = next(iter(small.tensors))
     twice = small.tensors | {key.replace(".weight", ".old.weight"): torch.ones(4, 48)}

@@ -354,7 +354,7 @@ def test_truncated_file(folder, cut):
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(WeightsError, match="nowhere is not a directory"):
+    with pytest.raises(WeightsError, match="nowhere is neither a directory"):
         Files(tmp_path / "nowhere", "model")
 
 
