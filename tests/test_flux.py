@@ -425,7 +425,7 @@ def test_latents_of_another_shape_have_no_positions(shape):
         "pooled": jax.ShapeDtypeStruct((1, 96), jnp.float32),
     }
     given = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32), cond
-    with pytest.raises(ValueError, match=rf"latents of shape \(1, {shape[0]}, .*\): this model's size needs \[B, 8, 8, 8\]"):
+    with pytest.raises(ValueError, match=rf"latents of shape \(1, {shape[0]}, .*\): this model needs \[B, 8, 8, 8\]"):
         jax.eval_shape(model.velocity, {"params": base}, *given)
 
 

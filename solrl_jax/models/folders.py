@@ -71,7 +71,7 @@ def check_parts(folder: Path, found: Mapping[str, bool]) -> None:
 def check_latents(x: Array, shape: tuple[int, ...]) -> None:
     """ValueError unless x is a batch of latents of the model's size."""
     if x.shape[1:] != shape:
-        raise ValueError(f"latents of shape {x.shape}: this model's size needs [B, {', '.join(map(str, shape))}]")
+        raise ValueError(f"latents of shape {x.shape}: this model needs [B, {', '.join(map(str, shape))}]")
 
 
 def made_once(make: Callable[[config.Model, Path], Model]) -> Callable[[config.Model], Model]:
