@@ -20,7 +20,7 @@ from solrl_jax.device import operands, row_major
 
 F32 = jnp.float32
 LONG = 256
-"""Least number of tokens for the fused attention; the 40 tokens of the small test models do not need it."""
+"""Least number of tokens for the fused attention; the small world has 40, too few for it to pay off."""
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision | None:
@@ -255,7 +255,7 @@ class DepthwiseConv(nn.Module):
     On GPUs it is cuDNN's grouped convolution: shifted products would become one elementwise kernel, which computes its
     input again for every tap (tests/test_sana_compiled.py::test_depthwise_convolutions_of_the_decoder). Elsewhere it is
     k^2 shifted products in one elementwise kernel: convolutions with this many groups are slow on CPUs. The result is
-    row-major: XLA has written it in f32, channel by channel (the same test, by memory; it passes now without this).
+    row-major: XLA has written it in f32, channel by channel (no test fails without this today).
     """
 
     size: int

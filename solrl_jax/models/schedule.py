@@ -80,7 +80,7 @@ class SanaSchedule:
 
     @classmethod
     def read(cls, folder: str | Path) -> "SanaSchedule":
-        """From scheduler_config.json. Missing fields get diffusers' defaults, and then the file is refused."""
+        """From scheduler_config.json. Missing fields get diffusers' defaults, two of which are refused."""
         defaults = {"prediction_type": "epsilon", "use_flow_sigmas": False}
         return weights.from_config(cls, folder, defaults | weights.read_json(Path(folder) / NAME), NAME)
 

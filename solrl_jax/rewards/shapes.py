@@ -223,7 +223,7 @@ def _paint(image: Float[Array, "32 32 3"], ground: Float[Array, "3"]) -> Float[A
 
 
 def _soften(masks: Float[Array, "4 32 32"]) -> Float[Array, "4 32 32"]:
-    """Blurred by 0.8 pixels, like a decoder's output: a blurred small square fits a sharp circle better."""
+    """Blurred by 0.8 pixels, like a decoder's output: a blurred square fits a sharp circle better than a square."""
     wide = jnp.pad(masks, ((0, 0), (1, 1), (1, 1)))
     tall = 0.36 * wide[:, 1:-1] + 0.32 * (wide[:, 2:] + wide[:, :-2])
     return 0.36 * tall[:, :, 1:-1] + 0.32 * (tall[:, :, 2:] + tall[:, :, :-2])
