@@ -1,8 +1,8 @@
 """Advantages and policy losses: DiffusionNFT, AWM, Flow-GRPO, DanceGRPO (algorithms.md sections 2 to 5).
 
-An `Algorithm`, found here by its name, is two functions and what they need. points(key, sample, schedule, times, cfg)
--> where the velocities of one sample are asked for, leaves [T, ...]; loss(velocities, points, advantage, hyper, cfg)
--> (f32 [B], metrics). `learn.learn` averages, differentiates and updates.
+An `Algorithm`, found by its name (`find`), is two functions and what they need. points(key, sample, schedule, times,
+cfg) gives the points at which one sample's velocities are computed, leaves [T, ...]. loss(velocities, points,
+advantage, hyper, cfg) gives (f32 [B], metrics). `learn.learn` averages, differentiates and updates.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ Loss = tuple[Float[Array, "B"], Metrics]
 
 
 class Algorithm(NamedTuple):
-    """`fixed(cfg)`: which fields of Velocities the loss reads beside `current`; none of them gets a gradient.
+    """`fixed(cfg)`: the fields of Velocities that the loss reads besides `current`; none of them gets a gradient.
 
-    `rolls_out`: whether the samples are made by the old policy, that lags behind, or by the trained one.
+    `rolls_out`: whether the old policy, which lags behind, or the current one makes the samples.
     """
 
     points: Callable[..., Any]
@@ -35,14 +35,14 @@ class Algorithm(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a rollout leaves of one sample."""
+    """What a rollout keeps of one sample."""
 
     x0: Float[Array, "h w c"]
     path: Path | None = None
 
 
 class Schedule(NamedTuple):
-    """The rollout's times, f32 [N] without the last 0, and the law of its steps where they are Gaussian."""
+    """The rollout's times, f32 [N] without the last 0, and the distributions of its steps if they are Gaussian."""
 
     sigmas: Float[Array, "N"]
     steps: Gaussian | None = None
@@ -57,12 +57,12 @@ def find(name: str) -> Algorithm:
 
 
 def advantages(reward: Float[Array, "P K"], spread: str = "all") -> Float[Array, "P K"]:
-    """A = (R - mean of its prompt) / (std + eps), the std over what `spread` says (algorithms.md 1.6 and 5).
+    """A = (R - mean of its prompt) / (std + eps); `spread` says which std (algorithms.md 1.6 and 5).
 
-    "all": of all rewards; "prompt": of the prompt's; both population std, eps 1e-4. "prompt_unbiased": of the prompt's,
-    divided by K - 1, eps 1e-8 (DanceGRPO's); K is 2 or more.
+    "all": over all rewards; "prompt": over the prompt's rewards; both population std, eps 1e-4. "prompt_unbiased": over
+    the prompt's rewards, divided by K - 1, eps 1e-8 (DanceGRPO's); needs K >= 2.
     """
-    away = reward - reward[..., :1]  # so that equal rewards have 0 exactly: DanceGRPO's eps is below their rounding
+    away = reward - reward[..., :1]  # exactly 0 for equal rewards: DanceGRPO's eps is smaller than their rounding error
     away = away - jnp.mean(away, axis=-1, keepdims=True)
     if spread == "all":
         return away / (jnp.std(reward) + 1e-4)
@@ -92,12 +92,12 @@ def shape_advantage(a: Float[Array, "*B"], clip: float, mode: str) -> Float[Arra
 def old_decay(
     updates: Int[Array, ""], wait: Float[Array, ""], ramp: Float[Array, ""], maximum: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """old <- c old + (1 - c) current with c = min(ramp * (updates - wait), maximum), 0 until then (section 2)."""
+    """c of old <- c old + (1 - c) current: min(ramp * (updates - wait), maximum), 0 before `wait` (section 2)."""
     return jnp.clip(ramp * (updates.astype(jnp.float32) - wait), 0.0, maximum)
 
 
 def ema_decay(updates: Int[Array, ""], maximum: float) -> Float[Array, ""]:
-    """D = min((1 + k) / (10 + k), maximum), k counted after the update (algorithms.md 1.5)."""
+    """D = min((1 + k) / (10 + k), maximum), where k includes this update (algorithms.md 1.5)."""
     k = updates.astype(jnp.float32)
     return jnp.minimum((1 + k) / (10 + k), maximum)
 
@@ -147,10 +147,10 @@ def _matching(velocity: Float[Array, "B h w c"], points: Points) -> Float[Array,
 
 
 def awm_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, times: int, cfg: Learn) -> Points:
-    """One rollout time of each of T strata, with fresh noise (algorithms.md section 4). Leaves [T, ...].
+    """One rollout time from each of T strata, with fresh noise (algorithms.md section 4). Leaves [T, ...].
 
-    The strata cut the times of number `first_time` .. int(.9 N) - 1 into T neighbouring ranges, by floored bounds.
-    (The original draws them once for all samples of a micro-batch; here each sample draws its own.)
+    The strata split the time indices `first_time` .. int(.9 N) - 1 into T adjacent ranges, with bounds rounded down.
+    (The original draws times once for all samples of a micro-batch; here each sample draws its own.)
     """
     key_t, key_eps = jax.random.split(key)
     edges = jnp.asarray(awm_edges(schedule.sigmas.shape[0], times, cfg.first_time))
@@ -169,7 +169,7 @@ def awm_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper:
 
     e = mean |v - (eps - x0)|^2,  log p = -(t/p) ((e + 1e-10)^p - (1e-10)^p),  ratio = p / p_behaviour,
     loss = max(-A ratio, -A clip(ratio, 1 -+ c)) + kl_weight mean |v - v_ref|^2 + lag_weight mean |v - v_old|^2,
-    with A in [-1, 1]: the clipped advantage over its bound.
+    with A in [-1, 1]: the clipped advantage divided by its bound.
     """
     assert v.old is not None and v.reference is not None
     chex.assert_equal_shape([v.current, v.old, v.reference, points.x_t, points.x0])
@@ -186,7 +186,7 @@ def awm_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper:
 
 
 def awm_log_prob(error: Float[Array, "B"], t: Float[Array, "B"], power: float = 0.25) -> Float[Array, "B"]:
-    """-(t/p) ((e + 1e-10)^p - (1e-10)^p): what AWM takes for a log-probability of mean squared error e."""
+    """-(t/p) ((e + 1e-10)^p - (1e-10)^p): AWM's log-probability for mean squared error e."""
     return -t / power * ((error + 1e-10) ** power - 1e-10**power)
 
 
@@ -207,8 +207,8 @@ def dance_grpo_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, t
 def flow_grpo_loss(v: Velocities, points: Transitions, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:
     """Flow-GRPO (arXiv 2505.05470, algorithms.md section 3): the clipped ratio of a step's probabilities, and a KL.
 
-    loss = max(-A ratio, -A clip(ratio, 1 -+ c)) + kl_weight mean |mu - mu_ref|^2 / (2 g^2), with mu the step's mean and
-    g its diffusion: the code's KL, which the paper divides by the step's length too.
+    loss = max(-A ratio, -A clip(ratio, 1 -+ c)) + kl_weight mean |mu - mu_ref|^2 / (2 g^2), where mu is the step's mean
+    and g its diffusion. This is the original code's KL; the paper also divides it by the step's length.
     """
     policy, metrics = _clipped_step(v, points, advantage, hyper, cfg)
     if v.reference is None:
@@ -225,7 +225,7 @@ def dance_grpo_loss(v: Velocities, points: Transitions, advantage: Float[Array, 
 
 
 def _steps(sample: Sample, schedule: Schedule, which: Int[Array, "T"]) -> Transitions:
-    """Steps of a path by their number in it."""
+    """The steps of a path with the indices `which`."""
     assert sample.path is not None and schedule.steps is not None
     states, number = sample.path.states, sample.path.first + which
     law = jax.tree.map(lambda column: column[number], schedule.steps)
@@ -245,7 +245,7 @@ def _clipped_step(v: Velocities, points: Transitions, advantage: Float[Array, "B
 def _clipped(log_prob: Callable[[Array], Array], v: Velocities, a: Float[Array, "B"], hyper: Hyper) -> Loss:
     """max(-A ratio, -A clip(ratio, 1 -+ c)), ratio = p / p_behaviour.
 
-    Where a rollout is one update, no `behaviour` is asked for: it is the trained policy itself, and the ratio is 1.
+    If there is one update per rollout, `behaviour` is None: it is the current policy itself, and the ratio is 1.
     """
     now = log_prob(v.current)
     before = jax.lax.stop_gradient(now if v.behaviour is None else log_prob(v.behaviour))
@@ -256,7 +256,7 @@ def _clipped(log_prob: Callable[[Array], Array], v: Velocities, a: Float[Array, 
 
 
 def several(cfg: Learn) -> tuple[str, ...]:
-    """The behaviour policy, where an update of a rollout is not its first."""
+    """The behaviour policy, if a rollout has more than one update."""
     return ("behaviour",) if cfg.updates * cfg.epochs > 1 else ()
 
 

@@ -1,7 +1,7 @@
-"""LoRA sets: y = W x + (alpha / R) B A x, kept in f32 over a frozen base.
+"""LoRA sets: y = W x + (alpha / R) B A x, in f32, on a frozen base.
 
 A set mirrors the base's tree: where an adapted Linear has `kernel` [in, out], the set has `a` [in, R] and `b` [R, out],
-stacked layers leading. Sets are made from the base's shapes alone, so that a name that fits nothing cannot slip in.
+each with the stack's leading axis of layers. Sets are made from the base's shapes, so every leaf belongs to a Linear.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def scaled(lora: Params, cfg: Lora) -> Params:
-    """The set as the network takes it: alpha / R folded into B."""
+    """The set as the network reads it: alpha / R folded into B."""
     return jax.tree_util.tree_map_with_path(
         lambda path, x: x * (cfg.alpha / cfg.rank) if path[-1].key == "b" else x, lora
     )
@@ -66,12 +66,12 @@ def rank(lora: Params) -> int:
 
 
 def check(base: Params, lora: Params) -> None:
-    """WeightsError for an adapter leaf that sits on no Linear of the base: flax would ignore it in silence."""
+    """WeightsError for an adapter leaf that belongs to no Linear of the base: flax would silently ignore it."""
     paths = leaves_by_path(base)
     for path in leaves_by_path(lora):
         module, _, part = path.rpartition("/")
         if part not in ("a", "b") or f"{module}/kernel" not in paths:
-            raise WeightsError(f"adapter leaf {path!r} sits on no Linear of this model: make adapters with lora.init")
+            raise WeightsError(f"adapter leaf {path!r} belongs to no Linear here: make adapters with lora.init")
 
 
 def policy(base: Params, lora: Params, cfg: Lora) -> Variables:
@@ -81,9 +81,9 @@ def policy(base: Params, lora: Params, cfg: Lora) -> Variables:
 
 
 def merged_kernels(base: Params, lora: Params, cfg: Lora) -> dict[str, jax.Array]:
-    """{kernel path: W + (alpha / R) A B in W's dtype}: only the adapted kernels, a second whole tree would not fit.
+    """{kernel path: W + (alpha / R) A B in W's dtype}: only adapted kernels, as a second whole tree would not fit.
 
-    A B is float32 whatever W is, and never TF32: of a rank that small it is cheap, 0.1 TFLOP of FLUX.
+    A B is always float32, never TF32 (tests/test_precision.py). At this small rank it is cheap: 0.1 TFLOP for FLUX.
     """
     check(base, lora)
     kernels, factors = leaves_by_path(base), leaves_by_path(scaled(lora, cfg))

@@ -9,11 +9,11 @@ def select(reward: Float[Array, "P N"], kept: int, rule: str, key: Key[Array, ""
     """Indices of the kept candidates, no candidate twice.
 
     best_worst: the K - K//2 highest and the K//2 lowest, best first; top: the K highest; random: K without
-    replacement; max_variance: those K whose rewards vary most, always some of the best and some of the worst
-    (arXiv 2504.13818); all: every one, in order (K = N). One stable sort serves both ends, so that ties never pick a
-    candidate twice (algorithms.md section 8, item 30).
+    replacement; max_variance: the K with the largest variance of rewards, always some of the best and some of the worst
+    (arXiv 2504.13818); all: every candidate, in order (K = N). Both ends come from one stable sort, so ties never
+    select a candidate twice (algorithms.md section 8, item 30).
 
-    Raises ValueError for an unknown rule or for more kept than there are candidates.
+    Raises ValueError for an unknown rule, or if `kept` is more than the number of candidates.
     """
     prompts, candidates = reward.shape
     if not 1 <= kept <= candidates:
@@ -30,7 +30,7 @@ def select(reward: Float[Array, "P N"], kept: int, rule: str, key: Key[Array, ""
         return jnp.concatenate([order[:, : kept - worst], order[:, candidates - worst :]], axis=-1)
     if rule == "max_variance":
         place = jnp.arange(kept)[None]
-        best = jnp.arange(kept + 1)[:, None]  # split i keeps the i best and the K - i worst
+        best = jnp.arange(kept + 1)[:, None]  # row i keeps the i best and the K - i worst
         place = place + jnp.where(place < best, 0, candidates - kept)
         splits = take(reward, order)[:, place]  # [P, K + 1, K]
         return take(order, place[jnp.argmax(jnp.var(splits, axis=-1), axis=-1)])
@@ -43,7 +43,7 @@ def take(x: Array, index: Int[Array, "P K"]) -> Array:
 
 
 def ranks(x: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
-    """Ranks 0..N-1 along the last axis, ties by their average."""
+    """Ranks 0..N-1 along the last axis; ties get their average rank."""
     below = jnp.sum(x[..., None, :] < x[..., :, None], axis=-1, dtype=jnp.float32)
     equal = jnp.sum(x[..., None, :] == x[..., :, None], axis=-1, dtype=jnp.float32)
     return below + (equal - 1) * 0.5
@@ -57,14 +57,14 @@ def spearman(a: Float[Array, "P N"], b: Float[Array, "P N"]) -> Float[Array, "P"
 
 
 def fidelity(preview: Float[Array, "P N"], truth: Float[Array, "P N"], kept: int) -> dict[str, Float[Array, "P"]]:
-    """How well one set of rewards stands for another when best_worst keeps K of N by it; 1 is as well as itself.
+    """How well `preview` replaces `truth` when best_worst keeps K of N by it; 1 means as well as `truth` itself.
 
     spearman: rank correlation. overlap: share of the true best K/2 among those chosen as the best K/2. kept_contrast:
-    the true mean of the chosen best less that of the chosen worst, over what choosing by the truth keeps; 0 where all
-    true rewards are one.
+    mean true reward of the chosen best minus that of the chosen worst, divided by the same difference if `truth`
+    chooses; 0 if all true rewards are equal.
     """
     best, worst = kept - kept // 2, kept // 2
-    key = jax.random.key(0)  # best_worst draws nothing from it
+    key = jax.random.key(0)  # best_worst is not random
     chosen, perfect = (select(r, kept, "best_worst", key) for r in (preview, truth))
     same = chosen[:, :best, None] == perfect[:, None, :best]
 

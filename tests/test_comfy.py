@@ -279,7 +279,7 @@ def broken(name, tensors):
         ("ranks", rf"{QKV}.lora_up.weight has shape \(144, 12\), not \(144, 5\)"),
         ("none", rf"{QKV}.lora_down.weight has shape \(0, 48\), not \(1, 48\)"),
         ("alphas", rf"{QKV}.alpha has shape \(3,\), not \(1,\)"),
-        ("text", r"holds a text encoder's part alone \(lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight\)"),
+        ("text", r"has only keys of a text encoder \(lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight\)"),
         ("dora", f"unused {QKV}.dora_scale"),
         ("lokr", f"missing {QKV}.lora_up.weight"),
         ("both", "unused transformer.transformer_blocks.0.attn.to_q.lora_A.weight"),

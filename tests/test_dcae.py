@@ -139,7 +139,7 @@ def test_linear_attention():
         ({"decoder_block_types": ["ResBlock", "Mamba", "ResBlock"]}, r"decoder_block_types \['Mamba'\] are not known"),
         (
             {"decoder_layers_per_block": [1, 1]},
-            "decoder_block_out_channels is of 3 stages, not so {'decoder_layers_per_block': 2}",
+            "decoder_block_out_channels has 3 stages, but {'decoder_layers_per_block': 2}",
         ),
         ({"decoder_qkv_multiscales": [[], [], [4]]}, r"decoder_qkv_multiscales \[4\] are not odd"),
         ({"decoder_qkv_multiscales": [[], 5, []]}, r"decoder_qkv_multiscales is .*, not a list, each a list"),

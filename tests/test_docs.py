@@ -349,6 +349,7 @@ def test_blocks_are_bash_that_is_run_and_python_that_is_run():
     assert len(OURS) > 25 and len(LAB) > 12 and len(REST) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shrunk")
 def test_the_iteration_of_the_readme(capsys):
     """Its Python block, word for word, at a small size."""

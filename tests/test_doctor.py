@@ -58,7 +58,7 @@ def test_everything_that_is_wrong_is_told_at_once(cfg, tmp_path, capsys):
     )
     code, lines, todo = told(broken, tmp_path / "run", capsys)
     assert code == 1 and len(todo) == len(set(todo))
-    for words in ("not a whole safetensors file", "reward clipscore: ", "none.txt does not exist", "fp8"):
+    for words in ("not a complete safetensors file", "reward clipscore: ", "none.txt does not exist", "fp8"):
         assert any(words in line for line in todo), (words, todo)
     assert any(line.startswith("ok    tokenizers") for line in lines)  # what is right is still said
     file.unlink()

@@ -330,12 +330,12 @@ def rewrite(file: Path, **values):
         (
             "transformer",
             {"joint_attention_dim": 64},
-            r"text of 64 \(joint_attention_dim\), T5 gives 128: these parts are",
+            r"text of 64 \(joint_attention_dim\), T5 gives 128: the parts belong",
         ),
         (
             "transformer",
             {"pooled_projection_dim": 768},
-            r"pooled text of 768 .*, CLIP gives 96: these parts are of diff",
+            r"pooled text of 768 .*, CLIP gives 96: the parts belong to diff",
         ),
         ("transformer", {"out_channels": 16}, "out_channels 16 is not in_channels 32, nor null"),
         ("vae", {"_class_name": "AutoencoderTiny"}, "holds a AutoencoderTiny, not a AutoencoderKL"),
@@ -387,7 +387,7 @@ def test_schedules_that_are_not_ours_are_refused(copy, values):
         ("text_encoder/config.json", {"hidden_act": 3}, "hidden_act is 3, not a text"),
         ("text_encoder_2/config.json", {"num_heads": -4}, "num_heads is -4, not a whole number above 0"),
         ("scheduler/scheduler_config.json", {"shift": "3.0"}, "shift is '3.0', not a number"),
-        ("scheduler/scheduler_config.json", {"shift": 0.0}, "shift 0.0 is no number above 0"),
+        ("scheduler/scheduler_config.json", {"shift": 0.0}, "shift 0.0 is not a number above 0"),
         (
             "scheduler/scheduler_config.json",
             {"max_image_seq_len": 256},
@@ -425,7 +425,7 @@ def test_latents_of_another_shape_have_no_positions(shape):
         "pooled": jax.ShapeDtypeStruct((1, 96), jnp.float32),
     }
     given = jax.ShapeDtypeStruct((1, *shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32), cond
-    with pytest.raises(ValueError, match=rf"latents of shape \(1, {shape[0]}, .*\): this model's are \[B, 8, 8, 8\]"):
+    with pytest.raises(ValueError, match=rf"latents of shape \(1, {shape[0]}, .*\): this model needs \[B, 8, 8, 8\]"):
         jax.eval_shape(model.velocity, {"params": base}, *given)
 
 
@@ -486,7 +486,7 @@ def test_truncated_file(copy):
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(
-        weights.WeightsError, match=r"diffusion_pytorch_model.safetensors is not a whole safetensors file"
+        weights.WeightsError, match=r"diffusion_pytorch_model.safetensors is not a complete safetensors file"
     ):
         flux.load(model_config(copy))
 
@@ -498,5 +498,5 @@ def test_index_names_a_missing_shard(copy):
     assert len(shards) > 1
     flux.load(model_config(copy))
     shards[1].unlink()
-    with pytest.raises(weights.WeightsError, match=f"{shards[1].name} is named by the index but is not there"):
+    with pytest.raises(weights.WeightsError, match=f"{shards[1].name} is in the index but does not exist"):
         flux.load(model_config(copy))

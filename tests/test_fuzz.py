@@ -157,15 +157,15 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (pickle.dumps({"a": Evil()}, 2), "builtin.*exec, which is no part of a tensor"),
-        (pickle.dumps(Evil(), 4), "exec, which is no part of a tensor"),
+        (pickle.dumps({"a": Evil()}, 2), "builtin.*exec, which is not part of a tensor"),
+        (pickle.dumps(Evil(), 4), "exec, which is not part of a tensor"),
         (b"\x80\x02}r\xff\xff\xff\x7f.", "its pickle has LONG_BINPUT '2147483647'"),  # a memo of 34 GB
-        (b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.", "is not a whole file|BYTEARRAY8"),
-        (b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00echo\x85R.", "os.system, which is no part of a tensor"),
+        (b"\x80\x05\x96\xff\xff\xff\xff\xff\x00\x00\x00.", "is not a complete file|BYTEARRAY8"),
+        (b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00echo\x85R.", "os.system, which is not part of a tensor"),
         (b"\x80\x02(cos\nsystem\no.", "its pickle has OBJ"),
-        (b"\x80\x02(ios\nsystem\n.", "its pickle has INST|is not a whole file"),
+        (b"\x80\x02(ios\nsystem\n.", "its pickle has INST|is not a complete file"),
         (b"\x80\x02\x82\x01.", "its pickle has EXT1"),
-        (b"\x80\x02}}b.", "not a whole file|holds"),
+        (b"\x80\x02}}b.", "not a complete file|holds"),
     ],
 )
 def test_hostile_pickles(tmp_path, content, said):

@@ -104,10 +104,10 @@ def test_rope_is_half_split():
     [
         ({"model_type": "gemma3_text"}, "holds a gemma3_text, not a gemma2"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
-        ({"num_key_value_heads": 3}, "are no multiple of num_key_value_heads 3"),
+        ({"num_key_value_heads": 3}, "is not a multiple of num_key_value_heads 3"),
         ({"attention_bias": True}, "attention_bias true is not known here"),
-        ({"hidden_activation": "swish"}, "hidden_activation 'swish' is none of"),
-        ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping 0.0 is not above 0, nor null"),
+        ({"hidden_activation": "swish"}, "hidden_activation 'swish' is not one of"),
+        ({"attn_logit_softcapping": 0.0}, "attn_logit_softcapping 0.0 is neither above 0 nor null"),
         ({"rope_scaling": {"type": "linear", "factor": 8.0}}, "rope_scaling is .*'factor': 8.0.*: only rope_type 'def"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters is .*yarn.*: only rope_type 'def"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, an option that is not known here"),

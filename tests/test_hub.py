@@ -169,7 +169,7 @@ def test_the_real_cache_is_read_without_network(tmp_path, monkeypatch):
     assert hub.here("org/cached") == root / "snapshots" / commit and hub.here(str(root)) == root
     assert hub.here("org/absent") is hub.here("nowhere") is hub.here("a--b/c") is hub.here(None) is None
     with pytest.raises(
-        WeightsError, match=r"org/absent is no folder here and not whole in the hub's cache, and HF_HUB_OFF"
+        WeightsError, match=r"org/absent is not a folder here and not complete in the hub's cache, and HF_HUB_OFF"
     ):
         hub.pipeline("org/absent", configs_only=True)
 
@@ -189,7 +189,7 @@ def caused(e, cause):
 
 LICENCE = f"accept the licence at {PAGE} and run `hf auth login`"
 FOLDER = "or give a folder, --config.model.path=DIR"
-ABSENT = f"{NAME} is no folder here and not whole in the hub's cache"
+ABSENT = f"{NAME} is not a folder here and not complete in the hub's cache"
 
 
 @pytest.mark.parametrize(
@@ -198,11 +198,11 @@ ABSENT = f"{NAME} is no folder here and not whole in the hub's cache"
         (answer(errors.GatedRepoError, 403), f"{NAME} is behind a licence: {LICENCE}, {FOLDER}"),
         (
             answer(errors.RepositoryNotFoundError, 401),
-            f"{NAME} is no folder here, and {PAGE} is not there for you: mend the name, or {LICENCE}, {FOLDER}",
+            f"{NAME} is not a folder here, and {PAGE} is missing or private: fix the name, or {LICENCE}, {FOLDER}",
         ),
         (
             answer(errors.HfHubHTTPError, 401),
-            f"{NAME} is no folder here, and {PAGE} is not there for you: mend the name, or {LICENCE}, {FOLDER}",
+            f"{NAME} is not a folder here, and {PAGE} is missing or private: fix the name, or {LICENCE}, {FOLDER}",
         ),
         (
             answer(errors.HfHubHTTPError, 503),
@@ -214,7 +214,7 @@ ABSENT = f"{NAME} is no folder here and not whole in the hub's cache"
         ),
         (
             errors.HFValidationError("Repo id must\nbe"),
-            f"{NAME} is no folder here and no name that https://huggingface.co could have: give org/name, "
+            f"{NAME} is not a folder here, nor a valid name on https://huggingface.co: give org/name, "
             "or a folder, --config.model.path=DIR",
         ),
         (
@@ -252,7 +252,9 @@ def test_every_failure_is_one_line_with_the_page_and_the_mend(asked, error, mess
 
 def test_a_reward_by_its_name_fails_the_same_way(asked):
     asked.far = errors.LocalEntryNotFoundError("no")
-    with pytest.raises(WeightsError, match=r"org/clip is no folder here .* and run `hf auth login`, or give a folder$"):
+    with pytest.raises(
+        WeightsError, match=r"org/clip is not a folder here .* and run `hf auth login`, or give a folder$"
+    ):
         clipscore.make("org/clip")
 
 

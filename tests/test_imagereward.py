@@ -267,13 +267,13 @@ def test_what_is_missing_or_wrong(folder, tmp_path):
     assert message in said("vocab.txt", None)
     message = "holds none of ImageReward.safetensors, model.safetensors, ImageReward.pt: get"
     assert message in said("ImageReward.safetensors", None)
-    assert "is not a whole safetensors file" in said("ImageReward.safetensors", "version https://git-lfs")
+    assert "is not a complete safetensors file" in said("ImageReward.safetensors", "version https://git-lfs")
     assert "hidden_act 'swish_2' is not known here" in said("med_config.json", '{"hidden_act": "swish_2"}')
     assert "med_config.json is not JSON" in said("med_config.json", "{")
     assert f"not {30524}" in said("med_config.json", None)  # the public sizes
     for path, message in (
         (None, "imagereward needs ImageReward.pt, its folder"),
-        ("zai-org/ImageReward", "zai-org/ImageReward is no folder here and not whole in the hub's cache"),
+        ("zai-org/ImageReward", "zai-org/ImageReward is not a folder here and not complete in the hub's cache"),
     ):
         with pytest.raises(WeightsError, match=message):
             imagereward.make(path)

@@ -234,13 +234,13 @@ def test_scale_in_the_metadata(small, tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "words"),
     [
-        ("{", r"is no JSON object \(Expecting"),
-        ("[]", "is no JSON object"),
-        ("3", "is no JSON object"),
-        ('{"r": 4, "lora_alpha": null}', "says lora_alpha None, no number"),
-        ('{"r": 4, "lora_alpha": "x"}', "says lora_alpha 'x', no number"),
-        ('{"r": 4, "lora_alpha": NaN}', "says lora_alpha nan, no number"),
-        ('{"r": 4, "lora_alpha": [8]}', r"says lora_alpha \[8\], no number"),
+        ("{", r"is not a JSON object \(Expecting"),
+        ("[]", "is not a JSON object"),
+        ("3", "is not a JSON object"),
+        ('{"r": 4, "lora_alpha": null}', "says lora_alpha None, not a number"),
+        ('{"r": 4, "lora_alpha": "x"}', "says lora_alpha 'x', not a number"),
+        ('{"r": 4, "lora_alpha": NaN}', "says lora_alpha nan, not a number"),
+        ('{"r": 4, "lora_alpha": [8]}', r"says lora_alpha \[8\], not a number"),
     ],
 )
 def test_metadata_that_cannot_be_read(small, tmp_path, metadata, words):
@@ -307,7 +307,7 @@ def test_files_that_are_none(small, tmp_path):
         lora_files.load(file, small.base, flux.KEYS, CFG)
     lora_files.save(file, small.drawn, flux.KEYS, CFG)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(WeightsError, match=r"pytorch_lora_weights.safetensors is not a whole safetensors file"):
+    with pytest.raises(WeightsError, match=r"pytorch_lora_weights.safetensors is not a complete safetensors file"):
         lora_files.load(tmp_path, small.base, flux.KEYS, CFG)
 
 

@@ -234,7 +234,9 @@ def test_alphas_of_a_flux_file(tmp_path):
     merged = lora.graft(family.base, lora.merged_kernels(family.base, found, CFG))
     assert error(family.ours(merged), family.theirs(theirs)) < family.tolerance
     save_file(factors | {key: alphas[key] for key in list(alphas)[1:]}, tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match=rf"missing {modules[0]}.alpha, others have theirs and readers differ in"):
+    with pytest.raises(
+        WeightsError, match=rf"missing {modules[0]}.alpha, though others have one, and readers then differ"
+    ):
         load(family, tmp_path / "x.safetensors")
 
 
@@ -267,7 +269,7 @@ def test_how_much_is_adapted_is_told(small, tmp_path):
     assert said == ("LoRA of rank 4 on 10 of 56 Linears, in 5 of 5 blocks",)
     fewer = {key: x for key, x in small.tensors.items() if ".transformer_blocks.1." not in key}
     part, said = load(small.family, written(tmp_path, fewer, small.config))
-    assert said == ("LoRA of rank 4 on 8 of 56 Linears, in 4 of 5 blocks; the others stay as they are",)
+    assert said == ("LoRA of rank 4 on 8 of 56 Linears, in 4 of 5 blocks; the others are not changed",)
     assert jax.tree.structure(part) == jax.tree.structure(found)
     for path, x in leaves_by_path(part).items():
         whole = leaves_by_path(found)[path]
@@ -278,9 +280,9 @@ def test_how_much_is_adapted_is_told(small, tmp_path):
     text = {f"{prefix}{TEXT}.lora_A.weight": torch.ones(4, 4) for prefix in ("text_encoder.", "text_encoder_2.")}
     text |= {f"lora_te{i}_{TEXT.replace('.', '_')}.alpha": torch.ones(()) for i in (1, 2)}
     more, said = load(small.family, written(tmp_path, small.tensors | text, small.config))
-    assert said[1].startswith("4 keys of text encoders are left out (") and said[1].endswith("those stay as they are")
+    assert said[1].startswith("4 keys of text encoders are left out (") and said[1].endswith("those do not change")
     jax.tree.map(np.testing.assert_array_equal, more, found)
-    with pytest.raises(WeightsError, match=r"it holds a text encoder's part alone \((lora_te|text_encoder)"):
+    with pytest.raises(WeightsError, match=r"it has only keys of a text encoder \((lora_te|text_encoder)"):
         load(small.family, written(tmp_path, text, name="x.safetensors"))
 
 
@@ -339,13 +341,13 @@ CONFIGS = [
     ({"init_lora_weights": "pissa", "use_qalora": True}, "has use_qalora, init_lora_weights pissa, which"),
     ({"layer_replication": [[0, 1]]}, "has layer_replication, which"),
     ({"something_new": 3}, "has something_new, which"),
-    ({"r": None}, "says r None, no whole number above 0: export it again"),
+    ({"r": None}, "says r None, not a whole number above 0: export it again"),
     ({"r": 8}, r"says rank 8 of \S+to_[qv], whose factors have rank 4: export it again"),
     ({"rank_pattern": {"to_q": 2}}, r"says rank 2 of \S+to_q, whose factors have rank 4"),
-    ({"rank_pattern": [3]}, r"says rank_pattern \[3\], no object"),
-    ({"alpha_pattern": {"to_(": 2}}, r"alpha_pattern has 'to_\(', no pattern"),
-    ({"alpha_pattern": {"to_q": "x"}}, "says alpha_pattern to_q 'x', no number"),
-    ({"lora_alpha": 10**400}, "says lora_alpha 1000.*, no number"),
+    ({"rank_pattern": [3]}, r"says rank_pattern \[3\], not an object"),
+    ({"alpha_pattern": {"to_(": 2}}, r"alpha_pattern has 'to_\(', not a pattern"),
+    ({"alpha_pattern": {"to_q": "x"}}, "says alpha_pattern to_q 'x', not a number"),
+    ({"lora_alpha": 10**400}, "says lora_alpha 1000.*, not a number"),
     ({"use_rslora": "no"}, "says use_rslora 'no', not true or false"),
 ]
 
@@ -367,11 +369,11 @@ def test_files_that_are_refused(small, tmp_path):
     with pytest.raises(WeightsError, match=rf"^{tmp_path} holds no LoRA file: none of .*, adapter_model.bin is there$"):
         load(small.family, tmp_path)
     file = written(tmp_path, small.tensors)
-    with pytest.raises(WeightsError, match=rf"^{file} is an adapter of PEFT, .* adapter_config.json: put that beside"):
+    with pytest.raises(WeightsError, match=rf"^{file} is an adapter of PEFT, .* adapter_config.json: put it beside"):
         load(small.family, file)
     key = next(iter(small.tensors))
     twice = small.tensors | {key.replace(".weight", ".old.weight"): torch.ones(4, 48)}
-    with pytest.raises(WeightsError, match="are one factor of two adapters: give a file of one of them"):
+    with pytest.raises(WeightsError, match="are one factor of two adapters: give a file with one of them"):
         load(small.family, written(tmp_path, twice, small.config))
     alphas = {key.split(".lora_")[0] + ".alpha": torch.ones(()) for key in small.tensors}
     with pytest.raises(WeightsError, match=rf"alpha beside the alpha that {tmp_path / NAME} states: keep one of them"):
@@ -383,5 +385,5 @@ def test_files_that_are_refused(small, tmp_path):
     with pytest.raises(WeightsError, match=r"unused base_model\.model\.\S*transformer_blocks\.7\."):
         load(small.family, written(tmp_path, deeper, small.config))
     (tmp_path / "adapter_model.bin").write_bytes(b"not a pickle")
-    with pytest.raises(WeightsError, match=r"adapter_model\.bin is no checkpoint of torch.save"):
+    with pytest.raises(WeightsError, match=r"adapter_model\.bin is not a checkpoint of torch.save"):
         load(small.family, tmp_path / "adapter_model.bin")

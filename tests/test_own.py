@@ -128,8 +128,8 @@ def test_what_a_host_function_must_return(toy, folder, result, message):
     [
         ("nowhere.at", None, "there is no module nowhere.at and no module nowhere in "),
         ("my_reward.dark", None, "my_reward.py defines no function dark: it needs a function make"),
-        ("my reward.x", None, "is no dotted name"),
-        (".brightness", None, "is no dotted name"),
+        ("my reward.x", None, "is not a dotted name"),
+        (".brightness", None, "is not a dotted name"),
         (
             "bad.x",
             "import no_such_thing\n",
@@ -164,7 +164,7 @@ def test_a_device_reward_of_a_wrong_shape_is_not_broadcast(folder):
 def test_prompts_travel_as_bytes():
     texts = ["", "a cat", "чёрный кот", "\N{CAT FACE}"]
     assert own.from_bytes(own.to_bytes(texts)) == texts
-    with pytest.raises(ValueError, match="5000 bytes, of 4096"):
+    with pytest.raises(ValueError, match="5000 bytes, more than 4096"):
         own.to_bytes(["x" * 5000])
 
 

@@ -269,7 +269,7 @@ def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(planned, tmp
     largest = max(planned.uses, key=lambda use: use.total)
     plan.check_fits(planned.cfg, 1, plan.room(card_without(largest, 0.25)))
     with pytest.raises(
-        ConfigError, match=r"too small: explore does not fit: \d+\.\d of \d+\.\d GB; it does \(.*chunk="
+        ConfigError, match=r"too small: explore does not fit: \d+\.\d of \d+\.\d GB; it fits \(.*chunk="
     ):
         plan.check_fits(planned.cfg, 1, plan.room(card_without(largest, 0.5)))
     monkeypatch.setattr("solrl_jax.run.assemble.capability", lambda: 9.0)
@@ -359,7 +359,7 @@ def test_plan_of_the_small_world(capsys, monkeypatch):
     assert [line.split()[0] for line in out.splitlines() if " fits " in line] == [
         *("encode", "quantise", "explore", "regenerate", "learn", "watch", "evaluate")
     ]
-    assert "evaluate: every 20 iterations, its share is in theirs, and as a run begins\n" in out
+    assert "evaluate: at the start and every 20 iterations; an iteration's time has its share\n" in out
 
 
 def test_what_is_wrong_is_said(capsys):

@@ -211,7 +211,7 @@ def test_names_are_as_long_as_they_must_be(tmp_path):
     folders = [write(tmp_path / name, {}) for name in ("a/run", "b/run", "c")]
     assert [r.name for r in run.read_all(folders)] == ["a/run", "b/run", str(tmp_path.name) + "/c"]
     assert [r.name for r in run.read_all(folders[:1])] == ["run"]
-    with pytest.raises(report.ReportError, match="is named twice"):
+    with pytest.raises(report.ReportError, match="is given twice"):
         run.read_all([folders[0], folders[0]])
     with pytest.raises(report.ReportError, match="not the directory of a run: it has no config"):
         run.read_all([tmp_path])

@@ -264,7 +264,9 @@ def test_native_files_that_cannot_be_used(folder, tmp_path):
     tensors = native(make_transformer())
     file = tmp_path / "x.pth"
     cfg = nano_sana.model(folder, weights=str(file))
-    with pytest.raises(weights.WeightsError, match=r"x.pth is no file: give one, --config.model.weights, or org/name"):
+    with pytest.raises(
+        weights.WeightsError, match=r"x.pth is not a file: give one, --config.model.weights, or org/name"
+    ):
         next(sana.parts(cfg))
     torch.save({k: x for k, x in tensors.items() if k != "blocks.1.attn.qkv.weight"}, file)
     with pytest.raises(weights.WeightsError, match=r"missing blocks.1.attn.qkv.weight"):
@@ -274,7 +276,7 @@ def test_native_files_that_cannot_be_used(folder, tmp_path):
         next(sana.parts(cfg))
     torch.save(tensors, file)
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(weights.WeightsError, match=r"x.pth is not a whole file of torch.save"):
+    with pytest.raises(weights.WeightsError, match=r"x.pth is not a complete file of torch.save"):
         next(sana.parts(cfg))
 
 
@@ -285,7 +287,7 @@ def test_a_checkpoint_of_the_hub(folder, tmp_path, monkeypatch):
     assert hub.file("org/name/net.pth", ", --flag") == tmp_path / "net.pth"
     assert asked == [("org/name", ("net.pth",), (), ", --flag=FILE")]
     for wrong in ("org/name", "net.pth", str(tmp_path)):
-        with pytest.raises(weights.WeightsError, match=r"is no file: give one, --flag, or org/name/file of"):
+        with pytest.raises(weights.WeightsError, match=r"is not a file: give one, --flag, or org/name/file of"):
             hub.file(wrong, ", --flag")
 
 
@@ -488,11 +490,11 @@ SCHEDULER = "scheduler/scheduler_config.json"
             {"_class_name": "FluxTransformer2DModel"},
             "holds a FluxTransformer2DModel, not a SanaTransformer2DModel",
         ),
-        ("transformer/config.json", {"patch_size": 2}, "{'patch_size': 2}: another network than SANA-1.6B"),
-        ("transformer/config.json", {"guidance_embeds": True}, "{'guidance_embeds': True}: another network"),
-        ("transformer/config.json", {"qk_norm": "rms_norm_across_heads"}, "'qk_norm': .*: another network"),
-        ("transformer/config.json", {"interpolation_scale": 1.0}, "interpolation_scale.*: another network"),
-        ("transformer/config.json", {"num_attention_heads": 7}, "and the width 56 .* are not the same"),
+        ("transformer/config.json", {"patch_size": 2}, "{'patch_size': 2}: not SANA-1.6B"),
+        ("transformer/config.json", {"guidance_embeds": True}, "{'guidance_embeds': True}: not SANA-1.6B"),
+        ("transformer/config.json", {"qk_norm": "rms_norm_across_heads"}, "'qk_norm': .*: not SANA-1.6B"),
+        ("transformer/config.json", {"interpolation_scale": 1.0}, "interpolation_scale.*: not SANA-1.6B"),
+        ("transformer/config.json", {"num_attention_heads": 7}, "and the width 56 .* are not equal"),
         ("transformer/config.json", {"out_channels": 8}, "out_channels 8 is not in_channels 4"),
         ("transformer/config.json", {"in_channels": 8, "out_channels": 8}, "takes 8 channels, the VAE gives 4"),
         ("transformer/config.json", {"caption_channels": 2304}, "takes text of 2304, Gemma gives 32"),
@@ -506,7 +508,7 @@ SCHEDULER = "scheduler/scheduler_config.json"
         (SCHEDULER, {"use_beta_sigmas": True}, "use_beta_sigmas is True: only False or null"),
         (SCHEDULER, {"use_lu_lambdas": True}, "use_lu_lambdas is True: only False or null"),
         (SCHEDULER, {"final_sigmas_type": "sigma_min"}, "final_sigmas_type is 'sigma_min': only 'zero' is known"),
-        (SCHEDULER, {"flow_shift": float("-inf")}, "flow_shift -inf is no number above 0"),
+        (SCHEDULER, {"flow_shift": float("-inf")}, "flow_shift -inf is not a number above 0"),
         ("model_index.json", {"_class_name": "FluxPipeline"}, "holds a FluxPipeline, .*: use --config=flux"),
     ],
 )
@@ -548,7 +550,7 @@ def test_sizes_of_the_public_model(tmp_path):
 def test_truncated_weights(copy, part):
     file = sorted((copy / part).glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(weights.WeightsError, match=rf"{part}/.*is not a whole safetensors file") as e:
+    with pytest.raises(weights.WeightsError, match=rf"{part}/.*is not a complete safetensors file") as e:
         sana.load(nano_sana.model(copy))
     assert "\n" not in str(e.value)
 

@@ -100,7 +100,7 @@ def test_another_trainers_file(tmp_path):
         ),
         (
             lambda t: t.update({f"lora_unet_{i}.alpha": t.pop(k) for i, k in enumerate(list(t))}),
-            "is no LoRA of this model",
+            "is not a LoRA of this model",
         ),
         (
             lambda t: t.update({k.replace("transformer_blocks", "single_blocks"): t.pop(k) for k in list(t)}),

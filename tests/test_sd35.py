@@ -338,7 +338,7 @@ def copy(folders, tmp_path):
         (
             "transformer/config.json",
             {"dual_attention_layers": [0, 5]},
-            r"dual_attention_layers \[5\] are none of the 5",
+            r"dual_attention_layers \[5\] are not in 0..4",
         ),
         (
             "transformer/config.json",
@@ -349,7 +349,7 @@ def copy(folders, tmp_path):
         (
             "transformer/config.json",
             {"in_channels": 16, "out_channels": 16},
-            "takes 16 channels, the VAE gives 4: these parts are of different models",
+            "takes 16 channels, the VAE gives 4: the parts belong to different models",
         ),
         ("transformer/config.json", {"pooled_projection_dim": 2048}, r"pooled text of 2048, the CLIPs give 16 \+ 24"),
         ("transformer/config.json", {"joint_attention_dim": 4096}, "takes text of 4096, T5 gives 48"),

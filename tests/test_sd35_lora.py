@@ -138,7 +138,7 @@ def test_the_other_size_is_refused(tmp_path, layout):
         lora_files.save(file, adapter, medium.keys, CFG)
     else:
         lora_files.save_fused(file, adapter, medium.base, medium.keys, medium.comfy, CFG)
-    with pytest.raises(WeightsError, match=r"is no LoRA of this model") as e:
+    with pytest.raises(WeightsError, match=r"is not a LoRA of this model") as e:
         lora_files.load(file, large.base, large.keys, CFG, large.comfy)
     assert "blocks" in str(e.value) and "more" in str(e.value)
     same_depth = small(**wide | {"num_layers": 5})
@@ -151,7 +151,7 @@ def test_fewer_blocks_of_the_same_widths_are_told(tmp_path):
     few, many, file = small(), small(num_layers=7), tmp_path / "x.safetensors"
     lora_files.save(file, made(few.base, ("attn.to_q", "attn.to_k")), few.keys, CFG)
     found, said = lora_files.load(file, many.base, many.keys, CFG, many.comfy)
-    assert said == ("LoRA of rank 4 on 10 of 110 Linears, in 5 of 7 blocks; the others stay as they are",)
+    assert said == ("LoRA of rank 4 on 10 of 110 Linears, in 5 of 7 blocks; the others are not changed",)
     assert set(found) == {"transformer_blocks_0", "transformer_blocks_2"}  # the last block is a stack of its own
     assert not found["transformer_blocks_2"]["attn"]["to_q"]["b"][3:].any()
 

@@ -117,7 +117,7 @@ def test_nothing_runs(tmp_path, depth):
         depth, {"state_dict": {"w": torch.ones(2)}, "optimizer": payload}
     )
     torch.save(tree, tmp_path / "model.pt")
-    with pytest.raises(WeightsError, match=r"model.pt asks for posix\.mkdir, which is no part of a tensor"):
+    with pytest.raises(WeightsError, match=r"model.pt asks for posix\.mkdir, which is not part of a tensor"):
         torch_file.read(tmp_path / "model.pt")
     with pytest.raises(WeightsError, match=r"asks for posix\.mkdir"):
         Files(tmp_path / "model.pt")
@@ -186,7 +186,7 @@ def test_by_hand(tmp_path):
 )
 def test_views_that_reach_beyond_and_other_mischief(tmp_path, bent):
     write_zip(tmp_path / "model.pt", by_hand(**bent), _0=np.arange(6, dtype=np.float32).tobytes())
-    with pytest.raises(WeightsError, match=r"model.pt (is not a whole file of torch.save|holds a \w+ as 'x')"):
+    with pytest.raises(WeightsError, match=r"model.pt (is not a complete file of torch.save|holds a \w+ as 'x')"):
         torch_file.read(tmp_path / "model.pt")
 
 
@@ -196,7 +196,9 @@ def test_truncated(tmp_path, part):
     torch.save(tensors(), file)
     whole = file.read_bytes()
     file.write_bytes(whole[: int(part * len(whole))])
-    with pytest.raises(WeightsError, match=r"pytorch_model.bin is not a whole file of torch.save .*download it again"):
+    with pytest.raises(
+        WeightsError, match=r"pytorch_model.bin is not a complete file of torch.save .*download it again"
+    ):
         Files(tmp_path, "model")
 
 
@@ -209,13 +211,13 @@ def test_no_checkpoints(tmp_path):
         return str(e.value)
 
     file.write_text("<!DOCTYPE html><p>Sign in")
-    assert "is no checkpoint of torch.save (it begins with b'<!DOCTYPE html')" in said()
+    assert "is not a checkpoint of torch.save (it begins with b'<!DOCTYPE html')" in said()
     torch.save(tensors(), file, _use_new_zipfile_serialization=False)
-    assert "is in torch's format of before version 1.6: write it anew with torch.save" in said()
+    assert "is in torch's format before version 1.6: save it again with torch.save" in said()
     torch.save([torch.ones(2)], file)
     assert "holds a list, not a dict of tensors" in said()
     torch.save({"w": torch.ones(2), "epoch": 3}, file)
-    assert "holds a int as 'epoch' where only named tensors may be" in said()
+    assert "holds a int as 'epoch', but only named tensors are allowed" in said()
     torch.save({"visual": {"w": torch.ones(2)}}, file)
     assert "holds a dict as 'visual'" in said()
     with zipfile.ZipFile(file, "w") as archive:

@@ -151,7 +151,7 @@ def test_bfloat16_stays_near(tmp_path):
         ({"norm_num_groups": 3}, "norm_num_groups 3"),
         ({"act_fn": "gelu"}, "config.json: act_fn is 'gelu': only 'silu' is known here"),
         ({"up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]}, "up_block_types is .*: only 'UpDecoder"),
-        ({"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types is of 1 blocks, block_out_channels of 2"),
+        ({"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types has 1 blocks, block_out_channels 2"),
         ({"latents_mean": [0.1] * 4}, "latents_mean is .*: only null is known here"),
         ({"a_new_option": 3}, "a_new_option is 3, an option that is not known here"),
     ],

@@ -313,7 +313,7 @@ def test_shards(folder):
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
     identical(load(folder), tree_of())
     (folder / where["head.weight"]).unlink()
-    with pytest.raises(WeightsError, match=f"{where['head.weight']} is named by the index but is not there"):
+    with pytest.raises(WeightsError, match=f"{where['head.weight']} is in the index but does not exist"):
         load(folder)
 
 
@@ -349,12 +349,12 @@ def test_a_file_that_may_not_be_read(folder, file, monkeypatch):
 def test_truncated_file(folder, cut):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(WeightsError, match=r"model.safetensors is not a whole safetensors file"):
+    with pytest.raises(WeightsError, match=r"model.safetensors is not a complete safetensors file"):
         load(folder)
 
 
 def test_no_folder(tmp_path):
-    with pytest.raises(WeightsError, match="nowhere is not a directory"):
+    with pytest.raises(WeightsError, match="nowhere is neither a directory"):
         Files(tmp_path / "nowhere", "model")
 
 
@@ -396,7 +396,7 @@ def test_from_config(tmp_path, text, found):
         (b'{"width": 7', "is not JSON"),
         (b'{"width": "\xff"}', "is not JSON"),
         (b"[1, 2]", "holds a list"),
-        (None, r"config.json is missing: /\S+/test_config_that_cannot_be_use\d+ is no folder of a model"),
+        (None, r"config.json is missing: /\S+/test_config_that_cannot_be_use\d+ is not the folder of a model"),
         (b'{"width": "8"}', "width is '8', not a whole number above 0: download it again"),
         (b'{"width": 8.0}', "width is 8.0, not a whole number above 0"),
         (b'{"width": 0}', "width is 0, not a whole number above 0"),

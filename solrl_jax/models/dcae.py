@@ -1,7 +1,7 @@
-"""AutoencoderDC's decoder, SANA's: 32 pixels along a side of a latent, channels last (spec/models.md section 7.2).
+"""AutoencoderDC's decoder, for SANA: a latent covers 32 x 32 pixels, channels last (spec/models.md section 7.2).
 
-Residual blocks in the fine stages, linear attention at several scales in the coarse ones. Norms and attention sums are
-f32, convolutions `dtype`. Latents outside this file are scaled: the autoencoder's own z times scaling_factor.
+Residual blocks in the fine stages, linear attention at several scales in the coarse stages. Norms and attention sums
+are f32, convolutions `dtype`. Outside this file latents are scaled: the autoencoder's own z times scaling_factor.
 """
 
 import dataclasses
@@ -72,7 +72,7 @@ class DcaeConfig:
         lists = self.decoder_block_types, self.decoder_layers_per_block, self.decoder_qkv_multiscales
         names = "decoder_block_types", "decoder_layers_per_block", "decoder_qkv_multiscales"
         if other := {name: len(x) for name, x in zip(names, lists, strict=True) if len(x) != stages}:
-            raise ValueError(f"decoder_block_out_channels is of {stages} stages, not so {other}")
+            raise ValueError(f"decoder_block_out_channels has {stages} stages, but {other}")
         if even := [k for scales in self.decoder_qkv_multiscales for k in scales if k % 2 == 0]:
             raise ValueError(f"decoder_qkv_multiscales {even} are not odd")
         heads = [w for w, kind in zip(widths, self.decoder_block_types, strict=True) if kind != "ResBlock"]
@@ -112,7 +112,7 @@ def _norm(name: str) -> RMSNorm:
 
 
 def pixel_shuffle(x: Float[Array, "B h w C"]) -> Float[Array, "B H W c"]:
-    """Each pixel's channels (c, dy, dx), c slowest, as 2x2 pixels."""
+    """Each pixel's channels (c, dy, dx), c slowest, become 2x2 pixels."""
     b, h, w, channels = x.shape
     x = x.reshape(b, h, w, channels // 4, 2, 2).transpose(0, 1, 4, 2, 5, 3)
     return x.reshape(b, 2 * h, 2 * w, channels // 4)
@@ -130,7 +130,7 @@ class ResBlock(nn.Module):
 
 
 class Scale(nn.Module):
-    """q, k and v seen through a depthwise k x k convolution and a mixing of each run of `run` channels."""
+    """q, k and v at another scale: a depthwise k x k convolution, then a mix of each run of `run` channels."""
 
     size: int
     run: int
@@ -149,10 +149,10 @@ class Scale(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + norm(out of linear attention over all positions, at the scales of `scales` side by side).
+    """x + norm(projected linear attention over all positions, at the scales of `scales` side by side).
 
-    The released weights read the channels [q k v, the scales' q k v] in runs of three heads: q, k, v of one head each,
-    across the borders of the three projections.
+    The released weights split the channels [q k v, the scales' q k v] into runs of three heads and take each run as q,
+    k, v of one head. So a run can cross the borders between the three projections.
     """
 
     head: int
@@ -185,7 +185,7 @@ class VitBlock(nn.Module):
 
 
 class Upsample(nn.Module):
-    """conv(x, each pixel four times) + x with its channels, each several times, as pixels."""
+    """conv(x with each pixel repeated as 2x2) + pixel_shuffle(x with its channels repeated)."""
 
     width: int
     dtype: Any
@@ -198,7 +198,7 @@ class Upsample(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z -> x, near [-1, 1]; vae.decode takes it."""
+    """z -> x, about in [-1, 1]; used by vae.decode."""
 
     cfg: DcaeConfig
     dtype: Any = jnp.bfloat16
@@ -245,7 +245,7 @@ KEYS = (
 
 
 def keys(cfg: DcaeConfig) -> tuple[Rule, ...]:
-    """The key table; a gated convolution's norm is part of it there."""
+    """The key table. In the checkpoint a gated convolution contains its norm."""
     norms = []
     for i, kind in enumerate(cfg.decoder_block_types):
         inside = "norm" if kind == "ResBlock" else "conv_out.norm"
@@ -256,7 +256,7 @@ def keys(cfg: DcaeConfig) -> tuple[Rule, ...]:
 
 
 def load(folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None = None) -> tuple[Decoder, Params]:
-    """Module and parameters (numpy, or where `place` takes them; in `dtype`) of a folder in diffusers' layout."""
+    """Module and parameters (in `dtype`; numpy, or the results of `place`) of a folder in diffusers' layout."""
     cfg = DcaeConfig.read(folder)
     module = Decoder(cfg, dtype)
     spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, 1, cfg.latent_channels)))["params"]

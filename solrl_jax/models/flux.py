@@ -1,7 +1,8 @@
 """FLUX.1: 19 double and 38 single blocks over packed latents, text first (spec: models.md sections 2, 8, 9.1).
 
-Modules carry the checkpoint's own names, so that the key table at the end is short. Residual stream in the network's
-dtype; LayerNorm, modulation and RoPE in f32. Where the reference rounds (bf16 times 1000) we take the clean f32 form.
+Modules have the checkpoint's own names, so that the key table at the end is short. The residual stream is in the
+network's dtype; LayerNorm, modulation and RoPE are in f32. Where the reference rounds (the time in bf16, times 1000),
+this file computes in f32.
 """
 
 import dataclasses
@@ -28,10 +29,10 @@ from solrl_jax.weights import Rule, hub
 from solrl_jax.weights.lora_files import Fused
 from solrl_jax.weights.options import Options
 
-PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # of the same parts
+PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # all have the same parts
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 NVFP4_SKIP = ("x_embedder", "context_embedder", "time_text_embed", "norm_out")
-# Modulation sees a row a picture, the last projection gives 64 channels: 8-bit products bring those nothing.
+# Modulation has one row per picture, and the last projection gives 64 channels: 8-bit products would not be faster.
 FP8_SKIP = (*NVFP4_SKIP, r"\bnorm", r"^proj_out")
 ENCODERS = (
     Encoder("clip", "text_encoder", "tokenizer", text.ClipTextConfig),
@@ -89,8 +90,10 @@ Rope = tuple[Array, Array]
 
 
 def rope_table(cfg: FluxConfig, height: int, width: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin for `rotate`, f32 [tokens + height * width, d]; text first with position 0 (no rotation), angles in
-    f64. An angle holds for a pair of channels (2k, 2k+1): cos twice, -sin and sin."""
+    """cos and signed sin for `rotate`, f32 [tokens + height * width, d], computed in f64.
+
+    The text comes first, at position 0 (no rotation). Channels 2k and 2k + 1 share an angle: cos twice, -sin and sin.
+    """
     rows, cols = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     image = np.stack([np.zeros_like(rows), rows, cols], axis=-1).reshape(-1, 3)
     ids = np.concatenate([np.zeros((tokens, 3)), image]).astype(np.float64)
@@ -101,7 +104,11 @@ def rope_table(cfg: FluxConfig, height: int, width: int, tokens: int) -> tuple[n
 
 
 def rotate(x: Float[Array, "B S H d"], rope: Rope) -> Float[Array, "B S H d"]:
-    """RoPE of f32 x. Written with each pair swapped, not taken apart: XLA then reads and writes whole rows."""
+    """RoPE of f32 x.
+
+    It swaps the two channels of each pair in place. Split into even and odd channels, XLA's kernels would read and
+    write every second element instead of whole rows. No test guards this.
+    """
     cos, sin = (table[None, :, None, :] for table in rope)
     swapped = jnp.flip(x.reshape((*x.shape[:-1], -1, 2)), axis=-1).reshape(x.shape)
     return x * cos + swapped * sin
@@ -110,8 +117,8 @@ def rotate(x: Float[Array, "B S H d"], rope: Rope) -> Float[Array, "B S H d"]:
 class RotaryNorm(nn.Module):
     """RoPE of RMSNorm(x), in x's dtype.
 
-    A rotation keeps lengths, so that the division by rms(x) can come last: reading x twice (for its length, for all the
-    rest) and writing once is the least that XLA's kernels take.
+    A rotation does not change rms(x), so the division by it can come last. XLA's kernels then read x twice (once for
+    rms(x), once for the rest) and write once, which is the least possible. No test guards this.
     """
 
     eps: float = 1e-6
@@ -125,7 +132,7 @@ class RotaryNorm(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Attention over [text, image]; with `text` None, over one stream that holds both already (single blocks)."""
+    """Attention over [text, image]; if `text` is None, over one stream that already holds both (single blocks)."""
 
     cfg: FluxConfig
     dtype: Any
@@ -192,7 +199,7 @@ class FluxTransformer(nn.Module):
     cfg: FluxConfig
     dtype: Any = jnp.bfloat16
     remat: bool = False
-    keeps: tuple[str, ...] = ()  # of what remat would recompute: "attention", "qkv", "mlp"
+    keeps: tuple[str, ...] = ()  # what remat does not recompute, of "attention", "qkv", "mlp"
 
     @nn.compact
     def __call__(self, x: Array, text: Array, pooled: Array, sigma: Array, guidance: Array, rope: Rope) -> Array:
@@ -229,7 +236,7 @@ def unpack(tokens: Float[Array, "B S C"], height: int, width: int) -> Float[Arra
 
 
 def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
-    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by mu, which grows with the image tokens; then 0 (models.md 9.1)."""
+    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by mu, which grows with the image tokens; last 0 (models.md 9.1)."""
     u = np.linspace(1, 1 / steps, steps)
     if schedule.use_dynamic_shifting:
         low, high = schedule.base_image_seq_len, schedule.max_image_seq_len
@@ -245,9 +252,10 @@ def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
 
 @folders.made_once
 def make(cfg: config.Model, folder: Path) -> Model:
-    """The pure functions of the pipeline `cfg.path`, by the configs in its `folder`.
+    """The pure functions of the pipeline `cfg.path`, from the configs in its `folder`.
 
-    Conditioning: {"text" [G, L, Dt], "pooled" [G, Dp]}. Guidance embedding 1.0 throughout, no classifier-free guidance.
+    Conditioning: {"text" [G, L, Dt], "pooled" [G, Dp]}. The guidance embedding is always 1.0; no classifier-free
+    guidance.
     """
     hub.check_pipeline(folder, PIPELINES)
     flux = FluxConfig.read(folder / "transformer")
@@ -263,7 +271,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
     decoder = vae.Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype))
 
     def run(variables: Variables, x: Array, sigma: Array, cond: PyTree, **how: Any) -> Any:
-        folders.check_latents(x, shape)  # the table of positions is of this shape
+        folders.check_latents(x, shape)  # the table of positions is made for this shape
         given = pack(x).astype(dtype), cond["text"], cond["pooled"], sigma, jnp.ones_like(sigma)
         return network.apply(variables, *given, tuple(map(jnp.asarray, rope)), **how)
 
@@ -302,7 +310,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
 
 
 def _check_widths(folder: Path, cfg: FluxConfig, vae_cfg: vae.VaeConfig) -> None:
-    """WeightsError where the parts of a pipeline are of different models."""
+    """WeightsError if the parts of a pipeline belong to different models."""
     clip, t5 = (e.config.read(folder / e.folder) for e in ENCODERS)
     assert isinstance(clip, text.ClipTextConfig) and isinstance(t5, text.T5Config)
     found = {
@@ -320,9 +328,9 @@ def _check_widths(folder: Path, cfg: FluxConfig, vae_cfg: vae.VaeConfig) -> None
 
 
 def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:
-    """(transformer, VAE decoder, text encoders {clip, t5}) of the folder, in the dtypes `make`'s functions expect.
+    """(transformer, VAE decoder, text encoders {clip, t5}) of the folder, in the dtypes that `make`'s functions expect.
 
-    Transformer and decoder go where `place` takes them, leaf by leaf as they are read; the text encoders are numpy.
+    `place` is applied to each leaf of the transformer and the decoder as it is read; the text encoders stay numpy.
     """
     base, decoder, encoders = parts(cfg, place)
     return base, decoder, encoders
@@ -331,17 +339,17 @@ def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params,
 def parts(
     cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
 ) -> Iterator[Params]:
-    """What `load` returns, one after another, each read when it is asked for."""
+    """An iterator over what `load` returns; each part is read when it is asked for."""
     return folders.parts(cfg, make(cfg), ENCODERS, place, place_text)
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
-    """What `load` returns, as ShapeDtypeStructs: from the folder's configs alone."""
+    """What `load` returns, as ShapeDtypeStructs, from the folder's configs alone."""
     return folders.shapes(cfg, make(cfg), ENCODERS)
 
 
 def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
-    """What `tokenize` gives for so many prompts, as ShapeDtypeStructs."""
+    """What `tokenize` returns for that many prompts, as ShapeDtypeStructs."""
     return folders.token_shapes(cfg, ENCODERS, prompts)
 
 
@@ -354,7 +362,7 @@ KEYS = (
     Rule(r"(.+)/bias", r"\1.bias"),
 )
 
-# Black Forest Labs' module names, by which ComfyUI and kohya's trainer know FLUX, and the Linears each is made of.
+# Black Forest Labs' module names, which ComfyUI and kohya's trainer use for FLUX, and the Linears that each combines.
 _COMFY_BLOCKS = {
     ("double_blocks_{layer}_", "transformer_blocks.{layer}."): {
         "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
@@ -389,5 +397,5 @@ COMFY = (
         for (theirs, ours), modules in _COMFY_BLOCKS.items()
         for name, parts in modules.items()
     ),
-    Fused("final_layer_adaLN_modulation_1", ("norm_out.linear",), swapped=True),  # shift, scale there
+    Fused("final_layer_adaLN_modulation_1", ("norm_out.linear",), swapped=True),  # order there: shift, scale
 )

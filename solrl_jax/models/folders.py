@@ -1,6 +1,6 @@
-"""Folders in diffusers' layout of a transformer, a VAE and text encoders: FLUX's, SD3.5's and SANA's.
+"""Folders in diffusers' layout with a transformer, a VAE and text encoders: FLUX's, SD3.5's and SANA's.
 
-A model file says which encoders it has, in a table of `Encoder`s; here they are read, described and fed.
+Each model file lists its encoders in a table of `Encoder`s. This file reads them, gives their shapes and tokenizes.
 """
 
 import functools
@@ -22,21 +22,21 @@ from solrl_jax.weights import hub
 
 
 class Encoder(NamedTuple):
-    """A text encoder of a pipeline: its name here, the folders of it and of its tokenizer."""
+    """A text encoder of a pipeline: its name here, its folder and its tokenizer's folder."""
 
     name: str
     folder: str
     tokenizer: str
     config: type[text.ClipTextConfig] | type[text.T5Config] | type[gemma2.Gemma2Config]
     project: bool = False  # a CLIP whose pooled state is projected
-    masked: bool = False  # one whose reader must know what is padding
+    masked: bool = False  # the network needs a mask of its padding
 
 
 Encoders = tuple[Encoder, ...]
 
 
 class Naming(NamedTuple):
-    """Other names of a network's weights, which a file has that holds the key `sign`."""
+    """Other names of a network's weights. A file has these names if it contains the key `sign`."""
 
     sign: str
     keys: tuple[weights.Rule, ...]
@@ -45,7 +45,7 @@ class Naming(NamedTuple):
 
 
 def latent_side(size: int, vae_cfg: vae.VaeConfig | dcae.DcaeConfig, patch: int = 2) -> int:
-    """Latents along a side of a picture of `size` pixels; ConfigError where patches of them do not fill it."""
+    """Latents along a side of a picture of `size` pixels; ConfigError if they do not divide into patches."""
     if size % (patch * vae_cfg.factor):
         patches = f", {patch}x{patch} patches" if patch > 1 else ""
         raise config.ConfigError(
@@ -55,30 +55,30 @@ def latent_side(size: int, vae_cfg: vae.VaeConfig | dcae.DcaeConfig, patch: int 
 
 
 def decoder(folder: Path, dtype: Any) -> vae.Decoder | dcae.Decoder:
-    """The VAE's half that is needed, of the class that the pipeline's vae/config.json names."""
+    """The VAE's decoder, of the class that the pipeline's vae/config.json names."""
     if weights.read_json(folder / "vae" / "config.json").get("_class_name") == "AutoencoderDC":
         return dcae.Decoder(dcae.DcaeConfig.read(folder / "vae"), dtype)
     return vae.Decoder(vae.VaeConfig.read(folder / "vae"), dtype)
 
 
 def check_parts(folder: Path, found: Mapping[str, bool]) -> None:
-    """WeightsError for the first of {what the transformer takes and another part gives: whether they are the same}."""
+    """WeightsError for the first false entry of {what the transformer takes and another part gives: they match}."""
     for what, fits in found.items():
         if not fits:
-            raise weights.WeightsError(f"{folder}: the transformer takes {what}: these parts are of different models")
+            raise weights.WeightsError(f"{folder}: the transformer takes {what}: the parts belong to different models")
 
 
 def check_latents(x: Array, shape: tuple[int, ...]) -> None:
-    """ValueError unless x is a batch of the model's own latents."""
+    """ValueError unless x is a batch of latents of the model's size."""
     if x.shape[1:] != shape:
-        raise ValueError(f"latents of shape {x.shape}: this model's are [B, {', '.join(map(str, shape))}], by its size")
+        raise ValueError(f"latents of shape {x.shape}: this model needs [B, {', '.join(map(str, shape))}]")
 
 
 def made_once(make: Callable[[config.Model, Path], Model]) -> Callable[[config.Model], Model]:
-    """`make` of a config and its pipeline's folder (hub.pipeline) as a function of the config.
+    """Turns `make`, of a config and its pipeline's folder (hub.pipeline), into a function of the config.
 
-    The same config gives the same Model, as a static argument of jit must be, while the folder's configs are the same:
-    when they are written anew, so is the Model.
+    The same config gives the same Model object, as jit's static arguments require. If the folder's config files
+    change, it gives a new Model.
     """
 
     @functools.lru_cache(maxsize=8)
@@ -115,26 +115,26 @@ def parts(
     place_text: weights.Place | None = None,
     namings: tuple[Naming, ...] = (),
 ) -> Iterator[Params]:
-    """Transformer, VAE decoder, text encoders {name: tree}, one after another, each read when it is asked for.
+    """Yields transformer, VAE decoder and text encoders {name: tree}; each is read when it is asked for.
 
-    In the dtypes that `model`'s functions expect; leaves go where `place` and `place_text` take them as they are read.
-    The transformer's names are those of `model.keys`, or of one of `namings`.
+    They have the dtypes that `model`'s functions expect. `place` and `place_text` are applied to each leaf as it is
+    read. The transformer's names are those of `model.keys`, or of one of `namings`.
     """
     dtype = jnp.dtype(cfg.dtype)
-    tokenizers(str(hub.pipeline(cfg.path, configs_only=True)), encoders)  # missing ones are said before gigabytes
+    tokenizers(str(hub.pipeline(cfg.path, configs_only=True)), encoders)  # fails before gigabytes are fetched
     folder = hub.pipeline(cfg.path)
     spec = jax.eval_shape(model.init, jax.random.key(0))
     files = weights.Files(network_file(cfg) or folder / "transformer", "diffusion_pytorch_model")
     naming = next((x for x in namings if x.sign in files.keys()), Naming("", model.keys, (), ()))  # noqa: SIM118
     how = {"aliases": naming.aliases, "droppable": naming.droppable}
-    yield weights.load(files, spec, naming.keys, dtype=dtype, place=place, **how)  # no name holds what was given
+    yield weights.load(files, spec, naming.keys, dtype=dtype, place=place, **how)  # no variable keeps it alive
     load = dcae.load if isinstance(decoder(folder, F32), dcae.Decoder) else vae.load_vae
     yield load(folder / "vae", F32, place=place)[1]
     yield {e.name: _load(e, folder, dtype, place_text) for e in encoders}
 
 
 def network_file(cfg: config.Model) -> Path | None:
-    """What model.weights names; fetched, if it is on the hub."""
+    """The file that model.weights names; fetched if it is on the hub."""
     return hub.file(cfg.weights, ", --config.model.weights") if cfg.weights else None
 
 
@@ -147,7 +147,7 @@ def _load(encoder: Encoder, folder: Path, dtype: Any, place: weights.Place | Non
 
 
 def shapes(cfg: config.Model, model: Model, encoders: Encoders) -> tuple[Params, Params, Params]:
-    """What `parts` gives, as ShapeDtypeStructs: from the folder's configs alone."""
+    """What `parts` yields, as ShapeDtypeStructs, from the folder's configs alone."""
     folder, dtype = hub.pipeline(cfg.path, configs_only=True), jnp.dtype(cfg.dtype)
     key, half = jax.random.key(0), decoder(folder, F32)
 
@@ -171,7 +171,7 @@ def _blank(module: nn.Module) -> tuple[Array, ...]:
 
 
 def token_shapes(cfg: config.Model, encoders: Encoders, prompts: int) -> PyTree:
-    """What `tokenize` gives for so many prompts, as ShapeDtypeStructs."""
+    """What `tokenize` returns for that many prompts, as ShapeDtypeStructs."""
     folder = hub.pipeline(cfg.path, configs_only=True)
 
     def length(encoder: Encoder) -> int:
@@ -186,8 +186,10 @@ def token_shapes(cfg: config.Model, encoders: Encoders, prompts: int) -> PyTree:
 
 
 def tokenizers(folder: str, encoders: Encoders) -> tuple[Any, ...]:
-    """transformers' tokenizers of the encoders. WeightsError where one is missing, or is not of its encoder's model:
-    knows more words than that does, or a CLIP's cuts texts at another length."""
+    """transformers' tokenizers of the encoders.
+
+    WeightsError if one is missing or does not fit its encoder: it has more tokens, or, for a CLIP, another length.
+    """
     return tuple(_tokenizer(Path(folder), e, _files(Path(folder), e)) for e in encoders)
 
 
@@ -197,15 +199,15 @@ def _files(folder: Path, encoder: Encoder) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _tokenizer(folder: Path, encoder: Encoder, digest: str) -> Any:
-    """Once for files of the same `digest`."""
+    """Cached by the `digest` of the files."""
     import transformers
 
     where, cfg = text.require_tokenizer(folder / encoder.tokenizer), encoder.config.read(folder / encoder.folder)
-    kind = getattr(transformers, _KINDS[encoder.config])  # as in model_index.json, whatever its own file says
+    kind = getattr(transformers, _KINDS[encoder.config])  # the class in model_index.json; its own file may name another
     try:
-        # The one that is masked is Gemma, whose files say left; its pipeline says right. Others pad as their files say.
+        # Only Gemma is masked. Its files say left, its pipeline says right. The others pad as their files say.
         found = kind.from_pretrained(where, **({"padding_side": "right"} if encoder.masked else {}))
-    except Exception as e:  # anything: the files are the user's, the code that reads them is not ours
+    except Exception as e:  # any kind: the files are the user's and the reader is transformers
         said = " ".join(str(e).split())[:200]
         raise weights.WeightsError(
             f"{where}: transformers cannot read its tokenizer ({said}): download it again"
@@ -226,14 +228,14 @@ _KINDS = {text.ClipTextConfig: "CLIPTokenizer", text.T5Config: "T5Tokenizer", ge
 
 
 def _length(tokenizer: Any) -> str:
-    """transformers says 10**30 for none."""
+    """transformers gives 10**30 if there is no length."""
     return str(tokenizer.model_max_length) if tokenizer.model_max_length < 10**9 else "missing"
 
 
 def tokenize(folder: str, encoders: Encoders, text_tokens: int, prompts: Sequence[str]) -> dict[str, PyTree]:
-    """{name: int32 [G, L]}, padded and cut to a CLIP's own length or to `text_tokens`.
+    """{name: int32 [G, L]}, padded and truncated to a CLIP's own length or to `text_tokens`.
 
-    Of an encoder that is masked {"ids", "mask"}: the mask is the tokenizer's own, bool [G, L], false where it padded.
+    For a masked encoder {"ids", "mask"}: the mask is the tokenizer's own, bool [G, L], False for padding.
     """
     pad = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
     found = {}

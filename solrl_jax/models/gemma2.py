@@ -1,8 +1,8 @@
-"""Gemma-2, SANA's text encoder: a causal language model read at its last states (spec/models.md section 8.1).
+"""Gemma-2, SANA's text encoder: a causal language model of which the last states are used (spec/models.md section 8.1).
 
-Rotary positions, keys and values shared by groups of query heads, scores capped at 50 by a tanh, norms around both
-halves of a layer. One nn.scan over the layers. Norms, scores and rotation are f32, products and the residual stream are
-in the module's dtype.
+Rotary positions, grouped-query attention, scores capped at 50 by a tanh, norms before and after both halves of a layer.
+One nn.scan over the layers. Norms, scores and rotation are f32; products and the residual stream are in the module's
+dtype.
 """
 
 import dataclasses
@@ -47,26 +47,26 @@ class Gemma2Config:
     options: ClassVar[Options] = Options(
         "transformers",
         only={"model_type": ("gemma2",), "use_bidirectional_attention": (None, False)},
-        # Layers of both types see the whole of a text that sliding_window holds, and no other is taken.
+        # Texts are never longer than sliding_window, so layers of both types see the whole text.
         idle=(
             *("layer_types", "max_position_embeddings", "hidden_act", "final_logit_softcapping"),
             "sliding_window_size",
-            *("rope_scaling", "rope_parameters"),  # but see _rope
+            *("rope_scaling", "rope_parameters"),  # checked in _rope
         ),
     )
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads {self.num_attention_heads} are no multiple of num_key_value_heads "
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions rotate pairs")
         if self.hidden_activation not in ACTIVATIONS:
-            raise ValueError(f"hidden_activation {self.hidden_activation!r} is none of {sorted(ACTIVATIONS)}")
+            raise ValueError(f"hidden_activation {self.hidden_activation!r} is not one of {sorted(ACTIVATIONS)}")
         if self.attn_logit_softcapping is not None and not self.attn_logit_softcapping > 0:
-            raise ValueError(f"attn_logit_softcapping {self.attn_logit_softcapping} is not above 0, nor null (none)")
+            raise ValueError(f"attn_logit_softcapping {self.attn_logit_softcapping} is neither above 0 nor null")
         if self.attention_bias:
             raise ValueError("attention_bias true is not known here: Gemma-2 has none")
 
@@ -80,7 +80,7 @@ class Gemma2Config:
 
 
 def _rope(file: Path, raw: Mapping[str, Any]) -> dict[str, float]:
-    """rope_theta where the file has it in an object; WeightsError for positions that are turned in another way."""
+    """rope_theta if the file has it in an object; WeightsError for another kind of rotary positions."""
     found = {}
     for key in ("rope_scaling", "rope_parameters"):
         given = raw.get(key) or {}
@@ -92,7 +92,7 @@ def _rope(file: Path, raw: Mapping[str, Any]) -> dict[str, float]:
 
 
 def rope_table(length: int, width: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """cos and signed sin, f32 [length, width], of positions 0 and up; a pair is (k, k + width/2)."""
+    """cos and signed sin, f32 [length, width], for positions from 0 on; a pair is (k, k + width/2)."""
     angle = np.arange(length)[:, None] * theta ** (-np.arange(0, width, 2) / width)[None, :]
     angle, sign = np.concatenate([angle, angle], axis=-1), np.repeat([-1.0, 1.0], width // 2)
     return np.cos(angle).astype(np.float32), (sign * np.sin(angle)).astype(np.float32)
@@ -131,7 +131,7 @@ class Gemma2Layer(nn.Module):
 
 
 class Gemma2(nn.Module):
-    """Token ids, of which the first `lengths` are a text and the rest padding -> the states after the final norm."""
+    """Token ids (the first `lengths` are the text, the rest is padding) -> the states after the final norm."""
 
     cfg: Gemma2Config
     dtype: Any = jnp.bfloat16
@@ -151,7 +151,7 @@ class Gemma2(nn.Module):
 
 
 def blank() -> tuple[Int[Array, "1 2"], Int[Array, "1"]]:
-    """Arguments by which the parameters' shapes are found."""
+    """Arguments of `init` for finding the parameters' shapes."""
     return jnp.zeros((1, 2), jnp.int32), jnp.ones(1, jnp.int32)
 
 
@@ -164,12 +164,12 @@ KEYS = (
     *(Rule(f"layers/norm{i}/scale", f"{_LAYER}{name}_layernorm.weight") for i, name in enumerate(_NORMS, 1)),
     Rule("final_norm/scale", "norm.weight"),
 )
-ALIASES = ((r"^model\.", ""),)  # of a whole language model, with its head on top
+ALIASES = ((r"^model\.", ""),)  # the prefix in files of a whole language model, with its head
 DROPPABLE = (r"lm_head\.weight", r".*rotary_emb\.inv_freq")
 
 
 def load(folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None = None) -> tuple[Gemma2, Params]:
-    """Module and parameters (numpy, or where `place` takes them; in `dtype`) of a folder in transformers' layout."""
+    """Module and parameters (in `dtype`; numpy, or the results of `place`) of a folder in transformers' layout."""
     module = Gemma2(Gemma2Config.read(folder), dtype)
     spec = jax.eval_shape(module.init, jax.random.key(0), *blank())["params"]
     files = weights.Files(folder, "model")

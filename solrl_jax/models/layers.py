@@ -1,7 +1,7 @@
-"""Layers shared by the networks, and the only place that knows LoRA and low precision.
+"""Layers shared by the networks, and the only file that handles LoRA and low precision.
 
-`Linear` looks at the collections it was given: a kernel in `quant` replaces its own, factors in `lora` are added. So
-one module serves as reference {params}, policy {params, lora} and explorer {params, quant}.
+`Linear` looks at the collections it is given: a kernel in `quant` replaces its own, factors in `lora` are added. So one
+module serves as the reference {params}, the policy {params, lora} and the explorer {params, quant}.
 """
 
 import functools
@@ -20,21 +20,25 @@ from solrl_jax.device import operands, row_major
 
 F32 = jnp.float32
 LONG = 256
-"""Tokens from which the fused attention is taken; the small world's 40 are not worth a kernel of their own."""
+"""Least number of tokens for the fused attention; the small world has 40, too few for it to pay off."""
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision | None:
-    """What a product of operands in `dtype` asks for: float32 means float32, which GPUs and TPUs give only when asked
-    (else TF32 and bfloat16). Other types have one kind of product; asking would change nothing."""
+    """The precision that products of operands in `dtype` request.
+
+    Without HIGHEST, GPUs compute float32 products in TF32 and TPUs in bfloat16 (tests/test_precision.py). Other types
+    have only one kind of product, so they request nothing.
+    """
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == F32 else None
 
 
 class Linear(nn.Module):
     """y = x W + (x A) B + b. W [in, out] in the network's dtype, A [in, R] and B [R, out] f32, alpha/R folded in.
 
-    x may come as several parts of its last axis, which are then never put together in memory. `bias_after` leaves the
-    bias to what follows, if that passes over y anyway: of a product without one, XLA reads a stack's kernel where it
-    lies, for any other it writes the layer's kernel out first.
+    x may come in several parts along its last axis, which are then never concatenated in memory. `bias_after` adds the
+    bias after the product, as part of an elementwise kernel that reads y anyway. A product whose epilogue has a bias
+    makes XLA copy the layer's kernel out of the stack first; one without a bias reads the kernel inside the stack
+    (epilogues counted in tests/test_compiled.py::test_forward).
     """
 
     features: int
@@ -44,8 +48,9 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, *parts: Float[Array, "*batch _"]) -> Float[Array, "*batch out"]:
-        # f32 results of bf16 products: on CPUs up to twice as fast as bf16 ones. On GPUs they would double the traffic,
-        # and cuBLASLt adds a bias to its f32 sums before it rounds them, so there the result is the same without.
+        # On CPUs, bf16 products with f32 results are up to twice as fast as with bf16 results. On GPUs f32 results
+        # would double the memory traffic, and gain nothing: cuBLASLt adds the bias to its f32 sums before it rounds.
+        # Guard: every product's result is bf16 (tests/test_compiled.py::test_forward).
         out = self.dtype if device.platform() == "gpu" else F32
         if self.is_mutable_collection("largest") and not self.is_initializing():
             self.sow("largest", "x", jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in parts])).astype(F32))
@@ -64,6 +69,8 @@ class Linear(nn.Module):
             a, b = (jnp.asarray(self.get_variable("lora", name)) for name in "ab")
             y = y + _product((_product(parts, a, self.dtype, out),), b, self.dtype, out)
         if bias is not None and self.bias_after:
+            # Without the barrier XLA moves the bias back into the product's epilogue: BIAS where test_forward of
+            # tests/test_compiled.py expects DEFAULT.
             y = _plus(jax.lax.optimization_barrier(y) if device.platform() == "gpu" else y, bias)
         return y.astype(self.dtype)
 
@@ -73,7 +80,10 @@ def _plus(y: Array, bias: Array) -> Array:
 
 
 def inputs_seen(variables: Mapping[str, Any]) -> dict[str, Array]:
-    """{Linear's path: largest |input|} of a call with the collection `largest` mutable, over a stack's layers."""
+    """{path of a Linear: largest |input|}, the maximum over a stack's layers.
+
+    `variables` are those that a call with the mutable collection `largest` returns.
+    """
     found = jax.tree_util.tree_leaves_with_path(variables["largest"])
     return {
         "/".join(key.key for key in path if hasattr(key, "key")).removesuffix("/x"): jnp.max(x) for path, x in found
@@ -81,7 +91,7 @@ def inputs_seen(variables: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def _product(parts: Sequence[Array], w: Array, dtype: Any, out: Any) -> Array:
-    """x w in `out`, of x's parts along the contracted axis, both operands in `dtype`."""
+    """x w with result dtype `out`; x in parts along the contracted axis, both operands in `dtype`."""
     total, at = None, 0
     for x in parts:
         rows = w[at : at + x.shape[-1]]
@@ -93,9 +103,9 @@ def _product(parts: Sequence[Array], w: Array, dtype: Any, out: Any) -> Array:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * scale, and + bias where asked, over the last axis, in f32; returns x's dtype.
+    """x / rms(x) * scale, plus a bias if `use_bias`, over the last axis, in f32; returns x's dtype.
 
-    `offset` is added to the stored scale: Gemma's files hold what is above 1.
+    `offset` is added to the stored scale: Gemma's files store scale - 1.
     """
 
     eps: float = 1e-6
@@ -147,8 +157,10 @@ def attention(
 ) -> Float[Array, "B Q H d"]:
     """softmax(q k' scale + bias) v with the softmax in f32; scale defaults to d^-1/2. Returns q's dtype.
 
-    Of a sample's keys only the first `lengths` are seen. With a softcap c scores are c tanh(scores / c).
-    On GPUs cuDNN's fused kernel where it can and pays: half precision, no bias or cap, long sequences.
+    Each sample attends to its first `lengths` keys only. With a softcap c, scores become c tanh(scores / c).
+    On GPUs cuDNN's fused kernel is used if it applies and pays off: half precision, no bias or softcap, at least LONG
+    queries. Otherwise the scores are written to memory in f32 (test_forward of tests/test_compiled.py and of
+    tests/test_sd35_compiled.py, by the program's temporary memory).
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     plain = bias is None and softcap is None
@@ -171,7 +183,7 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     weights, v = operands(weights, v)
     if q.dtype == jnp.bfloat16 and device.platform() == "cpu":
-        # In the heads' order: XLA's CPU backend takes three times as long to put the result into the tokens'.
+        # The product gives bhqd order. XLA's CPU backend takes three times as long for a product that gives bqhd.
         out = jnp.einsum("bhqk,bhkd->bhqd", weights, jnp.swapaxes(v, 1, 2), **how)
         return jnp.swapaxes(out.astype(q.dtype), 1, 2)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, **how).astype(q.dtype)
@@ -183,18 +195,23 @@ Kernel = Literal["cudnn", "xla"]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def odd_attention(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel) -> Heads:
-    """The fused attention of odd lengths, SD3.5's 4096 + 205 tokens: JAX refuses to differentiate it, so where a
-    gradient is asked for they get a row more, which is masked."""
+    """The fused attention for odd lengths, such as SD3.5's 4096 + 205 tokens.
+
+    JAX refuses to differentiate it at odd lengths. So where a gradient is asked for, one masked row is appended
+    (tests/test_sd35_compiled.py::test_gradient).
+    """
     return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=kernel)
 
 
 def masked_attention(
     q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel, lengths: Int[Array, "B"] | None = None
 ) -> Heads:
-    """The fused attention to the first `lengths` keys (None: all), of even lengths inside."""
+    """The fused attention to the first `lengths` keys (None: all); odd lengths are padded to even ones."""
     queries, keys = q.shape[1], k.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    none = 0 * jax.lax.stop_gradient(q)[:, 0, 0, 0].astype(jnp.int32)  # of q: under vmap JAX wants its axes on lengths
+    # Zeros computed from q, so that under vmap the lengths have q's batch axes, as JAX's rule requires
+    # (test_gradient of tests/test_sd35_compiled.py and of tests/test_sana_compiled.py).
+    none = 0 * jax.lax.stop_gradient(q)[:, 0, 0, 0].astype(jnp.int32)
     how: dict[str, Any] = {"scale": scale, "implementation": kernel}
     how |= {"query_seq_lengths": none + queries, "key_value_seq_lengths": none + (keys if lengths is None else lengths)}
     return jax.nn.dot_product_attention(q, k, v, **how)[:, :queries]
@@ -212,12 +229,13 @@ def linear_attention(
 ) -> Float[Array, "B N H d"]:
     """relu(q) (relu(k)' v) / (relu(q) . sum of relu(k)), summed in f32 (SANA's and DC-AE's). Returns q's dtype.
 
-    Of a float32 network all products are float32. Of a bfloat16 one q's, with the f32 sums over k, take the device's
-    fast one: TF32 on GPUs, with three bits more than the bfloat16 that q was and the result will be.
+    In a float32 network all products are float32. In a bfloat16 network the products of q with the f32 sums over k use
+    the device's fast float32 product: TF32 on GPUs, which has three bits more than the bfloat16 of q and of the result.
     """
     dtype, q, k = q.dtype, jax.nn.relu(q), jax.nn.relu(k)
     product = functools.partial(jnp.einsum, precision=precision_of(dtype))
-    # The same numbers: products of bf16 are exact in f32. XLA's CPU backend lacks this one, a GPU's copies would cost.
+    # Products of bf16 are exact in f32, so both branches give the same numbers. XLA's CPU backend lacks this product in
+    # bf16; on a GPU f32 copies of k and v would cost memory traffic (no test guards this).
     k, v = (k, v) if device.platform() == "gpu" else (k.astype(F32), v.astype(F32))
     states = product("bnhd,bnhe->bhde", k, v, preferred_element_type=F32)
     total = jnp.sum(k.astype(F32), axis=1)
@@ -227,15 +245,17 @@ def linear_attention(
 
 
 def conv(width: int, size: tuple[int, int], *, dtype: Any, **how: Any) -> nn.Conv:
-    """flax's convolution in `dtype`, in the precision that it asks for."""
+    """flax's convolution in `dtype`, with the precision of `precision_of`."""
     return nn.Conv(width, size, dtype=dtype, precision=precision_of(dtype), **how)
 
 
 class DepthwiseConv(nn.Module):
-    """A k x k convolution of each channel by itself, padded to the same size; returns `dtype`, summed in f32.
+    """A k x k convolution of each channel separately, padded to the same size; returns `dtype`, summed in f32.
 
-    cuDNN's on GPUs. Elsewhere k^2 shifted products, which XLA makes one elementwise kernel: a convolution of so many
-    groups is slow on CPUs.
+    On GPUs it is cuDNN's grouped convolution: shifted products would become one elementwise kernel, which computes its
+    input again for every tap (tests/test_sana_compiled.py::test_depthwise_convolutions_of_the_decoder). Elsewhere it is
+    k^2 shifted products in one elementwise kernel: convolutions with this many groups are slow on CPUs. The result is
+    row-major: XLA has written it in f32, channel by channel (no test fails without this today).
     """
 
     size: int
@@ -259,7 +279,7 @@ def _grouped(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"]) -> Flo
 
 
 def _shifted(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"]) -> Float[Array, "B h w C"]:
-    """The same in f32, tap by tap."""
+    """The same convolution in f32, tap by tap."""
     (_, height, width, _), k = x.shape, kernel.shape[0]
     padded = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
     y = jnp.zeros(x.shape, F32)
@@ -269,7 +289,10 @@ def _shifted(x: Float[Array, "B h w C"], kernel: Float[Array, "k k 1 C"]) -> Flo
 
 
 class GatedConv(nn.Module):
-    """1x1 to twice `hidden`, SiLU, depthwise 3x3, then value * SiLU(gate), value first, and 1x1 back (GLUMBConv)."""
+    """GLUMBConv: 1x1 to 2 * `hidden` channels, SiLU, depthwise 3x3, value * SiLU(gate), 1x1 back to x's channels.
+
+    The first half of the channels is the value, the second the gate.
+    """
 
     hidden: int
     dtype: Any
@@ -285,8 +308,11 @@ class GatedConv(nn.Module):
 
 
 def keeping(names: Sequence[str]) -> Callable[..., Any]:
-    """The policy of jax.checkpoint that keeps the results of this name (`checkpoint_name`) for the backward pass;
-    "attention" keeps that of the fused kernel, with the sums that its own backward kernel asks for."""
+    """The policy of jax.checkpoint that keeps the results with these names (`checkpoint_name`) for the backward pass.
+
+    "attention" also keeps the fused kernel's result and the softmax sums that its backward kernel reads. The kernel is
+    recognised by its primitive's name: save_only_these_names alone would run it again in the backward pass.
+    """
     named = jax.checkpoint_policies.save_only_these_names(*names)
 
     def policy(primitive: Any, *args: Any, **params: Any) -> Any:
@@ -297,7 +323,7 @@ def keeping(names: Sequence[str]) -> Callable[..., Any]:
 
 
 def sinusoid(t: Float[Array, "B"], width: int = 256) -> Float[Array, "B width"]:
-    """[cos(t f), sin(t f)] with f_i = 10000^(-i / (width/2)); t is the time in 0..1000 (models.md section 2)."""
+    """[cos(t f), sin(t f)] with f_i = 10000^(-i / (width/2)); t is the time from 0 to 1000 (models.md section 2)."""
     half = width // 2
     f = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=F32) / half)
     angle = t.astype(F32)[:, None] * f[None, :]
@@ -318,8 +344,12 @@ def gelu_erf(x: Array) -> Array:
 
 
 def _rounded_once(f: Callable[[Array], Array], x: Array) -> Array:
-    """f(x). Of bf16 x on CPUs, f in f32 and rounded once: XLA there rounds after each of f's operations, which takes
-    three times as long. The backward pass is left x alone. (On GPUs a GELU is in a product's epilogue, in f32.)"""
+    """f(x); for bf16 x on CPUs, f is computed in f32 and rounded once.
+
+    Without this, XLA's CPU backend rounds after each of f's operations, which takes three times as long
+    (tests/test_device.py::test_gelu_rounds_once). The backward pass keeps only x. On GPUs a GELU is part of a product's
+    epilogue, in f32 (tests/test_compiled.py::test_forward).
+    """
     if x.dtype != jnp.bfloat16 or device.platform() != "cpu":
         return f(x)
     return jax.checkpoint(lambda x: f(x.astype(F32)).astype(x.dtype), prevent_cse=False)(x)

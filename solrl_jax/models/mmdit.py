@@ -1,6 +1,6 @@
 """What the blocks of FLUX and SD3.5 share: AdaLN modulation, gates, feed-forwards, embedders, equal layers as one scan.
 
-Modules carry the checkpoint's own names. The residual stream is in the network's dtype; LayerNorm and modulation f32.
+Modules have the checkpoint's own names. The residual stream is in the network's dtype; LayerNorm and modulation f32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +37,11 @@ def gated(x: Array, gate: Array, y: Array) -> Array:
 
 
 def rows(x: Float[Array, "B S D"]) -> Float[Array, "BS D"]:
-    """Tokens of all samples as rows: only then does XLA make both GELU and the cast to FP8 part of the product."""
+    """All samples' tokens as the rows of one matrix.
+
+    With a batch axis, the products with the epilogue BIAS_GELU give bf16, and XLA casts to FP8 in a separate kernel. As
+    rows, their results are f8e4m3fn (tests/test_compiled.py::test_forward_in_fp8).
+    """
     return x.reshape(-1, x.shape[-1])
 
 
@@ -53,9 +57,9 @@ class FeedForward(nn.Module):
 def heads_of(
     x: Float[Array, "B S D"], names: Sequence[str], heads: int, width: int, dtype: Any
 ) -> list[Float[Array, "B S H d"]]:
-    """q, k and v: x through a Linear of each name, submodules of the module that calls, as heads of `width` channels.
+    """q, k and v: x through a Linear of each name (submodules of the calling module), as heads of `width` channels.
 
-    q and k are normalised next, v is what attention takes.
+    q and k are normalised next, in a kernel that can add their bias; v goes straight into attention.
     """
     found = [Linear(heads * width, dtype=dtype, bias_after=i < 2, name=name)(x) for i, name in enumerate(names)]
     return [checkpoint_name(y.reshape((*x.shape[:2], heads, width)), "qkv") for y in found]
@@ -74,7 +78,7 @@ class Embedder(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """time, pooled text and, where there is one, guidance -> one vector."""
+    """Time, pooled text and, if given, guidance -> one vector."""
 
     width: int
     dtype: Any
@@ -90,17 +94,17 @@ class Conditioning(nn.Module):
 
 
 STACKED: Mapping[Any, Any] = {"params": 0, "lora": 0, "quant": 0, "largest": 0}
-"""The collections of a stack's layers, which lead."""
+"""The collections of a stack, whose leading axis is the layers."""
 
 
 def stack(
     block: type[nn.Module], layers: int, inputs: int, *, own: int = 0, remat: bool, keeps: Sequence[str] = ()
 ) -> Callable[..., nn.Module]:
-    """`layers` equal blocks as one scan, so that compile time does not grow with depth; made as `block` is.
+    """`layers` equal blocks as one scan, so that compile time does not grow with depth; takes `block`'s arguments.
 
-    block(carry, *inputs) -> (carry, None). After `inputs` that all blocks see come `own` ones, with an axis of layers
-    after the batch's, of which each block sees its part. `remat` recomputes a block in the backward pass, but for what
-    `keeps` names.
+    block(carry, *inputs) -> (carry, None). The first `inputs` inputs are the same for all blocks. The next `own` inputs
+    have an axis of layers after the batch axis, and each block gets its slice. `remat` recomputes a block in the
+    backward pass, except what `keeps` names (tests/test_compiled.py::test_gradient).
     """
     return nn.scan(
         nn.remat(block, prevent_cse=False, policy=keeping(keeps)) if remat else block,
@@ -108,6 +112,6 @@ def stack(
         split_rngs={"params": True},
         in_axes=cast(
             Any, (nn.broadcast,) * inputs + (1,) * own
-        ),  # unannotated in flax: inferred as int from its default
+        ),  # flax does not annotate it: pyright infers int from the default
         length=layers,
     )

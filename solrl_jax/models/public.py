@@ -1,6 +1,6 @@
-"""The public configs of the models, {name on huggingface.co: {file: content}}: every file of a pipeline that shapes it.
+"""The models' public configs, {name on huggingface.co: {file: content}}: all files that determine a pipeline's shapes.
 
-For planning and for tests without the weights' gigabytes (models.md 1 to 4, 7 to 9).
+For planning and tests, without gigabytes of weights (models.md 1 to 4, 7 to 9).
 """
 
 # --- FLUX.1-dev -----------------------------------------------------------------------------------------------------
@@ -159,8 +159,8 @@ SANA = {
             "use_flow_sigmas": True,
             "flow_shift": 3.0,
             "num_train_timesteps": 1000,
-            "lambda_min_clipped": float("-inf"),  # as there: a bare -Infinity, which JSON does not have
+            "lambda_min_clipped": float("-inf"),  # the file has a bare -Infinity, which is not valid JSON
         },
     }
 }
-"""{name on huggingface.co: {file: content}}, every file of the pipeline that shapes it."""
+"""{name on huggingface.co: {file: content}}, every file that determines the pipeline's shapes."""

@@ -1,12 +1,12 @@
 """SANA-1.6B: linear attention over the image, cross-attention to Gemma's states (spec: models.md 4, 8.2, 9.3).
 
-One set of modules for both of its checkpoints. They have the form of the native one with Linears (LinearFFN), which
-Sol-RL trains: q, k, v fused, k and v of the text fused, 1x1 convolutions as Linears; that decides what LoRA and low
-precision touch. diffusers' names, and its tensors in several pieces, are a matter of the key tables at the end.
+One set of modules serves both of its checkpoints. The modules follow the native checkpoint with Linears (LinearFFN),
+which Sol-RL trains: q, k, v fused, the text's k and v fused, 1x1 convolutions as Linears. LoRA and low precision act on
+these Linears. The key tables at the end translate diffusers' names and its separate q, k and v.
 
-The residual stream is in the network's dtype; LayerNorm, modulation and linear attention are f32. There are no
-positions: the depthwise convolutions see where a token is. What blocks read of the text does not depend on the step, so
-a rollout asks for it once (`Model.prepare`).
+The residual stream is in the network's dtype; LayerNorm, modulation and linear attention are f32. There are no position
+embeddings: the depthwise convolutions tell where a token is. The blocks' keys and values of the text do not depend on
+the step, so a rollout computes them once (`Model.prepare`; tests/test_sana_compiled.py::test_forward).
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ NVFP4_SKIP = (
     *("t_embedder", "t_block", "cfg_embedder", "y_embedder", "x_embedder", "final_layer", "logvar_linear"),
     "attn.qkv",
 )
-# The original's width leaves the square Linears out, and its list q, k and v: NVFP4's own care. 8 bits take all.
+# The original's min_dim excludes the square Linears, and its list q, k and v, for NVFP4's accuracy. FP8 takes all.
 FP8_SKIP = NVFP4_SKIP[:-1]
 ENCODERS = (Encoder("gemma", "text_encoder", "tokenizer", gemma2.Gemma2Config, masked=True),)
 
@@ -83,7 +83,7 @@ class SanaConfig:
         names = ("patch_size", "attention_bias", "norm_elementwise_affine", "guidance_embeds", "qk_norm", "norm_eps")
         known = {field.name: field.default for field in dataclasses.fields(self)}
         if strange := {n: getattr(self, n) for n in (*names, "interpolation_scale") if getattr(self, n) != known[n]}:
-            raise ValueError(f"{strange}: another network than SANA-1.6B at 1024 px, not known here")
+            raise ValueError(f"{strange}: not SANA-1.6B at 1024 px, the only network known here")
         if self.out_channels != self.in_channels:
             raise ValueError(f"out_channels {self.out_channels} is not in_channels {self.in_channels}")
         heads, width = self.num_cross_attention_heads, self.cross_attention_head_dim
@@ -91,7 +91,7 @@ class SanaConfig:
             raise ValueError(
                 f"cross_attention_dim {self.cross_attention_dim}, num_cross_attention_heads {heads} x "
                 f"cross_attention_head_dim {width} and the width {self.width} (num_attention_heads "
-                f"{self.num_attention_heads} x attention_head_dim {self.attention_head_dim}) are not the same"
+                f"{self.num_attention_heads} x attention_head_dim {self.attention_head_dim}) are not equal"
             )
 
     @property
@@ -125,7 +125,7 @@ class Caption(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Linear attention over all places; q, k and v without bias, one after another in the outputs of one Linear."""
+    """Linear attention over all positions; q, k and v are consecutive outputs of one Linear without bias."""
 
     cfg: SanaConfig
     dtype: Any
@@ -140,7 +140,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention to the first `length` tokens of a text, of which k and v (one after another) are given."""
+    """Attention to the first `length` tokens of a text; `kv` is the text's k and v, concatenated."""
 
     cfg: SanaConfig
     dtype: Any
@@ -161,7 +161,7 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Linear attention, cross-attention (neither norm nor gate), gated convolution."""
+    """Linear attention, cross-attention (without norm or gate), gated convolution."""
 
     cfg: SanaConfig
     dtype: Any
@@ -182,18 +182,18 @@ class Block(nn.Module):
         return gated(x, gate_m, self.mlp(modulate(x, shift_m, scale_m, self.dtype))), None
 
     def text_keys(self, carry: None, y: Float[Array, "B L D"]) -> tuple[None, Float[Array, "B L two_D"]]:
-        """What this block reads of a text, for a scan over blocks."""
+        """This block's k and v of a text, for a scan over blocks."""
         return carry, self.cross_attn.kv_linear(y)
 
 
 def modulations(table: Array, time: Float[Array, "B n D"]) -> list[Float[Array, "B 1 1 D"]]:
-    """The n vectors of a learnt table [n, D], each plus what the time gives it."""
+    """The n vectors of a learned table [n, D], each plus its part of the time embedding."""
     found = jnp.asarray(table)[None].astype(F32) + time.astype(F32)
     return [found[:, i, None, None, :] for i in range(table.shape[0])]
 
 
 class FinalLayer(nn.Module):
-    """Shift and scale by the time embedding itself, then to channels."""
+    """Shift and scale from the time embedding itself, then a Linear to `channels`."""
 
     channels: int
     dtype: Any
@@ -208,14 +208,14 @@ class FinalLayer(nn.Module):
 class SanaTransformer(nn.Module):
     """The velocity [B, h, w, c] of latents [B, h, w, c].
 
-    Given sigma [B], Gemma's states [B, L, Dt] or what `TextKeys` makes of them [B, layers, L, 2 D], and how many of the
-    L tokens are the text's, int [B].
+    Given sigma [B], Gemma's states [B, L, Dt] or `TextKeys` of them [B, layers, L, 2 D], and how many of the L tokens
+    belong to the text, int [B].
     """
 
     cfg: SanaConfig
     dtype: Any = jnp.bfloat16
     remat: bool = False
-    keeps: tuple[str, ...] = ()  # of what remat would recompute: "attention", "qkv", "mlp"
+    keeps: tuple[str, ...] = ()  # what remat does not recompute, of "attention", "qkv", "mlp"
 
     @nn.compact
     def __call__(self, x: Array, sigma: Array, length: Array, text: Array | None = None, kv: Array | None = None):
@@ -230,7 +230,7 @@ class SanaTransformer(nn.Module):
 
 
 class TextKeys(nn.Module):
-    """k and v of a text [B, L, Dt] for every block [B, layers, L, 2 D]; its parameters are SanaTransformer's."""
+    """k and v of a text [B, L, Dt] for every block [B, layers, L, 2 D]; it reads SanaTransformer's parameters."""
 
     cfg: SanaConfig
     dtype: Any = jnp.bfloat16
@@ -254,10 +254,10 @@ class TextKeys(nn.Module):
 
 
 def sigmas(steps: int, shift: float) -> np.ndarray:
-    """f64 [steps + 1]: SANA's own: equal steps from .999 towards 0, shifted (.9997 first), then 0 (9.3).
+    """SANA's own sigmas, f64 [steps + 1]: equal steps from .999 towards 0, shifted (the first is .9997), then 0 (9.3).
 
-    Sol-RL does not take these, but equal steps from 1 to 0 (model.shift = 1), there rounded to bf16 (.8320 for 5/6).
-    Here those stay exact: the sampler's sigma, the network's and the one learnt at are one number.
+    Sol-RL uses equal steps from 1 to 0 instead (model.shift = 1), rounded to bf16 (.8320 for 5/6). Here they are exact:
+    the sampler, the network and the loss use the same number.
     """
     return np.append(shifted(np.linspace(0.999, 0, steps + 1)[:-1], shift), 0.0)
 
@@ -267,10 +267,10 @@ def sigmas(steps: int, shift: float) -> np.ndarray:
 
 @folders.made_once
 def make(cfg: config.Model, folder: Path) -> Model:
-    """The pure functions of the pipeline `cfg.path`, by the configs in its `folder`.
+    """The pure functions of the pipeline `cfg.path`, from the configs in its `folder`.
 
-    Conditioning: {"text" [G, L, Dt], "length" int [G]}, and of `prepare` {"kv" [G, layers, L, 2 D], "length"}. Prompts
-    are in lower case, without an instruction before them. No classifier-free guidance.
+    Conditioning: {"text" [G, L, Dt], "length" int [G]}; `prepare` returns {"kv" [G, layers, L, 2 D], "length"}. Prompts
+    are made lower case, and no instruction is put before them. No classifier-free guidance.
     """
     hub.check_pipeline(folder, PIPELINES)
     sana = SanaConfig.read(folder / "transformer")
@@ -300,7 +300,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
         return network.init(key, jnp.zeros((1, *shape)), jnp.ones(1), jnp.ones(1, jnp.int32), text)["params"]
 
     def encode(params: Params, ids: PyTree) -> PyTree:
-        length = jnp.sum(ids["gemma"]["mask"], axis=-1)  # not of ids: a prompt may hold the word <pad>
+        length = jnp.sum(ids["gemma"]["mask"], axis=-1)  # not from ids: a prompt may contain the word <pad>
         return {"text": words.apply({"params": params["gemma"]}, ids["gemma"]["ids"], length), "length": length}
 
     def tokenize(prompts: Sequence[str]) -> PyTree:
@@ -326,7 +326,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
 
 
 def check_length(text_tokens: int, gemma: gemma2.Gemma2Config) -> None:
-    """ConfigError where a text is longer than what each of its encoder's layers sees whole."""
+    """ConfigError if texts are longer than the window of the encoder's sliding-window layers."""
     if text_tokens > gemma.sliding_window:
         raise config.ConfigError(
             f"model.text_tokens={text_tokens}: Gemma's layers see {gemma.sliding_window} (sliding_window)"
@@ -334,7 +334,7 @@ def check_length(text_tokens: int, gemma: gemma2.Gemma2Config) -> None:
 
 
 def _check_parts(folder: Path, cfg: SanaConfig, decoder: dcae.DcaeConfig, gemma: gemma2.Gemma2Config) -> None:
-    """WeightsError where the parts of a pipeline are of different models."""
+    """WeightsError if the parts of a pipeline belong to different models."""
     found = {
         f"{cfg.in_channels} channels, the VAE gives {decoder.latent_channels}": (
             cfg.in_channels == decoder.latent_channels
@@ -345,10 +345,10 @@ def _check_parts(folder: Path, cfg: SanaConfig, decoder: dcae.DcaeConfig, gemma:
 
 
 def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:
-    """(transformer, VAE decoder, text encoder {gemma}) of the folder, in the dtypes `make`'s functions expect.
+    """(transformer, VAE decoder, text encoder {gemma}) of the folder, in the dtypes that `make`'s functions expect.
 
-    Transformer and decoder go where `place` takes them, leaf by leaf as they are read; the text encoder is numpy. The
-    transformer's weights are the folder's, or those of `cfg.weights` in diffusers' names or the native ones.
+    `place` is applied to each leaf of the transformer and the decoder as it is read; the text encoder stays numpy. The
+    transformer's weights are the folder's, or those of `cfg.weights`, in diffusers' names or the native ones.
     """
     base, decoder, encoders = parts(cfg, place)
     return base, decoder, encoders
@@ -357,17 +357,17 @@ def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params,
 def parts(
     cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
 ) -> Iterator[Params]:
-    """What `load` returns, one after another, each read when it is asked for."""
+    """An iterator over what `load` returns; each part is read when it is asked for."""
     return folders.parts(cfg, make(cfg), ENCODERS, place, place_text, NATIVE)
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
-    """What `load` returns, as ShapeDtypeStructs: from the folder's configs alone."""
+    """What `load` returns, as ShapeDtypeStructs, from the folder's configs alone."""
     return folders.shapes(cfg, make(cfg), ENCODERS)
 
 
 def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
-    """What `tokenize` gives for so many prompts, as ShapeDtypeStructs."""
+    """What `tokenize` returns for that many prompts, as ShapeDtypeStructs."""
     return folders.token_shapes(cfg, ENCODERS, prompts)
 
 

@@ -15,7 +15,7 @@ NAME = "scheduler_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """The fields of scheduler_config.json that shape the sigmas; the defaults are diffusers'."""
+    """The fields of scheduler_config.json that determine the sigmas; the defaults are diffusers'."""
 
     shift: float = 1.0
     use_dynamic_shifting: bool = False
@@ -38,19 +38,19 @@ class Schedule:
 
     def __post_init__(self):
         if not 0 < self.shift < np.inf:
-            raise ValueError(f"shift {self.shift} is no number above 0")
+            raise ValueError(f"shift {self.shift} is not a number above 0")
         if self.max_image_seq_len == self.base_image_seq_len:
             raise ValueError(f"base_image_seq_len and max_image_seq_len are both {self.max_image_seq_len}")
 
     @classmethod
     def read(cls, folder: str | Path) -> "Schedule":
-        """From scheduler_config.json; a scheduler or options of it that would give other sigmas are refused."""
+        """From scheduler_config.json; a scheduler or options that would give other sigmas are refused."""
         return weights.from_config(cls, folder, weights.read_json(Path(folder) / NAME), NAME)
 
 
 @dataclasses.dataclass(frozen=True)
 class SanaSchedule:
-    """What shapes the sigmas in scheduler_config.json; the default is diffusers'. The solver is the user's choice."""
+    """The field of scheduler_config.json that determines the sigmas. The solver is the user's choice."""
 
     flow_shift: float = 1.0
 
@@ -76,20 +76,20 @@ class SanaSchedule:
 
     def __post_init__(self):
         if not 0 < self.flow_shift < np.inf:
-            raise ValueError(f"flow_shift {self.flow_shift} is no number above 0: download it again")
+            raise ValueError(f"flow_shift {self.flow_shift} is not a number above 0: download it again")
 
     @classmethod
     def read(cls, folder: str | Path) -> "SanaSchedule":
-        """From scheduler_config.json; what it leaves out has diffusers' defaults, with which it is another schedule."""
+        """From scheduler_config.json. Missing fields get diffusers' defaults, two of which are refused."""
         defaults = {"prediction_type": "epsilon", "use_flow_sigmas": False}
         return weights.from_config(cls, folder, defaults | weights.read_json(Path(folder) / NAME), NAME)
 
 
 def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
-    """shift s / (1 + (shift - 1) s), of s in (0, 1]; 1 stays exactly 1."""
+    """shift s / (1 + (shift - 1) s) for s in (0, 1]; 1 stays exactly 1."""
     return shift / (shift + (1 / sigma - 1))
 
 
 def chosen(shift: float, own: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
-    """steps -> sigmas f64 [steps + 1]: a model's `own`, or where a shift is given equal steps with that shift."""
+    """steps -> sigmas f64 [steps + 1]: equal steps with `shift` if it is not 0, else the model's `own`."""
     return (lambda steps: sampler.shifted(steps, shift)) if shift else own

@@ -1,8 +1,8 @@
 """Stable Diffusion 3.5, Large and Medium: joint blocks over [image, text] (spec: models.md sections 3, 8, 9.2).
 
-Medium's first blocks look at the image a second time (dual attention); the last block of both reads the text and leaves
-it. Equal neighbours are one scan. Modules carry the checkpoint's own names, so that the key table is short. Where the
-reference rounds (times cut to whole numbers) we take the clean f32 form.
+Medium's first blocks attend to the image a second time (dual attention). The last block of both models reads the text
+but does not update it. Adjacent equal blocks are one scan. Modules have the checkpoint's own names, so that the key
+table is short. Where the reference rounds (times truncated to whole numbers), this file computes in f32.
 """
 
 import functools
@@ -33,7 +33,7 @@ LORA_TARGETS = (
     *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
 )
 NVFP4_SKIP = ("pos_embed", "context_embedder", "time_text_embed", "norm_out", "norm1", "ff_context")
-# The original's list and width are NVFP4's own; 8-bit products pay in all of a block but its modulation (flux.py).
+# The original's list and min_dim are for NVFP4. 8-bit products pay off in all of a block except modulation (flux.py).
 FP8_SKIP = ("context_embedder", "time_text_embed", r"\bnorm", r"^proj_out")
 CLIPS = (
     Encoder("clip", "text_encoder", "tokenizer", text.ClipTextConfig, project=True),
@@ -46,7 +46,7 @@ T5 = Encoder("t5", "text_encoder_3", "tokenizer_3", text.T5Config)
 
 
 class Patches(nn.Module):
-    """2x2 patches of latents as tokens, row-major, at their places in the middle of the checkpoint's table."""
+    """2x2 patches of latents as tokens, row-major, plus the middle part of the checkpoint's table of positions."""
 
     cfg: Sd35Config
     dtype: Any
@@ -62,7 +62,7 @@ class Patches(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention over [image, text], or over the image alone. The last block's image looks at the text, which ends."""
+    """Attention over [image, text], or over the image alone. In the last block only the image has queries."""
 
     cfg: Sd35Config
     dtype: Any
@@ -74,7 +74,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B L D"] | None]:
         q, k, v = self._qkv(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
         if text is not None:
-            # The last block's queries of the text stay unused: the checkpoint and its LoRAs have them, XLA drops them.
+            # The last block's text queries are not used. The checkpoint and its LoRAs have them; XLA removes them.
             q_text, k_text, v_text = self._qkv(
                 text, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
             )
@@ -106,7 +106,7 @@ class JointBlock(nn.Module):
             9 if self.dual else 6, self.dtype, name="norm1"
         )(cond)
         of_text = Modulation(2 if self.last else 6, self.dtype, name="norm1_context")(cond)
-        t_shift, t_scale = of_text[::-1] if self.last else of_text[:2]  # the last block's come the other way round
+        t_shift, t_scale = of_text[::-1] if self.last else of_text[:2]  # the last block's order is scale, shift
         x_out, text_out = Attention(self.cfg, self.dtype, self.last, name="attn")(
             modulate(x, shift_a, scale_a, self.dtype), modulate(text, t_shift, t_scale, self.dtype)
         )
@@ -130,7 +130,7 @@ class Sd35Transformer(nn.Module):
     cfg: Sd35Config
     dtype: Any = jnp.bfloat16
     remat: bool = False
-    keeps: tuple[str, ...] = ()  # of what remat would recompute: "attention", "qkv", "mlp"
+    keeps: tuple[str, ...] = ()  # what remat does not recompute, of "attention", "qkv", "mlp"
 
     @nn.compact
     def __call__(self, x: Array, text: Array, pooled: Array, sigma: Array) -> Array:
@@ -153,7 +153,7 @@ class Sd35Transformer(nn.Module):
 
 
 def sigmas(steps: int, shift: float) -> np.ndarray:
-    """f64 [steps + 1]: the scheduler's table of 1000 is shifted, and so is what is taken between its ends (9.2)."""
+    """f64 [steps + 1]: equal steps between the ends of the scheduler's shifted table of 1000, shifted again (9.2)."""
     return np.append(shifted(np.linspace(1, shifted(1 / 1000, shift), steps), shift), 0.0)
 
 
@@ -163,7 +163,7 @@ def check_schedule(folder: Path, schedule: Schedule) -> None:
 
 
 def encoders_of(folder: Path) -> Encoders:
-    """The pipeline's text encoders: T5 too, unless model_index.json leaves it out by [null, null]."""
+    """The pipeline's text encoders, with T5 unless model_index.json gives [null, null] for it."""
     if (folder / "model_index.json").is_file():
         index = weights.read_json(folder / "model_index.json")
         if index.get(T5.folder) == [None, None]:
@@ -172,7 +172,7 @@ def encoders_of(folder: Path) -> Encoders:
 
 
 def _check_widths(folder: Path, cfg: Sd35Config, vae_cfg: vae.VaeConfig, encoders: Encoders) -> None:
-    """WeightsError where the parts of a pipeline are of different models."""
+    """WeightsError if the parts of a pipeline belong to different models."""
     one, two, *rest = (e.config.read(folder / e.folder) for e in encoders)
     assert isinstance(one, text.ClipTextConfig) and isinstance(two, text.ClipTextConfig)
     wide = [("T5", x.d_model) for x in rest if isinstance(x, text.T5Config)]
@@ -192,7 +192,7 @@ def _check_widths(folder: Path, cfg: Sd35Config, vae_cfg: vae.VaeConfig, encoder
 
 @folders.made_once
 def make(cfg: config.Model, folder: Path) -> Model:
-    """The pure functions of the pipeline `cfg.path`, by the configs in its `folder`.
+    """The pure functions of the pipeline `cfg.path`, from the configs in its `folder`.
 
     Conditioning: {"text" [G, 77 + text_tokens, Dt], "pooled" [G, Dp]}. No classifier-free guidance.
     """
@@ -251,8 +251,11 @@ def make(cfg: config.Model, folder: Path) -> Model:
 def assembled(
     clips: list[text.ClipOutput], t5: Float[Array, "G T Dt"] | None, cfg: Sd35Config, text_tokens: int
 ) -> dict[str, Array]:
-    """What the network reads of a prompt (models.md 8.2): both CLIPs' penultimate states side by side, zeros up to T5's
-    width, then T5's states; without a T5 zeros, as in diffusers."""
+    """The network's conditioning (models.md 8.2).
+
+    The text is both CLIPs' penultimate states side by side, padded with zeros to T5's width, then T5's states (zeros
+    without a T5, as in diffusers).
+    """
     short = jnp.concatenate([clip.penultimate for clip in clips], axis=-1)
     short = jnp.pad(short, ((0, 0), (0, 0), (0, cfg.joint_attention_dim - short.shape[-1])))
     if t5 is None:
@@ -264,15 +267,15 @@ def assembled(
 def _clip_length(folder: Path) -> int:
     lengths = {text.ClipTextConfig.read(folder / e.folder).max_position_embeddings for e in CLIPS}
     if len(lengths) != 1:
-        raise weights.WeightsError(f"{folder}: its CLIPs read {sorted(lengths)} tokens: not of one model")
+        raise weights.WeightsError(f"{folder}: its CLIPs read {sorted(lengths)} tokens: not one model's")
     return lengths.pop()
 
 
 def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:
-    """(transformer, VAE decoder, text encoders {clip, clip_g, t5}) of the folder, in the dtypes `make`'s functions
-    expect (so that T5's fp16 files are never computed in fp16, whose range its states leave).
+    """(transformer, VAE decoder, text encoders {clip, clip_g, t5}) of the folder, in the dtypes of `make`'s functions.
 
-    Transformer and decoder go where `place` takes them, leaf by leaf as they are read; the text encoders are numpy.
+    So T5, whose files are fp16, never computes in fp16: its states would overflow. `place` is applied to each leaf of
+    the transformer and the decoder as it is read; the text encoders stay numpy.
     """
     base, decoder, encoders = parts(cfg, place)
     return base, decoder, encoders
@@ -281,17 +284,17 @@ def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params,
 def parts(
     cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
 ) -> Iterator[Params]:
-    """What `load` returns, one after another, each read when it is asked for."""
+    """An iterator over what `load` returns; each part is read when it is asked for."""
     return folders.parts(cfg, make(cfg), _encoders(cfg), place, place_text)
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
-    """What `load` returns, as ShapeDtypeStructs: from the folder's configs alone."""
+    """What `load` returns, as ShapeDtypeStructs, from the folder's configs alone."""
     return folders.shapes(cfg, make(cfg), _encoders(cfg))
 
 
 def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
-    """What `tokenize` gives for so many prompts, as ShapeDtypeStructs."""
+    """What `tokenize` returns for that many prompts, as ShapeDtypeStructs."""
     return folders.token_shapes(cfg, _encoders(cfg), prompts)
 
 

@@ -1,4 +1,4 @@
-"""SD3.5's transformer by its config: the runs of equal blocks, and its weights' names in the checkpoint and in ComfyUI.
+"""SD3.5's transformer config: the runs of equal blocks, and the weights' names in the checkpoint and in ComfyUI.
 
 The network is in sd35.py (spec: models.md sections 3 and 10).
 """
@@ -39,7 +39,7 @@ class Sd35Config:
         if self.patch_size != PATCH:
             raise ValueError(f"patch_size {self.patch_size} is not SD3.5's {PATCH}")
         if self.qk_norm not in ("", "rms_norm"):
-            raise ValueError(f"qk_norm {self.qk_norm!r} is not known here: it must be rms_norm, or none")
+            raise ValueError(f"qk_norm {self.qk_norm!r} is not known here: it must be rms_norm, or null")
         if self.caption_projection_dim != self.width:
             raise ValueError(
                 f"caption_projection_dim {self.caption_projection_dim} is not the width, num_attention_heads "
@@ -48,7 +48,7 @@ class Sd35Config:
         if self.out_channels != self.in_channels:
             raise ValueError(f"out_channels {self.out_channels} is not in_channels {self.in_channels}")
         if strange := sorted(set(self.dual_attention_layers) - set(range(self.num_layers))):
-            raise ValueError(f"dual_attention_layers {strange} are none of the {self.num_layers} layers, 0 and up")
+            raise ValueError(f"dual_attention_layers {strange} are not in 0..{self.num_layers - 1}")
 
     @property
     def width(self) -> int:
@@ -61,7 +61,7 @@ class Sd35Config:
 
 
 class Run(NamedTuple):
-    """Neighbouring blocks of one kind, the checkpoint's `first` and so many more."""
+    """Adjacent blocks of one kind: `layers` blocks from the checkpoint's number `first` on."""
 
     first: int
     layers: int
@@ -74,7 +74,7 @@ class Run(NamedTuple):
 
 
 def runs(cfg: Sd35Config) -> list[Run]:
-    """Large: 37 and the last. Medium: 13 with dual attention, 10 without, the last."""
+    """Large: 37 blocks and the last. Medium: 13 blocks with dual attention, 10 without, and the last."""
     kinds = [(i in cfg.dual_attention_layers, i == cfg.num_layers - 1) for i in range(cfg.num_layers)]
     found, first = [], 0
     for (dual, last), equal in itertools.groupby(kinds):
@@ -99,7 +99,7 @@ def keys(cfg: Sd35Config) -> tuple[Rule, ...]:
     )
 
 
-# Stability AI's module names, by which ComfyUI knows SD3.5, and the Linears each is made of.
+# Stability AI's module names, which ComfyUI uses for SD3.5, and the Linears that each combines.
 _COMFY_BLOCK = {
     "x_block_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
     "x_block_attn_proj": ("attn.to_out.0",),
@@ -125,13 +125,13 @@ _COMFY_ENDS = {
 
 
 def comfy(cfg: Sd35Config) -> tuple[Fused, ...]:
-    """The modules of ComfyUI's LoRA files; those of no block that has them are left out when a file is made or read."""
+    """The modules of ComfyUI's LoRA files. Readers and writers skip modules that a block does not have."""
     last = cfg.num_layers - 1
     blocks = (
         Fused(
             f"joint_blocks_{i}_{name}",
             tuple(f"transformer_blocks.{i}.{part}" for part in parts),
-            swapped=i == last and name == "context_block_adaLN_modulation_1",  # shift, scale there
+            swapped=i == last and name == "context_block_adaLN_modulation_1",  # order there: shift, scale
         )
         for i in range(cfg.num_layers)
         for name, parts in _COMFY_BLOCK.items()

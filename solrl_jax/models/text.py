@@ -1,8 +1,8 @@
 """The text encoders of FLUX and SD3.5: CLIP text towers and the encoder half of T5 v1.1 (spec/models.md section 8.1).
 
-Neither masks padding: CLIP is causal and read at its first end-of-text token, T5 was always used with its pads visible.
-Layers are one nn.scan each (weights stacked on a leading axis). Norms and softmax are f32, products and the residual
-stream are in the module's dtype.
+Neither masks padding: CLIP is causal and its first end-of-text token is used; T5 always sees its padding in these
+pipelines. The layers of each are one nn.scan (weights stacked on a leading axis). Norms and softmax are f32; products
+and the residual stream are in the module's dtype.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ _table = nn.initializers.normal(0.02)
 
 
 def run_layers(layer: nn.Module, count: int, x: Array, *context: Array | None) -> tuple[Array, Array]:
-    """`layer(x, *context)` applied `count` times, each time with its own weights; also what the last one was given."""
+    """`count` layers x -> layer(x, *context), each with its own weights: the result, and the input of the last one."""
 
     def step(layer, carry, _):
         x, _ = carry
@@ -38,7 +38,7 @@ def run_layers(layer: nn.Module, count: int, x: Array, *context: Array | None) -
 
 
 def require_tokenizer(folder: str | Path) -> str:
-    """The folder, if it holds a tokenizer's files; without them transformers would make one up, in silence."""
+    """The folder, if it holds a tokenizer's files; without them transformers would silently make up a tokenizer."""
     names = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
     if not any((Path(folder) / name).is_file() for name in names):
         raise weights.WeightsError(f"{folder} holds no tokenizer, none of {', '.join(names)}: download it again")
@@ -46,7 +46,7 @@ def require_tokenizer(folder: str | Path) -> str:
 
 
 def contents(folder: Path, *patterns: str) -> str:
-    """A digest of the names and bytes of the files that `patterns` find in a folder: equal only if it is unchanged."""
+    """A digest of the names and bytes of the files that match `patterns`: it changes if any of them changes."""
     digest = hashlib.sha256()
     for file in sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}):
         data = file.read_bytes()
@@ -85,7 +85,7 @@ class ClipTextConfig:
 
 
 def check_layer_config(cfg: Any) -> None:
-    """What both CLIP towers' configs must satisfy."""
+    """The conditions on both CLIP towers' configs."""
     if cfg.hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act {cfg.hidden_act!r} is not known here: it must be one of {sorted(ACTIVATIONS)}")
     if cfg.hidden_size % cfg.num_attention_heads:
@@ -117,8 +117,8 @@ class ClipLayer(nn.Module):
 
 class ClipOutput(NamedTuple):
     last: Float[Array, "G L D"]  # after the final norm
-    pooled: Float[Array, "G D"]  # `last` at the first end-of-text token; projected if the module was made so
-    penultimate: Float[Array, "G L D"]  # transformers' hidden_states[-2]: into the last layer, no norm; SD3 reads it
+    pooled: Float[Array, "G D"]  # `last` at the first end-of-text token; projected if `project`
+    penultimate: Float[Array, "G L D"]  # transformers' hidden_states[-2]: the last layer's input, no norm; for SD3
 
 
 class ClipText(nn.Module):
@@ -138,7 +138,7 @@ class ClipText(nn.Module):
         layer = ClipLayer(cfg, self.dtype, name="layers")
         x, penultimate = run_layers(layer, cfg.num_hidden_layers, x.astype(self.dtype), causal)
         last = LayerNorm(cfg.layer_norm_eps, name="final_norm")(x)
-        # Configs older than transformers 4.30 say 2, which no CLIP vocabulary means: there the end is the largest id.
+        # Configs older than transformers 4.30 say 2, which is never the end token: the largest id is.
         is_end = ids if cfg.eos_token_id == 2 else ids == cfg.eos_token_id
         pooled = last[jnp.arange(len(ids)), jnp.argmax(is_end, axis=-1)]
         if self.project:
@@ -160,7 +160,7 @@ def clip_layer_rules(ours: str, theirs: str) -> tuple[Rule, ...]:
 
 
 def clip_text_rules(ours: str = "") -> tuple[Rule, ...]:
-    """The key table of ClipText whose parameters sit under `ours`."""
+    """The key table of a ClipText whose parameters are under the path `ours`."""
     return (
         Rule(ours + r"(token|position)_embedding", r"text_model.embeddings.\1_embedding.weight"),
         *clip_layer_rules(ours, "text_model"),
@@ -179,9 +179,9 @@ CLIP_TEXT_DROPPABLE = (r".*\.position_ids", r"text_projection\.weight")
 def load_clip_text(
     folder: str | Path, dtype: Any = jnp.bfloat16, project: bool = False, place: Place | None = None
 ) -> tuple[ClipText, Params]:
-    """Module and parameters (numpy, or where `place` takes them; in `dtype`) of a folder in transformers' layout.
+    """Module and parameters (in `dtype`; numpy, or the results of `place`) of a folder in transformers' layout.
 
-    FLUX wants the pooled state as it is; SD3 wants project=True, for which the file must hold text_projection.weight.
+    FLUX uses the pooled state without projection. SD3 needs project=True, and text_projection.weight in the file.
     """
     module = ClipText(ClipTextConfig.read(folder), dtype, project)
     how = {"aliases": CLIP_TEXT_ALIASES, "droppable": CLIP_TEXT_DROPPABLE}
@@ -208,7 +208,7 @@ class T5Config:
 
     options: ClassVar[Options] = Options(
         "transformers",
-        # What transformers makes of gated-gelu, and files of its fourth version also say.
+        # Files of transformers 4 also state these, which follow from gated-gelu.
         only={
             "model_type": ("t5",),
             "dense_act_fn": ("gelu_new",),
@@ -228,10 +228,10 @@ class T5Config:
 
 
 def t5_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
-    """int32 [query, key]: which row of the bias table each distance key - query reads.
+    """int32 [query, key]: the row of the bias table for each distance key - query.
 
-    The upper half is for keys ahead of the query. Within a half, the first half of the rows are single distances, the
-    rest widen as a logarithm up to `max_distance`, and everything beyond shares the last row.
+    The upper half is for keys after the query. Within a half, the first half of the rows are single distances; the rest
+    are logarithmically growing ranges up to `max_distance`; all larger distances share the last row.
     """
     distance = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = buckets // 2
@@ -261,7 +261,7 @@ class T5Layer(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """T5 v1.1's encoder. The public files keep the one bias table in layer 0; here it sits beside the layers."""
+    """T5 v1.1's encoder. The public files keep the only bias table in layer 0; here it is outside the layers."""
 
     cfg: T5Config
     dtype: Any = jnp.bfloat16
@@ -288,11 +288,11 @@ T5_KEYS = (
     Rule(r"layers/norm2/scale", _BLOCK + "1.layer_norm.weight"),
     Rule(r"final_norm/scale", "encoder.final_layer_norm.weight"),
 )
-T5_ALIASES = ((r"^encoder\.embed_tokens\.weight$", "shared.weight"),)  # a copy, or the only one
+T5_ALIASES = ((r"^encoder\.embed_tokens\.weight$", "shared.weight"),)  # a copy of shared.weight, or the only one
 
 
 def load_t5(folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None = None) -> tuple[T5Encoder, Params]:
-    """Module and parameters (numpy, or where `place` takes them; in `dtype`) of a folder in transformers' layout."""
+    """Module and parameters (in `dtype`; numpy, or the results of `place`) of a folder in transformers' layout."""
     module = T5Encoder(T5Config.read(folder), dtype)
     return module, _load(module, folder, T5_KEYS, place=place, aliases=T5_ALIASES, copies=("shared.weight",))
 

@@ -1,7 +1,7 @@
-"""AutoencoderKL of FLUX and SD3.5 as its two halves, channels last (spec/models.md section 7.1).
+"""AutoencoderKL of FLUX and SD3.5: encoder and decoder, channels last (spec/models.md section 7.1).
 
-GroupNorm is f32, convolutions `dtype`. Latents outside this file are "scaled": (z - shift) * scaling of the VAE's own
-z, so that their spread is about one.
+GroupNorm is f32, convolutions `dtype`. Outside this file latents are scaled: (z - shift) * scaling of the VAE's own z,
+so that their standard deviation is about one.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class VaeConfig:
         for name in ("down_block_types", "up_block_types"):
             if len(blocks := raw.get(name, ("diffusers' default",))) != len(found.block_out_channels):
                 raise weights.WeightsError(
-                    f"{Path(folder) / 'config.json'}: {name} is of {len(blocks)} blocks, block_out_channels of "
+                    f"{Path(folder) / 'config.json'}: {name} has {len(blocks)} blocks, block_out_channels "
                     f"{len(found.block_out_channels)}"
                 )
         return found
@@ -88,7 +88,7 @@ def _conv(width: int, dtype: Any, name: str, size: int = 3) -> nn.Conv:
 
 
 class Resnet(nn.Module):
-    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 convolution on x where the width changes."""
+    """x + conv2(silu(norm2(conv1(silu(norm1(x)))))), with a 1x1 convolution on x if the width changes."""
 
     width: int
     groups: int
@@ -104,7 +104,7 @@ class Resnet(nn.Module):
 
 
 class Attention(nn.Module):
-    """x + attention of one head over all positions."""
+    """x + single-head attention over all positions."""
 
     groups: int
     dtype: Any
@@ -119,7 +119,7 @@ class Attention(nn.Module):
 
 
 class Middle(nn.Module):
-    """The coarsest level of both halves: resnet, attention, resnet."""
+    """The coarsest level of encoder and decoder: resnet, attention, resnet."""
 
     cfg: VaeConfig
     dtype: Any
@@ -147,7 +147,7 @@ class Encoder(nn.Module):
             for j in range(cfg.layers_per_block):
                 x = Resnet(width, groups, dtype, name=f"down_blocks_{i}_resnets_{j}")(x)
             if i < len(cfg.block_out_channels) - 1:
-                # One row and column of zeros after the last pixel, none before the first: not what "SAME" would do.
+                # Unlike "SAME": one row and column of zeros after the last pixel, none before the first.
                 halve = partial(conv, width, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=dtype)
                 x = halve(name=f"down_blocks_{i}_downsamplers_0")(x)
         x = Middle(cfg, dtype, name="mid_block")(x)
@@ -156,7 +156,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z -> x, near [-1, 1]."""
+    """z -> x, about in [-1, 1]."""
 
     cfg: VaeConfig
     dtype: Any = jnp.bfloat16
@@ -197,14 +197,15 @@ def decode(module: Any, params: Params, latents: Latents) -> Images:
 
 
 TOGETHER = 8 * 512 * 512
-"""Pixels decoded at a time: enough to fill a card, a third of a FLUX rollout's memory otherwise."""
+"""Pixels decoded at a time: enough to keep a GPU busy. Without a limit, decoding took a third of a FLUX rollout's
+memory."""
 
 
 def encode(module: Encoder, params: Params, images: Images) -> tuple[Latents, Latents]:
     """Images in [0, 1] -> mean and log-variance, f32, of the scaled latents that `decode` takes.
 
-    Of the VAE's own z (whose log-variance is cut to [-30, 20] as in diffusers): (mean - shift) * scaling and
-    logvar + 2 log(scaling). A training loss against a unit Gaussian must go back to z first.
+    In terms of the VAE's own z (whose log-variance is clipped to [-30, 20] as in diffusers): (mean - shift) * scaling
+    and logvar + 2 log(scaling). A KL loss to a unit Gaussian must first convert them back to z.
     """
     scale, shift = module.cfg.scaling_factor, module.cfg.shift_factor
     x = jnp.asarray(module.apply({"params": params}, images.astype(F32) * 2 - 1), F32)
@@ -213,7 +214,7 @@ def encode(module: Encoder, params: Params, images: Images) -> tuple[Latents, La
 
 
 def vae_rules(half: str, ours: str = "") -> tuple[Rule, ...]:
-    """The key table of one half ("encoder" or "decoder") whose parameters sit under `ours`."""
+    """The key table of one half ("encoder" or "decoder") whose parameters are under the path `ours`."""
     places = (
         (r"(conv_in|conv_out|conv_norm_out)", r"\1"),
         (r"mid_block/resnets_(\d)/(\w+)", r"mid_block.resnets.\1.\2"),
@@ -244,8 +245,10 @@ VAE_ALIASES = (  # the attention's spelling in old diffusers
 def load_vae(
     folder: str | Path, dtype: Any = jnp.bfloat16, encoder: bool = False, place: Place | None = None
 ) -> tuple[Decoder | Encoder, Params]:
-    """Module and parameters (numpy, or where `place` takes them; in `dtype`) of the decoder, or of the encoder, of a
-    folder in diffusers' layout."""
+    """Module and parameters (in `dtype`; numpy, or the results of `place`) of a folder in diffusers' layout.
+
+    They are the decoder's, or with `encoder` the encoder's.
+    """
     cfg = VaeConfig.read(folder)
     module = (Encoder if encoder else Decoder)(cfg, dtype)
     sample = (1, cfg.factor, cfg.factor, cfg.in_channels) if encoder else (1, 1, 1, cfg.latent_channels)

@@ -1,17 +1,17 @@
-"""--mode=plan: memory and time of a run before it is one, from shapes alone; no weights, no accelerator, seconds.
+"""--mode=plan: memory and time of a run before it starts, from shapes alone, in seconds; no weights, no accelerator.
 
 The stages are traced as they run (`iteration.Stages`, the encoders), with one device's share of the prompts, so a
-change of the code is a change of the plan. Memory is what lies on a device while a stage runs: weights, LoRA sets and
-moments, merged and quantised kernels by their shapes; activations, with the stage's results and a backward pass's
-residuals, by `cost.peak` of its program. The watch's measurement and evaluation are stages too, which come once in many
-iterations. Not counted: libraries' workspaces, what XLA copies, pads or reorders, fragmentation, and the runtime's own
-few hundred MB. Seconds are FLOPs at a stated share of the card's peak.
+change of the code changes the plan. Memory is everything on a device while a stage runs. Weights, LoRA sets and
+moments, merged and quantised kernels are counted from their shapes. Activations, with the stage's results and a
+backward pass's residuals, are `jaxpr.peak` of its program. The watch's measurement and the evaluation are stages too,
+once in many iterations. Not counted: workspaces of libraries, copies, padding and reordering by XLA, fragmentation, and
+the runtime's own few hundred MB. Seconds are FLOPs at a stated share of the card's peak.
 
-Activations of FLUX.1-dev in GB, here and as XLA allots them where it compiles for an H100 (jax 0.10.2, micro-batches of
-12 points at 512 px): learn 9.4 and 6.5 where remat keeps nothing, 33.7 and 30.8 where it keeps attention and the MLP.
-Measured on an H100, random weights, an iteration of one prompt: FLUX 58.5 GB and 29.3 s where this plans 59.8 and 26.8,
-SD3.5 Large 52.0 GB and 87 s (53.7 and 66), SANA 28.8 GB and 15 s (28.9 and 8.6): the less of the work is in large
-products, the longer it takes than its FLOPs say.
+Activations of FLUX.1-dev in GB, planned here and allocated by XLA when it compiles for an H100 (jax 0.10.2,
+micro-batches of 12 points at 512 px): learn 9.4 and 6.5 if remat keeps nothing, 33.7 and 30.8 if it keeps attention and
+the MLP. Measured on an H100 with random weights, an iteration of one prompt (planned in brackets): FLUX 58.5 GB and
+29.3 s (59.8 and 26.8), SD3.5 Large 52.0 GB and 87 s (53.7 and 66), SANA 28.8 GB and 15 s (28.9 and 8.6). The smaller
+the share of large products, the more a stage's time exceeds its FLOPs.
 """
 
 import functools
@@ -49,21 +49,21 @@ CARDS = {
     "RTX 4090 24GB": Card(24, 165, 8.9),
     "B200 180GB": Card(180, 2250, 10.0),
 }
-CAUTION = 0.3  # of the activations that a plan counts
-USABLE = 0.92  # share of a card that JAX takes (XLA_PYTHON_CLIENT_MEM_FRACTION)
-FRACTION = 0.6  # share of its peak that a card reaches
-EMULATED = 0.8  # and of that what is left where NVFP4 is emulated in bf16
+CAUTION = 0.3  # share of the planned activations by which they may be too high
+USABLE = 0.92  # share of a card's memory that JAX reserves (XLA_PYTHON_CLIENT_MEM_FRACTION)
+FRACTION = 0.6  # assumed share of its peak that a card reaches
+EMULATED = 0.8  # factor on that for NVFP4 emulated in bf16
 RATES = {
     "float32": 0.5,
     "float32 highest": 1 / 16,
     "float8_e4m3fn": 2.0,
     "float4_e2m1fn": 4.0,
-}  # peaks over bf16's; f32 that asks for no more runs as TF32
+}  # peaks relative to bf16's; f32 without HIGHEST runs as TF32
 
 
 class Use(NamedTuple):
-    """One stage of an iteration, or of every so many: bytes on each device, FLOPs of all devices by operand dtype,
-    seconds to expect."""
+    """One stage, run in every `every`-th iteration: bytes on each device, FLOPs of all devices by operand dtype, and
+    expected seconds."""
 
     stage: str
     weights: int
@@ -86,7 +86,7 @@ class Plan(NamedTuple):
     card: str
     sizes: Sizes
     uses: tuple[Use, ...]
-    advice: tuple[str, ...]  # of the stages that do not fit
+    advice: tuple[str, ...]  # for the stages that do not fit
 
 
 def card_of(name: str) -> Card:
@@ -97,12 +97,12 @@ def card_of(name: str) -> Card:
 
 
 def room(card: Card) -> float:
-    """Bytes that a run may use."""
+    """Bytes of a card that a run can use."""
     return USABLE * card.memory * 2**30
 
 
 def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
-    """The plan of a config whose model folder holds config files at least. Raises ConfigError or WeightsError."""
+    """The plan of a config whose model folder has at least the config files. Raises ConfigError or WeightsError."""
     found = card_of(card)
     most, cfg = room(found), assemble.resolved(cfg, found.capability)
     sizes = read(cfg, devices)
@@ -115,19 +115,19 @@ def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
 
 
 def uses_of(cfg: Config, sizes: Sizes, devices: int, card: Card) -> tuple[Use, ...]:
-    """Every stage's, in order; then of what comes once in many iterations and as a run begins."""
+    """The `Use` of every stage in order; then of those that run at the start and once in many iterations."""
     stages = ["encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn"]
     stages += ["watch"] * guards.due(cfg, 0) + ["evaluate"] * bool(cfg.evaluate.every)
     return tuple(use_of(stage, cfg, sizes, devices, card) for stage in stages)
 
 
 def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
-    """What `stage` takes, as `iteration.Staged`, `watch.measured` and `evaluate.pictures` run it."""
+    """The `Use` of `stage`, as `iteration.Staged`, `watch.measured` and `evaluate.pictures` run it."""
     return _measured(cfg, sizes, devices, card) if stage == "watch" else _use(_work(stage, cfg, sizes, devices), card)
 
 
 class Work(NamedTuple):
-    """A program of one device, `calls` times, and what lies there beside its own arrays."""
+    """One device's program, called `calls` times, and the other arrays in memory at that time."""
 
     stage: str
     cfg: Config
@@ -162,13 +162,13 @@ def _work(stage: str, cfg: Config, sizes: Sizes, devices: int) -> Work:
 
 
 def _kernels(run: iteration.Stages, state: TrainState, frozen: Frozen) -> tuple[Any, Any]:
-    """The merged and the quantised."""
+    """The merged and the quantised kernels, in shapes."""
     kernels = jax.eval_shape(run.merged, state, frozen)
     return kernels, jax.eval_shape(run.quantised, kernels, frozen)
 
 
 def _rollout(stage: str, how: Stage, mine: int, images: int, cfg: Config, sizes: Sizes, devices: int) -> Work:
-    """So many images of each of a device's `mine` prompts, one block of prompts a call."""
+    """`images` images for each of a device's `mine` prompts, one block of prompts per call."""
     run = iteration.stages(sizes.model, sizes.score, learn.make_optimizer(cfg), cfg)
     kernels, low = _kernels(run, blank(cfg, sizes), sizes.frozen)
     if stage != "explore" and how.precision == "bf16":
@@ -177,14 +177,13 @@ def _rollout(stage: str, how: Stage, mine: int, images: int, cfg: Config, sizes:
     keep_path = stage == "regenerate" and cfg.of_steps
     roll = functools.partial(rolled, model=sizes.model, score=sizes.score, stage=how, keep_path=keep_path)
     program = jaxpr.trace(roll, kernels, low, sizes.frozen, batch(sizes.prompts, together), keys(together, images))
-    # What is drawn stays until it is learnt from, or not kept; GRPO's samples come with their paths.
+    # Samples stay in memory until `learn` has used them, or they are discarded; GRPO's samples include their paths.
     held = samples(cfg, sizes, mine, images) if stage == "regenerate" else None
     return Work(stage, cfg, sizes, devices, program, mine // together, 1, how.precision, kernels, low, held)
 
 
 def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
-    """The preview's and the full rollouts of a measurement, a prompt a call: the memory of the larger, the work of
-    both."""
+    """A measurement's preview and full rollouts, one prompt per call: the larger memory, the work of both."""
     prompts = -(-cfg.watch.prompts // devices)
     uses = []
     for name, how in zip(("explore", "watch"), guards.rollouts(cfg), strict=True):
@@ -196,7 +195,7 @@ def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
 
 
 def _evaluation(cfg: Config, sizes: Sizes, devices: int) -> Work:
-    """All of a device's fixed prompts in one call, with the rewards that are not trained on too."""
+    """All of a device's fixed prompts in one call, including the rewards that are not trained on."""
     mine = evaluate.prompts_each(cfg.evaluate, cfg.evaluate.prompts, devices)
     frozen = sizes.frozen._replace(rewards={**sizes.frozen.rewards, **sizes.towers})
 
@@ -213,7 +212,7 @@ def _use(work: Work, card: Card) -> Use:
     stage, cfg, sizes, devices = work.stage, work.cfg, work.sizes, work.devices
     flops = Counter({dtype: n * work.calls * devices for dtype, n in jaxpr.flops(work.program).items()})
     text = nbytes(sizes.text) if stage == "encode" or not cfg.encode_ahead else 0
-    made = nbytes(work.low) if stage == "quantise" else 0  # its result is no activation
+    made = nbytes(work.low) if stage == "quantise" else 0  # its result is not an activation
     return Use(
         stage=stage,
         weights=nbytes((sizes.frozen, sizes.towers)) + text,
@@ -228,19 +227,19 @@ def _use(work: Work, card: Card) -> Use:
 
 
 def spent(uses: Sequence[Use]) -> float:
-    """Seconds of an iteration, with its share of what comes once in many."""
+    """Seconds of an iteration, with its share of the stages that run once in many iterations."""
     return sum(use.seconds / use.every for use in uses)
 
 
 def seconds(flops: Counter[str], card: Card, devices: int = 1) -> float:
-    """Time of so many FLOPs at FRACTION of the peak of `devices` cards."""
+    """Time of these FLOPs at FRACTION of the peak of `devices` cards."""
     return sum(n / RATES.get(dtype, 1.0) for dtype, n in flops.items()) / (FRACTION * card.peak * 1e12 * devices)
 
 
 def device_card() -> Card | None:
-    """The first device as a card: its memory is what JAX may take of it, its peak that of the card of its name.
+    """The first device as a card, with the memory that JAX can reserve on it and the peak of the card of that name.
 
-    None on a CPU and for a GPU that is not among CARDS.
+    None on a CPU, and for a GPU that is not in CARDS.
     """
     device = jax.local_devices()[0]
     known = [card for name, card in CARDS.items() if name.rpartition(" ")[0] in device.device_kind]
@@ -249,9 +248,9 @@ def device_card() -> Card | None:
 
 
 def check_fits(cfg: Config, devices: int, most: float) -> None:
-    """ConfigError, with the plan's numbers and what to change, where a stage cannot fit `most` bytes a device.
+    """ConfigError, with the plan's numbers and what to change, if a stage cannot fit into `most` bytes per device.
 
-    Activations are estimated up to CAUTION too high, and by so much a stage may be over.
+    The plan can overestimate activations by a share of CAUTION, so a stage may exceed `most` by that.
     """
     sizes, card = read(cfg, devices), Card(most / USABLE / 2**30, 1, 0.0)
     for use in uses_of(cfg, sizes, devices, card):
@@ -263,7 +262,7 @@ def check_fits(cfg: Config, devices: int, most: float) -> None:
 
 
 def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> str:
-    """The first of `remedies`, each on top of those before, with which the stage fits; else what remains to do."""
+    """The first of `remedies`, applied one after another, with which the stage fits; else other ways to save memory."""
     changes: dict[str, str] = {}
     need = f"{use.stage} does not fit: {_gb(use.total)} of {_gb(room(card))} GB; "
     for field, value in remedies(use.stage, cfg):
@@ -272,24 +271,24 @@ def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> str
         try:
             other = override(cfg, **{**changes, field: value})
             use = use_of(use.stage, other, _like(sizes, other, cfg), devices, card)
-        except ConfigError:  # a size that does not divide
+        except ConfigError:  # this size does not divide
             continue
         changes[field] = value
         if use.total <= room(card):
             return (
-                f"{need}it does ({_gb(use.total)} GB) with {' '.join(f'--config.{k}={v}' for k, v in changes.items())}"
+                f"{need}it fits ({_gb(use.total)} GB) with {' '.join(f'--config.{k}={v}' for k, v in changes.items())}"
             )
     towers = {**sizes.frozen.rewards, **sizes.towers}
     less = "".join(f", reward (without {name}: -{_gb(nbytes(x))} GB)" for name, x in towers.items() if nbytes(x))
     even = "".join(f" with --config.{k}={v}" for k, v in changes.items() if k == "encode_ahead")
     return (
-        f"{need}what no chunk changes takes {_gb(use.total - use.activations)} GB{even}. Take a larger card, or lower "
+        f"{need}without activations it takes {_gb(use.total - use.activations)} GB{even}. Use a larger card, or lower "
         f"lora.rank={cfg.lora.rank}{less}"
     )
 
 
 def remedies(stage: str, cfg: Config) -> Iterator[tuple[str, str]]:
-    """(config field, value) that lower a stage's memory, the cheapest in time first."""
+    """(config field, value) pairs that lower a stage's memory; those that cost least time come first."""
     if not cfg.encode_ahead and stage != "encode":
         yield "encode_ahead", "20"
     if stage == "learn" and not cfg.model.remat:
@@ -305,7 +304,7 @@ def remedies(stage: str, cfg: Config) -> Iterator[tuple[str, str]]:
 
 
 def _like(sizes: Sizes, new: Config, cfg: Config) -> Sizes:
-    """The same shapes for a config that differs in chunks or in remat."""
+    """`sizes` for the config `new`, which differs from `cfg` in chunks or remat only."""
     return sizes if new.model == cfg.model else sizes._replace(model=assemble.model_module(new).make(new.model))
 
 
@@ -314,13 +313,13 @@ def _like(sizes: Sizes, new: Config, cfg: Config) -> Sizes:
 
 NO_PLUGIN = (
     f"activations: there is no CUDA plugin here ({' or '.join(jaxpr.CUDA)}), so they are those of unfused attention "
-    "and of f32 products: more than a GPU takes"
+    "and of f32 products: more than on a GPU"
 )
 HEADER = f"{'GB a device':<12}{'weights':>9}{'LoRA':>7}{'merged':>8}{'quantised':>11}{'activations':>13}{'total':>8}"
 
 
 def report(p: Plan) -> list[str]:
-    """The plan as lines: what there is, a table of the stages, what it assumes, what to change."""
+    """The plan as lines: the run's parts, a table of the stages, the assumptions, what to change."""
     model, frozen, card, each = p.sizes.model, p.sizes.frozen, CARDS[p.card], spent(p.uses)
     held = {
         "transformer": frozen.base,
@@ -341,10 +340,10 @@ def report(p: Plan) -> list[str]:
         f"{HEADER}{'':12}{'TFLOP':>11}{'seconds':>10}",
         *(_row(use, room(card)) for use in p.uses),
         f"an iteration: {each:,.3g} s, {p.cfg.iterations} of them {p.cfg.iterations * each / 3600:,.3g} h",
-        *(f"{u.stage}: every {u.every} iterations, its share is in theirs, and as a run begins" for u in rare),
+        *(f"{u.stage}: at the start and every {u.every} iterations; an iteration's time has its share" for u in rare),
         "",
-        f"seconds: at {FRACTION:.0%} of the bf16 peak, float32 at 1/16, TF32 at half of it; emulated NVFP4 brings no "
-        f"speed: bf16's time / {EMULATED}; an H100 took 1.1 (flux), 1.3 (sd35), 1.7 times as long (sana)",
+        f"seconds: at {FRACTION:.0%} of the bf16 peak, float32 at 1/16, TF32 at half of it; emulated NVFP4 is not "
+        f"faster: bf16's time / {EMULATED}; an H100 took 1.1 (flux), 1.3 (sd35), 1.7 times as long (sana)",
         "activations: an estimate from the traced program; no library workspaces",
         *(() if jaxpr.as_on_gpus() else (NO_PLUGIN,)),
         *p.sizes.notes,
@@ -365,7 +364,7 @@ def _row(use: Use, most: float | int) -> str:
 
 
 def per_image_flops(sizes: Sizes) -> dict[str, Counter[str]]:
-    """Of one forward pass of the transformer and of one decode, one image."""
+    """FLOPs for one image: one forward pass of the transformer, and one decode."""
     noise = jax.eval_shape(lambda: sizes.model.noise(jax.random.key(0)))
     x, sigma = jax.ShapeDtypeStruct((1, *noise.shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     forward = {"params": sizes.frozen.base}, x, sigma, batch(sizes.prompts.cond, 1)
@@ -376,9 +375,11 @@ def per_image_flops(sizes: Sizes) -> dict[str, Counter[str]]:
 
 
 def run_plan(cfg: Config, *, devices: int | None = None, card: str = "H100 80GB") -> int:
-    """Print the plan of a run on so many devices (1 by default). A model of PUBLIC has its public sizes; so has the
-    first of them where the config names none."""
-    card_of(card)  # a wrong name is answered at once
+    """Print the plan of a run on `devices` devices (default 1).
+
+    A model of PUBLIC has its public sizes; without a model in the config, it is the first of them.
+    """
+    card_of(card)  # a wrong name fails at once
     with tempfile.TemporaryDirectory() as folder:
         sized = with_configs(cfg, folder)
         if sized is not cfg:

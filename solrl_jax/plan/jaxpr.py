@@ -1,7 +1,7 @@
 """FLOPs and live memory of a traced program, from its jaxpr alone: nothing is compiled, nothing is allocated.
 
-XLA's own cost analysis counts a loop's body once; here it counts as often as it runs. What is not known here is refused
-(`CostError`): it would count as nothing.
+XLA's own cost analysis counts a loop's body once; here it counts once per trip. An unknown operation is refused
+(`CostError`): otherwise it would count as nothing.
 """
 
 import math
@@ -24,9 +24,9 @@ CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call")
 LOOPS = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
 SCATTERS = [f"scatter{kind}" for kind in ("", "-add", "-sub", "-mul", "-min", "-max")]
 COMBINERS = dict.fromkeys(SCATTERS, ("update_jaxpr",)) | dict.fromkeys(("reduce", "reduce_window"), ("jaxpr",))
-"""Their programs combine two numbers: elementwise work."""
+"""Primitives whose programs combine two numbers: elementwise work."""
 PROGRAMS = dict.fromkeys((*CALLS, *CUSTOM_CALLS), ("jaxpr", "call_jaxpr")) | LOOPS | COMBINERS
-"""The parameters of a primitive that hold programs."""
+"""The parameters of a primitive that are programs."""
 VIEWS = {"reshape", "squeeze", "expand_dims", "transpose"}
 FUSED = VIEWS | {
     *("add", "add_any", "sub", "mul", "div", "rem", "neg", "abs", "sign", "floor", "ceil", "round", "square"),
@@ -36,15 +36,15 @@ FUSED = VIEWS | {
     *("convert_element_type", "bitcast_convert_type", "reduce_precision", "broadcast_in_dim", "iota", "concatenate"),
     *("pad", "rev", "slice", "split", "dynamic_slice", "stack", "unstack"),
 }
-"""Element by element, or only moving elements: XLA makes these part of the kernel that reads the result."""
+"""Elementwise operations and operations that only move elements: XLA fuses them into the kernel that reads them."""
 
 
 class CostError(ValueError):
-    """A program with a part whose work is not known here; the message names the primitive."""
+    """A program with an operation of unknown cost; the message names the primitive."""
 
 
 class Value:
-    """One array of a running program, of so many bytes; the object itself is its name."""
+    """One array of a running program, with its bytes; identified by the object itself."""
 
     def __init__(self, aval: Any, stored: bool = True):
         self.bytes = nbytes(aval) if stored else 0
@@ -57,15 +57,15 @@ def nbytes(tree: Any) -> int:
 
 
 def as_on_gpus() -> bool:
-    """Whether programs are traced as for a GPU: a CUDA plugin is installed."""
+    """Whether programs are traced as for a GPU, which needs a CUDA plugin."""
     return any(map(find_spec, CUDA))
 
 
 def trace(f: Callable[..., Any], *args: Any) -> Jaxpr:
-    """The program f of shapes (jax.ShapeDtypeStruct leaves), of one device of a mesh.
+    """The jaxpr of f for arguments given as shapes (jax.ShapeDtypeStruct leaves), on one device of a mesh.
 
-    As for a GPU, if a CUDA plugin is installed: without one JAX cannot trace the fused attention, and the program is
-    of a device that is neither a GPU nor this machine's CPU, whose products may be in another dtype.
+    The device is a GPU if a CUDA plugin is installed: without one JAX cannot trace the fused attention. Otherwise it is
+    a device of another kind, not this machine's CPU, whose products may have another dtype.
     """
     device = AbstractDevice("GPU", None, "gpu" if as_on_gpus() else "other")
     mesh = AbstractMesh((1,), (sharding.DATA,), axis_types=(AxisType.Auto,), abstract_device=device)
@@ -79,7 +79,7 @@ def trace(f: Callable[..., Any], *args: Any) -> Jaxpr:
 def flops(jaxpr: Jaxpr) -> Counter[str]:
     """2 x multiply-adds of products and convolutions, by the dtype of their operands ("float32" alone may be TF32).
 
-    Loops count as often as they run, of a `cond` the costlier branch; a `while` counts once, as its trips are unknown.
+    A loop's body counts once per trip, a `cond` as its costlier branch, a `while` once, as its trips are unknown.
     Elementwise work is not counted.
     """
     total: Counter[str] = Counter()
@@ -117,14 +117,14 @@ def _convolution(eqn: JaxprEqn) -> int:
 
 
 def _attention(eqn: JaxprEqn) -> int:
-    """cuDNN's fused kernel: two products, and in its backward pass five (the scores are made again)."""
+    """cuDNN's fused kernel: two products, and five in its backward pass (it recomputes the scores)."""
     b, queries, heads, width = _aval(eqn, 0).shape
     count = 5 if "bwd" in eqn.primitive.name else 2
     return 2 * count * b * heads * queries * _aval(eqn, 1).shape[1] * width
 
 
 def _scaled(eqn: JaxprEqn) -> int:
-    """NVFP4's block-scaled product, of [batch, m, k] and [batch, n, k]."""
+    """NVFP4's block-scaled product of [batch, m, k] and [batch, n, k]."""
     return 2 * math.prod(_aval(eqn, 0).shape) * _aval(eqn, 1).shape[1]
 
 
@@ -139,29 +139,30 @@ MULTIPLIES = re.compile(
     r"dot|matmul|gemm|attention|conv(?!ert)|solve|symmetric_product|cholesky|householder_product|pallas|ffi|fft"
     r"|^(eigh?|hessenberg|lu|ormqr|qr|schur|svd|tridiagonal)$"
 )
-"""Names of primitives that multiply matrices, or may do so unseen."""
+"""Names of primitives that multiply matrices, or may do so internally."""
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
 def peak(jaxpr: Jaxpr) -> int:
-    """Most bytes that live at once, results included, the program's own inputs not.
+    """The most bytes that are live at once, with the program's results and without its inputs.
 
-    A walk in program order. A result of FUSED takes no room of its own: it keeps what it is made from alive, until a
-    product, a loop or another operation that wants an array reads it, or until it is at most half of that (a cast to
-    bf16, a sum of two). A loop takes its carry once, its body's own peak, and all of what it stacks: so a backward
-    pass's residuals count. Not counted: workspaces of libraries, and what XLA reorders, pads, fragments or copies.
+    The program is walked in order. A result of FUSED needs no memory: its sources stay alive instead. It is stored when
+    a product, a loop or another operation that needs an array reads it, or if it is at most half as large as its
+    sources (a cast to bf16, a sum of two). A loop needs its carry once, its body's own peak, and everything that it
+    stacks, which includes a backward pass's residuals. Not counted: workspaces of libraries, and reordering, padding,
+    fragmentation and copies by XLA.
     """
     return _peak(jaxpr, [Value(v.aval, stored=False) for v in jaxpr.invars])
 
 
 class _Live:
-    """Which arrays are in memory from when to when, while a program is walked."""
+    """The arrays in memory, each with its first and last step, while a program is walked."""
 
     def __init__(self, inputs: Sequence[Value]):
-        self.sources = {v: frozenset((v,)) for v in inputs}  # the stored ones that a value is or is computed from
-        self.views = set(inputs)  # values that are in memory, or another's bytes seen otherwise
+        self.sources = {v: frozenset((v,)) for v in inputs}  # the stored arrays that a value is, or is computed from
+        self.views = set(inputs)  # values in memory, or views of such values
         self.born: dict[Value, int] = {}
         self.last: dict[Value, int] = {}
 
@@ -170,7 +171,7 @@ class _Live:
 
     def read(self, values: Sequence[Value], at: int) -> None:
         for v in self.of(values):
-            self.born.setdefault(v, at)  # a slice that a loop reads is made where it is first used
+            self.born.setdefault(v, at)  # a slice that a loop reads is created at its first use
             self.last[v] = at
 
     def store(self, v: Value, at: int) -> None:
@@ -218,7 +219,7 @@ def _peak(jaxpr: Jaxpr, inputs: list[Value]) -> int:
 
 
 def _inside(eqn: JaxprEqn) -> int:
-    """Peak of an operation's body. A scan's constants and carry live outside, its slices come and go."""
+    """Peak of an operation's body. A scan's constants and carry are counted outside; its slices live in the body."""
 
     def inputs(body: Jaxpr) -> list[Value]:
         if eqn.primitive.name != "scan":
@@ -236,7 +237,7 @@ Step = tuple[JaxprEqn, list[Value], list[Value]]
 
 
 def _inlined(jaxpr: Jaxpr, inputs: list[Value]) -> tuple[list[Step], list[Value]]:
-    """(equation, its inputs, its outputs) in program order with every call inlined, and the results."""
+    """(equation, its inputs, its outputs) in program order, with all calls inlined, and the program's results."""
     env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
     env |= {v: Value(v.aval, stored=False) for v in jaxpr.constvars}
     steps: list[Step] = []
@@ -259,7 +260,7 @@ def _values(env: dict[Any, Value], variables: Sequence[Any]) -> list[Value]:
 
 
 def _check(eqn: JaxprEqn) -> None:
-    """CostError for an operation that may multiply in a way that is not counted."""
+    """CostError for an operation that may multiply matrices without being counted."""
     name, what = eqn.primitive.name, ""
     known = PROGRAMS.get(name, ())
     if strange := [p for p, value in eqn.params.items() if p not in known and any(_programs(value))]:
@@ -270,9 +271,9 @@ def _check(eqn: JaxprEqn) -> None:
         what = "multiplies"
     if what:
         raise CostError(
-            f"the plan cannot count the operation {name}, which {what}: write what it costs into "
+            f"the plan cannot count the operation {name}, which {what}: add its cost to "
             "solrl_jax/plan/jaxpr.py, or "
-            "compute the same by products and loops that are known there"
+            "compute the same with products and loops that it knows"
         )
 
 
@@ -288,13 +289,13 @@ def _programs(value: Any) -> Iterator[Jaxpr]:
 
 
 def _called(eqn: JaxprEqn) -> Jaxpr | None:
-    """The program that a call stands for."""
+    """The program that a call runs."""
     if eqn.primitive.name not in (*CALLS, *CUSTOM_CALLS):
         return None
     return next(_programs([eqn.params.get("jaxpr"), eqn.params.get("call_jaxpr")]))
 
 
 def _bodies(eqn: JaxprEqn) -> Iterator[Jaxpr]:
-    """The programs that a loop or a choice runs."""
+    """The programs that a loop or a `cond` runs."""
     for parameter in LOOPS.get(eqn.primitive.name, ()):
         yield from _programs(eqn.params[parameter])

@@ -1,4 +1,4 @@
-"""Everything a run holds, as shapes and dtypes (jax.ShapeDtypeStruct): `assemble` without a weight being read."""
+"""Everything in a run as shapes and dtypes (jax.ShapeDtypeStruct): like `assemble`, without reading weights."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from solrl_jax.weights import hub
 
 
 class Sizes(NamedTuple):
-    """Everything a run holds, in shapes; prompts and tokens are one device's share."""
+    """Everything in a run, in shapes; prompts and tokens are one device's share."""
 
     model: Model
     score: Score
@@ -26,7 +26,7 @@ class Sizes(NamedTuple):
     text: Params
     tokens: PyTree
     prompts: Prompts
-    judged: Score  # the trained rewards and then the held-out ones
+    judged: Score  # the trained rewards, then the held-out ones
     captions: dict[str, PyTree]  # their tokens
     notes: tuple[str, ...]
 
@@ -71,9 +71,9 @@ def read(cfg: Config, devices: int) -> Sizes:
 
 
 def with_configs(cfg: Config, folder: str | pathlib.Path) -> Config:
-    """`cfg` on its model's public configs, written to `folder`, where it names a public model; else as it is.
+    """`cfg` with its model's public configs, written to `folder`, if it names a public model; else unchanged.
 
-    Where it names none, on those of the first one that the model's file knows.
+    If it names no model, the first one in the model file's PUBLIC is used.
     """
     public = assemble.model_module(cfg).PUBLIC
     name = cfg.model.path or next(iter(public), "")
@@ -84,7 +84,7 @@ def with_configs(cfg: Config, folder: str | pathlib.Path) -> Config:
 
 
 def batch(tree: PyTree, count: int) -> PyTree:
-    """Shapes with a leading axis of `count` for the one they have."""
+    """Shapes whose leading axis is replaced by one of `count`."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), tree)
 
 
@@ -93,7 +93,7 @@ def keys(prompts: int, images: int) -> Any:
 
 
 def samples(cfg: Config, sizes: Sizes, prompts: int, images: int) -> Rollout:
-    """So many samples of so many prompts, as they are learnt from."""
+    """`images` samples for each of `prompts` prompts, as `learn` takes them."""
     grid = (prompts, images)
     noise = jax.eval_shape(lambda: sizes.model.noise(jax.random.key(0)))
     reward: Any = jax.ShapeDtypeStruct(grid, jnp.float32)

@@ -1,6 +1,6 @@
-"""Low precision: what a rollout may run in, and the trees of quantised kernels it runs on.
+"""Low precision: the precisions of a rollout, and the trees of quantised kernels that it reads.
 
-A precision is one static choice per stage of a run, resolved once from the device (`resolve`):
+A precision is one static choice per stage of a run, resolved once for the device (`resolve`):
 
     bf16             nothing is quantised
     fp8              e4m3 kernels and inputs, on GPUs from compute capability 8.9 (fp8.py)
@@ -21,9 +21,9 @@ from solrl_jax.quant.nvfp4 import Nvfp4
 from solrl_jax.structs import Params, QuantRule, QuantRules, leaves_by_path
 
 LOW = ("fp8", "nvfp4_native", "nvfp4_emulated")
-"""What kernels are quantised to."""
+"""The precisions to which kernels are quantised."""
 LEAST = {"fp8": 8.9, "nvfp4_native": 10.0}
-"""Compute capability from which a precision can run."""
+"""The least compute capability that a precision needs."""
 
 
 class Unsupported(ValueError):
@@ -36,9 +36,9 @@ def _known(precision: str, names: tuple[str, ...] = ("bf16", *LOW), what: str = 
 
 
 def resolve(precision: str, capability: float | None) -> str:
-    """The precision itself, or for "auto" the device's best: `capability` is a CUDA device's, None for other devices.
+    """The precision itself, or for "auto" the device's best. `capability` is None if the device is not a CUDA device.
 
-    Raises Unsupported for an unknown one and where the device cannot do what is asked: nothing falls back in silence.
+    Raises Unsupported for an unknown precision and for one that the device does not have: there is no silent fallback.
     """
     _known(precision, ("auto", "bf16", *LOW))
     have = 0.0 if capability is None else capability
@@ -54,7 +54,7 @@ def resolve(precision: str, capability: float | None) -> str:
 
 
 def bits(precision: str) -> float:
-    """Of a weight, block scales included."""
+    """Bits of a weight, block scales included."""
     _known(precision)
     return {"bf16": 16.0, "fp8": 8.0}.get(precision, 4.5)
 
@@ -78,7 +78,7 @@ def chosen(params: Params, rule: QuantRule) -> dict[str, tuple[int, ...]]:
 
 
 def quantise(kernel: Any, precision: str, unit: float = 1.0) -> Fp8 | Nvfp4:
-    """A kernel [*layers, in, out] in a precision of LOW, else Unsupported; `unit` is fp8's, of the inputs."""
+    """A kernel [*layers, in, out] in a precision of LOW, else Unsupported; `unit` is that of FP8's inputs."""
     _known(precision, LOW, "one that kernels are quantised to")
     if precision == "fp8":
         return fp8.quantise(kernel, unit)
@@ -86,7 +86,7 @@ def quantise(kernel: Any, precision: str, unit: float = 1.0) -> Fp8 | Nvfp4:
 
 
 def quantise_tree(params: Params, rule: QuantRule, precision: str) -> dict[str, Any]:
-    """The `quant` collection of the explorer: a quantised kernel where the rule takes one, nothing elsewhere."""
+    """The explorer's `quant` collection: the quantised kernels of the Linears that the rule chooses, nothing else."""
     paths, units = chosen(params, rule), dict(rule.units)
 
     def walk(tree: Mapping[str, Any], at: str) -> dict[str, Any]:
@@ -104,8 +104,11 @@ def quantise_tree(params: Params, rule: QuantRule, precision: str) -> dict[str, 
 
 
 def for_rollout(low: Params) -> Params:
-    """The `quant` collection as a rollout reads it: on CPUs, which have the memory, emulated NVFP4 is unpacked once
-    and not at every step."""
+    """The `quant` collection as a rollout reads it.
+
+    On CPUs, which have the memory, emulated NVFP4 is unpacked once: otherwise every step of the rollout's loop would
+    unpack it again (tests/test_device.py::test_emulated_kernels_are_unpacked_once_on_cpus).
+    """
 
     def ready(kernel: Fp8 | Nvfp4) -> Any:
         if isinstance(kernel, Nvfp4) and not kernel.native.value and device.platform() == "cpu":

@@ -1,4 +1,4 @@
-"""Units of FP8's inputs: what every Linear sees along a few rollouts of the unquantised policy."""
+"""Units of FP8's inputs, from the inputs of every Linear in a few rollouts of the unquantised policy."""
 
 import functools
 import itertools
@@ -15,19 +15,19 @@ from solrl_jax.quant import fp8, rule_of
 from solrl_jax.structs import Model, PyTree, Variables
 
 PROMPTS = 8
-"""Prompts, a picture each, on which units are measured."""
+"""Prompts, one picture each, on which units are measured."""
 
 
 def calibrated(model: Model, variables: Variables, cond: PyTree, key: Key[Array, ""], stages: Sequence[Stage]) -> Model:
     """`model` with units in its FP8 rule, from a rollout of each stage for each of the G prompts of `cond`.
 
-    Units are powers of two with room above the largest input seen (fp8.unit_of), the same numbers every time: they are
-    part of the compiled program. Raises FloatingPointError where an input is not finite.
+    Units are powers of two with room above the largest input seen (fp8.unit_of). They are reproducible, because they
+    are constants of the compiled program. Raises FloatingPointError if an input is not finite.
     """
     keys = jax.random.split(key, jax.tree.leaves(cond)[0].shape[0])
     largest: dict[str, float] = {}
     for stage in stages:
-        program = jax.jit(functools.partial(seen, model=model, stage=stage))  # weights given: they are no part of it
+        program = jax.jit(functools.partial(seen, model=model, stage=stage))  # weights are arguments, not constants
         sigmas, found = jax.device_get(program(variables, cond, keys))
         for (i, sigma), (path, values) in itertools.product(enumerate(sigmas), found.items()):
             if not math.isfinite(values[i]):
@@ -41,9 +41,9 @@ def calibrated(model: Model, variables: Variables, cond: PyTree, key: Key[Array,
 def seen(
     variables: Variables, cond: PyTree, keys: Key[Array, "G"], *, model: Model, stage: Stage
 ) -> tuple[Float[Array, "N"], dict[str, Float[Array, "N"]]]:
-    """Each step's sigma (the first sample's) and the largest |input| of every Linear in it, of the stage's rollout.
+    """For each step of the stage's rollout, its sigma (the first sample's) and the largest |input| of every Linear.
 
-    `cond` is not prepared: what of the network is done once for a rollout has inputs too.
+    `cond` is not prepared (`Model.prepare`), so that the Linears that run once per rollout are measured too.
     """
 
     def velocity(x: Array, sigma: Array) -> Array:

@@ -11,7 +11,7 @@ from solrl_jax.structs import Model, leaves_by_path
 
 
 class Use(NamedTuple):
-    """One Linear of the network (a stack of equal layers counts once): its work for one image and one forward pass."""
+    """One Linear of the network (a stack of equal layers is one entry): its work for one image and one forward pass."""
 
     path: str
     layers: int
@@ -24,7 +24,7 @@ class Use(NamedTuple):
 def uses(model: Model, precision: str) -> list[Use]:
     """Every Linear of `model` in the order of the forward pass, and whether `precision` quantises it.
 
-    Rows are seen while the shapes are traced.
+    The number of rows is recorded while the shapes are traced.
     """
     rows: dict[str, int] = {}
 
@@ -47,7 +47,7 @@ def uses(model: Model, precision: str) -> list[Use]:
 
 
 def share(found: list[Use], what: str, blocks: bool = False) -> float:
-    """Quantised share of "weights" or "flops" over all Linears, or over those of the blocks."""
+    """The quantised share of "weights" or "flops", over all Linears or over those of the blocks."""
     rows = [u for u in found if u.stacked or not blocks]
     return sum(getattr(u, what) for u in rows if u.quantised) / sum(getattr(u, what) for u in rows)
 

@@ -1,16 +1,19 @@
 """NVFP4: x ~ value(code) * block scale * g.
 
 A code is e2m1 (sign, 2 exponent bits, 1 mantissa bit): magnitudes 0, .5, 1, 1.5, 2, 3, 4, 6. Sixteen consecutive
-elements of the contracted axis share one e4m3 scale, a tensor (weights) or a row (activations) shares one f32
-g = max|x| / 2688, 2688 = 6 * 448. That is 4.5 bits an element. Two codes a byte, the even index in the low nibble.
+elements of the contracted axis share one e4m3 scale; a tensor (weights) or a row (activations) shares one f32
+g = max|x| / 2688, where 2688 = 6 * 448. That is 4.5 bits per element. A byte holds two codes, the even index in the low
+nibble.
 
-The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. Rounding is arithmetic in f32, never a
-cast there and back: XLA removes such a pair on GPUs and the network silently runs unquantised. A cast of an already
-rounded value is exact, so for storage it is harmless.
+The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. Rounding is f32 arithmetic, never a cast
+to the narrow type and back: XLA removes such a pair of casts on GPUs, and the network silently runs unquantised
+(tests/test_compiled.py looks for the "round-nearest-even" of round_e2m1). Casting an already rounded value is exact, so
+storing it is safe.
 
-`Nvfp4.matmul` multiplies NVFP4 kernels with NVFP4 inputs. Emulated, it is exact: e2m1 x e4m3 has at most 6 significant
-bits and bf16 has 8, so the products are the native ones. Native (not yet run on a Blackwell card) it is XLA's
-block-scaled dot, which cuDNN takes from compute capability 10.
+`Nvfp4.matmul` multiplies NVFP4 kernels with NVFP4 inputs. The emulation is exact: e2m1 x e4m3 has at most 6 significant
+bits and bf16 has 8, so the products equal the native ones. The native form (not yet run on a Blackwell card) is XLA's
+block-scaled dot, which becomes a cuDNN call from compute capability 10 on (tests/test_compiled.py::
+test_forward_in_native_nvfp4); an H100 would run it as a scalar loop (test_forward_in_emulated_nvfp4).
 """
 
 from collections.abc import Sequence
@@ -60,7 +63,7 @@ def value_of(code: UInt8[Array, "*d"]) -> Float[Array, "*d"]:
 
 
 def pack(code: UInt8[Array, "*d"], axis: int = -1) -> UInt8[Array, "*half"]:
-    """Two codes a byte along `axis`, the even index in the low nibble."""
+    """Two codes per byte along `axis`, the even index in the low nibble."""
     even, odd = (lax.slice_in_dim(code, first, None, 2, axis) for first in (0, 1))
     return even | (odd << 4)
 
@@ -89,7 +92,7 @@ def _check(contracted: int) -> None:
 
 
 def _encode_blocks(blocks: Array, amax: Array, axis: int) -> tuple[Array, Array]:
-    """(e2m1 values, e4m3 scales) of blocks that lie along `axis`, which stays, of length 1, in the scales."""
+    """(e2m1 values, e4m3 scales) of blocks along `axis`; the scales keep that axis with length 1."""
     s_enc = jnp.where(amax > 0, jnp.minimum(FULL / amax, FLT_MAX), 1.0)
     s_dec = 1.0 / s_enc
     block_max = jnp.max(jnp.abs(blocks), axis=axis, keepdims=True)
@@ -102,7 +105,7 @@ def _encode_blocks(blocks: Array, amax: Array, axis: int) -> tuple[Array, Array]
 
 
 class Nvfp4(NamedTuple):
-    """A kernel of a Linear, the contracted axis ("in") last: 4.5 bits an element. Stacked layers lead."""
+    """A kernel of a Linear, the contracted axis ("in") last: 4.5 bits per element. Layers of a stack come first."""
 
     codes: UInt8[Array, "*layers out half_in"]
     scales: Float8e4m3fn[Array, "*layers out blocks"]
@@ -110,20 +113,26 @@ class Nvfp4(NamedTuple):
     native: Static  # bool
 
     def matmul(self, parts: Sequence[Float[Array, "*batch _"]], out: Any) -> Float[Array, "*batch out"]:
-        """x W in `out` with both operands in NVFP4, of x's parts along the contracted axis; g_x (a row's) times g_w
-        comes after the sum."""
+        """x W with result dtype `out`, both operands in NVFP4; x in parts along the contracted axis.
+
+        The sum is multiplied by g_x (one per row) times g_w.
+        """
         if not self.native.value:
             return unpacked(self).matmul(parts, out)
         y, g = _native(_whole(parts), self, out)
         return (y.astype(jnp.float32) * (g * self.g)).astype(out)
 
     def dequantise(self) -> Float[Array, "*layers in out"]:
-        """The kernel that is stood for, f32, g included."""
+        """The kernel that the codes represent, f32, g included."""
         return jnp.swapaxes(_scaled(self), -1, -2) * self.g[..., None, None]
 
 
 def quantise(kernel: Float[Array, "*layers in out"], native: bool = False) -> Nvfp4:
-    """One global scale a kernel (a layer of a stack is a kernel of its own)."""
+    """One global scale per kernel (each layer of a stack is a kernel).
+
+    Without `row_major`, XLA first transposes the whole stack of bf16 kernels; with it, only the codes and scales
+    (tests/test_compiled.py::test_quantising_turns_the_codes_alone).
+    """
     if kernel.ndim > 2:  # one layer at a time: a whole stack in f32 would not fit at FLUX's size
         return lax.map(lambda k: quantise(k, native), kernel)
     _check(kernel.shape[0])
@@ -143,13 +152,13 @@ def _scaled(q: Nvfp4) -> Float[Array, "*layers out in"]:
 
 
 class Unpacked(NamedTuple):
-    """An emulated kernel as the numbers that are multiplied, codes times block scales, in their products' dtype."""
+    """An emulated kernel as the numbers that are multiplied, codes times block scales, in the dtype of the products."""
 
     values: Float[Array, "*layers out in"]
     g: Float[Array, "*layers"]
 
     def matmul(self, parts: Sequence[Float[Array, "*batch _"]], out: Any) -> Float[Array, "*batch out"]:
-        """As Nvfp4's. Exact products, in bf16 or where that is slow in f32; f32 sums."""
+        """As Nvfp4's. The products are exact, in bf16 or, where bf16 is slow, in f32; the sums are f32."""
         a, g = fake_quantise(_whole(parts))
         a, contracted = a.astype(self.values.dtype), (((a.ndim - 1,), (1,)), ((), ()))
         y = lax.dot_general(a, self.values, contracted, preferred_element_type=out)
@@ -166,8 +175,10 @@ def _whole(parts: Sequence[Array]) -> Array:
 
 
 def _native(x: Float[Array, "*batch in"], q: Nvfp4, out: Any) -> tuple[Array, Array]:
-    """Through the block-scaled product; elsewhere than on a GPU the same operands are multiplied in f32, in any
-    precision, as all are exact in bf16."""
+    """The block-scaled product. On other devices than GPUs, f32 products of the same operands.
+
+    These need no precision: all operands are exact in bf16.
+    """
     values, scales, g = encode(x, jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     a = values.reshape(-1, x.shape[-1]).astype(jnp.float4_e2m1fn)
     a_scales = scales.reshape(a.shape[0], -1).astype(jnp.float8_e4m3fn)
@@ -186,10 +197,10 @@ def _decoded(codes: Array, scales: Array) -> Array:
 
 
 def fake_quantise(x: Float[Array, "*d K"]) -> tuple[Float[Array, "*d K"], Float[Array, "*d 1"]]:
-    """Activations: (values * block scales, g), one g per row, so that a sample never depends on its batch-mates.
+    """Activations: (values * block scales, g), one g per row, so a sample never depends on the others in its batch.
 
     The products are exact in bf16: e2m1 has 2 significant bits, e4m3 has 4.
     """
-    most = jnp.max(jnp.abs(x.astype(jnp.float32).reshape((*x.shape[:-1], -1, BLOCK))), axis=-1)  # encode's own, once
+    most = jnp.max(jnp.abs(x.astype(jnp.float32).reshape((*x.shape[:-1], -1, BLOCK))), axis=-1)  # as in encode
     values, scale, g = encode(x, jnp.max(most, axis=-1, keepdims=True))
     return (values * scale).reshape(x.shape), g

@@ -1,7 +1,7 @@
-"""report.html of a run or of several side by side: figures, pictures, curves, configs. One file that asks nothing of
-the network, readable on a phone, without JavaScript too (which adds the values under the pointer and keys).
+"""report.html of one run or of several side by side: figures, pictures, curves, configs. One file that needs no network
+and no JavaScript, readable on a phone (JavaScript adds the values under the pointer and keys).
 
-A page's policy lets in no script but report.js, whose hash it names, and no address at all.
+The page's content security policy allows only report.js, by its hash, and no address.
 """
 
 import base64
@@ -20,7 +20,7 @@ __all__ = ["ReportError", "write"]
 
 
 class Family(NamedTuple):
-    """Metrics that are plotted together. Of several runs `apart` says whether each metric is a plot, or the first."""
+    """Metrics that are plotted together. For several runs, `apart`: each metric is a plot; else only the first."""
 
     title: str
     prefixes: tuple[str, ...]
@@ -43,7 +43,7 @@ NONE = "—"
 
 
 def write(folders: Sequence[Path], file: Path) -> Path:
-    """Make `file` from what the runs have written so far. Raises ReportError where a folder is not a run's."""
+    """Write `file` from the current files of the runs. Raises ReportError if a folder is not a run directory."""
     runs = run.read_all(folders)
     title = " · ".join(r.name for r in runs)
     counted = f"{len(runs)} runs" if len(runs) > 1 else f"{runs[0].iterations} iterations"
@@ -64,7 +64,7 @@ def write(folders: Sequence[Path], file: Path) -> Path:
 
 
 def page(title: str, body: Html) -> str:
-    """The whole file. The style and the script are report.css and report.js, word for word."""
+    """The whole file, with report.css and report.js inside."""
     here = Path(__file__).parent
     css, js = (Html((here / name).read_text(encoding="utf-8")) for name in ("report.css", "report.js"))
     allowed = base64.b64encode(hashlib.sha256(js.encode()).digest()).decode()
@@ -95,7 +95,7 @@ def about(runs: Sequence[Run]) -> str:
 
 
 def warned(runs: Sequence[Run]) -> Html:
-    """The log's warnings and what is missing, by run."""
+    """For each run the log's warnings and the missing files."""
     parts = []
     for r in runs:
         name = [tag("b", r.name), ": "] if len(runs) > 1 else []
@@ -108,7 +108,7 @@ def warned(runs: Sequence[Run]) -> Html:
 
 
 def table(caption: str, head: Sequence[Html], rows: Sequence[Sequence[Html]]) -> Html:
-    """A table that scrolls by itself where it is wider than the page."""
+    """A table that scrolls horizontally if it is wider than the page."""
     words = tag("caption", tag("span", caption))
     body = tag("tbody", *(tag("tr", *cells) for cells in rows))
     whole = tag("table", words, tag("thead", *(tag("tr", h) for h in head)), body)
@@ -129,7 +129,7 @@ def column(words: str, **more: object) -> Html:
 
 
 def evaluated(runs: Sequence[Run]) -> list[str]:
-    """Rewards that some run evaluated, in the runs' order; the weighted sum only where there is more than one part."""
+    """The rewards that any run evaluated, in the runs' order; the weighted sum only if it has more than one part."""
     names = [name for r in runs for name in r.weights]
     names += [name.removeprefix(EVAL) for name in run.metrics(runs, (EVAL,))]
     mixed = any(len(r.mixtures[0]) > 1 for r in runs)
@@ -137,7 +137,7 @@ def evaluated(runs: Sequence[Run]) -> list[str]:
 
 
 def results(runs: Sequence[Run]) -> Html:
-    """A row per run: what it is, how long it took, every evaluated reward before and after."""
+    """A row per run: method, rewards, time, and every evaluated reward before and after training."""
     names = evaluated(runs)
     words = ("run", "method", "trained on", "iterations", "hours")
     first = [column(word, rowspan=2, class_="n" if word in ("iterations", "hours") else None) for word in words]
@@ -177,7 +177,7 @@ def evaluation_cells(r: Run, name: str) -> list[Html]:
 
 
 def compared(runs: Sequence[Run], names: Sequence[str]) -> list[Html]:
-    """What keeps the runs' rewards from being compared."""
+    """Notes on why the runs' rewards cannot be compared directly."""
     said = []
     if len({r.values.get("reward") for r in runs}) > 1:
         said.append("The runs are trained on different rewards; a dash: not evaluated.")
@@ -188,14 +188,14 @@ def compared(runs: Sequence[Run], names: Sequence[str]) -> list[Html]:
     apart = [n for n, values in bases.items() if values and max(values) - min(values) > 1e-2 * max(map(abs, values))]
     if apart:
         said.append(
-            f"The base's {', '.join(apart)} differs between the runs: prompts, seeds, steps or the base itself are "
-            "others (see Setup). Compare each run's change, not its last value."
+            f"The base's {', '.join(apart)} differs between the runs: prompts, seeds, steps or the base itself "
+            "differ (see Setup). Compare each run's change, not its last value."
         )
     return [tag("p", line, class_="note") for line in said]
 
 
 def stages(runs: Sequence[Run]) -> Html:
-    """Median seconds of each stage, without the first iteration of each run, which compiles."""
+    """Median seconds of each stage, without each run's first iteration, which compiles."""
     names = [n for n in run.metrics(runs, ("time/",)) if n != "time/iteration"]
     if not names:
         return Html("")
@@ -213,7 +213,7 @@ def stages(runs: Sequence[Run]) -> Html:
 
 
 def curves(runs: Sequence[Run]) -> Html:
-    """One run: a plot for each family of metrics. Several: a plot for each metric, with a line for each run."""
+    """For one run, a plot per family of metrics; for several, a plot per metric with a line per run."""
     plots = []
     for family in FAMILIES:
         names = [n for n in run.metrics(runs, family.prefixes) if n != f"{EVAL}avg" or "avg" in evaluated(runs)]
@@ -230,7 +230,7 @@ def curves(runs: Sequence[Run]) -> Html:
 
 
 def panel(title: str, why: str, series: Mapping[str, plot.Points], unit: str, runs: Sequence[Run] = ()) -> Html:
-    """A plot with its legend: of several runs each keeps its own line style from plot to plot."""
+    """A plot with its legend; a run has the same line style in all plots."""
     places = {r.name: i for i, r in enumerate(runs)}
     styles = [places.get(name, i) for i, name in enumerate(series)]
     items = [
@@ -247,7 +247,7 @@ def panel(title: str, why: str, series: Mapping[str, plot.Points], unit: str, ru
 
 
 def setup(runs: Sequence[Run]) -> Html:
-    """Devices and precisions; where the configs differ; each config whole; each log's first lines."""
+    """Devices and precisions; the differences between the configs; each whole config; each log's first lines."""
     rows = [
         [name_cell(runs, i), *(tag("td", words) for words in (r.devices, jax_of(r), r.precisions, str(r.folder)))]
         for i, r in enumerate(runs)
@@ -275,7 +275,7 @@ def shown(value: object) -> str:
 
 
 def differences(runs: Sequence[Run]) -> Html:
-    """The fields in which the configs differ; a dash where a run has no such field."""
+    """The fields in which the configs differ; a dash if a run has no such field."""
     keys = dict.fromkeys(key for r in runs for key in r.values)
     found = {key: [shown(r.values[key]) if key in r.values else NONE for r in runs] for key in keys}
     apart = {key: row for key, row in found.items() if len(set(row)) > 1}

@@ -1,7 +1,7 @@
 """The runs side by side: for each prompt of the grid the base's picture, then each run's last, with their rewards.
 
-Runs share a shelf where their prompts are the same and their bases drew the same pictures, which is to say with the
-same model, seeds and steps. A picture is in the page once; its link makes it large by CSS alone.
+Runs share a shelf if they have the same prompts and their bases drew the same pictures, that is, with the same model,
+seeds and steps. Each picture is in the page once; its link enlarges it with CSS only.
 """
 
 import base64
@@ -22,21 +22,21 @@ from solrl_jax.report.run import Run
 from solrl_jax.run import pictures
 
 SAME = 3.0
-"""Mean difference, of 255, up to which two bases' pictures are the same: what devices round differently is below one,
-and another seed is tens."""
+"""Largest mean difference, of 255, between two bases' pictures that count as the same. Rounding on other devices gives
+less than one, another seed gives tens."""
 WIDEST = 256
-"""Pixels of a picture in the page; the run directory has them whole."""
+"""Largest side of a picture in the page; the run directory has the full pictures."""
 
 
 class Shelf(NamedTuple):
-    """`runs`, by their number among all, have the prompts and, to rounding, the pictures of `base`."""
+    """`runs`, by their index among all runs, have the prompts and, up to rounding, the pictures of `base`."""
 
     base: pictures.Shown
     runs: dict[int, Run]
 
 
 def shelves(runs: Sequence[Run]) -> tuple[list[Shelf], list[str]]:
-    """The shelves of the runs that kept pictures, in order, and what to say of those that did not."""
+    """The shelves of the runs that kept pictures, in order, and notes about the other runs."""
     found: list[Shelf] = []
     lost: dict[str, list[str]] = {}
     for i, run in enumerate(runs):
@@ -69,7 +69,7 @@ def _why(run: Run) -> str:
 
 
 def comparable(run: Run) -> bool:
-    """Whether the last evaluation drew the base's prompts, as the base's was drawn."""
+    """Whether the last evaluation used the same prompts and settings as the base's."""
     base, last = run.base, run.last
     if base is None or last is None:
         return False
@@ -83,7 +83,7 @@ def alike(a: pictures.Shown, b: pictures.Shown) -> bool:
 
 
 def gallery(runs: Sequence[Run]) -> Html:
-    """All shelves as HTML; of runs without single pictures their last grids."""
+    """All shelves as HTML; for runs without single pictures their last grids."""
     found, said = shelves(runs)
     parts = [tag("p", line, class_="note") for line in said]
     for s, shelf in enumerate(found):
@@ -94,7 +94,7 @@ def gallery(runs: Sequence[Run]) -> Html:
 
 
 def row(shelf: Shelf, g: int, anchor: str, several: bool) -> Html:
-    """One prompt: the base, then the runs that have a last evaluation; of `several` runs each with its line."""
+    """One prompt: the base, then the runs with a last evaluation; with `several` runs, each with its line style."""
     prompt = shelf.base.prompts[g]
     before = scores_of(shelf.base, g)
     cells = [("base", shelf.base.images[g], [tag("b", "base")], "before training", score_list(before, {}, {}))]
@@ -124,7 +124,7 @@ def figure(
     name: str,
     caption: Html,
 ) -> Html:
-    """A picture whose link makes it large (:target), with links to those beside it and back to `home`."""
+    """A picture whose link enlarges it (:target), with links to its neighbours and back to `home`."""
     picture = tag("img", src=data_uri(image), alt=f"{prompt} — {name}", class_="sharp" if len(image) < 128 else None)
     way = [
         tag("a", words, href=f"#{to}", class_=kind, aria_label=said) if to else Html("")
@@ -140,7 +140,7 @@ def figure(
 
 
 def score_list(scores: Mapping[str, float], before: Mapping[str, float], weights: Mapping[str, float]) -> Html:
-    """Each reward of one picture, and its change from the base's."""
+    """Each reward of one picture, and its change from the base."""
     items = []
     for name, value in scores.items():
         words = [tag("dt", name), tag("dd", f"{value:.4f}" if math.isfinite(value) else "not finite")]
@@ -154,7 +154,7 @@ def score_list(scores: Mapping[str, float], before: Mapping[str, float], weights
 
 
 def last_grid(run: Run) -> Html:
-    """The last grid, base and policy side by side, of a run that kept no single pictures."""
+    """The last grid (base and policy side by side) of a run that kept no single pictures."""
     files = sorted((run.folder / "grids").glob("[0-9]*.png"))
     if not files:
         return Html("")
@@ -171,7 +171,7 @@ def _pixels(file: Path) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def data_uri(image: UInt8[np.ndarray, "H W 3"], widest: int = WIDEST) -> str:
-    """A PNG; larger ones than `widest` are shrunk."""
+    """A PNG as a data URI; images larger than `widest` are scaled down."""
     made, file = Image.fromarray(image), io.BytesIO()
     made.thumbnail((widest, widest), Image.Resampling.LANCZOS)
     made.save(file, "PNG", optimize=True)

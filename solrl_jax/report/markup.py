@@ -1,4 +1,4 @@
-"""HTML and SVG made by functions. What is not `Html` already is escaped, so no prompt or name can become markup."""
+"""HTML and SVG from functions. Everything that is not `Html` is escaped, so no prompt or name can become markup."""
 
 import html
 from collections.abc import Iterable

@@ -1,8 +1,8 @@
-"""Lines in a plane as an inline SVG, made by hand: readable alone, and by a page's own colours.
+"""Line plots as inline SVG, without a plotting library: readable alone, and with a page's own colours.
 
-A line is told by its colour and by its dashes. The colours are Okabe and Ito's (jfly.uni-koeln.de/color), which those
-who do not see red or green tell apart; yellow and black, unseen on white or on black, are olive and grey here. A page
-gives them anew for a dark background by the classes s0 to s7.
+A line is identified by its colour and its dashes. The colours are Okabe and Ito's (jfly.uni-koeln.de/color), which
+colour-blind readers can distinguish; yellow and black, invisible on white or on black, are replaced by olive and grey.
+For a dark background a page redefines them with the classes s0 to s7.
 """
 
 import math
@@ -16,11 +16,11 @@ Points = Sequence[tuple[int, Number]]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#b4539a", "#2b95d6", "#b57a00", "#7a7a00", "#666666")
 DASHES = (None, "7 3", "2 3", "9 3 2 3", "14 4")
 MOST = 500
-"""Points of a line that are drawn; of more, each in so many."""
+"""The most points of a line that are drawn; of longer lines, evenly spaced points."""
 
 
 class Axis(NamedTuple):
-    """From `low` to `high`, with marks."""
+    """An axis from `low` to `high`, with ticks."""
 
     low: Number
     high: Number
@@ -28,9 +28,9 @@ class Axis(NamedTuple):
 
 
 def axis(values: Sequence[Number], whole: bool = False) -> Axis:
-    """An axis of `values`, all finite, with marks at 1, 2 or 5 times a power of ten; it ends at marks.
+    """An axis for `values`, all finite, with ticks at multiples of 1, 2 or 5 times a power of ten; it ends at ticks.
 
-    A `whole` one has marks at whole numbers and ends where the values do.
+    With `whole`, ticks are whole numbers and the axis ends at the smallest and largest value.
     """
     low, high = min(values), max(values)
     if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-280):  # flat: a line in the middle
@@ -48,7 +48,7 @@ def axis(values: Sequence[Number], whole: bool = False) -> Axis:
 
 
 def short(value: Number) -> str:
-    """ "0.35", "20k", "1.5M": a mark of an axis."""
+    """ "0.35", "20k", "1.5M": the label of a tick."""
     for size, letter in ((1e6, "M"), (1e4, "k")):
         if size <= abs(value) < 1e9:
             return f"{value / (1e3 if letter == 'k' else size):.4g}{letter}"
@@ -56,13 +56,13 @@ def short(value: Number) -> str:
 
 
 def style(i: int) -> dict[str, object]:
-    """Attributes of line number i: 40 pairs of a colour and dashes."""
+    """Attributes of line number i: 40 combinations of colour and dashes."""
     colour = i % len(COLOURS)
     return {"class_": f"s{colour}", "stroke": COLOURS[colour], "stroke_dasharray": DASHES[i % len(DASHES)]}
 
 
 def thinned(points: Points) -> Points:
-    """At most MOST of them, evenly, and the last."""
+    """About MOST of the points, evenly spaced, and the last point."""
     each = -(-len(points) // MOST)
     return points if each <= 1 else [*points[:-1:each], points[-1]]
 
@@ -79,7 +79,7 @@ def curve(
 ) -> Html:
     """An inline SVG of lines {name: [(x, y), ...]}, all finite and at least one; line i has style `styles`[i].
 
-    `unit` stands above the upright axis, `across` below the other. Each line carries its numbers as data-x and data-y.
+    `unit` is above the vertical axis, `across` below the horizontal one. Each line has its values as data-x and data-y.
     """
     flat = {name: thinned(points) for name, points in series.items()}
     xs, ys = ([point[i] for points in flat.values() for point in points] for i in (0, 1))
@@ -113,7 +113,7 @@ def curve(
                 data_y=" ".join(f"{y:.4g}" for _, y in points),
             )
         )
-        if len(spots) <= 12:  # few points: show where they are, also a lone one
+        if len(spots) <= 12:  # few points: mark each, so that a single one is visible
             look["stroke_dasharray"] = None
             parts += [tag("circle", cx=x, cy=y, r=2.5, fill="none", stroke_width=2, **look) for x, y in spots]
     said = "; ".join(f"{name}: {points[0][1]:.4g} to {points[-1][1]:.4g}" for name, points in series.items())
@@ -140,6 +140,6 @@ def swatch(i: int) -> Html:
 
 
 def legend(names: Sequence[str], x: Number, y: Number, each: Number) -> Html:
-    """The names of lines in a row, `each` units apart, from (x, y): for an SVG that stands alone."""
+    """The names of lines in a row, `each` units apart, from (x, y), for an SVG file of its own."""
     parts = [(sample(i, x + each * i, y - 4), _text(name, x + each * i + 34, y)) for i, name in enumerate(names)]
     return tag("g", *(part for pair in parts for part in pair))

@@ -1,5 +1,5 @@
 "use strict";
-// The page is whole without this: it adds the values under the pointer, and keys for plots and large pictures.
+// The page works without this. It adds the values under the pointer, and keys for plots and large pictures.
 
 for (const plot of document.querySelectorAll(".plot")) {
   const svg = plot.querySelector("svg"), at = plot.querySelector(".at");

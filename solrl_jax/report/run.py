@@ -1,6 +1,6 @@
-"""What a run directory tells: config.json, metrics.jsonl, starts.json and the kept pictures, of this version or before.
+"""The content of a run directory, also of older versions: config.json, metrics.jsonl, starts.json and kept pictures.
 
-What is missing or cannot be read is said in `notes`, never an error; only a folder that is not a run is one.
+Missing and unreadable files become `notes`, not errors. Only a folder that is not a run directory is an error.
 """
 
 import json
@@ -19,11 +19,11 @@ EVAL = "eval_reward_"
 
 
 class ReportError(ValueError):
-    """A report that cannot be made; the message says of what."""
+    """A report that cannot be made; the message names the folder or file."""
 
 
 class Run(NamedTuple):
-    """`values` is the config by dotted names; `cfg` is None where it is of a version whose config is another."""
+    """`values` is the config by dotted names; `cfg` is None if a version with another config wrote it."""
 
     name: str
     folder: Path
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     base: pictures.Kept | None
     last: pictures.Kept | None
     notes: list[str]
-    damaged: tuple[str, ...] = ()  # names of files that are there and cannot be read; the notes say why
+    damaged: tuple[str, ...] = ()  # files that exist but cannot be read; `notes` says why
 
     @property
     def iterations(self) -> int:
@@ -52,34 +52,34 @@ class Run(NamedTuple):
 
     @property
     def devices(self) -> str:
-        """ "2 x NVIDIA H100 80GB HBM3", of all starts."""
+        """ "2 x NVIDIA H100 80GB HBM3", for all starts."""
         found = [f"{start.get('devices')} x {start.get('device')}" for start in self.starts]
         return ", then ".join(dict.fromkeys(found)) or "—"
 
     @property
     def hours(self) -> float | None:
-        """Of all iterations, with their evaluations; without the start and the base's evaluation."""
+        """Hours of all iterations with their evaluations, without startup and the base's evaluation."""
         seconds = [y for _, y in self.points("time/iteration")]
         return sum(seconds) / 3600 if seconds else None
 
     @property
     def weights(self) -> dict[str, float]:
-        """Of every reward that is evaluated, trained ones first; negative: the lower the better."""
+        """The weights of all evaluated rewards, trained ones first; negative: lower is better."""
         trained, others = self.mixtures
         return {**trained, **{name: weight for name, weight in others.items() if name not in trained}}
 
     @property
     def mixtures(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Trained on; evaluated beside."""
+        """The weights of the trained rewards, and of those that are only evaluated."""
         trained, others = (str(self.values.get(key) or "") for key in ("reward", "evaluate.rewards"))
         return rewards.weights(trained), rewards.weights(others)
 
     def points(self, metric: str) -> list[tuple[int, float]]:
-        """[(iteration, value)], where there is a number that is finite."""
+        """[(iteration, value)] for the finite values."""
         return [(line["iteration"], float(line[metric])) for line in self.lines if drawable(line.get(metric))]
 
     def evaluation(self, reward: str) -> "Evaluation | None":
-        """None where this reward was never evaluated."""
+        """None if this reward was never evaluated."""
         points = self.points(EVAL + reward)
         if not points:
             return None
@@ -89,7 +89,7 @@ class Run(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """(iteration, mean over the fixed prompts) of the base, if it was evaluated, of the last and of the best."""
+    """(iteration, mean over the fixed prompts) of the base (if evaluated), of the last and of the best evaluation."""
 
     base: tuple[int, float] | None
     last: tuple[int, float]
@@ -98,30 +98,30 @@ class Evaluation(NamedTuple):
 
 
 def drawable(value: object) -> bool:
-    """A finite number; beyond 1e300 differences overflow."""
+    """Whether it is a finite number, below 1e300 so that differences do not overflow."""
     return isinstance(value, int | float) and math.isfinite(value) and abs(value) < 1e300
 
 
 def metrics(runs: Sequence[Run], prefixes: Sequence[str]) -> list[str]:
-    """Names of the metrics that begin with one of `prefixes` and have a number in a run, in the order of `prefixes`."""
+    """Names of metrics with one of `prefixes` and a finite number in any run, in the order of `prefixes`."""
     names = sorted({name for run in runs for line in run.lines for name, value in line.items() if drawable(value)})
     return list(dict.fromkeys(name for prefix in prefixes for name in names if name.startswith(prefix)))
 
 
 def read_all(folders: Sequence[Path]) -> list[Run]:
-    """The runs, named by their folders; by more of their paths where two would be the same."""
+    """The runs, named by their folders, or by longer parts of their paths if names would be equal."""
     if not folders:
         raise ReportError("no run to report: give --run_dir=RUN or --runs=RUN,RUN")
     places = [Path(os.path.abspath(folder)) for folder in folders]
     if len(set(places)) < len(places):
         twice = next(place for place in places if places.count(place) > 1)
-        raise ReportError(f"{twice} is named twice: name each run once")
+        raise ReportError(f"{twice} is given twice: give each run once")
     depth = next(d for d in range(1, 99) if len({place.parts[-d:] for place in places}) == len(places))
     return [read(place, "/".join(place.parts[-depth:])) for place in places]
 
 
 def read(folder: Path, name: str) -> Run:
-    """Raises ReportError where `folder` is not the directory of a run."""
+    """Raises ReportError if `folder` is not the directory of a run."""
     text = _text(folder / "config.json")
     if text is None:
         raise ReportError(f"{folder} is not the directory of a run: it has no config.json")
@@ -150,7 +150,7 @@ def read(folder: Path, name: str) -> Run:
 
 
 def read_starts(file: Path) -> list[dict[str, Any]]:
-    """What `train.begun` wrote at each start. Raises ValueError for anything else."""
+    """The entries that `train.begun` wrote at each start. Raises ValueError for other content."""
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
         raise ValueError("not a list of starts")
@@ -172,12 +172,12 @@ def flat(tree: Mapping[str, Any], at: str = "") -> dict[str, Any]:
 
 
 def told(run: Run) -> list[str]:
-    """What a reader should know before the curves."""
+    """Notes for the reader, shown before the curves."""
     said = []
     if not run.iterations:
         said.append("No iteration is finished: there is nothing to plot yet.")
     elif run.cfg and run.iterations < run.cfg.iterations:
-        said.append(f"It ended, so far, after iteration {run.iterations} of {run.cfg.iterations}.")
+        said.append(f"It has finished {run.iterations} of {run.cfg.iterations} iterations.")
     if not any(name.startswith(EVAL) for line in run.lines for name in line):
         said.append("It has no evaluation: there are no rewards before and after.")
     lost: dict[str, list[int]] = {}

@@ -1,6 +1,7 @@
-"""BLIP's ViT, its BERT that looks at pictures (MED), and ImageReward's head: the network of spec/rewards.md section 5.
+"""ImageReward's network (spec/rewards.md section 5): BLIP's ViT, its BERT with cross-attention to the picture (MED),
+and ImageReward's head.
 
-Reimplemented for ImageReward, whose features are BLIP's ITM ones but for the first token, which stays [CLS].
+The features are those of BLIP's image-text matching, except that the first token stays [CLS].
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ _table = nn.initializers.normal(0.02)
 
 @dataclasses.dataclass(frozen=True)
 class BlipVisionConfig(ClipVisionConfig):
-    """The ViT-L/16 that ImageReward takes and no file of it describes."""
+    """ImageReward's ViT-L/16, which none of its files describes."""
 
     hidden_size: int = 1024
     num_hidden_layers: int = 24
@@ -40,7 +41,7 @@ class BlipVisionConfig(ClipVisionConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MedConfig:
-    """med_config.json; the defaults are the public file's. Its encoder_width is not the pictures' and never used."""
+    """med_config.json; the defaults are the public file's. Its encoder_width is wrong for the pictures and unused."""
 
     vocab_size: int = 30524
     hidden_size: int = 768
@@ -75,7 +76,7 @@ class BlipConfig:
 
     @classmethod
     def read(cls, folder: str | Path) -> "BlipConfig":
-        """From med_config.json if it is there; a "vision_config" in it, which the public one lacks, is read too."""
+        """From med_config.json if it exists, with its "vision_config", which the public file does not have."""
         if not (Path(folder) / "med_config.json").is_file():
             return cls()
         values = weights.read_json(Path(folder) / "med_config.json")
@@ -106,7 +107,7 @@ class BlipVision(nn.Module):
 
 
 class MedAttention(nn.Module):
-    """LN(x + attention of x to `memory`)."""
+    """LN(x + attention from x to `memory`)."""
 
     cfg: MedConfig
     dtype: Any = F32
@@ -125,7 +126,7 @@ class MedAttention(nn.Module):
 
 
 class MedLayer(nn.Module):
-    """BERT's layer, norms last, with a look at the picture between the words' attention and the MLP."""
+    """BERT's layer (post-norm), with cross-attention to the picture between self-attention and the MLP."""
 
     cfg: MedConfig
     dtype: Any = F32
@@ -142,9 +143,9 @@ class MedLayer(nn.Module):
 
 
 class MedText(nn.Module):
-    """Words of G prompts, looking at B pictures -> states of the first token. Picture i is of prompt i // (B // G).
+    """Words of G prompts and B pictures -> B states of the first token. Picture i belongs to prompt i // (B // G).
 
-    Only the embeddings are the prompt's own: from the first layer on, every state has seen a picture.
+    Only the embeddings are computed once per prompt: from the first layer on, every state depends on a picture.
     """
 
     cfg: MedConfig
@@ -156,7 +157,7 @@ class MedText(nn.Module):
     ) -> Float[Array, "B D"]:
         cfg, (groups, length) = self.cfg, ids.shape
         if len(picture) % groups:
-            raise ValueError(f"{len(picture)} images of {groups} prompts: each prompt must have equally many")
+            raise ValueError(f"{len(picture)} images of {groups} prompts: each prompt must have the same number")
         words = self.param("word_embedding", _table, (cfg.vocab_size, cfg.hidden_size), F32)
         positions = self.param("position_embedding", _table, (cfg.max_position_embeddings, cfg.hidden_size), F32)
         x = jnp.asarray(words)[ids].astype(F32) + jnp.asarray(positions[None, :length], F32)
@@ -169,9 +170,9 @@ class MedText(nn.Module):
 
 
 class Blip(nn.Module):
-    """ImageReward before its scores are centred: one number for each picture and its prompt, f32.
+    """ImageReward before its scores are standardised: one f32 number per picture and its prompt.
 
-    The blocks multiply in `dtype`; the residual streams, norms and the head are f32, as in clip_tower.
+    The blocks' products are in `dtype`; the residual streams, norms and the head are f32, as in clip_tower.
     """
 
     cfg: BlipConfig
@@ -226,7 +227,7 @@ KEYS = (
     *(rule for i, j in enumerate((0, 2, 4, 6, 7)) for rule in _linear_rules(f"head_{i}", f"mlp.layers.{j}")),
 )
 DROPPABLE = (r"blip\.text_encoder\.embeddings\.position_ids", r"blip\.(vision|text)_proj\.(weight|bias)")
-"""A buffer, and BLIP's projections for retrieval, which score nothing."""
+"""A buffer, and BLIP's projections for retrieval, which the score does not use."""
 
 
 def shapes(module: Blip) -> Params:

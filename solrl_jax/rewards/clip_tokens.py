@@ -1,8 +1,8 @@
-"""Captions -> CLIP's token ids, in both flavours (spec/rewards.md section 3.1): one vocabulary, two ways to clean text.
+"""Captions -> CLIP's token ids, in two variants (spec/rewards.md section 3.1): one vocabulary, two ways to clean text.
 
-transformers' (CLIPScore, PickScore) collapses spaces and lowers; open_clip's (HPSv2) first mends the text with ftfy, so
-that curly quotes become straight, and reads HTML's entities. The vocabulary is a file of the user's or of the hub:
-vocab.json and merges.txt, or tokenizer.json, of any CLIP; for open_clip's flavour also its own .txt.gz.
+transformers' variant (CLIPScore, PickScore) collapses spaces and makes lower case. open_clip's (HPSv2) first repairs
+the text with ftfy, so that curly quotes become straight, and decodes HTML entities. The vocabulary is the user's file
+or the hub's: vocab.json and merges.txt, or tokenizer.json, of any CLIP; for open_clip's variant also its own .txt.gz.
 """
 
 import functools
@@ -23,13 +23,13 @@ from solrl_jax.weights import hub
 
 Tokens = dict[str, Int[np.ndarray, "G L"]]  # {"ids": ids}
 HUB_ID = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-"""Whose tokenizer is taken where weights come without one: PickScore and HPSv2 were trained from this model."""
+"""Its tokenizer is used for weights without one: PickScore and HPSv2 were trained from this model."""
 GZIP = "bpe_simple_vocab_16e6.txt.gz"
 TOKENIZERS = ("tokenizer.json", "vocab.json")
 
 
 def find(folder: str | Path, also: Sequence[str] = ()) -> str:
-    """The folder itself if it holds a tokenizer, one of TOKENIZERS or `also`; if not, HUB_ID's, fetched once."""
+    """The folder itself if it holds a tokenizer, one of TOKENIZERS or `also`, else HUB_ID's, fetched once."""
     names = (*TOKENIZERS, *also)
     if any((Path(folder) / name).is_file() for name in names):
         return str(Path(folder).resolve())
@@ -43,7 +43,7 @@ def find(folder: str | Path, also: Sequence[str] = ()) -> str:
 
 
 def check(cfg: ClipTextConfig, folder: str, count: int, end: int) -> None:
-    """Tokenizer and weights must be of one model: else ids run past the embeddings, or no id is the end."""
+    """WeightsError if tokenizer and weights do not fit: ids would exceed the embeddings, or no id would be the end."""
     if count > cfg.vocab_size or cfg.eos_token_id not in (2, end):
         raise WeightsError(
             f"{folder}: the tokenizer has {count} tokens and ends with {end}, "
@@ -51,14 +51,14 @@ def check(cfg: ClipTextConfig, folder: str, count: int, end: int) -> None:
         )
 
 
-# ---- transformers' flavour
+# ---- transformers' variant
 
 
 FILES = ("vocab.json", "merges.txt", "tokenizer.json", "*_config.json", "special_tokens_map.json", GZIP)
 
 
 def hf_tokenizer(folder: str) -> Any:
-    """transformers' CLIPTokenizer of a folder that holds its files; once while they are the same."""
+    """transformers' CLIPTokenizer of a folder that holds its files; cached by their content."""
     return _hf_tokenizer(folder, contents(Path(folder), *FILES))
 
 
@@ -75,19 +75,19 @@ def check_hf(cfg: ClipTextConfig, folder: str) -> None:
 
 
 def hf(folder: str, length: int, prompts: Sequence[str]) -> Tokens:
-    """Start, at most length - 2 tokens, end; padded with the end."""
+    """Start, at most length - 2 tokens, end; padded with the end token."""
     how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "np"}
     return {"ids": hf_tokenizer(folder)(list(prompts), **how)["input_ids"].astype(np.int32)}
 
 
-# ---- open_clip's flavour
+# ---- open_clip's variant
 
-_START, _END = "<start_of_text>", "<end_of_text>"  # which a caption may spell out, as any other word
+_START, _END = "<start_of_text>", "<end_of_text>"  # a caption may contain these as words
 _WORDS = rf"{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+"
 
 
 class Vocabulary(NamedTuple):
-    """A byte-pair encoding, as tokenizers.models.BPE, and the ids around a text."""
+    """A byte-pair encoding (tokenizers.models.BPE), the start and end ids, and the number of tokens."""
 
     bpe: Any
     start: int
@@ -96,7 +96,7 @@ class Vocabulary(NamedTuple):
 
 
 def open_clip(folder: str, length: int, prompts: Sequence[str]) -> Tokens:
-    """Start, the tokens, end; cut at `length` with the end as the last; padded with 0."""
+    """Start, the tokens, end; truncated to `length`, with the end as the last token; padded with 0."""
     vocabulary = read_vocabulary(folder)
     out = np.zeros((len(prompts), length), np.int32)
     for row, prompt in zip(out, prompts, strict=True):
@@ -112,14 +112,14 @@ def check_open_clip(cfg: ClipTextConfig, folder: str) -> None:
 
 
 def clean(text: str) -> str:
-    """Mended, without entities (which may have been escaped twice), one space between words, lower case."""
-    import ftfy  # of HPSv2 alone
+    """The text repaired, HTML entities decoded (twice, as they may be escaped twice), single spaces, lower case."""
+    import ftfy  # only HPSv2 needs it
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 def _encode(vocabulary: Vocabulary, text: str) -> list[int]:
-    import regex  # which knows \p{L}
+    import regex  # re does not know \p{L}
 
     special, ids = {_START: vocabulary.start, _END: vocabulary.end}, []
     for word in regex.findall(_WORDS, text, regex.IGNORECASE):
@@ -132,7 +132,7 @@ def _encode(vocabulary: Vocabulary, text: str) -> list[int]:
 
 
 def read_vocabulary(folder: str) -> Vocabulary:
-    """Of open_clip's file if the folder has it, else of transformers' files; once while they are the same."""
+    """From open_clip's file if the folder has it, else from transformers' files; cached by their content."""
     return _vocabulary(folder, contents(Path(folder), *FILES))
 
 
@@ -164,7 +164,7 @@ def _read_gzip(file: Path) -> tuple[dict[str, int], list[tuple[str, str]], int, 
 
 @functools.cache
 def byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable stand-ins for the 256 bytes: printable Latin-1 as itself first, the rest from U+0100 on."""
+    """GPT-2's printable characters for the 256 bytes: printable Latin-1 as itself, the rest from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

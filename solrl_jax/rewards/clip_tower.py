@@ -1,6 +1,6 @@
-"""CLIP with both towers, and the pieces that every CLIP reward shares (spec/rewards.md sections 2-4).
+"""CLIP with both towers, and the parts that all CLIP rewards share (spec/rewards.md sections 2-4).
 
-The parameter tree knows no naming: HF_KEYS is transformers' CLIPModel, OPEN_CLIP_KEYS is open_clip's CLIP.
+Two key tables map the same parameter tree: HF_KEYS to transformers' CLIPModel, OPEN_CLIP_KEYS to open_clip's CLIP.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class ClipVisionConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
 
-    # Pictures have three channels; how wide the projection is says the config around this one.
+    # Pictures have three channels; the projection's width is in the outer config.
     options: ClassVar[Options] = Options(
         "transformers", only={"model_type": ("clip_vision_model",), "num_channels": (3,)}, idle=("projection_dim",)
     )
@@ -55,7 +55,7 @@ class ClipVisionConfig:
     def __post_init__(self):
         check_layer_config(self)
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}")
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ClipConfig:
     def read(cls, folder: str | Path) -> "ClipConfig":
         values = weights.read_config(folder)
         check(cls.options, ("projection_dim",), Path(folder) / "config.json", values)
-        # The text tower's own projection_dim is for a text encoder that stands alone; here the outer one counts.
+        # The text tower's own projection_dim is for a separate text encoder; here the outer one is used.
         outer = {"projection_dim": values.get("projection_dim")}
         text = weights.from_config(ClipTextConfig, folder, {**_part(values, "text_config", folder), **outer})
         vision = weights.from_config(ClipVisionConfig, folder, _part(values, "vision_config", folder))
@@ -87,14 +87,14 @@ class ClipConfig:
 
     @classmethod
     def read_open_clip(cls, folder: str | Path) -> "ClipConfig":
-        """Of open_clip_config.json; WeightsError for a CLIP that is built otherwise."""
+        """From open_clip_config.json; WeightsError for a CLIP of another architecture."""
         file = Path(folder) / "open_clip_config.json"
         found = weights.read_json(file)
         check(_OPEN_CLIP, (), file, found)
         try:
             return cls._of_open_clip(**found["model_cfg"])
-        except (TypeError, ValueError, KeyError) as e:  # a field that is not known here, or is not there
-            raise weights.WeightsError(f"{file} describes a model that is not read here: {e}") from e
+        except (TypeError, ValueError, KeyError) as e:  # a field that is unknown or missing
+            raise weights.WeightsError(f"{file} describes a model that is not known here: {e}") from e
 
     @classmethod
     def _of_open_clip(
@@ -108,7 +108,7 @@ class ClipConfig:
 
         def text(context_length: int, vocab_size: int, width: int, heads: int, layers: int):
             sizes = {"intermediate_size": 4 * width, "max_position_embeddings": context_length, "hidden_act": act}
-            # eos_token_id 2: the end is the largest id, as open_clip finds it.
+            # eos_token_id 2 means that the end is the largest id, as in open_clip.
             return ClipTextConfig(vocab_size, width, layers, heads, **sizes, eos_token_id=2, projection_dim=embed_dim)
 
         return cls(text(**text_cfg), vision(**vision_cfg), embed_dim)
@@ -121,11 +121,11 @@ VIT_H_14 = ClipConfig(
     ClipVisionConfig(1280, 32, 16, 5120, patch_size=14, hidden_act="gelu"),
     projection_dim=1024,
 )
-"""laion/CLIP-ViT-H-14-laion2B-s32B-b79K, from which PickScore and HPSv2 were trained; 16 heads of 80 in the vision."""
+"""laion/CLIP-ViT-H-14-laion2B-s32B-b79K, from which PickScore and HPSv2 were trained; vision has 16 heads of 80."""
 
 
 def _part(values: Mapping[str, Any], name: str, folder: str | Path) -> Mapping[str, Any]:
-    """Old configs carry the sub-config twice; as in transformers the "_dict" spelling wins where it is not null."""
+    """Old configs have the sub-config twice; as in transformers the "_dict" spelling wins if it is not null."""
     old = values.get(name + "_dict")
     found = (values.get(name) or {}) if old is None else old
     if not isinstance(found, Mapping):
@@ -134,7 +134,7 @@ def _part(values: Mapping[str, Any], name: str, folder: str | Path) -> Mapping[s
 
 
 class ClipVision(nn.Module):
-    """Normalised pixels -> projected state of the class token, f32; the blocks multiply in `dtype`."""
+    """Normalised pixels -> projected state of the class token, f32; the blocks' products are in `dtype`."""
 
     cfg: ClipVisionConfig
     projection_dim: int
@@ -158,11 +158,11 @@ class ClipVision(nn.Module):
 
 
 class ClipTower(nn.Module):
-    """Both towers. Features are f32 and of length one, so that a cosine is a dot product.
+    """Both towers. Features are f32 with norm 1, so that a cosine is a dot product.
 
-    `dtype` is what the blocks of the vision tower multiply in, where the time goes. The residual stream, norms and all
-    that there is once a picture or once a prompt are f32: a group's pictures are nearly alike, and rounding them to
-    bfloat16 on the way disorders them.
+    `dtype` is that of the products in the vision tower's blocks, which take most of the time. The residual stream, the
+    norms and everything computed once per picture or per prompt are f32: the pictures of a group are nearly alike, and
+    rounding them to bfloat16 on the way changes their ranking.
     """
 
     cfg: ClipConfig
@@ -182,7 +182,7 @@ class ClipTower(nn.Module):
     def __call__(
         self, pixels: Float[Array, "B H W 3"], ids: Int[Array, "G L"]
     ) -> tuple[Float[Array, "B D"], Float[Array, "G D"]]:
-        """Both kinds of features; what `init` runs."""
+        """Both kinds of features; used by `init`."""
         return self.image_features(pixels), self.text_features(ids)
 
 
@@ -201,10 +201,10 @@ def cosines(
 
 
 def pair_cosines(image: Float[Array, "B D"], text: Float[Array, "G D"]) -> PerSample:
-    """Cosine of image i and prompt i // (B // G), both of length one."""
+    """Cosine of image i and prompt i // (B // G), both with norm 1."""
     groups = len(text)
     if len(image) % groups:
-        raise ValueError(f"{len(image)} images of {groups} prompts: each prompt must have equally many")
+        raise ValueError(f"{len(image)} images of {groups} prompts: each prompt must have the same number")
     grouped = image.reshape(groups, -1, image.shape[-1])
     return jnp.sum(grouped * text[:, None], axis=-1).reshape(-1)
 
@@ -248,7 +248,7 @@ OPEN_CLIP_KEYS = (
     *_open_clip_layer_rules("text/", ""),
     Rule(r"text/final_norm/scale", "ln_final.weight"),
     Rule(r"text/final_norm/bias", "ln_final.bias"),
-    Rule(r"text/projection/kernel", "text_projection"),  # [in, out] there too
+    Rule(r"text/projection/kernel", "text_projection"),  # [in, out] in the file too
     Rule(r"vision/class_embedding", "visual.class_embedding"),
     Rule(r"vision/position_embedding", "visual.positional_embedding"),
     Rule(r"vision/patch_embedding/kernel", "visual.conv1.weight", "conv"),
@@ -261,23 +261,23 @@ OPEN_CLIP_KEYS = (
 
 
 def load_clip(folder: str | Path, dtype: Any = F32) -> tuple[ClipTower, Params]:
-    """Module that multiplies in `dtype`, and f32 parameters (numpy), of a CLIPModel folder in transformers' layout."""
+    """Module with products in `dtype`, and f32 parameters (numpy), of a CLIPModel folder in transformers' layout."""
     tower = ClipTower(ClipConfig.read(folder), dtype)
-    # f32 whatever the dtype: exp(logit_scale) would be off by 0.3 percent in bf16.
+    # Parameters are always f32: in bf16 exp(logit_scale) would have an error of 0.3 percent.
     files, droppable = weights.Files(folder, "model"), (r".*\.position_ids",)
     return tower, weights.load(files, shapes(tower), HF_KEYS, dtype=F32, droppable=droppable)
 
 
 def load_open_clip(file: str | Path, cfg: ClipConfig, dtype: Any = F32) -> tuple[ClipTower, Params]:
-    """As `load_clip`, of one file in open_clip's naming. Raises WeightsError for one of another architecture."""
+    """Like `load_clip`, for one file in open_clip's naming. WeightsError if it has another architecture."""
     tower, files = ClipTower(cfg, dtype), weights.Files(file)
     _check_open_clip(files, cfg)
-    aliases = ((r"^module\.", ""),)  # what training on several GPUs puts before every key
+    aliases = ((r"^module\.", ""),)  # the prefix that training on several GPUs adds to every key
     return tower, weights.load(files, shapes(tower), OPEN_CLIP_KEYS, dtype=F32, aliases=aliases)
 
 
 def _check_open_clip(files: weights.Files, cfg: ClipConfig) -> None:
-    """A file of another kind is named in one line, where `load` would list all of its keys."""
+    """WeightsError of one line for a file of another kind, for which `load` would list all keys."""
     keys = {key.removeprefix("module."): key for key in files.keys()}  # noqa: SIM118
     patches, tokens = (keys.get(key) for key in ("visual.conv1.weight", "token_embedding.weight"))
     if patches is None or tokens is None:

@@ -1,6 +1,6 @@
 """CLIPScore: exp(logit_scale) cos(image, text) / 100 of openai/clip-vit-large-patch14 (spec/rewards.md sections 0-4).
 
-Bilinear resizing and no rounding to bytes, as in Sol-RL's reference; text in transformers' flavour of CLIP's tokenizer.
+Bilinear resizing, not rounded to bytes, as in Sol-RL's reference; text by transformers' variant of CLIP's tokenizer.
 """
 
 import functools
@@ -32,8 +32,8 @@ PUBLIC = ClipConfig(
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     """The reward of a CLIPModel (hub.model: weights, config.json, tokenizer in transformers' layout), its f32 weights.
 
-    `dtype` is what the vision tower multiplies in. The same folder, config and dtype give the same Reward, as a static
-    argument of jit must be.
+    `dtype` is that of the vision tower's products. The same folder, config and dtype give the same Reward object, as
+    jit's static arguments require.
     """
     if path is None:
         raise weights.WeightsError(f"clipscore needs the folder of a CLIP model, or {HUB_ID}")
@@ -47,9 +47,9 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
 
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
-    """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: from config.json alone.
+    """The reward, its weights and one prompt's tokens, the last two as ShapeDtypeStructs, from config.json alone.
 
-    Sizes are PUBLIC's where there is no such folder and none in the hub's cache.
+    Sizes are PUBLIC's if there is no such folder, and none in the hub's cache.
     """
     folder = hub.here(path)
     cfg = PUBLIC if folder is None else ClipConfig.read(folder)

@@ -1,8 +1,8 @@
 """HPSv2.1: cos(image, text) of xswu/HPSv2's HPS_v2.1_compressed.pt (spec/rewards.md sections 0-4).
 
-Bicubic resizing of floats with its overshoot, the whole picture padded with black; text in open_clip's flavour of
-CLIP's tokenizer. The public file is a CLIP ViT-H/14 in open_clip's naming. HPS v2.0 has the same keys and shapes and
-other scores, so that only a file's name tells them apart.
+Bicubic resizing of floats, without clipping the overshoot, the whole picture padded with black; text by open_clip's
+variant of CLIP's tokenizer. The public file is a CLIP ViT-H/14 in open_clip's naming. HPS v2.0 has the same keys and
+shapes but other scores, so only the file's name distinguishes them.
 """
 
 import functools
@@ -25,10 +25,10 @@ HUB_ID, PUBLIC_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
 
 
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
-    """The reward of a .pt or .safetensors file, of the folder of one, or of xswu/HPSv2; its f32 weights.
+    """The reward, and its f32 weights, from a .pt or .safetensors file, from its folder, or from xswu/HPSv2.
 
-    The tokenizer is beside the file (vocab.json and merges.txt, tokenizer.json, or open_clip's .txt.gz), else
-    clip_tokens.HUB_ID's. A file of other sizes has its open_clip_config.json beside it.
+    The tokenizer is the one beside the file (vocab.json and merges.txt, tokenizer.json, or open_clip's .txt.gz), else
+    clip_tokens.HUB_ID's. A model of other sizes needs its open_clip_config.json beside the file.
     """
     if path is None:
         raise WeightsError(f"hpsv2 needs {PUBLIC_FILE}, its folder, or {HUB_ID}")
@@ -40,7 +40,7 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
 
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
-    """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: no weights are read."""
+    """The reward, its weights and one prompt's tokens, the last two as ShapeDtypeStructs; no weights are read."""
     found = hub.here(path, "open_clip_config.json")
     cfg = VIT_H_14 if found is None else _config(found.parent if found.is_file() else found)
     ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)
@@ -48,7 +48,7 @@ def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, A
 
 
 def find(path: str | Path) -> Path:
-    """The file of HPS v2.1, which `path` is, holds, or names on the hub; WeightsError where it is v2.0's."""
+    """The file of HPS v2.1 from a file, a folder or a name on the hub; WeightsError if it is v2.0's."""
     file = Path(path)
     if not file.is_file():
         folder = hub.model(str(path), (PUBLIC_FILE,), ())
@@ -66,7 +66,7 @@ def _is_v2_0(file: Path) -> bool:
 
 
 def _config(folder: Path) -> ClipConfig:
-    """Of open_clip_config.json where the folder has one."""
+    """From open_clip_config.json if the folder has one."""
     return ClipConfig.read_open_clip(folder) if (folder / "open_clip_config.json").is_file() else VIT_H_14
 
 
@@ -77,7 +77,7 @@ def _reward(folder: str, cfg: ClipConfig, dtype: jnp.dtype) -> Reward:
 
 
 def _score(tower: ClipTower, params: Params, images: Images, tokens: Mapping[str, Int[Array, "G L"]]) -> PerSample:
-    """Images f32 [0, 1], B of them for G prompts. The logit scale is no part of the score."""
+    """Images f32 [0, 1], B of them for G prompts. The score does not use the logit scale."""
     images = preprocess.resize_pad(images.astype(F32), tower.cfg.vision.image_size)
     pixels = preprocess.standardise(images, preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
     return clip_tower.cosines(tower, params, pixels, tokens["ids"])

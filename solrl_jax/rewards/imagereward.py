@@ -1,6 +1,6 @@
-"""ImageReward: BLIP reads the picture and the prompt together, a linear head judges (spec/rewards.md sections 0-3, 5).
+"""ImageReward: BLIP reads picture and prompt together, a linear head gives the score (spec/rewards.md sections 0-3, 5).
 
-8-bit pictures through Pillow's bicubic resize, text in 35 wordpieces of uncased BERT, as in Sol-RL's reference.
+8-bit pictures resized by Pillow's bicubic filter, text as 35 wordpieces of uncased BERT, as in Sol-RL's reference.
 """
 
 import functools
@@ -30,11 +30,11 @@ BERT = "google-bert/bert-base-uncased"
 
 
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
-    """The reward of a .pt or .safetensors file, of a folder with one of FILES, or of zai-org/ImageReward; f32 weights.
+    """The reward, and its f32 weights, from a .pt or .safetensors file, a folder with one of FILES, or HUB_ID.
 
-    Beside the file may be one of VOCABULARIES, else BERT's is fetched, and med_config.json, else the sizes are the
-    public ones. `dtype` is what the transformers multiply in. The same folder, config and dtype give the same Reward,
-    as a static argument of jit must be.
+    The vocabulary is one of VOCABULARIES beside the file, else BERT's is fetched. The sizes are those of a
+    med_config.json beside the file, else the public ones. `dtype` is that of the transformers' products. The same
+    folder, config and dtype give the same Reward object, as jit's static arguments require.
     """
     if path is None:
         raise WeightsError(f"imagereward needs ImageReward.pt, its folder, or {HUB_ID}")
@@ -45,7 +45,7 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
 
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
-    """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens: no weights are read."""
+    """The reward, its weights and one prompt's tokens, the last two as ShapeDtypeStructs; no weights are read."""
     found = hub.here(path, "med_config.json")
     cfg = BlipConfig() if found is None else BlipConfig.read(found.parent if found.is_file() else found)
     ids, mask = (jax.ShapeDtypeStruct((1, LENGTH), kind) for kind in (jnp.int32, jnp.bool_))
@@ -53,7 +53,7 @@ def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, A
 
 
 def find(path: str | Path) -> Path:
-    """The weights' file, which `path` is, holds, or names on the hub."""
+    """The file of the weights, from a file, a folder or a name on the hub."""
     if Path(path).is_file():
         return Path(path)
     folder = hub.model(str(path), ("med_config.json", "*.txt"), ("ImageReward.pt",))
@@ -72,7 +72,7 @@ def _reward(words: str, cfg: BlipConfig, dtype: jnp.dtype) -> Reward:
 
 
 def _vocabulary_file(folder: Path) -> str:
-    """The folder's, or where it has none, as ImageReward's own on the hub, BERT's."""
+    """The folder's vocabulary, else BERT's: ImageReward's own folder on the hub has none."""
     for name in VOCABULARIES:
         if (folder / name).is_file():
             return str(folder.resolve() / name)
@@ -90,8 +90,7 @@ def _read_vocabulary(file: str) -> dict[str, int]:
 
 
 def _tokenizer(file: str) -> Any:
-    """Uncased BERT's, with the two tokens that BLIP added; its vocabulary alone is the user's. Once while that is the
-    same."""
+    """Uncased BERT's tokenizer with BLIP's two added tokens and the user's vocabulary; cached by the file's content."""
     return _read_tokenizer(file, contents(Path(file).parent, Path(file).name))
 
 
@@ -105,7 +104,7 @@ def _read_tokenizer(file: str, digest: str) -> Any:
 
 
 def _check_tokenizer(file: str, cfg: BlipConfig) -> None:
-    """Every vocabulary has a number of words of its own; a cased or multilingual one would score, and score wrongly."""
+    """WeightsError for another vocabulary, by its number of words: a cased or multilingual one would score wrongly."""
     vocabulary, tokenizer = _read_vocabulary(file), _tokenizer(file)
     missing = [word for word in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if word not in vocabulary]
     if missing or len(tokenizer) != cfg.text.vocab_size:
@@ -118,7 +117,7 @@ def _check_tokenizer(file: str, cfg: BlipConfig) -> None:
 def _tokenize(file: str, prompts: Sequence[str]) -> dict[str, np.ndarray]:
     """ids int32 and mask bool, both [G, LENGTH]: [CLS], at most 33 wordpieces, [SEP], padding where mask is False.
 
-    The mask is not ids != 0: a prompt may hold the word [PAD].
+    The mask is not ids != 0: a prompt may contain the word [PAD].
     """
     how = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "np"}
     found = _tokenizer(file)(list(prompts), **how)

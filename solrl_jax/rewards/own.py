@@ -1,8 +1,8 @@
-"""Rewards of the user's own, by a dotted name: `package.module`, or `module.function` of a single file.
+"""The user's own rewards, by a dotted name: `package.module`, or `module.function` of a single file.
 
-A module defines `make(path, dtype) -> (Reward, params)` as the rewards of this folder do, and is scored on the devices;
-or, under `HOST = True`, `score(images, prompts) -> one number per picture`, plain Python that is called on the host
-between the staged calls. In the second spelling the named function is that `make` or that `score`.
+A module defines `make(path, dtype) -> (Reward, params)`, like the rewards of this folder, which runs on the devices. Or
+it sets `HOST = True` and defines `score(images, prompts) -> one number per picture`, plain Python that is called on the
+host between the staged calls. In the form `module.function`, the function replaces `make` or `score`.
 """
 
 import functools
@@ -23,15 +23,15 @@ from solrl_jax.config import ConfigError
 from solrl_jax.structs import Params, PyTree, Reward
 
 LONGEST = 4096
-"""Bytes of a prompt that travel to a host function."""
+"""The most bytes of a prompt that are passed to a host function."""
 
 
 class RewardError(ValueError):
-    """A reward that raised or gave no score per picture; the message names the reward and what it did."""
+    """A reward that raised or did not give one score per picture; the message names the reward and the problem."""
 
 
 class Own(NamedTuple):
-    """What a module of `solrl_jax.rewards` defines, of a reward of the user's own; `shapes` reads its weights."""
+    """The functions of a module of `solrl_jax.rewards`, for a user's own reward; its `shapes` reads the weights."""
 
     make: Callable[[str | None, Any], tuple[Reward, Params]]
     shapes: Callable[[str | None, Any], tuple[Reward, Params, PyTree]]
@@ -42,7 +42,7 @@ def is_own(name: str) -> bool:
 
 
 def find(name: str) -> Own:
-    """The reward of a dotted name, from sys.path or the current folder. Its file is run: ConfigError where it fails."""
+    """The reward with a dotted name, from sys.path or the current folder. ConfigError if importing its file fails."""
     module, function = _module(name)
     host = getattr(module, "HOST", False)
     wanted = function or ("score" if host else "make")
@@ -58,12 +58,12 @@ def find(name: str) -> Own:
 
 
 def _module(name: str) -> tuple[types.ModuleType, str]:
-    """(module, "") where `name` is a module's, else (the module before its last dot, what is behind it)."""
+    """(module, "") if `name` is a module, else (the module before the last dot, the part after it)."""
     if not all(part.isidentifier() for part in name.split(".")):
-        raise ConfigError(f"reward {name!r} is no dotted name: give package.module, or module.function")
+        raise ConfigError(f"reward {name!r} is not a dotted name: give package.module, or module.function")
     folder = str(Path.cwd())
     if not {"", folder} & set(sys.path):
-        sys.path.append(folder)  # as `python -m` has it
+        sys.path.append(folder)  # as with `python -m`
     importlib.invalidate_caches()
     before, _, last = name.rpartition(".")
     for module, function in ((name, ""), (before, last)):
@@ -75,13 +75,13 @@ def _module(name: str) -> tuple[types.ModuleType, str]:
 
 
 def _is_there(module: str, name: str) -> bool:
-    """Whether there is such a module. The packages around it are imported; ConfigError where that fails."""
+    """Whether the module exists. Its parent packages are imported; ConfigError if that fails."""
 
     def look() -> bool:
         try:
             return importlib.util.find_spec(module) is not None
         except ModuleNotFoundError as e:
-            if e.name is not None and f"{module}.".startswith(f"{e.name}."):  # itself, not what its package imports
+            if e.name is not None and f"{module}.".startswith(f"{e.name}."):  # not an import in its package
                 return False
             raise
 
@@ -89,7 +89,7 @@ def _is_there(module: str, name: str) -> bool:
 
 
 def _guarded(name: str, run: Callable, *args: Any) -> Any:
-    """run(*args), which runs the user's file; an error there is a ConfigError that names its line."""
+    """run(*args), which runs the user's file; an error there becomes a ConfigError with its line."""
     try:
         return run(*args)
     except ConfigError:
@@ -114,7 +114,7 @@ def _place(module: types.ModuleType) -> str:
 
 
 def _on_device(name: str, make: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params]:
-    """The user's (Reward, params), under the dotted name; ConfigError where it is something else."""
+    """The user's (Reward, params), with the dotted name; ConfigError for anything else."""
     found = _guarded(name, make, path, dtype)
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Reward)):
         raise ConfigError(
@@ -125,7 +125,7 @@ def _on_device(name: str, make: Callable, path: str | None, dtype: Any) -> tuple
 
 @functools.lru_cache
 def _checked(name: str, reward: Reward) -> Reward:
-    """The same reward gives the same result, as a static argument of jit must be."""
+    """The same reward gives the same Reward object, as jit's static arguments require."""
     return Reward(name, reward.tokenize, functools.partial(_score, name, reward.score))
 
 
@@ -140,7 +140,7 @@ def _score(name: str, score: Callable, params: Params, images: Array, tokens: Py
 
 
 def _shapes(make: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params, PyTree]:
-    """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens."""
+    """The reward, its weights and one prompt's tokens, the last two as ShapeDtypeStructs."""
     reward, params = make(path, dtype)
     return reward, *jax.eval_shape(lambda: (params, reward.tokenize([""])))
 
@@ -150,7 +150,7 @@ def _shapes(make: Callable, path: str | None, dtype: Any) -> tuple[Reward, Param
 
 def _on_host(name: str, function: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params]:
     if path is not None:
-        raise ConfigError(f"reward {name!r} runs on the host and reads no path ({path!r}): leave out its reward_paths")
+        raise ConfigError(f"reward {name!r} runs on the host and reads no path ({path!r}): remove it from reward_paths")
     return Reward(name, to_bytes, _nowhere, function), {}
 
 
@@ -159,12 +159,12 @@ def _nowhere(params: Params, images: Array, tokens: PyTree) -> Float[Array, "B"]
 
 
 def to_bytes(prompts: Sequence[str]) -> UInt8[np.ndarray, "G L"]:
-    """Prompts as UTF-8, filled up with zeros: as tokens they travel with the prompts. ValueError for a longer one."""
+    """Prompts as UTF-8, padded with zeros, so that they can be a reward's tokens. ValueError if one is too long."""
     coded = [prompt.encode() for prompt in prompts]
     for text in coded:
         if len(text) > LONGEST:
             raise ValueError(
-                f"{len(text)} bytes, of {LONGEST} that travel to the host: {text[:40].decode(errors='ignore')!r}..."
+                f"{len(text)} bytes, more than {LONGEST} for the host: {text[:40].decode(errors='ignore')!r}..."
             )
     rows = b"".join(text.ljust(LONGEST, b"\0") for text in coded)
     return np.frombuffer(rows, np.uint8).reshape(-1, LONGEST)
@@ -175,9 +175,9 @@ def from_bytes(rows: UInt8[np.ndarray, "G L"]) -> list[str]:
 
 
 def ask(reward: Reward, images: UInt8[np.ndarray, "B H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, "B"]:
-    """A host reward's scores of B pictures, one prompt each. Raises RewardError for anything but B finite numbers."""
+    """A host reward's scores of B pictures with one prompt each. RewardError unless it gives B finite numbers."""
     assert reward.host is not None
-    rule = f"it must return {len(images)} finite numbers, a picture each"
+    rule = f"it must return {len(images)} finite numbers, one per picture"
     try:
         found = reward.host(images.copy(), list(prompts))
     except Exception as e:  # whatever a user's function raises

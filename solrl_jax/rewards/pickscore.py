@@ -1,6 +1,6 @@
 """PickScore: exp(logit_scale) cos(image, text) / 26 of yuvalkirstain/PickScore_v1 (spec/rewards.md sections 0-4).
 
-8-bit pictures through Pillow's bicubic resize, text in transformers' flavour of CLIP's tokenizer, as in Sol-RL's
+8-bit pictures resized by Pillow's bicubic filter, text by transformers' variant of CLIP's tokenizer, as in Sol-RL's
 reference. The public file is a CLIP ViT-H/14 in transformers' naming.
 """
 
@@ -24,9 +24,9 @@ HUB_ID = "yuvalkirstain/PickScore_v1"
 
 
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
-    """The reward of a CLIPModel (hub.model: weights, config.json, maybe a tokenizer), its f32 weights; as clipscore's.
+    """The reward of a CLIPModel (hub.model: weights, config.json, maybe a tokenizer), its f32 weights; see clipscore.
 
-    Without a tokenizer in the folder it is clip_tokens.HUB_ID's, the model that PickScore was trained from.
+    If the folder has no tokenizer, the one of clip_tokens.HUB_ID is used, the model from which PickScore was trained.
     """
     if path is None:
         raise weights.WeightsError(f"pickscore needs the folder of a CLIP model, or {HUB_ID}")
@@ -40,7 +40,7 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
 
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
-    """The reward, and as ShapeDtypeStructs its weights and one prompt's tokens; ViT-H/14's without such a folder."""
+    """The reward, and the shapes of its weights and of one prompt's tokens; ViT-H/14's without such a folder."""
     folder = hub.here(path)
     cfg = VIT_H_14 if folder is None else ClipConfig.read(folder)
     ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)

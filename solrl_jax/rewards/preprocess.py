@@ -1,7 +1,7 @@
-"""Pictures [0, 1] -> what the reward networks look at, inside jit (spec/rewards.md section 2).
+"""Pictures [0, 1] -> inputs of the reward networks, inside jit (spec/rewards.md section 2).
 
-Each reference resizes in its own way, and group advantages divide by a small spread, so each way is kept: floats with
-or without the overshoot of a cubic, or Pillow's bytes, rounded after each of two passes.
+Each reference resizes differently, and group advantages divide by a small spread, so each way is reproduced: linear or
+cubic in floats, or Pillow's bytes, rounded after each of two passes.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ class Preprocessing:
     options: ClassVar[Options] = Options(
         "diffusers",
         only={
-            "resample": (3,),  # bicubic; CLIPScore's reference reads it no more than ours does, and resizes bilinearly
+            "resample": (3,),  # bicubic; CLIPScore resizes bilinearly: like its reference, it ignores this
             "rescale_factor": (1 / 255,),
             **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
             "use_square_size": (False,),
@@ -54,11 +54,11 @@ class Preprocessing:
 
     def __post_init__(self):
         if bad := {n: x for n, x in vars(self).items() if len(x) != 3}:
-            raise ValueError(f"{bad}: not a number for each of three channels")
+            raise ValueError(f"{bad}: give one number for each of three channels")
 
 
 def read_mean_std(folder: str | Path, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of preprocessor_config.json, if there is one; pictures must come to the `size` that the vision tower takes."""
+    """From preprocessor_config.json if it exists; its sizes must equal the vision tower's `size`."""
     file = Path(folder) / NAME
     if not file.is_file():
         return OPENAI_MEAN, OPENAI_STD
@@ -71,11 +71,11 @@ def read_mean_std(folder: str | Path, size: int) -> tuple[tuple[float, ...], tup
     return tuple(map(float, found.image_mean)), tuple(map(float, found.image_std))
 
 
-# ---- floats: torchvision's antialiased resizes of tensors, which jax.image.resize equals to 1e-6
+# ---- floats: like torchvision's antialiased resizes of tensors, which jax.image.resize matches to 1e-6
 
 
 def resize_crop(images: Images, size: int, method: str) -> Float[Array, "B {size} {size} 3"]:
-    """CLIPScore: short edge to `size` (antialiased, neither rounded nor clipped; unless it is that), then the middle.
+    """CLIPScore: short edge to `size` if it differs (antialiased, not rounded or clipped), then a centre crop.
 
     `method` is "linear" or "cubic".
     """
@@ -89,7 +89,7 @@ def resize_crop(images: Images, size: int, method: str) -> Float[Array, "B {size
 
 
 def resize_pad(images: Images, size: int) -> Float[Array, "B {size} {size} 3"]:
-    """HPSv2: long edge to `size` (cubic, antialiased; the overshoot beyond [0, 1] stays), black around the middle."""
+    """HPSv2: long edge to `size` (cubic, antialiased, overshoot beyond [0, 1] kept), padded with black."""
     height, width = images.shape[1:3]
     if max(height, width) != size:
         height, width = (round(n * (size / max(images.shape[1:3]))) for n in (height, width))
@@ -99,7 +99,7 @@ def resize_pad(images: Images, size: int) -> Float[Array, "B {size} {size} 3"]:
 
 
 def _scaled(n: int, short: int, size: int) -> int:
-    """An edge of n pixels when the short one becomes `size`; torchvision and transformers cut the fraction off."""
+    """The length of an edge of n pixels if the short edge becomes `size`, rounded down as in both libraries."""
     return size if n == short else int(size * n / short)
 
 
@@ -109,12 +109,12 @@ SHIFT = 22  # Pillow's weights are integers, in units of 2**-22
 
 
 def pil_bicubic(images: Images, size: int, *, floor: bool = True) -> Float[Array, "B {size} {size} 3"]:
-    """PickScore and ImageReward: as 8-bit pictures through Pillow, short edge to `size`, then the middle; levels / 255.
+    """PickScore and ImageReward: 8-bit pictures, short edge to `size` as in Pillow, then a centre crop; levels / 255.
 
-    Where the middle is half a pixel off, transformers takes the floor, torchvision (ImageReward) the even neighbour:
-    floor=False. The resize is one, so where both are asked for XLA computes it once. Levels are rounded after each
-    pass, so the order of the two counts: it is that of Pillow 13 (`vertical_first`), which requirements.txt pins.
-    Pillow 12 and older begin with the horizontal one whatever the shape.
+    If the crop is half a pixel off centre, transformers takes the floor, torchvision (ImageReward) the even neighbour:
+    floor=False. Both use the same resize, so XLA computes it once if both are asked for. Levels are rounded after each
+    pass, so the order of the passes matters. It is that of Pillow 13 (`vertical_first`), which requirements.txt pins;
+    Pillow 12 and older always begin with the horizontal pass.
     """
     levels = jnp.clip(jnp.round(images.astype(jnp.float32) * 255), 0, 255)
     before = images.shape[1], images.shape[2]
@@ -128,18 +128,19 @@ def pil_bicubic(images: Images, size: int, *, floor: bool = True) -> Float[Array
 def vertical_first(before: tuple[int, int], after: tuple[int, int]) -> bool:
     """Whether Pillow 13 begins with the vertical pass, from one (height, width) to another.
 
-    It does where the height loses more than twice the pixels that the width does: found by comparing both orders with
-    Pillow 13.0 over thousands of sizes. With the short edge to `size`, these are pictures taller than 2:1 that shrink.
+    It does if the height loses more than twice as many pixels as the width. This was found by comparing both orders
+    with Pillow 13.0 over thousands of sizes. With the short edge to `size`, it holds for pictures taller than 2:1 that
+    shrink.
     """
     (height, width), (new_height, new_width) = before, after
     return new_height < height and height - new_height > 2 * (width - new_width)
 
 
 def _resample(levels: Images, axis: int, count: int) -> Float[Array, "B h w 3"]:
-    """One pass, vertical (axis 1) or horizontal (axis 2): sums of whole levels times whole weights, rounded, 0 to 255.
+    """One pass, vertical (axis 1) or horizontal (axis 2): sums of integer levels times integer weights, rounded.
 
-    The sums, up to 2**31, are made of digits of the weights that are small enough for f32 sums to be exact: f32 is
-    what GPUs multiply fast. HIGHEST because TF32 products are not exact.
+    The weights are split into digits so small that f32 sums are exact, as GPUs multiply f32 fast; the totals reach
+    2**31. HIGHEST, because TF32 products are not exact (tests/test_preprocess.py).
     """
     if levels.shape[axis] == count:
         return levels
@@ -153,9 +154,9 @@ def _resample(levels: Images, axis: int, count: int) -> Float[Array, "B h w 3"]:
 
 @functools.lru_cache
 def pil_digits(before: int, after: int) -> tuple[Float32[np.ndarray, "d {after} {before}"], int]:
-    """pil_weights in d digits of so many bits, the lowest first: weights = sum of digits[i] << (bits * i).
+    """pil_weights in d digits of `bits` bits, the lowest first: weights = sum of digits[i] << (bits * i).
 
-    A digit is below 2**bits, so that the sum of a row's products with levels stays below 2**24, where f32 is exact. The
+    A digit is less than 2**bits, so the sum of a row's products with levels is less than 2**24, where f32 is exact. The
     highest digit has the sign.
     """
     whole = pil_weights(before, after)
@@ -167,7 +168,7 @@ def pil_digits(before: int, after: int) -> tuple[Float32[np.ndarray, "d {after} 
 
 
 def pil_weights(before: int, after: int) -> Int64[np.ndarray, "{after} {before}"]:
-    """Pillow's bicubic weights from `before` to `after` pixels, in units of 2**-SHIFT; all but a row's window are 0."""
+    """Pillow's bicubic weights from `before` to `after` pixels, in units of 2**-SHIFT; 0 outside a row's window."""
     scale = before / after
     stretch = max(scale, 1.0)
     out = np.zeros((after, before), np.int64)

@@ -1,8 +1,8 @@
-"""The little world's vocabulary, and its judge: a reward that reads the picture itself and checks the caption's facts.
+"""The shapes world's vocabulary, and its judge: a reward that checks the caption's facts in the picture.
 
-A picture shows one or two coloured shapes on a plain background; a caption states some facts of it. `read` finds,
-without knowing the caption, what each palette colour forms in the picture; `judge` compares that with the caption.
-Nothing here is learned, so no training can move it: it tells improvement from reward hacking.
+A picture shows one or two coloured shapes on a plain background; a caption states some facts about it. `read` finds,
+without the caption, the shape that each palette colour forms in the picture; `judge` compares that with the caption.
+Nothing here is learned, so the judge distinguishes real improvement from reward hacking.
 
 Lengths are pixels of a 32-pixel picture, (y, x) from the top left corner; larger pictures are first averaged down to
 32. A shape's centre is its centre of mass.
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from solrl_jax.structs import Reward
 
 SIDE = 32
-# Chosen so that no colour lies near the line from a background to another colour: half covered pixels stay telling.
+# No colour is near the line from a background to another colour, so half covered pixels are not ambiguous.
 COLOURS = {
     "red": (0.85, 0.00, 0.05),
     "orange": (1.00, 0.58, 0.00),
@@ -34,10 +34,10 @@ COLOURS = {
 BACKGROUNDS = {"white": (1.0, 1.0, 1.0), "black": (0.0, 0.0, 0.0), "gray": (0.5, 0.5, 0.5)}
 SHAPES = ("circle", "square", "triangle", "cross")
 RADII = {"small": (3.2, 3.9), "large": (5.5, 6.5)}  # the drawn range, pixels
-RELATIONS = ("left", "right", "above", "below")  # where the subject is, seen from the other; index ^ 1 is the opposite
+RELATIONS = ("left", "right", "above", "below")  # of the subject to the other; index ^ 1 is the opposite
 PLACES = ("left", "right", "top", "bottom", "center")
 
-# A facts row has one column per entry: the index of the stated value, or -1 where the caption does not state it.
+# A facts row has one column per entry: the index of the stated value, or -1 if the caption does not state it.
 FACTS: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
     "shape": SHAPES,
@@ -51,7 +51,7 @@ FACTS: dict[str, tuple[str, ...]] = {
 }
 VERDICTS = (*FACTS, "nothing else")
 
-# All ways to say a value; the first is the plainest. "mirror" is a relation told after both objects.
+# All wordings of a value; the first is the plainest. "mirror" is a relation stated after both objects.
 WORDING: dict[str, dict[str, tuple[str, ...]]] = {
     "size": {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")},
     "colour": {name: (name,) for name in COLOURS} | {"purple": ("purple", "violet")},
@@ -101,7 +101,7 @@ _FORMS = {  # kinds of phrases in their order -> is the subject the object named
 def parse(caption: str) -> dict[str, str]:
     """The stated facts of a caption by their names in FACTS: {"colour": "red", "shape": "circle", "place": "left"}.
 
-    Raises ValueError, naming the caption, for one that is not of this world.
+    Raises ValueError, with the caption, if it does not belong to this world.
     """
     text = re.sub(r"[\s,.]+", " ", caption.lower()).strip()
     said = [_PHRASES[phrase] for phrase in _PHRASE.findall(text)]
@@ -131,19 +131,19 @@ def parse(caption: str) -> dict[str, str]:
 
 
 def tokenize(prompts: Sequence[str]) -> Int[np.ndarray, "G 9"]:
-    """Captions -> int32 facts rows in the column order of FACTS, -1 where nothing is stated."""
+    """Captions -> int32 facts rows in the column order of FACTS, -1 for facts that are not stated."""
     parsed = [parse(prompt) for prompt in prompts]
     rows = [[FACTS[name].index(facts[name]) if name in facts else -1 for name in FACTS] for facts in parsed]
     return np.array(rows, np.int32).reshape(-1, len(FACTS))
 
 
-# Areas of the unit shapes below, and how far they reach (up, down, left, right), both for radius 1.
+# The shapes' areas and extents (up, down, left, right) for radius 1.
 AREAS = np.array([np.pi, 1.76**2, 1.25**2 * 3**1.5 / 4, 4 * 0.74 - 0.74**2], np.float32)
 REACH = np.array([[1, 1, 1, 1], [0.88] * 4, [1.25, 0.625, 1.0825, 1.0825], [1, 1, 1, 1]], np.float32)
 
 
 def _distances(radius: Float[Array, "4"], centre: Float[Array, "2"], size: int) -> Float[Array, "4 size size"]:
-    """Signed distance, in pixels of a picture of `size`, of each pixel's middle from the edge of each shape."""
+    """Signed distance, in pixels of a picture of `size`, from each pixel's centre to the edge of each shape."""
     scale = size / SIDE
     middles = jnp.arange(size) + 0.5
     y, x = jnp.meshgrid(middles - centre[0] * scale, middles - centre[1] * scale, indexing="ij")
@@ -169,32 +169,32 @@ def coverage(
 
 
 class Reading(NamedTuple):
-    """What pictures show, per palette colour (8, in the order of COLOURS). Indices as in FACTS, -1 is unknown."""
+    """The content of pictures per palette colour (8, in the order of COLOURS). Indices as in FACTS; -1: unknown."""
 
     background: Int[Array, "B"]
-    present: Bool[Array, "B 8"]  # one clean shape of this colour is there, and nothing more of this colour
-    shape: Int[Array, "B 8"]  # of the best fitting template, also where not present
+    present: Bool[Array, "B 8"]  # exactly one clean shape of this colour, and nothing else of it
+    shape: Int[Array, "B 8"]  # the best fitting template, also if not present
     size: Int[Array, "B 8"]
     radius: Float[Array, "B 8"]  # pixels of a 32-pixel picture
     centre: Float[Array, "B 8 2"]  # y, x
     fit: Float[Array, "B 8"]  # intersection over union with the best template, 0 to 1
-    solid: Float[Array, "B 9"]  # fullest 3x3 window of each colour, then of paint that is off the palette, 0 to 1
+    solid: Float[Array, "B 9"]  # fullest 3x3 window of each colour, and last of other paint, 0 to 1
 
 
-NEAR = 0.25  # RGB distance up to which a pixel counts as a background, or as a blend of background and colour
-CORE = 5  # pixels of nearly pure colour that a colour needs, else its pixels are edges of something else
+NEAR = 0.25  # largest RGB distance of a pixel from a background, or from a blend of background and colour
+CORE = 5  # least number of nearly pure pixels of a colour; with fewer, they are edges of something else
 FIT = 0.78  # least intersection over union of a shape
-SOLID = 0.75  # fullness of a 3x3 window from which paint is a thing and not a fringe
-SMALLEST, MIDDLE, LARGEST = 2.5, 4.7, 8.0  # radii: of any object, between small and large, of any object
+SOLID = 0.75  # least fullness of a 3x3 window for paint to be an object and not an edge
+SMALLEST, MIDDLE, LARGEST = 2.5, 4.7, 8.0  # radii: least, between small and large, largest
 
 
 def _sharpen(alpha: Array) -> Array:
-    """Faint paint is noise and nearly full paint is full; an edge pixel's half stays a half, so areas stay."""
+    """Faint paint becomes 0 and nearly full paint 1; one half stays one half, so areas do not change."""
     return jnp.clip((alpha - 0.15) / 0.7, 0, 1)
 
 
 def _background(image: Float[Array, "32 32 3"]) -> tuple[Int[Array, ""], Float[Array, "3"]]:
-    """The background that most pixels are near to, -1 if that is under a third of them, and those pixels' mean."""
+    """The background with the most pixels near it (-1 if less than a third of all), and their mean."""
     distance = jnp.stack([jnp.linalg.norm(image - jnp.array(rgb)[None, None], axis=-1) for rgb in BACKGROUNDS.values()])
     near = distance < NEAR
     best = jnp.argmax(near.sum((1, 2)))
@@ -206,8 +206,8 @@ def _background(image: Float[Array, "32 32 3"]) -> tuple[Int[Array, ""], Float[A
 def _paint(image: Float[Array, "32 32 3"], ground: Float[Array, "3"]) -> Float[Array, "9 32 32"]:
     """How much of each pixel is painted in each palette colour, and last in any other colour; 0 to 1.
 
-    A pixel is background + alpha (colour - background) of the colour that leaves the smallest rest. Colours without a
-    core do not take part: otherwise the edge of one object would be spotted with other colours.
+    A pixel is background + alpha (colour - background), for the colour with the smallest residual. Colours without a
+    core are excluded: otherwise pixels on the edge of one object would get other colours.
     """
     offset = image - ground[None, None]
     ray = jnp.array(list(COLOURS.values())) - ground[None]
@@ -223,7 +223,7 @@ def _paint(image: Float[Array, "32 32 3"], ground: Float[Array, "3"]) -> Float[A
 
 
 def _soften(masks: Float[Array, "4 32 32"]) -> Float[Array, "4 32 32"]:
-    """Blurred by 0.8 pixels, as a decoder may blur: a soft small square fits a crisp circle better than a square."""
+    """Blurred by 0.8 pixels, like a decoder's output: a blurred square fits a sharp circle better than a square."""
     wide = jnp.pad(masks, ((0, 0), (1, 1), (1, 1)))
     tall = 0.36 * wide[:, 1:-1] + 0.32 * (wide[:, 2:] + wide[:, :-2])
     return 0.36 * tall[:, :, 1:-1] + 0.32 * (tall[:, :, 2:] + tall[:, :, :-2])
@@ -232,8 +232,8 @@ def _soften(masks: Float[Array, "4 32 32"]) -> Float[Array, "4 32 32"]:
 def _fit(mask: Float[Array, "32 32"]) -> tuple[Int[Array, ""], Float[Array, ""], Float[Array, "2"], Float[Array, ""]]:
     """The shape that fits best: index, radius, centre and intersection over union.
 
-    Centre of mass and area say where and how large a template has to be, so only the four shapes are tried. The centre
-    is taken thrice, twice from the near surroundings of the last, so that far specks do not drag it.
+    Centre of mass and area determine a template's position and size, so only the four shapes are tried. The centre is
+    computed three times, the last two times near the previous one only, so that distant specks do not shift it.
     """
     middles = jnp.arange(SIDE) + 0.5
     near, centre = mask, jnp.zeros(2)
@@ -263,7 +263,7 @@ def _read_one(image: Float[Array, "32 32 3"]) -> Reading:
 
 
 def read(images: Float[Array, "B H W 3"]) -> Reading:
-    """What pictures in [0, 1] show. Height and width are equal and a multiple of 32."""
+    """The content of pictures in [0, 1]. Height and width are equal and a multiple of 32."""
     batch, height, width, _ = images.shape
     if height != width or height % SIDE:
         raise ValueError(f"pictures of {height}x{width}: the judge reads squares whose side is a multiple of {SIDE}")
@@ -273,23 +273,23 @@ def read(images: Float[Array, "B H W 3"]) -> Reading:
 
 
 class Verdict(NamedTuple):
-    """Per picture: which facts (columns VERDICTS) are right, which are stated, the share of right ones, all right."""
+    """Per picture: which facts (columns VERDICTS) are right, which are stated, the share that is right, all right."""
 
-    right: Bool[Array, "B 10"]  # False where not stated
+    right: Bool[Array, "B 10"]  # False if not stated
     stated: Bool[Array, "B 10"]
     share: Float[Array, "B"]
     exact: Bool[Array, "B"]
 
 
 def _place(centre: Float[Array, "2"]) -> Int[Array, ""]:
-    """Index into PLACES: the center is a box of 7 pixels; outside it the longer offset names the side."""
+    """Index into PLACES: the center is a box of 7 pixels; outside it the larger offset gives the side."""
     y, x = centre - SIDE / 2
     side = jnp.where(jnp.abs(x) >= jnp.abs(y), jnp.where(x < 0, 0, 1), jnp.where(y < 0, 2, 3))
     return jnp.where(jnp.maximum(jnp.abs(x), jnp.abs(y)) <= 3.5, 4, side)
 
 
 def _judge_one(seen: Reading, facts: Int[Array, "9"]) -> Bool[Array, "10"]:
-    """One picture's reading (no batch axis) against one row -> which facts hold; columns not stated are meaningless."""
+    """Which facts of one row hold in one picture's reading (no batch axis); columns not stated are undefined."""
     colour, shape, size, other, other_shape, other_size, relation, background, place = facts
     there, other_there = seen.present[colour], seen.present[other]
     y, x = seen.centre[other] - seen.centre[colour]  # how far the subject is above and to the left of the other
@@ -314,13 +314,13 @@ def _judge_one(seen: Reading, facts: Int[Array, "9"]) -> Bool[Array, "10"]:
 def judge(images: Float[Array, "B H W 3"], facts: Int[Array | np.ndarray, "G 9"]) -> Verdict:
     """Check pictures in [0, 1] against captions' facts rows; image i belongs to row i // (B // G).
 
-    The rule. The two objects of a caption always differ in colour, so an object is known by its colour. Per object:
-    one clean shape of that colour is there (and nothing more of that colour), it is the stated shape, and the stated
+    The rule. The two objects of a caption always differ in colour, so the colour identifies the object. Per object: one
+    clean shape of that colour is there (and nothing else of that colour), it is the stated shape, and it has the stated
     size; all three are wrong if it is absent, or if the colour forms a blob or several pieces. Relation: both are there
-    and the subject's centre lies over 2 pixels (of 32) beyond the other's in the stated direction. Background: it is
-    the one that most of the picture has. Place: where the centre is (see `_place`). Always stated: nothing else is
-    there, that is, no solid paint of a colour that the caption does not name. An unstated fact is neither right nor
-    wrong, and does not count.
+    and the subject's centre is more than 2 pixels (of 32) beyond the other's in the stated direction. Background: most
+    of the picture has it. Place: the position of the centre (see `_place`). Always stated: nothing else is there, that
+    is, no solid paint of a colour that the caption does not name. A fact that is not stated is neither right nor wrong,
+    and does not count.
     """
     batch, groups = images.shape[0], facts.shape[0]
     if groups == 0 or batch % groups:
@@ -340,10 +340,10 @@ def _score(
 def make(path: str | None = None, dtype: Any = jnp.float32) -> tuple[Reward, dict[str, Any]]:
     """The judge as a reward: share of the caption's stated facts that are right, 0 to 1.
 
-    It has no weights, so no path, and no network, so that `dtype` changes nothing.
+    It has no weights and no network, so it takes no path, and `dtype` changes nothing.
     """
     if path is not None:
-        raise ValueError(f"reward shapes has no weights to load, path is {path!r}: leave it out")
+        raise ValueError(f"reward shapes has no weights to load, but path is {path!r}: remove it")
     return Reward("shapes", tokenize, _score), {}
 
 

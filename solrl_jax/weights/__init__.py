@@ -1,9 +1,9 @@
 """Public checkpoints <-> parameter trees.
 
-A table of `Rule`s says, for every path of our tree, the checkpoint key(s) it comes from and the layout it has there.
-Because the table starts from our tree, reading it forwards lists exactly the keys that are needed (missing and unused
-ones are both errors), and reading it backwards saves a tree in the public layout. Weights are data: safetensors, or
-where there are none torch's pickles, read without running them.
+A table of `Rule`s gives, for every path of our tree, its checkpoint key or keys and its layout in the checkpoint. The
+table starts from our tree, so `load` knows exactly the keys that it needs (missing and unused keys are both errors),
+and `save` writes a tree in the public layout. Weights are only data: safetensors, or else torch's pickles, which are
+read without running code in them.
 """
 
 import dataclasses
@@ -25,15 +25,15 @@ from solrl_jax.weights import options, torch_file
 class Rule(NamedTuple):
     """`path` (a regex over "a/b/kernel") -> checkpoint `key` (its replacement; "{layer}": the stacked leading axis).
 
-    Layouts: same; linear: [in, out] here, [out, in] there; pointwise: the same of a 1x1 convolution, [out, in, 1, 1]
-    there; conv: HWIO here, OIHW there.
+    Layouts, here -> in the checkpoint. same; linear: [in, out] -> [out, in]; pointwise, a 1x1 convolution: [in, out] ->
+    [out, in, 1, 1]; conv: HWIO -> OIHW.
     """
 
     path: str
-    key: str | tuple[str, ...]  # several: equal parts of a Linear's outputs, in order, as q, k and v of a fused one
+    key: str | tuple[str, ...]  # several: equal parts of a Linear's outputs, in order, as q, k, v
     layout: str = "same"
-    part: tuple[int, int] = (0, 1)  # (i, n): the i-th of n equal parts of the first axis there, as of a fused q, k, v
-    first: int = 0  # the number there of a stack's first layer
+    part: tuple[int, int] = (0, 1)  # (i, n): part i of n equal parts of the checkpoint's first axis, as q, k, v
+    first: int = 0  # the checkpoint's number of a stack's first layer
 
 
 _TO_OURS = {"same": None, "linear": (1, 0), "pointwise": (1, 0), "conv": (2, 3, 1, 0)}
@@ -41,19 +41,19 @@ _TO_THEIRS = {"same": None, "linear": (1, 0), "pointwise": (1, 0), "conv": (3, 2
 
 
 MAPPED = 2**26
-"""Bytes of a stack that are read before its files' maps are closed, without which they would be a second copy of it."""
+"""Bytes read of a stack before its memory-mapped files are closed: left open, they hold a second copy of it."""
 Place = Callable[[np.ndarray], Any]
-"""Takes a leaf that was just read to where it belongs: onto the devices, say."""
+"""Moves a leaf that was just read to its destination, such as the devices."""
 
 
 class Leaf(NamedTuple):
     path: str
-    keys: tuple[str, ...]  # of a stack layer by layer
+    keys: tuple[str, ...]  # for a stack, layer by layer
     stacked: bool
     layout: str
     part: tuple[int, int]
     shape: tuple[int, ...]
-    fused: int = 1  # keys that a layer's outputs are made of
+    fused: int = 1  # number of keys that make up a layer's outputs
 
     def by_layer(self) -> list[tuple[str, ...]]:
         return groups(self.keys, self.fused)
@@ -64,7 +64,7 @@ def groups(keys: Sequence[str], size: int) -> list[tuple[str, ...]]:
 
 
 def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
-    """What `tree` (arrays or ShapeDtypeStructs) asks of a checkpoint. A path without a rule is the table's defect."""
+    """The checkpoint entries of `tree` (arrays or ShapeDtypeStructs). A path without a rule is a bug in the table."""
     found = []
     for path, leaf in leaves_by_path(tree).items():
         for rule in rules:
@@ -85,22 +85,22 @@ def needed(tree: PyTree, rules: Sequence[Rule]) -> list[Leaf]:
 class Files:
     """A checkpoint's tensors, read one by one: {key: tensor} over one file or over shards with an index.
 
-    `path` is a folder with files of the name `stem`, or one file. Files are mapped, so what was read stays in the
-    process until `close`; the next read opens them again.
+    `path` is one file, or a folder with files named `stem`. Files are memory-mapped, so what was read stays in memory
+    until `close`; the next read opens them again.
     """
 
-    twice: tuple[str, ...] = ()  # what is said of keys that two files hold
+    twice: tuple[str, ...] = ()  # messages about keys that are in two files
 
     def __init__(self, path: str | Path, stem: str = "model"):
         self.path = Path(path)
         if not self.path.exists():
             raise WeightsError(
-                f"{self.path} is not a directory, nor a file: give the folder of a model in its public layout"
+                f"{self.path} is neither a directory nor a file: give the folder of a model in its public layout"
             )
         self._open: dict[Path, Any] = {}
         self.where: dict[str, Path] = {}
         for file in [self.path] if self.path.is_file() else _shards(self.path, stem):
-            for key in self._handle(file).keys():  # noqa: SIM118 - a safetensors handle is no dict
+            for key in self._handle(file).keys():  # noqa: SIM118 - a safetensors handle is not a dict
                 if key in self.where:
                     self.twice += (f"{key} is in {self.where[key].name} and in {file.name}",)
                 self.where[key] = file
@@ -110,9 +110,9 @@ class Files:
             try:
                 self._open[file] = torch_file.read(file) if torch_file.is_checkpoint(file) else safe_open(file, "numpy")
             except FileNotFoundError as e:
-                raise WeightsError(f"{file} is named by the index but is not there: download it again") from e
+                raise WeightsError(f"{file} is in the index but does not exist: download it again") from e
             except SafetensorError as e:
-                raise WeightsError(f"{file} is not a whole safetensors file ({e}): download it again") from e
+                raise WeightsError(f"{file} is not a complete safetensors file ({e}): download it again") from e
             except OSError as e:
                 raise WeightsError(f"{file} cannot be read: {e.strerror or e}") from e
         return self._open[file]
@@ -134,8 +134,8 @@ class Files:
 
 
 def _shards(folder: Path, stem: str) -> list[Path]:
-    """No-variant files first, then bf16, fp16, torch's pickles; of each an index before a single file."""
-    pickled = "pytorch_model" if stem == "model" else stem  # transformers' two names, diffusers' one
+    """Files without a variant first, then bf16, fp16, torch's pickles; in each kind an index before a file."""
+    pickled = "pytorch_model" if stem == "model" else stem  # transformers has two names, diffusers one
     for name, index in (
         (f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
         (f"{stem}.bf16.safetensors", f"{stem}.safetensors.index.bf16.json"),
@@ -174,10 +174,10 @@ def load(
 ) -> PyTree:
     """Read the tree of `spec` (from eval_shape) out of `files`; leaves are numpy arrays of `dtype` (None: as stored).
 
-    `place` takes each leaf to where it belongs as soon as it is read, so that the host never holds more than one leaf,
-    a stack of layers at most. `aliases` are (regex, replacement) pairs that turn other spellings of keys into the
-    table's; `droppable` are regexes of keys that may be left over, `copies` keys that may be there in two spellings.
-    Missing, unused, wrongly shaped and repeated keys are all listed in one WeightsError before any tensor is read.
+    `place` is applied to each leaf as soon as it is read, so the host never holds more than one leaf, at most a stack
+    of layers. `aliases` are (regex, replacement) pairs from other spellings of keys to the table's. `droppable` are
+    regexes of keys that may stay unused, `copies` are keys that may occur in two spellings. One WeightsError lists
+    all missing, unused, wrongly shaped and repeated keys, before any tensor is read.
     """
     names, twice = _spelt(files.keys(), aliases, copies)
     wanted = needed(spec, rules)
@@ -185,7 +185,7 @@ def load(
         shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise WeightsError(f"{files.path} does not hold the weights that its config describes:\n  {shown}")
     values, place = [], place or (lambda x: x)
-    for leaf in wanted:  # no name holds what was read: it is let go before the next leaf is
+    for leaf in wanted:  # no variable keeps a leaf alive: it is freed before the next is read
         values.append(place(_read(files, leaf, [names[key] for key in leaf.keys], dtype)))
         files.close()
     return jax.tree.unflatten(jax.tree.structure(spec), values)
@@ -194,7 +194,10 @@ def load(
 def _spelt(
     keys: Iterable[str], aliases: Sequence[tuple[str, str]], copies: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """{the table's spelling of a key: the file's}, its own before another, and which are in two and no copies."""
+    """{the table's spelling of a key: the file's}, and messages about keys in two spellings that are not in `copies`.
+
+    If both spellings exist, the table's own is read.
+    """
     names: dict[str, str] = {}
     twice = []
     for key in keys:
@@ -209,7 +212,7 @@ def _spelt(
 
 
 def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], droppable: Sequence[str]) -> list[str]:
-    """What is missing, left over or of another shape, by headers alone."""
+    """Missing and unused keys and wrong shapes, from the headers alone."""
     want = {key for leaf in wanted for key in leaf.keys}
     found = [f"missing {key}" for leaf in wanted for key in leaf.keys if key not in names]
     found += [f"unused {k}" for k in names if k not in want and not any(re.fullmatch(d, k) for d in droppable)]
@@ -218,11 +221,11 @@ def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], dr
         shape = shape if leaf.fused == 1 else (*shape[:-1], shape[-1] // leaf.fused)
         there = {key: _ours_shape(files.shape(names[key]), leaf) for key in leaf.keys if key in names}
         found += [f"{key} has shape {s}, not {shape}" for key, s in there.items() if s != shape]
-    return list(dict.fromkeys(found))  # the parts of one tensor name it once
+    return list(dict.fromkeys(found))  # a tensor with several parts is listed once
 
 
 def _read(files: Files, leaf: Leaf, keys: Sequence[str], dtype: Any) -> np.ndarray:
-    """One leaf in our layout, its layers stacked as they come."""
+    """One leaf in our layout, its layers stacked as they are read."""
     layers = (_layer(files, leaf, group) for group in groups(keys, leaf.fused))
     if not leaf.stacked:
         value = next(layers)
@@ -283,21 +286,21 @@ def _ours_shape(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
 
 
 def matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """[out, in] of a 1x1 convolution's [out, in, 1, 1]; other shapes as they are."""
+    """[out, in] for a 1x1 convolution's [out, in, 1, 1]; other shapes unchanged."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def _theirs(x: np.ndarray, layout: str) -> np.ndarray:
     axes = _TO_THEIRS[layout]
-    x = np.asarray(x if axes is None else x.transpose(axes), order="C")  # ascontiguousarray makes () into (1,)
+    x = np.asarray(x if axes is None else x.transpose(axes), order="C")  # ascontiguousarray turns () into (1,)
     return x[..., None, None] if layout == "pointwise" else x
 
 
 def read_json(file: str | Path) -> dict[str, Any]:
-    """A JSON file of a checkpoint (bare -Infinity is accepted: public scheduler configs hold it)."""
+    """A JSON file of a checkpoint (bare -Infinity is accepted: public scheduler configs contain it)."""
     file = Path(file)
     if not file.is_file():
-        raise WeightsError(f"{file} is missing: {file.parent} is no folder of a model in its public layout")
+        raise WeightsError(f"{file} is missing: {file.parent} is not the folder of a model in its public layout")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
@@ -310,7 +313,7 @@ def read_json(file: str | Path) -> dict[str, Any]:
 
 
 def read_config(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
-    """config.json of one component, as a dict; a component of another class than `kind` is refused by its name."""
+    """config.json of one component, as a dict; WeightsError if its class name is not `kind`."""
     raw = read_json(Path(folder) / "config.json")
     if kind is not None and (found := raw.get("_class_name", kind)) != kind:
         raise WeightsError(f"{folder} holds a {found}, not a {kind}: use the config of that model")
@@ -318,16 +321,16 @@ def read_config(folder: str | Path, kind: str | None = None) -> dict[str, Any]:
 
 
 def stored(folder: str | Path, stem: str) -> list[Path]:
-    """The files that `Files` reads, there or not; WeightsError where the folder names none."""
+    """The files that `Files` would read, whether they exist or not; WeightsError if the folder has no weights."""
     return _shards(Path(folder), stem)
 
 
 def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None, name: str = "config.json"):
-    """Dataclass `cls` from `values`, by default all that the folder's file `name` holds.
+    """Dataclass `cls` from `values`, by default the content of the folder's file `name`.
 
-    Lists as tuples; missing and null ones keep the default, but null where a field may be None, and where it is true or
-    false, which a library's null is not. What is of another kind than its field's default (`_unlike`), what the class
-    refuses, and options besides its fields that its `options` do not let pass (options.py) are WeightsErrors.
+    Lists become tuples. Missing and null values keep the default, with two exceptions: null stays None if the field may
+    be None, and null for a bool is an error. Also WeightsErrors: a value of another kind than its field's default
+    (`_unlike`), values that the class refuses, and options that its `options` do not allow (options.py).
     """
     file, fields = Path(folder) / name, {field.name: field for field in dataclasses.fields(cls)}
     found = read_json(file) if values is None else values
@@ -353,8 +356,8 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _unlike(value: Any, default: Any) -> str | None:
-    """What `value` should be, given a field's default; None where it is. Counts and sizes are above 0."""
-    if default == ():  # indices, maybe none
+    """The kind that `value` should have, given a field's default; None if it does. Counts and sizes are above 0."""
+    if default == ():  # indices, possibly none
         fits = isinstance(value, list | tuple) and not any(_unlike(x, 0) for x in value)
         return None if fits else "a list of whole numbers"
     if isinstance(default, tuple):

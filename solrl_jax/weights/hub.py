@@ -1,7 +1,7 @@
 """Folders of models, by path or by their name on huggingface.co ("black-forest-labs/FLUX.1-dev").
 
-A folder is taken as it is. A name is looked for in the hub's cache first (HF_HOME), without the network, then fetched;
-of a repository only the files that the loaders read, so not the single-file checkpoints beside the diffusers layout.
+A folder is used directly. A name is looked up in the hub's cache first (HF_HOME), without the network, then fetched.
+Only the files that the loaders read are fetched, so not the single-file checkpoints beside the diffusers layout.
 """
 
 import fnmatch
@@ -27,9 +27,9 @@ _FITS = {"FluxPipeline": "flux", "StableDiffusion3Pipeline": "sd35", "SanaPipeli
 
 
 def pipeline(path: str, configs_only: bool = False) -> Path:
-    """The folder of a diffusers pipeline; with `configs_only` no weights are fetched, configs and tokenizers are.
+    """The folder of a diffusers pipeline; with `configs_only` only configs and tokenizers are fetched, no weights.
 
-    Raises WeightsError, in one line, for what cannot be had.
+    Raises WeightsError, with a message of one line, if it is not available.
     """
     small = ("model_index.json", "*/*.json", "*/*.txt", "*/*.model")
     return _resolve(path, small, () if configs_only else WEIGHTS, ", --config.model.path=DIR")
@@ -40,9 +40,9 @@ def model(
     small: tuple[str, ...] = ("config.json", "*.json", "*.txt"),
     heavy: tuple[str, ...] = ("model*.safetensors",),
 ) -> Path:
-    """The folder of one model, by default in transformers' layout as of a CLIP. Raises WeightsError as `pipeline` does.
+    """The folder of one model, by default in transformers' layout, like a CLIP. Raises WeightsError as `pipeline` does.
 
-    `small` and `heavy` are what a name's repository is read of; the first of `small` and all of `heavy` must be there.
+    `small` and `heavy` are the files that are fetched; the first of `small` and all of `heavy` must exist.
     """
     return _resolve(path, small, heavy, "")
 
@@ -53,14 +53,14 @@ def file(path: str, flag: str) -> Path:
         return Path(path)
     name, inside = _in_repository(path)
     if not inside or not is_name(name) or Path(path).exists():
-        raise WeightsError(f"{path} is no file: give one{flag}, or org/name/file of {SITE}")
+        raise WeightsError(f"{path} is not a file: give one{flag}, or org/name/file of {SITE}")
     return _fetch(name, (inside,), (), f"{flag}=FILE") / inside
 
 
 def here(path: str | Path | None, file: str = "config.json") -> Path | None:
-    """What is at `path`, or the folder in the hub's cache of a model with that name and such a file; None if neither.
+    """`path` if it exists, else the folder in the hub's cache of the model with that name, if it has `file`, else None.
 
-    Without the network.
+    Does not use the network.
     """
     import huggingface_hub
 
@@ -68,13 +68,13 @@ def here(path: str | Path | None, file: str = "config.json") -> Path | None:
         return path if path is None else Path(path)
     try:
         found = huggingface_hub.try_to_load_from_cache(str(path), file) if is_name(str(path)) else None
-    except ValueError:  # no name that the hub could have
+    except ValueError:  # not a valid name on the hub
         found = None
     return Path(found).parent if isinstance(found, str) else None
 
 
 def file_here(path: str) -> Path | None:
-    """What `file` gives if that is here, by its path or in the hub's cache; None else. Without the network."""
+    """What `file` returns if the file is on this machine (its path or the hub's cache), else None. No network."""
     if Path(path).is_file():
         return Path(path)
     name, inside = _in_repository(path)
@@ -83,7 +83,7 @@ def file_here(path: str) -> Path | None:
 
 
 def pipeline_here(path: str) -> Path | None:
-    """What `pipeline` gives if all of it is here, a folder or in the hub's cache; None else. Without the network."""
+    """What `pipeline` returns if all of it is on this machine (a folder or the hub's cache), else None. No network."""
     if not is_name(path):
         return pipeline(path)
     found = here(path, "model_index.json")
@@ -91,7 +91,7 @@ def pipeline_here(path: str) -> Path | None:
 
 
 def is_name(path: str) -> bool:
-    """Whether `path` is written like a name on the hub, org/name, and is nothing here."""
+    """Whether `path` has the form of a name on the hub, org/name, and does not exist on this machine."""
     return re.fullmatch(r"\w[\w.-]*/[\w.-]*\w", path, re.ASCII) is not None and not Path(path).exists()
 
 
@@ -112,9 +112,9 @@ def _resolve(path: str, small: tuple[str, ...], heavy: tuple[str, ...], flag: st
 
 @functools.lru_cache(maxsize=16)
 def _fetch(name: str, small: tuple[str, ...], heavy: tuple[str, ...], flag: str) -> Path:
-    """The folder in the hub's cache if it is `_whole`; else what is not there is fetched.
+    """The folder in the hub's cache if it is `_whole`; else the missing files are fetched.
 
-    A download that was cut short, or other programs, leave a part of a repository there without saying so.
+    An interrupted download, or another program, can leave part of a repository there without any sign of it.
     """
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -128,12 +128,12 @@ def _fetch(name: str, small: tuple[str, ...], heavy: tuple[str, ...], flag: str)
         except LocalEntryNotFoundError:
             pass
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as e:  # the hub's own kinds, its HTTP library's, the disk's: each ends in one line
+    except Exception as e:  # errors of the hub, of HTTP or of the disk: each becomes one line
         raise WeightsError(_said(name, flag, e)) from e
 
 
 def _whole(folder: Path, first: str, heavy: tuple[str, ...]) -> bool:
-    """Whether `folder` holds the file `first`, all weights that `heavy` names, and what a pipeline's index names."""
+    """Whether `folder` has the file `first`, all weights that `heavy` names, and all parts in a pipeline's index."""
     try:
         parts = _components(folder) if first == "model_index.json" else ()
         return (
@@ -146,13 +146,13 @@ def _whole(folder: Path, first: str, heavy: tuple[str, ...]) -> bool:
 
 
 def _components(folder: Path) -> tuple[str, ...]:
-    """The folders of a pipeline's parts, by its model_index.json: {"vae": ["diffusers", "AutoencoderKL"], ...}."""
+    """The folders of a pipeline's parts, from its model_index.json: {"vae": ["diffusers", "AutoencoderKL"], ...}."""
     index = weights.read_json(folder / "model_index.json")
     return tuple(name for name, kind in index.items() if isinstance(kind, list) and None not in kind)
 
 
 def _configured(part: Path) -> bool:
-    """Whether a part of a pipeline has its config, a tokenizer its vocabulary too."""
+    """Whether a part of a pipeline has its config, and a tokenizer also its vocabulary."""
     words = not part.name.startswith("tokenizer") or any(
         all((part / name).is_file() for name in names) for names in _VOCABULARIES
     )
@@ -160,9 +160,9 @@ def _configured(part: Path) -> bool:
 
 
 def _stored(folder: Path, pattern: str, parts: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The files, there or not, that are read of what folder/stem*.ending names, in `parts` and in the folders there.
+    """The files, existing or not, that the loaders read for folder/stem*.ending.
 
-    WeightsError where a folder names none.
+    The folders are those in `parts` and those that exist. WeightsError if one has no weights.
     """
     where, _, file = pattern.rpartition("/")
     if "*" not in file:
@@ -174,7 +174,7 @@ def _stored(folder: Path, pattern: str, parts: tuple[str, ...] = ()) -> Iterator
 
 
 def write_configs(folder: str | Path, configs: Mapping[str, Any]) -> Path:
-    """Write the files {path: JSON}, and nothing else, into `folder`, and return it: a pipeline without its weights."""
+    """Write the files {path: JSON} into `folder`, and return it: a pipeline without its weights."""
     for name, content in configs.items():
         file = Path(folder) / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -183,13 +183,13 @@ def write_configs(folder: str | Path, configs: Mapping[str, Any]) -> Path:
 
 
 def read_of(folder: Path, network: Path | None = None) -> list[Path]:
-    """The files of weights that are read of a pipeline's folder, `network` in the place of its transformer's."""
+    """The weight files that are read for a pipeline's folder; `network` replaces its transformer's."""
     patterns = [pattern for pattern in WEIGHTS if network is None or not pattern.startswith("transformer/")]
     return [*([network] if network else []), *(file for pattern in patterns for file in _stored(folder, pattern))]
 
 
 def _said(name: str, flag: str, e: Exception) -> str:
-    """What is wrong with the hub's `name`, where it is, what to do."""
+    """A message for the error `e` with the hub's `name`: the problem, the page, what to do."""
     from huggingface_hub import errors
 
     page = f"{SITE}/{name}"
@@ -198,14 +198,14 @@ def _said(name: str, flag: str, e: Exception) -> str:
     if isinstance(e, errors.GatedRepoError):
         return f"{name} is behind a licence: {licence}, or give a folder{flag}"
     if isinstance(e, errors.HFValidationError):
-        return f"{name} is no folder here and no name that {SITE} could have: give org/name, or a folder{flag}"
+        return f"{name} is not a folder here, nor a valid name on {SITE}: give org/name, or a folder{flag}"
     if isinstance(e, errors.RepositoryNotFoundError) or status == 401:
-        mend = f"mend the name, or {licence}, or give a folder{flag}"
-        return f"{name} is no folder here, and {page} is not there for you: {mend}"
+        fix = f"fix the name, or {licence}, or give a folder{flag}"
+        return f"{name} is not a folder here, and {page} is missing or private: {fix}"
     if isinstance(e, errors.OfflineModeIsEnabled) or isinstance(e.__cause__, errors.OfflineModeIsEnabled):
-        why = "is no folder here and not whole in the hub's cache, and HF_HUB_OFFLINE is set"
+        why = "is not a folder here and not complete in the hub's cache, and HF_HUB_OFFLINE is set"
     elif isinstance(e, errors.LocalEntryNotFoundError) and not status:
-        why = "is no folder here and not whole in the hub's cache, and the hub cannot be reached"
+        why = "is not a folder here and not complete in the hub's cache, and the hub cannot be reached"
     else:
         reason = f"the hub answers {status}" if status else f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         why = f"cannot be fetched ({reason})"
@@ -213,18 +213,18 @@ def _said(name: str, flag: str, e: Exception) -> str:
 
 
 def check_pipeline(folder: Path, kinds: tuple[str, ...]) -> None:
-    """WeightsError unless model_index.json, if there is one, names a pipeline class of `kinds`."""
+    """WeightsError if model_index.json exists and does not name a pipeline class of `kinds`."""
     if not (folder / "model_index.json").is_file():
         return
     kind = str(weights.read_json(folder / "model_index.json").get("_class_name"))
     if kind not in kinds:
         here, fit = _configs(), _FITS.get(kind)
-        mend = f"use --config={fit}" if fit in here else f"no config is for it, there are {', '.join(here)}"
-        raise WeightsError(f"{folder} holds a {kind}, not a {kinds[0]}: {mend}")
+        fix = f"use --config={fit}" if fit in here else f"no config is for it, there are {', '.join(here)}"
+        raise WeightsError(f"{folder} holds a {kind}, not a {kinds[0]}: {fix}")
 
 
 def _configs() -> list[str]:
-    """The configs there are; none outside the repository, where the package may be a library."""
+    """The available configs; empty outside the repository, where the package may be a library."""
     try:
         return config.available()
     except config.ConfigError:

@@ -1,11 +1,11 @@
 """Files of LoRA sets, read and written.
 
 Two layouts are written. diffusers': one module per Linear, transformer.<name>.lora_A.weight [R, in] and lora_B [out,
-R]. ComfyUI's (and kohya's): lora_unet_<name>.lora_down.weight, .lora_up.weight and .alpha, in which one module can hold
-the rows of several Linears (`Fused`); the model's table says which.
+R]. ComfyUI's (and kohya's): lora_unet_<name>.lora_down.weight, .lora_up.weight and .alpha. There a module can hold the
+rows of several Linears (`Fused`), listed in the model's table.
 
-Both are read, and diffusers' names without "transformer." (a transformer's own save_lora_adapter) or behind
-"base_model.model." (PEFT's folders), whose factors are scaled as the file's metadata or adapter_config.json say.
+Both are read. diffusers' names are also read without "transformer." (a transformer's own save_lora_adapter) and after
+"base_model.model." (PEFT's folders); the file's metadata or adapter_config.json then give the scale of the factors.
 """
 
 import itertools
@@ -34,12 +34,15 @@ class Fused(NamedTuple):
 
     name: str
     parts: tuple[str, ...]
-    swapped: bool = False  # its two halves of rows stand the other way round there
+    swapped: bool = False  # its two halves of rows are in the opposite order
 
 
 def save(file: str | Path, lora: Params, keys: Sequence[Rule], cfg: Lora) -> None:
-    """One safetensors file that `pipe.load_lora_weights` takes at scale 1: alpha / R is folded into lora_B, because
-    older readers ignore alpha (models.md section 10). The metadata tells how it was made."""
+    """Write one safetensors file that `pipe.load_lora_weights` reads at scale 1.
+
+    alpha / R is folded into lora_B, because older readers ignore alpha (models.md section 10). The metadata has rank
+    and alpha.
+    """
     tensors = {}
     for leaf, name, part, x in _public(scaled(lora, cfg), keys):
         x = x.T[..., None, None] if leaf.layout == "pointwise" else x.T
@@ -50,10 +53,10 @@ def save(file: str | Path, lora: Params, keys: Sequence[Rule], cfg: Lora) -> Non
 def save_fused(
     file: str | Path, lora: Params, base: Params, keys: Sequence[Rule], fused: Sequence[Fused], cfg: Lora
 ) -> None:
-    """The same policy in ComfyUI's layout, for strength 1; of `base` only shapes are used.
+    """The same policy in ComfyUI's layout, for strength 1; only the shapes of `base` are used.
 
-    A fused module stacks the down factors of its adapted parts; its up factor holds theirs in blocks and zeros
-    elsewhere. alpha is the module's rank: the readers' alpha / rank is 1.
+    A fused module stacks the down factors of its adapted parts; its up factor has their up factors as blocks on the
+    diagonal, and zeros elsewhere. alpha is the module's rank, so that the readers' alpha / rank is 1.
     """
     factors: dict[str, dict[str, np.ndarray]] = {}
     for _, name, part, x in _public(scaled(lora, cfg), keys):
@@ -85,14 +88,14 @@ def _blocks(parts: Sequence[tuple[int, Tensors | None]]) -> tuple[np.ndarray, np
 
 def _write(file: str | Path, tensors: Mapping[str, np.ndarray], cfg: Lora) -> None:
     made = json.dumps({"rank": cfg.rank, "alpha": cfg.alpha, "folded": True})
-    in_rows = {key: np.asarray(x, order="C") for key, x in tensors.items()}  # other orders are written out wrong
+    in_rows = {key: np.asarray(x, order="C") for key, x in tensors.items()}  # safetensors writes other orders wrongly
     content = safetensors_bytes(in_rows, metadata={"format": "pt", "solrl_jax": made})
-    with disk.whole(Path(file)) as f:  # save_file makes files that only their owner can read
+    with disk.whole(Path(file)) as f:  # save_file creates files that only their owner can read
         f.write(content)
 
 
 class Loaded(NamedTuple):
-    """A set, and what to tell the user of the file it is from: how much it adapts, what of it is left out."""
+    """A set, and lines for the user about its file: how much it adapts, what was left out."""
 
     adapter: Params
     said: tuple[str, ...]
@@ -106,13 +109,13 @@ def load(
     fused: Sequence[Fused] = (),
     native: Sequence[Rule] = (),
 ) -> Loaded:
-    """The set that a file holds, of the file's own ranks and for the Linears that it names.
+    """The set in a file, with the file's own ranks and for the Linears that it names.
 
-    The layout shows in the names; ComfyUI's is read with the model's table `fused`, names of the original code with its
-    table `native`. Layers of a stack that the file leaves out, and ranks below the stack's largest, are zeros. B is
-    divided by cfg's alpha / R, so that `scaled` gives the file's policy at the scale it states (else 1). Of `base` only
-    shapes are used. WeightsError where a name fits no Linear, half of a pair lacks, a shape differs, or where the file
-    is more than a LoRA.
+    The names tell the layout. ComfyUI's is read with the model's table `fused`, names of the original code with its
+    table `native`. Layers of a stack that the file does not have, and ranks below the stack's largest, become zeros. B
+    is divided by cfg's alpha / R, so that `scaled` gives the file's policy at the scale that it states (else 1). Only
+    the shapes of `base` are used. WeightsError if a name fits no Linear, one factor of a pair is missing, a shape
+    differs, or the file is more than a LoRA.
     """
     found = _read(_inside(Path(file)))
     tables = [_linears(base, table) for table in (keys, native) if table]
@@ -133,7 +136,7 @@ def load(
 
 
 def _inside(place: Path) -> Path:
-    """The file that a folder is given for."""
+    """The LoRA file of a folder; a file itself."""
     if not place.is_dir():
         return place
     names = [f"{stem}.{end}" for end in ("safetensors", "bin") for stem in ("pytorch_lora_weights", "adapter_model")]
@@ -159,7 +162,7 @@ class _Names(NamedTuple):
 
 
 class _Content(NamedTuple):
-    """A file: its tensors in one spelling, what stands before its names, how it says to scale, what is not read."""
+    """A file: its tensors in one spelling, the prefix of its names, its stated scale, the keys that are not read."""
 
     file: Path
     prefix: str
@@ -168,11 +171,11 @@ class _Content(NamedTuple):
     text: tuple[str, ...]  # keys of text encoders
 
     def named(self) -> set[str]:
-        """The modules, with the prefix."""
+        """The names of the modules, with the prefix."""
         return {key.split(".lora_")[0] for key in self.tensors}
 
     def scale(self, name: str, its: _Names, rank: int) -> float:
-        """What B counts: as the description says, else alpha / rank, else 1."""
+        """The scale of B: from the description, else alpha / rank, else 1."""
         if self.adapter is not None:
             return self.adapter.scale(name, rank)
         return self.tensors[its.alpha].item() / rank if its.alpha in self.tensors else 1.0
@@ -180,23 +183,23 @@ class _Content(NamedTuple):
     def left_out(self) -> list[str]:
         if not self.text:
             return []
-        return [f"{len(self.text)} keys of text encoders are left out ({self.text[0]}, ...): those stay as they are"]
+        return [f"{len(self.text)} keys of text encoders are left out ({self.text[0]}, ...): those do not change"]
 
 
 def _check(found: _Content, present: Mapping[Fused, _Names], sizes: Mapping[str, tuple[int, int]]) -> None:
-    """WeightsError that lists what of a file does not fit."""
-    empty = f"it holds a text encoder's part alone ({found.text[0]})" if found.text else "it is empty"
+    """WeightsError that lists what does not fit in a file."""
+    empty = f"it has only keys of a text encoder ({found.text[0]})" if found.text else "it is empty"
     problems = _problems(found.tensors, present, sizes) if found.tensors else [empty]
     alphas = [its.alpha for its in present.values() if its.alpha in found.tensors]
     if found.adapter is not None and alphas:
         problems.append(f"{alphas[0]} beside the alpha that {found.adapter.where} states: keep one of them")
     if found.prefix != COMFY and 0 < len(alphas) < len(present):
         lone = next(its.alpha for its in present.values() if its.alpha not in alphas)
-        problems.append(f"missing {lone}, others have theirs and readers differ in what it is then: give all or none")
+        problems.append(f"missing {lone}, though others have one, and readers then differ: give all or none")
     if problems:
         more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise WeightsError(
-            f"{found.file} is no LoRA of this model: pairs of factors on its Linears, in the names of diffusers "
+            f"{found.file} is not a LoRA of this model: pairs of factors on its Linears, in the names of diffusers "
             "(transformer.*.lora_A.weight), PEFT (base_model.model.*) or ComfyUI (lora_unet_*.lora_down.weight):\n  "
             + "\n  ".join(problems[:8])
             + more
@@ -204,7 +207,7 @@ def _check(found: _Content, present: Mapping[Fused, _Names], sizes: Mapping[str,
 
 
 def _problems(tensors: Tensors, present: Mapping[Fused, _Names], sizes: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Halves of pairs, wrong shapes, and keys that are none of the model's."""
+    """Incomplete pairs, wrong shapes, and keys that are not the model's."""
     missing, shapes = [], {}
     for module, keys in present.items():
         missing += [f"missing {key}" for key in (keys.down, keys.up) if key not in tensors]
@@ -223,12 +226,12 @@ def _problems(tensors: Tensors, present: Mapping[Fused, _Names], sizes: Mapping[
 
 
 def _coverage(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
-    """How much of the model is adapted: a file for a model of fewer blocks would show here."""
+    """How much of the model is adapted. A file made for a model of fewer blocks is recognised by this."""
     ranks = {name: len(down) for name, (down, _) in pairs.items() if len(down)}
     names = [name for leaf in linears if leaf.stacked for name in _module_names(leaf)]
     blocks = {name: match[0] for name in names if (match := re.match(r".+?\.\d+(?=\.)", name))}
     inside, whole = {blocks[name] for name in ranks if name in blocks}, set(blocks.values())
-    rest = "; the others stay as they are" if inside and inside != whole else ""
+    rest = "; the others are not changed" if inside and inside != whole else ""
     total = sum(len(_module_names(leaf)) for leaf in linears)
     stacks = f", in {len(inside)} of {len(whole)} blocks{rest}" if whole else ""
     return f"LoRA of rank {max(ranks.values())} on {len(ranks)} of {total} Linears{stacks}"
@@ -239,8 +242,8 @@ def _split(
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """{Linear: (down [r, in], up [out, r])} of one module's [R, in] and [out of all, R].
 
-    Each part takes its own rows, and of the R components those that reach them: what `save_fused` put in blocks comes
-    back as it was, what another trainer made dense keeps the whole down factor in every part.
+    Each part gets its own rows, and those of the R components that are not zero in them. So the blocks of `save_fused`
+    are restored exactly, and a dense module of another trainer keeps the whole down factor in every part.
     """
     up, ends = _swap(up) if module.swapped else up, list(itertools.accumulate(sizes[p][1] for p in module.parts))
     pairs = {}
@@ -255,7 +258,7 @@ def _swap(up: np.ndarray) -> np.ndarray:
 
 
 def _stacked(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], cfg: Lora) -> Params:
-    """The tree of our layout, B divided by cfg's alpha / R; Linears that nothing reaches are left out."""
+    """The tree in our layout, B divided by cfg's alpha / R; Linears without factors are left out."""
     out: dict[str, Any] = {}
     for leaf in linears:
         rows = leaf.shape[-1] // leaf.fused
@@ -273,10 +276,10 @@ def _stacked(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.n
 def _one_pair(
     parts: Sequence[tuple[int, tuple[np.ndarray, np.ndarray] | None]], shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(down, up) of a Linear that is several ones in the file, given as (rows, their pair): q, k and v of a fused one.
+    """(down, up) of a Linear that is several Linears in the file, as a fused q, k, v, given as (rows, their pair).
 
-    What `save` wrote, the same down factor for all, comes back as it was; different ones are stacked (`_blocks`). Where
-    there is no pair they are of rank 0, for a kernel of `shape` [..., in, out].
+    If all have the same down factor, as `save` writes, it is kept; different ones are stacked (`_blocks`). Without any
+    pair the result has rank 0, for a kernel of `shape` [..., in, out].
     """
     if not any(pair for _, pair in parts):
         return np.zeros((0, shape[-2]), np.float32), np.zeros((shape[-1], 0), np.float32)
@@ -287,7 +290,7 @@ def _one_pair(
 
 
 def _linears(base: Params, keys: Sequence[Rule]) -> list[Leaf]:
-    """The Linears' kernels and where the checkpoint has them."""
+    """The Linears' kernels and their keys in the checkpoint."""
     kernels: dict[str, Any] = {}
     for path, kernel in leaves_by_path(base).items():
         if path.endswith("/kernel") and kernel.ndim < 4:
@@ -300,12 +303,12 @@ def _module_names(leaf: Leaf) -> list[str]:
 
 
 def _sizes(linears: Sequence[Leaf]) -> dict[str, tuple[int, int]]:
-    """{checkpoint module name: (in, out)}, every layer of a stack by itself."""
+    """{checkpoint module name: (in, out)}, with every layer of a stack separately."""
     return {name: (leaf.shape[-2], leaf.shape[-1] // leaf.fused) for leaf in linears for name in _module_names(leaf)}
 
 
 def _layers(fused: Sequence[Fused], modules: Collection[str]) -> Iterator[Fused]:
-    """The table with every layer that the model has by itself; what the model lacks is left out."""
+    """The table with a separate entry for every layer; modules that the model does not have are left out."""
     for rule in fused:
         for layer in itertools.count():
             name, *parts = (text.replace("{layer}", str(layer)) for text in (rule.name, *rule.parts))
@@ -317,7 +320,7 @@ def _layers(fused: Sequence[Fused], modules: Collection[str]) -> Iterator[Fused]
 
 
 def _read(file: Path) -> _Content:
-    """A file, safetensors or torch's pickle, whatever it holds."""
+    """Read a file, safetensors or torch's pickle, with any content."""
     if not file.is_file():
         raise WeightsError(f"{file} does not exist: give a LoRA .safetensors file or the folder that holds it")
     try:
@@ -327,7 +330,7 @@ def _read(file: Path) -> _Content:
             with safe_open(file, "numpy") as f:
                 tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except SafetensorError as e:
-        raise WeightsError(f"{file} is not a whole safetensors file ({e})") from e
+        raise WeightsError(f"{file} is not a complete safetensors file ({e})") from e
     except OSError as e:
         raise WeightsError(f"{file} cannot be read: {e.strerror or e}") from e
     text = tuple(key for key in tensors if _TEXT.match(key))
@@ -348,18 +351,19 @@ def _described(file: Path, prefix: str, metadata: Mapping[str, str]) -> peft_con
 
 
 def _respelt(file: Path, keys: Iterable[str]) -> dict[str, str]:
-    """{a key in one spelling: the file's}; WeightsError for two that are the same."""
+    """{a key in our spelling: the file's}; WeightsError if two keys are the same."""
     found: dict[str, str] = {}
     for key in keys:
         if (same := found.setdefault(_spelt(key), key)) != key:
-            raise WeightsError(f"{file}: {same} and {key} are one factor of two adapters: give a file of one of them")
+            raise WeightsError(f"{file}: {same} and {key} are one factor of two adapters: give a file with one of them")
     return found
 
 
 def _spelt(key: str) -> str:
-    """lora_A and lora_B are also called down and up, with an adapter's name behind them or a dot inside.
+    """The key in our spelling.
 
-    ComfyUI also takes the dotted names of its own modules, and saves them: diffusion_model.<a.b.c>.lora_A.weight.
+    lora_A and lora_B are also called down and up, with an adapter's name after them or a dot instead of "_". ComfyUI
+    also reads and writes the dotted names of its own modules: diffusion_model.<a.b.c>.lora_A.weight.
     """
     if not (match := re.fullmatch(r"(.+?)\.(?:lora[_.](A|B|down|up)(?:\.[^.]+)?\.weight|alpha)", key)):
         return key
@@ -373,7 +377,7 @@ def _spelt(key: str) -> str:
 
 
 def _modules(tree: Params, keys: Sequence[Rule]) -> Iterator[tuple[str, Leaf]]:
-    """(leaf path, its Linear as the key table has it) of each `a` and `b`."""
+    """(leaf path, its Linear's entry in the key table) of each `a` and `b`."""
     for path, leaf in leaves_by_path(tree).items():
         kernel = path.rsplit("/", 1)[0]
         kernel_tree: dict[str, Any] = {}
@@ -384,7 +388,7 @@ def _modules(tree: Params, keys: Sequence[Rule]) -> Iterator[tuple[str, Leaf]]:
 def _public(tree: Params, keys: Sequence[Rule]) -> Iterator[tuple[Leaf, str, str, np.ndarray]]:
     """(its Linear, checkpoint module name, "A" or "B", matrix) of every layer of every adapted module.
 
-    Of a Linear that the checkpoint has as several, each takes the same A and its own part of B.
+    If the checkpoint splits a Linear into several, each gets the same A and its own part of B.
     """
     by_path = leaves_by_path(tree)
     for path, leaf in _modules(tree, keys):

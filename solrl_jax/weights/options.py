@@ -1,14 +1,16 @@
-"""What the options of a public folder's config may be, so that none is read past in silence.
+"""Which options of a public folder's config are allowed, so that none is silently ignored.
 
-A config of ours says of a library's options which it takes (its fields), which may have one value only (`only`), and
-which do nothing here (`idle`; tests/test_options.py proves each by the library's own output). What is left is unknown.
+A config class of ours states which of a library's options it reads (its fields), which may have certain values only
+(`only`), and which have no effect here (`idle`; tests/test_options.py checks each with the library's own output). All
+other options are unknown.
 
 - diffusers' files hold the arguments of one class and nothing else: an unknown option is refused.
-- transformers' files also hold whatever a whole language model is asked to do (`top_k`, `id2label`, ...), and older
-  ones much that no version reads any more. transformers ignores what a model does not read, and so do we, but for
-  options whose names speak of a network's parts (`_SHAPES`): those are refused.
+- transformers' files also hold settings of a whole language model (`top_k`, `id2label`, ...), and older files hold
+  options that no version reads any more. transformers ignores options that a model does not read. So does this file,
+  except for options whose names refer to a network's parts (`_SHAPES`): those are refused.
 
-In both an unknown option that is off (null, false, 0, empty) does nothing: that is what a network was before it.
+In both, an unknown option that is off (null, false, 0, empty) is allowed: the network is as it was before the option
+existed.
 """
 
 import dataclasses
@@ -21,19 +23,19 @@ from solrl_jax.structs import WeightsError
 
 
 class Options(NamedTuple):
-    """What a config of ours says of the options that are not its fields."""
+    """What a config class of ours states about the options that are not its fields."""
 
     library: Literal["diffusers", "transformers"]
-    only: Mapping[str, tuple[Any, ...]] = {}  # the values that are known here; of a list each
+    only: Mapping[str, tuple[Any, ...]] = {}  # the known values; for a list, of each element
     idle: tuple[str, ...] = ()
 
 
 _IDLE = (
-    r"_.*",  # notes of what wrote the file
-    r"architectures|transformers_version|(torch_)?dtype",  # and of how; what is computed in is model.dtype
-    r".*dropout.*|initializer_.*",  # of training
-    r"(output|return|tie|is_encoder|decoder_start|chunk_size)_.*|use_cache",  # how transformers hands results out
-    r"attn_implementation|add_cross_attention",  # a choice of kernels; of decoders
+    r"_.*",  # notes about the program that wrote the file
+    r"architectures|transformers_version|(torch_)?dtype",  # the same; the dtype of computation is model.dtype
+    r".*dropout.*|initializer_.*",  # for training
+    r"(output|return|tie|is_encoder|decoder_start|chunk_size)_.*|use_cache",  # how transformers returns results
+    r"attn_implementation|add_cross_attention",  # a choice of kernels; for decoders
 )
 _SHAPES = re.compile(
     r"rope|rotary|position|attention|attn|softcap|window|causal|bidirectional|head|layer|block|stage|gate|moe|"
@@ -43,7 +45,7 @@ _SHAPES = re.compile(
 
 
 def check(options: Options, fields: Iterable[str], file: Path, found: Mapping[str, Any]) -> None:
-    """WeightsError, with file, option, value and what is known, for the first of `found` that cannot be left unread."""
+    """WeightsError for the first option of `found` that is not allowed, with file, value and the known values."""
     for key, value in found.items():
         if key in options.only:
             known = options.only[key]
@@ -55,23 +57,23 @@ def check(options: Options, fields: Iterable[str], file: Path, found: Mapping[st
             continue
         if options.library == "diffusers" or _SHAPES.search(key):
             raise WeightsError(
-                f"{file}: {key} is {value!r}, an option that is not known here: the network may be another one. "
-                "Take it out if it changes nothing"
+                f"{file}: {key} is {value!r}, an option that is not known here: it may change the network. "
+                "Remove it if it changes nothing"
             )
 
 
 def of(cls: type) -> Options | None:
-    """What dataclass `cls` says in its class variable `options`, if it does."""
+    """The class variable `options` of dataclass `cls`, or None."""
     return getattr(cls, "options", None)
 
 
 def nullable(field: dataclasses.Field) -> bool:
-    """Whether null is a value of its own, not the default's place."""
+    """Whether null is a value, and does not mean the default."""
     return type(None) in getattr(field.type, "__args__", ())
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal, and of one kind: true is not 1."""
+    """Equal, where true is not 1."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 

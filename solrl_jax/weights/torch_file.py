@@ -1,8 +1,8 @@
-"""Checkpoints of torch.save (.pt, .pth, .bin) without torch, and without running what a pickle may ask for.
+"""Checkpoints of torch.save (.pt, .pth, .bin) without torch, and without running code from the pickle.
 
 Such a file is a zip: <root>/data.pkl describes the tensors, <root>/data/<name> are their storages, raw and not
-compressed. A pickle names functions and has them called, any function of any module. Here only the few names that build
-tensors are known, and they build inert descriptions; every other name is refused (spec/rewards.md section 6).
+compressed. A pickle can call any function of any module by its name. This reader knows only the few names that build
+tensors, which here only build descriptions of them; every other name is refused (spec/rewards.md section 6).
 """
 
 import io
@@ -42,52 +42,52 @@ _ZIP, _OLD = b"PK\x03\x04", bytes.fromhex("80028a0a6cfc9c46f9206aa85019")  # tor
 
 
 def is_checkpoint(file: Path) -> bool:
-    """By its name."""
+    """Whether the file is a checkpoint of torch.save, by its name."""
     return file.suffix in (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read(file: str | Path) -> dict[str, np.ndarray]:
-    """{key: tensor} of a state dict, or of the "state_dict" or "model" in what surrounds it.
+    """{key: tensor} of a state dict, which may be the entry "state_dict" or "model" of the file.
 
-    The arrays are mapped from the file, so that a tensor is read when it is first used. Raises WeightsError for a file
-    that is damaged, that asks for anything but tensors, or whose state dict holds something else.
+    The arrays are memory-mapped, so a tensor is read when it is first used. Raises WeightsError for a file that is
+    damaged, that asks for anything but tensors, or whose state dict holds something else.
     """
     file = Path(file)
     with file.open("rb") as f:
         start = f.read(len(_OLD))
     if start == _OLD:
         raise WeightsError(
-            f"{file} is in torch's format of before version 1.6: write it anew with "
+            f"{file} is in torch's format before version 1.6: save it again with "
             f'torch.save(torch.load("{file.name}", weights_only=True), "{file.name}")'
         )
     if not _ZIP.startswith(start[:4]):
-        raise WeightsError(f"{file} is no checkpoint of torch.save (it begins with {start!r}): download it again")
+        raise WeightsError(f"{file} is not a checkpoint of torch.save (it begins with {start!r}): download it again")
     try:
         return _read(file)
     except WeightsError:
         raise
-    except Exception as e:  # zipfile, pickle and numpy let out nearly anything where bytes are missing or wrong
-        raise WeightsError(f"{file} is not a whole file of torch.save ({e!r}): download it again") from e
+    except Exception as e:  # zipfile, pickle and numpy raise nearly anything for damaged bytes
+        raise WeightsError(f"{file} is not a complete file of torch.save ({e!r}): download it again") from e
 
 
 def _read(file: Path) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         main = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
         if main is None:
-            raise WeightsError(f"{file} is a zip file without data.pkl, no checkpoint of torch.save")
+            raise WeightsError(f"{file} is a zip file without data.pkl, not a checkpoint of torch.save")
         storages = _storages(file, archive, main.removesuffix(".pkl") + "/")
         if archive.getinfo(main).compress_type != zipfile.ZIP_STORED:
             raise WeightsError(f"{file} is compressed, which torch.save never does: unpack it, zip it again with -0")
         described = archive.read(main)
         _check_opcodes(described, file)
         found = _Unpickler(io.BytesIO(described), file).load()
-    if isinstance(found, dict):  # beside it are epochs, names, an optimiser
+    if isinstance(found, dict):  # the other entries are epochs, names, an optimiser
         found = next((found[name] for name in ("state_dict", "model") if isinstance(found.get(name), dict)), found)
     if not isinstance(found, dict):
         raise WeightsError(f"{file} holds a {type(found).__name__}, not a dict of tensors")
     for key, value in found.items():
         if not isinstance(key, str) or not isinstance(value, _Tensor):
-            raise WeightsError(f"{file} holds a {type(value).__name__} as {key!r} where only named tensors may be")
+            raise WeightsError(f"{file} holds a {type(value).__name__} as {key!r}, but only named tensors are allowed")
     return {key: _array(tensor, storages) for key, tensor in found.items()}
 
 
@@ -99,7 +99,7 @@ def _storages(file: Path, archive: zipfile.ZipFile, folder: str) -> dict[str, np
             continue
         if entry.compress_type != zipfile.ZIP_STORED:
             raise WeightsError(f"{file} is compressed, which torch.save never does: unpack it, zip it again with -0")
-        # An entry's header is 30 bytes, a name and padding, whose lengths are the last two of its numbers.
+        # An entry's header is 30 bytes, a name and padding; the last two numbers in the header are their lengths.
         header = whole[entry.header_offset : entry.header_offset + 30].tobytes()
         begin = entry.header_offset + 30 + sum(int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
         found[entry.filename.removeprefix(folder)] = whole[begin : begin + entry.file_size]
@@ -107,14 +107,14 @@ def _storages(file: Path, archive: zipfile.ZipFile, folder: str) -> dict[str, np
 
 
 def _check_opcodes(data: bytes, file: Path) -> None:
-    """WeightsError for what a state dict is never made with.
+    """WeightsError for opcodes that torch.save never writes.
 
-    Some opcodes have memory reserved for as much as they say: a memo's place of 2^31, bytes of 2^60.
+    Some opcodes make the reader reserve as much memory as they state: a memo index of 2^31, 2^60 bytes.
     """
     for place, (opcode, argument, _) in enumerate(pickletools.genops(data)):
         if opcode.name not in _OPCODES or ("PUT" in opcode.name and (argument or 0) > place):
             what = opcode.name if argument is None else f"{opcode.name} {str(argument)[:20]!r}"
-            raise WeightsError(f"{file} is no state dict of torch.save: its pickle has {what}. Nothing of it was run")
+            raise WeightsError(f"{file} is not a state dict of torch.save: its pickle has {what}. Nothing was run")
 
 
 class _Storage(NamedTuple):
@@ -133,9 +133,9 @@ class _Tensor(NamedTuple):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Gives dicts, numbers, strings and _Tensors, and functions that are gone with it: nothing of ours to tamper with.
+    """Builds only dicts, numbers, strings, _Tensors and local functions, so a pickle cannot reach objects of ours.
 
-    numpy's dtypes and arrays, which a pickle could change under us, are made only afterwards.
+    numpy's dtypes and arrays, which a pickle could modify, are made only afterwards.
     """
 
     def __init__(self, data: Any, file: Path):
@@ -154,9 +154,9 @@ class _Unpickler(pickle.Unpickler):
         if (full := f"{module}.{name}") not in self.known:
             asked = full if full.isprintable() else repr(full)
             raise WeightsError(
-                f"{self.file} asks for {asked}, which is no part of a tensor. Nothing of it was run: a pickle can do "
-                f"anything. Get the weights as safetensors, or, if you trust where it is from, save their state dict "
-                f"alone with torch"
+                f"{self.file} asks for {asked}, which is not part of a tensor. No code in it was run: a pickle can do "
+                f"anything. Get the weights as safetensors, or, if you trust their source, save only their state dict "
+                f"with torch"
             )
         return self.known[full]
 
@@ -166,7 +166,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _array(tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
-    """A view of the storage's bytes; numpy refuses one that would reach beyond them."""
+    """A view of the storage's bytes; numpy refuses a view beyond their end."""
     (kind, name, count), offset, shape, strides = tensor
     dtype, data = _DTYPES[kind], storages[name]
     if len(data) != count * dtype.itemsize:
