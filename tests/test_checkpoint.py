@@ -275,7 +275,8 @@ sys.modules["fcntl"], sys.modules["msvcrt"] = None, types.SimpleNamespace(
 @pytest.mark.parametrize("system", ["", WINDOWS], ids=["posix", "windows"])
 def test_one_process_at_a_time(tmp_path, system):
     """A second one is refused while the first holds the run, and not after it was killed."""
-    hold = system + "import sys, time; from pathlib import Path; from solrl_jax import checkpoint, train\n"
+    hold = system + "import sys, time; from pathlib import Path\n"
+    hold += "from solrl_jax import train; from solrl_jax.run import checkpoint\n"
     hold += "with checkpoint.alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderDC
 from oracle import error, randomise
 
-from solrl_jax import sharding, weights
+from solrl_jax import device, weights
 from solrl_jax.models import dcae, public, vae
 from solrl_jax.models.layers import DepthwiseConv, linear_attention
 from tests import nano_sana
@@ -105,7 +105,7 @@ def test_pixel_shuffle():
 @pytest.mark.parametrize("size", [3, 5])
 def test_depthwise(size, platform, monkeypatch):
     """Both ways of writing it, and what its input's gradient is."""
-    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    monkeypatch.setattr(device, "platform", lambda: platform)
     rng = np.random.default_rng(0)
     x, kernel = (rng.normal(size=s).astype(np.float32) for s in ((2, 4, 6, 5), (size, size, 1, 5)))
     bias, back = rng.normal(size=5).astype(np.float32), rng.normal(size=x.shape).astype(np.float32)

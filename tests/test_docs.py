@@ -287,12 +287,10 @@ def optional(command: Command) -> None:
 
 
 def extra(command: Command) -> None:
-    """It is an extra of this package, where pyproject.toml has any."""
-    how = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    declared = how["project"].get("optional-dependencies", {})
-    declared |= how["tool"]["setuptools"]["dynamic"].get("optional-dependencies", {})
+    """It is an extra of this package."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     name = re.fullmatch(r"\.\[(\w+)\]", command.words[-1])
-    assert name and (not declared or name[1] in declared)
+    assert name and name[1] in declared
 
 
 def pytest_is_set_up(command: Command) -> None:

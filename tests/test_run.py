@@ -63,6 +63,7 @@ def test_resume_is_bit_for_bit(runs):
     assert last[0] == last[1]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_card_with_fp8(tmp_path, monkeypatch):
     """auto is FP8 there: said in config.json, and calibrated by a resumed run to the same units and rewards."""
     monkeypatch.setattr(assemble, "capability", lambda: 9.0)
