@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from solrl_jax import config, plan
+from solrl_jax import config, device, plan
 from solrl_jax.plan import doctor
 from solrl_jax.run import assemble, convert
 from tests import nano
@@ -69,32 +69,32 @@ def test_weights_that_a_run_would_not_find_are_told(cfg, tmp_path, monkeypatch):
     """model.weights that is not there; a damaged converted folder; a name of which only configs were fetched."""
     import shutil
 
-    def mends(**changes):
+    def fixes(**changes):
         changed = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **changes))
-        return [found.mend for found in doctor.examine(doctor.model, changed, tmp_path, None) if found.mend]
+        return [found.fix for found in doctor.examine(doctor.model, changed, tmp_path, None) if found.fix]
 
-    assert mends() == []
-    (missing,) = mends(weights=str(tmp_path / "no.safetensors"))
-    assert "no.safetensors is no file here, nor in the hub's cache: give one that is" in missing
+    assert fixes() == []
+    (missing,) = fixes(weights=str(tmp_path / "no.safetensors"))
+    assert "no.safetensors is not a file here, nor in the hub's cache: give one that is" in missing
     network = shutil.move(shutil.copytree(cfg.model.path, tmp_path / "bare") / WEIGHTS, tmp_path)
-    assert mends(path=str(tmp_path / "bare"), weights=str(network)) == []  # it is read in the place of the folder's
+    assert fixes(path=str(tmp_path / "bare"), weights=str(network)) == []  # it is read in the place of the folder's
 
     convert.convert(assemble.model_module(cfg), cfg.model, tmp_path / "converted")
-    assert mends(path=str(tmp_path / "converted")) == []
-    assert "leave it empty" in mends(path=str(tmp_path / "converted"), weights=str(network))[0]
-    assert "was converted for another config" in mends(path=str(tmp_path / "converted"), dtype="bfloat16")[0]
+    assert fixes(path=str(tmp_path / "converted")) == []
+    assert "leave it empty" in fixes(path=str(tmp_path / "converted"), weights=str(network))[0]
+    assert "was converted for another config" in fixes(path=str(tmp_path / "converted"), dtype="bfloat16")[0]
     largest = max(
         (f for f in (tmp_path / "converted/weights").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
     )
     largest.write_bytes(largest.read_bytes()[:-1])
-    assert "is not what was written" in mends(path=str(tmp_path / "converted"))[0]
+    assert "is not what was written" in fixes(path=str(tmp_path / "converted"))[0]
 
     root = tmp_path / "models--org--flux"
     (root / "refs").mkdir(parents=True)
     (root / "refs/main").write_text("a" * 40)
     shutil.copytree(cfg.model.path, root / "snapshots" / ("a" * 40), ignore=shutil.ignore_patterns("*.safetensors"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert mends(path="org/flux") == ["fetch org/flux: hf download org/flux, or let a run do it"]
+    assert fixes(path="org/flux") == ["fetch org/flux: hf download org/flux, or let a run do it"]
 
 
 def test_no_reward_and_no_model(tmp_path, capsys):
@@ -107,11 +107,11 @@ def test_a_full_disk_and_one_that_is_not_ours(cfg, tmp_path, monkeypatch):
     usage = types.SimpleNamespace(free=1e9)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage)
     found = list(doctor.disk(cfg, tmp_path / "a/b", None))
-    assert found[0].mend.startswith(f"make room at {tmp_path}") and "1 GB free" in found[0].text
+    assert found[0].fix.startswith(f"make room at {tmp_path}") and "1 GB free" in found[0].text
     usage.free = 1e12
-    assert next(doctor.disk(cfg, tmp_path, None)).mend == ""
+    assert next(doctor.disk(cfg, tmp_path, None)).fix == ""
     monkeypatch.setattr(doctor.os, "access", lambda place, how: False)
-    assert "cannot be written to: name another --run_dir" in next(doctor.disk(cfg, tmp_path, None)).mend
+    assert "cannot be written to: name another --run_dir" in next(doctor.disk(cfg, tmp_path, None)).fix
 
 
 def test_a_gpu_that_is_known_gives_memory_and_time(cfg, tmp_path, monkeypatch):
@@ -123,14 +123,14 @@ def test_a_gpu_that_is_known_gives_memory_and_time(cfg, tmp_path, monkeypatch):
     assert text[1].startswith("time: about ") and f"for all {cfg.iterations}" in text[1]
     monkeypatch.setattr(plan, "device_card", lambda: card._replace(memory=1e-4))
     found = list(doctor.examine(doctor.memory, cfg, tmp_path, 1))
-    assert "this GPU is too small" in found[0].mend
+    assert "this GPU is too small" in found[0].fix
 
 
 def test_old_packages_are_named(monkeypatch, cfg, tmp_path):
     assert doctor.minima()["jax"] == "0.10.2" and doctor.number("0.10.2.dev3") == (0, 10, 2)
     monkeypatch.setattr(doctor, "minima", lambda: {"jax": "99.1"})
     found = list(doctor.versions(cfg, tmp_path, None))
-    assert "is older than the 99.1 that is asked for" in found[1].text and "pip install -r" in found[1].mend
+    assert "is older than the 99.1 that is asked for" in found[1].text and "pip install -r" in found[1].fix
 
 
 def test_an_installed_package_has_its_minima_with_it(monkeypatch, cfg, tmp_path):
@@ -144,11 +144,11 @@ def test_an_installed_package_has_its_minima_with_it(monkeypatch, cfg, tmp_path)
     with monkeypatch.context() as here:
         here.syspath_prepend(tmp_path)
         assert doctor.minima() == {"jax": "99.1"}
-        (old,) = [found for found in doctor.versions(cfg, tmp_path, None) if found.mend]
-        assert "is older than the 99.1 that is asked for" in old.text and "pip install 'jax>=99.1'" in old.mend
+        (old,) = [found for found in doctor.versions(cfg, tmp_path, None) if found.fix]
+        assert "is older than the 99.1 that is asked for" in old.text and "pip install 'jax>=99.1'" in old.fix
     assert doctor.minima() is None
     _, last = doctor.versions(cfg, tmp_path, None)
-    assert last.text.startswith("versions were not compared: ") and last.mark == "note" and not last.mend
+    assert last.text.startswith("versions were not compared: ") and last.mark == "note" and not last.fix
 
 
 def test_what_was_not_compared_is_not_ok(cfg, tmp_path, monkeypatch, capsys):
@@ -156,3 +156,14 @@ def test_what_was_not_compared_is_not_ok(cfg, tmp_path, monkeypatch, capsys):
     code, lines, todo = told(cfg, tmp_path / "run", capsys)
     assert code == 0 and todo == [] and lines[1].startswith("note  versions were not compared: ")
     assert all(line.startswith("ok    ") for line in [lines[0], *lines[2:]])
+
+
+def test_settings_that_a_gpu_lacks_are_named(cfg, tmp_path, monkeypatch):
+    gpu = types.SimpleNamespace(platform="gpu", device_kind="H100", memory_stats=lambda: {"bytes_limit": 60e9})
+    monkeypatch.setattr(doctor.jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(device, "absent", lambda: [])
+    (found,) = doctor.hardware(cfg, tmp_path, None)
+    assert found.text.endswith("JAX may take 60.0 GB of each") and not found.fix
+    monkeypatch.setattr(device, "absent", lambda: ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"])
+    _, found = doctor.hardware(cfg, tmp_path, None)
+    assert found.text.endswith("not set are XLA_PYTHON_CLIENT_MEM_FRACTION=0.92") and "device.setup()" in found.fix

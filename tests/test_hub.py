@@ -278,7 +278,7 @@ def test_a_reward_that_is_not_here_is_said_before_anything_is_fetched(asked):
 
 
 @pytest.mark.parametrize(
-    ("kind", "mend"),
+    ("kind", "fix"),
     [
         ("StableDiffusion3Pipeline", "no config is for it, there are flux, tiny"),
         ("SanaPipeline", "use --config=sana"),
@@ -286,12 +286,12 @@ def test_a_reward_that_is_not_here_is_said_before_anything_is_fetched(asked):
         (None, "no config is for it"),
     ],
 )
-def test_the_pipeline_of_another_model_is_named_with_its_config(tmp_path, monkeypatch, kind, mend):
-    there = ["flux", "sana", "tiny"] if "sana" in mend else ["flux", "tiny"]
+def test_the_pipeline_of_another_model_is_named_with_its_config(tmp_path, monkeypatch, kind, fix):
+    there = ["flux", "sana", "tiny"] if "sana" in fix else ["flux", "tiny"]
     monkeypatch.setattr(config, "available", lambda: there)
     hub.write_configs(tmp_path, public.FLUX_DEV)
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-    with pytest.raises(WeightsError, match=rf"holds a {kind}, not a FluxPipeline: {mend}"):
+    with pytest.raises(WeightsError, match=rf"holds a {kind}, not a FluxPipeline: {fix}"):
         flux.make(config.Model(path=str(tmp_path)))
 
 

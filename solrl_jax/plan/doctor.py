@@ -34,27 +34,27 @@ REQUIREMENTS = FOLDER.parent / "requirements.txt"
 
 
 class Finding(NamedTuple):
-    """One line of what is there; `mend` says what to do where that is not enough."""
+    """One line of what is there; `fix` says what to do where that is not enough."""
 
     text: str
-    mend: str = ""
+    fix: str = ""
     unknown: bool = False  # what could not be looked at, and does not stop a run
 
     @property
     def mark(self) -> str:
-        return "to do" if self.mend else "note" if self.unknown else "ok"
+        return "to do" if self.fix else "note" if self.unknown else "ok"
 
 
 def run_doctor(cfg: Config, run: Path, *, devices: int | None = None) -> int:
     """Print the findings; returns 0 where a run can begin, 1 where something is to be done first."""
-    mends = []
+    fixes = []
     for check in (versions, hardware, precision, division, model, tokenizers, judges, prompts, memory, disk):
         for found in examine(check, cfg, run, devices):
             print(f"{found.mark:6}{found.text}", flush=True)
-            mends += [found.mend] if found.mend else []
-    todo = [f"- {mend}" for mend in dict.fromkeys(mends)]  # several checks may fail for one reason
+            fixes += [found.fix] if found.fix else []
+    todo = [f"- {fix}" for fix in dict.fromkeys(fixes)]  # several checks may fail for one reason
     print("\n".join(["", "to do first:", *todo] if todo else ["ready"]))
-    return 1 if mends else 0
+    return 1 if fixes else 0
 
 
 Check = Callable[[Config, Path, int | None], Iterator[Finding]]
@@ -108,8 +108,8 @@ def hardware(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         # Only a computer with an NVIDIA card can be missing the plugin for it.
         unseen = shutil.which("nvidia-smi") is not None and not os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
         how = "-r requirements.txt (jax[cuda12])" if REQUIREMENTS.is_file() else "'jax[cuda12]'"
-        mend = f"JAX does not see the NVIDIA GPU here: pip install {how}, or look at its log"
-        yield Finding(what, mend if unseen else "")
+        fix = f"JAX does not see the NVIDIA GPU here: pip install {how}, or look at its log"
+        yield Finding(what, fix if unseen else "")
         return
     limit = (first.memory_stats() or {}).get("bytes_limit", 0)
     yield Finding(f"{count} x {first.device_kind}, JAX may take {limit / 1e9:.1f} GB of each")
@@ -141,8 +141,8 @@ def model(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         convert.check(folder, module.shapes(cfg.model))
         yield Finding(f"{name}: converted weights, whole, in {folder}")
     elif (folder := hub.pipeline_here(where)) is None:
-        mend = f"fetch {where}: hf download {where}, or let a run do it"
-        yield Finding(f"{name}: {where} is not whole in the hub's cache", mend)
+        fix = f"fetch {where}: hf download {where}, or let a run do it"
+        yield Finding(f"{name}: {where} is not whole in the hub's cache", fix)
     else:
         yield from files(cfg, folder, name)
     low = assemble.resolved(cfg, assemble.capability()).low_precision
@@ -155,7 +155,7 @@ def files(cfg: Config, folder: Path, name: str) -> Iterator[Finding]:
     named = cfg.model.weights
     network = hub.file_here(named) if named else None
     if named and network is None:
-        what = f"model.weights={named} is no file here, nor in the hub's cache"
+        what = f"model.weights={named} is not a file here, nor in the hub's cache"
         yield Finding(what, f"{what}: give one that is, or org/name/file of {hub.SITE}, which a run fetches")
     found = hub.read_of(folder, network)
     for file in found:
@@ -175,7 +175,7 @@ def tokenizers(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]
 
 
 def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
-    """Each reward is read whole and let go: what a run would find out after its weights."""
+    """Each reward is read whole, then freed: a run would find out only after reading its own weights."""
     names = dict.fromkeys(assemble.reward_names(cfg))
     if not rewards.parse(cfg.reward):
         yield Finding("no reward to train on", f"give --config.reward, of {', '.join(rewards.REWARDS)}")
@@ -219,9 +219,9 @@ def disk(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     need, free = (cfg.keep + 1) * state + SPARE, shutil.disk_usage(place).free
     kept = f"{cfg.keep} checkpoints of {state / 1e9:.2f}"
     text = f"disk: {free / 1e9:.0f} GB free for {run}, {need / 1e9:.1f} needed ({kept})"
-    mend = f"make room at {place}, name another --run_dir, or lower keep={cfg.keep}" if free < need else ""
+    fix = f"make room at {place}, name another --run_dir, or lower keep={cfg.keep}" if free < need else ""
     if not os.access(place, os.W_OK):
-        mend = f"{place} cannot be written to: name another --run_dir"
-    yield Finding(text, mend)
+        fix = f"{place} cannot be written to: name another --run_dir"
+    yield Finding(text, fix)
     if (run / "config.json").exists() and (found := checkpoint.latest(run))[0] is not None:
         yield Finding(f"{run} holds a run, saved at iteration {found[0]}: --resume goes on with it")

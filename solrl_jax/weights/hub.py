@@ -224,7 +224,7 @@ def check_pipeline(folder: Path, kinds: tuple[str, ...]) -> None:
 
 
 def _configs() -> list[str]:
-    """The available configs; empty outside the repository, where the package may be a library."""
+    """The available configs; empty where the package has none."""
     try:
         return config.available()
     except config.ConfigError:
