@@ -236,7 +236,8 @@ def test_folders_of_version_1_are_read(public, converted, tmp_path):
 MEASURE = """
 import sys
 from pathlib import Path
-from solrl_jax import config, convert
+from solrl_jax import config
+from solrl_jax.run import convert
 from solrl_jax.models import flux
 
 def most():  # of this program alone: ru_maxrss begins with that of the process which started it
