@@ -19,7 +19,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from solrl_jax import sharding
 
 CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin")
-CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "shard_map")
+CALLS = ("jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "remat", "remat2", "checkpoint", "shard_map")
 CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call")
 LOOPS = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
 SCATTERS = [f"scatter{kind}" for kind in ("", "-add", "-sub", "-mul", "-min", "-max")]
