@@ -52,14 +52,16 @@ def setup() -> None:
 
 def with_gpu_flags(flags: str) -> str:
     """XLA_FLAGS with those of XLA_GPU that it does not name."""
-    own = [f"--{name}={str(value).lower()}" for name, value in XLA_GPU.items() if name not in flags]
-    return " ".join([flags, *own]).strip()
+    return " ".join([flags, *_missing(flags)]).strip()
+
+
+def _missing(flags: str) -> list[str]:
+    return [f"--{name}={str(value).lower()}" for name, value in XLA_GPU.items() if name not in flags]
 
 
 def absent() -> list[str]:
     """Settings of `setup` for GPUs that this process does not have, as they would be written into the environment."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    found = [f"XLA_FLAGS=--{name}={str(value).lower()}" for name, value in XLA_GPU.items() if name not in flags]
+    found = [f"XLA_FLAGS={flag}" for flag in _missing(os.environ.get("XLA_FLAGS", ""))]
     fraction = "XLA_PYTHON_CLIENT_MEM_FRACTION"
     return found if fraction in os.environ else [*found, f"{fraction}={MEMORY}"]
 

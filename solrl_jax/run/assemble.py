@@ -92,9 +92,8 @@ def for_evaluation(cfg: Config, devices: int | None = None) -> Parts:
     check_rewards(cfg)
     mesh = make_mesh(devices)
     prompts = open_prompts(cfg, test=cfg.evaluate.prompts)
-    return _placed(
-        cfg, mesh, model_module(cfg).make(cfg.model), prompts, open_rewards(cfg, (*prompts.train, *prompts.test))
-    )
+    model = model_module(cfg).make(cfg.model)
+    return _placed(cfg, mesh, model, prompts, open_rewards(cfg, (*prompts.train, *prompts.test)))
 
 
 def for_drawing(cfg: Config, devices: int | None = None) -> Parts:
