@@ -24,6 +24,8 @@ from solrl_jax.solvers import GAUSSIAN, SOLVERS
 Precision = Literal["auto", "bf16", "fp8", "nvfp4_native", "nvfp4_emulated"]
 """Of a rollout (solrl_jax.quant); auto is the device's best low one."""
 Solver = Literal["euler", "dpm1", "dpm2", "ddim", "sde", "dance", "cps", "sa_solver"]
+BRANCHES = ("euler", "dpm1", "dpm2")
+"""Solvers of an ODE and nothing else, whose state a branch can go on from."""
 
 
 FOLDER = Path(__file__).resolve().parent / "configs"
@@ -145,6 +147,21 @@ class Stage(Checked):
 
 
 @dataclasses.dataclass(frozen=True)
+class Branch(Checked):
+    """The kept candidates go on from the solver's state that the preview had `after` so many steps, in `steps` more.
+
+    The rest of the preview serves its reward alone. See sampler.branched for the grid.
+    """
+
+    after: int = 3
+    steps: int = 4
+
+    def rules(self) -> None:
+        _require(self.after >= 1, f"branch.after={self.after}: 1 or more; to begin again from the noise, branch=none")
+        _require(self.steps >= 1, f"branch.steps={self.steps}: a sample takes at least one step after the branch")
+
+
+@dataclasses.dataclass(frozen=True)
 class Lora(Checked):
     """y = W x + (alpha / rank) B A x on `targets` (empty: the model's own list)."""
 
@@ -251,7 +268,11 @@ class Watch(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
-    """One run. `explore` None means one stage: `regenerate` rolls out all candidates, the kept are chosen from it."""
+    """One run. `explore` None means one stage: `regenerate` rolls out all candidates, the kept are chosen from it.
+
+    With a `branch` the kept go on from the preview's states, and `regenerate.steps` is only the grid whose times are
+    learnt at.
+    """
 
     name: str = ""
     model: Model = dataclasses.field(default_factory=Model)
@@ -265,6 +286,7 @@ class Config(Checked):
     selection: Literal["best_worst", "top", "max_variance", "random", "all"] = "best_worst"
     explore: Stage | None = dataclasses.field(default_factory=lambda: Stage(steps=6, precision="auto"))
     regenerate: Stage = dataclasses.field(default_factory=Stage)
+    branch: Branch | None = None
     lora: Lora = dataclasses.field(default_factory=Lora)
     learn: Learn = dataclasses.field(default_factory=Learn)
     evaluate: Evaluate = dataclasses.field(default_factory=Evaluate)
@@ -297,6 +319,7 @@ class Config(Checked):
             len(self._low()) < 2,
             f"the rollouts run in {' and in '.join(self._low())}: kernels are quantised once, name one low precision",
         )
+        self._check_branch()
         self._check_algorithm()
         u, t, m = self.learn.updates, self.times, self.learn.micro_batch
         _require(k % u == 0, f"learn.updates={u} does not divide kept={k}: use one of {_divisors(k)}")
@@ -323,6 +346,30 @@ class Config(Checked):
             not self.wandb or (len(parts) <= 2 and all(part.strip() == part != "" for part in parts)),
             f"wandb={self.wandb}: a project's name, or entity/project",
         )
+
+    def _check_branch(self) -> None:
+        """Whether the preview has a state that the samples can go on from."""
+        if self.branch is None:
+            return
+        after, explore, rest = self.branch.after, self.explore, self.regenerate
+        if explore is None:
+            raise ConfigError(f"branch.after={after} of no preview: set branch=none, or take a family with explore")
+        _require(
+            after < explore.steps,
+            f"branch.after={after} of explore.steps={explore.steps}: branch before the last step, where a candidate is "
+            f"not finished, after {explore.steps - 1} or fewer",
+        )
+        for name, stage in (("explore", explore), ("regenerate", rest)):
+            _require(
+                stage.solver in BRANCHES,
+                f"{name}.solver={stage.solver}: a branch takes an ODE's state, use one of {', '.join(BRANCHES)}",
+            )
+        for field in ("solver", "shift"):
+            mine, other = getattr(explore, field), getattr(rest, field)
+            _require(
+                mine == other,
+                f"explore.{field}={mine}, regenerate.{field}={other}: a branch is one solve, give both the same",
+            )
 
     def _check_algorithm(self) -> None:
         """Whether what the algorithm learns from is what the rollout leaves."""
@@ -384,10 +431,13 @@ class Config(Checked):
         return sorted({stage.precision for _, stage, _ in self.stages()} - {"bf16"})
 
     def stages(self) -> list[tuple[str, Stage, int]]:
-        """(name, stage, images a prompt) of the rollouts, in order."""
+        """(name, stage, images a prompt) of the rollouts, in order; `steps` are those that are taken."""
         if self.explore is None:
             return [("regenerate", self.regenerate, self.candidates)]
-        return [("explore", self.explore, self.candidates), ("regenerate", self.regenerate, self.kept)]
+        rest = self.regenerate
+        if self.branch is not None:
+            rest = dataclasses.replace(rest, steps=self.branch.steps)
+        return [("explore", self.explore, self.candidates), ("regenerate", rest, self.kept)]
 
 
 def last_time(steps: int) -> int:

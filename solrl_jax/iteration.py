@@ -8,7 +8,9 @@
     state    = learn(samples, A)                              a LoRA, in BF16; the old policy follows
 
 `iteration_step` is that, pure and jittable whole; `Staged` runs the same functions one jit each, from the host.
-Families of one stage are the same with explore = None: all candidates in one rollout, the kept chosen from it.
+In a branch the preview also keeps each candidate's state, [P, N, ...], as it was after its first steps, and the samples
+are the rest of the way from there, in BF16: a sample is its key and that state. Families of one stage are the same with
+explore = None: all candidates in one rollout, the kept chosen from it.
 """
 
 import contextlib
@@ -21,14 +23,14 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float, Key
 
 from solrl_jax import sharding
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.keys import sample_keys, selection_key
 from solrl_jax.learn import learn
 from solrl_jax.rewards import Score
-from solrl_jax.rollout import block_shape, merged, quantised, rolled, with_host
+from solrl_jax.rollout import block_shape, branched, merged, quantised, rolled, with_host
 from solrl_jax.selection import select, spearman, take
 from solrl_jax.structs import (
     Frozen,
@@ -60,16 +62,18 @@ def iteration_step(
     run = stages(model, score, optimizer, cfg)
     count = jax.tree.leaves(prompts)[0].shape[0]
     chex.assert_tree_shape_prefix(prompts, (count,))  # fields of NamedTuples are not seen by jaxtyping
-    keys = sample_keys(state, count, cfg.candidates)
+    keys, chance = run.draw(state, count)
     kernels = run.merged(state, frozen)
-    low = run.quantised(kernels, frozen)
+    # XLA would fuse quantising into the explorer's products, and the preview would round otherwise than when staged:
+    # tests/test_rollout.py::test_staged_equals_whole.
+    kernels, low = jax.lax.optimization_barrier((kernels, run.quantised(kernels, frozen)))
     if cfg.explore is None:
         full = run.regenerate(kernels, low, frozen, prompts, keys)
-        samples, metrics = run.select_samples(state, full)
+        samples, metrics = run.select_samples(full, chance)
     else:
         preview = run.explore(kernels, low, frozen, prompts, keys)
-        chosen = run.select_keys(state, preview)
-        samples = run.regenerate(kernels, low, frozen, prompts, chosen.keys)
+        preview, chosen = run.select_keys(preview, chance)
+        samples = run.regenerate(kernels, low, frozen, prompts, chosen.keys, chosen.state)
         metrics = run.compare(preview, chosen, samples)
     state, learnt = run.learn(state, frozen, prompts.cond, samples)
     return state, {**metrics, **learnt}
@@ -80,23 +84,25 @@ class Stages(NamedTuple):
 
     merged: Callable[[TrainState, Frozen], dict[str, Array]]
     quantised: Callable[[dict[str, Array], Frozen], Params | None]
-    explore: Callable[..., Rollout]  # (kernels, low, frozen, prompts, keys), as regenerate
-    regenerate: Callable[..., Rollout]
-    select_keys: Callable[[TrainState, Rollout], Rollout]
-    select_samples: Callable[[TrainState, Rollout], tuple[Rollout, Metrics]]
+    draw: Callable[..., tuple[Array, Array]]  # (state, P) -> keys [P, N], numbers [P, N] that chance keeps by
+    explore: Callable[..., Rollout]  # (kernels, low, frozen, prompts, keys)
+    regenerate: Callable[..., Rollout]  # the same, and in a branch the states
+    select_keys: Callable[[Rollout, Array], tuple[Rollout, Rollout]]
+    select_samples: Callable[[Rollout, Array], tuple[Rollout, Metrics]]
     compare: Callable[[Rollout, Rollout, Rollout], Metrics]
     learn: Callable[[TrainState, Frozen, PyTree, Rollout], tuple[TrainState, Metrics]]
 
 
 def stages(model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config) -> Stages:
     """The stages with their statics bound: `Staged` jits each, `iteration_step` none."""
-    roll = functools.partial(rolled, model=model, score=score)
+    roll = functools.partial(rolled, model=model, score=score, branch=branched(model, cfg))
     return Stages(
         merged=functools.partial(merged, cfg=cfg),
         quantised=functools.partial(quantised, model=model, precision=cfg.low_precision),
+        draw=functools.partial(draw, cfg=cfg),
         explore=functools.partial(roll, stage=cfg.explore or cfg.regenerate),
         regenerate=functools.partial(roll, stage=cfg.regenerate, keep_path=cfg.of_steps),
-        select_keys=functools.partial(keep, cfg=cfg),
+        select_keys=functools.partial(select_keys, cfg=cfg),
         select_samples=functools.partial(select_samples, cfg=cfg),
         compare=compare,
         learn=functools.partial(learn, model=model, optimizer=optimizer, cfg=cfg),
@@ -113,7 +119,7 @@ class Staged:
         self.cfg, self.score = cfg, score
         run = stages(model, score, optimizer, cfg)
         self.jit: dict[str, Callable[..., Any]] = {name: jax.jit(f) for name, f in run._asdict().items()}
-        self.keys = jax.jit(functools.partial(sample_keys, prompts=cfg.prompts, candidates=cfg.candidates))
+        self.jit["draw"] = jax.jit(functools.partial(run.draw, prompts=cfg.prompts))
 
     def __call__(
         self,
@@ -124,54 +130,77 @@ class Staged:
         between: Callable[[str, float], None] = lambda stage, share: None,
     ) -> tuple[TrainState, Metrics]:
         """One iteration. `times` receives seconds per stage; `between(stage, share done)` runs between host calls."""
-        keys = self.keys(state)
+        keys, chance = self.jit["draw"](state)
         with clock(times, "quantise"):
             kernels = self.jit["merged"](state, frozen)
             low = jax.block_until_ready(self.jit["quantised"](kernels, frozen))
         if self.cfg.explore is None:
-            full = self._by_prompt("regenerate", (kernels, low, frozen), prompts, keys, times, between)
+            full = self._by_prompt("regenerate", (kernels, low, frozen), (prompts, keys), times, between)
             with clock(times, "select"):
-                samples, metrics = jax.block_until_ready(self.jit["select_samples"](state, full))
+                samples, metrics = jax.block_until_ready(self.jit["select_samples"](full, chance))
             del full  # candidates that are not learnt from leave the device, as do previews
         else:
-            preview = self._by_prompt("explore", (kernels, low, frozen), prompts, keys, times, between)
-            with clock(times, "select"):
-                chosen = jax.block_until_ready(self.jit["select_keys"](state, preview))
+            given = prompts, keys
+            preview, chosen = self._by_prompt("explore", (kernels, low, frozen), given, times, between, chance)
             if self.cfg.regenerate.precision == "bf16":
                 low = None  # the quantised kernels leave the device
-            samples = self._by_prompt("regenerate", (kernels, low, frozen), prompts, chosen.keys, times, between)
+            given = prompts, chosen.keys, chosen.state
+            samples = self._by_prompt("regenerate", (kernels, low, frozen), given, times, between)
             metrics = self.jit["compare"](preview, chosen, samples)
-            del preview, chosen
+            del preview, chosen, given
         del kernels, low
         with clock(times, "learn"):
             state, learnt = jax.block_until_ready(self.jit["learn"](state, frozen, prompts.cond, samples))
         between("learn", 1.0)
         return state, {**metrics, **learnt}
 
-    def _by_prompt(self, name: str, rest, prompts: Prompts, keys, times, between) -> Rollout:
-        """One block per device and call: of each device's own prompts the next that a chunk takes together."""
-        (count, images), devices, parts = keys.shape, jax.sharding.get_mesh().size, []
+    def _by_prompt(self, name: str, rest, given: tuple, times, between, chance: Array | None = None) -> Any:
+        """One block per device and call: of each device's own prompts the next that a chunk takes together.
+
+        `given` are the prompts, keys and states. With `chance` the kept are selected block by block, so that the
+        states of the others leave the device before the next block.
+        """
+        (count, images), parts = given[1].shape, []
         stage = next(stage for n, stage, _ in self.cfg.stages() if n == name)
-        mine = count // devices
+        mine = count // jax.sharding.get_mesh().size
         together = block_shape(stage.chunk, mine, images)[0]
-        with clock(times, name):
-            for i in range(0, mine, together):
-                group, group_keys = sharding.block((prompts, keys), i, together)
-                found = jax.block_until_ready(self.jit[name](*rest, group, group_keys))
-                parts.append(with_host(found, self.score, group.tokens))
-                between(name, (i + together) / mine)
+
+        def block(i: int) -> Any:
+            prompts, *start = sharding.block(given, i, together)
+            with clock(times, name):
+                found = jax.block_until_ready(self.jit[name](*rest, prompts, *start))
+                found = with_host(found, self.score, prompts.tokens)
+            if chance is None:
+                return found
+            with clock(times, "select"):
+                return jax.block_until_ready(self.jit["select_keys"](found, sharding.block(chance, i, together)))
+
+        for i in range(0, mine, together):
+            parts.append(block(i))
+            between(name, (i + together) / mine)
         return sharding.joined(tuple(parts))
 
 
-def keep(state: TrainState, found: Rollout, *, cfg: Config) -> Rollout:
+def draw(state: TrainState, prompts: int, *, cfg: Config) -> tuple[Key[Array, "P N"], Float[Array, "P N"]]:
+    """The coming iteration's candidates, and the numbers by which they are kept where that is left to chance."""
+    keys = sample_keys(state, prompts, cfg.candidates)
+    return keys, jax.random.uniform(selection_key(state), keys.shape)
+
+
+def keep(found: Rollout, chance: Float[Array, "P N"], *, cfg: Config) -> Rollout:
     """The kept samples of each prompt, best first."""
-    index = select(found.reward, cfg.kept, cfg.selection, selection_key(state))
+    index = select(found.reward, cfg.kept, cfg.selection, chance)
     return jax.tree.map(lambda x: take(x, index), found)
 
 
-def select_samples(state: TrainState, full: Rollout, *, cfg: Config) -> tuple[Rollout, Metrics]:
+def select_keys(preview: Rollout, chance: Float[Array, "P N"], *, cfg: Config) -> tuple[Rollout, Rollout]:
+    """(the preview without its states and latents, the kept of it with their keys and states)."""
+    return preview._replace(x0=None, state=None), keep(preview._replace(x0=None), chance, cfg=cfg)
+
+
+def select_samples(full: Rollout, chance: Float[Array, "P N"], *, cfg: Config) -> tuple[Rollout, Metrics]:
     """Of one stage's candidates the samples that are learnt from, and the rewards of both."""
-    samples = keep(state, full, cfg=cfg)
+    samples = keep(full, chance, cfg=cfg)
     return samples, reward_metrics(full, samples)
 
 

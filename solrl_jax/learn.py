@@ -64,12 +64,13 @@ def learn(
     chex.assert_tree_shape_prefix(cond, samples.keys.shape[:1])
     advantage = algos.advantages(samples.reward, cfg.learn.advantage_spread)
     epochs, updates = cfg.learn.epochs, cfg.learn.updates
-    began = state
+    began, x0 = state, samples.x0
+    assert x0 is not None  # these are samples, not a branch's preview
 
     def update(state: TrainState, which: tuple[Array, Array]):
         epoch, index = which
         keys = jax.vmap(jax.vmap(lambda k: sample_key(k, POINTS, epoch)))(samples.keys)
-        made = Sample(samples.x0, samples.path)
+        made = Sample(x0, samples.path)
         batch = jax.tree.map(lambda x: take(x, index), (keys, made, advantage))
         grads, metrics = gradients(state, began, frozen, cond, *batch, model=model, cfg=cfg)
         state, norm = apply_gradients(state, grads, optimizer, cfg)

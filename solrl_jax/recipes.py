@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from solrl_jax import config
-from solrl_jax.config import Config, ConfigError, Learn, Stage
+from solrl_jax.config import Branch, Config, ConfigError, Learn, Stage
 
 ON_THE_HUB = (
     "clipscore=openai/clip-vit-large-patch14",
@@ -29,6 +29,11 @@ ALIASES = {"compile": "naive_scaling"}
 def sol_rl(cfg: Config) -> Config:
     """Explore all N in few steps of a low precision, regenerate the K best and worst in BF16."""
     return cfg
+
+
+def branch(cfg: Config) -> Config:
+    """Explore all N in 5 steps of a low precision; the K best and worst go on in BF16 from where it stood after 3."""
+    return replace(cfg, explore=replace(_explored(cfg), steps=5), branch=Branch(after=3, steps=4))
 
 
 def naive_scaling(cfg: Config) -> Config:
@@ -95,7 +100,7 @@ def _method(cfg: Config, stage: Stage, learn: Learn) -> Config:
     return replace(diffusionnft(cfg), regenerate=stage, learn=replace(learn, micro_batch=times * fitting))
 
 
-FAMILIES = {f.__name__: f for f in (sol_rl, naive_scaling, naive_quant, diffusionnft)}
+FAMILIES = {f.__name__: f for f in (sol_rl, branch, naive_scaling, naive_quant, diffusionnft)}
 METHODS = {f.__name__: f for f in (flow_grpo, flow_grpo_fast, dance_grpo, awm)}
 NAMES = (*FAMILIES, *METHODS, *ALIASES)
 
@@ -156,6 +161,8 @@ def describe(cfg: Config) -> str:
         f"{name} {count} x {stage.steps} steps {stage.precision}" + (f" {stage.solver}" if stage.stochastic else "")
         for name, stage, count in cfg.stages()
     ]
+    if cfg.branch is not None:
+        return f"{rollouts[0]}, {rollouts[1].replace('regenerate', f'after {cfg.branch.after} of these go on with')}"
     if cfg.explore is not None:
         return ", ".join(rollouts)
     return f"{rollouts[0].replace('regenerate', 'roll out')}, keep {cfg.kept}"

@@ -13,6 +13,7 @@ from solrl_jax import algos, lora, quant, sampler, sharding
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.keys import NOISE, STEPS, WINDOW, sample_key
 from solrl_jax.rewards import Score, eight_bit, own, score_images, score_on_host
+from solrl_jax.sampler import Carry
 from solrl_jax.structs import (
     Frozen,
     Model,
@@ -46,21 +47,37 @@ def policy_variables(kernels: dict[str, Array], low: Params | None, frozen: Froz
     return params if low is None else {**params, "quant": quant.for_rollout(low)}
 
 
+class Branched(NamedTuple):
+    """The grid of a branch, f64 [after + steps + 1], and the number of its steps that are the preview's."""
+
+    sigmas: np.ndarray
+    after: int
+
+
+def branched(model: Model, cfg: Config) -> Branched | None:
+    """The config's branch on the model's grid."""
+    if cfg.branch is None:
+        return None
+    assert cfg.explore is not None
+    stage, branch = cfg.explore, cfg.branch
+    shift = stage.shift or model.shift(stage.steps)
+    return Branched(sampler.branched(sigmas_of(model, stage), branch.after, branch.steps, shift), branch.after)
+
+
 def rolled(
     kernels: dict[str, Array],
     low: Params | None,
     frozen: Frozen,
     prompts: Prompts,
     keys: Key[Array, "P N"],
+    state: Carry | None = None,
     *,
-    model: Model,
-    score: Score,
     stage: Stage,
-    keep_path: bool = False,
+    **statics: Any,
 ) -> Rollout:
     """`rollout` by the merged policy, or by the quantised one where the stage's precision is a low one."""
     variables = policy_variables(kernels, None if stage.precision == "bf16" else low, frozen)
-    return rollout(variables, frozen, prompts, keys, model=model, score=score, stage=stage, keep_path=keep_path)
+    return rollout(variables, frozen, prompts, keys, state, stage=stage, **statics)
 
 
 def rollout(
@@ -68,22 +85,35 @@ def rollout(
     frozen: Frozen,
     prompts: Prompts,
     keys: Key[Array, "P N"],
+    state: Carry | None = None,
     *,
     model: Model,
     score: Score,
     stage: Stage,
+    branch: Branched | None = None,
     keep_path: bool = False,
 ) -> Rollout:
-    """Integrate, decode and score P x N samples, `stage.chunk` at a time, each device its own prompts."""
+    """Integrate, decode and score P x N samples, `stage.chunk` at a time, each device its own prompts.
 
-    def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Seeds):
-        x0, path = trajectory(variables, prompts.cond, keys, model=model, stage=stage, keep_path=keep_path)
+    From the keys' noise by the stage's own steps. Of a `branch` that is the preview, which keeps its state; given a
+    `state`, leaves [P, N, ...], it is the rest of the branch's steps from there.
+    """
+
+    def block(variables: Variables, frozen: Frozen, prompts: Prompts, seeds: Seeds):
+        velocity = velocity_of(variables, prompts.cond, seeds, model)
+        if branch is None:
+            x0, path = trajectory(velocity, seeds, model=model, stage=stage, keep_path=keep_path)
+            kept = None
+        else:
+            x0, kept = preview_or_rest(velocity, seeds, branch, model=model, stage=stage)
+            path = None
         images = model.decode(frozen.vae, x0)
         shown = eight_bit(images) if score.on_host else None
-        return x0, *score_images(score, frozen.rewards, images, prompts.tokens), path, shown
+        scores = score_images(score, frozen.rewards, images, prompts.tokens)
+        return x0 if kept is None else None, *scores, path, kept, shown
 
     begin = jnp.broadcast_to(keys[:, :1], keys.shape) if stage.shared_noise else keys
-    return Rollout(keys, *by_block(block, stage.chunk)(variables, frozen, prompts, Seeds(begin, keys)))
+    return Rollout(keys, *by_block(block, stage.chunk)(variables, frozen, prompts, Seeds(begin, keys, state)))
 
 
 def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree]) -> Rollout:
@@ -97,43 +127,77 @@ def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree]) -> R
 
 
 class Seeds(NamedTuple):
-    """Keys of samples [p, n]: of the noise that each begins with, and of everything else."""
+    """Keys of samples [p, n]: of the noise that each begins with, and of everything else.
+
+    Where there is a solver's `state`, leaves [p, n, ...], a sample goes on from it and begins with no noise.
+    """
 
     begin: Key[Array, "p n"]
     own: Key[Array, "p n"]
+    state: Carry | None = None
 
 
 def integrate(
     variables: Variables, cond: PyTree, keys: Key[Array, "p n"], *, model: Model, stage: Stage
 ) -> Float[Array, "B h w c"]:
     """From each key's noise to its latents, all p x n = B samples as one batch; cond leaves [p, ...]."""
-    return trajectory(variables, cond, Seeds(keys, keys), model=model, stage=stage)[0]
+    seeds = Seeds(keys, keys)
+    return trajectory(velocity_of(variables, cond, seeds, model), seeds, model=model, stage=stage)[0]
+
+
+Velocity = Callable[[Array, Array], Array]
+
+
+def velocity_of(variables: Variables, cond: PyTree, seeds: Seeds, model: Model) -> Velocity:
+    """velocity(x [B, ...], sigma [B]) of a policy for a block of p prompts x n samples; cond leaves [p, ...]."""
+    cond = jax.tree.map(lambda c: jnp.repeat(c, seeds.own.shape[1], axis=0), model.prepare(variables, cond))
+    return lambda x, sigma: model.velocity(variables, x, sigma, cond)
 
 
 def trajectory(
-    variables: Variables, cond: PyTree, keys: Seeds, *, model: Model, stage: Stage, keep_path: bool = False
+    velocity: Velocity, seeds: Seeds, *, model: Model, stage: Stage, keep_path: bool = False
 ) -> tuple[Float[Array, "B h w c"], Path | None]:
     """The ODE, or where the stage has noise the SDE; with `keep_path` also the steps that can be trained on."""
-    cond = jax.tree.map(lambda c: jnp.repeat(c, keys.own.shape[1], axis=0), model.prepare(variables, cond))
-
-    def velocity(x: Array, sigma: Array) -> Array:
-        return model.velocity(variables, x, sigma, cond)
-
-    found, _, first = solved(velocity, keys, model=model, stage=stage, keep_path=keep_path)
-    if not keep_path:
-        return found, None
-    x0, states = found
+    x0, states, _, first = solved(velocity, seeds, model=model, stage=stage, keep_path=keep_path)
+    if states is None:
+        return x0, None
     states = jnp.concatenate([states, x0[None]])  # [N + 1, B, ...]
     window = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=stage.trainable + 1)
     return x0, Path(jax.vmap(window, in_axes=(1, 0))(states, first), first)
 
 
-def solved(
-    velocity: Callable[[Array, Array], Array], keys: Seeds, *, model: Model, stage: Stage, keep_path: bool
-) -> tuple[Any, sampler.Table, Int[Array, "B"]]:
-    """From each key's noise by the stage's solver: what `sampler.sample` gives, its steps, and each window's first."""
-    begin, own = (k.reshape(-1) for k in keys)
-    x1 = jax.vmap(lambda k: model.noise(sample_key(k, NOISE)))(begin)
+def preview_or_rest(
+    velocity: Velocity, seeds: Seeds, branch: Branched, *, model: Model, stage: Stage
+) -> tuple[Float[Array, "B h w c"], Carry | None]:
+    """From the noise: the preview's x0, and the state where the branch begins, leaves [B, ...]. From there: the
+    sample's x0."""
+    if seeds.state is not None:
+        state = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), seeds.state)
+        rest = sampler.rows(sampler.table(branch.sigmas, stage.solver), branch.after)
+        return sampler.advance(velocity, state, rest)[0].x, None
+    steps = sampler.table(sigmas_of(model, stage), stage.solver)
+    begin = sampler.at_noise(noises(model, seeds.begin.reshape(-1)), steps)
+    state, _ = sampler.advance(velocity, begin, sampler.rows(steps, 0, branch.after))
+    return sampler.advance(velocity, state, sampler.rows(steps, branch.after))[0].x, state
+
+
+def noises(model: Model, keys: Key[Array, "B"]) -> Float[Array, "B h w c"]:
+    """What each sample begins with."""
+    return jax.vmap(lambda k: model.noise(sample_key(k, NOISE)))(keys)
+
+
+class Solved(NamedTuple):
+    """x0; with the path, what each of the N steps began with; the steps; each sample's first step of its window."""
+
+    x0: Float[Array, "B h w c"]
+    states: Float[Array, "N B h w c"] | None
+    steps: sampler.Table
+    first: Int[Array, "B"]
+
+
+def solved(velocity: Velocity, seeds: Seeds, *, model: Model, stage: Stage, keep_path: bool) -> Solved:
+    """From each key's noise by the stage's solver."""
+    x1, own = noises(model, seeds.begin.reshape(-1)), seeds.own.reshape(-1)
     sigmas = sigmas_of(model, stage)
     steps, first = sampler.table(sigmas, stage.solver, stage.eta), jnp.zeros(own.shape, jnp.int32)
     if stage.window:
@@ -144,7 +208,9 @@ def solved(
     def noise(step: Int[Array, ""]) -> Float[Array, "B h w c"]:
         return jax.vmap(lambda k: jax.random.normal(sample_key(k, STEPS, step), x1.shape[1:]))(own)
 
-    return sampler.sample(velocity, x1, steps, noise if stage.stochastic else None, keep_path=keep_path), steps, first
+    begin = sampler.at_noise(x1, steps)
+    end, states = sampler.advance(velocity, begin, steps, noise if stage.stochastic else None, keep_path=keep_path)
+    return Solved(end.x, states, steps, first)
 
 
 def sigmas_of(model: Model, stage: Stage) -> np.ndarray:
@@ -156,16 +222,16 @@ def by_block(block: Callable[..., PyTree], chunk: int) -> Callable[..., PyTree]:
     """block(variables, frozen, prompts, keys [p, n]) -> leaves [p * n, ...], run over keys [P, N] a block at a time.
 
     A block has at most `chunk` samples: a part of one prompt's, or several whole prompts. Keys are a tree of arrays
-    [P, N]. Result leaves [P, N, ...].
+    [P, N, ...]. Result leaves [P, N, ...].
     """
 
     def on_device(variables: Variables, frozen: Frozen, prompts: Prompts, keys: PyTree):
-        shape = jax.tree.leaves(keys)[0].shape
+        shape = jax.tree.leaves(keys)[0].shape[:2]
         p, n = block_shape(chunk, *shape)
 
         def one_group(args):
             prompts, keys = args
-            columns = jax.tree.map(lambda k: k.reshape(p, -1, n).swapaxes(0, 1), keys)
+            columns = jax.tree.map(lambda k: k.reshape((p, -1, n, *k.shape[2:])).swapaxes(0, 1), keys)
             parts = jax.lax.map(lambda k: block(variables, frozen, prompts, k), columns)  # leaves [N / n, p * n, ...]
             return jax.tree.map(lambda x: x.reshape((-1, p, n, *x.shape[2:])).swapaxes(0, 1), parts)
 

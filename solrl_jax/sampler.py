@@ -179,21 +179,61 @@ def windowed(inside: Table, outside: Table, first: Int[Array, "B"], length: int)
     return jax.tree.map(column, inside, outside)
 
 
+def branched(sigmas: np.ndarray, after: int, steps: int, shift: float) -> np.ndarray:
+    """f64 [after + steps + 1]: the first `after` steps of a grid, then `steps` of one's own from where these end to 0.
+
+    The latter are equal in u, where sigma = shift u / (1 + (shift - 1) u) as in `shifted`. The table of the whole is
+    one multistep solve, and its first `after` rows are those of the table of `sigmas`.
+
+    Raises ValueError unless 1 <= after < number of steps of `sigmas`, and steps >= 1.
+    """
+    if not 1 <= after < len(sigmas) - 1 or steps < 1:
+        raise ValueError(
+            f"after={after} of {len(sigmas) - 1} steps, then {steps}: branch after step 1 to {len(sigmas) - 2}, and "
+            "take 1 step or more from there"
+        )
+    reached = sigmas[after]
+    u = np.linspace(reached / (shift - (shift - 1) * reached), 0, steps + 1)[1:]
+    return np.concatenate([sigmas[: after + 1], shift * u / (1 + (shift - 1) * u)])
+
+
+class Carry(NamedTuple):
+    """A solver's state between two steps, f32: x, and the x0hats of the steps before, the last one first."""
+
+    x: Float[Array, "*B h w c"]
+    x0hats: tuple[Float[Array, "*B h w c"], ...] = ()
+
+
+def at_noise(x1: Float[Array, "B h w c"], steps: Table) -> Carry:
+    """Where a table begins."""
+    return Carry(x1, (jnp.zeros_like(x1),) * (np.shape(steps.x0)[-1] - 1))
+
+
 def sample(
     velocity: Callable[[Array, Array], Array],
     x1: Float[Array, "B h w c"],
     steps: Table,
     noise: Callable[[Int[Array, ""]], Float[Array, "B h w c"]] | None = None,
+) -> Float[Array, "B h w c"]:
+    """All steps of a table, from noise x1 (sigma 1) to the sample x0 (sigma 0); see `advance`."""
+    return advance(velocity, at_noise(x1, steps), steps, noise)[0].x
+
+
+def advance(
+    velocity: Callable[[Array, Array], Array],
+    carry: Carry,
+    steps: Table,
+    noise: Callable[[Int[Array, ""]], Float[Array, "B h w c"]] | None = None,
     *,
     keep_path: bool = False,
-) -> Any:
-    """Take the steps of a table from noise x1 (sigma 1) to the sample x0 (sigma 0).
+) -> tuple[Carry, Float[Array, "N B h w c"] | None]:
+    """Take the N steps of a table, or of a part of one (`rows`), from a solver's state.
 
     velocity(x, sigma [B]) -> v like x; noise(step) -> z like x, asked for only where it is given: a table with noise
-    needs it. With `keep_path`, (x0, states [N, B, h, w, c]): what each step began with. The state stays f32
-    whatever the network's dtype.
+    needs it. Returns the state reached, and with `keep_path` what each step began with. The state stays f32 whatever
+    the network's dtype.
     """
-    history = np.shape(steps.x0)[-1] - 1
+    history = len(carry.x0hats)
     index = jnp.arange(np.shape(steps.sigma)[0])
     columns = jax.tree.map(lambda c: jnp.asarray(c, F32), steps)
 
@@ -206,10 +246,14 @@ def sample(
             new = new + over(c.x0[..., k], x) * x0
         if noise is not None:
             new = new + over(c.noise, x) * noise(i)
-        return (new, found[:history]), x if keep_path else None
+        return Carry(new, found[:history]), x if keep_path else None
 
-    (x0, _), path = jax.lax.scan(step, (x1, (jnp.zeros_like(x1),) * history), (columns, index))
-    return (x0, path) if keep_path else x0
+    return jax.lax.scan(step, carry, (columns, index))
+
+
+def rows(steps: Table, first: int, last: int | None = None) -> Table:
+    """The steps `first` .. `last` - 1 of a table."""
+    return jax.tree.map(lambda column: column[first:last], steps)
 
 
 def over(c: Array, x: Array) -> Array:

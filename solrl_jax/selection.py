@@ -2,16 +2,18 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 
-def select(reward: Float[Array, "P N"], kept: int, rule: str, key: Key[Array, ""]) -> Int[Array, "P {kept}"]:
+def select(
+    reward: Float[Array, "P N"], kept: int, rule: str, chance: Float[Array, "P N"] | None = None
+) -> Int[Array, "P {kept}"]:
     """Indices of the kept candidates, no candidate twice.
 
-    best_worst: the K - K//2 highest and the K//2 lowest, best first; top: the K highest; random: K without
-    replacement; max_variance: the K with the largest variance of rewards, always some of the best and some of the worst
-    (arXiv 2504.13818); all: every candidate, in order (K = N). Both ends come from one stable sort, so ties never
-    select a candidate twice (algorithms.md section 8, item 30).
+    best_worst: the K - K//2 highest and the K//2 lowest, best first; top: the K highest; random: the K of highest
+    `chance`, numbers drawn independently; max_variance: the K with the largest variance of rewards, always some of the
+    best and some of the worst (arXiv 2504.13818); all: every candidate, in order (K = N). Both ends come from one
+    stable sort, so ties never select a candidate twice (algorithms.md section 8, item 30).
 
     Raises ValueError for an unknown rule, or if `kept` is more than the number of candidates.
     """
@@ -21,7 +23,9 @@ def select(reward: Float[Array, "P N"], kept: int, rule: str, key: Key[Array, ""
     if rule == "all":
         return jnp.broadcast_to(jnp.arange(candidates)[None, :kept], (prompts, kept))
     if rule == "random":
-        reward = jax.random.uniform(key, reward.shape)
+        if chance is None:
+            raise ValueError("rule random keeps by chance: give random numbers, like the rewards")
+        reward = chance
     order = jnp.argsort(-reward, axis=-1, stable=True)
     if rule in ("top", "random"):
         return order[:, :kept]
@@ -64,8 +68,7 @@ def fidelity(preview: Float[Array, "P N"], truth: Float[Array, "P N"], kept: int
     chooses; 0 if all true rewards are equal.
     """
     best, worst = kept - kept // 2, kept // 2
-    key = jax.random.key(0)  # best_worst is not random
-    chosen, perfect = (select(r, kept, "best_worst", key) for r in (preview, truth))
+    chosen, perfect = (select(r, kept, "best_worst") for r in (preview, truth))
     same = chosen[:, :best, None] == perfect[:, None, :best]
 
     def contrast(index: Int[Array, "P K"]) -> Float[Array, "P"]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from solrl_jax.sampler import Gaussian
+from solrl_jax.sampler import Carry, Gaussian
 
 PyTree = Any
 Params = Mapping[str, Any]
@@ -49,6 +49,7 @@ class Model(NamedTuple):
     tokenize(prompts) -> arrays [G, ...] on the host;
     encode(text_params, tokens) -> conditioning, leaves [G, ...];
     noise(key) -> one sample's x_1, f32 [h, w, c]; sigmas(steps) -> f64 [steps + 1], falling from 1 to 0;
+    shift(steps) -> the shift of that grid, in whose u a branch's steps are equal (sampler.branched);
     prepare(variables, cond) -> conditioning, leaves [G, ...], that velocity takes in the place of `encode`'s: what of
     the network depends on neither x nor sigma is done in it, once for a rollout;
     velocity(variables, x, sigma, cond) -> f32 like x, for x f32 [B, h, w, c], sigma f32 [B] and cond leaves [B, ...];
@@ -61,6 +62,7 @@ class Model(NamedTuple):
     encode: Callable[[Params, PyTree], PyTree]
     noise: Callable[[Keys], Array]
     sigmas: Callable[[int], Any]
+    shift: Callable[[int], float]
     velocity: Callable[[Variables, Array, Array, PyTree], Array]
     largest: Callable[[Variables, Array, Array, PyTree], dict[str, Array]]
     decode: Callable[[Params, Array], Array]
@@ -159,15 +161,17 @@ class Path(NamedTuple):
 class Rollout(NamedTuple):
     """Samples of one stage. `keys` are the samples: noise(key) is where each began.
 
-    `path` is there for algorithms that learn from a sampler's steps. `images`, 8 bits, are there until the rewards
-    that run on the host have seen them; without such rewards never.
+    A branch's preview has the solver's `state`, from which the kept ones go on, in place of `x0`. `path` is there for
+    algorithms that learn from a sampler's steps. `images`, 8 bits, are there until the rewards that run on the host
+    have seen them; without such rewards never.
     """
 
     keys: Key[Array, "P K"]
-    x0: Float[Array, "P K h w c"]
+    x0: Float[Array, "P K h w c"] | None
     reward: Float[Array, "P K"]
     parts: Mapping[str, Float[Array, "P K"]]
     path: Path | None = None
+    state: Carry | None = None
     images: UInt8[Array, "P K H W 3"] | None = None
 
 

@@ -107,8 +107,7 @@ def test_the_stage_as_it_draws(parts, stage):
     np.testing.assert_allclose(sigmas, table.sigma, rtol=1e-6)
     np.testing.assert_allclose([sigma for _, sigma in at], np.repeat(table.sigma[:, None], 2, 1), rtol=1e-6)
     x, sigma = map(jnp.asarray, at[-1])  # every solver's last step takes x0hat
-    seeds = rollout.Seeds(keys[:, None], keys[:, None])
-    drawn, _ = rollout.trajectory({}, cond, seeds, model=model, stage=stage)
+    drawn = rollout.integrate({}, cond, keys[:, None], model=model, stage=stage)
     np.testing.assert_allclose(x - sampler.over(sigma, x) * velocity({}, x, sigma, cond), drawn, rtol=1e-5, atol=1e-5)
     assert np.abs(at[0][0]).max() == pytest.approx(float(found["x"][0]))
 

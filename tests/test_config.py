@@ -167,6 +167,44 @@ def test_load_by_name_recipe_and_override(tmp_path, monkeypatch):
         config.load("somewhere")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"branch.after": "5"}, r"branch.after=5 of explore.steps=5: branch before the last step, .* after 4 or fewer"),
+        ({"branch.after": "0"}, r"branch.after=0: 1 or more; to begin again from the noise, branch=none"),
+        ({"branch.steps": "0"}, r"branch.steps=0: a sample takes at least one step after the branch"),
+        ({"explore": "none"}, r"branch.after=3 of no preview: set branch=none, or take a family with explore"),
+        (
+            {"explore.solver": "euler"},
+            r"explore.solver=euler, regenerate.solver=dpm2: a branch is one solve, give both the same",
+        ),
+        ({"regenerate.shift": "3"}, r"explore.shift=0.0, regenerate.shift=3.0: a branch is one solve"),
+        (
+            {"explore.solver": "sde", "regenerate.solver": "sde"},
+            r"explore.solver=sde: a branch takes an ODE's state, use one of euler, dpm1, dpm2",
+        ),
+        ({"regenerate.solver": "cps"}, r"regenerate.solver=cps: a branch takes an ODE's state"),
+    ],
+)
+def test_a_branch_that_cannot_be_is_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config.override(config.load("flux:branch"), **changes)
+
+
+def test_a_branch_is_sol_rl_but_for_its_steps():
+    sol_rl, branch = config.load("flux:sol_rl"), config.load("flux:branch")
+    assert config.differences(sol_rl, branch) == {
+        "explore.steps": (6, 5),
+        "branch": (None, None),
+        "branch.after": (None, 3),
+        "branch.steps": (None, 4),
+    }
+    assert branch.times == sol_rl.times == 4  # of the grid of 10 steps
+    assert [(name, stage.steps, n) for name, stage, n in branch.stages()] == [("explore", 5, 96), ("regenerate", 4, 24)]
+    assert config.override(branch, branch="none", **{"explore.steps": "6"}) == sol_rl
+    assert config.override(branch, **{"branch.after": "2"}).branch == config.Branch(2, 4)
+
+
 FLUX = [f"{f}_{r}" for f in recipes.NAMES for r in ("clipscore", "pickscore", "hpsv2", "imagereward")]
 
 
@@ -192,11 +230,12 @@ def test_flux_is_the_published_run():
 def test_recipes_have_the_names_of_the_original():
     made = {recipe: config.load(f"flux:{recipe}") for recipe in FLUX}
     assert made["sol_rl_clipscore"] == config.load("flux") == config.load("flux:sol_rl")
-    assert len(set(made.values())) == 32 and len(made) == 36
+    assert len(set(made.values())) == 36 and len(made) == 40  # an alias is another's
     for recipe, cfg in made.items():
         assert cfg == config.load(f"flux:flux1_{recipe}") and recipe.endswith(f"_{cfg.reward}") and cfg.name == "flux"
     assert {n: recipes.describe(made[f"{n}_hpsv2"]) for n in recipes.NAMES} == {
         "sol_rl": "explore 96 x 6 steps auto, regenerate 24 x 10 steps bf16",
+        "branch": "explore 96 x 5 steps auto, after 3 of these go on with 24 x 4 steps bf16",
         "naive_scaling": "roll out 96 x 10 steps bf16, keep 24",
         "naive_quant": "roll out 96 x 10 steps auto, keep 24",
         "diffusionnft": "roll out 24 x 10 steps bf16, keep 24",
@@ -217,8 +256,8 @@ def test_recipes_have_the_names_of_the_original():
         ),
         (
             "solrl",
-            r"did you mean sol_rl\? use FAMILY_REWARD, of sol_rl, naive_scaling, naive_quant, diffusionnft, flow_grpo, "
-            r"flow_grpo_fast, dance_grpo, awm, compile",
+            r"did you mean sol_rl\? use FAMILY_REWARD, of sol_rl, branch, naive_scaling, naive_quant, diffusionnft, "
+            r"flow_grpo, flow_grpo_fast, dance_grpo, awm, compile",
         ),
         ("hpsv2", r"and clipscore, pickscore, hpsv2, imagereward \(--config=flux:help lists them\)"),
         ("_hpsv2", r"no such recipe"),
@@ -238,7 +277,7 @@ def test_help_has_every_recipe_in_one_line():
     assert all("; the same as naive_scaling" in line for line in lines if line.startswith("  compile_"))
     for reward in ("clipscore", "pickscore", "hpsv2", "imagereward"):
         assert not any(f"{reward} is not here yet" in line for line in lines)
-    assert sum(line.startswith("  ") and line[2] != " " for line in recipes.help_lines("tiny")) == 18
+    assert sum(line.startswith("  ") and line[2] != " " for line in recipes.help_lines("tiny")) == 20
     with pytest.raises(
         ConfigError, match=r"--config=nothing: there is no configs/nothing.py; use one of .*flux, .*tiny"
     ):

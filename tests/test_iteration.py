@@ -159,6 +159,7 @@ def test_the_staged_loop_gives_each_device_its_own_prompts(folder):
         parts = parts_of(nano.build(folder), devices)
         with jax.set_mesh(parts.mesh):
             _, prompts, keys = begun(parts)
+            chance = jax.random.uniform(jax.random.key(0), keys.shape)
             staged, seen = iteration.Staged(**dict(zip(STATICS, statics_of(parts), strict=True))), []
 
             def drawn(kernels, low, frozen, group, keys, seen=seen):
@@ -167,16 +168,15 @@ def test_the_staged_loop_gives_each_device_its_own_prompts(folder):
                 return iteration.Rollout(keys, reward[..., None, None, None], reward, {"clipscore": reward})
 
             staged.jit["explore"] = drawn
-            found[devices] = staged._by_prompt("explore", (None, None, None), prompts, keys, {}, lambda *_: None)
+            rest, given = (None, None, None), (prompts, keys)
+            found[devices] = staged._by_prompt("explore", rest, given, {}, lambda *_: None, chance)
         assert len(seen) == {1: 4, 2: 2}[devices]
         if devices == 2:
             leaves = jax.tree.leaves((seen, found[2]))
             assert leaves and all(not x.sharding.is_fully_replicated for x in leaves)
-    for one, two in zip(
-        *map(jax.tree.leaves, (found[1]._replace(keys=None), found[2]._replace(keys=None))), strict=True
-    ):
-        np.testing.assert_array_equal(one, two)
-    np.testing.assert_array_equal(*(jax.random.key_data(found[n].keys) for n in (1, 2)))
+    for one, two in zip(found[1], found[2], strict=True):  # the previews, and the kept of them
+        a, b = (jax.tree.leaves(r._replace(keys=jax.random.key_data(r.keys))) for r in (one, two))
+        jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def stages_on(parts):
         kernels = jax.jit(run.merged)(state, parts.frozen)
         low = jax.jit(run.quantised)(kernels, parts.frozen)
         preview = jax.jit(run.explore)(kernels, low, parts.frozen, prompts, keys)
-        chosen = jax.jit(run.select_keys)(state, preview)
+        _, chosen = jax.jit(run.select_keys)(preview, jnp.zeros(keys.shape))
         samples = jax.jit(run.regenerate)(kernels, low, parts.frozen, prompts, chosen.keys)
         return (
             preview,

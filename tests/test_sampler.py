@@ -228,8 +228,8 @@ def test_a_window_has_noise_and_the_rest_is_euler():
 def test_paths_are_what_the_steps_began_with():
     rows = sampler.table(FLUX_6, "sde", 0.9)
     z = jax.random.normal(jax.random.key(2), (6, *noise().shape))
-    x0, states = sampler.sample(toy, noise(), rows, lambda i: z[i], keep_path=True)
-    states = np.concatenate([states, x0[None]])
+    end, states = sampler.advance(toy, sampler.at_noise(noise(), rows), rows, lambda i: z[i], keep_path=True)
+    states = np.concatenate([states, end.x[None]])
     np.testing.assert_array_equal(states[0], noise())
     for i, s in enumerate(FLUX_6[:-1]):
         found = states[i] - s * np.asarray(toy(jnp.asarray(states[i]), jnp.full(2, s)))

@@ -16,55 +16,56 @@ REWARD = jnp.array([[0.1, 0.9, 0.4, 0.7, 0.2, 0.8], [5.0, 1.0, 4.0, 2.0, 3.0, 0.
 
 
 def test_golden():
-    np.testing.assert_array_equal(select(REWARD, 4, "best_worst", KEY), [[1, 5, 4, 0], [0, 2, 1, 5]])
-    np.testing.assert_array_equal(select(REWARD, 3, "best_worst", KEY), [[1, 5, 0], [0, 2, 5]])
-    np.testing.assert_array_equal(select(REWARD, 3, "top", KEY), [[1, 5, 3], [0, 2, 4]])
-    np.testing.assert_array_equal(select(REWARD, 6, "all", KEY), [range(6), range(6)])
+    np.testing.assert_array_equal(select(REWARD, 4, "best_worst"), [[1, 5, 4, 0], [0, 2, 1, 5]])
+    np.testing.assert_array_equal(select(REWARD, 3, "best_worst"), [[1, 5, 0], [0, 2, 5]])
+    np.testing.assert_array_equal(select(REWARD, 3, "top"), [[1, 5, 3], [0, 2, 4]])
+    np.testing.assert_array_equal(select(REWARD, 6, "all"), [range(6), range(6)])
 
 
 @pytest.mark.parametrize("rule", ["best_worst", "top", "max_variance", "random"])
 @pytest.mark.parametrize("kept", [2, 8, 24])
 def test_ties_never_pick_twice(rule, kept):
     """All equal: the original picks 12 distinct of 24; one sort cannot (algorithms.md section 8, item 30)."""
-    index = np.asarray(select(jnp.zeros((3, 24)), kept, rule, KEY))
+    index = np.asarray(select(jnp.zeros((3, 24)), kept, rule, jax.random.uniform(KEY, (3, 24))))
     assert all(len(set(row)) == kept for row in index)
 
 
 def test_keeping_all_keeps_every_candidate():
-    index = select(REWARD, 6, "best_worst", KEY)
+    index = select(REWARD, 6, "best_worst")
     np.testing.assert_array_equal(np.sort(index, axis=-1), [range(6), range(6)])
 
 
 def test_max_variance_is_the_best_of_all_subsets():
     """Against every subset of 4 of 8, on skewed rewards, whose best split is not the middle one."""
     reward = jax.random.normal(KEY, (16, 8)) ** 3
-    kept = take(reward, select(reward, 4, "max_variance", KEY))
+    kept = take(reward, select(reward, 4, "max_variance"))
     subsets = np.array(list(itertools.combinations(range(8), 4)))
     best = np.var(np.asarray(reward)[:, subsets], axis=-1).max(axis=1)
     np.testing.assert_allclose(np.var(np.asarray(kept), axis=-1), best, rtol=1e-5)
     assert (np.diff(np.asarray(kept), axis=-1) <= 0).all()  # best first
-    middle = take(reward, select(reward, 4, "best_worst", KEY))
+    middle = take(reward, select(reward, 4, "best_worst"))
     assert (np.var(np.asarray(middle), axis=-1) < best - 1e-3).any()
 
 
 def test_permuting_candidates_permutes_the_kept():
     order = jnp.array([3, 1, 5, 0, 2, 4])
-    kept = take(REWARD, select(REWARD, 4, "best_worst", KEY))
-    np.testing.assert_array_equal(take(REWARD[:, order], select(REWARD[:, order], 4, "best_worst", KEY)), kept)
+    kept = take(REWARD, select(REWARD, 4, "best_worst"))
+    np.testing.assert_array_equal(take(REWARD[:, order], select(REWARD[:, order], 4, "best_worst")), kept)
 
 
 def test_random_differs_between_keys_and_prompts():
-    a = select(jnp.zeros((4, 96)), 24, "random", KEY)
-    assert not np.array_equal(a, select(jnp.zeros((4, 96)), 24, "random", jax.random.key(1)))
+    a, b = (select(jnp.zeros((4, 96)), 24, "random", jax.random.uniform(key, (4, 96))) for key in jax.random.split(KEY))
+    assert not np.array_equal(a, b)
     assert not np.array_equal(a[0], a[1])
 
 
 @pytest.mark.parametrize(
-    ("kept", "rule", "match"), [(7, "top", "kept=7 of 6"), (0, "top", "kept=0"), (2, "median", "unknown")]
+    ("kept", "rule", "match"),
+    [(7, "top", "kept=7 of 6"), (0, "top", "kept=0"), (2, "median", "unknown"), (2, "random", "by chance")],
 )
 def test_bad_requests(kept, rule, match):
     with pytest.raises(ValueError, match=match):
-        select(REWARD, kept, rule, KEY)
+        select(REWARD, kept, rule)
 
 
 def test_spearman():

@@ -41,6 +41,7 @@ TOY = Model(
     encode=lambda params, ids: {"text": params["embed"][ids % 8].mean(1)},
     noise=lambda key: jax.random.normal(key, (4, 4, 1)),
     sigmas=lambda steps: np.linspace(1, 0, steps + 1),
+    shift=lambda steps: 1.0,
     velocity=velocity,
     largest=lambda *_: {},
     decode=lambda params, x: jnp.broadcast_to(jax.nn.sigmoid(x), (*x.shape[:3], 3)),

@@ -32,6 +32,7 @@ VARIANTS = {
     "naive, BF16": ("naive_scaling", {}),
     "two stages, BF16": ("sol_rl", {"explore.precision": "bf16"}),
     "two stages, low precision": ("sol_rl", {}),
+    "branch, low precision": ("branch", {}),
 }
 
 
@@ -89,6 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", default="", help="config words, field=value with commas: reward=clipscore")
     parser.add_argument("--out", type=Path, help="default: results/MODEL.json")
     parser.add_argument("--more", action="store_true", help="measure only the forms that --out does not have")
+    parser.add_argument(
+        "--forms", default="", help="parts of the forms' names, with semicolons: the others are left out"
+    )
     args = parser.parse_args(argv)
     out = args.out or HERE / f"results/{args.model}.json"
     assemble.use_compilation_cache()
@@ -99,7 +103,8 @@ def main(argv: list[str] | None = None) -> None:
             named = config.load(f"{args.model}:{recipe}", {**words, **changes})
             return assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
 
-        cfgs = {name: variant(*how) for name, how in VARIANTS.items()}
+        wanted = [part.strip() for part in args.forms.split(";")]
+        cfgs = {n: variant(*how) for n, how in VARIANTS.items() if any(part in n for part in wanted)}
         bench = Bench(cfgs["two stages, low precision"], sharding.make_mesh(1), args.repeat)
         facts = {"model": args.model, "precision": bench.cfg.low_precision, "prompts": args.prompts}
         facts |= {"candidates": bench.cfg.candidates, "kept": bench.cfg.kept}

@@ -12,6 +12,7 @@ of which `python -m experiments.methods.summary` makes a table and a figure.
 
 import argparse
 import functools
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,13 +38,19 @@ ARMS = {
     "awm": Arm("awm", COMMON, about="8 of 8, SA-Solver of 14 steps"),
     "flow_grpo": Arm("flow_grpo", COMMON, about="8 of 8, SDE of 6 steps"),
     "dance_grpo": Arm("dance_grpo", COMMON, about="8 of 8, SDE of 12 steps, one noise a prompt"),
+    "branch": Arm("branch", COMMON, about="explore 24 x 5 steps in NVFP4, 8 go on from step 3 with 4 more in BF16"),
+    "branch_4": Arm(
+        "branch",
+        COMMON | {"explore.steps": "4", "branch.after": "2", "branch.steps": "3"},
+        about="explore 24 x 4 steps in NVFP4, 8 go on from step 2 with 3 more in BF16",
+    ),
     "bf16": Arm("", COMMON | {"explore.precision": "bf16"}, about="sol_rl, explored in BF16"),
     "naive_scaling": Arm("naive_scaling", COMMON, about="keep 8 of 24, all drawn in BF16"),
     "random": Arm("", COMMON | {"selection": "random"}, about="sol_rl, the kept 8 of 24 chosen at random"),
     "shuffled": Arm("", COMMON, shuffled=True, about="sol_rl, each group's rewards dealt anew among its pictures"),
 }
-BORROWED = {"bf16": "sol_rl", "naive_scaling": "sol_rl", "random": "sol_rl", "shuffled": "sol_rl"}
-"""Controls take the rate that was chosen for their method."""
+BORROWED = dict.fromkeys(("branch", "branch_4", "bf16", "naive_scaling", "random", "shuffled"), "sol_rl")
+"""Controls take the rate that was chosen for their method, and so do Sol-RL's branches."""
 RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
 TUNING_SEED = 100
 CHOOSING = 100
@@ -60,6 +67,7 @@ class Bench(NamedTuple):
     budget: float
     marks: int
     choosing: int
+    iterations: int  # of every arm, whatever its budget; 0: what the budget pays
     out: Path
     say: Callable[..., None]
 
@@ -69,10 +77,15 @@ def a_mark(cfg: Config, budget: float, marks: int) -> int:
     return max(1, round(budget / marks / sum(price(cfg, prices()).values())))
 
 
+def call_of(bench: Bench, cfg: Config) -> int:
+    """Iterations between two marks."""
+    return bench.iterations // bench.marks if bench.iterations else a_mark(cfg, bench.budget, bench.marks)
+
+
 def trained(bench: Bench, cfg: Config, program, seeds: Sequence[int], rates: Sequence[float], marks: int):
     """States after each mark, one run a (seed, rate) pair."""
     settings = [evidence.scalars(config.override(cfg, **{"learn.learning_rate": f"{r:g}"}).learn) for r in rates]
-    states, call = lab.begin(bench.opened, cfg, settings, seeds), a_mark(cfg, bench.budget, bench.marks)
+    states, call = lab.begin(bench.opened, cfg, settings, seeds), call_of(bench, cfg)
     for mark in range(marks):
         rows = lab.picks(bench.opened, cfg, seeds, mark * call, call)
         states, _ = program(states, bench.opened.table, bench.opened.parts.frozen, rows)
@@ -104,11 +117,18 @@ def final(bench: Bench, name: str, cfg: Config, program, rate: float, figures: d
     for done, states in trained(bench, cfg, program, seeds, rates, bench.marks):
         wall = (time.perf_counter() - began) / done
         figures["wall time an iteration"] = results.figure(wall, f"s, {len(seeds)} runs at once, with measuring", 1)
-        for split in lab.SPLITS if done == bench.marks * a_mark(cfg, bench.budget, bench.marks) else ("test",):
+        for split in lab.SPLITS if done == bench.marks * call_of(bench, cfg) else ("test",):
             figures |= at_mark(split, done, done * sum(cost.values()), states, bench, bench.base[split])
         last = {k: round(v["value"], 4) for k, v in figures.items() if f"after {done} " in k and "test: gain" in k}
         bench.say(name, last)
-        results.record(bench.out / f"{name}.json", figures, arm=name, about=arm.about, seeds=seeds, budget=bench.budget)
+        facts = {
+            "arm": name,
+            "about": arm.about,
+            "seeds": seeds,
+            "budget": bench.budget,
+            "precision": cfg.low_precision,
+        }
+        results.record(bench.out / f"{name}.json", figures, **facts)
 
 
 def at_mark(split: str, done: int, cost: float, states: TrainState, bench: Bench, base: dict) -> dict[str, dict]:
@@ -139,13 +159,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
     parser.add_argument("--rate", type=float, help="train at this rate and try no other")
+    parser.add_argument("--rates", type=Path, help="a folder of results/arms/*.json: train at the rates chosen there")
+    parser.add_argument("--iterations", type=int, default=0, help="of every arm, a multiple of --marks; not by budget")
+    parser.add_argument("--precision", default="nvfp4_emulated", help="of the explorers: fp8, an H100's own")
     parser.add_argument("--plan", action="store_true", help="print the run list and what it costs, and stop")
     parser.add_argument("--out", type=Path, default=HERE / "results/arms")
     args = parser.parse_args(argv)
     names, seeds = args.arms.split(","), [int(s) for s in args.seeds.split(",")]
     if strange := [n for n in names if n not in ARMS]:
         parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join(ARMS)}")
-    cfgs = {n: evidence.arm_config(ARMS[n]) for n in names}
+    if args.iterations % args.marks:
+        parser.error(f"--iterations={args.iterations}: use a multiple of --marks={args.marks}")
+    cfgs = {n: in_precision(evidence.arm_config(ARMS[n]), args.precision) for n in names}
     if args.plan:
         return print("\n".join(plan(cfgs, args.budget, args.marks, len(seeds))))
     began = time.perf_counter()
@@ -154,11 +179,11 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
 
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
-        opened = lab.open_world(evidence.arm_config(ARMS["sol_rl"]), args.prompts)
+        opened = lab.open_world(in_precision(evidence.arm_config(ARMS["sol_rl"]), args.precision), args.prompts)
         programs: dict[str, Future] = {}
         for n, cfg in cfgs.items():
             key, shuffled, _ = evidence.what_is_compiled(ARMS[n], cfg)
-            call = a_mark(cfg, args.budget, args.marks)
+            call = args.iterations // args.marks or a_mark(cfg, args.budget, args.marks)
             programs[n] = pool.submit(evidence.compiled, opened, key, shuffled, call, seeds)
         say("compiling", ", ".join(cfgs))
         stage = config.Stage(steps=10, chunk=min(args.chunk, PICTURES * args.prompts))
@@ -167,13 +192,16 @@ def main(argv: list[str] | None = None) -> None:
         base = {split: measure(nothing, split) for split in lab.SPLITS}
         say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
         choosing = min(CHOOSING, args.prompts // 5)
-        bench = Bench(opened, seeds, measure, base, args.budget, args.marks, choosing, args.out, say)
+        bench = Bench(opened, seeds, measure, base, args.budget, args.marks, choosing, args.iterations, args.out, say)
         rates: dict[str, float] = {}
         for name, cfg in cfgs.items():
             program, figures = programs[name].result(), {}
             source = BORROWED.get(name, name)
             if args.rate:
                 rate, how = args.rate, "given"
+            elif args.rates:
+                chosen = json.loads((args.rates / f"{source}.json").read_text(encoding="utf-8"))["figures"]["rate"]
+                rate, how = chosen["value"], f"as in experiments/methods, {source}"
             elif source in rates:
                 rate, how = rates[source], f"of {source}"
             else:
@@ -181,6 +209,13 @@ def main(argv: list[str] | None = None) -> None:
             rates[name] = rate
             final(bench, name, cfg, program, rate, figures | {"rate": results.figure(rate, how, 1)})
         say("done")
+
+
+def in_precision(cfg: Config, precision: str) -> Config:
+    """`cfg` with its low-precision explorer in another precision."""
+    if cfg.explore is None or cfg.explore.precision == "bf16":
+        return cfg
+    return config.override(cfg, **{"explore.precision": precision})
 
 
 def plan(cfgs: dict[str, Config], budget: float, marks: int, seeds: int) -> list[str]:

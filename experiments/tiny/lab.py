@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from experiments.tiny import check
-from solrl_jax import config, iteration, learn, lora, rollout
+from solrl_jax import config, iteration, learn, lora, rollout, train
 from solrl_jax.config import Config, Stage
 from solrl_jax.rewards import Reward, Score, shapes
 from solrl_jax.run import assemble, data
@@ -41,19 +41,21 @@ class World(NamedTuple):
 
 
 def open_world(cfg: Config, captions: int = 500) -> World:
-    """Everything that runs of `cfg` share, and `captions` of each held-out split.
+    """Everything that runs of `cfg` share, and `captions` of each held-out split; FP8 calibrated where it is used.
 
     Call this and all below under `jax.set_mesh(sharding.make_mesh(1))`.
     """
-    parts = assemble.assemble(cfg, 1)
+    parts = train.ready(assemble.assemble(cfg, 1))
 
     def encoded(captions: Sequence[str]) -> Prompts:
         prompts = assemble.encode(parts, captions, parts.judged)
         return prompts._replace(tokens={**prompts.tokens, FACTS: jnp.asarray(shapes.tokenize(captions))})
 
     held_out = {s: (check.HERE / f"prompts/{s}.txt").read_text().splitlines()[:captions] for s in SPLITS}
-    train = parts.prompts.train
-    return World(parts, train, encoded(train), {s: (c, encoded(c)) for s, c in held_out.items()})
+    captions_of_train = parts.prompts.train
+    return World(
+        parts, captions_of_train, encoded(captions_of_train), {s: (c, encoded(c)) for s, c in held_out.items()}
+    )
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from solrl_jax.models import folders, public, text, vae
 from solrl_jax.models.folders import Encoder
 from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, rows, stack
-from solrl_jax.models.schedule import Schedule, chosen, shifted
+from solrl_jax.models.schedule import Grid, Schedule, chosen, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule, hub
 from solrl_jax.weights.lora_files import Fused
@@ -237,14 +237,16 @@ def unpack(tokens: Float[Array, "B S C"], height: int, width: int) -> Float[Arra
 
 def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
     """f64 [steps + 1]: linspace(1, 1/n, n) shifted by mu, which grows with the image tokens; last 0 (models.md 9.1)."""
-    u = np.linspace(1, 1 / steps, steps)
-    if schedule.use_dynamic_shifting:
-        low, high = schedule.base_image_seq_len, schedule.max_image_seq_len
-        base, top = schedule.base_shift, schedule.max_shift
-        shift = np.exp(base + (tokens - low) * (top - base) / (high - low))
-    else:
-        shift = schedule.shift
-    return np.append(shifted(u, shift), 0.0)
+    return np.append(shifted(np.linspace(1, 1 / steps, steps), shift_of(tokens, schedule)), 0.0)
+
+
+def shift_of(tokens: int, schedule: Schedule) -> float:
+    """e^mu, or the schedule's constant."""
+    if not schedule.use_dynamic_shifting:
+        return schedule.shift
+    low, high = schedule.base_image_seq_len, schedule.max_image_seq_len
+    base, top = schedule.base_shift, schedule.max_shift
+    return np.exp(base + (tokens - low) * (top - base) / (high - low))
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -265,6 +267,8 @@ def make(cfg: config.Model, folder: Path) -> Model:
     side = folders.latent_side(cfg.size, vae_cfg)
     _check_widths(folder, flux, vae_cfg)
     tokens = (side // 2) ** 2
+    own = Grid(lambda steps: sigmas(steps, tokens, schedule), lambda steps: shift_of(tokens, schedule))
+    grid = chosen(cfg.shift, own)
     network = FluxTransformer(flux, dtype, cfg.remat, cfg.remat_keeps)
     rope = rope_table(flux, side // 2, side // 2, cfg.text_tokens)
     shape = (side, side, vae_cfg.latent_channels)
@@ -297,7 +301,8 @@ def make(cfg: config.Model, folder: Path) -> Model:
         tokenize=functools.partial(folders.tokenize, str(folder), ENCODERS, cfg.text_tokens),
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
-        sigmas=chosen(cfg.shift, lambda steps: sigmas(steps, tokens, schedule)),
+        sigmas=grid.sigmas,
+        shift=grid.shift,
         velocity=velocity,
         largest=largest,
         decode=lambda params, latents: vae.decode(decoder, params, latents),

@@ -37,7 +37,7 @@ from solrl_jax.models.layers import (
     sinusoid,
 )
 from solrl_jax.models.mmdit import STACKED, Embedder, gated, modulate, stack
-from solrl_jax.models.schedule import SanaSchedule, chosen, shifted
+from solrl_jax.models.schedule import Grid, SanaSchedule, chosen, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule, hub
 from solrl_jax.weights.options import Options
@@ -307,12 +307,14 @@ def make(cfg: config.Model, folder: Path) -> Model:
         plain = [prompt.lower().strip() for prompt in prompts]
         return folders.tokenize(str(folder), ENCODERS, cfg.text_tokens, plain)
 
+    grid = chosen(cfg.shift, Grid(lambda steps: sigmas(steps, shift), lambda steps: shift))
     return Model(
         name="sana",
         tokenize=tokenize,
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
-        sigmas=chosen(cfg.shift, lambda steps: sigmas(steps, shift)),
+        sigmas=grid.sigmas,
+        shift=grid.shift,
         velocity=velocity,
         largest=largest,
         decode=lambda params, latents: vae.decode(images, params, latents),

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -90,6 +90,13 @@ def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
     return shift / (shift + (1 / sigma - 1))
 
 
-def chosen(shift: float, own: Callable[[int], np.ndarray]) -> Callable[[int], np.ndarray]:
-    """steps -> sigmas f64 [steps + 1]: equal steps with `shift` if it is not 0, else the model's `own`."""
-    return (lambda steps: sampler.shifted(steps, shift)) if shift else own
+class Grid(NamedTuple):
+    """A model's `sigmas` and `shift` (structs.Model), functions of the number of steps."""
+
+    sigmas: Callable[[int], np.ndarray]
+    shift: Callable[[int], float]
+
+
+def chosen(asked: float, own: Grid) -> Grid:
+    """Equal steps with the shift that is `asked` for if it is not 0, else the model's `own` grid."""
+    return Grid(lambda steps: sampler.shifted(steps, asked), lambda steps: asked) if asked else own

@@ -21,7 +21,7 @@ from solrl_jax.models import folders, public, text, vae
 from solrl_jax.models.folders import Encoder, Encoders
 from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, conv, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, stack
-from solrl_jax.models.schedule import NAME, Schedule, chosen, shifted
+from solrl_jax.models.schedule import NAME, Grid, Schedule, chosen, shifted
 from solrl_jax.models.sd35_config import PATCH, Sd35Config, comfy, keys, runs
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import hub
@@ -231,12 +231,14 @@ def make(cfg: config.Model, folder: Path) -> Model:
             [cast(text.ClipOutput, read[e.name]) for e in CLIPS], cast(Any, read.get("t5")), sd35, cfg.text_tokens
         )
 
+    grid = chosen(cfg.shift, Grid(lambda steps: sigmas(steps, schedule.shift), lambda steps: schedule.shift))
     return Model(
         name="sd35",
         tokenize=functools.partial(folders.tokenize, str(folder), encoders, cfg.text_tokens),
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
-        sigmas=chosen(cfg.shift, lambda steps: sigmas(steps, schedule.shift)),
+        sigmas=grid.sigmas,
+        shift=grid.shift,
         velocity=velocity,
         largest=largest,
         decode=lambda params, latents: vae.decode(decoder, params, latents),

@@ -27,9 +27,9 @@ from solrl_jax import iteration, learn, lora
 from solrl_jax.config import Config, ConfigError, Stage, override
 from solrl_jax.plan import jaxpr
 from solrl_jax.plan.jaxpr import nbytes
-from solrl_jax.plan.shapes import Sizes, batch, blank, keys, parameters, read, samples, with_configs
+from solrl_jax.plan.shapes import Sizes, batch, blank, keys, parameters, read, samples, states, with_configs
 from solrl_jax.quant import coverage
-from solrl_jax.rollout import block_shape, rolled
+from solrl_jax.rollout import block_shape, branched, rolled
 from solrl_jax.run import assemble, evaluate, guards
 from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
 
@@ -147,7 +147,11 @@ def _work(stage: str, cfg: Config, sizes: Sizes, devices: int) -> Work:
     run, state = iteration.stages(model, sizes.score, learn.make_optimizer(cfg), cfg), blank(cfg, sizes)
     for name, how, images in cfg.stages():
         if name == stage:
-            return _rollout(stage, how, mine, images, cfg, sizes, devices)
+            go_on = states(cfg, sizes, mine, cfg.kept)
+            # Samples stay in memory until `learn` has used them, and GRPO's include their paths.
+            held = go_on, samples(cfg, sizes, mine, images) if stage == "regenerate" else None
+            branch = "preview" if stage == "explore" else "rest"
+            return _rollout(stage, how, mine, images, cfg, sizes, devices, branch)._replace(held=held)
     if stage == "encode":
         return Work(stage, cfg, sizes, devices, jaxpr.trace(model.encode, sizes.text, sizes.tokens))
     if stage == "learn":
@@ -167,28 +171,35 @@ def _kernels(run: iteration.Stages, state: TrainState, frozen: Frozen) -> tuple[
     return kernels, jax.eval_shape(run.quantised, kernels, frozen)
 
 
-def _rollout(stage: str, how: Stage, mine: int, images: int, cfg: Config, sizes: Sizes, devices: int) -> Work:
-    """`images` images for each of a device's `mine` prompts, one block of prompts per call."""
+def _rollout(
+    stage: str, how: Stage, mine: int, images: int, cfg: Config, sizes: Sizes, devices: int, part: str = ""
+) -> Work:
+    """`images` images for each of a device's `mine` prompts, one block of prompts per call; the `part` of a branch that
+    it is, if there is one: its preview, or the rest from the preview's states."""
     run = iteration.stages(sizes.model, sizes.score, learn.make_optimizer(cfg), cfg)
     kernels, low = _kernels(run, blank(cfg, sizes), sizes.frozen)
     if stage != "explore" and how.precision == "bf16":
         low = None
     together = block_shape(how.chunk, mine, images)[0]
     keep_path = stage == "regenerate" and cfg.of_steps
-    roll = functools.partial(rolled, model=sizes.model, score=sizes.score, stage=how, keep_path=keep_path)
-    program = jaxpr.trace(roll, kernels, low, sizes.frozen, batch(sizes.prompts, together), keys(together, images))
-    # Samples stay in memory until `learn` has used them, or they are discarded; GRPO's samples include their paths.
-    held = samples(cfg, sizes, mine, images) if stage == "regenerate" else None
-    return Work(stage, cfg, sizes, devices, program, mine // together, 1, how.precision, kernels, low, held)
+    branch = branched(sizes.model, cfg) if part else None
+    statics = {"model": sizes.model, "score": sizes.score, "stage": how, "branch": branch, "keep_path": keep_path}
+    given = batch(sizes.prompts, together), keys(together, images)
+    begin = states(cfg, sizes, together, images) if part == "rest" else None
+    program = jaxpr.trace(functools.partial(rolled, **statics), kernels, low, sizes.frozen, *given, begin)
+    return Work(stage, cfg, sizes, devices, program, mine // together, 1, how.precision, kernels, low)
 
 
 def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
-    """A measurement's preview and full rollouts, one prompt per call: the larger memory, the work of both."""
-    prompts = -(-cfg.watch.prompts // devices)
-    uses = []
-    for name, how in zip(("explore", "watch"), guards.rollouts(cfg), strict=True):
-        one = _rollout(name, how, 1, cfg.candidates, cfg, sizes, devices)
-        uses.append(_use(one._replace(calls=prompts, every=cfg.watch.every), card))
+    """A measurement's preview and full rollouts, one prompt per call: the larger memory, the work of all."""
+    prompts, (preview, full) = -(-cfg.watch.prompts // devices), guards.rollouts(cfg)
+    rolls = [("explore", preview, "preview"), ("watch", full, "")] + [("watch", full, "rest")] * (
+        cfg.branch is not None
+    )
+    held, uses = states(cfg, sizes, prompts, cfg.candidates), []
+    for name, how, part in rolls:
+        one = _rollout(name, how, 1, cfg.candidates, cfg, sizes, devices, part)
+        uses.append(_use(one._replace(calls=prompts, every=cfg.watch.every, held=held), card))
     largest = max(uses, key=lambda use: use.total)
     flops = sum((use.flops for use in uses), Counter())
     return largest._replace(stage="watch", flops=flops, seconds=sum(use.seconds for use in uses))

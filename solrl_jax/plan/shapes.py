@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from solrl_jax import learn, rewards
+from solrl_jax import learn, rewards, sampler
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import Score, own
 from solrl_jax.run import assemble
+from solrl_jax.sampler import Carry
 from solrl_jax.structs import Frozen, Model, Params, Path, Prompts, PyTree, Rollout, TrainState
 from solrl_jax.weights import hub
 
@@ -94,16 +96,27 @@ def keys(prompts: int, images: int) -> Any:
 
 def samples(cfg: Config, sizes: Sizes, prompts: int, images: int) -> Rollout:
     """`images` samples for each of `prompts` prompts, as `learn` takes them."""
-    grid = (prompts, images)
-    noise = jax.eval_shape(lambda: sizes.model.noise(jax.random.key(0)))
+    grid, x0 = (prompts, images), latents(sizes, prompts, images)
     reward: Any = jax.ShapeDtypeStruct(grid, jnp.float32)
-    x0: Any = jax.ShapeDtypeStruct((*grid, *noise.shape), jnp.float32)
     path: Any = None
     if cfg.of_steps:
-        states: Any = jax.ShapeDtypeStruct((*grid, cfg.regenerate.trainable + 1, *noise.shape), jnp.float32)
+        states: Any = jax.ShapeDtypeStruct((*grid, cfg.regenerate.trainable + 1, *x0.shape[2:]), jnp.float32)
         first: Any = jax.ShapeDtypeStruct(grid, jnp.int32)
         path = Path(states, first)
     return Rollout(keys(*grid), x0, reward, {name: reward for name in sizes.score.names}, path)
+
+
+def states(cfg: Config, sizes: Sizes, prompts: int, images: int) -> Carry | None:
+    """The states with which a branch's `images` candidates for each of `prompts` prompts go on; None without one."""
+    if cfg.branch is None:
+        return None
+    steps = sampler.table(np.array([1.0, 0.5, 0.0]), cfg.regenerate.solver)
+    return jax.eval_shape(lambda x: sampler.at_noise(x, steps), latents(sizes, prompts, images))
+
+
+def latents(sizes: Sizes, prompts: int, images: int) -> Any:
+    noise = jax.eval_shape(lambda: sizes.model.noise(jax.random.key(0)))
+    return jax.ShapeDtypeStruct((prompts, images, *noise.shape), jnp.float32)
 
 
 def blank(cfg: Config, sizes: Sizes) -> TrainState:

@@ -50,7 +50,8 @@ def seen(
         return model.velocity(variables, x, sigma, cond)
 
     seeds = rollout.Seeds(keys[:, None], keys[:, None])
-    (_, states), steps, _ = rollout.solved(velocity, seeds, model=model, stage=stage, keep_path=True)
+    _, states, steps, _ = rollout.solved(velocity, seeds, model=model, stage=stage, keep_path=True)
+    assert states is not None
     sigmas = jnp.asarray(steps.sigma, jnp.float32).reshape(len(states), -1)
     sigmas = jnp.broadcast_to(sigmas, states.shape[:2])
     found = jax.lax.map(lambda at: model.largest(variables, at[0], at[1], cond), (states, sigmas))

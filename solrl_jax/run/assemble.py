@@ -51,13 +51,14 @@ def resolved(cfg: Config, capability: float | None) -> Config:
     Raises ConfigError where the device cannot do what is asked.
     """
 
-    def stage(name: str, s: Stage) -> Stage:
+    def stage(name: str) -> Stage:
+        s = getattr(cfg, name)
         try:
             return dataclasses.replace(s, precision=quant.resolve(s.precision, capability))
         except quant.Unsupported as e:
             raise ConfigError(f"{name}.{e}") from None
 
-    return dataclasses.replace(cfg, **{name: stage(name, s) for name, s, _ in cfg.stages()})
+    return dataclasses.replace(cfg, **{name: stage(name) for name, _, _ in cfg.stages()})
 
 
 def capability() -> float | None:

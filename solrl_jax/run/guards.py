@@ -23,6 +23,7 @@ from solrl_jax.rewards import Score
 from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.log import Line
+from solrl_jax.sampler import Carry
 from solrl_jax.selection import fidelity
 from solrl_jax.structs import Model, Params, Prompts, Rollout, TrainState, leaves_by_path
 
@@ -108,8 +109,9 @@ def _badly_ranked(lines: Sequence[Line], cfg: Config) -> str:
     if not found or found[-1] >= cfg.watch.rank:
         return ""
     fix = "it goes on in bf16" if cfg.watch.fall_back else "set explore.precision=bf16 or watch.fall_back=true"
+    other = "full rollout" if cfg.branch is None else "samples that go on from it"
     return (
-        f"the preview ranks candidates unlike the full rollout: Spearman {found[-1]:.2f}, below "
+        f"the preview ranks candidates unlike the {other}: Spearman {found[-1]:.2f}, below "
         f"watch.rank={cfg.watch.rank:g}; raise explore.steps{f', or {fix}' if _low(cfg) else ''}"
     )
 
@@ -138,6 +140,9 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     Of `watch.prompts` training prompts, rounded to a multiple of the devices, with the noise of the coming iteration;
     costs N full rollouts of each. Takes no more memory than the stages: a prompt a device at a time, in the smallest of
     their chunks, and no quantised kernels beside the full rollouts.
+
+    In a branch `watch/*` compares with all N finished from the preview's states, which is what is trained on, and
+    `watch/noise_*` with all N drawn from the noise by the steps of `regenerate`: what a sample of the policy is.
     """
     cfg = parts.cfg
     devices, train = parts.mesh.size, parts.prompts.train
@@ -149,19 +154,24 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     kernels = programs.merged(state, parts.frozen)
     low = programs.quantised(kernels, parts.frozen)
 
-    def rewards_of(roll: Callable[..., Rollout], low: Params | None) -> jax.Array:
+    def roll(program: Callable[..., Rollout], low: Params | None, state: Carry | None = None) -> Rollout:
+        """Of all N candidates of the prompts."""
         found = []
         for i in range(count // devices):
-            group, group_keys = sharding.block((prompts, keys), i, 1)
-            rolled = roll(kernels, low, parts.frozen, group, group_keys)
-            found.append(rollout.with_host(rolled, parts.score, group.tokens).reward)
-        return jax.block_until_ready(sharding.joined(tuple(found)))
+            group, *start = sharding.block((prompts, keys, state), i, 1)
+            rolled = program(kernels, low, parts.frozen, group, *start)
+            rolled = rollout.with_host(rolled, parts.score, group.tokens)
+            found.append(jax.block_until_ready(rolled._replace(keys=None, x0=None)))
+        return sharding.joined(tuple(found))
 
-    previewed = rewards_of(programs.preview, low)
+    preview = roll(programs.preview, low)
     if cfg.regenerate.precision == "bf16":
         low = None  # the quantised kernels leave the device
-    found: Mapping[str, jax.Array] = fidelity(previewed, rewards_of(programs.full, low), cfg.kept)
-    return {f"watch/{name}": float(jnp.mean(value)) for name, value in found.items()}
+    truths = {"": roll(programs.full, low)}
+    if cfg.branch is not None:
+        truths = {"": roll(programs.finish, low, preview.state), "noise_": truths[""]}
+    found = {at: fidelity(preview.reward, truth.reward, cfg.kept) for at, truth in truths.items()}
+    return {f"watch/{at}{name}": float(jnp.mean(x)) for at, each in found.items() for name, x in each.items()}
 
 
 class Programs(NamedTuple):
@@ -170,16 +180,23 @@ class Programs(NamedTuple):
     merged: Callable[..., dict[str, jax.Array]]
     quantised: Callable[..., Params | None]
     preview: Callable[..., Rollout]
-    full: Callable[..., Rollout]
+    full: Callable[..., Rollout]  # from the noise
+    finish: Callable[..., Rollout]  # from a branch's states
 
 
 @functools.lru_cache(maxsize=1)
 def _programs(model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config) -> Programs:
     """Jitted once for a run."""
     run = stages(model, score, optimizer, cfg)
-    statics = {"model": model, "score": score}
-    rolls = (jax.jit(functools.partial(rollout.rolled, **statics, stage=stage)) for stage in rollouts(cfg))
-    return Programs(jax.jit(run.merged), jax.jit(run.quantised), *rolls)
+    roll, (preview, full) = functools.partial(rollout.rolled, model=model, score=score), rollouts(cfg)
+    branch = rollout.branched(model, cfg)
+    return Programs(
+        merged=jax.jit(run.merged),
+        quantised=jax.jit(run.quantised),
+        preview=jax.jit(functools.partial(roll, stage=preview, branch=branch)),
+        full=jax.jit(functools.partial(roll, stage=full)),
+        finish=jax.jit(functools.partial(roll, stage=full, branch=branch)),
+    )
 
 
 def rollouts(cfg: Config) -> tuple[Stage, Stage]:

@@ -12,6 +12,8 @@ PACKAGES = ("jax", "flax", "optax")
 
 def family(cfg: Config) -> str:
     """The family's or the method's name; the inverse of `recipes.family`."""
+    if cfg.branch is not None:
+        return "branch"
     if cfg.explore is not None:
         return "sol_rl"
     if cfg.regenerate.precision != "bf16":
@@ -74,9 +76,11 @@ def _rollouts(cfg: Config) -> str:
     chosen = f"{cfg.kept} kept ({cfg.selection})"
     if cfg.explore is None:
         return f"{cfg.candidates} pictures a prompt in {stage(cfg.regenerate)}, {chosen}"
-    return (
-        f"{cfg.candidates} candidates a prompt in {stage(cfg.explore)}, {chosen} and drawn in {stage(cfg.regenerate)}"
-    )
+    explored = f"{cfg.candidates} candidates a prompt in {stage(cfg.explore)}, {chosen}"
+    _, finish, _ = cfg.stages()[1]
+    if cfg.branch is not None:
+        return f"{explored} and finished from their states after {cfg.branch.after} of them in {stage(finish)}"
+    return f"{explored} and drawn in {stage(finish)}"
 
 
 def _mixture(text: str) -> str:

@@ -1,0 +1,1 @@
+"""Branch: what the preview's states are worth, and what an iteration with them costs."""

@@ -1,0 +1,202 @@
+"""A branch: the preview's state is where the samples begin."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solrl_jax import iteration, sampler
+from solrl_jax.config import Branch, Stage
+from solrl_jax.keys import sample_keys
+from solrl_jax.rollout import branched, noises, rolled, sigmas_of
+from solrl_jax.run import assemble, data, guards
+from solrl_jax.selection import fidelity, take
+from tests import nano
+
+BRANCH = {
+    "explore": Stage(steps=4, precision="nvfp4_emulated", chunk=4),
+    "branch": Branch(after=2, steps=3),
+}
+STATICS = ("model", "score", "optimizer", "cfg")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+    """As in test_iteration: what is compared here does not depend on XLA's optimisations."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("nano")
+
+
+@functools.cache
+def parts_of(cfg, devices: int = 1):
+    return assemble.assemble(cfg, devices)
+
+
+def statics_of(parts):
+    return dict(zip(STATICS, (parts.model, parts.score, parts.optimizer, parts.cfg), strict=True))
+
+
+def begun(parts):
+    state = assemble.fresh(parts)
+    return state, assemble.encode(parts, nano.PROMPTS[:4], parts.score), sample_keys(state, 4, 8)
+
+
+def numbers(tree):
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+
+
+@pytest.mark.parametrize("solver", ["dpm2", pytest.param("euler", marks=pytest.mark.slow)])
+def test_two_bf16_halves_are_one_solve(folder, solver):
+    """Preview and rest in one precision are the combined table's solve, to the bit on a CPU; and the preview's rewards
+    are those of a rollout that keeps no state."""
+    cfg = nano.build(folder, **BRANCH)
+    halves = (cfg.explore, cfg.regenerate)
+    explore, regenerate = (dataclasses.replace(half, solver=solver, precision="bf16") for half in halves)
+    parts = parts_of(dataclasses.replace(cfg, explore=explore, regenerate=regenerate))
+    model, branch = parts.model, branched(parts.model, parts.cfg)
+    with jax.set_mesh(parts.mesh):
+        _, prompts, keys = begun(parts)
+        given = {}, None, parts.frozen, prompts, keys  # no adapted kernels: the base
+        roll = functools.partial(rolled, model=model, score=parts.score)
+        preview = jax.jit(functools.partial(roll, stage=explore, branch=branch))(*given)
+        samples = jax.jit(functools.partial(roll, stage=regenerate, branch=branch))(*given, preview.state)
+        alone = jax.jit(functools.partial(roll, stage=explore))(*given)
+        table = sampler.table(branch.sigmas, solver)
+        noise = jax.tree.map(
+            lambda x: x.reshape(4, 8, *x.shape[1:]), sampler.at_noise(noises(model, keys.reshape(-1)), table)
+        )
+        whole = jax.jit(functools.partial(roll, stage=regenerate, branch=branch._replace(after=0)))(*given, noise)
+    assert preview.x0 is None and preview.state.x.shape == alone.x0.shape == (4, 8, 8, 8, 4)
+    assert len(preview.state.x0hats) == (solver == "dpm2")
+    np.testing.assert_array_equal(preview.reward, alone.reward)
+    np.testing.assert_array_equal(samples.x0, whole.x0)
+    np.testing.assert_array_equal(samples.reward, whole.reward)
+    assert np.abs(np.asarray(samples.x0) - np.asarray(alone.x0)).max() > 1e-3  # the rest has its own sigmas
+
+
+def test_a_sample_is_its_key_and_its_state(folder):
+    """Any subset, in any order and in blocks of another size, goes on to the same samples."""
+    parts = parts_of(nano.build(folder, **BRANCH))
+    run = iteration.stages(**statics_of(parts))
+    with jax.set_mesh(parts.mesh):
+        state, prompts, keys = begun(parts)
+        kernels = run.merged(state, parts.frozen)
+        low = run.quantised(kernels, parts.frozen)
+        preview = jax.jit(run.explore)(kernels, low, parts.frozen, prompts, keys)
+        rest = jax.jit(lambda keys, at: run.regenerate(kernels, None, parts.frozen, prompts, keys, at))
+        everything = rest(keys, preview.state)
+        index = jnp.array([[3, 1, 7, 0], [0, 1, 2, 3], [7, 6, 5, 4], [2, 4, 6, 0]])
+        some = rest(*jax.tree.map(lambda x: take(x, index), (keys, preview.state)))
+    np.testing.assert_allclose(some.x0, take(everything.x0, index), atol=2e-6)
+    np.testing.assert_allclose(some.reward, take(everything.reward, index), atol=1e-6)
+
+
+@functools.cache
+def by_one_program(cfg):
+    parts = parts_of(cfg)
+    with jax.set_mesh(parts.mesh):
+        state, prompts, _ = begun(parts)
+        step = jax.jit(functools.partial(iteration.iteration_step, **statics_of(parts)))
+        return step(state, parts.frozen, prompts)
+
+
+@pytest.mark.parametrize(
+    "devices", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_staged_equals_whole(folder, devices):
+    """To the bit on one device. And the states of candidates that are not kept are gone before the next block."""
+    parts, seen = parts_of(nano.build(folder, **BRANCH), devices), []
+    with jax.set_mesh(parts.mesh):
+        state, prompts, _ = begun(parts)
+        staged = iteration.Staged(**statics_of(parts))
+        there = jax.live_arrays()
+
+        def states(stage, share):
+            known = {id(y) for y in there}
+            if stage == "explore":
+                seen.append(sorted(x.shape[:2] for x in jax.live_arrays() if id(x) not in known and x.ndim == 5))
+
+        new, metrics = staged(state, parts.frozen, prompts, {}, states)
+    kept = (devices, 4)  # a prompt a device, x and one x0hat of the 4 kept of 8
+    assert seen == [[kept, kept] * (i + 1) for i in range(4 // devices)]
+    expect, expect_metrics = by_one_program(nano.build(folder, **BRANCH))
+    if devices == 1:
+        np.testing.assert_array_equal(numbers(new.lora), numbers(expect.lora))
+        assert {k: float(v) for k, v in metrics.items()} == {k: float(v) for k, v in expect_metrics.items()}
+    np.testing.assert_allclose(numbers(new.lora), numbers(expect.lora), rtol=1e-5, atol=1e-5)
+    assert np.abs(numbers(new.lora) - numbers(state.lora)).max() > 1e-4
+
+
+def test_chance_is_the_same_by_block(folder):
+    """What is kept at random is drawn once for all prompts, so that blocks keep what the whole keeps."""
+    parts = parts_of(nano.build(folder, selection="random", **BRANCH))
+    with jax.set_mesh(parts.mesh):
+        state, prompts, _ = begun(parts)
+        new, _ = iteration.Staged(**statics_of(parts))(state, parts.frozen, prompts, {})
+    np.testing.assert_array_equal(numbers(new.lora), numbers(by_one_program(parts.cfg)[0].lora))
+
+
+def test_runs_are_one_program(folder):
+    """vmap over two states is the two alone."""
+    parts = parts_of(nano.build(folder, **BRANCH))
+    with jax.set_mesh(parts.mesh):
+        state, prompts, _ = begun(parts)
+        other = state._replace(key=jax.random.key(7))
+        step = functools.partial(iteration.iteration_step, **statics_of(parts))
+        both = jax.tree.map(lambda *x: jnp.stack(x), state, other)
+        found, metrics = jax.jit(jax.vmap(step, in_axes=(0, None, None)))(both, parts.frozen, prompts)
+    expect, alone = by_one_program(parts.cfg)
+    np.testing.assert_allclose(metrics["reward/mean"][0], alone["reward/mean"], rtol=1e-5)
+    np.testing.assert_allclose(numbers(jax.tree.map(lambda x: x[0], found.lora)), numbers(expect.lora), atol=1e-4)
+    assert abs(float(metrics["reward/mean"][1] - metrics["reward/mean"][0])) > 1e-6
+
+
+def test_the_watch_compares_with_what_is_trained_on(folder):
+    """All N finished from their states; and beside it, told and never acted on, all N from the noise."""
+    watch = dataclasses.replace(nano.build(folder).watch, every=2, prompts=2, fall_back=True, rank=0.5)
+    parts = parts_of(nano.build(folder, watch=watch, **BRANCH))
+    run = iteration.stages(**statics_of(parts))
+    roll = functools.partial(rolled, model=parts.model, score=parts.score, stage=parts.cfg.regenerate)
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+        found = guards.measured(parts, state)
+        batch = data.batch(parts.prompts.train, parts.cfg.seed, 0, 4)[:2]
+        prompts, keys = assemble.encode(parts, batch, parts.score), sample_keys(state, 2, 8)
+        kernels = run.merged(state, parts.frozen)
+        low, given = run.quantised(kernels, parts.frozen), (parts.frozen, prompts, keys)
+        preview = jax.jit(run.explore)(kernels, low, *given)
+        finished = jax.jit(run.regenerate)(kernels, None, *given, preview.state)
+        noise = jax.jit(roll)(kernels, None, *given)
+    expect = {f"watch/{k}": float(v.mean()) for k, v in fidelity(preview.reward, finished.reward, 4).items()}
+    expect |= {f"watch/noise_{k}": float(v.mean()) for k, v in fidelity(preview.reward, noise.reward, 4).items()}
+    assert found == pytest.approx(expect, abs=1e-5) and len(found) == 6
+    good, bad = (
+        {"watch/spearman": 0.9, "watch/noise_spearman": 0.1},
+        {"watch/spearman": 0.1, "watch/noise_spearman": 0.9},
+    )
+    assert int(guards.judged(state, good, parts.cfg).fallen_back) == 0
+    assert int(guards.judged(state, bad, parts.cfg).fallen_back) == 1
+    assert "ranks" not in guards.alarms([{"iteration": 0, **good}], parts.cfg)
+    said = guards.alarms([{"iteration": 0, **bad}], parts.cfg)["ranks"]
+    assert "unlike the samples that go on from it: Spearman 0.10" in said
+
+
+def test_the_grid_is_the_models_own(folder):
+    """Of nano's FLUX: shifted, so that in u a preview of 4 steps stands at 1/2 after 2, then three equal steps to 0."""
+    parts = parts_of(nano.build(folder, **BRANCH))
+    found, shift = branched(parts.model, parts.cfg), parts.model.shift(4)
+    assert found.after == 2 and found.sigmas.shape == (6,)
+    np.testing.assert_array_equal(found.sigmas[:3], sigmas_of(parts.model, parts.cfg.explore)[:3])
+    u = found.sigmas / (shift - (shift - 1) * found.sigmas)
+    np.testing.assert_allclose(u, [1, 3 / 4, 1 / 2, 1 / 3, 1 / 6, 0], atol=1e-12)
