@@ -195,7 +195,6 @@ def test_a_branch_is_sol_rl_but_for_its_steps():
     sol_rl, branch = config.load("flux:sol_rl"), config.load("flux:branch")
     assert config.differences(sol_rl, branch) == {
         "explore.steps": (6, 5),
-        "branch": (None, None),
         "branch.after": (None, 3),
         "branch.steps": (None, 4),
     }
