@@ -80,9 +80,9 @@ def row_major(x: Array) -> Array:
     """`x` in row-major order, at this place of a program.
 
     XLA chooses the order of axes backwards from the order in which a result is wanted. Without this, quantising into
-    [out, in] first transposes a whole stack of bf16 [in, out] kernels, and a depthwise convolution writes its taps in
-    f32, channel by channel, before a product that has its channels in groups. Guarded for quantising by
-    tests/test_compiled.py::test_quantising_turns_the_codes_alone; for the convolution no test fails without it.
+    [out, in] first transposes a whole stack of bf16 [in, out] kernels, and a depthwise convolution made of shifted
+    products writes its sum in f32, channel by channel (tests/test_compiled.py::test_quantising_turns_the_codes_alone,
+    tests/test_sana_compiled.py::test_depthwise_convolutions_as_shifted_products).
     """
     return with_layout_constraint(jnp.asarray(x), Layout(major_to_minor=tuple(range(x.ndim))))
 
