@@ -76,9 +76,7 @@ def test_a_flipped_byte_and_another_config_are_named(public, converted, tmp_path
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(
-        WeightsError, match=rf"{file.name} is not what was written \(by SHA-256; 1 such\): convert again"
-    ):
+    with pytest.raises(WeightsError, match=rf"{file.name} is damaged: its SHA-256 differs \(1 such\): convert again"):
         assemble.open_weights(cfg, mesh)
     found = json.loads((tmp_path / "copy" / "weights.json").read_text())
     found["leaves"].popitem()
@@ -141,12 +139,12 @@ def test_what_can_be_known_is_told_before_anything_is_read(tmp_path, monkeypatch
     with pytest.raises(WeightsError, match=r"full: 34\.0 GB are needed, 35\.0 GB are free there$"):
         convert.convert(Unread(), model, tmp_path / "full")
     (tmp_path / "file").touch()
-    with pytest.raises(WeightsError, match=rf"{tmp_path}/file/a/b: {tmp_path}/file is no folder that can be written"):
+    with pytest.raises(WeightsError, match=rf"{tmp_path}/file/a/b: {tmp_path}/file is not a folder that can be"):
         convert.convert(object(), model, tmp_path / "file" / "a" / "b")
     with pytest.raises(config.ConfigError, match="is not empty"):
         convert.convert(object(), model, tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(WeightsError, match=f"new: {tmp_path} is no folder that can be written to"):
+    with pytest.raises(WeightsError, match=f"new: {tmp_path} is not a folder that can be written to"):
         convert.convert(object(), model, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -229,7 +227,7 @@ def test_folders_of_version_1_are_read(public, converted, tmp_path):
         assert (one.dtype, type(one), np.asarray(one).tobytes()) == (two.dtype, type(two), np.asarray(two).tobytes())
     assert all(x.sharding == NamedSharding(mesh, sharding.WHOLE) for x in jax.tree.leaves(read[:2]))
     file.write_text(json.dumps(found | {"version": 3}))
-    with pytest.raises(WeightsError, match=r"weights.json is of version 3, known here is 2: convert again$"):
+    with pytest.raises(WeightsError, match=r"weights.json has version 3, solrl_jax reads up to 2: convert again$"):
         assemble.open_weights(cfg, mesh)
 
 

@@ -41,7 +41,7 @@ def load_small(spec, overrides):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to run: --config=NAME, one of small"),
+        ([], "no config is named: give --config=NAME, one of small"),
         (["--config=large"], "there is no configs/large.py; use one of small"),
         (["--config=small", "tiny"], "unexpected argument 'tiny': flags begin with --"),
         (["--config=small", "--config.explore.stepz=4"], "did you mean steps?"),
@@ -50,7 +50,7 @@ def load_small(spec, overrides):
         (["--config=small", "--config.prompts=3"], "prompts=3, but p.txt has 2 distinct ones"),
         (["--config=small", "--config.prompt_files=q.txt"], "q.txt does not exist"),
         (["--config=small", "--prompts=q.txt"], "q.txt does not exist"),
-        (["--config=small", "--prompts=q.txt", "--config.prompt_files=p.txt"], "name two things: give one of them"),
+        (["--config=small", "--prompts=q.txt", "--config.prompt_files=p.txt"], "prompt_files differ: give one of them"),
         (["--config=small", "--mode=eval", "--prompts=q.txt"], "q.txt does not exist"),
         (["--config=large:help"], "there is no configs/large.py; use one of small"),
         (["--config=small", "--config.model.name=flax"], "model.name=flax: there is no such model"),
@@ -64,7 +64,7 @@ def load_small(spec, overrides):
         (["--mode=eval", "--config=small", "--checkpoint=x/5"], "there is no checkpoint x/5"),
         (["--mode=report"], "no run to report: give --run_dir=RUN or --runs=RUN,RUN"),
         (["--mode=report", "--run_dir=nowhere"], "nowhere is not the directory of a run"),
-        (["--mode=report", "--runs=a,b", "--run_dir=c"], "name two things: give one of them"),
+        (["--mode=report", "--runs=a,b", "--run_dir=c"], "are both given: give one of them"),
         (["--mode=report", "--runs=a,b", "--out=."], "--out=. is a folder: give a file"),
         (["--mode=report", "--config=small"], "unexpected argument '--config=small': --mode=report takes --run_dir="),
         (["--mode=report", "--config.seed=1"], "unexpected argument 'config.seed=1'"),
