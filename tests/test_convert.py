@@ -1,4 +1,4 @@
-"""Converted weights: what the public folder gives, on any mesh, with hashes; damage and other configs are told."""
+"""Converted weights equal those of the public folder, on any mesh; damage and other configs are reported."""
 
 import hashlib
 import json
@@ -76,7 +76,7 @@ def test_a_flipped_byte_and_another_config_are_named(public, converted, tmp_path
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(WeightsError, match=rf"{file.name} is damaged: its SHA-256 differs \(1 such\): convert again"):
+    with pytest.raises(WeightsError, match=rf"{file.name} is not what was written \(SHA-256; 1 such\): convert again"):
         assemble.open_weights(cfg, mesh)
     found = json.loads((tmp_path / "copy" / "weights.json").read_text())
     found["leaves"].popitem()
@@ -123,7 +123,7 @@ def test_nothing_is_overwritten_and_a_cut_conversion_leaves_nothing(public, conv
 
 
 class Unread:
-    """A model of whose weights 34 GB would have to be read, and may not be."""
+    """A model with 34 GB of weights, which must not be read."""
 
     @staticmethod
     def shapes(cfg):
@@ -211,7 +211,7 @@ def test_one_leaf_is_held_at_a_time_and_other_checkpoints_are_not_hashed(public,
 
 
 def test_folders_of_version_1_are_read(public, converted, tmp_path):
-    """A tree in orbax's form in weights/<name>, and no version in weights.json. Later versions are refused."""
+    """Version 1 has a tree written by orbax in weights/<name> and no version in weights.json. Version 3 is refused."""
     cfg, mesh = moved(nano.build(public), tmp_path / "first"), sharding.make_mesh(2)
     shutil.copytree(converted, tmp_path / "first", ignore=shutil.ignore_patterns("weights"))
     trees = convert.restore(converted, flux.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
@@ -238,7 +238,7 @@ from solrl_jax import config
 from solrl_jax.run import convert
 from solrl_jax.models import flux
 
-def most():  # of this program alone: ru_maxrss begins with that of the process which started it
+def most():  # of this program only: ru_maxrss starts at that of the parent process
     return int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) * 1024
 
 cfg = config.from_json(Path(sys.argv[1]).read_text()).model

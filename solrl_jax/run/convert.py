@@ -181,7 +181,7 @@ def check(folder: Path, shapes: Trees) -> dict[str, str] | None:
         found = hashes(folder, (folder / "weights").rglob("*"))
     bad = sorted(k for k in {**manifest["files"], **found} if manifest["files"].get(k) != found.get(k))
     if bad:
-        raise WeightsError(f"{folder}: {bad[0]} is damaged: its SHA-256 differs ({len(bad)} such): convert again")
+        raise WeightsError(f"{folder}: {bad[0]} is not what was written (SHA-256; {len(bad)} such): convert again")
     wanted, there = checkpoint.describe(dict(zip(NAMES, shapes, strict=True))), manifest["tree"]
     differ = [k for k in {**there, **wanted} if there.get(k) != wanted.get(k)]
     if differ:
