@@ -218,7 +218,7 @@ def command(words: Sequence[str]) -> Command:
         raise ConfigError("--prompts and --config.prompt_files differ: give one of them")
     run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
     if run is not None and run.exists() and not run.is_dir():
-        raise ConfigError(f"--run_dir={run} is a file: give a folder, new or of a run")
+        raise ConfigError(f"--run_dir={run} is a file: give a new folder or the folder of a run")
     place = _place(run)
     source = run if FLAGS.mode == "train" else (place or run)
     if FLAGS.mode == "score" and FLAGS.config is None and not (run and (run / "config.json").exists()):

@@ -251,9 +251,9 @@ print(before, most())
 
 @pytest.mark.slow
 def test_the_host_holds_a_leaf_not_a_tree(tmp_path):
-    """Of 0.6 GB, the largest leaf 84 MB: what the process takes beyond its imports is a leaf and its reading.
+    """Of 0.6 GB, with a largest leaf of 84 MB: beyond its imports, the process needs one leaf and the file being read.
 
-    While whole trees were written, it was 1.9 times the largest of them, 1.07 GB.
+    When whole trees were written, it needed 1.9 times the largest tree, 1.07 GB.
     """
     larger = {
         "transformer": {"num_layers": 4, "num_single_layers": 8, "attention_head_dim": 128, "num_attention_heads": 8},

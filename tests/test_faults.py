@@ -162,7 +162,7 @@ def test_a_run_goes_on_with_other_devices(toy, tmp_path, monkeypatch):
 
 
 def test_damage_to_the_newest_checkpoint_costs_only_time(toy, tmp_path, capsys):
-    """One checkpoint has a flipped byte, another is truncated: both are reported, an older one gives the same result."""
+    """One checkpoint has a flipped byte, another is truncated: both are reported, the older one gives the same end."""
     cfg = config.override(toy, **SHORT, iterations=4)
     train.train(cfg, tmp_path / "whole", devices=1)
     train.train(config.override(cfg, iterations=3), tmp_path / "run", devices=1)

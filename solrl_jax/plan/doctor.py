@@ -209,7 +209,7 @@ def memory(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     seconds = plan.spent(uses)
     yield Finding(f"memory: {most.stage} takes the most, {most.total / 1e9:.1f} of {plan.room(card) / 1e9:.1f} GB")
     whole = duration(seconds * cfg.iterations)
-    yield Finding(f"time: about {duration(seconds)} an iteration, {whole} for all {cfg.iterations}, with evaluation")
+    yield Finding(f"time: about {duration(seconds)} per iteration, {whole} for all {cfg.iterations}, with evaluation")
 
 
 def disk(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:

@@ -29,7 +29,7 @@ class PromptSet(NamedTuple):
 
 SPLIT = 0x5B117  # used with the seed, so that the split is independent of the epochs' permutations
 LAYOUT = (
-    "DIR with train.txt and test.txt (a prompt a line), or with train_metadata.jsonl and test_metadata.jsonl "
+    "DIR with train.txt and test.txt (one prompt per line), or with train_metadata.jsonl and test_metadata.jsonl "
     '({"prompt": ...} a line), or one .txt or .jsonl file'
 )
 
@@ -80,13 +80,13 @@ def read_file(file: str | Path) -> tuple[tuple[str, ...], int, int]:
         texts = [_text(text, file, number) if text else "" for number, text in enumerate(texts, 1)]
     prompts = dict.fromkeys(t for t in texts if t)  # distinct, in order
     if not prompts:
-        raise DataError(f"{file} holds no prompts ({_nothing(texts)}): write one a line")
+        raise DataError(f"{file} holds no prompts ({_nothing(texts)}): write one per line")
     blank = sum(not t for t in texts[:-1])  # an empty text after the last newline is not a line
     return tuple(prompts), blank, sum(map(bool, texts)) - len(prompts)
 
 
 CAPTIONS = (
-    'a file with a prompt a line, of the pictures by their names, or a .jsonl file of {"file": ..., "prompt": ...}'
+    'a file with one prompt per line, in the order of picture names, or a .jsonl file of {"file": ..., "prompt": ...}'
 )
 
 
@@ -156,7 +156,7 @@ def _text(line: str, file: Path, number: int, field: str = "prompt") -> str:
     try:
         return _decode(found[field].encode(), file, number)
     except UnicodeEncodeError:
-        raise DataError(f"{file}, line {number}: half a surrogate pair in its {field}; write it whole") from None
+        raise DataError(f"{file}, line {number}: half a surrogate pair in its {field}; write the full pair") from None
 
 
 def batch(prompts: Sequence[str], seed: int, step: int, count: int) -> list[str]:
