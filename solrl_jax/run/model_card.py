@@ -116,7 +116,7 @@ def which(ema: bool) -> str:
     if ema:
         lines += [
             "",
-            "`ema/` was written by an older version of solrl_jax, which saved the average there and the policy itself "
+            "`ema/` is of an earlier version of solrl_jax, which saved the average there and the policy itself "
             "here; it may be from an earlier iteration.",
         ]
     return "\n".join(lines)
