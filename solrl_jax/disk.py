@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files that may turn out unreadable."""
+"""Atomic writes, and reading of files that may be damaged."""
 
 import contextlib
 import os
@@ -11,8 +11,10 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def whole(file: Path) -> Iterator[BinaryIO]:
-    """A binary file to write to that becomes `file` at the end, when it is on the disk; on an error `file` stays as
-    it was. Readable by whom the umask says. Makes the folder."""
+    """Open a binary file that replaces `file` at the end, once it is on disk; after an error `file` is unchanged.
+
+    Its permissions follow the umask. Creates the folder.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     try:
@@ -22,17 +24,19 @@ def whole(file: Path) -> Iterator[BinaryIO]:
             os.fsync(f.fileno())
         part.replace(file)
     except BaseException:
-        part.unlink(missing_ok=True)  # on a full disk it would take room for nothing
+        part.unlink(missing_ok=True)  # it would waste space on a full disk
         raise
 
 
 def readable(read: Callable[[Path], T], file: Path, said: list[str]) -> T | None:
-    """What `read` makes of `file`; None where there is no file, and where there is one that `read` cannot use, cut
-    short or of other content: a line in `said` tells so."""
+    """read(file), or None if there is no file or `read` fails, because it is incomplete or has other content.
+
+    A failure is reported as a line appended to `said`.
+    """
     if not file.exists():
         return None
     try:
         return read(file)
-    except Exception as e:  # for a damaged file zipfile, zlib, NumPy and JSON each raise several kinds of their own
+    except Exception as e:  # zipfile, zlib, NumPy and JSON raise many kinds of errors for a damaged file
         said.append(f"{file} cannot be read and counts as absent ({type(e).__name__}: {e})")
         return None

@@ -1,8 +1,8 @@
 """The command line: python -m solrl_jax.main --config=tiny [--config.explore.steps=4] [--mode=...].
 
-Dispatch only. Modules that import JAX are imported where they are called, so that --help and typos are answered at
-once. Errors of this package's own kinds, and a full disk, end in one line on stderr and exit code 2; anything else is a
-defect and shows its traceback.
+Dispatch only. Modules that import JAX are imported in the function that needs them, so that --help and errors in flags
+are fast. This package's own errors, and a full disk, end in one line on stderr and exit code 2; any other exception is
+a defect and shows its traceback.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ FLAGS = flags.FLAGS
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What a command line asks for; `place` is a checkpoint, `lora` a LoRA file or its folder."""
+    """The parsed command line; `place` is a checkpoint, `lora` a LoRA file or its folder."""
 
     cfg: Config
     run: Path
@@ -90,21 +90,21 @@ def doctor(c: Command) -> int:
 
 
 def _on_cpu() -> None:
-    """No GPU is taken, nor its memory: a training run beside this one keeps it. Before JAX makes its first array."""
+    """Use no GPU memory, so that a training run beside this one keeps it. Call it before JAX makes its first array."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
 
 
 def report(words: Sequence[str]) -> int:
-    """A report is of what runs have written: it takes no config, and runs of other versions."""
+    """Write a report from the files of runs, also of other versions; needs no config."""
     if words or FLAGS.config:
         word = words[0] if words else f"--config={FLAGS.config}"
         raise ConfigError(
             f"unexpected argument {word!r}: --mode=report takes --run_dir=RUN or --runs=RUN,RUN, and --out"
         )
     if FLAGS.run_dir and FLAGS.runs:
-        raise ConfigError("--run_dir and --runs name two things: give one of them")
+        raise ConfigError("--run_dir and --runs are both given: give one of them")
     from solrl_jax import report
 
     runs = [Path(run) for run in FLAGS.runs or ([FLAGS.run_dir] if FLAGS.run_dir else [])]
@@ -138,26 +138,26 @@ flags.DEFINE_enum(
     [*MODES, "report"],
     "train; eval: rewards of a policy; sample: pictures of --prompt; score: rewards of the pictures in --images; "
     "export: LoRA files; convert: the weights of --config.model.path to --run_dir, in a form that loads faster; "
-    "plan: memory and time of a run on --card; doctor: whether a run can begin here, and what to do if not; "
+    "plan: memory and time of a run on --card; doctor: whether a run can start here, and what to do if not; "
     "report: report.html of --run_dir, or of --runs side by side",
 )
 flags.DEFINE_string("run_dir", None, "directory of the run (default: runs/<config>-<time>)")
-flags.DEFINE_list("runs", None, "report: directories of runs to set side by side, RUN,RUN")
-flags.DEFINE_string("out", None, "report: the file (default: report.html in --run_dir, of --runs in this folder)")
-flags.DEFINE_bool("resume", False, "train: go on from the newest whole checkpoint of --run_dir")
+flags.DEFINE_list("runs", None, "report: directories of runs to compare, RUN,RUN")
+flags.DEFINE_string("out", None, "report: the file (default: report.html in --run_dir, or here for --runs)")
+flags.DEFINE_bool("resume", False, "train: continue from the newest undamaged checkpoint of --run_dir")
 flags.DEFINE_string("prompt", None, "sample: one prompt")
 flags.DEFINE_string(
     "prompts",
     None,
-    "sample: a file, a prompt a line; score: the same, a line per picture in the order of their names, or a .jsonl "
-    'file of {"file": ..., "prompt": ...}; else short for --config.prompt_files: a folder with train.txt and test.txt, '
+    "sample: a file, one prompt per line; score: the same, one line per picture in the order of names, or a .jsonl "
+    'file of {"file": ..., "prompt": ...}; else same as --config.prompt_files: a folder with train.txt and test.txt, '
     "or with train_metadata.jsonl and test_metadata.jsonl, or one .txt or .jsonl file",
 )
 flags.DEFINE_string("images", None, "score: the folder of the pictures, .png, .jpg, .jpeg or .webp")
 flags.DEFINE_string(
     "checkpoint",
     None,
-    "eval, sample, export: a step of --run_dir, best (the highest eval_reward_avg of those that are kept) or "
+    "eval, sample, export: a step of --run_dir, best (the kept one with the highest eval_reward_avg) or "
     "<run>/checkpoints/<step> (default: the newest)",
 )
 flags.DEFINE_string(
@@ -170,7 +170,7 @@ flags.DEFINE_string("card", "H100 80GB", "plan: the GPU to plan for")
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Let absl have every flag but --config.a.b=value; these are returned behind the program's name."""
+    """Parse all flags with absl except --config.a.b=value; these are returned after the program's name."""
     mine, rest = [], []
     words = iter(argv)
     for word in words:
@@ -184,7 +184,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 def main(argv: Sequence[str]) -> int:
     """Run the mode of FLAGS; `argv` is parse's result. Returns the exit code."""
     if not FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # app.run's default is INFO, at which orbax tells of every save
+        logging.set_verbosity(logging.WARNING)  # app.run's default is INFO, and orbax logs every save at INFO
     try:
         name, _, recipe = (FLAGS.config or "").partition(":")
         if recipe == "help":
@@ -209,16 +209,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def command(words: Sequence[str]) -> Command:
-    """What the flags and the overrides ask for. Raises ConfigError where they contradict each other."""
+    """The command of the flags and the overrides. Raises ConfigError if they contradict each other."""
     if strange := [w for w in words if not w.startswith("config.")]:
         raise ConfigError(f"unexpected argument {strange[0]!r}: flags begin with --, as in --config=tiny")
     overrides = dict(word.removeprefix("config.").split("=", 1) for word in words)
     short = FLAGS.prompts if FLAGS.mode not in ("sample", "score") else None
     if short and overrides.setdefault("prompt_files", short) != short:
-        raise ConfigError("--prompts and --config.prompt_files name two things: give one of them")
+        raise ConfigError("--prompts and --config.prompt_files differ: give one of them")
     run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
     if run is not None and run.exists() and not run.is_dir():
-        raise ConfigError(f"--run_dir={run} is a file: give a folder, new or of a run")
+        raise ConfigError(f"--run_dir={run} is a file: give a new folder or the folder of a run")
     place = _place(run)
     source = run if FLAGS.mode == "train" else (place or run)
     if FLAGS.mode == "score" and FLAGS.config is None and not (run and (run / "config.json").exists()):
@@ -228,11 +228,11 @@ def command(words: Sequence[str]) -> Command:
 
         cfg = config.override(checkpoint.load_config(source), **overrides)
     elif FLAGS.config is None:
-        raise ConfigError(f"say what to run: --config=NAME, one of {', '.join(config.available())}")
+        raise ConfigError(f"no config is named: give --config=NAME, one of {', '.join(config.available())}")
     else:
         cfg = config.load(FLAGS.config, overrides)
     if FLAGS.resume and run is None:
-        raise ConfigError("--resume needs --run_dir, the directory of the run to go on with")
+        raise ConfigError("--resume needs --run_dir, the directory of the run to continue")
     name = (FLAGS.config or cfg.name or "run").replace(":", "-")
     return Command(
         cfg=cfg,
@@ -249,12 +249,12 @@ def command(words: Sequence[str]) -> Command:
 
 
 def _place(run: Path | None) -> Path | None:
-    """The checkpoint that eval, sample and export take: --checkpoint, else the newest of an existing run, else none."""
+    """The checkpoint for eval, sample and export: --checkpoint, else the newest of an existing run, else None."""
     inside = run is not None and (run / "config.json").exists()
     if FLAGS.mode in ("train", "plan", "score", "doctor") or FLAGS.lora or not (FLAGS.checkpoint or inside):
         return None
     if FLAGS.checkpoint == "best" and run is None:
-        raise ConfigError("--checkpoint=best needs --run_dir, the directory of the run whose best is meant")
+        raise ConfigError("--checkpoint=best needs --run_dir, the directory of the run")
     from solrl_jax.run import checkpoint
 
     place, said = checkpoint.find(run or Path(), FLAGS.checkpoint)
@@ -264,7 +264,7 @@ def _place(run: Path | None) -> Path | None:
 
 
 def cli() -> None:
-    """The command `solrl`: as python -m solrl_jax.main, with the same --help."""
+    """Entry point of the command `solrl`; the same as python -m solrl_jax.main, also its --help."""
     sys.modules["__main__"].__doc__ = __doc__
     for flag in FLAGS.flags_by_module_dict().get(__name__, []):  # --help shows those of argv[0]
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)

@@ -1,4 +1,4 @@
-"""The mesh and its one axis. Data-parallel stages run under `over_data`; everything else is replicated."""
+"""The mesh and its one axis. Data-parallel stages run in `over_data`; everything else is replicated."""
 
 import functools
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def make_mesh(devices: int | None = None) -> Mesh:
 
 
 def check_divides(mesh: Mesh, prompts: int) -> None:
-    """Each device owns whole prompts."""
+    """ValueError unless each device gets the same number of whole prompts."""
     if prompts % mesh.size:
         fits = [n for n in range(1, jax.device_count() + 1) if prompts % n == 0]
         raise ValueError(
@@ -41,15 +41,15 @@ def over_data(f: Callable, split: tuple[bool, ...], out_specs) -> Callable:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         raise ValueError("no mesh: call this under `with jax.set_mesh(sharding.make_mesh())`")
-    # Each device's own gradients, summed by us: check_vma=True would sum them behind our back.
+    # We sum the devices' gradients ourselves; with check_vma=True, shard_map would sum them too.
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
 
 
 @functools.partial(jax.jit, static_argnames="count")
 def block(tree, first, count: int):
-    """Of every leaf the rows `first` to `first` + `count` of what each device holds, split as the leaf is.
+    """Rows `first` to `first` + `count` of each device's part of every leaf, split as the leaf is.
 
-    A slice outside of jit comes back replicated: every device then gathers what the others hold.
+    Outside of jit, the result of a slice is replicated: every device gathers the rows of the others.
     """
 
     def mine(tree, first):
@@ -60,7 +60,7 @@ def block(tree, first, count: int):
 
 @jax.jit
 def joined(blocks: tuple):
-    """What `block` took apart, of blocks in their order."""
+    """The inverse of `block`: concatenates consecutive blocks."""
 
     def mine(*blocks):
         return jax.tree.map(lambda *x: jnp.concatenate(x), *blocks)
@@ -73,5 +73,5 @@ def replicate(tree, mesh: Mesh):
 
 
 def split(tree, mesh: Mesh):
-    """Leading axis over the devices."""
+    """Split the leading axis over the devices."""
     return jax.device_put(tree, NamedSharding(mesh, SPLIT))

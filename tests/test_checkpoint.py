@@ -1,4 +1,4 @@
-"""Checkpoints: exact there and back, and every way in which one can be damaged, cut short or not fit."""
+"""Checkpoints: exact round trips; damaged, unfinished and incompatible ones are refused."""
 
 import json
 import resource
@@ -46,7 +46,7 @@ def same(a, b):
 
 @pytest.fixture
 def run(tmp_path):
-    """A run with the checkpoints 1 (gone, by keep=2), 2 and 3."""
+    """A run with the checkpoints 2 and 3; 1 was deleted because keep=2."""
     with Saver(tmp_path, CFG) as saver:
         for step in (1, 2, 3):
             saver.save(state_at(step))
@@ -74,7 +74,7 @@ def test_a_flipped_byte_is_seen_and_the_one_before_is_used(run):
     file.write_bytes(content)
     step, reasons = checkpoint.latest(run)
     assert step == 2 and len(reasons) == 1
-    assert "checkpoints/3 is passed over" in reasons[0] and "is not what was written" in reasons[0]
+    assert "checkpoints/3 is skipped" in reasons[0] and "is not what was written" in reasons[0]
     place, said = checkpoint.find(run)
     assert place.name == "2" and said == reasons
     with pytest.raises(CheckpointError, match=r"checkpoints/3 cannot be used: .*SHA-256 differs"):
@@ -108,7 +108,7 @@ def test_other_damage_is_seen(run, harm, reason):
 def test_a_damaged_step_is_written_again_and_is_never_what_is_kept(run):
     largest_file(checkpoint.folder(run, 3)).unlink()
     with Saver(run, config.override(CFG, keep=1)) as saver:
-        saver.save(state_at(2))  # there, whole: nothing to do
+        saver.save(state_at(2))  # already saved: nothing to do
         assert saver.pending is None
         saver.save(state_at(3))
     assert checkpoint.latest(run) == (3, []) and checkpoint.steps(run) == [3]
@@ -140,7 +140,7 @@ def test_another_structure_or_config_is_named(run):
 
 
 def test_of_the_config_only_what_no_number_of_the_training_depends_on_may_change(run):
-    """Each field by itself, and the watch's where it only warns."""
+    """Each field separately, and the fields of the watch if it only warns."""
 
     def refused(cfg=CFG, **changes):
         return checkpoint.forbidden(cfg, config.override(cfg, **changes))
@@ -161,7 +161,7 @@ def test_of_the_config_only_what_no_number_of_the_training_depends_on_may_change
 
 
 def test_inference_reads_only_what_it_uses(run):
-    """A checkpoint of a version whose state has more, less and other fields gives its average all the same."""
+    """The average can be read from a checkpoint whose state has more, fewer and other fields."""
     place, like = checkpoint.folder(run, 3), {"ema": state_at(0).ema}
     (place / "manifest.json").unlink()
     old, wanted = state_at(3)._asdict(), state_at(3).ema
@@ -195,7 +195,7 @@ def test_no_run_and_no_checkpoint(tmp_path):
 
 
 def test_a_full_disk_is_told_at_the_next_save_which_is_not_lost(run, monkeypatch):
-    """The save of 4 fails, room is made, the run is stopped at 9: 9 is saved, then the failure of 4 is told."""
+    """The save of 4 fails, space is freed, the run is stopped at 9: 9 is saved, then the failure of 4 is raised."""
     usage = checkpoint.shutil.disk_usage
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda place: types.SimpleNamespace(free=1_000_000))
     message = (
@@ -224,12 +224,12 @@ t.checkpoint.write(Path(sys.argv[1]), 4, big, t.CFG)
 
 @pytest.mark.skipif(sys.platform == "win32" or not hasattr(resource, "RLIMIT_FSIZE"), reason="needs a file size limit")
 def test_a_write_that_the_system_refuses_is_one_clear_error(run):
-    """Not simulated: the kernel refuses files over 100 kB, and tensorstore reports that in its own way."""
+    """A real failure: the kernel refuses files over 100 kB, and tensorstore reports it in its own form."""
     found = subprocess.run([sys.executable, "-c", LIMITED, str(run)], capture_output=True, text=True, timeout=120)
     assert found.returncode == 1
     assert "CheckpointError: checkpoint " in found.stderr and "/4 could not be written: File too large" in found.stderr
     assert "ERROR:absl" not in found.stderr and "Event loop is closed" not in found.stderr
-    assert checkpoint.latest(run)[0] == 3  # writes in flight may leave pieces of 4 behind; they do not count
+    assert checkpoint.latest(run)[0] == 3  # unfinished writes may leave files of 4; they do not count
     with Saver(run, CFG) as saver:
         saver.save(state_at(4))
     assert checkpoint.latest(run) == (4, [])
@@ -243,8 +243,8 @@ def test_the_manifest_says_what_is_in_the_tree(run):
 
 
 def test_the_best_by_evaluation_is_kept_too(tmp_path):
-    """keep=2 of steps 1 to 5, evaluated at 2 (the best), 4 and 5; then a better one comes and the old best goes. No
-    line of metrics is needed."""
+    """keep=2 of steps 1 to 5, evaluated at 2 (the best), 4 and 5. Then a better step is saved and 2 is deleted. No line
+    of metrics is needed."""
     scores = {2: 0.9, 4: 0.3}
     with Saver(tmp_path, CFG) as saver:
         for step in range(1, 6):
@@ -257,24 +257,24 @@ def test_the_best_by_evaluation_is_kept_too(tmp_path):
 
 
 WINDOWS = """
-import sys, types, fcntl, jax, optax  # what looks at the system does so now
+import sys, types, fcntl, jax, optax  # modules that look at the system do so now
 asked = []
 def locking(number, mode, count):
     asked.append((mode, count))
     try:
         fcntl.flock(number, (fcntl.LOCK_UN if mode == "unlock" else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise PermissionError(13, "Permission denied") from None  # what Windows says of a lock that another has
+        raise PermissionError(13, "Permission denied") from None  # as Windows, if another process holds the lock
 sys.modules["fcntl"], sys.modules["msvcrt"] = None, types.SimpleNamespace(
     locking=locking, LK_NBLCK="lock", LK_UNLCK="unlock"
 )
 """
-"""No fcntl, and an msvcrt that says what Windows' own does."""
+"""No fcntl, and an msvcrt with the behaviour of Windows."""
 
 
 @pytest.mark.parametrize("system", ["", WINDOWS], ids=["posix", "windows"])
 def test_one_process_at_a_time(tmp_path, system):
-    """A second one is refused while the first holds the run, and not after it was killed."""
+    """A second process is refused while the first one holds the lock, but not after the first was killed."""
     hold = system + "import sys, time; from pathlib import Path\n"
     hold += "from solrl_jax import train; from solrl_jax.run import checkpoint\n"
     hold += "with checkpoint.alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
@@ -292,7 +292,7 @@ def test_one_process_at_a_time(tmp_path, system):
 
 @pytest.mark.slow
 def test_a_run_locks_its_folder_without_fcntl(tmp_path):
-    """What Windows has not, no module of the package asks for; a run takes its lock, and frees it where it ends."""
+    """No module needs what Windows lacks; a run takes its lock and frees it at its end."""
     cfg = nano.build(tmp_path, iterations=0, evaluate=config.Evaluate(every=0), watch=config.Watch(every=0))
     (tmp_path / "config.json").write_text(config.to_json(cfg))
     code = "import orbax.checkpoint, tensorboardX, transformers\nfrom pathlib import Path\n"
@@ -304,7 +304,7 @@ def test_a_run_locks_its_folder_without_fcntl(tmp_path):
 
 
 def test_a_folder_that_cannot_be_opened_is_not_synced(tmp_path, monkeypatch):
-    """Windows opens no folder; elsewhere one that cannot be flushed is an error."""
+    """Windows cannot open a folder; on other systems, a folder that cannot be flushed is an error."""
     denied = unittest.mock.Mock(side_effect=PermissionError(13, "Permission denied"))
     system = types.SimpleNamespace(name="posix", open=denied, O_RDONLY=0)
     monkeypatch.setattr(checkpoint, "os", system)

@@ -12,9 +12,10 @@ import pytest
 
 from solrl_jax import config, device, iteration, learn, lora, quant, sharding
 from solrl_jax.config import Lora
-from solrl_jax.models import flux
+from solrl_jax.models import flux, layers
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
 from solrl_jax.plan import shapes
+from solrl_jax.quant import nvfp4
 from solrl_jax.structs import QuantRule, QuantRules
 from tests import card, flux_dev
 
@@ -64,6 +65,41 @@ def test_forward(h100):
     assert epilogues == {"BIAS": 3, "BIAS_GELU": 2, "DEFAULT": 8}  # BIAS: both v and the first product
     scores = B * CFG.num_attention_heads * (S + L) ** 2 * 2
     assert program.memory_analysis().temp_size_in_bytes < 1.5 * scores  # 0.62 GB; scores in f32 alone would be 1.02
+
+
+def test_rotary_norm(h100):
+    """The division by rms(x) comes last: if it comes first, XLA writes the normalised x in f32. And no kernel reads
+    every second channel, because the channels of a pair are swapped in place."""
+    x = jax.ShapeDtypeStruct((B, S + L, CFG.num_attention_heads, CFG.attention_head_dim), jnp.bfloat16)
+    scale = {"params": {"scale": jax.ShapeDtypeStruct((CFG.attention_head_dim,), jnp.float32)}}
+    program = card.compiled(lambda v, x: flux.RotaryNorm().apply(v, x, ROPE), scale, x, on=h100)
+    assert (
+        program.memory_analysis().temp_size_in_bytes < 0.05 * x.size
+    )  # an f32 per row of 128; 4 x with the division first
+    assert not re.search(r"slice=\{[^}]*:2\]", program.as_text())
+
+
+def test_remat_keeps_the_fused_attention(h100):
+    """If "attention" is kept, the forward kernel runs once. Without the rule for its primitive, its softmax sums are
+    not kept, and it runs again in the backward pass."""
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, S, 512), (3, 512, 512)))
+
+    def runs(kept: tuple[str, ...]) -> int:
+        @functools.partial(jax.checkpoint, policy=layers.keeping(kept))
+        def block(w, x):
+            q, k, v = ((x @ each).reshape(*x.shape[:2], 8, 64) for each in w)
+            return layers.attention(q, k, v).reshape(x.shape)
+
+        grad = jax.grad(lambda w, x: jnp.sum(block(w, x).astype(jnp.float32) ** 2))
+        return calls(card.compiled(grad, w, x, on=h100).as_text())["__cudnn$fmhaSoftmax"]
+
+    assert (runs(("attention",)), runs(())) == (1, 2)
+
+
+def test_e4m3_rounding_is_in_the_program(h100):
+    """XLA removes a cast to float8_e4m3fn and back, so the rounding is arithmetic."""
+    x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
+    assert "reduce-precision(" in card.compiled(nvfp4.round_e4m3, x, on=h100).as_text()
 
 
 @pytest.mark.parametrize("precision", ["fp8", "nvfp4_emulated"])

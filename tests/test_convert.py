@@ -1,4 +1,4 @@
-"""Converted weights: what the public folder gives, on any mesh, with hashes; damage and other configs are told."""
+"""Converted weights equal those of the public folder, on any mesh; damage and other configs are reported."""
 
 import hashlib
 import json
@@ -76,9 +76,7 @@ def test_a_flipped_byte_and_another_config_are_named(public, converted, tmp_path
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(
-        WeightsError, match=rf"{file.name} is not what was written \(by SHA-256; 1 such\): convert again"
-    ):
+    with pytest.raises(WeightsError, match=rf"{file.name} is not what was written \(SHA-256; 1 such\): convert again"):
         assemble.open_weights(cfg, mesh)
     found = json.loads((tmp_path / "copy" / "weights.json").read_text())
     found["leaves"].popitem()
@@ -125,7 +123,7 @@ def test_nothing_is_overwritten_and_a_cut_conversion_leaves_nothing(public, conv
 
 
 class Unread:
-    """A model of whose weights 34 GB would have to be read, and may not be."""
+    """A model with 34 GB of weights, which must not be read."""
 
     @staticmethod
     def shapes(cfg):
@@ -141,12 +139,12 @@ def test_what_can_be_known_is_told_before_anything_is_read(tmp_path, monkeypatch
     with pytest.raises(WeightsError, match=r"full: 34\.0 GB are needed, 35\.0 GB are free there$"):
         convert.convert(Unread(), model, tmp_path / "full")
     (tmp_path / "file").touch()
-    with pytest.raises(WeightsError, match=rf"{tmp_path}/file/a/b: {tmp_path}/file is no folder that can be written"):
+    with pytest.raises(WeightsError, match=rf"{tmp_path}/file/a/b: {tmp_path}/file is not a folder that can be"):
         convert.convert(object(), model, tmp_path / "file" / "a" / "b")
     with pytest.raises(config.ConfigError, match="is not empty"):
         convert.convert(object(), model, tmp_path)
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(WeightsError, match=f"new: {tmp_path} is no folder that can be written to"):
+    with pytest.raises(WeightsError, match=f"new: {tmp_path} is not a folder that can be written to"):
         convert.convert(object(), model, tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -213,7 +211,7 @@ def test_one_leaf_is_held_at_a_time_and_other_checkpoints_are_not_hashed(public,
 
 
 def test_folders_of_version_1_are_read(public, converted, tmp_path):
-    """A tree in orbax's form in weights/<name>, and no version in weights.json. Later versions are refused."""
+    """Version 1 has a tree written by orbax in weights/<name> and no version in weights.json. Version 3 is refused."""
     cfg, mesh = moved(nano.build(public), tmp_path / "first"), sharding.make_mesh(2)
     shutil.copytree(converted, tmp_path / "first", ignore=shutil.ignore_patterns("weights"))
     trees = convert.restore(converted, flux.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
@@ -229,7 +227,7 @@ def test_folders_of_version_1_are_read(public, converted, tmp_path):
         assert (one.dtype, type(one), np.asarray(one).tobytes()) == (two.dtype, type(two), np.asarray(two).tobytes())
     assert all(x.sharding == NamedSharding(mesh, sharding.WHOLE) for x in jax.tree.leaves(read[:2]))
     file.write_text(json.dumps(found | {"version": 3}))
-    with pytest.raises(WeightsError, match=r"weights.json is of version 3, known here is 2: convert again$"):
+    with pytest.raises(WeightsError, match=r"weights.json has version 3, solrl_jax reads up to 2: convert again$"):
         assemble.open_weights(cfg, mesh)
 
 
@@ -240,7 +238,7 @@ from solrl_jax import config
 from solrl_jax.run import convert
 from solrl_jax.models import flux
 
-def most():  # of this program alone: ru_maxrss begins with that of the process which started it
+def most():  # of this program only: ru_maxrss starts at that of the parent process
     return int(next(x for x in open("/proc/self/status") if x.startswith("VmHWM")).split()[1]) * 1024
 
 cfg = config.from_json(Path(sys.argv[1]).read_text()).model
@@ -253,9 +251,9 @@ print(before, most())
 
 @pytest.mark.slow
 def test_the_host_holds_a_leaf_not_a_tree(tmp_path):
-    """Of 0.6 GB, the largest leaf 84 MB: what the process takes beyond its imports is a leaf and its reading.
+    """Of 0.6 GB, with a largest leaf of 84 MB: beyond its imports, the process needs one leaf and the file being read.
 
-    While whole trees were written, it was 1.9 times the largest of them, 1.07 GB.
+    When whole trees were written, it needed 1.9 times the largest tree, 1.07 GB.
     """
     larger = {
         "transformer": {"num_layers": 4, "num_single_layers": 8, "attention_head_dim": 128, "num_attention_heads": 8},

@@ -1,4 +1,6 @@
-"""bfloat16 products on CPUs with matrix units for them and without: the same numbers, whichever way is chosen."""
+"""bfloat16 products on CPUs with and without matrix units: both choices give the same numbers."""
+
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from solrl_jax.quant import fp8, nvfp4
 
 @pytest.fixture(params=[False, True], ids=["float32", "amx"])
 def amx(request, monkeypatch):
-    """Both choices, whatever this machine has."""
+    """Both choices, on any machine."""
     monkeypatch.setattr(device, "has_amx", lambda: request.param)
     return request.param
 
@@ -36,7 +38,7 @@ def test_the_processor_is_asked(tmp_path):
 
 
 def test_a_program_is_of_one_choice(amx):
-    """So that the compilation cache keeps them apart; and the first lines of a run say which."""
+    """The program differs, so that the compilation cache keeps them apart; the first lines of a run say which it is."""
     x = jnp.ones((8, 16), jnp.bfloat16)
     text = jax.jit(lambda x, w: jnp.dot(*device.operands(x, w))).lower(x, x.T).as_text()
     assert ("tensor<8x16xbf16>, tensor<16x8xbf16>" in text) == amx
@@ -52,7 +54,7 @@ def test_only_cpus_choose(monkeypatch):
 
 
 def test_linear_multiplies_rounded_operands(amx):
-    """Operands are rounded to bf16, also those that were computed in f32 in the same program; sums are not."""
+    """Operands are rounded to bf16, also if the same program computed them in f32; sums are not rounded."""
     x, w = normal(64, 160), normal(160, 96, seed=1)
     module = layers.Linear(96, use_bias=False)
     found = jax.jit(lambda x, w: module.apply({"params": {"kernel": w}}, x * 1.5))(x, w)
@@ -81,7 +83,7 @@ def test_emulated_nvfp4_is_exact(amx):
 
 
 def test_attention(amx):
-    """Weights are rounded to bf16, as before their product on any device."""
+    """The softmax weights are rounded to bf16, as on every device."""
     q, k, v = (jnp.asarray(normal(3, 40, 5, 32, seed=i), jnp.bfloat16) for i in range(3))
     scores = np.einsum("bqhd,bkhd->bhqk", rounded(q), rounded(k)) / 32**0.5
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -92,9 +94,16 @@ def test_attention(amx):
     np.testing.assert_allclose(rounded(found), expect, rtol=2**-7, atol=2e-3)
 
 
+def test_attention_multiplies_in_bhqd_order(amx):
+    """XLA's CPU backend makes the product for bqhd as [B, H, d, Q], which takes up to 1.5 times as long."""
+    shape = jax.ShapeDtypeStruct((3, 40, 5, 32), jnp.bfloat16)
+    text = jax.jit(layers.attention).lower(shape, shape, shape).compile().as_text()
+    assert set(re.findall(r" = \w+\[([\d,]+)\]\S* dot\(", text)) == {"3,5,40,40", "3,5,40,32"}
+
+
 @pytest.mark.parametrize("f", [layers.gelu_tanh, layers.gelu_erf])
 def test_gelu_rounds_once(f):
-    """Of a bf16 number the f32 GELU, rounded; and so its derivative."""
+    """GELU of a bf16 number is the rounded f32 GELU; the same holds for its derivative."""
     x = jnp.asarray(np.linspace(-6, 6, 4001), jnp.bfloat16)
     wide = x.astype(jnp.float32)
     np.testing.assert_array_equal(jax.jit(f)(x), jax.jit(f)(wide).astype(jnp.bfloat16))
@@ -103,7 +112,7 @@ def test_gelu_rounds_once(f):
 
 
 def test_a_plan_does_not_depend_on_this_cpu(amx, monkeypatch):
-    """Its programs are another device's, also where no CUDA plugin says how a GPU would trace them."""
+    """A plan's programs are those of another device, also without a CUDA plugin to trace for."""
     x, w = jax.ShapeDtypeStruct((4, 16), jnp.bfloat16), jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)
     for plugin in (False, True):
         monkeypatch.setattr(jaxpr, "as_on_gpus", lambda plugin=plugin: plugin)
@@ -112,7 +121,7 @@ def test_a_plan_does_not_depend_on_this_cpu(amx, monkeypatch):
 
 
 def test_emulated_kernels_are_unpacked_once_on_cpus(monkeypatch):
-    """The same numbers to the last bit; a GPU keeps 4.5 bits a weight."""
+    """The same numbers, bit for bit; on a GPU, kernels stay packed at 4.5 bits per weight."""
     low = {"a": nvfp4.quantise(jnp.asarray(normal(2, 32, 48))), "b": fp8.quantise(jnp.asarray(normal(32, 48)))}
     found = quant.for_rollout(low)
     assert isinstance(found["a"], nvfp4.Unpacked) and found["b"] is low["b"]

@@ -1,5 +1,5 @@
-"""A run is killed, really, and goes on, by every algorithm and on other devices; clocks go backwards; a reward raises,
-a device is lost, gradients and weights are NaN, the disk is full in its middle."""
+"""Faults during a run: SIGKILL and resume, for every algorithm and on other devices; a clock that runs backwards; a
+reward that raises; a lost device; NaN in gradients and weights; a full disk."""
 
 import dataclasses
 import os
@@ -34,7 +34,7 @@ SHORT = {"evaluate.every": 0, "save_every": 1}
 
 
 def by(toy, name):
-    """The toy config by that family or method, with rollouts of 4 steps, 2 of them trained; saved after 2 of 4."""
+    """The toy config of a family or method, with rollouts of 4 steps, 2 of them trained; saved after 2 of 4."""
     cfg = recipes.family(toy, name)
     window = {"window": 2, "window_within": 3} if cfg.regenerate.window else {}
     stage = dataclasses.replace(cfg.regenerate, steps=4, **window)
@@ -44,12 +44,12 @@ def by(toy, name):
 
 
 def killed(name, folder):
-    """In a process of its own: a run by `name` in folder/name that is killed as its fourth iteration begins."""
+    """Start a run of `name` in folder/name in another process and kill it when its fourth iteration starts."""
     cfg, batch = by(test_train.world(pytest.MonkeyPatch(), folder), name), data.batch
 
     def struck(prompts, seed, number, count):
         if number == 3:
-            while checkpoint.latest(folder / name)[0] != 2:  # that the test is of a run which has saved something
+            while checkpoint.latest(folder / name)[0] != 2:  # wait until the run has saved something
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         return batch(prompts, seed, number, count)
@@ -76,7 +76,7 @@ for name in sys.argv[3:]:
 
 @pytest.fixture(scope="module", params=[ALGORITHMS[:1], pytest.param(ALGORITHMS[1:], marks=pytest.mark.slow)])
 def broken(request, tmp_path_factory):
-    """(folder, algorithms): a run by each, killed by SIGKILL after 3 of 4 iterations, of which 2 are saved."""
+    """(folder, algorithms): one run of each, killed by SIGKILL after 3 of 4 iterations, of which 2 are saved."""
     folder = tmp_path_factory.mktemp("killed")
     words = [sys.executable, "-c", KILLED, str(folder), jax.config.values["jax_compilation_cache_dir"], *request.param]
     found = subprocess.run(words, capture_output=True, text=True, timeout=300)
@@ -85,19 +85,19 @@ def broken(request, tmp_path_factory):
 
 
 def raw(state):
-    """Every leaf of a state by its path, keys as their numbers."""
+    """{path: array} of a state; random keys as numbers."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     is_key = lambda x: jnp.issubdtype(x.dtype, jax.dtypes.prng_key)  # noqa: E731
     return {jax.tree_util.keystr(k): np.asarray(jax.random.key_data(x) if is_key(x) else x) for k, x in leaves}
 
 
 def end_of(run, cfg):
-    """The newest checkpoint of a run, every array of it."""
+    """All arrays of a run's newest checkpoint."""
     return raw(checkpoint.restore(checkpoint.find(run)[0], assemble.blank(cfg, TOY, assemble.make_mesh(1)), cfg))
 
 
 def test_a_killed_run_goes_on_to_the_bit(toy, tmp_path, broken):
-    """4 iterations = 3, SIGKILL, the third of which was not saved, and 2 more: metrics, pictures, LoRA, EMA, old
+    """4 iterations give the same as 3, of which 2 were saved, SIGKILL, and 2 more: metrics, pictures, LoRA, EMA, old
     policy, moments, key, counts."""
     folder, names = broken
     for name in names:
@@ -111,7 +111,7 @@ def test_a_killed_run_goes_on_to_the_bit(toy, tmp_path, broken):
         assert ours.keys() == theirs.keys() and int(ours[".iteration"]) == 4 and int(ours[".updates"]) == 8, name
         for key, value in ours.items():
             np.testing.assert_array_equal(value, theirs[key], err_msg=f"{name} {key}")
-        assert np.any(ours[".ema['to_q']['b']"] != ours[".lora['to_q']['b']"])  # each is itself, not a copy
+        assert np.any(ours[".ema['to_q']['b']"] != ours[".lora['to_q']['b']"])  # EMA and LoRA differ
         for file in (faults.LORA, f"current/{faults.LORA}"):
             jax.tree.map(np.testing.assert_array_equal, load_file(run / file), load_file(whole / file))
         assert (run / "grids/000004.png").read_bytes() == (whole / "grids/000004.png").read_bytes()
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_to_the_bit(toy, tmp_path, broken):
 
 @pytest.mark.slow
 def test_killed_runs_end_as_unbroken_ones_do(tmp_path):
-    """SIGKILL at three moments, one of them inside a save (the thirty: experiments/faults)."""
+    """SIGKILL at three moments, one of them during a save (thirty in experiments/faults)."""
     struck = faults.attack(tmp_path / "broken", 40, kills=3, in_saves=1)
     assert len(struck) == 3 and any(kill.in_save for kill in struck)
     assert all(kill.after >= kill.before for kill in struck)
@@ -129,8 +129,8 @@ def test_killed_runs_end_as_unbroken_ones_do(tmp_path):
 
 
 def test_a_run_goes_on_with_other_devices(toy, tmp_path, monkeypatch):
-    """2 of 4 iterations on one device, the rest on two, then on four: the same samples are kept, to their keys; metrics
-    and LoRA to rounding."""
+    """2 of 4 iterations on one device, the others on two, then on four: the same samples (keys) are kept; metrics and
+    LoRA are equal up to rounding."""
     cfg, kept, staged = by(toy, "sol_rl"), {}, iteration.Staged
     monkeypatch.setattr(iteration, "Staged", lambda **statics: watched(staged(**statics)))
 
@@ -162,7 +162,7 @@ def test_a_run_goes_on_with_other_devices(toy, tmp_path, monkeypatch):
 
 
 def test_damage_to_the_newest_checkpoint_costs_only_time(toy, tmp_path, capsys):
-    """A byte flipped in one, another cut short: said, the one before is taken, and the end is the same."""
+    """One checkpoint has a flipped byte, another is truncated: both are reported, the older one gives the same end."""
     cfg = config.override(toy, **SHORT, iterations=4)
     train.train(cfg, tmp_path / "whole", devices=1)
     train.train(config.override(cfg, iterations=3), tmp_path / "run", devices=1)
@@ -173,15 +173,15 @@ def test_damage_to_the_newest_checkpoint_costs_only_time(toy, tmp_path, capsys):
     capsys.readouterr()
     train.train(cfg, tmp_path / "run", resume=True, devices=1)
     said = capsys.readouterr().out
-    assert all(f"checkpoints/{n} is passed over" in said for n in (3, 2)) and "checkpoints/1\n" in said
+    assert all(f"checkpoints/{n} is skipped" in said for n in (3, 2)) and "checkpoints/1\n" in said
     assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
 
 
-# --- what goes wrong around it --------------------------------------------------------------------------------------
+# --- faults outside the training --------------------------------------------------------------------------------------
 
 
 def test_a_clock_that_goes_backwards_changes_nothing(toy, tmp_path, monkeypatch):
-    """Wall time is only shown: a run under a clock that runs backwards has the same numbers."""
+    """Wall time is only displayed: a run with a clock that runs backwards has the same numbers."""
     toy, now = config.override(toy, iterations=2), time.time
     train.train(toy, tmp_path / "plain", devices=1)
     for clock in ("time", "perf_counter"):
@@ -200,7 +200,7 @@ def test_a_second_process_in_a_run_is_refused_before_anything_is_read(toy, tmp_p
 
 
 def goes_on(cfg, run, whole):
-    """Resume `run` and compare its end with an unbroken run's, to the bit."""
+    """Resume `run` and compare its result with that of an uninterrupted run, bit for bit."""
     train.train(cfg, whole, devices=1)
     train.train(cfg, run, resume=True, devices=1)
     assert metrics_of(run) == metrics_of(whole)
@@ -209,7 +209,7 @@ def goes_on(cfg, run, whole):
 
 @pytest.mark.parametrize("stage", ["explore", "regenerate", "learn", "evaluate"])
 def test_a_device_that_is_lost_in_mid_run(toy, tmp_path, monkeypatch, stage):
-    """In the third iteration's stage, or the second's evaluation: one line; what is saved stays; the run goes on."""
+    """In a stage of iteration 3 or the evaluation of 2: one line of error; saves stay; the run can be resumed."""
     run, evaluation = tmp_path / "run", stage == "evaluate"
     cfg = config.override(toy, iterations=4, save_every=0 if evaluation else 1, **{"evaluate.every": 2})
     done = 1 if evaluation else 2
@@ -222,13 +222,13 @@ def test_a_device_that_is_lost_in_mid_run(toy, tmp_path, monkeypatch, stage):
 
 
 def lose(patch, stage, calls, message="INTERNAL: the device is lost\nand a page more"):
-    """A JaxRuntimeError out of the stage's first call after as many iterations (evaluations)."""
+    """Raise a JaxRuntimeError in the stage's first call after so many iterations (evaluations)."""
     fail = jax.errors.JaxRuntimeError(message)
     if stage == "evaluate":
         real, count = evaluate.evaluate, iter(range(99))
 
         def judged(*args):
-            if next(count) == calls - 1:  # the first is the base's
+            if next(count) == calls - 1:  # the first call is for the base
                 raise fail
             return real(*args)
 
@@ -245,7 +245,7 @@ def lose(patch, stage, calls, message="INTERNAL: the device is lost\nand a page 
 
 
 def test_a_device_that_does_not_come_back_costs_what_was_not_saved(toy, tmp_path, monkeypatch):
-    """Its arrays cannot be read either: both are said, and the last save is what there is."""
+    """Its arrays cannot be read either: both errors are reported, and the last save is the newest."""
     run, cfg = tmp_path / "run", config.override(toy, iterations=4)
     with monkeypatch.context() as patch:
         lose(patch, "learn", 3)
@@ -294,8 +294,8 @@ def make(path, dtype):
 
 @pytest.mark.parametrize(("host", "number", "done"), [(True, 18, 1), (False, 3, 0)])
 def test_a_reward_that_raises_in_mid_run(toy, tmp_path, monkeypatch, host, number, done):
-    """On the host, of whose calls 8 are the measurement's as a run begins and 8 each iteration's; on the devices where
-    it is traced to explore. Named; the run goes on."""
+    """On the host (8 calls for the measurement at the start, then 8 per iteration) and on the devices, while explore is
+    traced. The error names the reward; the run can be resumed."""
     name, run = f"unsure_{host}".lower(), tmp_path / "run"
     (tmp_path / f"{name}.py").write_text(OWN.format(host=host, number=number))
     (tmp_path / "calls").write_text("")
@@ -314,7 +314,7 @@ def test_a_reward_that_raises_in_mid_run(toy, tmp_path, monkeypatch, host, numbe
 
 
 def poisoned(monkeypatch, first, last):
-    """A network whose gradient, not its velocity, is NaN in iterations first to last: their prompts say so."""
+    """A network whose gradient, not its velocity, is NaN in iterations first to last, recognised by their prompts."""
 
     @jax.custom_jvp
     def nan_gradient(x, where):
@@ -345,7 +345,7 @@ def poisoned(monkeypatch, first, last):
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_nan_gradients_are_skipped_counted_and_end_the_run(toy, tmp_path, monkeypatch, capsys, updates):
-    """In iteration 2 they leave everything but the counts as it was; from 4 on three in a row stop the run, saved."""
+    """In iteration 2 they change only the counts; three in a row from iteration 4 stop the run, which is saved."""
     cfg = config.override(toy, **SHORT, iterations=9, keep=9, **{"learn.updates": updates})
     run, last = tmp_path / "run", {1: 6, 2: 5}[updates]
     with monkeypatch.context() as patch:
@@ -371,12 +371,12 @@ def test_nan_gradients_are_skipped_counted_and_end_the_run(toy, tmp_path, monkey
             for key in (k for k in states[after] if k.startswith(name)):
                 np.testing.assert_array_equal(states[before][key], states[after][key], err_msg=key)
     assert any(np.any(states[2][k] != states[3][k]) for k in states[3] if k.startswith(".lora"))
-    train.train(config.override(cfg, iterations=last + 1), run, resume=True, devices=1)  # without the poison it goes on
+    train.train(config.override(cfg, iterations=last + 1), run, resume=True, devices=1)  # without the NaN, it continues
     assert metrics_of(run)[last + 1]["skipped"] == 0
 
 
 def test_a_step_to_a_lora_that_is_not_finite_is_not_taken(toy):
-    """A finite gradient, but a rate that leaves float32."""
+    """A finite gradient, but a learning rate that overflows float32."""
     parts = assemble.assemble(toy, 1)
     with jax.set_mesh(parts.mesh):
         state = assemble.fresh(parts)
@@ -390,7 +390,7 @@ def test_a_step_to_a_lora_that_is_not_finite_is_not_taken(toy):
 
 
 def test_nan_weights_are_named(toy, tmp_path, monkeypatch):
-    """Of the base: nothing is trained or saved."""
+    """NaN in the base: nothing is trained or saved."""
 
     def load(cfg, place):
         base, vae, text = test_train.load(cfg, place)
@@ -405,7 +405,7 @@ def test_nan_weights_are_named(toy, tmp_path, monkeypatch):
 
 
 def test_a_reward_that_sees_nothing_wrong_in_nan_pictures(toy, tmp_path, monkeypatch):
-    """A reward by 8-bit pictures takes NaN for a shade: then the gradients are not finite, and the LoRA is named."""
+    """A reward of 8-bit pictures reads NaN as a colour. So the gradients are not finite, and the LoRA is named."""
     run = tmp_path / "run"
     monkeypatch.setitem(
         sys.modules,
@@ -436,7 +436,7 @@ import jax
 import pytest
 from solrl_jax import config, main
 from tests import test_train
-jax.config.update("jax_disable_most_optimizations", True)  # as the process that goes on
+jax.config.update("jax_disable_most_optimizations", True)  # as in the process that resumes
 patch = pytest.MonkeyPatch()
 toy = test_train.world(patch, Path(sys.argv[2]))
 patch.setattr(config, "load", lambda spec, overrides: config.override(toy, **overrides))
@@ -448,7 +448,7 @@ MOUNTED = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
 def mounts():
-    """Whether a file system of our own, of a size of our own, can be had here."""
+    """Whether this process may mount a file system of a chosen size."""
     try:
         return not subprocess.run([*MOUNTED, "mount", "-t", "tmpfs", "none", "/mnt"], capture_output=True).returncode
     except FileNotFoundError:
@@ -459,7 +459,7 @@ def mounts():
 @pytest.mark.skipif(not mounts(), reason="needs a user namespace, for a small file system")
 @pytest.mark.parametrize("left", [8, 40, 120, 300])
 def test_a_disk_that_is_full(toy, tmp_path, left):
-    """Not simulated: a tmpfs with so many kB left. A line says so; with room again the run goes on to the bit."""
+    """A real full disk: a tmpfs with so many kB left. One line of error; with more space, it resumes bit for bit."""
     run, small = tmp_path / "run", tmp_path / "small"
     small.mkdir()
     flags = ["--config.iterations=4", "--config.save_every=1", "--config.evaluate.every=2"]

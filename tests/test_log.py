@@ -27,10 +27,10 @@ def test_resumed_lines_past_the_restored_iteration_are_dropped(tmp_path):
     write_some(tmp_path, range(6))
     file = tmp_path / "metrics.jsonl"
     before = file.read_text().splitlines()
-    file.write_text("\n".join(before) + '\n{"iteration": 6, "rew')  # as a crash leaves it
+    file.write_text("\n".join(before) + '\n{"iteration": 6, "rew')  # as after a crash
     write_some(tmp_path, [4, 5], done=3)
     after = file.read_text().splitlines()
-    assert after == before  # dropped and written again, the kept ones to the letter
+    assert after == before  # dropped and written again; kept lines are unchanged
     assert [json.loads(line)["iteration"] for line in after] == list(range(6))
 
 
@@ -87,7 +87,7 @@ def test_sinks_are_closed_when_a_run_fails(tmp_path):
 
 
 class FakeWandb(types.ModuleType):
-    """Of wandb what `log.wandb` asks for; `calls` is what it was asked."""
+    """A stand-in for the parts of wandb that `log.wandb` uses; `calls` records the calls."""
 
     class Error(Exception):
         pass
@@ -162,7 +162,7 @@ def test_a_held_out_reward_that_falls_while_the_trained_one_rises_is_told():
         ([0.1, 0.3], [0.5, 0.6], 1.0),  # both rise
         ([0.3, 0.1], [0.5, 0.2], 1.0),  # both fall
         ([0.1, 0.3], [0.5, 0.5], 1.0),
-        ([0.1, 0.3], [0.5, 0.2], -1.0),  # the lower the better
+        ([0.1, 0.3], [0.5, 0.2], -1.0),  # lower is better
         ([0.1, 0.3], [0.5, None], 1.0),  # not finite
         ([0.1], [0.5], 1.0),
         ([], [], 1.0),

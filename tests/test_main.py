@@ -1,4 +1,4 @@
-"""The command line: what is wrong ends in one line and exit code 2, without a traceback and without a run directory."""
+"""The command line: an error is one line and exit code 2, without a traceback and without a run directory."""
 
 import os
 import subprocess
@@ -41,7 +41,7 @@ def load_small(spec, overrides):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to run: --config=NAME, one of small"),
+        ([], "no config is named: give --config=NAME, one of small"),
         (["--config=large"], "there is no configs/large.py; use one of small"),
         (["--config=small", "tiny"], "unexpected argument 'tiny': flags begin with --"),
         (["--config=small", "--config.explore.stepz=4"], "did you mean steps?"),
@@ -50,7 +50,7 @@ def load_small(spec, overrides):
         (["--config=small", "--config.prompts=3"], "prompts=3, but p.txt has 2 distinct ones"),
         (["--config=small", "--config.prompt_files=q.txt"], "q.txt does not exist"),
         (["--config=small", "--prompts=q.txt"], "q.txt does not exist"),
-        (["--config=small", "--prompts=q.txt", "--config.prompt_files=p.txt"], "name two things: give one of them"),
+        (["--config=small", "--prompts=q.txt", "--config.prompt_files=p.txt"], "prompt_files differ: give one of them"),
         (["--config=small", "--mode=eval", "--prompts=q.txt"], "q.txt does not exist"),
         (["--config=large:help"], "there is no configs/large.py; use one of small"),
         (["--config=small", "--config.model.name=flax"], "model.name=flax: there is no such model"),
@@ -64,7 +64,7 @@ def load_small(spec, overrides):
         (["--mode=eval", "--config=small", "--checkpoint=x/5"], "there is no checkpoint x/5"),
         (["--mode=report"], "no run to report: give --run_dir=RUN or --runs=RUN,RUN"),
         (["--mode=report", "--run_dir=nowhere"], "nowhere is not the directory of a run"),
-        (["--mode=report", "--runs=a,b", "--run_dir=c"], "name two things: give one of them"),
+        (["--mode=report", "--runs=a,b", "--run_dir=c"], "are both given: give one of them"),
         (["--mode=report", "--runs=a,b", "--out=."], "--out=. is a folder: give a file"),
         (["--mode=report", "--config=small"], "unexpected argument '--config=small': --mode=report takes --run_dir="),
         (["--mode=report", "--config.seed=1"], "unexpected argument 'config.seed=1'"),
@@ -78,7 +78,7 @@ def test_what_is_wrong_is_one_line_and_exit_code_2(command, words, message):
 
 def test_rewards_are_checked_by_name_and_weight(command, monkeypatch):
     monkeypatch.setattr("solrl_jax.run.assemble.model_module", lambda cfg: types.SimpleNamespace(make=str))
-    words = ("--config=small", "--config.explore.precision=bf16")  # no coverage to check of the stand-in for a model
+    words = ("--config=small", "--config.explore.precision=bf16")  # the stand-in for a model has no coverage to check
     for mixture, message in (
         ("shape", "unknown reward 'shape' in 'shape': use one of "),
         ("shapes:1,shapes:2", "reward 'shapes' is twice"),
@@ -92,7 +92,7 @@ def test_rewards_are_checked_by_name_and_weight(command, monkeypatch):
 
 
 def test_dotted_overrides_in_both_spellings(command):
-    with flagsaver.flagsaver():  # what is parsed here must not be what later tests were given
+    with flagsaver.flagsaver():  # flags parsed here must not reach later tests
         parsed = main.parse(["x", "--config=small", "--config.explore.steps=4", "--config.seed", "7", "-config.kept=8"])
     assert parsed == ["x", "config.explore.steps=4", "config.seed=7", "config.kept=8"]
 
@@ -168,13 +168,13 @@ def test_without_a_gpu_nothing_is_printed():
 
 
 def test_what_is_absent_is_named(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")  # the user's own word counts
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")  # the user's value is kept
     monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     assert device.absent() == ["XLA_FLAGS=--xla_gpu_dot_merger_threshold_mb=32", "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"]
 
 
 def test_gpu_flags_are_added_to_the_users_own():
-    """Each that is not named; and this jaxlib knows them all: it ends the process at a flag that it does not know."""
+    """Each flag that the user has not set. This jaxlib knows all of them: an unknown flag would end the process."""
     ours = "--xla_gpu_enable_triton_gemm=false --xla_gpu_dot_merger_threshold_mb=32"
     assert device.with_gpu_flags("") == ours
     theirs = "--xla_gpu_enable_triton_gemm=true --xla_dump_to=/tmp/x"
@@ -198,7 +198,7 @@ print(jax.default_backend())
 
 @pytest.mark.parametrize("mode", ["plan", "convert"])
 def test_plan_and_convert_leave_the_gpu_alone(mode):
-    """They run where CUDA is asked for and there is none: it is not looked for."""
+    """They run although CUDA is requested and there is none: they do not look for it."""
     found = shell("-c", ON_CPU.format(mode=mode), JAX_PLATFORMS="cuda")
     assert (found.returncode, found.stdout.splitlines()[-1]) == (0, "cpu"), found.stderr
 

@@ -20,7 +20,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two iterations in one go, and one, then a second by --resume."""
+    """Two iterations without interruption, and one iteration followed by a second with --resume."""
     folder = tmp_path_factory.mktemp("run")
     cfg = nano.build(folder)
     train.train(cfg, folder / "whole", devices=1)
@@ -65,7 +65,7 @@ def test_resume_is_bit_for_bit(runs):
 
 @pytest.mark.slow
 def test_a_run_on_a_card_with_fp8(tmp_path, monkeypatch):
-    """auto is FP8 there: said in config.json, and calibrated by a resumed run to the same units and rewards."""
+    """auto means FP8 there: config.json says so, and a resumed run calibrates to the same units and rewards."""
     monkeypatch.setattr(assemble, "capability", lambda: 9.0)
     seen = []
     real = train.calibrated

@@ -1,5 +1,6 @@
-"""What XLA makes of SANA-1.6B at its true width for an H100, without a card: 1024 places, 300 tokens of text."""
+"""SANA-1.6B at its true width, compiled for an H100 without one: 1024 positions, 300 tokens of text."""
 
+import math
 import re
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import pytest
 
 from solrl_jax import lora, quant
 from solrl_jax.config import Lora
-from solrl_jax.models import dcae, sana
+from solrl_jax.models import dcae, layers, sana
 from solrl_jax.models.sana import SanaConfig, SanaTransformer, TextKeys
 from solrl_jax.structs import QuantRule, QuantRules
 from solrl_jax.weights import from_config
@@ -106,10 +107,8 @@ def test_gradient(h100):
     assert calls(text)["__cudnn$fmhaSoftmaxBackward"] == 1 and calls(text)["__cudnn$fmhaSoftmax"] >= 2
 
 
-def test_depthwise_convolutions_of_the_decoder(h100):
-    """The 5 x 5 and the 3 x 3 convolutions are cuDNN's, of arrays in memory. As one elementwise kernel the first put q,
-    k and v together anew for every tap, a fifth of the decoder's time; in f32 and channel by channel, as XLA ordered
-    them, two blocks that follow one another took 3.4 GB."""
+def two_blocks(on):
+    """Two of DC-AE's blocks in a row, at 1/8 of 1024 px, compiled."""
 
     class Two(nn.Module):
         @nn.compact
@@ -120,6 +119,29 @@ def test_depthwise_convolutions_of_the_decoder(h100):
 
     x = jax.ShapeDtypeStruct((2, 128, 128, 512), jnp.bfloat16)
     params = jax.eval_shape(lambda x: Two().init(jax.random.key(0), x)["params"], x)
-    program = card.compiled(lambda p, x: Two().apply({"params": p}, x), params, x, on=h100)
+    return card.compiled(lambda p, x: Two().apply({"params": p}, x), params, x, on=on)
+
+
+def test_depthwise_convolutions_of_the_decoder(h100):
+    """The 5 x 5 and the 3 x 3 convolutions are cuDNN's. As one elementwise kernel, the first concatenated q, k and v
+    again for every tap, which was a fifth of the decoder's time."""
+    program = two_blocks(h100)
     assert depthwise(program.as_text()) == ["bf16[2,128,128,1536]", "bf16[2,128,128,4096]"] * 2
     assert program.memory_analysis().temp_size_in_bytes < 0.8e9
+
+
+def test_depthwise_convolutions_as_shifted_products(h100, monkeypatch):
+    """The form for TPUs, compiled for an H100: row-major, two blocks in a row take 0.6 GB; in the order that XLA
+    chooses (f32, channel by channel), 3.4 GB."""
+    monkeypatch.setattr(layers, "_grouped", layers._shifted)
+    assert two_blocks(h100).memory_analysis().temp_size_in_bytes < 0.8e9
+
+
+def test_linear_attention_makes_no_f32_copies_of_k_and_v(h100):
+    """Only relu(q) and the result are written in f32 at the size of k; f32 copies of k and v would be two more."""
+    shape = (B, 1024, 70, 32)
+    qkv = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 3
+    entry = card.compiled(layers.linear_attention, *qkv, on=h100).as_text().partition("\nENTRY")[2]
+    made = re.findall(r" = (\(.*?\)|\S+) (?:fusion|custom-call|convert|copy)\(", entry)
+    wide = [dims for result in made for dims in re.findall(r"f32\[([\d,]+)\]", result)]
+    assert sum(math.prod(map(int, dims.split(","))) == math.prod(shape) for dims in wide) == 2

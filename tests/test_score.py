@@ -1,4 +1,4 @@
-"""--mode=score: pictures on disk, as the rewards score them as arrays; what is wrong is one line, nothing written."""
+"""--mode=score gives the scores of the rewards for arrays; an error is one line, and nothing is written."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ def command(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """{name: array} of tmp_path/pictures, of two sizes, exactly as they are on disk; prompts in tmp_path/p.txt."""
+    """{name: array} of the pictures in tmp_path/pictures, which have two sizes; prompts in tmp_path/p.txt."""
     (tmp_path / "pictures").mkdir()
     random, found = np.random.default_rng(0), {}
     for name, shape in (("a.png", (32, 32, 3)), ("b.webp", (64, 40, 3)), ("c.PNG", (32, 32, 3))):
@@ -60,7 +60,7 @@ def lines(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 24])
 def test_scores_are_those_of_the_arrays(command, pictures, tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr("solrl_jax.run.assemble.open_weights", None)  # the text-to-image model is not touched
+    monkeypatch.setattr("solrl_jax.run.assemble.open_weights", None)  # the text-to-image model is not loaded
     code, out, err = command(*CLIP, "--prompts=p.txt", "--images=pictures", f"--config.evaluate.chunk={chunk}")
     assert (code, err) == (0, "")
     found, wanted = lines(tmp_path), scored(pictures.values(), PROMPTS)

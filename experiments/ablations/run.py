@@ -1,12 +1,12 @@
-"""Sol-RL's choices one at a time on the small world: each ablation a JSON and a figure of what the LoRA gains.
+"""Sol-RL's choices, one at a time, on the small world: a JSON and a figure of the gains for each ablation.
 
-    python -m experiments.ablations.run                                                    # a GPU's minutes
-    python -m experiments.ablations.run --only=selection --iterations=1 --prompts=20 --seeds=0   # in short, on a CPU
+    python -m experiments.ablations.run                                                    # minutes on a GPU
+    python -m experiments.ablations.run --only=selection --iterations=1 --prompts=20 --seeds=0   # short, on a CPU
 
-Every setting is the default recipe with one field changed, trained for as many iterations at the recipe's own rate, its
-seeds as one vmapped program; gains over the base on the test captions, mean and standard error over seeds, and seconds
-of an iteration at full FLUX.1-dev size on an H100 (methods/price.py). A setting that several ablations share is trained
-once.
+Every setting is the default recipe with one field changed. All train for the same number of iterations at the recipe's
+rate, the seeds as one vmapped program. Results: gains over the base on the test captions, mean and standard error over
+seeds, and seconds of an iteration at full FLUX.1-dev size on an H100 (methods/price.py). A setting that several
+ablations share is trained once.
 """
 
 import argparse
@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class Ablation(NamedTuple):
-    """`claim` is the paper's; `settings` are arms by the label of their tick."""
+    """`claim` is the paper's; `settings` maps the label of a tick to an arm."""
 
     claim: str
     axis: str
@@ -39,7 +39,7 @@ class Ablation(NamedTuple):
 
 
 def changed(field: str, *values: object, more: Mapping[str, str] | None = None) -> dict[str, Arm]:
-    """The default with one field changed, an arm a value."""
+    """One arm per value: the default with `field` set to it."""
     return {str(v): Arm("", {**(more or {}), field: str(v)}) for v in values}
 
 
@@ -92,7 +92,7 @@ def arm_of(arm: Arm, rate: float, iterations: int) -> Arm:
 
 
 def gained(bench: methods.Bench, arm: Arm, cfg: config.Config, program) -> dict[str, dict]:
-    """Figures of one setting at its end, with what its iteration costs."""
+    """Figures of one setting after its last iteration, with the cost of an iteration."""
     *_, (done, states) = evidence.train(bench.opened, arm, cfg, program, bench.seeds)
     cost = sum(price(cfg, prices()).values())
     found = {}
@@ -103,7 +103,7 @@ def gained(bench: methods.Bench, arm: Arm, cfg: config.Config, program) -> dict[
 
 
 def write(out: Path, name: str, found: Mapping[str, Mapping[str, dict]], bench: methods.Bench, rate: float) -> None:
-    """One ablation's JSON and figure."""
+    """Write the JSON and the figure of one ablation."""
     ablation = ABLATIONS[name]
     figures = {f"{label}: {what}": f for label, some in found.items() for what, f in some.items()}
     facts = {"claim": ablation.claim, "axis": ablation.axis, "seeds": list(bench.seeds), "rate": rate}
@@ -112,7 +112,7 @@ def write(out: Path, name: str, found: Mapping[str, Mapping[str, dict]], bench: 
 
 
 def draw(file: Path) -> None:
-    """NAME.png beside NAME.json: three panels, a point a setting with its standard error and each seed's own point."""
+    """NAME.png beside NAME.json: three panels; per setting the mean with its standard error and one point per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(ABLATIONS))
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--iterations", type=int, default=60, help="of 16 prompts, for every setting")
+    parser.add_argument("--iterations", type=int, default=60, help="of 16 prompts each, for every setting")
     parser.add_argument("--rate", type=float, default=1e-3, help="the learning rate; the default is the recipe's")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def with_units(parts):
-    """`parts` whose model has the units of FP8's inputs; nothing else reads them."""
+    """`parts` with a model that is calibrated for FP8; other precisions ignore the calibration."""
     low = config.override(parts.cfg, **{"explore.precision": "fp8"})
     return parts._replace(model=train.ready(parts._replace(cfg=low)).model)
 

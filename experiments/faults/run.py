@@ -1,11 +1,11 @@
-"""SIGKILL at random moments of a run, some of them inside a save: is what was saved still there, and the end the same?
+"""SIGKILL at random moments of a run, also during saves: are the checkpoints intact, and is the result the same?
 
     python -m experiments.faults.run --kills=30 --in_saves=10        # 10 minutes on two CPU cores
     python -m experiments.faults.run --kills=2 --in_saves=1 --iterations=12 --out=/tmp/faults.json
 
-A run of the small world that saves every iteration is killed, resumed by the command, killed again, and at last left to
-end. After each kill the newest checkpoint that verifies must be no older than before it, and after the end LoRA and
-metrics must be those of a run that nothing happened to, bit for bit.
+A run of the small world saves every iteration. It is killed and resumed by the command many times, then it runs to its
+end. After each kill, the newest valid checkpoint must be no older than before. At the end, LoRA and metrics must equal
+those of an uninterrupted run, bit for bit.
 """
 
 import argparse
@@ -34,12 +34,11 @@ SMALL = {
 }
 LORA = "pytorch_lora_weights.safetensors"
 PATIENCE = 300.0
-"""Seconds after which a run that does nothing is given up."""
+"""Seconds without progress after which the run counts as hung."""
 
 
 class Kill(NamedTuple):
-    """Where it struck: the newest checkpoint that was there whole a moment before, the newest that verifies after, and
-    whether a save was under way."""
+    """One kill: was it during a save, the newest complete checkpoint just before, the newest valid one after."""
 
     in_save: bool
     before: int
@@ -53,29 +52,31 @@ def command(run: Path, iterations: int) -> list[str]:
 
 
 def saving(run: Path) -> bool:
-    """Whether a step's folder is there that is not whole yet."""
+    """Whether a save is in progress: some step's folder has no manifest yet."""
     places = (run / "checkpoints").glob("*") if (run / "checkpoints").is_dir() else ()
     return any(place.is_dir() and not (place / "manifest.json").is_file() for place in places)
 
 
 def newest(run: Path) -> int:
-    """The newest checkpoint that verifies; -1 where there is none."""
+    """The newest valid checkpoint; -1 if there is none."""
     step = checkpoint.latest(run)[0] if (run / "checkpoints").is_dir() else None
     return -1 if step is None else step
 
 
 def written(run: Path) -> int:
-    """The newest checkpoint with a manifest, which is written last; -1 where there is none. Quick: nothing is read."""
+    """The newest checkpoint with a manifest, which is written last; -1 if there is none. Fast: no file is read."""
     found = (run / "checkpoints").glob("*/manifest.json") if (run / "checkpoints").is_dir() else ()
     return max((int(file.parent.name) for file in found), default=-1)
 
 
 def strike(run: Path, iterations: int, moment: Callable[[float], bool]) -> int | None:
-    """Run or go on until moment(seconds since the first sign of progress), and kill; None if the run ended before, else
-    the newest checkpoint that was written when it struck."""
+    """Start or resume the run, and kill it once moment(seconds since its first new metrics) is true.
+
+    Returns the newest complete checkpoint just before the kill; None if the run ended first.
+    """
     progress, count, metrics, size = None, len(lines(run)), run / "metrics.jsonl", -1
     with (
-        tempfile.TemporaryFile() as errors,  # a pipe that nobody reads would fill up and block the run
+        tempfile.TemporaryFile() as errors,  # an unread pipe would fill up and block the run
         subprocess.Popen(command(run, iterations), stdout=subprocess.DEVNULL, stderr=errors) as child,
     ):
         moved = time.monotonic()
@@ -106,7 +107,7 @@ def lines(run: Path) -> list[str]:
 
 
 def attack(run: Path, iterations: int, kills: int, in_saves: int, seed: int = 0) -> list[Kill]:
-    """Kill the run so many times, and let it end."""
+    """Kill the run `kills` times, then let it finish."""
     rng, struck = random.Random(seed), []
     kinds = [True] * in_saves + [False] * (kills - in_saves)
     rng.shuffle(kinds)
@@ -118,18 +119,21 @@ def attack(run: Path, iterations: int, kills: int, in_saves: int, seed: int = 0)
         struck.append(Kill(in_save and saving(run), before, newest(run)))
         print(f"kill {len(struck)} of {kills}: {struck[-1]}", flush=True)
     if strike(run, iterations, lambda s: False) is not None:
-        raise AssertionError("nothing was to be killed")
+        raise AssertionError("the last run must not be killed")
     return struck
 
 
 def same(run: Path, other: Path) -> bool:
-    """Whether two runs ended alike, bit for bit, but for their times."""
+    """Whether two runs have the same LoRA and metrics, bit for bit, except for times."""
 
     def numbers(place: Path) -> list[dict]:
         rows = [json.loads(line) for line in lines(place)]
         return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
-    ours, theirs = load_file(run / LORA), load_file(other / LORA)  # the order of a file's metadata is by chance
+    ours, theirs = (
+        load_file(run / LORA),
+        load_file(other / LORA),
+    )  # the order of a file's metadata is random
     equal = ours.keys() == theirs.keys() and all(np.array_equal(x, theirs[key]) for key, x in ours.items())
     return equal and numbers(run) == numbers(other)
 

@@ -1,12 +1,12 @@
-"""How far a model's velocity is from float32's in every precision, at its true widths with random weights.
+"""Error of a model's velocity in each precision against float32, at full width with random weights.
 
     python -m experiments.precision.errors --layers=1,2 --out=experiments/precision/results/three_blocks.json
     python -m experiments.precision.errors --config=sd35 --layers=2 --set=model.size=512,model.min_dim=1000 --out=...
-    python -m experiments.precision.errors --config=tiny --out=/tmp/e.json                       # the path in short
+    python -m experiments.precision.errors --config=tiny --out=/tmp/e.json                       # a short run
 
-Relative error |v - v32| / |v32| of a picture at three noise levels; float32 products are exact ones, not TF32. FP8's
-units are calibrated first, as a run does. `--layers` double and single blocks: one and two take minutes on two cores,
-all 19 and 38 want a card of 80 GB.
+Relative error |v - v32| / |v32| of a picture at three noise levels; float32 products are exact, not TF32. FP8 is
+calibrated first, as in a run. `--layers=1,2`, one double and two single blocks, takes minutes on two cores; all 19 and
+38 need a card of 80 GB.
 """
 
 import argparse
@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="flux")
     parser.add_argument("--pictures", type=int, default=1)
-    parser.add_argument("--layers", default="", help="so many blocks; of FLUX 1,2: double and single")
-    parser.add_argument("--set", default="", help="config words, field=value with commas: model.min_dim=1000")
+    parser.add_argument("--layers", default="", help="number of blocks; for FLUX 1,2: double, single")
+    parser.add_argument("--set", default="", help="config fields, field=value, separated by commas: model.min_dim=1000")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     assemble.use_compilation_cache()
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def shallow(folder: Path, layers: Sequence[int]) -> None:
-    """Public configs in `folder`, with so many blocks."""
+    """Set the numbers of blocks in the public configs in `folder`."""
     file = folder / "transformer/config.json"
     few = dict(zip(("num_layers", "num_single_layers"), layers, strict=False))
     file.write_text(json.dumps(json.loads(file.read_text()) | few))

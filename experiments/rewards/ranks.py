@@ -1,12 +1,12 @@
-"""Does a reward in bfloat16 rank a prompt's pictures as in float32?
+"""Does a reward in bfloat16 rank the pictures of a prompt as in float32?
 
     python -m experiments.rewards.ranks --out=experiments/rewards/results/ranks.json             # minutes on a CPU
-    python -m experiments.rewards.ranks --rewards= --captions=4 --pictures=8 --out=/tmp/r.json   # in short
+    python -m experiments.rewards.ranks --rewards= --captions=4 --pictures=8 --out=/tmp/r.json   # short
 
-Pictures are the small world's candidates. Its CLIP is trained, and sees them as they are; the four networks of full
-size have random weights and see them enlarged to 256 px. Random ones tell a group's pictures apart by far less than
-trained ones (`spread`, the standard deviation of a group's scores), so that an error of the same size, which is what
-bfloat16 makes, disorders them more. Means over groups.
+The pictures are the small world's candidates. Its CLIP is trained and gets them unchanged; the four networks of full
+size have random weights and get them enlarged to 256 px. With random weights, the scores of a group differ far less
+than with trained ones (`spread`, their standard deviation), so bfloat16's errors, which have the same size, change the
+order more. Means over groups.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SIZE = 256
 def scores(
     reward: Reward, params: Params, images: Float[Array, "P N H W 3"], tokens: PyTree, size: int = 0
 ) -> Float[np.ndarray, "P N"]:
-    """A prompt's pictures at a time, enlarged to `size` pixels a side where one is given."""
+    """Scores, computed one prompt at a time; a non-zero `size` enlarges the pictures to size x size pixels."""
 
     @jax.jit
     def group(params: Params, images: Float[Array, "N H W 3"], tokens: PyTree) -> Float[Array, "N"]:
@@ -55,7 +55,7 @@ def compared(name: str, found: dict[str, Float[np.ndarray, "P N"]], kept: int) -
     error = low - full
     spread = full.std(axis=1)
     each = {**fidelity(jnp.asarray(low), jnp.asarray(full), kept), "spread": spread}
-    each |= {"error over spread": error.std(axis=1) / spread}  # less its mean: what a group shares changes no rank
+    each |= {"error over spread": error.std(axis=1) / spread}  # std: an error that a whole group shares changes no rank
     return {
         f"{name}: {what}": results.figure(
             float(np.mean(v)), "mean over prompts; least, most", len(v), [float(np.min(v)), float(np.max(v))]
@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", default=REWARDS, help="of full size, with random weights")
-    parser.add_argument("--captions", type=int, default=100, help="prompts that the small world's CLIP judges")
-    parser.add_argument("--groups", type=int, default=4, help="of these, prompts that those of full size judge")
+    parser.add_argument("--captions", type=int, default=100, help="prompts scored by the small world's CLIP")
+    parser.add_argument("--groups", type=int, default=4, help="how many of these the full-size networks score")
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--kept", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)

@@ -1,11 +1,11 @@
-"""Pictures a second of each reward, preprocessing included, at full size with random weights.
+"""Pictures per second of each reward, including preprocessing, at full size with random weights.
 
     python -m experiments.rewards.speed --out=experiments/rewards/results/speed.json                      # an H100
-    python -m experiments.rewards.speed --pictures=2 --sizes=64 --rewards=clipscore --out=/tmp/r.json     # in short
+    python -m experiments.rewards.speed --pictures=2 --sizes=64 --rewards=clipscore --out=/tmp/r.json     # short
 
-`--pictures` pictures of one prompt, 24 at a time; towers in float32 (exact products, the default) and in bfloat16 (how
-the two rank pictures: experiments.rewards.ranks). What share of FLUX's rollout a reward takes is reckoned with
-experiments/efficiency, whose rollout is scored by CLIPScore in float32.
+`--pictures` pictures of one prompt, 24 at a time; towers in float32 (exact products, the default) and in bfloat16
+(ranks: experiments.rewards.ranks). A reward's share of FLUX's rollout is computed from the rollout's time in
+experiments/efficiency, which includes CLIPScore in float32.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ROLLOUT = Path(__file__).resolve().parent.parent / "efficiency/results/flux.json
 
 
 def shares(figures: Mapping[str, dict]) -> dict[str, dict]:
-    """Of the seconds of a prompt's two-stage FP8 rollout at 512 px, those that each reward in `figures` would take."""
+    """The share that each reward in `figures` would take of a prompt's two-stage FP8 rollout at 512 px."""
     measured = json.loads(ROLLOUT.read_text(encoding="utf-8"))
     scored = measured["candidates"] + measured["kept"]
     rollout = measured["figures"]["two stages, low precision: rollout"]["value"]

@@ -1,9 +1,9 @@
-"""Is the small world fit to learn in? Quality of its checkpoints, measured before any reinforcement learning.
+"""Is the small world suitable for learning? Quality of its checkpoints before any reinforcement learning.
 
-    python -m experiments.tiny.check            # a minute on a GPU, some on two CPU cores
+    python -m experiments.tiny.check            # a minute on a GPU, several on two CPU cores
 
-The judge must read drawings and their VAE reconstructions; the base must leave room; the CLIP must be able to teach:
-its ranks within a prompt's candidates agree with the judge's, and choosing by it raises the judge's accuracy.
+The judge must be right on drawings and their VAE reconstructions. The base must not be perfect. The CLIP must be a
+useful reward: within a prompt, its ranks agree with the judge's, and choosing by it raises the judge's accuracy.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def model_config(pipeline: Path) -> config.Model:
 
 
 def draw_samples(cfg: config.Model, base, vae_params, cond, images: int, stage: config.Stage, seed: int = 0):
-    """Images f32 [P, images, H, W, 3] of the base for P prompts, keys fixed by `seed`."""
+    """Images f32 [P, images, H, W, 3] of the base for P prompts; the keys depend only on `seed`."""
     model = flux.make(cfg)
     frozen = Frozen(base, vae_params, {})
     prompts = jax.tree.leaves(cond)[0].shape[0]
@@ -45,7 +45,7 @@ def draw_samples(cfg: config.Model, base, vae_params, cond, images: int, stage: 
 
 
 def exact(images, captions: list[str]):
-    """(share, exact) [P, n] of the judge."""
+    """The judge's (share, exact), each [P, n]."""
     prompts, n = images.shape[:2]
     facts = jnp.asarray(shapes.tokenize(captions))
     judge = jax.jit(lambda x, f: jax.lax.map(lambda row: shapes.judge(row[0], row[1][None]), (x, f)))
@@ -54,7 +54,7 @@ def exact(images, captions: list[str]):
 
 
 def judge_figures(cfg: config.Model, count: int) -> dict:
-    """The judge on drawings and on what the VAE makes of them."""
+    """The judge's accuracy on drawings and on their VAE reconstructions."""
     rng = np.random.default_rng(1)
     scenes = world.sample_scenes(rng, count, "test")
     captions = world.captions(scenes, rng)

@@ -1,11 +1,11 @@
-"""Trained LoRAs against the base, by the judge: the same prompts, the same seeds, paired.
+"""Compare trained LoRAs with the base by the judge: the same prompts and seeds, paired.
 
     python -m experiments.tiny.compare runs/tiny-...                                # writes results/default_run.json
     python -m experiments.tiny.compare RUN results/long.safetensors --pictures=pictures.png
 
-Exact-caption accuracy, share of facts, CLIPScore and spread of the first LoRA against the base, gains with 95 %
-bootstrap intervals over prompts; minutes on two CPU cores. `--pictures` draws eight test captions by the base and by
-every LoRA given, a column each.
+Exact-caption accuracy, share of facts, CLIPScore and spread of the first LoRA and the base, gains with 95 % bootstrap
+intervals over prompts; minutes on two CPU cores. `--pictures` draws eight test captions instead, one column for the
+base and one for each LoRA.
 """
 
 import argparse
@@ -25,7 +25,7 @@ CHUNK = 100
 
 
 def by_figure(base: dict[str, np.ndarray], trained: dict[str, np.ndarray], split: str) -> dict[str, dict]:
-    """Both means of every figure, and the gains."""
+    """The means of every figure for base and trained, and the gains."""
     means = {
         f"{split}: {what}, {who}": results.figure(float(found[what].mean()), "mean", found[what].size)
         for what in ("exact", "share of facts", "clipscore")
@@ -35,7 +35,7 @@ def by_figure(base: dict[str, np.ndarray], trained: dict[str, np.ndarray], split
 
 
 def draw(opened: lab.World, adapters: dict[str, Params], file: Path, count: int = 8) -> None:
-    captions = evaluate.fixed_prompts(opened.parts)[:count]  # and their noise: the pictures of a run's grids
+    captions = evaluate.fixed_prompts(opened.parts)[:count]  # with the same noise as the grids of a run
     columns = {
         name: evaluate.pictures(opened.parts, adapter, captions, score=opened.parts.judged).images[:, 0]
         for name, adapter in adapters.items()
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("loras", type=Path, nargs="+", help="a run's folder or a LoRA file")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--out", type=Path, default=check.HERE / "results/default_run.json")
-    parser.add_argument("--pictures", type=Path, help="draw these instead, no figures")
+    parser.add_argument("--pictures", type=Path, help="draw pictures into this file instead")
     args = parser.parse_args(argv)
     with jax.set_mesh(sharding.make_mesh(1)):
         opened = lab.open_world(config.load("tiny"), args.prompts)

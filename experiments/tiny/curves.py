@@ -1,4 +1,4 @@
-"""results/curves.svg: judge and reward of the families against iterations and against image-steps, from results/arms.
+"""Draw results/curves.svg from results/arms: judge and reward of the families over iterations and image-steps.
 
 python -m experiments.tiny.curves
 """
@@ -11,11 +11,11 @@ from experiments.tiny import check
 from solrl_jax.report import plot
 
 FAMILIES = ("sol_rl", "naive_scaling", "naive_quant", "diffusionnft", "random", "shuffled")
-WIDTH, HEIGHT = 640, 266  # of a panel
+WIDTH, HEIGHT = 640, 266  # of one panel
 
 
 def points(file: Path, what: str, axis: str) -> list[tuple[int, float]]:
-    """[(iterations or image-steps, mean over seeds)] of an arm, the base first."""
+    """[(iterations or image-steps, mean over seeds)] of an arm; the base is the first point."""
     figures = json.loads(file.read_text())["figures"]
     marks = [
         (re.fullmatch(rf"{what} after (\d+) iterations, (\d+) image-steps", name), f["value"])

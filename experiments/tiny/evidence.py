@@ -1,11 +1,11 @@
-"""What Sol-RL gains on the small world, and which of its parts the gain comes from.
+"""What Sol-RL gains on the small world, and which of its parts cause the gain.
 
-    python -m experiments.tiny.evidence --arms=sol_rl,shuffled --seeds=0,1,2          # a GPU's minutes
-    python -m experiments.tiny.evidence --arms=sol_rl --iterations=2 --prompts=20      # the same path in short
+    python -m experiments.tiny.evidence --arms=sol_rl,shuffled --seeds=0,1,2          # minutes on a GPU
+    python -m experiments.tiny.evidence --arms=sol_rl --iterations=2 --prompts=20      # a short run
 
-An arm is a recipe, or a control of it; its seeds train as one vmapped program (`lab`). Each arm is measured on the test
-and the compositional captions x 4 fixed seeds, paired with the base, and writes results/arms/ARM.json. The recipe is
-the default run's; chunks and micro-batches are a GPU's, which changes no number but by rounding.
+An arm is a recipe or a control; its seeds train as one vmapped program (`lab`). Each arm is measured on the test and
+the compositional captions x 4 fixed seeds, paired with the base, and writes results/arms/ARM.json. The recipe is the
+default run's, but with larger chunks and micro-batches for a GPU, which changes numbers only by rounding.
 """
 
 import argparse
@@ -34,7 +34,7 @@ PICTURES = 4  # of each caption
 
 
 class Arm(NamedTuple):
-    """`recipe` and `overrides` of configs/tiny.py for so many `iterations`; measured every `every`."""
+    """A `recipe` of configs/tiny.py with `overrides`, trained for `iterations` and measured every `every` of them."""
 
     recipe: str = ""
     overrides: Mapping[str, str] = {}
@@ -53,7 +53,7 @@ ARMS = {
     "long_5e-4": Arm("", LONG, 300, 50, about="KL 1e-4, attention alone, as the default run"),
     "long_1e-3": Arm("", LONG | {"learn.learning_rate": "1e-3"}, 300, 50, about="the same at rate 1e-3"),
     "long_2.5e-4": Arm("", LONG | {"learn.learning_rate": "2.5e-4"}, 300, 50, about="the same at rate 2.5e-4"),
-    "shuffled": Arm(shuffled=True, about="each group's rewards dealt anew among its pictures"),
+    "shuffled": Arm(shuffled=True, about="each group's rewards permuted among its pictures"),
     "random": Arm(overrides={"selection": "random"}, about="the kept 8 of 24 chosen at random"),
     "bf16": Arm(overrides={"explore.precision": "bf16"}, about="exploration in BF16"),
     "naive_scaling": Arm("naive_scaling", about="all 24 in BF16, 10 steps"),
@@ -67,7 +67,7 @@ OTHERS = {
 
 
 def arm_config(arm: Arm) -> Config:
-    """The arm's config, with as much at a time as a GPU takes: all prompts' candidates, all points of an update."""
+    """The arm's config with chunks for a GPU: all prompts' candidates at once, all points of an update at once."""
     cfg = config.load(f"tiny:{arm.recipe}" if arm.recipe else "tiny", arm.overrides)
     points = cfg.prompts * cfg.kept // cfg.learn.updates * cfg.times
     chunks = {f"{name}.chunk": str(cfg.prompts * images) for name, _, images in cfg.stages()}
@@ -75,7 +75,7 @@ def arm_config(arm: Arm) -> Config:
 
 
 def image_steps(cfg: Config) -> dict[str, int]:
-    """Network evaluations of pictures in one iteration's rollouts, by precision."""
+    """{precision: number of network evaluations of single pictures} in one iteration's rollouts."""
     out: dict[str, int] = {}
     for _, stage, images in cfg.stages():
         out[stage.precision] = out.get(stage.precision, 0) + cfg.prompts * images * stage.steps
@@ -88,7 +88,7 @@ def image_steps(cfg: Config) -> dict[str, int]:
 def train(
     opened: lab.World, arm: Arm, cfg: Config, run, seeds: Sequence[int], learns: Sequence[config.Learn] = ()
 ) -> Iterator[tuple[int, TrainState]]:
-    """One state per seed; (iterations done, states) every `arm.every` of them. `learns`: of each, if not cfg's."""
+    """Train a state per seed; yields (iterations done, states) every `arm.every`. `learns`: one per seed, not cfg's."""
     settings = [scalars(learn) for learn in learns or [cfg.learn] * len(seeds)]
     states, call = lab.begin(opened, cfg, settings, seeds), a_call(arm)
     for first in range(0, arm.iterations, call):
@@ -99,23 +99,23 @@ def train(
 
 
 def scalars(learn: config.Learn) -> dict[str, float]:
-    """What of an update is data of the program."""
+    """The settings of an update that are data of the program (`Hyper`)."""
     return {name: getattr(learn, name) for name in Hyper._fields}
 
 
 def a_call(arm: Arm) -> int:
-    """Iterations of one call of an arm's program; arms that differ in length alone share the program."""
+    """Iterations per call of an arm's program; arms that differ only in length share the program."""
     return math.gcd(arm.every, 10)
 
 
 def what_is_compiled(arm: Arm, cfg: Config) -> tuple[Config, bool, int]:
-    """What the arm's program depends on: not on the scalars of `Hyper`, which are data, nor on the length."""
+    """What the arm's program depends on: all but the length and the scalars of `Hyper`, which are data."""
     scalars = {f"learn.{name}": getattr(config.Learn(), name) for name in Hyper._fields}
     return config.override(cfg, **scalars, iterations=1), arm.shuffled, a_call(arm)
 
 
 def compiled(opened: lab.World, cfg: Config, shuffled: bool, call: int, seeds: Sequence[int]):
-    """The program of `call` iterations, ready to run; several compile at once in threads."""
+    """The compiled program of `call` iterations; several compile at once in threads."""
     with jax.set_mesh(sharding.make_mesh(1)):  # an ambient mesh is a thread's own
         score = lab.shuffled(opened.parts.score) if shuffled else opened.parts.score
         states = lab.begin(opened, cfg, [{}] * len(seeds), seeds)
@@ -124,7 +124,7 @@ def compiled(opened: lab.World, cfg: Config, shuffled: bool, call: int, seeds: S
 
 
 def supervised(opened: lab.World, cfg: Config, seeds: Sequence[int], iterations: int):
-    """LoRAs [R, ...] trained by the loss that pretrained the base, on drawn train pictures: what mere steps give."""
+    """LoRAs [R, ...] trained with the pretraining loss on drawn train pictures: the effect of the steps alone."""
     parts, count = opened.parts, cfg.prompts * cfg.kept // cfg.learn.updates * cfg.times
     folder = check.HERE / "pipeline" / "vae"
     encoder, weights = vae.load_vae(folder, jnp.float32, encoder=True)
@@ -184,7 +184,7 @@ def gains(base: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], split
 
 
 class Bench(NamedTuple):
-    """What arms are measured with: `measure(adapters, split)`, the base's figures by split, where to write."""
+    """For measuring arms: `measure(adapters, split)`, the base's figures by split, the output folders."""
 
     opened: lab.World
     measure: Callable[..., dict[str, np.ndarray]]
@@ -204,7 +204,7 @@ class Bench(NamedTuple):
 
 
 def run_arm(bench: Bench, name: str, arm: Arm, cfg: Config, program) -> None:
-    """Train and measure one arm; its file is written anew at every mark of the curve."""
+    """Train and measure one arm; its file is rewritten at every point of the curve."""
     steps, curve, began = image_steps(cfg), {}, time.perf_counter()
     costs = {f"image-steps an iteration, {k}": results.figure(v, "image-steps", 1) for k, v in steps.items()}
     for done, states in train(bench.opened, arm, cfg, program, bench.seeds):
@@ -252,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", default=",".join([*ARMS, *OTHERS]))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--iterations", type=int, help="of every arm, measured once at their end")
+    parser.add_argument("--iterations", type=int, help="of every arm, measured once at the end")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
     parser.add_argument("--out", type=lambda p: check.HERE.joinpath(p), default=check.HERE / "results/arms")

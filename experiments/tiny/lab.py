@@ -1,11 +1,11 @@
-"""Many runs on the small world as one program: `iteration_step` under vmap, seeds and settings on the leading axis.
+"""Many runs on the small world as one program: `iteration_step` under vmap over seeds and settings.
 
     world = open_world(cfg)                         weights, prompts encoded once, the judge
     states = begin(world, cfg, [{}] * 3, (0, 1, 2)) three seeds of the default recipe, leaves [R, ...]
     states = advance(world, cfg, states, picks)     picks [iterations, R, P]: which train prompts each run draws
     found = measure(world, states.lora, "test")     {"exact": [R, prompts, images], ...}
 
-The same functions as `python -m solrl_jax.main --config=tiny` runs, with the same keys; only the leading axis is new.
+These are the functions of `python -m solrl_jax.main --config=tiny` with the same keys, plus a leading axis.
 """
 
 import functools
@@ -32,7 +32,7 @@ FULL = Stage(steps=10, chunk=500)
 
 
 class World(NamedTuple):
-    """`train`, and each split of `held_out`, are captions and their Prompts (leaves [captions, ...]), encoded once."""
+    """Captions and their Prompts (leaves [captions, ...]), encoded once: train and `table`, and each held-out split."""
 
     parts: Parts
     train: tuple[str, ...]
@@ -41,9 +41,9 @@ class World(NamedTuple):
 
 
 def open_world(cfg: Config, captions: int = 500) -> World:
-    """Everything that runs of `cfg` share, and `captions` of each held-out split; FP8 calibrated where it is used.
+    """Everything that runs of `cfg` share, and the first `captions` captions of each held-out split.
 
-    Call this and all below under `jax.set_mesh(sharding.make_mesh(1))`.
+    FP8 is calibrated where a stage of `cfg` runs in it. Call this and the functions below under `jax.set_mesh(sharding.make_mesh(1))`.
     """
     parts = train.ready(assemble.assemble(cfg, 1))
 
@@ -96,9 +96,9 @@ def program(world: World, cfg: Config, score: Score) -> Callable[..., tuple[Trai
 
 
 def shuffled(score: Score) -> Score:
-    """`score` with the values of each call dealt anew among its images, by a permutation drawn from the images' bits.
+    """`score` with each call's values permuted among its images; the permutation depends on the images' bits.
 
-    Where a call holds one prompt's whole group, the control whose rewards say nothing about the pictures.
+    If a call has the whole group of a prompt, the rewards then carry no information about the pictures: a control.
     """
 
     def deal(reward: Reward) -> Reward:
@@ -129,7 +129,7 @@ def measure(
 ) -> dict[str, Float[np.ndarray, "R P n"]]:
     """exact, share of facts and clipscore of R adapters (leaves [R, ...]) on a split's captions x fixed seeds.
 
-    And `spread`: the mean absolute difference, in 8-bit levels, between two pictures of one caption.
+    Also `spread`: the mean absolute difference, in 8-bit levels, between two pictures of one caption.
     """
     captions, prompts = world.held_out[split]
     keys = jax.random.split(jax.random.key(seed), (len(captions), images))
@@ -177,7 +177,7 @@ def _measure(
         }
 
     _, together = rollout.block_shape(stage.chunk, *keys.shape)
-    assert together == keys.shape[1], "a block must hold a caption's pictures, else their spread is not theirs"
+    assert together == keys.shape[1], "a block must hold all pictures of a caption, to compute their spread"
     return rollout.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
 
 
@@ -199,6 +199,6 @@ def interval(gain: Float[np.ndarray, "P"], draws: int = 10_000) -> list[float]:
 
 
 def base_adapter(world: World, runs: int = 1) -> Params:
-    """Adapters [R, ...] that change nothing: the base."""
+    """Adapters [R, ...] of zeros: the base."""
     like = begin(world, world.parts.cfg, [{}] * runs, range(runs)).lora
     return jax.tree.map(jnp.zeros_like, like)

@@ -1,11 +1,11 @@
 """Make the small world's checkpoints: tokenizers, VAE, FLUX pipeline and CLIP, all from the drawing program.
 
     python -m experiments.tiny.pretrain                        # minutes on a GPU; hours on two CPU cores
-    python -m experiments.tiny.pretrain --scale=0.02 --out=/tmp/world    # the same path in short, on a CPU
+    python -m experiments.tiny.pretrain --scale=0.02 --out=/tmp/world    # a short run, on a CPU
 
 Order: a VAE on drawn pictures; a FLUX transformer together with its T5 and CLIP text encoders by the flow-matching
 loss, one caption in ten empty; a CLIP by its contrastive loss, each picture beside one that differs in a single stated
-fact, some of the pictures softened by noise in the latents. Written as a diffusers FluxPipeline folder (bf16,
+fact, some of the pictures decoded from noisy latents. The results are written as a diffusers FluxPipeline folder (bf16,
 safetensors) and a transformers CLIPModel folder; `python -m experiments.tiny.check` then measures their quality.
 """
 
@@ -132,7 +132,7 @@ CONFIGS = {"vae": VAE, "transformer": TRANSFORMER, "text_encoder": TEXT, "text_e
 
 
 def write_folders(pipeline: Path, clip: Path, texts: list[str], configs: dict[str, Any] = CONFIGS) -> None:
-    """Everything but the weights: model_index, configs, tokenizers learnt from the captions."""
+    """Everything but the weights: model_index, configs, tokenizers trained on the captions."""
     diffusers, transformers = "diffusers", "transformers"
     parts = {
         "scheduler": [diffusers, "FlowMatchEulerDiscreteScheduler"],
@@ -160,7 +160,7 @@ def write_folders(pipeline: Path, clip: Path, texts: list[str], configs: dict[st
 
 
 def make_pool(rng: np.random.Generator, count: int, tokenize) -> dict[str, Any]:
-    """`count` train scenes as numbers, with the tokens of one caption each: pictures are drawn on the device."""
+    """`count` train scenes with the tokens of one caption each; the pictures are drawn later, on the device."""
     scenes = world.sample_scenes(rng, count, "train")
     return {"scenes": tuple(scenes), "tokens": tokenize(world.captions(scenes, rng))}
 
@@ -208,7 +208,7 @@ def fit(loss, params, pool, *, steps: int, batch: int, rate: float, seed: int, l
 
 
 def train_vae(pool, steps: int, batch: int, seed: int):
-    """L1 + L2 reconstruction, a light pull to a unit Gaussian; then the latents' mean and spread as shift and scale."""
+    """Train with L1 + L2 and a small KL term; then set shift and scale from the latents' mean and deviation."""
     cfg = vae.VaeConfig(
         **{k: tuple(v) if isinstance(v, list) else v for k, v in VAE.items() if k in vae.VaeConfig.__dataclass_fields__}
     )
@@ -251,7 +251,7 @@ def flow_matching(velocity, x0: jax.Array, k_t: jax.Array, k_eps: jax.Array, shi
 
 
 def train_flow(model_cfg: config.Model, vae_params, pool, empty, go_on: bool, **how):
-    """Flow matching; transformer and both text encoders learn together; one caption in ten is empty."""
+    """Flow matching; trains transformer and both text encoders together; one caption in ten is empty."""
     model = flux.make(model_cfg)
     folder = Path(model_cfg.path)
     clip, t5 = text_modules(folder, flux.ENCODERS, jnp.bfloat16).values()
@@ -276,7 +276,7 @@ def train_flow(model_cfg: config.Model, vae_params, pool, empty, go_on: bool, **
     watched = iter(range(1, 11))
 
     def watch(average) -> str:
-        """Exact accuracy on 400 test captions, 10 steps: half way and at the end."""
+        """Exact accuracy on 400 test captions, 10 steps; called half way and at the end."""
         if next(watched) not in (5, 10):
             return ""
         rng = np.random.default_rng(2)
@@ -323,7 +323,7 @@ def train_clip(folder: Path, pipeline: Path, vae_params, pool, steps: int, batch
 
 
 def paired_pool(rng: np.random.Generator, count: int, tokenize) -> dict[str, Any]:
-    """[count, 2, ...]: train scenes and, beside each, one that differs in a single stated fact."""
+    """[count, 2, ...]: pairs of a train scene and one that differs in a single stated fact."""
     scenes = world.sample_scenes(rng, count, "train")
     other, _ = world.mutate(scenes, rng)
     tokens = [tokenize(world.captions(s, rng)) for s in (scenes, other)]
@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
         return max(least, int(full * args.scale))
 
     def rng_of(purpose: str) -> np.random.Generator:
-        """Each training draws its own scenes, so that --stages one by one makes what all at once make."""
+        """Each training draws its own scenes, so that running --stages separately gives the same result."""
         return np.random.default_rng([args.seed, ("words", "vae", "flow", "clip").index(purpose)])
 
     if "vae" in stages:
@@ -369,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
         vae_params, vae_config = train_vae(pool, count(args.vae_steps), 256, args.seed)
         write_json(pipeline / "vae/config.json", vae_config)
         weights.save(vae_params, vae.VAE_KEYS, pipeline / "vae/diffusion_pytorch_model.safetensors", dtype=BF16)
-    # Stored in bf16: the later trainings build on the values that are stored.
+    # Rounded to bf16, as stored: the later trainings use the stored values.
     decoder, encoder = (vae.load_vae(pipeline / "vae", jnp.float32, encoder=e)[1] for e in (False, True))
     vae_params = {"encoder": encoder, "decoder": decoder}
 

@@ -1,11 +1,11 @@
-"""Does a short low-precision rollout rank candidates as the full BF16 one does? Base and trained policy.
+"""Does a short low-precision rollout rank candidates as the full BF16 rollout does? For base and trained policy.
 
     python -m experiments.tiny.ranks --run=RUN          # RUN's LoRA as the second policy; minutes on two CPU cores
 
 Every candidate is rolled out from the same noise by each preview and by the full rollout (BF16, 10 steps), whose
-CLIPScores are the truth. BF16 with as few steps separates what the steps cost from what the precision costs. Three
+CLIPScores are the truth. BF16 with equally few steps separates the cost of the steps from that of the precision. Three
 figures, means over captions: Spearman; the share of the true best K/2 among the K/2 chosen as best; and the kept
-contrast, the true mean of the chosen best minus that of the chosen worst, over what a perfect choice would keep.
+contrast, the true mean of the chosen best minus that of the chosen worst, divided by that of a perfect choice.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Seconds of each stage of an iteration, by family, as the command runs them on this machine.
+"""Seconds of each stage of an iteration for every family, in runs of the command on this machine.
 
-    python -m experiments.tiny.times               # some minutes on two CPU cores; let nothing else run
+    python -m experiments.tiny.times               # minutes on two CPU cores, without other load
 
-Medians over the iterations after the first, which compiles. Emulated NVFP4 is slower than BF16 on every device: it is
-exact, not fast.
+Medians over all iterations but the first, which includes compiling. Emulated NVFP4 is exact, but slower than BF16 on
+every device.
 """
 
 import argparse
@@ -27,7 +27,7 @@ STAGES = ("quantise", "explore", "regenerate", "learn", "iteration")
 
 
 def seconds(recipe: str, overrides: dict[str, str], iterations: int) -> dict[str, list[float]]:
-    """{stage: its seconds in each iteration but the first} of a run in a folder of its own."""
+    """{stage: its seconds in each iteration but the first} of a run in a temporary folder."""
     short = {"iterations": str(iterations), "evaluate.every": "0", "save_every": "0"}
     with tempfile.TemporaryDirectory() as folder:
         train.train(config.load(f"tiny:{recipe}", {**overrides, **short}), Path(folder) / "run", devices=1)

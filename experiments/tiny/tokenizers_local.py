@@ -1,7 +1,7 @@
-"""Tokenizers of the small world, made from its captions without a network (spec/models.md section 11).
+"""Tokenizers of the small world, trained on its captions, offline (spec/models.md section 11).
 
-Both have the layout of the public ones, so that transformers and diffusers load them by folder, but every word of the
-captions is one token: sequences stay short. Other text still works, in bytes (CLIP) or in printable characters (T5).
+Both have the layout of the public ones, so that transformers and diffusers load them from a folder. Every word of the
+captions is one token, so sequences are short. Other text also works, as bytes (CLIP) or printable characters (T5).
 """
 
 import itertools
@@ -20,7 +20,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def write_clip_tokenizer(folder: str | Path, texts: Iterable[str], length: int = 77) -> int:
     """vocab.json, merges.txt and tokenizer_config.json of a CLIP tokenizer; `length` is its model_max_length.
 
-    Ids in CLIP's order: bytes ("!" is 0), bytes that end a word, merges, start, end. Returns how many there are.
+    Ids in CLIP's order: bytes ("!" is 0), bytes that end a word, merges, start, end. Returns the number of ids.
     """
     from transformers import CLIPTokenizer
 
@@ -46,8 +46,8 @@ def write_clip_tokenizer(folder: str | Path, texts: Iterable[str], length: int =
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
     """Byte-pair encoding, most frequent pair first, until every word is one symbol.
 
-    The end of training is what makes this safe: encoding replays the merges in the order they were learnt, so a word of
-    `words` always comes out whole. Merges chosen word by word would get into each other's way.
+    Encoding applies the merges in the order in which they were learned, so every word of `words` becomes one token.
+    Merges chosen for each word separately would interfere.
     """
     splits = {word: (*word[:-1], word[-1] + "</w>") for word in words}
     merges = []

@@ -1,10 +1,10 @@
-"""Which settings teach best in a long run? One seed each, several settings at once in one vmapped program.
+"""Which settings gain most in a long run? One seed each, several settings at once in one vmapped program.
 
-    python -m experiments.tiny.tune                                # a GPU's minutes
-    python -m experiments.tiny.tune --marks=1 --prompts=10 --chunk=20 --out=/tmp/tune.json      # the same path in short
+    python -m experiments.tiny.tune                                # minutes on a GPU
+    python -m experiments.tiny.tune --marks=1 --prompts=10 --chunk=20 --out=/tmp/tune.json      # short
 
-Each setting is the long run (`evidence.LONG`: 64 prompts an iteration) with some words of its config changed. Settings
-that differ in scalars of `Hyper` alone share a program. Measured after each of `--marks` iterations on the test
+Each setting is the long run (`evidence.LONG`: 64 prompts per iteration) with some fields of its config changed.
+Settings that differ only in scalars of `Hyper` share a program. Measured after each of `--marks` iterations on the test
 captions x 4, as in `evidence`.
 """
 

@@ -1,7 +1,7 @@
-"""The little world's drawing program: scenes of one or two shapes, captions for them, pictures of them.
+"""The small world's drawing program: scenes of one or two shapes, with captions and pictures.
 
-A scene is drawn once as numbers (`sample_scenes`, host, numpy), told by `captions` (host) and drawn by `draw` (jax, on
-the device, while training). Vocabulary, shapes and the reading of captions are those of solrl_jax.rewards.shapes.
+A scene is a row of numbers, sampled by `sample_scenes` (numpy, host), described by `captions` (host) and drawn by
+`draw` (JAX, on the device during training). Vocabulary, shapes and caption parser: solrl_jax.rewards.shapes.
 """
 
 from pathlib import Path
@@ -14,10 +14,10 @@ from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from solrl_jax.rewards import shapes
 
-# (colour, shape) pairs that train and test never show; every colour and every shape is still seen in other pairs.
+# (colour, shape) pairs that never occur in train and test; each colour and shape occurs there in other pairs.
 HELD_OUT = (("orange", "triangle"), ("green", "cross"), ("cyan", "circle"), ("purple", "square"))
 SPLITS = ("train", "test", "compositional")
-TEST_PERCENT = 15  # of the captions' facts
+TEST_PERCENT = 15  # of the distinct fact rows of captions
 MARGIN, GAP = 1.0, 1.5  # least distance, in pixels of 32, of an object from the border and from the other object
 MAX_WORDS = 18
 
@@ -32,27 +32,27 @@ for _colour, _shape in HELD_OUT:
 class Scenes(NamedTuple):
     """n scenes. Columns of the first two are those of shapes.FACTS; object 0 is the caption's subject."""
 
-    attributes: Int32[np.ndarray, "n 9"]  # what is true; -1 where there is none: no other object, or no place
-    stated: Bool[np.ndarray, "n 9"]  # which of it the caption tells
-    chance: Float32[np.ndarray, "n 8"]  # uniform numbers that the layout is made from
+    attributes: Int32[np.ndarray, "n 9"]  # the scene's facts; -1 if absent: no second object, or no place
+    stated: Bool[np.ndarray, "n 9"]  # which facts the caption states
+    chance: Float32[np.ndarray, "n 8"]  # uniform random numbers for the layout
     radius: Float32[np.ndarray, "n 2"]  # pixels of a 32-pixel picture
     centre: Float32[np.ndarray, "n 2 2"]  # y, x, same pixels; meaningless for an absent object
 
 
 def facts(scenes: Scenes) -> Int32[np.ndarray, "n 9"]:
-    """The captions' facts rows, as shapes.tokenize(captions(scenes, rng)) gives them, whatever the wording."""
+    """The captions' fact rows; equal to shapes.tokenize(captions(scenes, rng)) for any wording."""
     return np.where(scenes.stated, scenes.attributes, -1).astype(np.int32)
 
 
 def split_of(rows: Int32[np.ndarray, "n 9"]) -> np.ndarray:
-    """Facts rows -> "train", "test" or "compositional". Both ways to tell one relation fall in the same split."""
+    """Fact rows -> "train", "test" or "compositional". Both wordings of a relation are in the same split."""
     subject, other = rows[:, 0:3], rows[:, 3:6]
     turned = (rows[:, _RELATION] % 2 == 1) & (other[:, 0] >= 0)  # "right of" and "below" become "left of" and "above"
     pair = np.where(turned[:, None], np.concatenate([other, subject], 1), rows[:, 0:6])
     relation = np.where(turned, rows[:, _RELATION] - 1, rows[:, _RELATION])
     told = np.concatenate([pair, relation[:, None], rows[:, _BACKGROUND:]], 1)
     digest = np.zeros(len(rows), np.uint64)
-    for column in told.T:  # a fixed hash: Python's and numpy's own may change
+    for column in told.T:  # our own hash: those of Python and numpy may change
         digest = (digest ^ (column + 1).astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
         digest ^= digest >> np.uint64(29)
     held = _HELD[subject[:, 0], subject[:, 1]] | ((other[:, 0] >= 0) & _HELD[other[:, 0], other[:, 1]])
@@ -60,7 +60,7 @@ def split_of(rows: Int32[np.ndarray, "n 9"]) -> np.ndarray:
 
 
 def sample_scenes(rng: np.random.Generator, n: int, split: str = "train") -> Scenes:
-    """n scenes whose captions belong to `split` (one of SPLITS): 40 % of one object, 60 % of two, before the split."""
+    """n scenes whose captions are in `split` (one of SPLITS). Before splitting, 40 % have one object and 60 % two."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}: it must be one of {', '.join(SPLITS)}")
     found, count = [], 0
@@ -87,7 +87,7 @@ def _any_scenes(rng: np.random.Generator, n: int) -> Scenes:
 
 
 def _laid_out(attributes: np.ndarray, stated: np.ndarray, chance: np.ndarray) -> Scenes:
-    """Radii and centres for these attributes; the same chance gives similar layouts for similar scenes."""
+    """Radii and centres for these attributes; with the same `chance`, similar scenes have similar layouts."""
     ranges = np.array(list(shapes.RADII.values()), np.float32)[attributes[:, [2, 5]]]
     radius = ranges[..., 0] + chance[:, 0:2] * (ranges[..., 1] - ranges[..., 0])
     reach = (shapes.REACH[attributes[:, [1, 4]]] * radius[..., None]).reshape(-1, 2, 2, 2)  # object, axis, (low, high)
@@ -102,7 +102,7 @@ def _between(low: np.ndarray, high: np.ndarray, chance: np.ndarray) -> np.ndarra
 
 
 def _pair(relation: np.ndarray, reach: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """Centres [n, object, (y, x)]. Along the relation's axis the boxes are apart; across it the centres are nearer."""
+    """Centres [n, object, (y, x)]. The boxes are apart along the relation's axis; across it, the centres are closer."""
     rows = np.arange(len(relation))
     axis = np.where(relation < 2, 1, 0)
     first = relation % 2  # the object that is to the left or above
@@ -115,7 +115,7 @@ def _pair(relation: np.ndarray, reach: np.ndarray, chance: np.ndarray) -> np.nda
     across = reach[rows, :, 1 - axis]
     low, high = MARGIN + across[..., 0], shapes.SIDE - MARGIN - across[..., 1]  # [n, object]
     zero = _between(low[:, 0], high[:, 0], chance[:, 2])
-    nearer = b - a - 2  # so that the stated direction is the plain one
+    nearer = b - a - 2  # so that the stated direction is unambiguous
     one = _between(np.maximum(low[:, 1], zero - nearer), np.minimum(high[:, 1], zero + nearer), chance[:, 3])
     centre = np.empty((len(relation), 2, 2))
     centre[rows, first, axis], centre[rows, 1 - first, axis] = a, b
@@ -124,7 +124,7 @@ def _pair(relation: np.ndarray, reach: np.ndarray, chance: np.ndarray) -> np.nda
 
 
 def _single(place: np.ndarray, reach: np.ndarray, chance: np.ndarray) -> np.ndarray:
-    """Centres [n, (y, x)]: within 2 pixels of the middle, or at least 5 to one side and less to the others."""
+    """Centres [n, (y, x)]: within 2 pixels of the middle, or 5 or more to one side and less along the other axis."""
     rows = np.arange(len(place))
     low, high = MARGIN + reach[..., 0] - 16, 16 - MARGIN - reach[..., 1]  # offsets from the middle, [n, axis]
     middle = np.clip(_between(-2.0, 2.0, chance[:, 0:2]), low, high)
@@ -139,11 +139,11 @@ def _single(place: np.ndarray, reach: np.ndarray, chance: np.ndarray) -> np.ndar
 
 
 def mutate(scenes: Scenes, rng: np.random.Generator) -> tuple[Scenes, Int32[np.ndarray, "n"]]:
-    """Hard negatives: scenes that differ in one stated attribute, and which one (a column of shapes.FACTS).
+    """Hard negatives: scenes that differ in one stated attribute, and the index of that column of shapes.FACTS.
 
-    The old caption is therefore wrong for the new picture, in that fact alone. A relation becomes its opposite, any
-    other attribute any other value; the layout uses the same chance. What was a train scene stays one (no held-out pair
-    and no test caption may slip into training), so the new scenes may be captioned and trained on.
+    So the old caption is wrong for the new picture in exactly this fact. A relation becomes its opposite, another
+    attribute any other value; the layout uses the same `chance`. A train scene becomes a train scene, never one with a
+    held-out pair or a test caption, so the new scenes can be used for training.
     """
     n = len(scenes.radius)
     train = split_of(facts(scenes)) == "train"
@@ -161,7 +161,7 @@ def mutate(scenes: Scenes, rng: np.random.Generator) -> tuple[Scenes, Int32[np.n
 
 
 def captions(scenes: Scenes, rng: np.random.Generator) -> list[str]:
-    """One caption a scene, lower case, at most MAX_WORDS words, that tells exactly the facts marked as stated."""
+    """One caption per scene, lower case, at most MAX_WORDS words, with exactly the facts marked as stated."""
     return [_caption(row, rng.random(12)) for row in facts(scenes)]
 
 
@@ -169,7 +169,7 @@ def _caption(row: np.ndarray, chance: np.ndarray) -> str:
     told = {name: shapes.FACTS[name][value] for name, value in zip(_NAMES, row, strict=True) if value >= 0}
 
     def say(kind: str, value: str, luck: float) -> str:
-        """The plainest wording half of the time, else any."""
+        """The simplest wording half of the time, else any."""
         ways = shapes.WORDING[kind][value]
         return ways[int(max(0.0, 2 * luck - 1) * len(ways))]
 
@@ -199,7 +199,7 @@ def _caption(row: np.ndarray, chance: np.ndarray) -> str:
 
 
 def draw(scenes: Scenes, size: int = 32) -> Float[Array, "n size size 3"]:
-    """Antialiased pictures in [0, 1]; jittable in the scenes (`size` static), fit for drawing batches on the device."""
+    """Antialiased pictures in [0, 1]; can be jitted with `size` static, to draw batches on the device."""
     colours, grounds = (jnp.array(list(table.values())) for table in (shapes.COLOURS, shapes.BACKGROUNDS))
 
     def picture(attributes: Array, radius: Array, centre: Array) -> Array:
@@ -214,7 +214,7 @@ def draw(scenes: Scenes, size: int = 32) -> Float[Array, "n size size 3"]:
 
 
 def write_prompts(folder: str | Path, seed: int = 0) -> None:
-    """Write train.txt (2000), test.txt (500) and compositional.txt (500): distinct captions, one a line."""
+    """Write train.txt (2000), test.txt (500) and compositional.txt (500): distinct captions, one per line."""
     rng = np.random.default_rng(seed)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for split, count in zip(SPLITS, (2000, 500, 500), strict=True):

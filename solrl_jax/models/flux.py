@@ -106,8 +106,8 @@ def rope_table(cfg: FluxConfig, height: int, width: int, tokens: int) -> tuple[n
 def rotate(x: Float[Array, "B S H d"], rope: Rope) -> Float[Array, "B S H d"]:
     """RoPE of f32 x.
 
-    It swaps the two channels of each pair in place. Split into even and odd channels, XLA's kernels would read and
-    write every second element instead of whole rows. No test guards this.
+    It swaps the two channels of each pair in place. If x were split into even and odd channels, XLA's kernels would
+    read every second element (strided slices: tests/test_compiled.py::test_rotary_norm).
     """
     cos, sin = (table[None, :, None, :] for table in rope)
     swapped = jnp.flip(x.reshape((*x.shape[:-1], -1, 2)), axis=-1).reshape(x.shape)
@@ -117,8 +117,8 @@ def rotate(x: Float[Array, "B S H d"], rope: Rope) -> Float[Array, "B S H d"]:
 class RotaryNorm(nn.Module):
     """RoPE of RMSNorm(x), in x's dtype.
 
-    A rotation does not change rms(x), so the division by it can come last. XLA's kernels then read x twice (once for
-    rms(x), once for the rest) and write once, which is the least possible. No test guards this.
+    A rotation does not change rms(x), so the division by it can come last. If it came first, XLA would write the
+    normalised x in f32 and read it again (tests/test_compiled.py::test_rotary_norm).
     """
 
     eps: float = 1e-6

@@ -183,7 +183,8 @@ def attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     weights, v = operands(weights, v)
     if q.dtype == jnp.bfloat16 and device.platform() == "cpu":
-        # The product gives bhqd order. XLA's CPU backend takes three times as long for a product that gives bqhd.
+        # This product gives bhqd. XLA's CPU backend computes one that gives bqhd as bhdq, which takes up to 1.5 times
+        # as long (tests/test_device.py::test_attention_multiplies_in_bhqd_order).
         out = jnp.einsum("bhqk,bhkd->bhqd", weights, jnp.swapaxes(v, 1, 2), **how)
         return jnp.swapaxes(out.astype(q.dtype), 1, 2)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, **how).astype(q.dtype)
@@ -235,7 +236,8 @@ def linear_attention(
     dtype, q, k = q.dtype, jax.nn.relu(q), jax.nn.relu(k)
     product = functools.partial(jnp.einsum, precision=precision_of(dtype))
     # Products of bf16 are exact in f32, so both branches give the same numbers. XLA's CPU backend lacks this product in
-    # bf16; on a GPU f32 copies of k and v would cost memory traffic (no test guards this).
+    # bf16. On a GPU, f32 copies of k and v would be written to memory (tests/test_sana_compiled.py::
+    # test_linear_attention_makes_no_f32_copies_of_k_and_v).
     k, v = (k, v) if device.platform() == "gpu" else (k.astype(F32), v.astype(F32))
     states = product("bnhd,bnhe->bhde", k, v, preferred_element_type=F32)
     total = jnp.sum(k.astype(F32), axis=1)
@@ -254,8 +256,8 @@ class DepthwiseConv(nn.Module):
 
     On GPUs it is cuDNN's grouped convolution: shifted products would become one elementwise kernel, which computes its
     input again for every tap (tests/test_sana_compiled.py::test_depthwise_convolutions_of_the_decoder). Elsewhere it is
-    k^2 shifted products in one elementwise kernel: convolutions with this many groups are slow on CPUs. The result is
-    row-major: XLA has written it in f32, channel by channel (no test fails without this today).
+    k^2 shifted products in one elementwise kernel: convolutions with this many groups are slow on CPUs. XLA would write
+    their sum in f32, channel by channel; `row_major` prevents this (test_depthwise_convolutions_as_shifted_products).
     """
 
     size: int
@@ -311,7 +313,8 @@ def keeping(names: Sequence[str]) -> Callable[..., Any]:
     """The policy of jax.checkpoint that keeps the results with these names (`checkpoint_name`) for the backward pass.
 
     "attention" also keeps the fused kernel's result and the softmax sums that its backward kernel reads. The kernel is
-    recognised by its primitive's name: save_only_these_names alone would run it again in the backward pass.
+    recognised by its primitive's name: save_only_these_names alone would run it again in the backward pass
+    (tests/test_compiled.py::test_remat_keeps_the_fused_attention).
     """
     named = jax.checkpoint_policies.save_only_these_names(*names)
 

@@ -1,8 +1,8 @@
-"""--mode=doctor: whether a run can begin here, before it does. Ends in "ready", or in the list of what to do.
+"""--mode=doctor: check whether a run can start here. The last line is "ready", or there is a list of things to fix.
 
-Everything that a config names is looked at: the devices and what they can compute, the weights (every file there, none
-cut short), tokenizers, rewards (read whole, as a run would), prompts, room in memory and on disk. A check that fails
-does not hide the next one.
+Checks everything that a config names: the devices and their precisions, the weights (all files present and complete),
+tokenizers, rewards (loaded as in a run), prompts, and space in memory and on disk. After a failed check, the next ones
+still run.
 """
 
 import os
@@ -28,17 +28,17 @@ from solrl_jax.weights import hub
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
 SPARE = 2 * 2**30
-"""Bytes of disk for pictures, logs and compiled programs beside the checkpoints."""
+"""Bytes of disk for pictures, logs and compiled programs, in addition to the checkpoints."""
 REQUIREMENTS = FOLDER.parent / "requirements.txt"
-"""The repository's; an installed package has none."""
+"""Of the repository; an installed package has no such file."""
 
 
 class Finding(NamedTuple):
-    """One line of what is there; `fix` says what to do where that is not enough."""
+    """One line of the result; `fix` says what to do if there is a problem."""
 
     text: str
     fix: str = ""
-    unknown: bool = False  # what could not be looked at, and does not stop a run
+    unknown: bool = False  # could not be checked; does not prevent a run
 
     @property
     def mark(self) -> str:
@@ -46,13 +46,13 @@ class Finding(NamedTuple):
 
 
 def run_doctor(cfg: Config, run: Path, *, devices: int | None = None) -> int:
-    """Print the findings; returns 0 where a run can begin, 1 where something is to be done first."""
+    """Print the findings. Returns 0 if a run can start, 1 if something must be fixed first."""
     fixes = []
     for check in (versions, hardware, precision, division, model, tokenizers, judges, prompts, memory, disk):
         for found in examine(check, cfg, run, devices):
             print(f"{found.mark:6}{found.text}", flush=True)
             fixes += [found.fix] if found.fix else []
-    todo = [f"- {fix}" for fix in dict.fromkeys(fixes)]  # several checks may fail for one reason
+    todo = [f"- {fix}" for fix in dict.fromkeys(fixes)]  # several checks may fail for the same reason
     print("\n".join(["", "to do first:", *todo] if todo else ["ready"]))
     return 1 if fixes else 0
 
@@ -61,7 +61,7 @@ Check = Callable[[Config, Path, int | None], Iterator[Finding]]
 
 
 def examine(check: Check, cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
-    """A check's findings; an error of ours, with which a run would end, is one of them."""
+    """The findings of a check; an error that would end a run becomes a finding."""
     try:
         yield from check(cfg, run, devices)
     except (ConfigError, DataError, WeightsError) as e:
@@ -72,19 +72,19 @@ def versions(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     found = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     yield Finding(f"Python {platform.python_version()}, {found}")
     if (asked := minima()) is None:
-        why = f"neither {REQUIREMENTS} nor pip's record of solrl_jax says what is asked for"
+        why = f"neither {REQUIREMENTS} nor pip's record of solrl_jax names the required versions"
         yield Finding(f"versions were not compared: {why}", unknown=True)
         return
     for name, least in asked.items():
         if number(metadata.version(name)) < number(least):
-            text = f"{name} {metadata.version(name)} is older than the {least} that is asked for"
+            text = f"{name} {metadata.version(name)} is older than the required {least}"
             how = f"-r {REQUIREMENTS.name}" if REQUIREMENTS.is_file() else f"'{name}>={least}'"
             yield Finding(text, f"{text}: pip install {how}")
 
 
 def minima() -> dict[str, str] | None:
-    """{package: least version} of requirements.txt, or else of pip's record, of those of PACKAGES that it names with
-    one; None where neither does."""
+    """{package: minimum version} for PACKAGES, from requirements.txt, or else from pip's record of solrl_jax; None if
+    neither names one."""
     try:
         lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -105,16 +105,16 @@ def hardware(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     first, count = jax.devices()[0], jax.device_count()
     if first.platform == "cpu":
         what = f"{count} CPU device{'s' * (count > 1)}, {os.cpu_count()} cores"
-        # Only a computer with an NVIDIA card can be missing the plugin for it.
+        # The plugin can only be missing on a computer with an NVIDIA card.
         unseen = shutil.which("nvidia-smi") is not None and not os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
         how = "-r requirements.txt (jax[cuda12])" if REQUIREMENTS.is_file() else "'jax[cuda12]'"
-        fix = f"JAX does not see the NVIDIA GPU here: pip install {how}, or look at its log"
+        fix = f"JAX does not see the NVIDIA GPU here: pip install {how}, or read JAX's log"
         yield Finding(what, fix if unseen else "")
         return
     limit = (first.memory_stats() or {}).get("bytes_limit", 0)
     yield Finding(f"{count} x {first.device_kind}, JAX may take {limit / 1e9:.1f} GB of each")
     if first.platform == "gpu" and (settings := device.absent()):
-        text = f"slower or with less memory than it could be, not set are {', '.join(settings)}"
+        text = f"settings for speed or memory are missing: {', '.join(settings)}"
         yield Finding(text, "call solrl_jax.device.setup() before the first array, or set them in the environment")
 
 
@@ -132,17 +132,17 @@ def division(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
 
 
 def model(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
-    """Configs, and the weights' files: their headers say how long each must be."""
+    """The model's configs and weight files; a file's header says how long the file must be."""
     where, module = cfg.model.path, assemble.model_module(cfg)
     made = module.make(cfg.model)
     base = jax.eval_shape(made.init, jax.random.key(0))
     name = f"{cfg.model.name}, {shapes.parameters(base):,} parameters"
     if (folder := assemble.converted(cfg)) is not None:
         convert.check(folder, module.shapes(cfg.model))
-        yield Finding(f"{name}: converted weights, whole, in {folder}")
+        yield Finding(f"{name}: converted weights, complete, in {folder}")
     elif (folder := hub.pipeline_here(where)) is None:
         fix = f"fetch {where}: hf download {where}, or let a run do it"
-        yield Finding(f"{name}: {where} is not whole in the hub's cache", fix)
+        yield Finding(f"{name}: {where} is not complete in the hub's cache", fix)
     else:
         yield from files(cfg, folder, name)
     low = assemble.resolved(cfg, assemble.capability()).low_precision
@@ -151,7 +151,7 @@ def model(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
 
 
 def files(cfg: Config, folder: Path, name: str) -> Iterator[Finding]:
-    """Each file that is not whole, then how many there are."""
+    """A finding for each incomplete file, then the number of files."""
     named = cfg.model.weights
     network = hub.file_here(named) if named else None
     if named and network is None:
@@ -175,7 +175,7 @@ def tokenizers(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]
 
 
 def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
-    """Each reward is read whole, then freed: a run would find out only after reading its own weights."""
+    """Load each reward and free it again; a run would only find an error after reading the model's weights."""
     names = dict.fromkeys(assemble.reward_names(cfg))
     if not rewards.parse(cfg.reward):
         yield Finding("no reward to train on", f"give --config.reward, of {', '.join(rewards.REWARDS)}")
@@ -197,10 +197,10 @@ def prompts(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
 
 
 def memory(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
-    """Whether every stage fits the device, and how long an iteration will take; of a GPU that is known."""
+    """Whether every stage fits into memory, and the time of an iteration; only for a known GPU."""
     card = plan.device_card()
     if card is None:
-        yield Finding("memory and time: no GPU whose speed is known here; --mode=plan --card=... tells those of a card")
+        yield Finding("memory and time: no known GPU here; --mode=plan --card=... gives them for a card")
         return
     cfg, count = assemble.resolved(cfg, assemble.capability()), devices or jax.device_count()
     plan.check_fits(cfg, count, plan.room(card))
@@ -209,11 +209,11 @@ def memory(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     seconds = plan.spent(uses)
     yield Finding(f"memory: {most.stage} takes the most, {most.total / 1e9:.1f} of {plan.room(card) / 1e9:.1f} GB")
     whole = duration(seconds * cfg.iterations)
-    yield Finding(f"time: about {duration(seconds)} an iteration, {whole} for all {cfg.iterations}, with evaluation")
+    yield Finding(f"time: about {duration(seconds)} per iteration, {whole} for all {cfg.iterations}, with evaluation")
 
 
 def disk(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
-    """Room for the checkpoints that are kept, and one that is being written."""
+    """Space for the checkpoints that are kept and for one that is being written."""
     place = next(parent for parent in (run, *run.absolute().parents) if parent.exists())
     state = jaxpr.nbytes(assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(1)))
     need, free = (cfg.keep + 1) * state + SPARE, shutil.disk_usage(place).free
@@ -224,4 +224,4 @@ def disk(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         fix = f"{place} cannot be written to: name another --run_dir"
     yield Finding(text, fix)
     if (run / "config.json").exists() and (found := checkpoint.latest(run))[0] is not None:
-        yield Finding(f"{run} holds a run, saved at iteration {found[0]}: --resume goes on with it")
+        yield Finding(f"{run} holds a run, saved at iteration {found[0]}: --resume continues it")

@@ -7,8 +7,8 @@ nibble.
 
 The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. Rounding is f32 arithmetic, never a cast
 to the narrow type and back: XLA removes such a pair of casts on GPUs, and the network silently runs unquantised
-(tests/test_compiled.py looks for the "round-nearest-even" of round_e2m1). Casting an already rounded value is exact, so
-storing it is safe.
+(tests/test_compiled.py: test_e4m3_rounding_is_in_the_program, and test_forward_in_emulated_nvfp4 for e2m1). Casting an
+already rounded value is exact, so storing it is safe.
 
 `Nvfp4.matmul` multiplies NVFP4 kernels with NVFP4 inputs. The emulation is exact: e2m1 x e4m3 has at most 6 significant
 bits and bf16 has 8, so the products equal the native ones. The native form (not yet run on a Blackwell card) is XLA's
@@ -133,7 +133,7 @@ def quantise(kernel: Float[Array, "*layers in out"], native: bool = False) -> Nv
     Without `row_major`, XLA first transposes the whole stack of bf16 kernels; with it, only the codes and scales
     (tests/test_compiled.py::test_quantising_turns_the_codes_alone).
     """
-    if kernel.ndim > 2:  # one layer at a time: a whole stack in f32 would not fit at FLUX's size
+    if kernel.ndim > 2:  # one layer at a time: on CPUs, all at once would take twice the memory (tests/test_quant.py)
         return lax.map(lambda k: quantise(k, native), kernel)
     _check(kernel.shape[0])
     w = row_major(kernel).astype(jnp.float32)

@@ -1,6 +1,6 @@
-"""From a config to everything a run holds: model, weights, rewards, prompts, mesh. What can be wrong is found here.
+"""Build everything that a run needs from its config: model, weights, rewards, prompts, mesh. Errors are found here.
 
-Cheap checks come first, so that a typo is answered before gigabytes are read, and nothing is written.
+Cheap checks come first, so that a typo is reported before gigabytes are read. Nothing is written.
 """
 
 import dataclasses
@@ -27,11 +27,11 @@ from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
 from solrl_jax.weights import lora_files
 
 INFERENCE = ("model.name", "lora.")
-"""Fields of a checkpoint's config that must be the same for drawing with it; the rest is free."""
+"""Prefixes of the config fields that must equal a checkpoint's to draw with it; other fields may differ."""
 
 
 class Parts(NamedTuple):
-    """Everything that no update touches. `judged` are the trained rewards and then the held-out ones."""
+    """Everything that no update changes. `judged` holds the trained rewards, then the held-out ones."""
 
     cfg: Config
     mesh: Mesh
@@ -46,9 +46,9 @@ class Parts(NamedTuple):
 
 
 def resolved(cfg: Config, capability: float | None) -> Config:
-    """The config with what "auto" is on a device of that compute capability (None: no CUDA device).
+    """The config with "auto" precisions chosen for a device of that compute capability (None: no CUDA device).
 
-    Raises ConfigError where the device cannot do what is asked.
+    Raises ConfigError if the device does not support a precision.
     """
 
     def stage(name: str) -> Stage:
@@ -62,13 +62,13 @@ def resolved(cfg: Config, capability: float | None) -> Config:
 
 
 def capability() -> float | None:
-    """Compute capability of the first device, None where it is no CUDA device."""
+    """Compute capability of the first device; None if it is not a CUDA device."""
     first = jax.devices()[0]
     return float(first.compute_capability) if first.platform == "gpu" else None
 
 
 def assemble(cfg: Config, devices: int | None = None) -> Parts:
-    """Read what a training of `cfg` needs and place it, replicated, on the first `devices` devices (all by default).
+    """Read what training with `cfg` needs and replicate it on the first `devices` devices (all by default).
 
     Raises ConfigError, DataError or WeightsError.
     """
@@ -88,7 +88,7 @@ def assemble(cfg: Config, devices: int | None = None) -> Parts:
 
 
 def for_evaluation(cfg: Config, devices: int | None = None) -> Parts:
-    """As `assemble`, for --mode=eval: what does not divide for a training is no error, training prompts may be few."""
+    """As `assemble`, for --mode=eval: checks that only matter for training are left out."""
     use_compilation_cache()
     check_rewards(cfg)
     mesh = make_mesh(devices)
@@ -106,7 +106,7 @@ def for_drawing(cfg: Config, devices: int | None = None) -> Parts:
 
 
 class Judges(NamedTuple):
-    """The rewards that are trained on, these and the held-out ones, and the weights of all by name."""
+    """`score`: the trained rewards; `judged`: these and the held-out ones; `towers`: the weights of all by name."""
 
     score: Score
     judged: Score
@@ -114,24 +114,24 @@ class Judges(NamedTuple):
 
 
 def open_rewards(cfg: Config, prompts: Sequence[str] = ()) -> Judges:
-    """The rewards that `cfg` names; one that is both trained on and held out counts as trained on.
+    """Load the rewards that `cfg` names; a reward that is both trained on and held out counts as trained on.
 
-    Raises ConfigError for one of `prompts` that a reward cannot read, WeightsError for weights that cannot be used.
+    Raises ConfigError if a reward cannot read one of `prompts`, WeightsError if weights cannot be used.
     """
     paths = rewards.parse_paths(cfg.reward_paths)
     score, towers = rewards.load_rewards(cfg.reward, paths, cfg.reward_dtype)
     names = ",".join(rewards.held_out(cfg.reward, cfg.evaluate.rewards))
     held_out, more = rewards.load_rewards(names, paths, cfg.reward_dtype)
     judged = Score(score.rewards + held_out.rewards, score.weights + held_out.weights)
-    if prompts:  # a caption that a reward cannot read ends a run before the large weights are read
+    if prompts:  # finds prompts that a reward cannot read before the large weights are read
         rewards.tokenize(judged, prompts)
     return Judges(score, judged, {**towers, **more})
 
 
 def open_prompts(cfg: Config, *, train: int = 0, test: int = 0) -> data.PromptSet:
-    """The content of the prompt files; ConfigError where they have fewer than `train` or `test` distinct prompts."""
+    """Read the prompt files. ConfigError if they have fewer than `train` or `test` distinct prompts."""
     if not cfg.prompt_files:
-        raise ConfigError(f"prompt_files is empty, say what to train on: --prompts={data.LAYOUT}")
+        raise ConfigError(f"prompt_files is empty: give the prompts with --prompts={data.LAYOUT}")
     prompts = data.read(cfg.prompt_files, cfg.evaluate.held_out, cfg.seed)
     for name, count, found in (("prompts", train, prompts.train), ("evaluate.prompts", test, prompts.test)):
         if count > len(found):
@@ -142,7 +142,7 @@ def open_prompts(cfg: Config, *, train: int = 0, test: int = 0) -> data.PromptSe
 
 
 def open_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
-    """(base, VAE) on the devices of `mesh`, text encoders as numpy, of a public folder or of a converted one."""
+    """Load a public or converted folder: base and VAE on the devices of `mesh`, text encoders as numpy."""
     module = model_module(cfg)
     if (folder := converted(cfg)) is not None:
         return convert.restore(folder, module.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
@@ -150,7 +150,7 @@ def open_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
 
 
 def _placed(cfg: Config, mesh: Mesh, model: Model, prompts: data.PromptSet, judges: Judges) -> Parts:
-    """All of it, once the large weights are read: the last step, since everything before may find an error."""
+    """Read the large weights and build `Parts`. This comes last, after everything that may find an error."""
     base, vae, text = open_weights(cfg, mesh)
     trained = {name: tower for name, tower in judges.towers.items() if name in judges.score.names}
     held_out = {name: tower for name, tower in judges.towers.items() if name not in trained}
@@ -169,14 +169,14 @@ def _placed(cfg: Config, mesh: Mesh, model: Model, prompts: data.PromptSet, judg
 
 
 def check_divides(cfg: Config, devices: int) -> None:
-    """ConfigError unless what one of so many devices holds divides into chunks and micro-batches."""
+    """ConfigError unless the samples of one device divide into chunks and micro-batches."""
     learn.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices)
     for _, stage, images in cfg.stages():
         rollout.block_shape(stage.chunk, cfg.prompts // devices, images)
 
 
 def converted(cfg: Config) -> Path | None:
-    """model.path where it is a converted folder, else None; ConfigError where model.weights names other weights."""
+    """model.path if it is a converted folder, else None. ConfigError if model.weights names other weights."""
     folder = Path(cfg.model.path)
     if not convert.is_converted(folder):
         return None
@@ -186,20 +186,20 @@ def converted(cfg: Config) -> Path | None:
 
 
 def reward_names(cfg: Config) -> tuple[str, ...]:
-    """Names of the rewards to train on and of those to watch; ConfigError where one is not there. Reads no weights."""
+    """Names of the trained and of the held-out rewards. ConfigError if one does not exist. Reads no weights."""
     rewards.parse_paths(cfg.reward_paths)
     return (*rewards.parse(cfg.reward), *rewards.parse(cfg.evaluate.rewards))
 
 
 def check_rewards(cfg: Config) -> None:
-    """ConfigError where a reward is not there or none is trained on, before any weights are read."""
+    """ConfigError if a reward does not exist or none is trained on. Reads no weights."""
     reward_names(cfg)
     if not rewards.parse(cfg.reward):
         raise ConfigError(f"reward is empty: name what to train on, of {', '.join(rewards.REWARDS)}")
 
 
 def make_mesh(devices: int | None, prompts: int = 0) -> Mesh:
-    """The mesh of a run, over whose devices its prompts divide."""
+    """The mesh of a run. ConfigError if the prompts do not divide over its devices."""
     try:
         mesh = sharding.make_mesh(devices)
         sharding.check_divides(mesh, prompts)
@@ -209,20 +209,20 @@ def make_mesh(devices: int | None, prompts: int = 0) -> Mesh:
 
 
 def model_module(cfg: Config) -> types.ModuleType:
-    """models/<name>.py, which has `make` and `load`; ConfigError for a name that is not one of MODELS."""
+    """The module models/<name>.py. ConfigError if the name is not in MODELS."""
     if cfg.model.name not in MODELS:
         raise ConfigError(f"model.name={cfg.model.name}: there is no such model; use one of {', '.join(MODELS)}")
     return importlib.import_module(f"solrl_jax.models.{cfg.model.name}")
 
 
 def use_compilation_cache() -> None:
-    """Compiled programs are kept in ~/.cache/solrl_jax, unless the user chose a place (JAX_COMPILATION_CACHE_DIR)."""
+    """Cache compiled programs in ~/.cache/solrl_jax, unless the user set JAX_COMPILATION_CACHE_DIR."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "solrl_jax"))
 
 
 def notes(parts: Parts) -> list[str]:
-    """What a user should know before a run: what is quantised; prompts, and which are cut; how a CPU multiplies."""
+    """The first lines of a run: quantised layers, numbers of prompts, prompts that are cut, how a CPU multiplies."""
     p = parts.prompts
     precision = parts.cfg.low_precision
     low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
@@ -237,19 +237,19 @@ def notes(parts: Parts) -> list[str]:
 
 
 def encode(parts: Parts, prompts: Sequence[str], score: Score, ahead: Sequence[str] = ()) -> Prompts:
-    """Conditioning and reward tokens of P prompts, split over the devices; P is a multiple of their number."""
+    """Conditioning and reward tokens of P prompts, split over the devices; P is a multiple of the device count."""
     return Prompts(parts.text(prompts, ahead), sharding.split(rewards.tokenize(score, prompts), parts.mesh))
 
 
 def fresh(parts: Parts) -> TrainState:
-    """Iteration 0 of a run, replicated; call it under the mesh."""
+    """The state before iteration 1, replicated; call it under the mesh."""
     key = jax.random.key(parts.cfg.seed)
     state = learn.init_state(key, parts.frozen, model=parts.model, optimizer=parts.optimizer, cfg=parts.cfg)
     return sharding.replicate(state, parts.mesh)
 
 
 def blank(cfg: Config, model: Model, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a run's state, without any weights: what a checkpoint is restored into."""
+    """Shapes, dtypes and shardings of a run's state, without weights; a checkpoint is restored with these."""
     optimizer = learn.make_optimizer(cfg)
 
     def make() -> TrainState:
@@ -261,9 +261,9 @@ def blank(cfg: Config, model: Model, mesh: Mesh) -> TrainState:
 
 
 def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
-    """The LoRA to draw with: a file's, or the EMA of the checkpoint folder `place`, or else the base's (all zero).
+    """The LoRA to draw with: that of `lora_file`, or else the running average in checkpoint `place`, or else zeros.
 
-    Of a file a line or two are printed: how much of the model it adapts.
+    For a file, prints how much of the model it adapts.
     """
     like = blank(parts.cfg, parts.model, parts.mesh)
     if place is not None and lora_file is None:

@@ -1,11 +1,11 @@
-"""Whole training states on disk: orbax writes, a SHA-256 manifest says that what is there is what was written.
+"""Whole training states on disk: orbax writes them, a manifest of SHA-256 hashes verifies them (run/manifest.py).
 
-    <run>/checkpoints/<step>/state/         orbax; `step` is state.iteration, which is also the place in the prompts
+    <run>/checkpoints/<step>/state/         orbax; `step` is state.iteration, which also decides the next prompts
     <run>/checkpoints/<step>/config.json
-    <run>/checkpoints/<step>/manifest.json  written last: without it the save was cut short
+    <run>/checkpoints/<step>/manifest.json  written last: without it the save is unfinished
 
-Orbax restores a flipped byte without a word and lists damaged steps as its latest, so a checkpoint counts only after
-every file of it has the hash that its manifest gives.
+Orbax restores a flipped byte without an error, and its latest_step() may be a damaged step. So a checkpoint counts only
+if every file has the hash in its manifest.
 """
 
 import concurrent.futures
@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import errno
 import gc
-import hashlib
 import importlib
 import json
 import logging
@@ -30,29 +29,24 @@ import numpy as np
 
 from solrl_jax import config, disk
 from solrl_jax.config import Config
-from solrl_jax.run import log
-from solrl_jax.structs import PyTree, TrainState, leaves_by_path
+from solrl_jax.run import log, manifest
+from solrl_jax.run.manifest import FORMAT, CheckpointError, damage, describe, hashes
+from solrl_jax.structs import PyTree, TrainState
 
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows
     fcntl = None
 
-FORMAT = 2
-"""Of the saved tree, in the manifest. 1, which had no number: a TrainState without `fallen_back`."""
 CHANGEABLE = (
-    # No number of the training depends on these.
+    # No number of the training depends on these fields.
     *("name", "iterations", "save_every", "keep", "encode_ahead", "wandb"),
     *(f"evaluate.{f.name}" for f in dataclasses.fields(config.Evaluate) if f.name != "held_out"),
-    *("model.path", "reward_paths", "prompt_files"),  # folders move; that they hold the same is the user's word
+    *("model.path", "reward_paths", "prompt_files"),  # folders may move; their content is not compared
 )
-"""Fields that a resumed run may change; evaluate.held_out is not one, the training prompts depend on it."""
+"""Fields that a resumed run may change. The training prompts depend on evaluate.held_out, so it is not one of them."""
 WATCHING = ("watch.every", "watch.prompts")
-"""Fields that it may change too where watch.fall_back is false, before and after: the watch then only warns."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or used; the message names the path and says what is still good."""
+"""Fields that it may also change if watch.fall_back is false before and after: the watch then only warns."""
 
 
 def folder(run: Path, step: int) -> Path:
@@ -60,7 +54,7 @@ def folder(run: Path, step: int) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    """Steps that have a folder, newest first, whole or not."""
+    """Steps that have a folder, newest first, also damaged and unfinished ones."""
     found = (run / "checkpoints").glob("[0-9]*")
     return sorted((int(p.name) for p in found if p.name.isdigit() and p.is_dir()), reverse=True)
 
@@ -69,14 +63,14 @@ def steps(run: Path) -> list[int]:
 
 
 class Saver:
-    """Writes checkpoints of one run in the background, one at a time; a context whose end is when all are on disk.
+    """Writes checkpoints of one run in the background, one at a time; leaving the context waits for the last one.
 
-    `save` returns at once; what went wrong with the save before is raised by the next `save` or at the end.
+    `save` returns at once. The error of a save is raised by the next `save` or when the context ends.
     """
 
     def __init__(self, run: Path, cfg: Config):
         self.run, self.cfg = run, cfg
-        self.last, _ = latest(run)  # the newest step that is whole, or on its way
+        self.last, _ = latest(run)  # the newest step that is whole or being written
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
 
@@ -91,7 +85,7 @@ class Saver:
         except CheckpointError as e:
             if error is None or str(e) == str(error):
                 raise
-            raise CheckpointError(f"{error}. Beside that, {e}") from error  # what ended the run is said first
+            raise CheckpointError(f"{error}. Beside that, {e}") from error  # first the error that ended the run
         else:
             if isinstance(error, CheckpointError) and pending is not None:
                 raise CheckpointError(
@@ -101,10 +95,10 @@ class Saver:
             self.thread.shutdown()
 
     def save(self, state: TrainState, score: float | None = None) -> None:
-        """Write `state`, unless that step is there. Its arrays stay as they are: nothing of it may be donated.
+        """Start to write `state`, unless its step is already saved. None of its arrays may be donated afterwards.
 
-        `score` is the trained reward of this state's evaluation, if it was evaluated. Raises CheckpointError where the
-        save before failed, after this one is on its way.
+        `score` is the trained reward in its evaluation. If the previous save failed, raises CheckpointError after
+        starting this one.
         """
         before, step = self.pending, int(state.iteration)
         if step != self.last:
@@ -114,18 +108,17 @@ class Saver:
             before.result()
 
     def wait(self) -> None:
-        """Return when everything given to `save` is whole on disk. Raises CheckpointError."""
+        """Wait until the last state given to `save` is on disk. Raises CheckpointError."""
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
 
 
 def write(run: Path, step: int, state: PyTree, cfg: Config, score: float | None = None) -> Path:
-    """One checkpoint: orbax, config, manifest; then the ones older than the newest `cfg.keep` are deleted.
+    """Write one checkpoint: orbax, config, manifest. Then delete older ones (`_drop_older`).
 
-    Raises CheckpointError (full disk, no permission, a device whose arrays cannot be read) after removing what it had
-    begun; earlier steps are not touched.
-    Writes that orbax still has in the air then may leave pieces: they have no manifest and do not count.
+    Raises CheckpointError (full disk, no permission, a lost device) after removing the new folder; earlier steps are
+    not touched. Threads of orbax that still write may leave files, which have no manifest and do not count.
     """
     place = folder(run, step)
     try:
@@ -135,29 +128,29 @@ def write(run: Path, step: int, state: PyTree, cfg: Config, score: float | None 
     else:
         _drop_older(run, step, cfg.keep)
         return place
-    # Outside of the handler, so that the writes which orbax left unfinished are freed before our own message.
+    # Outside of the except block, so that orbax's unfinished writes are freed before our own message.
     gc.collect()
     shutil.rmtree(place, ignore_errors=True)
     raise CheckpointError(f"checkpoint {place} could not be written: {why}. {_intact(run)}")
 
 
 def _write(place: Path, step: int, state: PyTree, cfg: Config, score: float | None) -> None:
-    shutil.rmtree(place, ignore_errors=True)  # a damaged or cut save of the same step
+    shutil.rmtree(place, ignore_errors=True)  # a damaged or unfinished save of the same step
     place.mkdir(parents=True)
     needed, free = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), shutil.disk_usage(place).free
-    if free < 1.2 * needed + 2**20:  # orbax itself notices too, but its threads print a page of tracebacks
+    if free < 1.2 * needed + 2**20:  # orbax would also fail, but with a page of tracebacks
         raise OSError(
             errno.ENOSPC, f"no space left on the disk ({needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
         )
     save_tree(place / "state", state)
     replace(place / "config.json", config.to_json(cfg))
-    manifest = {"format": FORMAT, "step": step, "score": score, "tree": describe(state), "files": hashes(place)}
-    replace(place / "manifest.json", json.dumps(manifest, indent=1))
+    made = {"format": FORMAT, "step": step, "score": score, "tree": describe(state), "files": hashes(place)}
+    replace(place / "manifest.json", json.dumps(made, indent=1))
     _sync(place)
 
 
 def save_tree(place: Path, tree: PyTree) -> None:
-    """Orbax writes `tree`; on return it is on disk."""
+    """Write `tree` with orbax; returns when it is on disk."""
     import orbax.checkpoint as ocp
 
     with _quiet(), ocp.StandardCheckpointer() as writer:
@@ -166,7 +159,7 @@ def save_tree(place: Path, tree: PyTree) -> None:
 
 
 def _drop_older(run: Path, step: int, keep: int) -> None:
-    """Keep `step`, the keep - 1 before it and the `best`. Cut saves do not count and go; later steps stay."""
+    """Keep `step`, the keep - 1 before it, the `best` and all later steps. Unfinished older saves are deleted."""
     older = [s for s in steps(run) if s < step]
     finished = [s for s in older if (folder(run, s) / "manifest.json").exists()]
     for old in set(older) - {*finished[: keep - 1], best(run, [step, *finished])}:
@@ -174,36 +167,32 @@ def _drop_older(run: Path, step: int, keep: int) -> None:
 
 
 def best(run: Path, among: Sequence[int]) -> int | None:
-    """Of these steps the one whose evaluation gave the trained reward most; None if none was evaluated."""
+    """The step with the highest trained reward in its evaluation; None if none of them was evaluated."""
     judged = [(score, step) for step in among if (score := _score(run, step)) is not None]
     return max(judged)[1] if judged else None
 
 
 def _score(run: Path, step: int) -> float | None:
-    """By its manifest; that of a step of format 1, which had none, by metrics.jsonl."""
+    """From the manifest; manifests of format 1 have no score, so for these from metrics.jsonl."""
     try:
-        manifest = _manifest(folder(run, step))
-    except CheckpointError:  # one that is cut short or damaged is not the best
+        found = manifest.read(folder(run, step))
+    except CheckpointError:  # an unfinished or damaged one is not the best
         return None
-    if manifest["format"] == 1:
-        return {line["iteration"]: line.get("eval_reward_avg") for line in _lines(run)}.get(step)
-    return manifest["score"]
-
-
-def _lines(run: Path) -> list[log.Line]:
-    return log.read(run / "metrics.jsonl")
+    if found["format"] == 1:
+        return {line["iteration"]: line.get("eval_reward_avg") for line in log.read(run / "metrics.jsonl")}.get(step)
+    return found["score"]
 
 
 def best_step(run: Path) -> int | None:
-    """The whole checkpoint with the highest eval_reward_avg; None if no whole one was evaluated."""
+    """The undamaged checkpoint with the highest eval_reward_avg; None if none of these was evaluated."""
     return best(run, [step for step in steps(run) if damage(folder(run, step)) is None])
 
 
 @contextlib.contextmanager
 def alone(run: Path) -> Iterator[None]:
-    """While it lasts, no other process may train in `run`. Raises CheckpointError if one does.
+    """Hold the lock of `run`, so that no other process trains there. Raises CheckpointError if another holds it.
 
-    The system lets go of the lock when its process ends, however that comes about.
+    The operating system frees the lock when the process ends, also when it is killed.
     """
     with (run / "lock").open("a") as file:
         try:
@@ -219,20 +208,20 @@ def alone(run: Path) -> Iterator[None]:
 
 
 def _lock(file: int, hold: bool) -> None:
-    """Take or free the lock of an open file. OSError at once where another process has it."""
+    """Take or free the lock of an open file. Raises OSError at once if another process holds it."""
     if fcntl is not None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if hold else fcntl.LOCK_UN)
-    else:  # Windows locks bytes: here the first, where an empty file stays
+    else:  # Windows locks bytes: here the first one of an empty file
         windows = importlib.import_module("msvcrt")
         windows.locking(file, windows.LK_NBLCK if hold else windows.LK_UNLCK, 1)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """A failed write reaches us as one error; what orbax and tensorstore also print of it is kept from the screen.
+    """Hide what orbax and tensorstore print about a failed write; the error itself is raised as usual.
 
-    Orbax logs the stack of each of its threads. Tensorstore's other writes of the same save end later and then find
-    orbax's event loop closed, a traceback each: they end when they like, so after a failure the hook stays.
+    Orbax logs the stack of each of its threads. Tensorstore's other writes of the same save end at some later time,
+    find orbax's event loop closed and print a traceback each. So after a failure the hook stays installed.
     """
     logger, shown = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
@@ -251,7 +240,7 @@ def _quiet() -> Iterator[None]:
 
 
 def cause(e: Exception) -> str:
-    """ "No space left on device" out of an OSError or out of tensorstore's long message."""
+    """The short reason, as "No space left on device", of an OSError or of tensorstore's long message."""
     code = re.search(r"os_error_code='(\d+)'", str(e))
     if code:
         return os.strerror(int(code.group(1)))
@@ -268,13 +257,13 @@ def _intact(run: Path) -> str:
 
 
 def replace(file: Path, text: str) -> None:
-    """Write so that the file is there whole or not at all."""
+    """Write a file atomically."""
     with disk.whole(file) as f:
         f.write(text.encode())
 
 
 def _sync(place: Path) -> None:
-    """Names reach the disk as well as contents. Windows opens no folder: there its file system's journal sees to it."""
+    """Flush the folder's entries to disk. Windows cannot open a folder; there the file system's journal does it."""
     if os.name == "nt":
         return
     handle = os.open(place, os.O_RDONLY)
@@ -285,7 +274,7 @@ def _sync(place: Path) -> None:
 
 
 def clean(run: Path) -> list[Path]:
-    """Delete what cut saves left behind (orbax's *.orbax-checkpoint-tmp*, our *.part); returns what was deleted."""
+    """Delete the remains of unfinished saves (orbax's *.orbax-checkpoint-tmp*, our *.part); returns their paths."""
     root = run / "checkpoints"
     left = [p for pattern in ("*.orbax-checkpoint-tmp*", "*.part") for p in sorted(root.rglob(pattern)) if p.exists()]
     for path in left:
@@ -297,24 +286,24 @@ def clean(run: Path) -> list[Path]:
 
 
 def latest(run: Path) -> tuple[int | None, list[str]]:
-    """The newest whole step (None: there is none), and why each newer one was passed over."""
+    """The newest undamaged step (None if there is none), and why each newer one was skipped."""
     reasons = []
     for step in steps(run):
         problem = damage(folder(run, step))
         if problem is None:
             return step, reasons
-        reasons.append(f"checkpoint {folder(run, step)} is passed over: {problem}")
+        reasons.append(f"checkpoint {folder(run, step)} is skipped: {problem}")
     return None, reasons
 
 
 def saved(run: Path) -> bool:
-    """Whether a save was ever finished in `run`; it may be damaged by now."""
+    """Whether any save of `run` was finished; it may be damaged since then."""
     return any((folder(run, step) / "manifest.json").exists() for step in steps(run))
 
 
 def find(run: Path, which: str | None = None) -> tuple[Path, list[str]]:
-    """The checkpoint folder that is meant, and what to say of that: the newest whole one of `run` and why newer ones
-    were passed over, or `which`, a step of it, a path, or "best". Raises CheckpointError if there is none."""
+    """(checkpoint folder, lines to print). `which` is a step of `run`, a path, or "best"; None is the newest
+    undamaged one; the lines say why newer ones were skipped. Raises CheckpointError if there is none."""
     if which == "best":
         load_config(run)
         if (step := best_step(run)) is None:
@@ -337,94 +326,39 @@ def find(run: Path, which: str | None = None) -> tuple[Path, list[str]]:
     return folder(run, step), reasons
 
 
-def damage(place: Path) -> str | None:
-    """What is wrong with a checkpoint folder, None if every file is as its manifest says."""
-    try:
-        wanted, found = _manifest(place)["files"], hashes(place)
-    except (CheckpointError, OSError) as e:
-        return str(e)
-    for name in sorted({*wanted, *found}):
-        if name not in found:
-            return f"{name} is missing"
-        if name not in wanted:
-            return f"{name} is not in its manifest"
-        if wanted[name] != found[name]:
-            return f"{name} is not what was written (its SHA-256 differs)"
-    return None
-
-
-def _manifest(place: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-        made = {"format": int(manifest.get("format", 1)), "score": manifest.get("score")}
-        return made | {"files": dict(manifest["files"]), "tree": dict(manifest["tree"])}
-    except FileNotFoundError:
-        raise CheckpointError("it has no manifest.json, so its save was cut short") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(f"its manifest.json cannot be read ({e!r})") from None
-
-
-def hashes(place: Path) -> dict[str, str]:
-    """{relative path: SHA-256} of every file below `place` but the manifest and what `replace` left unfinished."""
-    files = sorted(p for p in place.rglob("*") if p.is_file() and p.name != "manifest.json" and p.suffix != ".part")
-    digests = {}
-    for file in files:
-        with file.open("rb") as f:
-            digests[file.relative_to(place).as_posix()] = hashlib.file_digest(f, "sha256").hexdigest()
-    return digests
-
-
-def describe(tree: PyTree) -> dict[str, str]:
-    """{"lora/blocks/to_q/a": "float32[2,64,8]"} of every leaf; typed keys as "key<fry>[]"."""
-    return {path: f"{x.dtype}[{','.join(map(str, x.shape))}]" for path, x in leaves_by_path(tree).items()}
-
-
 def restore(place: Path, like: TrainState, cfg: Config) -> TrainState:
-    """The state in a folder <run>/checkpoints/<step>, verified, with the structure and shardings of `like`, to go on
-    with under `cfg`.
+    """The verified state in <run>/checkpoints/<step>, with the structure and shardings of `like`, to resume with `cfg`.
 
-    Raises CheckpointError where the files are damaged, or where state or config are not those of `like` (arrays or
-    ShapeDtypeStructs) and `cfg`, naming what differs. Fields in CHANGEABLE may differ.
+    Raises CheckpointError if files are damaged, if the saved state differs from `like` (arrays or ShapeDtypeStructs),
+    or if the saved config differs from `cfg` in a field that is not in CHANGEABLE. The message names what differs.
     """
-    manifest = _usable(place)
+    found = manifest.usable(place)
     if changed := forbidden(load_config(place), cfg):
         raise CheckpointError(
             f"checkpoint {place} belongs to another config: {changed}. Go on with its own, or start a new run"
         )
-    added = {} if manifest["format"] > 1 else {"fallen_back": _had_fallen_back(place, like.fallen_back)}
+    added = {} if found["format"] > 1 else {"fallen_back": _had_fallen_back(place, like.fallen_back)}
     wanted = {name: tree for name, tree in like._asdict().items() if name not in added}
-    _compare(manifest["tree"], describe(wanted), place)
+    manifest.compare(found["tree"], describe(wanted), place)
     return TrainState(**_read(place, wanted), **added)
 
 
 def restore_fields(place: Path, like: Mapping[str, PyTree], cfg: Config, same: tuple[str, ...]) -> dict[str, PyTree]:
-    """Some fields of the state in a folder <run>/checkpoints/<step>, verified, as {name: tree like that of `like`}.
+    """The fields named in `like`, verified, of the state in <run>/checkpoints/<step>: {name: tree}.
 
-    What else the state holds does not matter: files of versions that knew more, or less, serve as well. Raises
-    CheckpointError as `restore` does; of the config only the fields that begin as in `same` must be equal.
+    Other fields of the saved state are ignored, so checkpoints of older and newer versions can be read. Raises
+    CheckpointError as `restore` does; of the config, only fields whose names start with one of `same` must be equal.
     """
-    manifest = _usable(place)
+    found = manifest.usable(place)
     if changed := _differences(load_config(place), cfg, lambda field: not field.startswith(same)):
         raise CheckpointError(f"checkpoint {place} belongs to another config: {changed}. Use its own")
-    saved = {k: v for k, v in manifest["tree"].items() if k.partition("/")[0] in like}
-    _compare(saved, describe(like), place)
+    saved = {k: v for k, v in found["tree"].items() if k.partition("/")[0] in like}
+    manifest.compare(saved, describe(like), place)
     return _read(place, like)
 
 
-def _usable(place: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are what was written, in a format that is known here."""
-    if problem := damage(place):
-        raise CheckpointError(f"checkpoint {place} cannot be used: {problem}")
-    if (manifest := _manifest(place))["format"] > FORMAT:
-        raise CheckpointError(
-            f"checkpoint {place} has format {manifest['format']}, this version of solrl_jax reads up to {FORMAT}: "
-            "update solrl_jax"
-        )
-    return manifest
-
-
 def _read(place: Path, like: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The fields of the saved tree that `like` names; the others are not read."""
+    """The fields of the saved tree that `like` names; other fields are not read."""
     import orbax.checkpoint as ocp
 
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), dict(like))
@@ -435,16 +369,16 @@ def _read(place: Path, like: Mapping[str, PyTree]) -> dict[str, PyTree]:
 
 
 def _had_fallen_back(place: Path, like: Any) -> Any:
-    """The flag of a run of format 1, which looked it up in its metrics: a measurement below watch.rank until then."""
-    cfg, step = load_config(place), int(place.name)
+    """`fallen_back` of a checkpoint of format 1: whether a measurement up to its step was below watch.rank."""
+    cfg, step, lines = load_config(place), int(place.name), log.read(place.parent.parent / "metrics.jsonl")
     low = cfg.explore is not None and cfg.explore.precision != "bf16"
-    ranks = [line.get("watch/spearman") for line in _lines(place.parent.parent) if line["iteration"] <= step]
+    ranks = [line.get("watch/spearman") for line in lines if line["iteration"] <= step]
     fell = cfg.watch.fall_back and low and any(rank is not None and rank < cfg.watch.rank for rank in ranks)
     return jax.device_put(np.asarray(fell, like.dtype), like.sharding)
 
 
 def forbidden(saved: Config, cfg: Config) -> str:
-    """ "explore.steps is 6 there and 4 here; ..." of the fields that differ and may not on --resume; "" if none."""
+    """The fields that differ and may not on --resume, as "explore.steps is 6 there and 4 here; ..."; "" if none."""
     free = CHANGEABLE if saved.watch.fall_back or cfg.watch.fall_back else (*CHANGEABLE, *WATCHING)
     return _differences(saved, cfg, lambda field: field in free)
 
@@ -454,16 +388,8 @@ def _differences(saved: Config, cfg: Config, free: Callable[[str], bool]) -> str
     return "; ".join(f"{k} is {there!r} there and {here!r} here" for k, (there, here) in changed.items())
 
 
-def _compare(saved: dict[str, str], wanted: dict[str, str], place: Path) -> None:
-    differ = [k for k in {**saved, **wanted} if saved.get(k) != wanted.get(k)]
-    lines = [f"{k} is {saved.get(k, 'absent')} there and {wanted.get(k, 'absent')} here" for k in differ]
-    if lines:
-        more = f"; and {len(lines) - 4} more" if len(lines) > 4 else ""
-        raise CheckpointError(f"checkpoint {place} holds another state: {'; '.join(lines[:4])}{more}")
-
-
 def load_config(run: Path) -> Config:
-    """The config of a run or of one checkpoint. Raises CheckpointError where there is none."""
+    """The config of a run or of one checkpoint. Raises CheckpointError if there is none."""
     file = run / "config.json"
     try:
         return config.from_json(file.read_text(encoding="utf-8"))

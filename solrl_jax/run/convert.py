@@ -1,12 +1,12 @@
-"""Weights in a form that loads faster: --mode=convert reads a public folder once and writes down what `load` gives.
+"""--mode=convert: read a public folder once and write its weights in a form that loads faster.
 
-    <out>/model_index.json, */config.json, tokenizer*/, ...   as they were: <out> is a model.path like any other
-    <out>/weights/0000, 0001, ...                             a leaf's bytes each, row-major, in the dtype it trains in
-    <out>/weights.json      written last: the tree and where each leaf is, SHA-256 of the files of weights/ and of those
-                            it was made from
+    <out>/model_index.json, */config.json, tokenizer*/, ...   copies: <out> can be used as model.path
+    <out>/weights/0000, 0001, ...                             one leaf each: its bytes, row-major, in its training dtype
+    <out>/weights.json      written last: the tree, the file of each leaf, SHA-256 of the files in weights/ and of the
+                            source files
 
-A leaf is written as soon as it is read, and only then is the next one read. Restoring puts every leaf straight onto the
-devices of whatever mesh there is, in parallel and without transposing.
+Each leaf is written before the next one is read. `restore` puts every leaf directly onto the devices of any mesh, in
+parallel and without transposing.
 """
 
 import concurrent.futures
@@ -33,19 +33,19 @@ from solrl_jax.weights import WeightsError, hub
 
 MANIFEST = "weights.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".gguf", ".index.json")
-"""Endings of files that hold weights, or say where they are: they are not copied."""
+"""Endings of weight files and of their indexes, which are not copied."""
 Trees = tuple[Params, Params, Params]
 NAMES = ("base", "vae", "text")
 VERSION = 2
-"""Of the form of a converted folder. Version 1, which had no number, kept each tree in orbax's form in weights/<name>:
-orbax holds a second copy of what it writes."""
+"""Format of a converted folder. Version 1 had no number; it stored each tree with orbax in weights/<name>, and orbax
+needs memory for a second copy while it writes."""
 READERS = 4
-"""Leaves that are read from disk at a time; so many are in the host's memory on their way to the devices."""
+"""Leaves that `restore` reads at a time; so many are in host memory before they are on the devices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Stands in a tree for a leaf that was written."""
+    """Replaces a leaf in a tree after it was written."""
 
     file: str
     shape: tuple[int, ...]
@@ -57,17 +57,17 @@ def is_converted(folder: Path) -> bool:
 
 
 def convert(module: Any, cfg: Model, out: Path) -> None:
-    """Write the weights that `module` (models/<name>.py) reads of `cfg`, and the pipeline's small files, to `out`.
+    """Write to `out` the weights that `module` (models/<name>.py) loads for `cfg`, and the pipeline's small files.
 
-    Raises ConfigError where `out` is there already, WeightsError where it cannot be written (full disk): before weights
-    are fetched or read, as far as that can be known.
+    Raises ConfigError if `out` is not empty, WeightsError if it cannot be written (full disk); if possible before
+    weights are downloaded or read.
     """
     with _said(out):
         if out.is_dir() and any(out.iterdir()):
             raise ConfigError(f"--run_dir={out} is not empty: give a new folder for the converted weights")
         where = next(p for p in (out, *out.absolute().parents) if p.exists())
         if not where.is_dir() or not os.access(where, os.W_OK | os.X_OK):
-            raise WeightsError(f"{out}: {where} is no folder that can be written to")
+            raise WeightsError(f"{out}: {where} is not a folder that can be written to")
         free = shutil.disk_usage(where).free
     needed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(module.shapes(cfg)))
     if free < 1.05 * needed:
@@ -76,13 +76,13 @@ def convert(module: Any, cfg: Model, out: Path) -> None:
         with _said(out):
             _write(module, cfg, out)
     except BaseException:
-        shutil.rmtree(out, ignore_errors=True)  # a part of it would be taken for a folder without weights
+        shutil.rmtree(out, ignore_errors=True)  # a partial folder would look like one without weights
         raise
 
 
 @contextlib.contextmanager
 def _said(place: Path) -> Iterator[None]:
-    """What the disk refuses as a WeightsError."""
+    """Turn an OSError into a WeightsError."""
     try:
         yield
     except OSError as e:
@@ -90,7 +90,7 @@ def _said(place: Path) -> Iterator[None]:
 
 
 def _write(module: Any, cfg: Model, out: Path) -> None:
-    """One leaf after another, each gone before the next is read: a model's `parts` gets trees of `Kept` back."""
+    """Write one leaf after another; `keep` returns a `Kept` for it, so that its memory is freed before the next."""
     (out / "weights").mkdir(parents=True)
     numbers = itertools.count()
 
@@ -126,7 +126,7 @@ def _save(file: Path, leaf: np.ndarray) -> Kept:
 
 
 def digest(file: Path) -> str:
-    """SHA-256."""
+    """SHA-256 of a file."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -139,7 +139,7 @@ def hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
 
 
 def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
-    """(base, vae) on the devices of `sharding`, text as numpy arrays, of a converted folder, verified.
+    """Verify and read a converted folder: base and vae on the devices of `sharding`, text as numpy arrays.
 
     `shapes` are ShapeDtypeStructs. Raises WeightsError as `check` does.
     """
@@ -160,7 +160,7 @@ def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
 
 
 def _restore_first(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
-    """`restore` of what version 1 wrote."""
+    """`restore` for folders of version 1."""
     import orbax.checkpoint as ocp
 
     tree = dict(zip(NAMES, shapes, strict=True))
@@ -172,23 +172,23 @@ def _restore_first(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
 
 
 def check(folder: Path, shapes: Trees) -> dict[str, str] | None:
-    """{path: its file in weights/}, None of a folder of version 1.
+    """{path of a leaf: its file in weights/}; None for a folder of version 1.
 
-    Raises WeightsError for damaged files of a converted folder and for weights of other shapes or dtypes.
+    Raises WeightsError for damaged files and for weights of other shapes or dtypes.
     """
     manifest = _manifest(folder)
     with _said(folder):
         found = hashes(folder, (folder / "weights").rglob("*"))
     bad = sorted(k for k in {**manifest["files"], **found} if manifest["files"].get(k) != found.get(k))
     if bad:
-        raise WeightsError(f"{folder}: {bad[0]} is not what was written (by SHA-256; {len(bad)} such): convert again")
+        raise WeightsError(f"{folder}: {bad[0]} is not what was written (SHA-256; {len(bad)} such): convert again")
     wanted, there = checkpoint.describe(dict(zip(NAMES, shapes, strict=True))), manifest["tree"]
     differ = [k for k in {**there, **wanted} if there.get(k) != wanted.get(k)]
     if differ:
         k = differ[0]
         raise WeightsError(
             f"{folder} was converted for another config: {k} is {there.get(k, 'absent')} there and "
-            f"{wanted.get(k, 'absent')} here, {len(differ)} such: convert again with this --config"
+            f"{wanted.get(k, 'absent')} here ({len(differ)} such): convert again with this --config"
         )
     return manifest["leaves"]
 
@@ -204,5 +204,5 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise WeightsError(f"{folder / MANIFEST} cannot be read ({e!r}): convert again") from None
     if version not in (1, VERSION):
-        raise WeightsError(f"{folder / MANIFEST} is of version {version}, known here is {VERSION}: convert again")
+        raise WeightsError(f"{folder / MANIFEST} has version {version}, solrl_jax reads up to {VERSION}: convert again")
     return found

@@ -1,6 +1,6 @@
-"""Prompts: text or JSON-lines files in, batches out.
+"""Prompts: reads text or JSON-lines files, makes batches.
 
-A batch is a pure function of (seed, step), and a split that is made one of the seed, so a resumed run draws the same.
+A batch is a pure function of (seed, step), and a held-out split of the seed, so a resumed run draws the same prompts.
 """
 
 import functools
@@ -15,11 +15,11 @@ from solrl_jax.config import ConfigError
 
 
 class DataError(ValueError):
-    """A prompt file that cannot be used; the message names the file and the line."""
+    """A prompt file cannot be used; the message names the file and the line."""
 
 
 class PromptSet(NamedTuple):
-    """Distinct, stripped prompts in file order; how many lines were dropped as blank or as repeated."""
+    """Distinct, stripped prompts in file order, and the numbers of blank and of repeated lines, which are dropped."""
 
     train: tuple[str, ...]
     test: tuple[str, ...]
@@ -27,19 +27,18 @@ class PromptSet(NamedTuple):
     repeated: int
 
 
-SPLIT = 0x5B117  # beside the seed: apart from the epochs' permutations
+SPLIT = 0x5B117  # used with the seed, so that the split is independent of the epochs' permutations
 LAYOUT = (
-    "DIR with train.txt and test.txt (a prompt a line), or with train_metadata.jsonl and test_metadata.jsonl "
+    "DIR with train.txt and test.txt (one prompt per line), or with train_metadata.jsonl and test_metadata.jsonl "
     '({"prompt": ...} a line), or one .txt or .jsonl file'
 )
 
 
 def read(path: str | Path, held_out: int = 0, seed: int = 0) -> PromptSet:
-    """A folder with train.txt and test.txt, or train_metadata.jsonl and test_metadata.jsonl; or one file, which is both
-    splits; with `held_out` that many of its prompts are the test split.
+    """Read a folder (see LAYOUT; .txt is preferred), or one file, which then serves as both splits.
 
-    Where a split has both kinds, its .txt is read. Raises DataError for what is not there, not UTF-8, not the layout
-    of `read_file`, or holds no prompt, and where nothing is left to train on.
+    With `held_out`, so many prompts of the one file are the test split. Raises DataError if a file is missing, not
+    UTF-8, not in the layout of `read_file` or without prompts, and if no prompt is left to train on.
     """
     path = Path(path)
     if not path.is_dir():
@@ -57,7 +56,7 @@ def read(path: str | Path, held_out: int = 0, seed: int = 0) -> PromptSet:
 
 
 def split_off(prompts: tuple[str, ...], held_out: int, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(train, test) in file order, `held_out` of them the test split; all are both where that is 0."""
+    """(train, test) in file order; `held_out` prompts are the test split. If it is 0, both are all prompts."""
     if not held_out:
         return prompts, prompts
     chosen = set(np.random.default_rng([seed, SPLIT]).permutation(len(prompts))[:held_out].tolist())
@@ -74,27 +73,27 @@ def _split(folder: Path, split: str) -> Path:
 
 
 def read_file(file: str | Path) -> tuple[tuple[str, ...], int, int]:
-    """(prompts, blank lines, repeated lines) of one UTF-8 file: a prompt a line, in .jsonl as {"prompt": ...}."""
+    """(prompts, blank lines, repeated lines) of one UTF-8 file: one prompt per line, in .jsonl as {"prompt": ...}."""
     file = Path(file)
     texts = _lines(file, LAYOUT)
     if file.suffix == ".jsonl":
         texts = [_text(text, file, number) if text else "" for number, text in enumerate(texts, 1)]
     prompts = dict.fromkeys(t for t in texts if t)  # distinct, in order
     if not prompts:
-        raise DataError(f"{file} holds no prompts ({_nothing(texts)}): write one a line")
-    blank = sum(not t for t in texts[:-1])  # nothing after the last newline is no line
+        raise DataError(f"{file} holds no prompts ({_nothing(texts)}): write one per line")
+    blank = sum(not t for t in texts[:-1])  # an empty text after the last newline is not a line
     return tuple(prompts), blank, sum(map(bool, texts)) - len(prompts)
 
 
 CAPTIONS = (
-    'a file with a prompt a line, of the pictures by their names, or a .jsonl file of {"file": ..., "prompt": ...}'
+    'a file with one prompt per line, in the order of picture names, or a .jsonl file of {"file": ..., "prompt": ...}'
 )
 
 
 def read_captions(file: str | Path) -> list[tuple[str, str]]:
-    """[(picture's file name, "" in a text file; its prompt)], a line each, in order, repeated ones too.
+    """[(file name of a picture, "" in a text file; its prompt)], one per line, in order, with repetitions.
 
-    Raises DataError as `read_file`, and for a blank line before the last prompt: a picture would get its neighbour's.
+    Raises DataError as `read_file`, and for a blank line, after which pictures would get the wrong prompts.
     """
     file = Path(file)
     texts = _lines(file, CAPTIONS)
@@ -111,7 +110,7 @@ def read_captions(file: str | Path) -> list[tuple[str, str]]:
 
 
 def _lines(file: Path, layout: str) -> list[str]:
-    """The stripped lines of a UTF-8 file, with the empty one after the last newline; DataError says what to give."""
+    """The stripped lines of a UTF-8 file, also the empty one after the last newline. Raises DataError."""
     try:
         lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError:
@@ -138,7 +137,7 @@ def _decode(line: bytes, file: Path, number: int) -> str:
 
 
 def _text(line: str, file: Path, number: int, field: str = "prompt") -> str:
-    """The text `field` of a line of JSON, stripped; other fields are not looked at."""
+    """The text `field` of a line of JSON, stripped; other fields are ignored."""
     rule = f'a line is an object with a text as "{field}"'
     try:
         found = json.loads(line)
@@ -157,13 +156,13 @@ def _text(line: str, file: Path, number: int, field: str = "prompt") -> str:
     try:
         return _decode(found[field].encode(), file, number)
     except UnicodeEncodeError:
-        raise DataError(f"{file}, line {number}: half a surrogate pair in its {field}; write it whole") from None
+        raise DataError(f"{file}, line {number}: half a surrogate pair in its {field}; write the full pair") from None
 
 
 def batch(prompts: Sequence[str], seed: int, step: int, count: int) -> list[str]:
-    """The `count` prompts of a step: the next ones of an endless walk through epochs, each a seeded permutation.
+    """The `count` prompts of a step: the next ones of an endless sequence of epochs, each a seeded permutation.
 
-    Every prompt comes once an epoch and none twice in a batch. Raises ConfigError if there are fewer than `count`.
+    Every prompt comes once per epoch, and no prompt twice in a batch. Raises ConfigError for fewer than `count`.
     """
     n = len(prompts)
     if count > n:
@@ -174,15 +173,15 @@ def batch(prompts: Sequence[str], seed: int, step: int, count: int) -> list[str]
 
 @functools.lru_cache(maxsize=8)
 def _epoch(n: int, count: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The order of one epoch, such that the batch across its start holds nothing twice.
+    """The order of one epoch, such that the batch that spans its start has no prompt twice.
 
-    Only the first `count` places are ever touched, so with 2 * count prompts an epoch's end is its permutation's own
-    and one step back is enough; with fewer the epochs are dealt from the first, which is then quick.
+    Only the first `count` places may differ from the seeded permutation. So with 2 * count prompts or more, the end of
+    the previous epoch is that of its permutation; with fewer, all epochs are computed from the first, which is quick.
     """
     first = max(epoch - 1, 0) if n >= 2 * count else 0
     order = _permutation(n, seed, first)
     for e in range(first + 1, epoch + 1):
-        used = e * n % count  # places of the batch across the start that the epoch before has filled
+        used = e * n % count  # prompts of the spanning batch that come from the previous epoch
         order = (
             _avoiding(_permutation(n, seed, e), order[n - used :], count - used) if used else _permutation(n, seed, e)
         )
@@ -194,7 +193,7 @@ def _permutation(n: int, seed: int, epoch: int) -> list[int]:
 
 
 def _avoiding(order: list[int], taken: list[int], head: int) -> list[int]:
-    """`order` with its first `head` places free of `taken`, whose members go right behind them."""
+    """`order`, with the members of `taken` moved from the first `head` places to directly behind these."""
     barred = set(taken)
     start = [i for i in order[: head + len(taken)] if i not in barred][:head]
     chosen = set(start)
@@ -204,8 +203,8 @@ def _avoiding(order: list[int], taken: list[int], head: int) -> list[int]:
 def cut(prompts: Sequence[str], tokenize: Callable[[Sequence[str]], Any]) -> dict[str, list[str]]:
     """{leaf of tokenize's result: prompts that are too long for it}, empty where every prompt fits.
 
-    A prompt was cut if its tokens are the same without its last character. Only prompts with more characters than the
-    row has tokens are looked at; one whose cut falls within the last word may be missed.
+    A prompt was cut if its tokens are the same without its last character. Only prompts with more characters than a row
+    has tokens are tested; a prompt that is cut within its last word may be missed.
     """
 
     def named(texts: Sequence[str]) -> dict[str, np.ndarray]:

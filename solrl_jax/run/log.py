@@ -1,9 +1,8 @@
-"""Where an iteration's numbers go: metrics.jsonl, TensorBoard, the screen, and Weights & Biases where asked for. A sink
-is write(iteration, metrics).
+"""Logging of metrics: metrics.jsonl, TensorBoard, the screen, and Weights & Biases if configured.
 
-metrics.jsonl has one JSON object a line, "iteration" first; iteration 0 is what is known of the base model: its
-evaluation and how well the preview ranks. It stands first, once, whenever it is written. A number that is not finite is
-null there (JSON has no NaN) and left out of TensorBoard.
+A sink is a function write(iteration, metrics). metrics.jsonl has one JSON object per line, "iteration" first. The line
+of iteration 0 describes the base model: its evaluation and how well the preview ranks. It is the first line and written
+once, whenever that happens. A number that is not finite is null there (JSON has no NaN) and not sent to TensorBoard.
 """
 
 import contextlib
@@ -28,12 +27,12 @@ Line = dict[str, Any]
 
 
 class LogError(RuntimeError):
-    """A sink that cannot be opened; the message says what to do."""
+    """A sink cannot be opened; the message says what to do."""
 
 
 class Log(NamedTuple):
-    """write(iteration, metrics) to all sinks, which gives the line as metrics.jsonl has it; between(stage, share done)
-    moves the bar; say(text) prints a line."""
+    """write(iteration, metrics) writes to all sinks and returns the line of metrics.jsonl; between(stage, share done)
+    moves the progress bar; say(text) prints a line."""
 
     write: Callable[[int, Metrics], Line]
     between: Callable[[str, float], None]
@@ -44,9 +43,9 @@ class Log(NamedTuple):
 def open_log(
     run: Path, done: int, total: int, judge: str = "", also: Sequence[contextlib.AbstractContextManager[Sink]] = ()
 ) -> Iterator[Log]:
-    """All sinks of a run whose first `done` iterations are over; what files hold of later ones is dropped.
+    """Open all sinks of a run that has finished `done` iterations; the files' entries for later ones are removed.
 
-    `judge` names the reward whose last evaluation the screen shows; `also` are sinks beside the usual ones.
+    The screen shows the last evaluation of the reward `judge`; `also` are further sinks.
     """
     with contextlib.ExitStack() as stack:
         screen = stack.enter_context(contextlib.closing(Screen(done, total, judge)))
@@ -69,9 +68,9 @@ def open_log(
 
 @contextlib.contextmanager
 def jsonl(file: Path, done: int) -> Iterator[Sink]:
-    """Append to `file` after dropping the lines past iteration `done` and one that a crash cut short.
+    """Append to `file`, after removing lines of iterations after `done` and an incomplete last line.
 
-    Iteration 0's line goes to the beginning, in the place of one that is there.
+    A line of iteration 0 goes to the beginning and replaces an existing one.
     """
     kept = [json.dumps(line) + "\n" for line in read(file) if line["iteration"] <= done]
     _rewrite(file, kept)
@@ -80,14 +79,14 @@ def jsonl(file: Path, done: int) -> Iterator[Sink]:
     def write(iteration: int, metrics: Metrics) -> None:
         nonlocal f
         text = json.dumps(as_line(iteration, metrics), allow_nan=False) + "\n"
-        if iteration == 0:  # it may come late, where evaluation is switched on, or again, where it is changed
+        if iteration == 0:  # it comes late if evaluation is switched on in a resumed run, and again if it is changed
             f.close()
             _rewrite(file, [text, *(json.dumps(line) + "\n" for line in read(file) if line["iteration"] > 0)])
             f = file.open("a", encoding="utf-8")
         else:
             f.write(text)
             f.flush()
-            os.fsync(f.fileno())  # before the checkpoint of this iteration, which must not outlive its line
+            os.fsync(f.fileno())  # before the checkpoint is saved: a checkpoint without its line must not exist
 
     try:
         yield write
@@ -96,7 +95,7 @@ def jsonl(file: Path, done: int) -> Iterator[Sink]:
 
 
 def finite(metrics: Metrics) -> dict[str, float | None]:
-    """As they are written: None for what is not finite."""
+    """`metrics` with None for numbers that are not finite."""
     return {k: v if math.isfinite(v) else None for k, v in metrics.items()}
 
 
@@ -106,12 +105,12 @@ def _rewrite(file: Path, lines: Sequence[str]) -> None:
 
 
 def as_line(iteration: int, metrics: Metrics) -> Line:
-    """What metrics.jsonl says of an iteration: null for a number that is not finite."""
+    """The line of an iteration in metrics.jsonl; None for numbers that are not finite."""
     return {"iteration": iteration, **finite(metrics)}
 
 
 def read(file: Path) -> list[Line]:
-    """The lines of a metrics.jsonl as dicts; [] if there is none. A line that is not whole is left out."""
+    """The lines of a metrics.jsonl as dicts; [] if there is no file. Incomplete lines are left out."""
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
@@ -121,7 +120,7 @@ def read(file: Path) -> list[Line]:
 
 @contextlib.contextmanager
 def tensorboard(folder: Path, done: int) -> Iterator[Sink]:
-    """TensorBoard events; a resumed run's file tells TensorBoard to forget the steps past `done`."""
+    """TensorBoard events; in a resumed run, TensorBoard is told to discard steps after `done`."""
     from tensorboardX import SummaryWriter
 
     resumed = folder.exists()
@@ -138,13 +137,13 @@ def tensorboard(folder: Path, done: int) -> Iterator[Sink]:
 
 @contextlib.contextmanager
 def wandb(run: Path, project: str, config: Mapping[str, Any]) -> Iterator[Sink]:
-    """A run in a project ("project" or "entity/project") of Weights & Biases, whose id is kept in run/wandb.json: a
-    resumed run goes on in it.
+    """Weights & Biases; `project` is "project" or "entity/project". run/wandb.json keeps the id, so a resumed run
+    continues the same wandb run.
 
-    The axis is "iteration" and not wandb's own step, which only grows: what a killed run has logged and does again
-    comes twice, with the same numbers. Raises LogError where it is not let in.
+    The axis is "iteration", not wandb's own step, which can only increase. So iterations that a killed run repeats
+    appear twice, with the same numbers. Raises LogError if login fails.
     """
-    import wandb as service  # pyright: ignore[reportMissingImports] - only where it is asked for
+    import wandb as service  # pyright: ignore[reportMissingImports] - an optional dependency
 
     file = run / "wandb.json"
     if not file.exists():
@@ -174,7 +173,7 @@ _STAGES = ("encode", "quantise", "explore", "select", "regenerate", "learn", "ev
 
 
 class Screen:
-    """A tqdm bar on a terminal, a plain line an iteration elsewhere (files, CI)."""
+    """A tqdm bar on a terminal; otherwise (files, CI) one plain line per iteration."""
 
     def __init__(self, done: int, total: int, judge: str = ""):
         self.total, self.judge = total, judge
@@ -190,7 +189,7 @@ class Screen:
             self.bar.set_description_str(f"{stage} {share:4.0%}")
 
     def write(self, iteration: int, metrics: Metrics) -> None:
-        """Show an iteration; 0 is what is known of the base model."""
+        """Show an iteration; iteration 0 is the base model."""
         self.judged = metrics.get(f"eval_reward_{self.judge}", self.judged)
         self.seconds += [metrics["time/iteration"]] if "time/iteration" in metrics else []
         text = self.line(iteration, metrics)
@@ -210,7 +209,7 @@ class Screen:
         words = [f"reward {metrics['reward/mean']:.4f}"] if "reward/mean" in metrics else []
         words += [f"{self.judge} {self.judged:.4f}"] if self.judged is not None else []
         left = self.total - iteration
-        if left and len(self.seconds) > 1:  # the first one compiles
+        if left and len(self.seconds) > 1:  # the first one includes compiling
             words.append(f"ETA {duration(left * statistics.median(self.seconds[1:][-20:]))}")
         words += [f"{s} {metrics[f'time/{s}']:.1f}s" for s in _STAGES if metrics.get(f"time/{s}", 0) >= 0.05]
         return "  ".join(words)

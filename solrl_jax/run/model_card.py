@@ -1,4 +1,4 @@
-"""model_card.md beside a run's LoRA files: what they were trained from, how, for how long, and how to load them."""
+"""model_card.md beside a run's LoRA files: the base model, how and how long they were trained, how to load them."""
 
 import platform
 from importlib import metadata
@@ -11,7 +11,7 @@ PACKAGES = ("jax", "flax", "optax")
 
 
 def family(cfg: Config) -> str:
-    """The family's or the method's name; the inverse of `recipes.family`."""
+    """The name of the family or method; the inverse of `recipes.family`."""
     if cfg.branch is not None:
         return "branch"
     if cfg.explore is not None:
@@ -26,7 +26,7 @@ def family(cfg: Config) -> str:
 
 
 def write(folder: Path, cfg: Config, iterations: int, updates: int, targets: tuple[str, ...], comfy: str = "") -> Path:
-    """Make <folder>/model_card.md. `targets` are what the LoRA adapts, `comfy` its ComfyUI file within the folder."""
+    """Write <folder>/model_card.md. The LoRA adapts `targets`; `comfy` is its ComfyUI file, relative to the folder."""
     name = cfg.name or folder.name
     rows = facts(cfg, iterations, updates, targets)
     parts = [
@@ -46,7 +46,7 @@ def write(folder: Path, cfg: Config, iterations: int, updates: int, targets: tup
 
 
 def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) -> dict[str, str]:
-    """The card's table."""
+    """The rows of the card's table."""
     learn = cfg.learn
     return {
         "base": f"`{cfg.model.path}` (model {cfg.model.name}{_other_weights(cfg)}), whose licence this LoRA is under",
@@ -94,7 +94,7 @@ def _lora(cfg: Lora) -> str:
 
 
 def loading(cfg: Config, comfy: str) -> str:
-    """How diffusers and ComfyUI take the files."""
+    """How to load the files in diffusers and ComfyUI."""
     lines = [
         "diffusers:",
         "",
@@ -107,20 +107,20 @@ def loading(cfg: Config, comfy: str) -> str:
         "```",
     ]
     if comfy:
-        lines += ["", f"ComfyUI: copy `{comfy}` to `models/loras`, load it by a LoRA loader at strength 1."]
+        lines += ["", f"ComfyUI: copy `{comfy}` to `models/loras`, load it with a LoRA loader at strength 1."]
     return "\n".join(lines)
 
 
 def which(ema: bool) -> str:
-    """What the files hold; `ema`: an earlier version has left a folder of that name."""
+    """Which policy each file holds; `ema`: whether an older version left a folder ema/."""
     lines = [
-        "The files here hold the running average of the policy over its updates, which is what every evaluation scored "
-        "and drew. The policy itself, as it was after the last update, is in `current/`, in the same layouts.",
+        "The files here hold the running average of the policy over its updates; every evaluation used this average. "
+        "The policy itself, as it was after the last update, is in `current/`, in the same layouts.",
     ]
     if ema:
         lines += [
             "",
-            "`ema/` is of an earlier version of solrl_jax, which kept the average there and the policy itself here; it "
-            "may be of fewer iterations.",
+            "`ema/` is of an earlier version of solrl_jax, which saved the average there and the policy itself "
+            "here; it may be from an earlier iteration.",
         ]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
-"""The pictures that a run keeps: grids/<iteration>.png to look at, and for the report base.npz and last.npz, in which
-the base's and the last evaluation's pictures of the grid's prompts lie with the rewards of each.
+"""The pictures that a run keeps: grids/<iteration>.png to look at, and base.npz and last.npz for the report.
+
+The .npz files hold the pictures of the grid's prompts and their rewards, of the base model and of the last evaluation.
 """
 
 import json
@@ -16,8 +17,8 @@ from solrl_jax import disk
 
 
 class Shown(NamedTuple):
-    """G prompts, an 8-bit picture of each and its raw score by every reward, trained or held out; NaN where a reward
-    gave no finite number. `means` are those of all P evaluated prompts, over each one's pictures."""
+    """G prompts, one 8-bit picture of each, and its raw score by every reward, trained or held out; NaN if not finite.
+    `means` has, for all P evaluated prompts, the mean over the pictures of a prompt."""
 
     prompts: list[str]
     images: UInt8[np.ndarray, "G H W 3"]
@@ -26,10 +27,10 @@ class Shown(NamedTuple):
 
 
 def save(file: Path, shown: Shown, iteration: int, how: str) -> None:
-    """Write `shown` whole or not at all; `how` is what the pictures depend on besides the policy."""
+    """Write `shown` atomically; `how` describes everything but the policy that the pictures depend on."""
     table = np.array(list(shown.scores.values()), np.float32).reshape(len(shown.scores), len(shown.prompts))
     means = np.array(list(shown.means.values()), np.float32)
-    # Text as JSON's bytes: NumPy's own strings drop zeros at their ends.
+    # Text as JSON's bytes: NumPy's strings lose zero characters at their end.
     names = {"rewards": list(shown.scores), "means": list(shown.means)}
     text = json.dumps({"prompts": shown.prompts, **names, "iteration": iteration, "how": how})
     arrays = {"images": shown.images, "scores": table, "means": means}
@@ -38,11 +39,11 @@ def save(file: Path, shown: Shown, iteration: int, how: str) -> None:
 
 
 OLDER = ({"images", "how"}, {"images", "scores", "text"})
-"""What older versions kept."""
+"""The arrays that older versions kept."""
 
 
 class Kept(NamedTuple):
-    """What `save` wrote."""
+    """The content of a file of `save`."""
 
     shown: Shown
     iteration: int
@@ -50,7 +51,7 @@ class Kept(NamedTuple):
 
 
 def load(file: Path) -> Kept | None:
-    """None for a file of a version that kept less. One that is damaged raises: see `disk.readable`."""
+    """The content of a file of `save`; None for files of older versions. Raises for a damaged file (disk.readable)."""
     with np.load(file) as saved:
         if set(saved) in OLDER:
             return None
@@ -68,7 +69,7 @@ _CAPTION, _HEAD, _GAP = 180, 24, 6  # pixels: width of the captions, height of t
 
 
 def write_grid(file: Path, prompts: Sequence[str], columns: dict[str, UInt8[np.ndarray, "G H W 3"]]) -> Path:
-    """A PNG: a row per prompt with its caption at the left, a column per policy with its name above."""
+    """A PNG with one row per prompt, its caption at the left, and one column per policy, its name above."""
     height, width = next(iter(columns.values())).shape[1:3]
     scale = max(1, 128 // width) if width < 256 else 256 / width  # small pictures stay crisp, large ones are shrunk
     size = (round(width * scale), round(height * scale))

@@ -1,4 +1,4 @@
-"""--mode=score: every reward of pictures on disk, as a table and a CSV. The text-to-image model is not read."""
+"""--mode=score: score pictures on disk by every reward, as a table and a CSV. No text-to-image model is loaded."""
 
 import csv
 import functools
@@ -21,20 +21,20 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
 class PictureError(ValueError):
-    """A picture that cannot be scored; the message names the file."""
+    """A picture cannot be scored; the message names the file."""
 
 
 class Picture(NamedTuple):
-    name: str  # beneath the folder of the pictures
+    name: str  # relative to the folder of the pictures
     prompt: str
     size: tuple[int, int]  # width, height
 
 
 def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None, devices: int | None) -> int:
-    """Print a line per picture of the folder `images` and the means, write <run>/scores.csv; on one device.
+    """Print one line per picture of the folder `images` and the means, and write <run>/scores.csv; on one device.
 
-    The rewards are cfg.reward's and cfg.evaluate.rewards'; weights of a mix play no part. Raises ConfigError,
-    DataError, PictureError, RewardError or WeightsError, and has written nothing then.
+    The rewards are those of cfg.reward and cfg.evaluate.rewards; the weights of a mix are ignored. Raises ConfigError,
+    DataError, PictureError, RewardError or WeightsError before anything is written.
     """
     if not prompts or not images:
         raise ConfigError("--mode=score needs --prompts=FILE and --images=DIR, the prompts of the pictures in DIR")
@@ -59,9 +59,9 @@ def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None
 
 
 def pair(captions: Sequence[tuple[str, str]], folder: Path, file: str) -> list[Picture]:
-    """Pictures and prompts: those that `captions` of `file` names, else all of the folder in the order of their names.
+    """Pair pictures with prompts: the pictures that `captions` names, or else all of the folder, sorted by name.
 
-    All are decoded, so that a broken last one is found before hours are spent on the others. Raises PictureError.
+    Every picture is decoded here, so that a broken one is found before scoring starts. Raises PictureError.
     """
     if not folder.is_dir():
         raise PictureError(f"--images={folder} is not a folder: give the folder of the pictures")
@@ -78,14 +78,14 @@ def pair(captions: Sequence[tuple[str, str]], folder: Path, file: str) -> list[P
 
 
 def pictures_in(folder: Path) -> list[str]:
-    """Names of a folder's own pictures, sorted as text: 10.png is before 9.png, and 09.png before both."""
+    """Names of the pictures directly in `folder`, sorted as text: 09.png, 10.png, 9.png."""
     return sorted(f.name for f in folder.iterdir() if f.suffix.lower() in ENDINGS)
 
 
 def read(file: Path) -> UInt8[np.ndarray, "H W 3"]:
-    """A picture as 8-bit RGB, as the rewards' references read it: transparency and EXIF's rotation are left out.
+    """A picture as 8-bit RGB, read as the rewards' references do: transparency and EXIF rotation are ignored.
 
-    Of an animation it is the first picture. Raises PictureError.
+    Of an animation, the first frame. Raises PictureError.
     """
     try:
         with Image.open(file) as image:
@@ -96,7 +96,7 @@ def read(file: Path) -> UInt8[np.ndarray, "H W 3"]:
         raise PictureError(f"{file} does not exist: name the pictures as they are in the folder of --images") from None
     except PictureError:
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow raises at broken files
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:  # what Pillow raises
         raise PictureError(
             f"{file} cannot be read as a picture ({(str(e) or type(e).__name__).splitlines()[0]}): save it again"
         ) from e
@@ -108,12 +108,12 @@ def read(file: Path) -> UInt8[np.ndarray, "H W 3"]:
 def score_files(
     score: Score, towers: dict[str, Params], pictures: Sequence[Picture], folder: Path, chunk: int
 ) -> dict[str, Float[np.ndarray, "n"]]:
-    """Each reward's score of n pictures; at most `chunk` pictures, all of one size, go through the networks together.
+    """Each reward's scores of n pictures; a batch has at most `chunk` pictures, all of one size.
 
-    A reward that cannot read a prompt or pictures of a size raises ConfigError.
+    Raises ConfigError if a reward cannot read a prompt or pictures of some size.
     """
     scores = {name: np.zeros(len(pictures), np.float32) for name in score.names}
-    rewards.tokenize(score, [p.prompt for p in pictures])  # what cannot be read is found before the first chunk
+    rewards.tokenize(score, [p.prompt for p in pictures])  # finds unreadable prompts before the first chunk
     for size in dict.fromkeys(p.size for p in pictures):
         places = [i for i, p in enumerate(pictures) if p.size == size]
         together = min(chunk, len(places))
@@ -129,7 +129,7 @@ def score_files(
 def score_arrays(
     score: Score, towers: dict[str, Params], images: UInt8[np.ndarray, "B H W 3"], prompts: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "B"]]:
-    """Each reward's score of B pictures, one prompt each. Raises ConfigError for what a reward cannot read."""
+    """Each reward's scores of B pictures with one prompt each. Raises ConfigError as `score_files`."""
     tokens, floats = rewards.tokenize(score, prompts), images.astype(np.float32) / 255
     found = {}
     for reward in score.rewards:
@@ -140,7 +140,7 @@ def score_arrays(
             found[reward.name] = np.asarray(_jitted(reward.score)(towers[reward.name], floats, tokens[reward.name]))
         except own.RewardError:
             raise
-        except ValueError as e:  # of the shapes, while the program is traced
+        except ValueError as e:  # about shapes, while the program is traced
             height, width = images.shape[1:3]
             raise ConfigError(f"reward {reward.name} cannot score pictures of {width}x{height}: {e}") from e
     return found
@@ -153,7 +153,7 @@ _jitted = functools.lru_cache(jax.jit)
 
 
 def table(pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]]) -> list[str]:
-    """A head, a line per picture, and the means."""
+    """A header, one line per picture, and the means."""
     width = max(len("picture"), *(len(p.name) for p in pictures))
     prompts = [p.prompt if len(p.prompt) <= 40 else f"{p.prompt[:37]}..." for p in pictures]
     room = max(len("prompt"), *map(len, prompts))
@@ -171,7 +171,7 @@ def table(pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]]
 
 
 def write_csv(file: Path, pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]]) -> Path:
-    """A head "file,prompt,<reward>..." and a line per picture, with all digits that float32 has; no means."""
+    """A header "file,prompt,<reward>..." and one line per picture, with all digits of float32; no means."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8", newline="") as f:
         out = csv.writer(f)
