@@ -105,7 +105,10 @@ def main(argv: list[str] | None = None) -> None:
 
         wanted = [part.strip() for part in args.forms.split(";")]
         cfgs = {n: variant(*how) for n, how in VARIANTS.items() if any(part in n for part in wanted)}
-        bench = Bench(cfgs["two stages, low precision"], sharding.make_mesh(1), args.repeat)
+        if not cfgs:
+            parser.error(f"--forms={args.forms}: parts of {'; '.join(VARIANTS)}, the naive one among them")
+        low = next((cfg for cfg in cfgs.values() if cfg.low_precision), next(iter(cfgs.values())))
+        bench = Bench(low, sharding.make_mesh(1), args.repeat)
         facts = {"model": args.model, "precision": bench.cfg.low_precision, "prompts": args.prompts}
         facts |= {"candidates": bench.cfg.candidates, "kept": bench.cfg.kept}
         measured = known(out, facts) if args.more else {}

@@ -43,7 +43,8 @@ class World(NamedTuple):
 def open_world(cfg: Config, captions: int = 500) -> World:
     """Everything that runs of `cfg` share, and the first `captions` captions of each held-out split.
 
-    FP8 is calibrated where a stage of `cfg` runs in it. Call this and the functions below under `jax.set_mesh(sharding.make_mesh(1))`.
+    FP8 is calibrated where a stage of `cfg` runs in it. Call this and the functions below under
+    `jax.set_mesh(sharding.make_mesh(1))`.
     """
     parts = train.ready(assemble.assemble(cfg, 1))
 

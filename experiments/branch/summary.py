@@ -1,0 +1,115 @@
+"""results/summary.json and results/curves.png from results/arms/*.json, then the README's tables.
+
+    python -m experiments.branch.summary
+
+How many times less a branch costs than naive and DiffusionNFT up to 75 % of DiffusionNFT's final gain of the trained
+reward, with the 95 % bootstrap interval over seeds; and every arm's gains at one cost, and after equally many
+iterations. Curves are read straight between marks; seed i meets the same prompts in the same order in every arm.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from experiments import results
+from experiments.methods.summary import COMPARED, Curve, cost_of, curve, mean
+
+HERE = Path(__file__).resolve().parent
+ARMS = ("diffusionnft", "naive_scaling", "sol_rl", "branch", "branch_4")
+SHARE = 0.75
+DRAWS = 10_000
+
+
+def by_iteration(file: Path, what: str) -> Curve:
+    """A figure's marks against iterations in the place of cost."""
+    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    marks = [(re.fullmatch(rf"{re.escape(what)} after (\d+) iterations, \d+ s", n), f) for n, f in figures.items()]
+    found = sorted((float(m[1]), f["spread"]["seeds"]) for m, f in marks if m)
+    done, gains = zip(*found, strict=True)
+    return Curve(np.array([0.0, *done]), np.array([[0.0] * len(gains[0]), *gains]))
+
+
+def times_less(c: Curve, other: Curve, gain: float) -> dict[str, Any]:
+    """other's cost of a gain over c's, and the interval of that when seeds are drawn again, both arms' together."""
+    seeds, rng, ratios = c.gains.shape[1], np.random.default_rng(0), []
+    for _ in range(DRAWS):
+        drawn = list(rng.integers(0, seeds, seeds))
+        costs = [cost_of(x.of(drawn), gain) for x in (other, c)]
+        ratios.append(costs[0] / costs[1] if all(costs) else np.nan)
+    own, less = cost_of(c, gain), cost_of(other, gain)
+    if own is None or less is None:
+        return results.figure(None, "not reached", seeds)
+    interval = [float(q) for q in np.quantile(ratios, [0.025, 0.975])]  # NaN where a draw does not reach it
+    return results.figure(less / own, "times; 95 % bootstrap over seeds", seeds, interval)
+
+
+def paired(a: Float[np.ndarray, "R"], b: Float[np.ndarray, "R"], unit: str) -> dict[str, Any]:
+    return mean(a - b, unit)
+
+
+def summary(files: dict[str, Path]) -> dict[str, dict]:
+    out: dict[str, dict] = {}
+    trained = {name: curve(file, COMPARED["CLIPScore"]) for name, file in files.items()}
+    goal = float(min(c.cost[-1] for c in trained.values()))
+    gain = SHARE * float(trained["diffusionnft"].gains[-1].mean())
+    for name, c in trained.items():
+        cost = cost_of(c, gain)
+        out[f"{name}: cost of 75 %"] = results.figure(cost, "s on an H100", c.gains.shape[1])
+        for other in ("diffusionnft", "naive_scaling", "sol_rl"):
+            if other != name:
+                out[f"{name}: times less than {other}"] = times_less(c, trained[other], gain)
+    equal = min(int(by_iteration(f, COMPARED["CLIPScore"]).cost[-1]) for f in files.values())
+    for what, label in COMPARED.items():
+        at_cost = {name: curve(file, label).at(goal) for name, file in files.items()}
+        at_count = {name: by_iteration(file, label).at(equal) for name, file in files.items()}
+        for name in files:
+            out[f"{name}: {what} at one cost"] = mean(at_cost[name], f"gain over the base at {goal:.0f} s")
+            out[f"{name}: {what} after {equal} iterations"] = mean(at_count[name], "gain over the base")
+            if name.startswith("branch"):
+                less = paired(at_cost[name], at_cost["naive_scaling"], "at one cost, seed by seed")
+                out[f"{name}: {what} less naive's"] = less
+                less = paired(at_count[name], at_count["sol_rl"], "after equally many iterations, seed by seed")
+                out[f"{name}: {what} less restart's, iterations"] = less
+    return out
+
+
+def draw(files: dict[str, Path], to: Path) -> None:
+    """The trained reward and the judge, against cost above and iterations below."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    shown = (
+        (curve, COMPARED["CLIPScore"], 3600, "gain of CLIPScore, trained", "hours of an H100 at FLUX's size"),
+        (curve, COMPARED["captions all right"], 3600, "gain of captions all right, judged", "the same"),
+        (by_iteration, COMPARED["CLIPScore"], 1, "gain of CLIPScore, trained", "iterations"),
+    )
+    for panel, (read, what, unit, title, below) in zip(panels, shown, strict=True):
+        for name, file in files.items():
+            c = read(file, what)
+            (line,) = panel.plot(c.cost / unit, c.mean, label=name)
+            low, high = c.mean - c.half_width, c.mean + c.half_width
+            panel.fill_between(c.cost / unit, low, high, alpha=0.12, color=line.get_color(), lw=0)
+        panel.set_title(title, fontsize=10)
+        panel.set_xlabel(below)
+        panel.grid(alpha=0.25)
+    panels[0].legend(fontsize=8)
+    figure.savefig(to, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    files = {name: HERE / f"results/arms/{name}.json" for name in ARMS}
+    results.record(HERE / "results/summary.json", summary(files))
+    draw(files, HERE / "results/curves.png")
+    results.fill(HERE / "README.md")
+
+
+if __name__ == "__main__":
+    main()
