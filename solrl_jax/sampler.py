@@ -204,7 +204,7 @@ class Carry(NamedTuple):
     x0hats: tuple[Float[Array, "*B h w c"], ...] = ()
 
 
-def at_noise(x1: Float[Array, "B h w c"], steps: Table) -> Carry:
+def at_noise(x1: Float[Array, "*B h w c"], steps: Table) -> Carry:
     """Where a table begins."""
     return Carry(x1, (jnp.zeros_like(x1),) * (np.shape(steps.x0)[-1] - 1))
 

@@ -170,6 +170,24 @@ def sizes_with(planned, stage, **changes):
     return plan.use_of(stage, cfg, plan._like(planned.sizes, cfg, planned.cfg), 1, plan.CARDS["H100 80GB"])
 
 
+def test_a_branch_has_its_own_steps_and_states(planned):
+    """5 steps and 4 for 6 and 10; the kept candidates' states, x and one x0hat each, lie beside both rollouts."""
+    cfg, stages = planned.cfg, by_stage(planned)
+    changes = {"explore": dataclasses.replace(cfg.explore, steps=5), "branch": config.Branch(3, 4)}
+    found = {name: sizes_with(planned, name, **changes) for name in ("explore", "regenerate", "watch")}
+    branch = dataclasses.replace(cfg, **changes)
+    states = plan.states(branch, planned.sizes, cfg.prompts, cfg.kept)
+    assert plan.nbytes(states) == 2 * 4 * 48 * 24 * 64 * 64 * 16
+    assert plan.states(cfg, planned.sizes, cfg.prompts, cfg.kept) is None
+    forward = plan.per_image_flops(planned.sizes)["forward"].total()
+    for name, images, fewer in (("explore", 48 * 96, 6 - 5), ("regenerate", 48 * 24, 10 - 4)):
+        less = stages[name].flops.total() - found[name].flops.total()
+        assert less == pytest.approx(images * fewer * forward, rel=0.01)
+    assert found["regenerate"].activations > stages["regenerate"].activations + 0.9 * plan.nbytes(states)
+    # Previews, all finished from their states, and all from the noise: 5 + 2 + 10 + 4 - 2 steps for 6 + 10.
+    assert found["watch"].flops.total() > 1.1 * stages["watch"].flops.total()
+
+
 def test_less_at_a_time_takes_less(planned):
     stages = by_stage(planned)
     half = sizes_with(planned, "explore", explore=dataclasses.replace(planned.cfg.explore, chunk=12))

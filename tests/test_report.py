@@ -122,6 +122,17 @@ def test_two_runs_side_by_side(tmp_path):
     assert {c for p in plots for c in re.findall(r'<polyline[^>]*class="(s\d)"', p)} == {"s0", "s1"}
 
 
+def test_ranks_of_branches_are_a_plot_of_their_own(tmp_path):
+    """A branch's preview is compared with what goes on from it, a restart's with what is drawn from the noise."""
+    explore = dataclasses.replace(CFG.explore, steps=5)
+    branch = dataclasses.replace(CFG, explore=explore, branch=config.Branch(3, 4))
+    text, _ = made(tmp_path, write(tmp_path / "one", metrics()), write(tmp_path / "two", metrics(), branch))
+    plots = re.findall(r'<figure class="plot"><h3>([^<]*)</h3>(.*?)</figure>', text)
+    ranks = {title: drawn.count("<polyline") for title, drawn in plots if title.startswith("rank/")}
+    assert ranks == {"rank/spearman": 1, "rank/spearman, branches": 1}
+    assert {drawn.count("<polyline") for title, drawn in plots if not title.startswith("rank/")} == {2}
+
+
 def test_a_page_is_whole_and_asks_for_nothing(tmp_path):
     text, tree = made(tmp_path, write(tmp_path / "one", metrics(0.1)))
     assert len(tree.all("script")) == 1 and not tree.all("script", src=None)

@@ -237,6 +237,49 @@ def test_paths_are_what_the_steps_began_with():
         np.testing.assert_allclose(states[i + 1], expect, rtol=1e-4, atol=1e-5)
 
 
+FLUX_5, SD35_5 = sampler.shifted(5, 1.878), np.array([1, 0.9, 0.751, 0.503, 0.009, 0])
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "after", "steps", "shift", "rest"),
+    [
+        (sampler.shifted(5, 1.0), 3, 4, 1.0, [0.3, 0.2, 0.1]),
+        (sampler.shifted(4, 3.0), 2, 3, 3.0, [3 / 5, 3 / 8]),  # u of 1/2, then 1/3 and 1/6
+        (SD35_5, 3, 2, 3.0, [0.30216]),  # sigma .503 is u .2523, the half of which is .1261
+        (np.array([0.9997, 0.8, 0.5, 0]), 1, 2, 1.0, [0.4]),
+    ],
+)
+def test_grid_of_a_branch(sigmas, after, steps, shift, rest):
+    """Golden: the preview's sigmas to where it stands, then equal steps in u; and one multistep solve of the whole."""
+    found = sampler.branched(sigmas, after, steps, shift)
+    np.testing.assert_array_equal(found[: after + 1], sigmas[: after + 1])
+    np.testing.assert_allclose(found[after + 1 :], [*rest, 0], atol=5e-5)
+    for solver in ("euler", "dpm2"):
+        one, two = sampler.table(sigmas, solver), sampler.table(found, solver)
+        first = [sampler.rows(table, 0, after) for table in (one, two)]
+        jax.tree.map(np.testing.assert_array_equal, *first)  # to the bit: the preview's rows
+    # dpm2's row at the branch extrapolates from the preview's last step.
+    lam = np.log((1 - found) / found, where=found < 1, out=np.full_like(found, -np.inf), casting="unsafe")[:-1]
+    if after > 1 and steps > 1:
+        r = (lam[after + 1] - lam[after]) / (lam[after] - lam[after - 1])
+        assert two.x0[after, 1] == pytest.approx(-0.5 * r * (1 - found[after + 1] / found[after]), rel=1e-9)
+
+
+def test_a_solve_in_two_parts_is_the_solve():
+    table, x = sampler.table(sampler.branched(FLUX_5, 3, 4, 1.878), "dpm2"), noise()
+    whole = sampler.sample(toy, x, table)
+    state, path = sampler.advance(toy, sampler.at_noise(x, table), sampler.rows(table, 0, 3))
+    end, _ = sampler.advance(toy, state, sampler.rows(table, 3))
+    assert path is None and len(state.x0hats) == 1
+    np.testing.assert_allclose(end.x, whole, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("after", "steps"), [(0, 4), (5, 4), (3, 0)])
+def test_a_branch_that_is_none_is_refused(after, steps):
+    with pytest.raises(ValueError, match=rf"after={after} of 5 steps, then {steps}: branch after step 1 to 4"):
+        sampler.branched(FLUX_5, after, steps, 1.878)
+
+
 def test_noise_that_a_solver_does_not_have_is_refused():
     for solver, eta in (("euler", 0.1), ("dpm2", 0.7), ("cps", 1.5), ("sde", -0.1)):
         with pytest.raises(ValueError, match=f"eta={eta}: the noise of {solver} is 0 to"):

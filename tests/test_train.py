@@ -1,5 +1,6 @@
 """The host loop on a toy world: a linear "network" on 4x4 latents, brightness as the reward."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -167,9 +168,23 @@ def test_a_whole_run_writes_everything(toy, tmp_path, capsys):
     assert "report.html" in said.splitlines()[-1] and "pytorch_lora_weights" in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize("staged", [True, False])
-def test_a_resumed_run_equals_an_unbroken_one(toy, tmp_path, monkeypatch, capsys, staged):
-    toy = config.override(toy, staged=staged)
+def as_branch(cfg):
+    """The toy config's preview of 4 steps, of which the kept go on from the second."""
+    explore = dataclasses.replace(cfg.explore, steps=4)
+    regenerate = dataclasses.replace(cfg.regenerate, solver="euler")
+    return dataclasses.replace(cfg, explore=explore, regenerate=regenerate, branch=config.Branch(2, 2))
+
+
+def test_a_checkpoint_of_another_family_is_no_branch(toy, tmp_path):
+    run = tmp_path / "run"
+    train.train(dataclasses.replace(toy, iterations=2), run, devices=1)
+    with pytest.raises(checkpoint.CheckpointError, match=r"branch\.after is None there and 2 here"):
+        train.train(as_branch(toy), run, resume=True, devices=1)
+
+
+@pytest.mark.parametrize(("staged", "family"), [(True, "sol_rl"), (False, "sol_rl"), (True, "branch")])
+def test_a_resumed_run_equals_an_unbroken_one(toy, tmp_path, monkeypatch, capsys, staged, family):
+    toy = config.override(as_branch(toy) if family == "branch" else toy, staged=staged)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train.train(toy, whole, devices=1)
     with monkeypatch.context() as patch:

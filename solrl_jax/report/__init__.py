@@ -6,6 +6,7 @@ The page's content security policy allows only report.js, by its hash, and no ad
 
 import base64
 import hashlib
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -222,11 +223,21 @@ def curves(runs: Sequence[Run]) -> Html:
             plots.append(panel(family.title, family.why, lines, family.unit))
         elif names:
             words = "; ".join(filter(None, (family.title, family.why)))
-            for n in names if family.apart else names[:1]:
-                plots.append(panel(n.removeprefix(EVAL), words, run.series(runs, n), family.unit, runs))
+            for n, (kind, some) in itertools.product(names if family.apart else names[:1], kinds(runs, family)):
+                if found := run.series(some, n):
+                    plots.append(panel(n.removeprefix(EVAL) + kind, words, found, family.unit, runs))
     if not plots:
         return tag("p", "No metrics are written yet.", class_="note")
     return tag("div", *plots, class_="plots")
+
+
+def kinds(runs: Sequence[Run], family: Family) -> list[tuple[str, Sequence[Run]]]:
+    """All runs as one kind; of ranks branches apart, whose preview is compared with what goes on from it."""
+    if "rank/" not in family.prefixes:
+        return [("", runs)]
+    branches = [r for r in runs if r.method == "branch"]
+    others = [r for r in runs if r.method != "branch"]
+    return [("", others), (", branches", branches)]
 
 
 def panel(title: str, why: str, series: Mapping[str, plot.Points], unit: str, runs: Sequence[Run] = ()) -> Html:
