@@ -1,4 +1,4 @@
-"""results/summary.json and results/curves.png from results/arms/*.json, then the README's tables.
+"""results/summary.json and results/curves.png from the other results, then the README's tables.
 
     python -m experiments.branch.summary
 
@@ -19,6 +19,7 @@ from experiments import results
 from experiments.methods.summary import COMPARED, Curve, cost_of, curve, mean
 
 HERE = Path(__file__).resolve().parent
+PRECISIONS = {"fp8": "FP8", "nvfp4_emulated": "NVFP4", "bf16": "BF16"}
 ARMS = ("diffusionnft", "naive_scaling", "sol_rl", "branch", "branch_4")
 SHARE = 0.75
 DRAWS = 10_000
@@ -77,6 +78,29 @@ def summary(files: dict[str, Path]) -> dict[str, dict]:
     return out
 
 
+def crossed(file: Path) -> dict[str, dict]:
+    """contrast.json's figures by form, so that a table has a row for each."""
+    out: dict[str, dict] = {}
+    for name, f in json.loads(file.read_text(encoding="utf-8"))["figures"].items():
+        at, _, what = name.partition(": ")
+        who, precision, *form = at.split(", ")
+        if form:
+            out[f"{form[0]}: {what}, {PRECISIONS[precision]}, {who}"] = f
+    return out
+
+
+def long_runs(folder: Path) -> dict[str, dict]:
+    """Gains along 400 iterations, by arm and rate."""
+    out: dict[str, dict] = {}
+    for file in sorted(folder.glob("rate_*/*.json")):
+        for what in ("clipscore", "exact"):
+            for name, f in json.loads(file.read_text(encoding="utf-8"))["figures"].items():
+                if match := re.fullmatch(rf"test: gain of {what} after (\d+) iterations, \d+ s", name):
+                    rate = file.parent.name.replace("rate_", "rate ")
+                    out[f"{file.stem}, {rate}: {what} after {match[1]}"] = f
+    return out
+
+
 def draw(files: dict[str, Path], to: Path) -> None:
     """The trained reward and the judge, against cost above and iterations below."""
     import matplotlib
@@ -106,7 +130,8 @@ def draw(files: dict[str, Path], to: Path) -> None:
 
 def main() -> None:
     files = {name: HERE / f"results/arms/{name}.json" for name in ARMS}
-    results.record(HERE / "results/summary.json", summary(files))
+    contrasts, long = crossed(HERE / "results/contrast.json"), long_runs(HERE / "results/long")
+    results.record(HERE / "results/summary.json", {**summary(files), **contrasts, **long})
     draw(files, HERE / "results/curves.png")
     results.fill(HERE / "README.md")
 

@@ -8,6 +8,7 @@ read straight between marks. Seeds are paired: run i of every arm meets the same
 """
 
 import argparse
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -160,7 +161,7 @@ def draw(files: Mapping[str, Path], to: Path) -> None:
     from experiments.methods.run import BORROWED
 
     figure, panels = plt.subplots(1, len(PANELS), figsize=(12, 4.2), layout="constrained")
-    colours = dict(zip(files, matplotlib.color_sequences["tab10"], strict=False))
+    colours = dict(zip(files, itertools.cycle(matplotlib.color_sequences["tab10"]), strict=False))
     for panel, (what, title) in zip(panels, PANELS.items(), strict=True):
         for name, file in files.items():
             c, hours = (found := curve(file, what)), found.cost / 3600
