@@ -1,7 +1,7 @@
 """FLUX.1-dev at 512 px: Sol-RL as published, with the settings of its FLUX runs.
 
     python -m solrl_jax.main --config=flux --prompts=DIR                      sol_rl, trained on CLIPScore
-    python -m solrl_jax.main --config=flux:branch --prompts=DIR               goes on from the preview's states: 24 s for 29
+    python -m solrl_jax.main --config=flux:branch --prompts=DIR               24 s a prompt for 29
     python -m solrl_jax.main --config=flux:naive_scaling_pickscore --prompts=DIR
     python -m solrl_jax.main --config=flux --prompts=DIR --config.model.path=FLUX.1-dev
 

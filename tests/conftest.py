@@ -28,6 +28,19 @@ def strict_dtypes():
         yield
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For a module whose comparisons do not depend on XLA's optimisations: without them compiling takes half the time.
+
+    Programs of other modules were compiled with them and differ in the last bit: they are dropped, or jit uses them.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+
+
 @pytest.fixture
 def one_thread():
     """torch on one thread: on a busy machine its threads wait on each other for seconds."""

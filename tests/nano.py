@@ -1,5 +1,6 @@
 """The small world's pipeline at a size that compiles in seconds, with random weights, in the public folder layout."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -9,9 +10,11 @@ import numpy as np
 from experiments.tiny import pretrain
 from solrl_jax import config, weights
 from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, Watch
+from solrl_jax.keys import sample_keys
 from solrl_jax.models import flux, text, vae
 from solrl_jax.models.folders import text_modules
 from solrl_jax.rewards import clip_tower
+from solrl_jax.run import assemble
 
 PROMPTS = [
     "a red circle",
@@ -110,3 +113,27 @@ def _write(pipeline: Path, clip: Path, configs) -> None:
         (shapes(tower, image, ids), clip_tower.HF_KEYS, clip / "model.safetensors"),
     ):
         weights.save(random(spec, 1), keys, file)
+
+
+# --- one iteration of it ---
+
+STATICS = ("model", "score", "optimizer", "cfg")
+
+
+@functools.cache
+def parts_of(cfg: Config, devices: int = 1):
+    return assemble.assemble(cfg, devices)
+
+
+def statics_of(parts):
+    return parts.model, parts.score, parts.optimizer, parts.cfg
+
+
+def begun(parts):
+    """A fresh state, 4 prompts and the keys of their 8 candidates; call it under the mesh."""
+    state = assemble.fresh(parts)
+    return state, assemble.encode(parts, PROMPTS[:4], parts.score), sample_keys(state, 4, 8)
+
+
+def numbers(tree):
+    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])

@@ -1,8 +1,7 @@
-"""iteration_step whole: golden numbers, staged = whole, one device = four, a sample is its key, families, faults."""
+"""iteration_step whole: golden numbers, staged = whole, one device = four, families, runs as one program."""
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +9,14 @@ import numpy as np
 import pytest
 
 from experiments.tiny import pretrain
-from solrl_jax import config, iteration, quant, recipes, sharding
-from solrl_jax.keys import sample_keys
-from solrl_jax.learn import apply_gradients, dealt, samples_at_a_time
+from solrl_jax import config, iteration, quant, recipes
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
-from solrl_jax.rollout import block_shape, policy_variables, rollout
 from solrl_jax.run import assemble
-from solrl_jax.selection import take
 from tests import nano
+from tests.nano import STATICS, begun, numbers, parts_of, statics_of
 
-STATICS = ("model", "score", "optimizer", "cfg")
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 GOLDEN = {
     "explore/reward_mean": 0.205179,
     "grad_norm": 0.382633,
@@ -36,36 +32,14 @@ GOLDEN = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """What is compared here does not depend on XLA's optimisations, and without them compiling takes half the time.
-
-    Programs of other modules were compiled with them and differ in the last bit: they are dropped, or jit uses them.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.clear_caches()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("nano")
 
 
 @functools.cache
-def parts_of(cfg: config.Config, devices: int = 1):
-    return assemble.assemble(cfg, devices)
-
-
-@functools.cache
 def whole(statics):
     return jax.jit(functools.partial(iteration.iteration_step, **dict(zip(STATICS, statics, strict=True))))
-
-
-def statics_of(parts):
-    return parts.model, parts.score, parts.optimizer, parts.cfg
 
 
 def run_whole(parts, iterations: int = 1, state=None):
@@ -75,16 +49,6 @@ def run_whole(parts, iterations: int = 1, state=None):
         for _ in range(iterations):
             state, metrics = whole(statics_of(parts))(state, parts.frozen, prompts)
     return state, metrics
-
-
-def begun(parts):
-    """A fresh state, 4 prompts and the keys of their 8 candidates; call it under the mesh."""
-    state = assemble.fresh(parts)
-    return state, assemble.encode(parts, nano.PROMPTS[:4], parts.score), sample_keys(state, 4, 8)
-
-
-def numbers(tree):
-    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
 
 
 def test_golden_iteration(folder):
@@ -125,30 +89,6 @@ def test_staged_equals_whole(folder, devices):
     assert set(times) == {"quantise", "explore", "select", "regenerate", "learn"} and all(t > 0 for t in times.values())
     shares = {1: [0.25, 0.5, 0.75, 1.0], 2: [0.5, 1.0], 4: [1.0]}[devices]  # of 2 devices each has two blocks
     assert [share for name, share in seen if name == "explore"] == shares
-
-
-def test_blocks_stay_on_the_devices_that_hold_them(folder):
-    """4 prompts on 2 devices, one of each a call: nothing is gathered on the way in or out, and the order stays."""
-    parts = parts_of(nano.build(folder), 2)
-    with jax.set_mesh(parts.mesh):
-        _, prompts, keys = begun(parts)
-        keys = sharding.split(keys, parts.mesh)
-        given = (prompts.cond, prompts.tokens, keys)
-        blocks = [sharding.block(given, i, 1) for i in range(2)]
-        back = sharding.joined(tuple(blocks))
-        text = sharding.block.lower(given, 0, 1).compile().as_text()
-        text += sharding.joined.lower(tuple(blocks)).compile().as_text()
-    for x in jax.tree.leaves((blocks, back)):
-        assert x.sharding.spec[0] == sharding.DATA and not x.sharding.is_fully_replicated
-    assert not re.search("all-gather|all-reduce|all-to-all|collective-permute", text)
-    for whole, one, two, again in zip(*map(jax.tree.leaves, (given, *blocks, back)), strict=True):
-        whole, one, two, again = (
-            np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
-            for x in (whole, one, two, again)
-        )
-        np.testing.assert_array_equal(one, whole[[0, 2]])
-        np.testing.assert_array_equal(two, whole[[1, 3]])
-        np.testing.assert_array_equal(again, whole)
 
 
 def test_the_staged_loop_gives_each_device_its_own_prompts(folder):
@@ -226,71 +166,6 @@ def assemble_lora(parts):
         return assemble.fresh(parts).lora
 
 
-@pytest.mark.parametrize(("devices", "trips"), [(1, 4), (4, 1)])
-def test_each_device_does_its_share(folder, devices, trips):
-    """The scan over prompts has P / devices trips on each device: a scanned axis is never the sharded one."""
-    parts = parts_of(nano.build(folder), devices)
-    run = iteration.stages(*statics_of(parts))
-    with jax.set_mesh(parts.mesh):
-        state, prompts, keys = begun(parts)
-        text = str(jax.make_jaxpr(run.explore)(run.merged(state, parts.frozen), None, parts.frozen, prompts, keys))
-    lengths = {int(n) for n in re.findall(r"\blength=(\d+)", text)}  # layers 1, chunks of a prompt 2, steps 2, prompts
-    assert lengths == {1, 2, trips}
-
-
-def test_a_device_count_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match=r"6 prompts do not divide over 4 devices: use a multiple of 4"):
-        sharding.check_divides(sharding.make_mesh(4), 6)
-    with pytest.raises(ValueError, match=r"16 prompts do not divide over 3 .*--devices with one of \[1, 2, 4\]$"):
-        sharding.check_divides(sharding.make_mesh(3), 16)  # of the 4 that there are
-
-
-def test_a_sample_is_its_key(folder):
-    """Any subset of the keys, in any order, gives the same samples; and permuted prompts give permuted outputs."""
-    parts = parts_of(nano.build(folder))
-    run = iteration.stages(*statics_of(parts))
-    with jax.set_mesh(parts.mesh):
-        state, prompts, keys = begun(parts)
-        kernels = run.merged(state, parts.frozen)
-        roll = jax.jit(lambda prompts, keys: run.regenerate(kernels, None, parts.frozen, prompts, keys))
-        everything = roll(prompts, keys)
-        index = jnp.array([[3, 1, 7, 0], [0, 1, 2, 3], [7, 6, 5, 4], [2, 4, 6, 0]])
-        some = roll(prompts, take(keys, index))
-        order = jnp.array([2, 0, 3, 1])
-        turned = roll(jax.tree.map(lambda x: x[order], prompts), keys[order])
-    np.testing.assert_allclose(some.x0, take(everything.x0, index), atol=2e-6)
-    np.testing.assert_allclose(some.reward, take(everything.reward, index), atol=1e-6)
-    np.testing.assert_allclose(turned.reward, everything.reward[order], atol=1e-6)
-
-
-def test_blocks_of_any_size_give_the_same_samples(folder):
-    """A chunk is a part of a prompt's 8 samples, all of them, or those of 2 or 4 prompts."""
-    parts = parts_of(nano.build(folder))
-    run = iteration.stages(*statics_of(parts))
-    with jax.set_mesh(parts.mesh):
-        state, prompts, keys = begun(parts)
-        variables = policy_variables(run.merged(state, parts.frozen), None, parts.frozen)
-
-        def rolled(chunk):
-            stage = dataclasses.replace(parts.cfg.regenerate, chunk=chunk)
-            roll = functools.partial(rollout, model=parts.model, score=parts.score, stage=stage)
-            return jax.jit(roll)(variables, parts.frozen, prompts, keys)
-
-        expect, *others = (rolled(chunk) for chunk in (8, 2, 16, 32))
-    for found in others:
-        np.testing.assert_allclose(found.x0, expect.x0, atol=1e-5)
-        np.testing.assert_allclose(found.reward, expect.reward, atol=1e-6)
-
-
-def test_blocks_that_do_not_divide_are_refused():
-    assert block_shape(8, 4, 8) == (1, 8) and block_shape(16, 4, 8) == (2, 8)
-    assert block_shape(2, 4, 8) == (1, 2) and block_shape(999, 4, 8) == (4, 8)
-    with pytest.raises(config.ConfigError, match=r"chunk=24 takes 3 prompts x 8 images .* 4 x 8 of one device"):
-        block_shape(24, 4, 8)
-    with pytest.raises(config.ConfigError, match=r"chunk=3 takes 1 prompts x 3 .* use one of \[1, 2, 4, 8\]"):
-        block_shape(3, 4, 8)
-
-
 def test_shapes_are_checked_where_data_enters(folder):
     parts = parts_of(nano.build(folder))
     with jax.set_mesh(parts.mesh):
@@ -310,34 +185,6 @@ def test_families(folder, family):
     assert cfg.candidates == (4 if family == "diffusionnft" else 8)
     state, metrics = run_whole(parts_of(cfg))
     assert int(state.updates) == 2 and np.isfinite(float(metrics["loss"])) and "rank/spearman" not in metrics
-
-
-def test_low_precision_is_really_there(folder):
-    """The explorer's optimised program rounds to nearest even, the bf16 one does not; its samples differ a little."""
-    parts = parts_of(nano.build(folder))
-    run = iteration.stages(*statics_of(parts))
-    with jax.set_mesh(parts.mesh):
-        state, prompts, keys = begun(parts)
-        kernels = run.merged(state, parts.frozen)
-        low = run.quantised(kernels, parts.frozen)
-        jax.config.update("jax_disable_most_optimizations", False)
-        compiled = jax.jit(run.explore).lower(kernels, low, parts.frozen, prompts, keys).compile().as_text()
-        plain = jax.jit(run.regenerate).lower(kernels, None, parts.frozen, prompts, keys).compile().as_text()
-        jax.config.update("jax_disable_most_optimizations", True)
-        exact = rollout(
-            {"params": parts.frozen.base},
-            parts.frozen,
-            prompts,
-            keys,
-            model=parts.model,
-            score=parts.score,
-            stage=parts.cfg.explore,
-        )
-        rough = jax.jit(run.explore)(kernels, low, parts.frozen, prompts, keys)
-    assert "round-nearest-even" in compiled and "round-nearest-even" not in plain
-    assert all(x.dtype in (jnp.uint8, jnp.float8_e4m3fn, jnp.float32) for x in jax.tree.leaves(low))
-    error = np.linalg.norm(rough.x0 - exact.x0) / np.linalg.norm(exact.x0)
-    assert 0.01 < error < 0.5
 
 
 def test_coverage_of_flux_dev(tmp_path):
@@ -369,50 +216,6 @@ def test_coverage_of_nano(folder):
         coverage.check(parts_of(nano.build(folder)).model._replace(quant_rules=rules), "nvfp4_emulated", 0.9)
 
 
-def test_a_bad_gradient_changes_nothing_and_is_counted(folder):
-    parts = parts_of(nano.build(folder))
-    with jax.set_mesh(parts.mesh):
-        state = assemble.fresh(parts)
-        step = jax.jit(lambda s, g: apply_gradients(s, g, parts.optimizer, parts.cfg))
-        bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), state.lora)
-        after, norm = step(*step(state, bad)[:1], bad)
-        good, _ = step(after, jax.tree.map(jnp.ones_like, state.lora))
-    assert not np.isfinite(norm) and int(after.skipped) == 2 and int(after.updates) == 0
-    for name in ("lora", "ema", "moments", "old"):
-        np.testing.assert_array_equal(numbers(getattr(after, name)), numbers(getattr(state, name)))
-    assert int(good.skipped) == 0 and int(good.updates) == 1 and np.any(numbers(good.lora) != numbers(state.lora))
-
-
-def test_clipping_and_rate(folder):
-    """AdamW's first step moves every weight by the rate, whatever the clipped norm; the norm is reported unclipped."""
-    parts = parts_of(nano.build(folder))
-    with jax.set_mesh(parts.mesh):
-        state = assemble.fresh(parts)
-        grads = jax.tree.map(lambda x: 100.0 * jnp.ones_like(x), state.lora)
-        after, norm = apply_gradients(state, grads, parts.optimizer, parts.cfg)
-    size = len(numbers(state.lora))
-    assert float(norm) == pytest.approx(100 * size**0.5, rel=1e-5)
-    decayed = numbers(state.lora) * (1 - 1e-3 * 1e-4)
-    np.testing.assert_allclose(decayed - numbers(after.lora), 1e-3, rtol=1e-3)
-    np.testing.assert_allclose(
-        numbers(after.ema), numbers(state.lora) + 9 / 11 * (numbers(after.lora) - numbers(state.lora)), atol=1e-6
-    )
-
-
-def test_updates_take_disjoint_parts_of_every_prompt():
-    """Each of 4 updates has one of the prompt's 4 best and one of its 4 worst; another epoch deals anew."""
-    keys = jax.random.split(jax.random.key(0), (3, 8))
-    reward = jax.random.normal(jax.random.key(1), (3, 8))
-    index = np.asarray(dealt(keys, reward, 0, 4))
-    assert index.shape == (4, 3, 2)
-    rank = np.argsort(np.argsort(reward, axis=1), axis=1)
-    for prompt in range(3):
-        assert sorted(index[:, prompt].ravel().tolist()) == list(range(8))
-        assert np.array_equal(rank[prompt][index[:, prompt]] >= 4, [[False, True]] * 4)
-    assert not np.array_equal(index, dealt(keys, reward, 1, 4))
-    assert np.array_equal(dealt(keys, reward, 0, 1)[0], np.argsort(reward, axis=1))
-
-
 def test_many_runs_as_one_program(folder):
     """A leading axis over the state trains several settings at once: the same as one by one."""
     parts = parts_of(nano.build(folder))
@@ -427,13 +230,3 @@ def test_many_runs_as_one_program(folder):
     np.testing.assert_allclose(
         numbers(jax.tree.map(lambda x: x[1], together.lora)), numbers(alone.lora), rtol=1e-3, atol=2e-4
     )
-
-
-def test_a_micro_batch_that_does_not_divide_a_device_is_refused(folder):
-    learn = config.Learn(timestep_fraction=0.7, micro_batch=12)
-    cfg = dataclasses.replace(nano.build(folder), prompts=6, learn=learn)
-    assert samples_at_a_time(cfg, 24) == 6 and samples_at_a_time(cfg, 3) == 3  # at most 6
-    with pytest.raises(
-        config.ConfigError, match=r"learn\.micro_batch=12 takes 6 samples at a time, but a device holds 8"
-    ):
-        parts_of(cfg, 3)

@@ -1,36 +1,29 @@
-"""A branch: the preview's state is where the samples begin."""
+"""Keys to samples: a sample is its key, blocks of any size, each device its share; and a branch, which begins with the
+preview's state."""
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import iteration, sampler
+from solrl_jax import config, iteration, sampler
 from solrl_jax.config import Branch, Stage
 from solrl_jax.keys import sample_keys
-from solrl_jax.rollout import branched, noises, rolled, sigmas_of
+from solrl_jax.rollout import block_shape, branched, noises, policy_variables, rolled, rollout, sigmas_of
 from solrl_jax.run import assemble, data, guards
 from solrl_jax.selection import fidelity, take
 from tests import nano
+from tests.nano import STATICS, begun, numbers, parts_of, statics_of
 
 BRANCH = {
     "explore": Stage(steps=4, precision="nvfp4_emulated", chunk=4),
     "branch": Branch(after=2, steps=3),
 }
-STATICS = ("model", "score", "optimizer", "cfg")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """As in test_iteration: what is compared here does not depend on XLA's optimisations."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    jax.clear_caches()
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +31,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("nano")
 
 
-@functools.cache
-def parts_of(cfg, devices: int = 1):
-    return assemble.assemble(cfg, devices)
+def staged_of(parts):
+    return iteration.Staged(**dict(zip(STATICS, statics_of(parts), strict=True)))
 
 
-def statics_of(parts):
-    return dict(zip(STATICS, (parts.model, parts.score, parts.optimizer, parts.cfg), strict=True))
-
-
-def begun(parts):
-    state = assemble.fresh(parts)
-    return state, assemble.encode(parts, nano.PROMPTS[:4], parts.score), sample_keys(state, 4, 8)
-
-
-def numbers(tree):
-    return np.concatenate([np.asarray(x, np.float64).ravel() for x in jax.tree.leaves(tree)])
+def step_of(parts):
+    return functools.partial(iteration.iteration_step, **dict(zip(STATICS, statics_of(parts), strict=True)))
 
 
 @pytest.mark.parametrize("solver", ["dpm2", pytest.param("euler", marks=pytest.mark.slow)])
@@ -88,7 +71,7 @@ def test_two_bf16_halves_are_one_solve(folder, solver):
 def test_a_sample_is_its_key_and_its_state(folder):
     """Any subset, in any order and in blocks of another size, goes on to the same samples."""
     parts = parts_of(nano.build(folder, **BRANCH))
-    run = iteration.stages(**statics_of(parts))
+    run = iteration.stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
         state, prompts, keys = begun(parts)
         kernels = run.merged(state, parts.frozen)
@@ -107,7 +90,7 @@ def by_one_program(cfg):
     parts = parts_of(cfg)
     with jax.set_mesh(parts.mesh):
         state, prompts, _ = begun(parts)
-        step = jax.jit(functools.partial(iteration.iteration_step, **statics_of(parts)))
+        step = jax.jit(step_of(parts))
         return step(state, parts.frozen, prompts)
 
 
@@ -119,7 +102,7 @@ def test_staged_equals_whole(folder, devices):
     parts, seen = parts_of(nano.build(folder, **BRANCH), devices), []
     with jax.set_mesh(parts.mesh):
         state, prompts, _ = begun(parts)
-        staged = iteration.Staged(**statics_of(parts))
+        staged = staged_of(parts)
         there = jax.live_arrays()
 
         def states(stage, share):
@@ -143,7 +126,7 @@ def test_chance_is_the_same_by_block(folder):
     parts = parts_of(nano.build(folder, selection="random", **BRANCH))
     with jax.set_mesh(parts.mesh):
         state, prompts, _ = begun(parts)
-        new, _ = iteration.Staged(**statics_of(parts))(state, parts.frozen, prompts, {})
+        new, _ = staged_of(parts)(state, parts.frozen, prompts, {})
     np.testing.assert_array_equal(numbers(new.lora), numbers(by_one_program(parts.cfg)[0].lora))
 
 
@@ -153,7 +136,7 @@ def test_runs_are_one_program(folder):
     with jax.set_mesh(parts.mesh):
         state, prompts, _ = begun(parts)
         other = state._replace(key=jax.random.key(7))
-        step = functools.partial(iteration.iteration_step, **statics_of(parts))
+        step = step_of(parts)
         both = jax.tree.map(lambda *x: jnp.stack(x), state, other)
         found, metrics = jax.jit(jax.vmap(step, in_axes=(0, None, None)))(both, parts.frozen, prompts)
     expect, alone = by_one_program(parts.cfg)
@@ -166,7 +149,7 @@ def test_the_watch_compares_with_what_is_trained_on(folder):
     """All N finished from their states; and beside it, told and never acted on, all N from the noise."""
     watch = dataclasses.replace(nano.build(folder).watch, every=2, prompts=2, fall_back=True, rank=0.5)
     parts = parts_of(nano.build(folder, watch=watch, **BRANCH))
-    run = iteration.stages(**statics_of(parts))
+    run = iteration.stages(*statics_of(parts))
     roll = functools.partial(rolled, model=parts.model, score=parts.score, stage=parts.cfg.regenerate)
     with jax.set_mesh(parts.mesh):
         state = assemble.fresh(parts)
@@ -200,3 +183,92 @@ def test_the_grid_is_the_models_own(folder):
     np.testing.assert_array_equal(found.sigmas[:3], sigmas_of(parts.model, parts.cfg.explore)[:3])
     u = found.sigmas / (shift - (shift - 1) * found.sigmas)
     np.testing.assert_allclose(u, [1, 3 / 4, 1 / 2, 1 / 3, 1 / 6, 0], atol=1e-12)
+
+
+# --- a sample is its key ---
+
+
+@pytest.mark.parametrize(("devices", "trips"), [(1, 4), (4, 1)])
+def test_each_device_does_its_share(folder, devices, trips):
+    """The scan over prompts has P / devices trips on each device: a scanned axis is never the sharded one."""
+    parts = parts_of(nano.build(folder), devices)
+    run = iteration.stages(*statics_of(parts))
+    with jax.set_mesh(parts.mesh):
+        state, prompts, keys = begun(parts)
+        text = str(jax.make_jaxpr(run.explore)(run.merged(state, parts.frozen), None, parts.frozen, prompts, keys))
+    lengths = {int(n) for n in re.findall(r"\blength=(\d+)", text)}  # layers 1, chunks of a prompt 2, steps 2, prompts
+    assert lengths == {1, 2, trips}
+
+
+def test_a_sample_is_its_key(folder):
+    """Any subset of the keys, in any order, gives the same samples; and permuted prompts give permuted outputs."""
+    parts = parts_of(nano.build(folder))
+    run = iteration.stages(*statics_of(parts))
+    with jax.set_mesh(parts.mesh):
+        state, prompts, keys = begun(parts)
+        kernels = run.merged(state, parts.frozen)
+        roll = jax.jit(lambda prompts, keys: run.regenerate(kernels, None, parts.frozen, prompts, keys))
+        everything = roll(prompts, keys)
+        index = jnp.array([[3, 1, 7, 0], [0, 1, 2, 3], [7, 6, 5, 4], [2, 4, 6, 0]])
+        some = roll(prompts, take(keys, index))
+        order = jnp.array([2, 0, 3, 1])
+        turned = roll(jax.tree.map(lambda x: x[order], prompts), keys[order])
+    np.testing.assert_allclose(some.x0, take(everything.x0, index), atol=2e-6)
+    np.testing.assert_allclose(some.reward, take(everything.reward, index), atol=1e-6)
+    np.testing.assert_allclose(turned.reward, everything.reward[order], atol=1e-6)
+
+
+def test_blocks_of_any_size_give_the_same_samples(folder):
+    """A chunk is a part of a prompt's 8 samples, all of them, or those of 2 or 4 prompts."""
+    parts = parts_of(nano.build(folder))
+    run = iteration.stages(*statics_of(parts))
+    with jax.set_mesh(parts.mesh):
+        state, prompts, keys = begun(parts)
+        variables = policy_variables(run.merged(state, parts.frozen), None, parts.frozen)
+
+        def rolled(chunk):
+            stage = dataclasses.replace(parts.cfg.regenerate, chunk=chunk)
+            roll = functools.partial(rollout, model=parts.model, score=parts.score, stage=stage)
+            return jax.jit(roll)(variables, parts.frozen, prompts, keys)
+
+        expect, *others = (rolled(chunk) for chunk in (8, 2, 16, 32))
+    for found in others:
+        np.testing.assert_allclose(found.x0, expect.x0, atol=1e-5)
+        np.testing.assert_allclose(found.reward, expect.reward, atol=1e-6)
+
+
+def test_blocks_that_do_not_divide_are_refused():
+    assert block_shape(8, 4, 8) == (1, 8) and block_shape(16, 4, 8) == (2, 8)
+    assert block_shape(2, 4, 8) == (1, 2) and block_shape(999, 4, 8) == (4, 8)
+    with pytest.raises(config.ConfigError, match=r"chunk=24 takes 3 prompts x 8 images .* 4 x 8 of one device"):
+        block_shape(24, 4, 8)
+    with pytest.raises(config.ConfigError, match=r"chunk=3 takes 1 prompts x 3 .* use one of \[1, 2, 4, 8\]"):
+        block_shape(3, 4, 8)
+
+
+def test_low_precision_is_really_there(folder):
+    """The explorer's optimised program rounds to nearest even, the bf16 one does not; its samples differ a little."""
+    parts = parts_of(nano.build(folder))
+    run = iteration.stages(*statics_of(parts))
+    with jax.set_mesh(parts.mesh):
+        state, prompts, keys = begun(parts)
+        kernels = run.merged(state, parts.frozen)
+        low = run.quantised(kernels, parts.frozen)
+        jax.config.update("jax_disable_most_optimizations", False)
+        compiled = jax.jit(run.explore).lower(kernels, low, parts.frozen, prompts, keys).compile().as_text()
+        plain = jax.jit(run.regenerate).lower(kernels, None, parts.frozen, prompts, keys).compile().as_text()
+        jax.config.update("jax_disable_most_optimizations", True)
+        exact = rollout(
+            {"params": parts.frozen.base},
+            parts.frozen,
+            prompts,
+            keys,
+            model=parts.model,
+            score=parts.score,
+            stage=parts.cfg.explore,
+        )
+        rough = jax.jit(run.explore)(kernels, low, parts.frozen, prompts, keys)
+    assert "round-nearest-even" in compiled and "round-nearest-even" not in plain
+    assert all(x.dtype in (jnp.uint8, jnp.float8_e4m3fn, jnp.float32) for x in jax.tree.leaves(low))
+    error = np.linalg.norm(rough.x0 - exact.x0) / np.linalg.norm(exact.x0)
+    assert 0.01 < error < 0.5
