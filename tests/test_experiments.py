@@ -123,6 +123,7 @@ def test_efficiency_is_over_the_naive_rollout():
         "naive, BF16": [60.0, 52.0, 56.0],
         "two stages, BF16": [40.0] * 3,
         "two stages, low precision": [28.0] * 3,
+        "branch, low precision": [20.0] * 3,
     }
     learn = {"naive, BF16": [24.0, 22.0, 26.0]}
     measured = {
@@ -158,12 +159,20 @@ def test_efficiency_goes_on_from_what_was_measured(tmp_path, monkeypatch):
     words = ["--model=tiny", "--prompts=4", f"--out={out}"]
     efficiency.main(words)
     whole = json.loads(out.read_text())
-    assert asked == [(True, True), (False, False), (False, False)]
+    assert asked == [(True, True), (False, False), (False, False), (False, False)]
     cut = {**whole, "seconds": {k: v for k, v in whole["seconds"].items() if k.endswith("BF16")}}
     out.write_text(json.dumps(cut))
     asked[:] = [()] * 2
     efficiency.main([*words, "--more"])
-    assert asked == [(), (), (False, False)] and json.loads(out.read_text())["figures"] == whole["figures"]
+    assert (
+        asked == [(), (), (False, False), (False, False)] and json.loads(out.read_text())["figures"] == whole["figures"]
+    )
+    asked[:] = []
+    efficiency.main([*words[:2], f"--out={tmp_path / 'two.json'}", "--forms=naive;branch"])
+    found = json.loads((tmp_path / "two.json").read_text())
+    assert len(asked) == 2 and list(found["seconds"]) == ["naive, BF16", "branch, low precision"]
+    with pytest.raises(SystemExit):  # nothing to compare with
+        efficiency.main([*words[:2], f"--out={tmp_path / 'three.json'}", "--forms=branch"])
     out.write_text(json.dumps({**cut, "device": "another"}))
     with pytest.raises(ValueError, match=r"--more.*device: 'another' there.*anew"):
         efficiency.main([*words, "--more"])

@@ -282,6 +282,7 @@ def test_advice_names_the_field_to_change(planned):
     assert advice("encode", 1.01).endswith("lora.rank=32, reward (without clipscore: -1.7 GB)")
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(planned, tmp_path, monkeypatch):
     """With the plan's numbers; an estimate that is a little over the room is let through, as it may be too high."""
     largest = max(planned.uses, key=lambda use: use.total)

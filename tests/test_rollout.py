@@ -121,6 +121,7 @@ def test_staged_equals_whole(folder, devices):
     assert np.abs(numbers(new.lora) - numbers(state.lora)).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_chance_is_the_same_by_block(folder):
     """What is kept at random is drawn once for all prompts, so that blocks keep what the whole keeps."""
     parts = parts_of(nano.build(folder, selection="random", **BRANCH))
@@ -130,6 +131,7 @@ def test_chance_is_the_same_by_block(folder):
     np.testing.assert_array_equal(numbers(new.lora), numbers(by_one_program(parts.cfg)[0].lora))
 
 
+@pytest.mark.slow
 def test_runs_are_one_program(folder):
     """vmap over two states is the two alone."""
     parts = parts_of(nano.build(folder, **BRANCH))

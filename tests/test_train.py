@@ -539,7 +539,7 @@ def test_through_the_command_line(toy, tmp_path, capsys, monkeypatch):
     assert "there is no checkpoint" in capsys.readouterr().err
     with flagsaver.flagsaver():
         assert main.main(main.parse(["solrl_jax", f"--run_dir={run}/config.json", "--config=toy"])) == 2
-    assert "config.json is a file: give a folder" in capsys.readouterr().err
+    assert "config.json is a file: give a new folder or the folder of a run" in capsys.readouterr().err
 
 
 # --- iteration 0's line ---------------------------------------------------------------------------------------------
