@@ -1,7 +1,8 @@
-"""One run as frozen dataclasses. Every field is checked where it is made; errors name the value, the rule and the fix.
+"""One run as frozen dataclasses. Every field is checked on creation; errors name the value, the rule and the fix.
 
 Sizes are global (prompts, candidates, kept); what one device does follows from them. A config file in configs/ defines
-`config(recipe: str) -> Config` and RECIPES, all there are; `--config=tiny:sol_rl_clipscore` names file and recipe.
+`config(recipe: str) -> Config` and RECIPES, the list of all recipes; `--config=tiny:sol_rl_clipscore` names file
+and recipe.
 """
 
 import contextlib
@@ -22,17 +23,17 @@ from typing import Any, Literal
 from solrl_jax.solvers import GAUSSIAN, SOLVERS
 
 Precision = Literal["auto", "bf16", "fp8", "nvfp4_native", "nvfp4_emulated"]
-"""Of a rollout (solrl_jax.quant); auto is the device's best low one."""
+"""A rollout's precision (solrl_jax.quant); auto is the device's best low one."""
 Solver = Literal["euler", "dpm1", "dpm2", "ddim", "sde", "dance", "cps", "sa_solver"]
 BRANCHES = ("euler", "dpm1", "dpm2")
-"""Solvers of an ODE and nothing else, whose state a branch can go on from."""
+"""The solvers of an ODE only: a branch can continue from their state."""
 
 
 FOLDER = Path(__file__).resolve().parent / "configs"
 if not FOLDER.is_dir():
     FOLDER = FOLDER.parent.parent / "configs"
 PACKAGE = "solrl_jax_configs"
-"""The configs: inside an installed package, beside it in the repository; and their name among Python's modules."""
+"""FOLDER has the configs: inside an installed package, beside it in the repository. PACKAGE is their module's name."""
 
 
 class ConfigError(ValueError):
@@ -45,14 +46,14 @@ def _require(ok: bool, message: str) -> None:
 
 
 class Checked:
-    """A dataclass that is checked where it is made: each value by its field's type, then all by the class's `rules`.
+    """A dataclass that is checked on creation: each value by its field's type, then all by the class's `rules`.
 
-    Numbers and lists become the field's own (64 is 64.0 for a float), so that equality, hash and JSON are those of
-    what the command line gives.
+    Numbers and lists are converted to the field's type (64 becomes 64.0 for a float), so that equality, hash and JSON
+    are the same as for values from the command line.
     """
 
     def __post_init__(self):
-        at = "" if isinstance(self, Stage | Config) else f"{type(self).__name__.lower()}."  # a stage knows no name
+        at = "" if isinstance(self, Stage | Config) else f"{type(self).__name__.lower()}."  # a stage has no name
         for name, kind in _hints(type(self)).items():
             object.__setattr__(self, name, _typed(kind, getattr(self, name), f"{at}{name}"))
         self.rules()
@@ -63,21 +64,21 @@ class Checked:
 
 @dataclasses.dataclass(frozen=True)
 class Model(Checked):
-    """Which network, from where: `path` is a diffusers pipeline folder or a model of huggingface.co, "org/name".
+    """Which network, and its weights: `path` is a diffusers pipeline folder or a model of huggingface.co, "org/name".
 
     `size` is in pixels, `text_tokens` counts tokens of T5 or Gemma.
     """
 
     name: str = "flux"
     path: str = ""
-    weights: str = ""  # a file of the network's weights to take instead of the folder's, or org/name/file
-    shift: float = 0.0  # of sigmas in equal steps (sampler.shifted), 1: as they are; 0: the pipeline's own sigmas
+    weights: str = ""  # the network's weights, if not the folder's: a file, or org/name/file
+    shift: float = 0.0  # of equally spaced sigmas (sampler.shifted), 1: unchanged; 0: the pipeline's own sigmas
     size: int = 512
     text_tokens: int = 128
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the networks' products; float32 is never TF32
     vae_dtype: Literal["bfloat16", "float32"] = "float32"  # of the decoder's products; an H100's float32 peak is 1/15
-    remat: bool = True  # recompute blocks in the backward pass, but for what `remat_keeps` names
-    remat_keeps: tuple[str, ...] = ()  # of "attention", "qkv", "mlp": faster, and so much more memory
+    remat: bool = True  # recompute blocks in the backward pass, except what `remat_keeps` names
+    remat_keeps: tuple[str, ...] = ()  # some of "attention", "qkv", "mlp": faster, with more memory
     min_dim: int = 1000  # quantise only Linears with max(in, out) above this
     min_quantised_flops: float = 0.0  # a run whose rule covers a smaller share of the blocks' FLOPs stops
 
@@ -96,8 +97,8 @@ class Model(Checked):
 class Stage(Checked):
     """One rollout: how many steps, by which solver, in which precision, how many images at a time.
 
-    `eta` is the solver's noise (sampler.table), 0 for the ODE. A `window` of W steps, begun by chance for each sample
-    within the first `window_within`, keeps the noise to those (Flow-GRPO-Fast); 0: every step has it.
+    `eta` is the solver's noise (sampler.table), 0 for the ODE. With a `window` only that many steps have noise, placed
+    at random for each sample within the first `window_within` (Flow-GRPO-Fast); 0: every step has noise.
     """
 
     steps: int = 10
@@ -107,7 +108,7 @@ class Stage(Checked):
     eta: float = 0.0
     window: int = 0
     window_within: int = 0
-    shift: float = 0.0  # of sigmas in equal steps (sampler.shifted); 0: the model's own sigmas
+    shift: float = 0.0  # of equally spaced sigmas (sampler.shifted); 0: the model's own sigmas
     shared_noise: bool = False  # a prompt's samples all begin with the same noise
 
     def rules(self) -> None:
@@ -148,9 +149,9 @@ class Stage(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Branch(Checked):
-    """The kept candidates go on from the solver's state that the preview had `after` so many steps, in `steps` more.
+    """The kept candidates continue from the preview's solver state after `after` steps, and take `steps` more.
 
-    The rest of the preview serves its reward alone. See sampler.branched for the grid.
+    The preview's remaining steps serve only its reward. See sampler.branched for the grid.
     """
 
     after: int = 3
@@ -176,7 +177,7 @@ class Lora(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Learn(Checked):
-    """The policy update (algorithms.md sections 2 to 6). `micro_batch` counts (sample, time) points a forward pass."""
+    """The policy update (algorithms.md 2 to 6). `micro_batch` counts (sample, time) points per forward pass."""
 
     algorithm: Literal["nft", "awm", "flow_grpo", "dance_grpo"] = "nft"
     timestep_fraction: float = 0.6
@@ -186,10 +187,10 @@ class Learn(Checked):
     micro_batch: int = 12
     learning_rate: float = 3e-4
     kl_weight: float = 1e-4
-    lag_weight: float = 1.0  # AWM: of the distance to the old policy
-    clip_range: float = 1e-4  # AWM, GRPO: a sample whose ratio of probabilities left 1 -+ this is not pulled further
+    lag_weight: float = 1.0  # AWM: weight of the distance to the old policy
+    clip_range: float = 1e-4  # AWM, GRPO: a sample's probability ratio is not pushed beyond 1 -+ this
     strength: float = 1.0  # NFT: beta of v+ and v-
-    advantage_spread: Literal["all", "prompt", "prompt_unbiased"] = "all"  # what rewards are divided by the std of
+    advantage_spread: Literal["all", "prompt", "prompt_unbiased"] = "all"  # the rewards whose std divides an advantage
     advantage_clip: float = 5.0
     advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
     clip_norm: float = 1.0
@@ -230,7 +231,7 @@ class Evaluate(Checked):
 
     every: int = 20
     prompts: int = 16
-    held_out: int = 0  # of a single file's prompts, kept from training; 0: they are all of both splits
+    held_out: int = 0  # prompts of a single file kept from training; 0: both splits are the whole file
     images: int = 1  # per prompt
     steps: int = 28
     solver: Literal["euler", "dpm1", "dpm2"] = "dpm2"
@@ -253,12 +254,12 @@ class Evaluate(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Watch(Checked):
-    """How often and on how many prompts the preview's ranks are measured against full rollouts, and what then."""
+    """How often and on how many prompts the preview's ranks are compared with full rollouts, and the consequences."""
 
     every: int = 20  # iterations; 0: never
     prompts: int = 4
-    rank: float = 0.5  # a warning where the mean Spearman is below it
-    fall_back: bool = False  # and from then on exploration is in BF16
+    rank: float = 0.5  # a warning if the mean Spearman is below this
+    fall_back: bool = False  # then also explore in BF16 from there on
 
     def rules(self) -> None:
         _require(self.every >= 0, f"watch.every={self.every}: 0 (never) or more")
@@ -268,10 +269,10 @@ class Watch(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
-    """One run. `explore` None means one stage: `regenerate` rolls out all candidates, the kept are chosen from it.
+    """One run. `explore` None means one stage: `regenerate` rolls out all candidates, the kept are chosen from these.
 
-    With a `branch` the kept go on from the preview's states, and `regenerate.steps` is only the grid whose times are
-    learnt at.
+    With a `branch` the kept continue from the preview's states, and `regenerate.steps` only gives the grid of the
+    trained times.
     """
 
     name: str = ""
@@ -279,7 +280,7 @@ class Config(Checked):
     prompt_files: str = ""  # a folder with train.txt and test.txt, or one file (see data.read)
     reward: str = ""  # "clipscore" or a weighted mix "pickscore:1,hpsv2:0.5"
     reward_paths: tuple[str, ...] = ()  # "clipscore=folder", or "clipscore=org/name" of huggingface.co
-    reward_dtype: Literal["float32", "bfloat16"] = "float32"  # what their networks multiply in; the rest is float32
+    reward_dtype: Literal["float32", "bfloat16"] = "float32"  # of the reward networks' products; the rest is float32
     prompts: int = 48
     candidates: int = 96
     kept: int = 24
@@ -293,11 +294,11 @@ class Config(Checked):
     watch: Watch = dataclasses.field(default_factory=Watch)
     iterations: int = 300
     seed: int = 42
-    save_every: int = 20  # iterations between checkpoints; 0: only where the run ends or is stopped
+    save_every: int = 20  # iterations between checkpoints; 0: only when the run ends or is stopped
     keep: int = 3  # checkpoints
     wandb: str = ""  # "project" or "entity/project" of Weights & Biases, which gets the metrics too; pip install wandb
-    encode_ahead: int = 0  # iterations whose prompts are encoded together, then the text encoders leave; 0: they stay
-    staged: bool = True  # stages jitted apart (progress, stage times); False: one jit of the whole iteration_step
+    encode_ahead: int = 0  # iterations encoded together, then the text encoders leave the device; 0: they stay
+    staged: bool = True  # stages jitted separately (progress, stage times); False: one jit of the whole iteration_step
 
     def rules(self) -> None:
         p, n, k = self.prompts, self.candidates, self.kept
@@ -348,7 +349,7 @@ class Config(Checked):
         )
 
     def _check_branch(self) -> None:
-        """Whether the preview has a state that the samples can go on from."""
+        """Check that the samples can continue from the preview's state."""
         if self.branch is None:
             return
         after, explore, rest = self.branch.after, self.explore, self.regenerate
@@ -372,7 +373,7 @@ class Config(Checked):
             )
 
     def _check_algorithm(self) -> None:
-        """Whether what the algorithm learns from is what the rollout leaves."""
+        """Check that the rollout provides what the algorithm needs."""
         name, stage, t = self.learn.algorithm, self.regenerate, self.times
         _require(
             self.explore is None or not (self.explore.stochastic or stage.stochastic),
@@ -418,20 +419,20 @@ class Config(Checked):
 
     @property
     def times(self) -> int:
-        """Trained times a sample has: T = int(fraction * steps), or the window's steps."""
+        """Trained times per sample: T = int(fraction * steps), or the window's steps."""
         whole = int(self.learn.timestep_fraction * self.regenerate.steps + 1e-9)
         return min(whole, self.regenerate.window) if self.of_steps and self.regenerate.window else whole
 
     @property
     def low_precision(self) -> str | None:
-        """The precision of the quantised kernels that rollouts run on, if any does."""
+        """The low precision of the rollouts, None if all are in BF16."""
         return next(iter(self._low()), None)
 
     def _low(self) -> list[str]:
         return sorted({stage.precision for _, stage, _ in self.stages()} - {"bf16"})
 
     def stages(self) -> list[tuple[str, Stage, int]]:
-        """(name, stage, images a prompt) of the rollouts, in order; `steps` are those that are taken."""
+        """(name, stage, images per prompt) of the rollouts, in order; `steps` counts the steps taken."""
         if self.explore is None:
             return [("regenerate", self.regenerate, self.candidates)]
         rest = self.regenerate
@@ -441,7 +442,7 @@ class Config(Checked):
 
 
 def last_time(steps: int) -> int:
-    """AWM trains no time of this number or above: the last tenth of a rollout."""
+    """AWM trains only times below this number, not the last tenth of a rollout."""
     return int(0.9 * steps)
 
 
@@ -456,7 +457,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
 
 
 def module(name: str) -> types.ModuleType:
-    """<name>.py of FOLDER, under a name of its own: what else is called configs is not asked."""
+    """<name>.py of FOLDER, as a module of PACKAGE: no other module named configs is used."""
     if name not in available():
         raise ConfigError(f"--config={name}: there is no configs/{name}.py; use one of {', '.join(available())}")
     package = sys.modules.setdefault(PACKAGE, types.ModuleType(PACKAGE))
@@ -501,7 +502,7 @@ def values(config: Config) -> list[tuple[str, Any]]:
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """{"explore.steps": (6, 4)} for every single value that is not the same in both."""
+    """{"explore.steps": (6, 4)} for every single value that differs."""
     a, b = dict(values(old)), dict(values(new))
     return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
 
@@ -512,7 +513,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _build(kind: Any, values: dict[str, Any], at: str) -> Any:
-    """A dataclass of a JSON object, whose values are checked here too: here their whole path is known."""
+    """A dataclass from a JSON object. Values are checked here too, where their whole path is known."""
     if strange := [f"{at}{name}" for name in values if name not in _hints(kind)]:
         raise ConfigError(
             f"unknown fields {', '.join(strange)}: this config was written by another version of solrl_jax"
@@ -527,7 +528,7 @@ def _build(kind: Any, values: dict[str, Any], at: str) -> Any:
 
 
 def _typed(kind: Any, value: Any, path: str) -> Any:
-    """`value` as a field of type `kind` holds it; ConfigError where it is of another type."""
+    """`value` converted to the field's type `kind`; ConfigError if it has another type."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _typed(args[0], value, path)
@@ -548,7 +549,7 @@ def _typed(kind: Any, value: Any, path: str) -> Any:
 
 
 def override(config: Config, **changes: Any) -> Config:
-    """override(config, **{"explore.steps": "4"}): the same words as on the command line."""
+    """override(config, **{"explore.steps": "4"}): the same names and values as on the command line."""
     nested: dict[str, Any] = {}
     for path, text in changes.items():
         _set(nested, config, path, str(text))
@@ -556,7 +557,7 @@ def override(config: Config, **changes: Any) -> Config:
 
 
 def _set(changes: dict[str, Any], config: Any, path: str, text: str, rest: str | None = None) -> None:
-    """Parse one override by the types of `config` into the nested dict `changes`; `rest` is what of `path` is left."""
+    """Parse one override by the types of `config` into the nested dict `changes`; `rest` is the rest of `path`."""
     head, _, rest = (path if rest is None else rest).partition(".")
     fields = {f.name: f for f in dataclasses.fields(config)}
     if head not in fields:
@@ -577,7 +578,7 @@ def _set(changes: dict[str, Any], config: Any, path: str, text: str, rest: str |
 
 
 def _replace(config: Any, changes: dict[str, Any]) -> Any:
-    """All changes at once, so that two overrides which only fit together are not refused one by one."""
+    """Apply all changes at once, because two overrides may be valid only together."""
     new = {k: _replace(getattr(config, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
     return dataclasses.replace(config, **new)
 

@@ -7,10 +7,10 @@
     A        = advantages(rewards of the samples)
     state    = learn(samples, A)                              a LoRA, in BF16; the old policy follows
 
-`iteration_step` is that, pure and jittable whole; `Staged` runs the same functions one jit each, from the host.
-In a branch the preview also keeps each candidate's state, [P, N, ...], as it was after its first steps, and the samples
-are the rest of the way from there, in BF16: a sample is its key and that state. Families of one stage are the same with
-explore = None: all candidates in one rollout, the kept chosen from it.
+`iteration_step` is one pure, jittable function; `Staged` runs the same stages from the host, one jit each.
+In a branch the preview also keeps each candidate's solver state after the first steps, [P, N, ...]. The samples
+continue from there in BF16: a sample is its key and that state. Families of one stage have explore = None: all
+candidates in one rollout, and the kept are chosen from these.
 """
 
 import contextlib
@@ -61,10 +61,10 @@ def iteration_step(
         raise ConfigError(f"reward {score.on_host[0].name} runs on the host, between the stages: set staged=true")
     run = stages(model, score, optimizer, cfg)
     count = jax.tree.leaves(prompts)[0].shape[0]
-    chex.assert_tree_shape_prefix(prompts, (count,))  # fields of NamedTuples are not seen by jaxtyping
+    chex.assert_tree_shape_prefix(prompts, (count,))  # jaxtyping does not see NamedTuple fields
     keys, chance = run.draw(state, count)
     kernels = run.merged(state, frozen)
-    # XLA would fuse quantising into the explorer's products, and the preview would round otherwise than when staged:
+    # Without it XLA fuses quantising into the explorer's products, and the preview rounds differently than when staged:
     # tests/test_rollout.py::test_staged_equals_whole.
     kernels, low = jax.lax.optimization_barrier((kernels, run.quantised(kernels, frozen)))
     if cfg.explore is None:
@@ -80,13 +80,13 @@ def iteration_step(
 
 
 class Stages(NamedTuple):
-    """The stages of an iteration: pure functions of arrays, of which a benchmark can jit each alone."""
+    """The stages of an iteration: pure functions of arrays, which a benchmark can jit one by one."""
 
     merged: Callable[[TrainState, Frozen], dict[str, Array]]
     quantised: Callable[[dict[str, Array], Frozen], Params | None]
-    draw: Callable[..., tuple[Array, Array]]  # (state, P) -> keys [P, N], numbers [P, N] that chance keeps by
+    draw: Callable[..., tuple[Array, Array]]  # (state, P) -> keys [P, N], random numbers [P, N] for the selection
     explore: Callable[..., Rollout]  # (kernels, low, frozen, prompts, keys)
-    regenerate: Callable[..., Rollout]  # the same, and in a branch the states
+    regenerate: Callable[..., Rollout]  # the same arguments, plus the states in a branch
     select_keys: Callable[[Rollout, Array], tuple[Rollout, Rollout]]
     select_samples: Callable[[Rollout, Array], tuple[Rollout, Metrics]]
     compare: Callable[[Rollout, Rollout, Rollout], Metrics]
@@ -110,9 +110,9 @@ def stages(model: Model, score: Score, optimizer: optax.GradientTransformation, 
 
 
 class Staged:
-    """`iteration_step` from the host: the same functions, one jit each, rollouts one block of prompts at a time.
+    """`iteration_step` run from the host: the same functions, one jit each, rollouts one block of prompts at a time.
 
-    Between the calls the host knows the time of each stage, can show progress and can stop.
+    Between the calls the host can time each stage, show progress and stop.
     """
 
     def __init__(self, *, model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config):
@@ -138,7 +138,7 @@ class Staged:
             full = self._by_prompt("regenerate", (kernels, low, frozen), (prompts, keys), times, between)
             with clock(times, "select"):
                 samples, metrics = jax.block_until_ready(self.jit["select_samples"](full, chance))
-            del full  # candidates that are not learnt from leave the device, as do previews
+            del full  # frees the candidates that are not kept
         else:
             given = prompts, keys
             preview, chosen = self._by_prompt("explore", (kernels, low, frozen), given, times, between, chance)
@@ -155,10 +155,10 @@ class Staged:
         return state, {**metrics, **learnt}
 
     def _by_prompt(self, name: str, rest, given: tuple, times, between, chance: Array | None = None) -> Any:
-        """One block per device and call: of each device's own prompts the next that a chunk takes together.
+        """Run a stage block by block: in each call a device takes as many of its prompts as a chunk holds.
 
         `given` are the prompts, keys and states. With `chance` the kept are selected block by block, so that the
-        states of the others leave the device before the next block.
+        other candidates' states are freed before the next block.
         """
         (count, images), parts = given[1].shape, []
         stage = next(stage for n, stage, _ in self.cfg.stages() if n == name)
@@ -182,7 +182,7 @@ class Staged:
 
 
 def draw(state: TrainState, prompts: int, *, cfg: Config) -> tuple[Key[Array, "P N"], Float[Array, "P N"]]:
-    """The coming iteration's candidates, and the numbers by which they are kept where that is left to chance."""
+    """Keys of the coming iteration's candidates, and the random numbers of a selection by chance."""
     keys = sample_keys(state, prompts, cfg.candidates)
     return keys, jax.random.uniform(selection_key(state), keys.shape)
 
@@ -194,12 +194,12 @@ def keep(found: Rollout, chance: Float[Array, "P N"], *, cfg: Config) -> Rollout
 
 
 def select_keys(preview: Rollout, chance: Float[Array, "P N"], *, cfg: Config) -> tuple[Rollout, Rollout]:
-    """(the preview without its states and latents, the kept of it with their keys and states)."""
+    """(the preview without states and latents, its kept candidates with keys and states)."""
     return preview._replace(x0=None, state=None), keep(preview._replace(x0=None), chance, cfg=cfg)
 
 
 def select_samples(full: Rollout, chance: Float[Array, "P N"], *, cfg: Config) -> tuple[Rollout, Metrics]:
-    """Of one stage's candidates the samples that are learnt from, and the rewards of both."""
+    """The samples kept of one stage's candidates, and the reward metrics of both."""
     samples = keep(full, chance, cfg=cfg)
     return samples, reward_metrics(full, samples)
 
@@ -211,7 +211,7 @@ def compare(preview: Rollout, chosen: Rollout, samples: Rollout) -> Metrics:
 
 
 def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:
-    """Names that users of the original plot; over the kept samples, except `explore/*`."""
+    """Reward metrics by the original's names, over the kept samples except for `explore/*`."""
     r = samples.reward
     std = jnp.std(r, axis=-1)
     out = {

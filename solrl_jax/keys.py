@@ -4,7 +4,7 @@
 |---|---|
 | the LoRA's first A | the first half of the seed's key; the second is the state's |
 | a candidate | state's key, iteration, SAMPLES; split into [P, N] |
-| kept by chance | state's key, iteration, SELECTION |
+| selection by chance | state's key, iteration, SELECTION |
 | a sample's first noise | its key, NOISE |
 | noise of its step i, in an SDE | its key, STEPS, i |
 | first step of its window | its key, WINDOW |
@@ -27,22 +27,22 @@ SAMPLES, SELECTION = range(2)
 NOISE, ORDER, POINTS, STEPS, WINDOW = range(5)
 """Purposes of a sample's key."""
 EVALUATION, CALIBRATION = 0xE7A1, 0xCA11B
-"""Purposes of the seed's key: far from the numbers of iterations, that are folded into keys made of it."""
+"""Purposes of the seed's key: far from iteration numbers, which are folded into keys made of it."""
 
 
 def split_seed(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
-    """(the LoRA's key, the state's key) of the seed's."""
+    """(the LoRA's key, the state's key) from the seed's key."""
     for_lora, for_state = jax.random.split(key)
     return for_lora, for_state
 
 
 def sample_keys(state: TrainState, prompts: int, candidates: int) -> Key[Array, "P N"]:
-    """The coming iteration's candidates."""
+    """The keys of the coming iteration's candidates."""
     return jax.random.split(_of_iteration(state, SAMPLES), (prompts, candidates))
 
 
 def selection_key(state: TrainState) -> Key[Array, ""]:
-    """Of the coming iteration's selection by chance."""
+    """The key of the coming iteration's selection by chance."""
     return _of_iteration(state, SELECTION)
 
 
@@ -51,17 +51,17 @@ def _of_iteration(state: TrainState, purpose: int) -> Key[Array, ""]:
 
 
 def sample_key(key: Key[Array, ""], purpose: int, number: Int[Array, ""] | int | None = None) -> Key[Array, ""]:
-    """Of one sample's key the one for `purpose`, and for this number of a step or an epoch where it has numbers."""
+    """The key of a sample for one `purpose`, and for the step or epoch `number` if the purpose has numbers."""
     key = jax.random.fold_in(key, purpose)
     return key if number is None else jax.random.fold_in(key, number)
 
 
 def evaluation_keys(seed: int, first: int, count: int) -> Key[Array, "n"]:
-    """Of the pictures at the places first .. first + count - 1 of an evaluation."""
+    """The keys of pictures first .. first + count - 1 of an evaluation."""
     key = jax.random.fold_in(jax.random.key(seed), EVALUATION)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(count))
 
 
 def calibration_key(seed: int) -> Key[Array, ""]:
-    """Of the pictures, a prompt each, on which FP8's units are measured."""
+    """The key of the pictures, one per prompt, on which FP8's units are measured."""
     return jax.random.fold_in(jax.random.key(seed), CALIBRATION)

@@ -38,7 +38,7 @@ def make_optimizer(cfg: Config) -> optax.GradientTransformation:
 def init_state(
     key: Key[Array, ""], frozen: Frozen, *, model: Model, optimizer: optax.GradientTransformation, cfg: Config
 ) -> TrainState:
-    """A fresh LoRA (the base's output exactly), old and ema its copies."""
+    """A fresh LoRA (its output is exactly the base's), with copies as old and ema."""
     key_lora, key = split_seed(key)
     adapter = lora.init(key_lora, frozen.base, cfg.lora.targets or model.lora_targets, cfg.lora)
     hyper = Hyper(*(jnp.asarray(getattr(cfg.learn, name), F32) for name in Hyper._fields))
@@ -58,7 +58,7 @@ def learn(
 ) -> tuple[TrainState, Metrics]:
     """Advantages over the kept samples, `epochs` x `updates` steps of the LoRA, then the old policy follows.
 
-    An update takes K / updates samples of every prompt (`dealt`): which ones does not depend on the devices.
+    An update takes K / updates samples of every prompt (`dealt`); the choice does not depend on the devices.
     """
     chex.assert_tree_shape_prefix(samples, samples.keys.shape)
     chex.assert_tree_shape_prefix(cond, samples.keys.shape[:1])
@@ -84,7 +84,7 @@ def learn(
     followed = jax.tree.map(lambda o, c: decay * o + (1 - decay) * c, began.old, state.lora)
     state = state._replace(old=followed, iteration=state.iteration + 1)
     if "behaviour" in algos.find(cfg.learn.algorithm).fixed(cfg.learn):
-        # Of the first update both policies are the same: what is left is the rounding of the two programs.
+        # In the first update both policies are the same: the deviation is the rounding of the two programs.
         metrics["ratio/noise"] = metrics["ratio/deviation"][0]
     return state, {**jax.tree.map(jnp.mean, metrics), "skipped": jnp.sum(metrics["skipped"]), "old_decay": decay}
 
@@ -92,8 +92,8 @@ def learn(
 def dealt(keys: Key[Array, "P K"], reward: Float[Array, "P K"], epoch: int, updates: int) -> Int[Array, "U P k"]:
     """The K / updates samples that each update takes of every prompt, no sample twice.
 
-    One of each stratum, `updates` neighbours in the prompt's order of rewards, by chance: so every update sees good
-    and bad samples of a prompt, and advantages that nearly cancel. (The original shuffles all samples together.)
+    A stratum is `updates` neighbours in the prompt's order of rewards. An update takes one of each at random, so it
+    has good and bad samples of a prompt, whose advantages nearly cancel. (The original shuffles all samples together.)
     """
     prompts, kept = keys.shape
     order = jnp.argsort(reward, axis=-1, stable=True)
@@ -103,7 +103,7 @@ def dealt(keys: Key[Array, "P K"], reward: Float[Array, "P K"], epoch: int, upda
 
 
 def samples_at_a_time(cfg: Config, held: int) -> int:
-    """Samples whose points are made together, of the `held` that one device has in an update; ConfigError if uneven."""
+    """How many of the `held` samples of a device and update have their points made together; ConfigError if uneven."""
     group = min(held, max(1, cfg.learn.micro_batch // cfg.times))
     if held % group:
         raise ConfigError(
@@ -125,10 +125,10 @@ def gradients(
     model: Model,
     cfg: Config,
 ) -> tuple[Params, Metrics]:
-    """Gradient and metrics of the mean loss over all (sample, time) points, `micro_batch` points a forward pass.
+    """Gradient and metrics of the mean loss over all (sample, time) points, `micro_batch` points per forward pass.
 
-    `began` is the state as the iteration began; leaves of `samples` [P, k, ...]. Each device takes its own prompts, a
-    group of samples at a time, of which it makes the points; the sums of the devices are added.
+    `began` is the state when the iteration began; leaves of `samples` [P, k, ...]. Each device takes its own prompts
+    and makes the points of one group of samples at a time; the sums of the devices are added.
     """
     objective = functools.partial(summed_loss, hyper=state.hyper, model=model, cfg=cfg)
     gradient = jax.value_and_grad(objective, has_aux=True)
@@ -154,10 +154,9 @@ def gradients(
 
 
 def fixed_policies(state: TrainState, began: TrainState, cfg: Config) -> Params:
-    """The adapters that no gradient goes through and that the loss compares with, stacked; {} where there are none.
+    """The adapters of the policies without gradient that the loss compares with, stacked; {} if there are none.
 
-    The old policy and the one that drew the samples are those of the iteration's beginning; the reference is an adapter
-    of zeros.
+    "old" and "behaviour" are the adapters at the iteration's beginning; "reference" is an adapter of zeros.
     """
     policies = {"old": began.old, "reference": jax.tree.map(jnp.zeros_like, state.lora), "behaviour": began.lora}
     names = algos.find(cfg.learn.algorithm).fixed(cfg.learn)
@@ -176,8 +175,8 @@ def summed_loss(
     model: Model,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss, and its metrics, summed over B points; `cond` leaves [B, ...]. `fixed` go through the network as one
-    batch of policies."""
+    """The loss and its metrics, summed over B points; `cond` leaves [B, ...]. The `fixed` policies go through the
+    network as one batch."""
     algorithm = algos.find(cfg.learn.algorithm)
     names = algorithm.fixed(cfg.learn)
 
@@ -191,7 +190,7 @@ def summed_loss(
 
 
 def by_group(keys: Key[Array, "p k"], samples: Sample, advantage: Float[Array, "p k"], size: int) -> PyTree:
-    """(number of its prompt, key, sample, advantage) of p x k samples, leaves [p k / size, size, ...]."""
+    """(prompt's number, key, sample, advantage) of p x k samples, leaves [p k / size, size, ...]."""
     owner = jnp.repeat(jnp.arange(keys.shape[0]), keys.shape[1])
     flat = (owner, *jax.tree.map(lambda x: x.reshape((keys.size, *x.shape[2:])), (keys, samples, advantage)))
     return jax.tree.map(lambda x: x.reshape((keys.size // size, size, *x.shape[1:])), flat)
@@ -206,7 +205,7 @@ def points_of(
     schedule: Schedule,
     cfg: Config,
 ) -> PyTree:
-    """(number of its prompt, point, advantage) of T points a sample, leaves [n T / micro_batch, micro_batch, ...]."""
+    """(prompt's number, point, advantage) of T points per sample, leaves [n T / micro_batch, micro_batch, ...]."""
     algorithm, times = algos.find(cfg.learn.algorithm), cfg.times
     points = jax.vmap(lambda k, x: algorithm.points(k, x, schedule, times, cfg.learn))(keys, samples)
     flat = (
@@ -219,7 +218,7 @@ def points_of(
 
 
 def schedule_of(model: Model, cfg: Config) -> Schedule:
-    """The times of the rollout that is trained on, and the law of its steps where the algorithm asks for it."""
+    """The times of the trained rollout, and the distribution of its steps if the algorithm needs it."""
     stage = cfg.regenerate
     sigmas = sigmas_of(model, stage)
     steps = sampler.gaussians(sigmas, stage.solver, stage.eta) if cfg.of_steps else None
@@ -229,8 +228,8 @@ def schedule_of(model: Model, cfg: Config) -> Schedule:
 def apply_gradients(
     state: TrainState, grads: Params, optimizer: optax.GradientTransformation, cfg: Config
 ) -> tuple[TrainState, Float[Array, ""]]:
-    """One clipped AdamW step and the evaluation average. A gradient or a LoRA that would not be finite changes nothing
-    and is counted."""
+    """One clipped AdamW step and the EMA's update. If the gradient or the new LoRA is not finite, nothing changes and
+    the skip is counted."""
     norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, cfg.learn.clip_norm / (norm + 1e-6))  # torch's clip_grad_norm_
     grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g * scale, 0.0), grads)

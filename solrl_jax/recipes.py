@@ -1,7 +1,7 @@
 """What `--config=NAME:RECIPE` chooses: a family or a method, and a reward, on top of a model's own sizes.
 
-A family is a way to make samples for DiffusionNFT's loss, with the names of Sol-RL's code; a method is one of those
-that Sol-RL is compared with. `base(reward)` of configs/NAME.py gives sol_rl and everything that is the model's.
+A family is a way to make samples for DiffusionNFT's loss, named as in Sol-RL's code; a method is an algorithm that
+Sol-RL is compared with. `base(reward)` of configs/NAME.py gives sol_rl with the model's own values.
 """
 
 import difflib
@@ -20,35 +20,35 @@ ON_THE_HUB = (
 )
 """Where the four rewards are read from, as `reward_paths`."""
 ALIASES = {"compile": "naive_scaling"}
-"""Families of the original that are another one here, where everything is compiled."""
+"""The original's families that equal another one here, because all code is compiled."""
 
 
 # --- families: ways to make samples for DiffusionNFT's loss (algorithms.md 6); `cfg` is sol_rl ------------------------
 
 
 def sol_rl(cfg: Config) -> Config:
-    """Explore all N in few steps of a low precision, regenerate the K best and worst in BF16."""
+    """Explore all N in few low-precision steps, regenerate the K best and worst in BF16."""
     return cfg
 
 
 def branch(cfg: Config) -> Config:
-    """Explore all N in 5 steps of a low precision; the K best and worst go on in BF16 from where it stood after 3."""
+    """Explore all N in 5 low-precision steps; the K best and worst continue in BF16 from their state after step 3."""
     return replace(cfg, explore=replace(_explored(cfg), steps=5), branch=Branch(after=3, steps=4))
 
 
 def naive_scaling(cfg: Config) -> Config:
-    """All N in one rollout in BF16, the K best and worst are kept."""
+    """All N in one BF16 rollout; the K best and worst are kept."""
     return replace(cfg, explore=None, regenerate=replace(cfg.regenerate, chunk=_explored(cfg).chunk))
 
 
 def naive_quant(cfg: Config) -> Config:
-    """All N in one rollout of full steps in the low precision, and trained on those."""
+    """All N in one full low-precision rollout; the K best and worst of these samples are trained on."""
     low = _explored(cfg)
     return replace(cfg, explore=None, regenerate=replace(cfg.regenerate, chunk=low.chunk, precision=low.precision))
 
 
 def diffusionnft(cfg: Config) -> Config:
-    """K of K in BF16: nothing is selected."""
+    """K candidates in BF16, all kept: no selection."""
     return replace(cfg, explore=None, candidates=cfg.kept, selection="all")
 
 
@@ -66,7 +66,7 @@ def flow_grpo(cfg: Config) -> Config:
 
 
 def flow_grpo_fast(cfg: Config) -> Config:
-    """Noise in the first 3 of 6 steps only, which alone are trained; the coefficients-preserving step."""
+    """Only the first 3 of 6 steps have noise and are trained; the coefficients-preserving step."""
     stage = replace(cfg.regenerate, steps=6, solver="cps", eta=0.8, window=3, window_within=3)
     return _method(cfg, stage, grpo(cfg, algorithm="flow_grpo", timestep_fraction=0.99, clip_range=1e-5))
 
@@ -86,14 +86,14 @@ def awm(cfg: Config) -> Config:
 
 
 def grpo(cfg: Config, **values: Any) -> Learn:
-    """What Flow-GRPO and DanceGRPO have in common: two updates or more, no KL, no old policy that lags behind."""
+    """What Flow-GRPO and DanceGRPO have in common: two or more updates, no KL, no lagging old policy."""
     common = {"updates": max(2, cfg.learn.updates), "kl_weight": 0.0, "old_max": 0.0, "clip_norm": 1.0}
     return replace(cfg.learn, **common, **values)
 
 
 def _method(cfg: Config, stage: Stage, learn: Learn) -> Config:
-    """One stage, all K of K pictures kept. The micro-batch: as many whole samples' points as fit into the config's, and
-    divide an update's samples."""
+    """One stage, all K pictures kept. The micro-batch has the points of as many whole samples as fit into the config's
+    and divide an update's samples."""
     times = stage.window or int(learn.timestep_fraction * stage.steps + 1e-9)
     samples, most = cfg.prompts * cfg.kept // learn.updates, max(1, cfg.learn.micro_batch // times)
     fitting = max(n for n in range(1, most + 1) if samples % n == 0)
@@ -109,7 +109,7 @@ NAMES = (*FAMILIES, *METHODS, *ALIASES)
 
 
 def family(cfg: Config, name: str) -> Config:
-    """`cfg`, which is sol_rl, as another family or method: its prompts, pictures, LoRA, rate and reward stay."""
+    """`cfg` (sol_rl) as another family or method, with the same prompts, pictures, LoRA, rate and reward."""
     if name not in FAMILIES | METHODS:
         raise ConfigError(f"unknown family {name!r}: use one of {', '.join(FAMILIES | METHODS)}")
     return (FAMILIES | METHODS)[name](cfg)
@@ -121,9 +121,9 @@ def recipes(rewards: Sequence[str]) -> tuple[str, ...]:
 
 
 def choose(base: Callable[[str], Config], rewards: Sequence[str], recipe: str) -> Config:
-    """The config of FAMILY_REWARD, of a FAMILY alone or of "": the default is sol_rl, and the first of `rewards`.
+    """The config of FAMILY_REWARD, FAMILY or ""; the defaults are sol_rl and the first of `rewards`.
 
-    `base(reward)` is sol_rl on that reward. Raises ConfigError for another recipe, with the nearest.
+    `base(reward)` is sol_rl on that reward. Raises ConfigError for any other recipe, and names the nearest.
     """
     found = next((r for r in rewards if recipe.endswith(f"_{r}")), None)
     name = recipe.removesuffix(f"_{found}") if found else recipe or sol_rl.__name__
@@ -140,7 +140,7 @@ def choose(base: Callable[[str], Config], rewards: Sequence[str], recipe: str) -
 
 
 def help_lines(name: str) -> list[str]:
-    """What `--config=<name>:help` prints: the config file's own words, and every recipe in one line."""
+    """What `--config=<name>:help` prints: the config file's docstring, and one line per recipe."""
     module = config.module(name)
     made = {recipe: module.config(recipe) for recipe in module.RECIPES}
     default, width = module.config(""), max(map(len, made))
@@ -155,7 +155,7 @@ def help_lines(name: str) -> list[str]:
 def describe(cfg: Config) -> str:
     """The rollout in one line: "explore 96 x 6 steps nvfp4_emulated, regenerate 24 x 10 steps bf16".
 
-    And the solver where it adds noise.
+    A solver that adds noise is named too.
     """
     rollouts = [
         f"{name} {count} x {stage.steps} steps {stage.precision}" + (f" {stage.solver}" if stage.stochastic else "")

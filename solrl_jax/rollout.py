@@ -34,21 +34,21 @@ def merged(state: TrainState, frozen: Frozen, *, cfg: Config) -> dict[str, Array
 
 
 def quantised(kernels: dict[str, Array], frozen: Frozen, *, model: Model, precision: str | None) -> Params | None:
-    """The explorer's quantised kernels, made once per policy update from the merged policy; None without a precision,
-    where no rollout is in a low one."""
+    """The explorer's quantised kernels, made once per policy update from the merged policy; None if `precision` is
+    None, when no rollout is in a low one."""
     if precision is None:
         return None
     return quant.quantise_tree(lora.graft(frozen.base, kernels), quant.rule_of(model.quant_rules, precision), precision)
 
 
 def policy_variables(kernels: dict[str, Array], low: Params | None, frozen: Frozen) -> Variables:
-    """Variables of a rollout: the merged policy, or the explorer where `low` is given."""
+    """Variables of a rollout: the merged policy, or the explorer if `low` is given."""
     params = {"params": lora.graft(frozen.base, kernels)}
     return params if low is None else {**params, "quant": quant.for_rollout(low)}
 
 
 class Branched(NamedTuple):
-    """The grid of a branch, f64 [after + steps + 1], and the number of its steps that are the preview's."""
+    """The grid of a branch, f64 [after + steps + 1], whose first `after` steps are the preview's."""
 
     sigmas: np.ndarray
     after: int
@@ -75,7 +75,7 @@ def rolled(
     stage: Stage,
     **statics: Any,
 ) -> Rollout:
-    """`rollout` by the merged policy, or by the quantised one where the stage's precision is a low one."""
+    """`rollout` by the merged policy, or by the quantised one if the stage's precision is low."""
     variables = policy_variables(kernels, None if stage.precision == "bf16" else low, frozen)
     return rollout(variables, frozen, prompts, keys, state, stage=stage, **statics)
 
@@ -95,8 +95,8 @@ def rollout(
 ) -> Rollout:
     """Integrate, decode and score P x N samples, `stage.chunk` at a time, each device its own prompts.
 
-    From the keys' noise by the stage's own steps. Of a `branch` that is the preview, which keeps its state; given a
-    `state`, leaves [P, N, ...], it is the rest of the branch's steps from there.
+    Without a `state` the samples begin at their keys' noise and take the stage's steps; in a `branch` this is the
+    preview, which keeps its state. With a `state`, leaves [P, N, ...], they take the branch's other steps from there.
     """
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, seeds: Seeds):
@@ -117,7 +117,7 @@ def rollout(
 
 
 def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree]) -> Rollout:
-    """The same samples with the rewards that run on the host: pictures go there, scores come back. Not for jit."""
+    """Add the rewards that run on the host: pictures are copied there, scores come back. Not for jit."""
     if rollout.images is None:
         return rollout
     texts = own.from_bytes(np.asarray(tokens[score.on_host[0].name]))
@@ -127,9 +127,9 @@ def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree]) -> R
 
 
 class Seeds(NamedTuple):
-    """Keys of samples [p, n]: of the noise that each begins with, and of everything else.
+    """Keys of samples [p, n]: `begin` for the initial noise, `own` for all other numbers.
 
-    Where there is a solver's `state`, leaves [p, n, ...], a sample goes on from it and begins with no noise.
+    With a solver's `state`, leaves [p, n, ...], a sample continues from it and has no initial noise.
     """
 
     begin: Key[Array, "p n"]
@@ -157,7 +157,7 @@ def velocity_of(variables: Variables, cond: PyTree, seeds: Seeds, model: Model) 
 def trajectory(
     velocity: Velocity, seeds: Seeds, *, model: Model, stage: Stage, keep_path: bool = False
 ) -> tuple[Float[Array, "B h w c"], Path | None]:
-    """The ODE, or where the stage has noise the SDE; with `keep_path` also the steps that can be trained on."""
+    """Solve the ODE, or the SDE if the stage has noise; with `keep_path` also the steps that can be trained on."""
     x0, states, _, first = solved(velocity, seeds, model=model, stage=stage, keep_path=keep_path)
     if states is None:
         return x0, None
@@ -169,7 +169,7 @@ def trajectory(
 def preview_or_rest(
     velocity: Velocity, seeds: Seeds, branch: Branched, *, model: Model, stage: Stage
 ) -> tuple[Float[Array, "B h w c"], Carry | None]:
-    """From the noise: the preview's x0, and the state where the branch begins, leaves [B, ...]. From there: the
+    """Without `seeds.state`: the preview's x0 and its state where the branch begins, leaves [B, ...]. With it: the
     sample's x0."""
     if seeds.state is not None:
         state = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), seeds.state)
@@ -182,12 +182,12 @@ def preview_or_rest(
 
 
 def noises(model: Model, keys: Key[Array, "B"]) -> Float[Array, "B h w c"]:
-    """What each sample begins with."""
+    """Each sample's initial noise."""
     return jax.vmap(lambda k: model.noise(sample_key(k, NOISE)))(keys)
 
 
 class Solved(NamedTuple):
-    """x0; with the path, what each of the N steps began with; the steps; each sample's first step of its window."""
+    """x0; with `keep_path` the x before each of the N steps; the steps; the first step of each sample's window."""
 
     x0: Float[Array, "B h w c"]
     states: Float[Array, "N B h w c"] | None
@@ -196,7 +196,7 @@ class Solved(NamedTuple):
 
 
 def solved(velocity: Velocity, seeds: Seeds, *, model: Model, stage: Stage, keep_path: bool) -> Solved:
-    """From each key's noise by the stage's solver."""
+    """Solve from each key's noise by the stage's solver."""
     x1, own = noises(model, seeds.begin.reshape(-1)), seeds.own.reshape(-1)
     sigmas = sigmas_of(model, stage)
     steps, first = sampler.table(sigmas, stage.solver, stage.eta), jnp.zeros(own.shape, jnp.int32)
@@ -214,14 +214,14 @@ def solved(velocity: Velocity, seeds: Seeds, *, model: Model, stage: Stage, keep
 
 
 def sigmas_of(model: Model, stage: Stage) -> np.ndarray:
-    """f64 [steps + 1]: the model's own, or the stage's."""
+    """f64 [steps + 1]: the stage's if it has a shift, else the model's."""
     return sampler.shifted(stage.steps, stage.shift) if stage.shift else model.sigmas(stage.steps)
 
 
 def by_block(block: Callable[..., PyTree], chunk: int) -> Callable[..., PyTree]:
     """block(variables, frozen, prompts, keys [p, n]) -> leaves [p * n, ...], run over keys [P, N] a block at a time.
 
-    A block has at most `chunk` samples: a part of one prompt's, or several whole prompts. Keys are a tree of arrays
+    A block has at most `chunk` samples: a part of one prompt's, or all of several prompts'. Keys are a tree of arrays
     [P, N, ...]. Result leaves [P, N, ...].
     """
 
@@ -243,9 +243,9 @@ def by_block(block: Callable[..., PyTree], chunk: int) -> Callable[..., PyTree]:
 
 
 def block_shape(chunk: int, prompts: int, images: int) -> tuple[int, int]:
-    """(prompts, images of each) that go through the networks together, of what one device holds; at most `chunk`.
+    """(prompts, images of each) that one device passes through the networks together; at most `chunk` images.
 
-    Raises ConfigError where they do not divide.
+    Raises ConfigError if they do not divide what the device holds.
     """
     p, n = max(1, min(chunk // images, prompts)), min(images, chunk)
     if prompts % p or images % n:

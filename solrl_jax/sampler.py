@@ -1,9 +1,9 @@
-"""Solvers from noise to a picture: coefficient tables made on the host in f64, and one scan that serves them all.
+"""Solvers from noise to a picture: coefficient tables made on the host in f64, and one scan for all of them.
 
 Every step goes s -> t (falling sigmas) as x' = a x + b0 x0hat + b1 x0hat_prev + ... + c z with x0hat = x - s v and z of
 N(0, I), so a solver is a table and nothing else. The edge cases s = 1 and t = 0 are handled in the table: no logarithm
-or quotient of zero is ever traced. A step that depends on no earlier x0hat and adds noise is a Gaussian, of whose mean
-and density algorithms ask (`gaussians`, `log_prob`).
+or quotient of zero is ever traced. A noisy step that depends on no earlier x0hat is a Gaussian; algorithms use its
+mean and density (`gaussians`, `log_prob`).
 """
 
 import math
@@ -24,7 +24,7 @@ F32 = jnp.float32
 class Table(NamedTuple):
     """Per step: the sigma that the network sees; coefficients of x, of x0hat and the x0hats before it, and of noise.
 
-    f64 [N] and, `x0`, [N, M] with M - 1 steps of history; in a batch whose samples differ, [N, B] and [N, B, M].
+    f64 [N]; for `x0` [N, M] with M - 1 steps of history. [N, B] and [N, B, M] if the steps of a batch's samples differ.
     """
 
     sigma: Any
@@ -36,9 +36,9 @@ class Table(NamedTuple):
 def table(sigmas: np.ndarray, solver: str, eta: float = 0.0) -> Table:
     """sigmas f64 [N + 1], falling from 1 to 0 -> the N steps of a solver (algorithms.md 1.3); `eta` is its noise.
 
-    With eta = 0 ddim, sde, dance and cps are Euler (dance but for its last step, which is the same there).
+    With eta = 0 ddim, sde, dance and cps are Euler; dance's special last step then equals Euler's.
 
-    Raises ValueError for an unknown solver, an eta that it has no use for, or sigmas that do not fall from at most 1
+    Raises ValueError for an unknown solver, an eta outside its range, or sigmas that do not fall from at most 1
     to 0.
     """
     sigmas = np.asarray(sigmas, np.float64)
@@ -76,13 +76,13 @@ def dpm2(sigmas: np.ndarray, eta: float) -> Table:
 def sde(sigmas: np.ndarray, eta: float) -> Table:
     """Flow-GRPO's: a reverse SDE of Euler's marginals with diffusion g^2 = eta^2 s / (1 - s) (1.3 b)."""
     s, t = sigmas[:-1], sigmas[1:]
-    # At s = 1 Flow-GRPO takes the next sigma in g; SANA's own grid begins at .9997, where 1 - s is no better.
+    # At s = 1 Flow-GRPO takes the next sigma in g; SANA's own grid begins at .9997, where 1 - s is nearly 0.
     rest = np.where(s > 0.999, 1 - t, 1 - s)
     return _reverse(s, t, eta**2 * s / rest)
 
 
 def dance(sigmas: np.ndarray, eta: float) -> Table:
-    """DanceGRPO's: the same SDE with g = eta; its last step gives x0hat, which is what DanceGRPO decodes (1.3 c)."""
+    """DanceGRPO's: the same SDE with g = eta; its last step gives x0hat, which DanceGRPO decodes (1.3 c)."""
     s, t = sigmas[:-1], sigmas[1:]
     steps = _reverse(s, t, np.full_like(s, eta**2))
     steps.x[-1], steps.x0[-1], steps.noise[-1] = 0, 1, 0
@@ -117,9 +117,9 @@ def _shared(s: np.ndarray, t: np.ndarray, share: np.ndarray) -> Table:
 def sa_solver(sigmas: np.ndarray, tau: float) -> Table:
     """AWM's stochastic Adams: SA-Solver, predictor and corrector of order 2, one network call a step (1.3 h).
 
-    Noise is added where the step arrives at a sigma of .3 to .9. The grid begins at .999, its last sigma is half of the
-    one before. A step's corrector uses the x0hat that the network gives after it, so it is folded into the next
-    step's row: x' = L (x + corr (m - m1) - pred (m1 - m2)) + c0 m + pred' (m - m1) + noise z, m1, m2 earlier x0hats.
+    A step has noise if it ends at a sigma of .3 to .9. The grid begins at .999; its last sigma above 0 is half of the
+    one before. A step's corrector needs the x0hat at the step's end, so it is part of the next step's row:
+    x' = L (x + corr (m - m1) - pred (m1 - m2)) + c0 m + pred' (m - m1) + noise z, with m1, m2 the earlier x0hats.
     """
     q = sigmas.copy()
     q[0] = min(q[0], 0.999)
@@ -155,7 +155,7 @@ SOLVERS: dict[str, Callable[[np.ndarray, float], Table]] = {
     "cps": cps,
     "sa_solver": sa_solver,
 }
-"""By the names of solvers.SOLVERS, which has their limits."""
+"""The names are those of solvers.SOLVERS, which has their limits."""
 
 
 # --- sigmas and the scan --------------------------------------------------------------------------------------------
@@ -180,10 +180,10 @@ def windowed(inside: Table, outside: Table, first: Int[Array, "B"], length: int)
 
 
 def branched(sigmas: np.ndarray, after: int, steps: int, shift: float) -> np.ndarray:
-    """f64 [after + steps + 1]: the first `after` steps of a grid, then `steps` of one's own from where these end to 0.
+    """f64 [after + steps + 1]: the first `after` steps of a grid, then `steps` new ones from there to 0.
 
-    The latter are equal in u, where sigma = shift u / (1 + (shift - 1) u) as in `shifted`. The table of the whole is
-    one multistep solve, and its first `after` rows are those of the table of `sigmas`.
+    The new steps are equal in u, where sigma = shift u / (1 + (shift - 1) u) as in `shifted`. The table of this grid
+    is one multistep solve; its first `after` rows are those of the table of `sigmas`.
 
     Raises ValueError unless 1 <= after < number of steps of `sigmas`, and steps >= 1.
     """
@@ -198,14 +198,14 @@ def branched(sigmas: np.ndarray, after: int, steps: int, shift: float) -> np.nda
 
 
 class Carry(NamedTuple):
-    """A solver's state between two steps, f32: x, and the x0hats of the steps before, the last one first."""
+    """A solver's state between two steps, f32: x, and the x0hats of the earlier steps, newest first."""
 
     x: Float[Array, "*B h w c"]
     x0hats: tuple[Float[Array, "*B h w c"], ...] = ()
 
 
 def at_noise(x1: Float[Array, "*B h w c"], steps: Table) -> Carry:
-    """Where a table begins."""
+    """The state before a table's first step."""
     return Carry(x1, (jnp.zeros_like(x1),) * (np.shape(steps.x0)[-1] - 1))
 
 
@@ -229,9 +229,8 @@ def advance(
 ) -> tuple[Carry, Float[Array, "N B h w c"] | None]:
     """Take the N steps of a table, or of a part of one (`rows`), from a solver's state.
 
-    velocity(x, sigma [B]) -> v like x; noise(step) -> z like x, asked for only where it is given: a table with noise
-    needs it. Returns the state reached, and with `keep_path` what each step began with. The state stays f32 whatever
-    the network's dtype.
+    velocity(x, sigma [B]) -> v like x; noise(step) -> z like x, for a table with noise. Returns the new state, and
+    with `keep_path` the x before each step. The state stays f32 for every dtype of the network.
     """
     history = len(carry.x0hats)
     index = jnp.arange(np.shape(steps.sigma)[0])
@@ -257,12 +256,12 @@ def rows(steps: Table, first: int, last: int | None = None) -> Table:
 
 
 def over(c: Array, x: Array) -> Array:
-    """A scalar, or one number a sample [B], against x [B, ...]."""
+    """A scalar, or one number per sample [B], shaped to broadcast against x [B, ...]."""
     return c.reshape(c.shape + (1,) * (x.ndim - 1)) if c.ndim else c
 
 
 class Gaussian(NamedTuple):
-    """Steps x' ~ N(on_x x + on_x0 x0hat, std^2): leaves [N], or [B] of one step a sample; `diffusion` = std / sqrt(-d).
+    """Steps x' ~ N(on_x x + on_x0 x0hat, std^2): leaves [N], or [B], a step per sample; `diffusion` = std / sqrt(-d).
 
     log p(x') = log_norm - precision mean |x' - mean|^2, over all but the batch axis (the mean, not the sum).
     """
@@ -275,7 +274,7 @@ class Gaussian(NamedTuple):
 
 
 def gaussians(sigmas: np.ndarray, solver: str, eta: float) -> Gaussian:
-    """The noisy steps of a solver, f64 [N]; steps without noise have precision 0 and mean nothing.
+    """The noisy steps of a solver, f64 [N]; steps without noise have precision 0 and no meaning.
 
     sde, dance, ddim: precision 1/(2 std^2) and log_norm -ln(std) - ln(2 pi)/2; cps: 1 and 0, as Flow-GRPO defines it.
     """
@@ -292,10 +291,10 @@ def gaussians(sigmas: np.ndarray, solver: str, eta: float) -> Gaussian:
 
 
 def mean(step: Gaussian, x: Float[Array, "B h w c"], x0: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
-    """Where a step goes from x, given x0hat; leaves of `step` [B]."""
+    """The mean of a step from x, given x0hat; leaves of `step` [B]."""
     return over(step.on_x, x) * x + over(step.on_x0, x) * x0
 
 
 def log_prob(step: Gaussian, mean: Float[Array, "B h w c"], x_next: Float[Array, "B h w c"]) -> Float[Array, "B"]:
-    """Log-density of having gone to `x_next`, averaged over its elements; leaves of `step` [B]."""
+    """Log-density of the step to `x_next`, averaged over its elements; leaves of `step` [B]."""
     return step.log_norm - step.precision * jnp.mean((x_next - mean) ** 2, axis=(1, 2, 3))

@@ -1,12 +1,12 @@
-"""What each solver of sampler.py takes, without JAX: config.py checks stages by it, so that --help stays instant."""
+"""The limits of sampler.py's solvers. config.py checks stages by them without JAX, so that --help stays instant."""
 
 import math
 from typing import NamedTuple
 
 
 class Limits(NamedTuple):
-    """`noise`: the most eta that a solver takes, 0 of one that solves the ODE. `gaussian`: its steps with eta > 0 are
-    Gaussians given the state that they begin with, so they have a probability."""
+    """`noise`: the largest eta that a solver takes, 0 for a solver of the ODE. `gaussian`: with eta > 0 a step is a
+    Gaussian given the state before it, so it has a probability."""
 
     noise: float = 0.0
     gaussian: bool = False

@@ -38,7 +38,7 @@ def leaves_by_path(tree: PyTree) -> dict[str, Any]:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """A value that is part of a tree's structure: known while a program is traced, and another one a new program."""
+    """A value that is part of a tree's structure: known at trace time; another value needs another program."""
 
     value: Any
 
@@ -49,9 +49,9 @@ class Model(NamedTuple):
     tokenize(prompts) -> arrays [G, ...] on the host;
     encode(text_params, tokens) -> conditioning, leaves [G, ...];
     noise(key) -> one sample's x_1, f32 [h, w, c]; sigmas(steps) -> f64 [steps + 1], falling from 1 to 0;
-    shift(steps) -> the shift of that grid, in whose u a branch's steps are equal (sampler.branched);
-    prepare(variables, cond) -> conditioning, leaves [G, ...], that velocity takes in the place of `encode`'s: what of
-    the network depends on neither x nor sigma is done in it, once for a rollout;
+    shift(steps) -> the shift of that grid; a branch's steps are equal in its u (sampler.branched);
+    prepare(variables, cond) -> conditioning, leaves [G, ...], which velocity takes instead of `encode`'s: the part of
+    the network that depends on neither x nor sigma, computed once per rollout;
     velocity(variables, x, sigma, cond) -> f32 like x, for x f32 [B, h, w, c], sigma f32 [B] and cond leaves [B, ...];
     largest(variables, x, sigma, cond) -> {Linear's path: the largest |input| that it sees in this call, f32 []};
     decode(vae_params, latents) -> images f32 [B, H, W, 3] in [0, 1]; init(key) -> a fresh base.
@@ -70,15 +70,15 @@ class Model(NamedTuple):
     lora_targets: tuple[str, ...]
     quant_rules: "QuantRules"
     keys: tuple  # weights.Rule table: our parameter paths <-> the public checkpoint's keys
-    comfy: tuple = ()  # lora_files.Fused table: the modules of ComfyUI's LoRA files; none: no such files
-    native: tuple = ()  # a weights.Rule table of other names for the modules, which LoRA files may have
+    comfy: tuple = ()  # lora_files.Fused table: the modules of ComfyUI's LoRA files; empty: no such files
+    native: tuple = ()  # a weights.Rule table of other module names that LoRA files may use
     prepare: Callable[[Variables, PyTree], PyTree] = lambda variables, cond: cond
 
 
 class QuantRule(NamedTuple):
-    """Which Linears the explorer quantises: no `skip` pattern is in the dotted name, and max(in, out) > `min_dim`.
+    """The explorer quantises Linears with no `skip` pattern in their dotted name and max(in, out) > `min_dim`.
 
-    `units` are FP8's (quant.fp8), (Linear's path, unit of its input); 1 for those not named.
+    `units` are for FP8 (quant.fp8): (Linear's path, unit of its input); 1 for Linears not named.
     """
 
     skip: tuple[str, ...]
@@ -87,7 +87,7 @@ class QuantRule(NamedTuple):
 
 
 class QuantRules(NamedTuple):
-    """A rule for both forms of NVFP4, which is the original's, and one for FP8."""
+    """The original's rule, for both forms of NVFP4, and one for FP8."""
 
     nvfp4: QuantRule
     fp8: QuantRule
@@ -99,7 +99,7 @@ class Reward(NamedTuple):
     tokenize(prompts) -> arrays [G, ...] on the host;
     score(params, images f32 [B, H, W, 3], tokens [G, ...]) -> f32 [B].
     B is a multiple of G and image i belongs to prompt i // (B // G), so that a prompt is encoded once per group.
-    `host`, where there is one, is asked on the host instead of `score`: host(images u8 [B, H, W, 3], B prompts) -> [B].
+    `host`, if given, is called on the host instead of `score`: host(images u8 [B, H, W, 3], B prompts) -> [B].
     """
 
     name: str
@@ -109,7 +109,7 @@ class Reward(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """What P prompts become before the step: conditioning and each reward's tokens, all with leaves [P, ...]."""
+    """P prompts as the step takes them: conditioning and each reward's tokens, all with leaves [P, ...]."""
 
     cond: PyTree
     tokens: Mapping[str, PyTree]
@@ -128,7 +128,7 @@ class Hyper(NamedTuple):
 
     learning_rate: Float[Array, ""]
     kl_weight: Float[Array, ""]
-    lag_weight: Float[Array, ""]  # AWM: of the distance to the old policy
+    lag_weight: Float[Array, ""]  # AWM: weight of the distance to the old policy
     clip_range: Float[Array, ""]  # of ratios of probabilities
     strength: Float[Array, ""]  # beta of DiffusionNFT's v+ and v-
     old_wait: Float[Array, ""]
@@ -152,18 +152,18 @@ class TrainState(NamedTuple):
 
 
 class Path(NamedTuple):
-    """The T consecutive noisy steps of a sample that can be trained on: their states, and the first one's number."""
+    """The T consecutive noisy steps of a sample that can be trained on: their states, and the first step's number."""
 
     states: Float[Array, "*B T+1 h w c"]
     first: Int[Array, "*B"]
 
 
 class Rollout(NamedTuple):
-    """Samples of one stage. `keys` are the samples: noise(key) is where each began.
+    """Samples of one stage. `keys` identify the samples: each began at noise(key).
 
-    A branch's preview has the solver's `state`, from which the kept ones go on, in place of `x0`. `path` is there for
-    algorithms that learn from a sampler's steps. `images`, 8 bits, are there until the rewards that run on the host
-    have seen them; without such rewards never.
+    A branch's preview has the solver's `state` instead of `x0`; the kept candidates continue from it. `path` is set for
+    algorithms that learn from a sampler's steps. `images`, 8 bits, are set only if rewards run on the host, until
+    these have seen them.
     """
 
     keys: Key[Array, "P K"]
@@ -176,7 +176,7 @@ class Rollout(NamedTuple):
 
 
 class Points(NamedTuple):
-    """Where velocities are asked for: x_t at time t, and the clean sample they are judged by."""
+    """Where velocities are evaluated: x_t at time t, and the clean sample they are compared with."""
 
     x_t: Float[Array, "*B h w c"]
     t: Float[Array, "*B"]
@@ -184,7 +184,7 @@ class Points(NamedTuple):
 
 
 class Transitions(NamedTuple):
-    """Points that are a sampler's steps: from x_t at time t it went to `x_next`; `step` is the law by which."""
+    """A sampler's steps: from x_t at time t to `x_next`; `step` is the distribution of `x_next`."""
 
     x_t: Float[Array, "*B h w c"]
     t: Float[Array, "*B"]
@@ -193,7 +193,7 @@ class Transitions(NamedTuple):
 
 
 class Velocities(NamedTuple):
-    """f32 velocities at the same points: of the trained policy, and of fixed ones where an algorithm asks for them.
+    """f32 velocities at the same points: of the trained policy, and of the fixed ones that an algorithm needs.
 
     `old` is the policy that follows the trained one, `behaviour` the trained one when this iteration began,
     `reference` the base.

@@ -1,10 +1,10 @@
-"""The host loop of --mode=train: draw prompts, one iteration, evaluate, log, save; and its ends.
+"""The host loop of --mode=train: draw prompts, run one iteration, evaluate, log, save; and how a run ends.
 
 A run ends in one of three ways. All iterations done: LoRA files and report, exit code 0. SIGINT or SIGTERM: the current
 stage is finished, the last finished iteration saved, and the exit code is 75 (sysexits.h's EX_TEMPFAIL: try again),
-by which a scheduler knows that --resume has to go on. An error (a reward that raises or is not finite, three non-finite
-updates in a row, a lost device, a full disk): the last finished iteration is saved where that is possible, and the
-error is raised. An iteration is finished when its line is in metrics.jsonl, so that a resumed run has every line.
+which tells a scheduler to use --resume. An error (a reward that raises or is not finite, three non-finite updates in a
+row, a lost device, a full disk): the last finished iteration is saved if possible, and the error is raised. An
+iteration is finished when its line is in metrics.jsonl, so a resumed run has every line.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ UNFINISHED = 75
 
 
 class Stopped(Exception):
-    """Leaves an unfinished iteration: a signal came between two of its stages."""
+    """Raised to leave an unfinished iteration: a signal came between two of its stages."""
 
 
 def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None = None) -> int:
@@ -76,7 +76,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 state = loop(parts, state, run, out, stop)
             except (TrainError, RewardError) as e:
                 raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
-            except checkpoint.CheckpointError:  # says itself what is saved
+            except checkpoint.CheckpointError:  # its message says what is saved
                 raise
             except Exception as e:
                 e.add_note(f"What was finished before is saved in {run}: --resume --run_dir={run} goes on from it.")
@@ -86,8 +86,8 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
 
 
 def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> list[str]:
-    """Add to starts.json on what the run begins or goes on after `done` iterations, and what its log says first: the
-    notes, and before them that the earlier starts cannot be read, if so. Returns these."""
+    """Add this start to starts.json: `done`, the devices, JAX's version and the log's first lines. Returns those lines:
+    the notes, after a message if the earlier starts cannot be read."""
     file, first = run / "starts.json", parts.mesh.devices.flat[0]
     past = disk.readable(read_starts, file, said := []) or []
     now = {"after": done, "devices": parts.mesh.size, "device": first.device_kind, "jax": jax.__version__}
@@ -96,12 +96,12 @@ def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> list[str]:
 
 
 def memory_limit() -> float | None:
-    """Bytes that JAX may take on each device; None where the device does not say (a CPU)."""
+    """Bytes that JAX may take on each device; None if the device does not say (a CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def start(cfg: Config, run: Path, resume: bool, devices: int | None) -> tuple[TrainState | None, list[str]]:
-    """What to go on from (None: nothing) and what to say of it, before anything large is read."""
+    """(the state to resume from or None, lines for the log), before anything large is read."""
     begun = (run / "config.json").exists()
     if not resume:
         if begun:
@@ -146,7 +146,7 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                 if metrics["skipped"]:
                     out.say(f"warning: iteration {done}: {metrics['skipped']:.0f} updates were not finite and skipped")
                 said, before = guards.alarms(lines, cfg), said
-                for kind in said.keys() - before.keys():  # an alarm is told when it begins
+                for kind in said.keys() - before.keys():  # an alarm is logged when it begins
                     out.say(said[kind])
                 if "eval_reward_avg" in metrics:
                     for warning in guards.falling(lines, cfg):
@@ -157,15 +157,15 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
         except jax.errors.JaxRuntimeError as e:
             raise TrainError(f"iteration {done + 1}: {device_error(e)}") from e
         finally:
-            # Not the untouched beginning of a run that failed at once, but that of one that was asked to stop.
+            # A run that fails in its first iteration saves nothing; a run that is stopped there saves its state.
             if done > first or stop.is_set():
                 saver.save(state, score)
     return state
 
 
 def ready(parts: Parts) -> Parts:
-    """`parts` with the units of FP8's inputs, where a stage runs in FP8: measured on the run's first prompts, which are
-    encoded with all those of the first visit of the text encoders, by the base, so that a resumed run finds the same.
+    """`parts` with the units of FP8's inputs, if a stage runs in FP8. The base measures them on the run's first
+    prompts, encoded with all prompts of the text encoders' first call, so that a resumed run finds the same units.
     """
     cfg, there = parts.cfg, parts.prompts.train
     low = [stage for _, stage, _ in cfg.stages() if stage.precision == "fp8"]
@@ -184,7 +184,7 @@ def ready(parts: Parts) -> Parts:
 
 
 def drawn(parts: Parts, done: int) -> tuple[list[str], list[str]]:
-    """The prompts of the iteration after `done`, and those that come next and are encoded with them."""
+    """(prompts of the iteration after `done`, prompts of the later ones that are encoded with them)."""
     cfg = parts.cfg
     upcoming = range(done, min(done + max(1, cfg.encode_ahead), cfg.iterations))
     found = [p for i in upcoming for p in data.batch(parts.prompts.train, cfg.seed, i, cfg.prompts)]
@@ -192,7 +192,7 @@ def drawn(parts: Parts, done: int) -> tuple[list[str], list[str]]:
 
 
 def encoded(parts: Parts, done: int, times: dict[str, float]) -> Prompts:
-    """The prompts of the iteration after `done`; those that come next are encoded with them."""
+    """The encoded prompts of the iteration after `done`; `drawn` says which are encoded with them."""
     with iteration.clock(times, "encode"):
         batch, ahead = drawn(parts, done)
         return jax.block_until_ready(assemble.encode(parts, batch, parts.score, ahead))
@@ -201,18 +201,18 @@ def encoded(parts: Parts, done: int, times: dict[str, float]) -> Prompts:
 def iterate(
     parts: Parts, state: TrainState, prompts: Prompts, step: "Step", times: dict[str, float]
 ) -> tuple[TrainState, Metrics]:
-    """One iteration's state and metrics, `times` with them. Raises TrainError where a reward is not finite, Stopped
-    where a signal came between two stages."""
+    """One iteration's state and metrics, which include `times`. Raises TrainError if a reward is not finite, Stopped
+    if a signal came between two stages."""
     new, metrics = step(state, prompts, times)
     numbers, number = {name: float(value) for name, value in jax.device_get(metrics).items()}, int(new.iteration)
     check_rewards(numbers, number, functools.partial(not_finite, parts, state, prompts))
-    if number == 1:  # a run that began goes on, however near the edge a later iteration is
+    if number == 1:  # only at the start: a later iteration near the limit does not stop a run
         check_ratio(numbers, number, parts.cfg.learn.clip_range)
     return new, numbers | {f"time/{name}": seconds for name, seconds in times.items()}
 
 
 def check_skipped(parts: Parts, state: TrainState, prompts: Prompts, metrics: Metrics) -> None:
-    """Raises TrainError after SKIPS updates in a row that were not finite, with what is to blame."""
+    """Raises TrainError, which names the cause, after SKIPS non-finite updates in a row."""
     if (skipped := int(state.skipped)) >= SKIPS:
         raise TrainError(
             f"iteration {int(state.iteration)}: {skipped} updates in a row had non-finite gradients "
@@ -232,7 +232,7 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
 
         def between(stage: str, share: float) -> None:
             out.between(stage, share)
-            if stop.is_set() and stage != "learn":  # after learn the iteration is as good as finished
+            if stop.is_set() and stage != "learn":  # learn is the last stage: the iteration finishes
                 raise Stopped
 
         return lambda state, prompts, times: staged(state, parts.frozen, prompts, times, between)
@@ -249,11 +249,11 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
 
 
 def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Shown | None, Metrics]:
-    """The base model's pictures, from a resumed run's file or drawn, None without evaluation; and what is known of it.
+    """The base model's pictures (from a resumed run's file, or drawn; None without evaluation) and its metrics.
 
-    That is iteration 0's line of the metrics, which this writes where it is not there or says something else: the
-    rewards of these pictures, and how well the preview ranks. The latter is measured where a run begins, so that what
-    does not fit the device ends it in its first minutes.
+    The metrics are iteration 0's line: the rewards of these pictures, and how well the preview ranks. The line is
+    written if it is missing or different. The preview is measured when a run begins, so that a run that does not fit
+    the device fails in its first minutes.
     """
     cfg = parts.cfg
     shown = _base(parts, state, run, out) if cfg.evaluate.every else None
@@ -271,7 +271,7 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
 
 
 def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
-    """The base's pictures of the config's evaluation; if those are of another one, they are drawn again."""
+    """The base's pictures for the config's evaluation; drawn again if the file's are for another one."""
     file, how = run / "grids" / "base.npz", repr(parts.cfg.evaluate)
     kept = disk.readable(pictures.load, file, said := [])
     for line in said:
@@ -279,7 +279,7 @@ def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
     if kept is not None and kept.how == how:
         return kept.shown
     out.between("evaluate", 0.0)
-    zeros = jax.tree.map(lambda x: x * 0, state.ema)  # placed as the EMA is: both are drawn by one compiled program
+    zeros = jax.tree.map(lambda x: x * 0, state.ema)  # placed like the EMA: one compiled program draws both
     _, shown = evaluate.evaluate(parts, zeros)
     grid = pictures.write_grid(run / "grids" / "000000.png", shown.prompts, {"base": shown.images})
     out.say(f"first pictures: {grid}")
@@ -288,7 +288,7 @@ def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
 
 
 def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown | None) -> dict[str, float]:
-    """eval_reward_* and eval_gain* of the EMA policy, its grid beside the base's, and its pictures as the last."""
+    """eval_reward_* and eval_gain* of the EMA policy. Writes its grid beside the base's and its last.npz."""
     out.between("evaluate", 0.0)
     times: dict[str, float] = {}
     with iteration.clock(times, "time/evaluate"):
@@ -305,7 +305,7 @@ def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown 
 
 @contextlib.contextmanager
 def signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal ends the process at once, as if this were not here."""
+    """An event that SIGINT and SIGTERM set; a second signal ends the process at once, by the default handler."""
     stop, kinds = threading.Event(), (signal.SIGINT, signal.SIGTERM)
 
     def handler(number: int, frame: object) -> None:
@@ -323,7 +323,7 @@ def signals() -> Iterator[threading.Event]:
 
 
 def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
-    """The LoRA files of a run that is done, then the report, and a last line that says where things are."""
+    """Write the LoRA files of a run that is done, then the report, and print where they are."""
     done, total = int(state.iteration), parts.cfg.iterations
     if stopped and done < total:
         reported(run)
@@ -342,11 +342,11 @@ def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
 
 
 def reported(run: Path) -> Path | None:
-    """report.html; where it cannot be made a line says why, and what else a run delivers does not depend on it."""
+    """Write report.html. If this fails, print why and go on: a run's other files do not depend on it."""
     file = run / "report.html"
     try:
         return report.write([run], file)
-    except Exception as e:  # whatever it is: --mode=report raises it again, with the traceback of a defect
+    except Exception as e:  # any error: --mode=report raises it again, with a traceback if it is a defect
         why = (str(e).splitlines() or [""])[0]
         print(
             f"warning: {file} could not be made ({type(e).__name__}: {why}); try again by --mode=report "
@@ -357,6 +357,6 @@ def reported(run: Path) -> Path | None:
 
 
 def again(run: Path, devices: int) -> str:
-    """The command that goes on with a run, on as many devices."""
+    """The command that resumes a run on as many devices."""
     command = f"python -m solrl_jax.main --run_dir={run} --resume"
     return command if devices == jax.device_count() else f"{command} --devices={devices}"

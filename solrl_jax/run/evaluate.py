@@ -1,7 +1,7 @@
 """Pictures of a policy: the fixed evaluation of a run, and --mode=eval and --mode=sample.
 
-Evaluation draws fixed prompts from fixed keys, both pure functions of cfg.seed, so that two policies' pictures differ
-by the policies alone. The base is drawn with a LoRA of zeros: the base exactly, without a program of its own.
+Evaluation draws fixed prompts from fixed keys, both pure functions of cfg.seed, so that only the policies make a
+difference. The base is drawn with a LoRA of zeros: this is exactly the base, without a second program.
 """
 
 from collections.abc import Sequence
@@ -57,8 +57,8 @@ def pictures(
 ) -> Pictures:
     """cfg.evaluate.images pictures per prompt by base + adapter, full steps; call it under the mesh.
 
-    Picture i has the key of place `first` + i. Fewer than `groups` prompts are filled up, so that
-    every call of a row of calls has one shape and compiles once.
+    Picture i has the key of place `first` + i. Fewer than `groups` prompts are padded, so that all calls of a series
+    have one shape and compile once.
     """
     cfg, devices = parts.cfg.evaluate, parts.mesh.size
     count = devices * prompts_each(cfg, max(groups or 0, len(prompts)), devices)
@@ -78,7 +78,7 @@ def pictures(
 
 
 def prompts_each(cfg: Evaluate, prompts: int, devices: int) -> int:
-    """Of so many prompts those of one device, filled up to whole blocks."""
+    """How many of `prompts` one device takes, rounded up to whole blocks."""
     together = max(1, min(cfg.chunk // cfg.images, -(-prompts // devices)))
     return -(-prompts // (together * devices)) * together
 
@@ -108,9 +108,9 @@ def averages(shown: Shown, score: Score) -> dict[str, float]:
 
 
 def gains(base: Shown, now: Shown, score: Score) -> dict[str, float]:
-    """{"eval_gain/<name>": the mean gain over the base, "eval_gain_error/<name>": its standard error}, "avg" as above.
+    """{"eval_gain/<name>": the mean gain over the base, "eval_gain_error/<name>": its standard error}, also of "avg".
 
-    Prompt by prompt, so that what prompts differ in does not count; {} where there are fewer than two.
+    Gains are taken prompt by prompt, so that differences between prompts do not count; {} for fewer than two prompts.
     """
     before, after = _with_total(base.means, score), _with_total(now.means, score)
     each = {name: after[name] - before[name] for name in after if name in before and len(after[name]) > 1}
@@ -119,7 +119,7 @@ def gains(base: Shown, now: Shown, score: Score) -> dict[str, float]:
 
 
 def _with_total(means: dict[str, np.ndarray], score: Score) -> dict[str, np.ndarray]:
-    """`means` and, as "avg", the weighted sum of the trained ones."""
+    """`means` and, as "avg", the weighted sum of the trained rewards."""
     if not means:
         return {}
     return means | {"avg": np.sum([w * means[n] for n, w in zip(score.names, score.weights, strict=True)], axis=0)}

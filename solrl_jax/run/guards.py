@@ -1,7 +1,7 @@
-"""What warns of a run that goes wrong, what makes it fall back to BF16, and what stops it.
+"""Warnings about a run that goes wrong, its fall-back to BF16, and the errors that stop it.
 
-Alarms are functions of the lines of metrics.jsonl, so that a resumed run sees what the one before it saw. How well the
-preview ranks is measured; a run that falls back does so for good, in its state. Numbers that are not finite stop it.
+Alarms are functions of the lines of metrics.jsonl, so a resumed run has the same alarms. How well the preview ranks is
+measured; a run that falls back stays in BF16, by a flag in its state. Numbers that are not finite stop a run.
 """
 
 import dataclasses
@@ -32,30 +32,30 @@ RECENT = 5
 COLLAPSED = 0.5
 """Share of prompts whose kept samples all have one reward."""
 FAR = 0.2
-"""Mean squared distance of velocities, which themselves are about 1, from the base's or the old policy's."""
+"""Mean squared distance of velocities (about 1 themselves) from the base's or the old policy's."""
 GROWTH = 10.0
-"""Times that a distance, once it is a hundredth of FAR, may grow in RECENT iterations."""
+"""Factor by which a distance of FAR / 100 or more may grow in RECENT iterations."""
 
 
 def alarms(lines: Sequence[Line], cfg: Config) -> dict[str, str]:
-    """What is wrong as of the last of `lines`: {kind: a line}, {} where nothing is."""
+    """The alarms as of the last of `lines`: {kind: a warning}, {} if there are none."""
     trained = [line for line in lines if line.get("loss") is not None]
     found = {"collapsed": _collapsed(trained), "ranks": _badly_ranked(lines, cfg)}
-    if not cfg.of_steps:  # whose KL is of a step's means
+    if not cfg.of_steps:  # there kl_div is the KL of a step's means
         found |= {"kl_div": _far(trained, "kl_div", "base"), "old": _far(trained, "old_deviate", "old policy")}
     return {kind: f"warning: {text}" for kind, text in found.items() if text}
 
 
 def falling(lines: Sequence[Line], cfg: Config) -> list[str]:
-    """Which held-out rewards have fallen since the first evaluation, while the trained one rose."""
+    """Warnings for held-out rewards that fell since the first evaluation while the trained one rose."""
     return exploited(lines, rewards.held_out(cfg.reward, cfg.evaluate.rewards))
 
 
 def exploited(lines: Sequence[Line], held_out: Mapping[str, float]) -> list[str]:
     """A warning for each held-out reward that fell from the first evaluation to the last while the trained one rose.
 
-    `held_out` are their weights: one with a negative weight is better the lower it is, so it warns where it rose. A
-    change counts beyond two of its standard errors over prompts, where the last line has those (evaluate.gains).
+    `held_out` gives their weights: a reward with a negative weight is better when lower, so its rise is warned of. A
+    change counts beyond two of its standard errors over prompts, if the last line has those (evaluate.gains).
     """
     said = []
     for name, weight in held_out.items():
@@ -77,7 +77,7 @@ def exploited(lines: Sequence[Line], held_out: Mapping[str, float]) -> list[str]
 
 
 def _recent(lines: Sequence[Line], name: str, back: int = 0) -> float | None:
-    """The median of the last RECENT values of a metric, or of those `back` before them; None where there are fewer."""
+    """The median of a metric over the last RECENT lines, or those `back` lines earlier; None if values are missing."""
     end = len(lines) - back
     found = [line[name] for line in lines[max(0, end - RECENT) : max(0, end)] if line.get(name) is not None]
     return statistics.median(found) if len(found) == RECENT else None
@@ -122,7 +122,7 @@ def _ranks(lines: Sequence[Line]) -> list[float]:
 
 
 def _low(cfg: Config) -> bool:
-    """Whether exploration has a BF16 to fall back to."""
+    """Whether exploration can fall back to BF16."""
     return cfg.explore is not None and cfg.explore.precision != "bf16"
 
 
@@ -137,16 +137,16 @@ def due(cfg: Config, done: int) -> bool:
 def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     """Spearman, overlap of the best K/2 and kept contrast of the preview against all N candidates drawn in full.
 
-    Of `watch.prompts` training prompts, rounded to a multiple of the devices, with the noise of the coming iteration;
-    costs N full rollouts of each. Takes no more memory than the stages: a prompt a device at a time, in the smallest of
-    their chunks, and no quantised kernels beside the full rollouts.
+    Uses `watch.prompts` training prompts, rounded to a multiple of the devices, and the noise of the coming iteration;
+    costs N full rollouts per prompt. Takes no more memory than the stages: one prompt per device at a time, in the
+    smallest of their chunks, and no quantised kernels beside BF16 rollouts.
 
-    In a branch `watch/*` compares with all N finished from the preview's states, which is what is trained on, and
-    `watch/noise_*` with all N drawn from the noise by the steps of `regenerate`: what a sample of the policy is.
+    In a branch `watch/*` compares with all N finished from the preview's states, like the trained samples, and
+    `watch/noise_*` with all N drawn from the noise by the steps of `regenerate`, like the policy's own samples.
     """
     cfg = parts.cfg
     devices, train = parts.mesh.size, parts.prompts.train
-    count = min(-(-cfg.watch.prompts // devices), len(train) // devices) * devices  # all there are, where that is less
+    count = min(-(-cfg.watch.prompts // devices), len(train) // devices) * devices  # all there are, if fewer
     batch = data.batch(train, cfg.seed, 0, max(count, cfg.prompts))[:count]
     prompts = assemble.encode(parts, batch, parts.score)
     keys = sample_keys(state, count, cfg.candidates)
@@ -155,7 +155,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     low = programs.quantised(kernels, parts.frozen)
 
     def roll(program: Callable[..., Rollout], low: Params | None, state: Carry | None = None) -> Rollout:
-        """Of all N candidates of the prompts."""
+        """Roll out all N candidates of the prompts."""
         found = []
         for i in range(count // devices):
             group, *start = sharding.block((prompts, keys, state), i, 1)
@@ -175,7 +175,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
 
 
 class Programs(NamedTuple):
-    """Of one measurement, each jitted: kernels, then rollouts of a prompt's N candidates."""
+    """The jitted programs of a measurement: kernels, then rollouts of a prompt's N candidates."""
 
     merged: Callable[..., dict[str, jax.Array]]
     quantised: Callable[..., Params | None]
@@ -208,8 +208,8 @@ def rollouts(cfg: Config) -> tuple[Stage, Stage]:
 
 
 def judged(state: TrainState, metrics: Mapping[str, float], cfg: Config) -> TrainState:
-    """`state`, from which on exploration is in BF16 where these metrics have a Spearman below watch.rank and the run is
-    one that falls back. The flag is part of the state, so a resumed run needs no metrics to know it."""
+    """`state`, with its flag for exploration in BF16 set if the run may fall back and the Spearman of these metrics is
+    below watch.rank. The flag is part of the state, so a resumed run needs no metrics for it."""
     found = metrics.get("watch/spearman", math.nan)  # NaN is not below
     if not (cfg.watch.fall_back and _low(cfg) and found < cfg.watch.rank):
         return state
@@ -242,9 +242,9 @@ SUMMARIES = (
 
 
 def check_rewards(metrics: Metrics, number: int, cause: Callable[[], str]) -> None:
-    """Raises TrainError that names the rewards whose mean is not finite, over the kept samples or the candidates.
+    """Raises TrainError that names each reward whose mean, over the kept samples or the candidates, is not finite.
 
-    `cause` says which weights are to blame, "" where none are.
+    `cause` says which weights are to blame, "" if there are none.
     """
     scored = {name: value for name, value in metrics.items() if name.startswith(("reward/", "explore/reward"))}
     bad = {name: value for name, value in scored.items() if not math.isfinite(value)}
@@ -259,7 +259,7 @@ def check_rewards(metrics: Metrics, number: int, cause: Callable[[], str]) -> No
 
 
 def not_finite(parts: Parts, state: TrainState, prompts: Prompts) -> str:
-    """Which arrays an iteration begins with that are NaN or infinite somewhere, and what to do; "" if none."""
+    """Which of an iteration's input arrays have NaN or infinite values, and what to do; "" if none."""
     frozen = parts.frozen
     trees = {"network": frozen.base, "vae": frozen.vae, "rewards": frozen.rewards, "conditioning": prompts.cond}
     trees |= {"lora": state.lora, "old": state.old}
@@ -275,9 +275,9 @@ def not_finite(parts: Parts, state: TrainState, prompts: Prompts) -> str:
 
 
 def check_ratio(metrics: Metrics, number: int, clip_range: float) -> None:
-    """Raises TrainError where ratios of probabilities are clipped at what is mere rounding.
+    """Raises TrainError if rounding alone can clip the ratios of probabilities.
 
-    Of an iteration's first update the ratio is 1; how far it is off is what the network's rounding does to it.
+    In an iteration's first update the exact ratio is 1; its deviation is the network's rounding.
     """
     noise = metrics.get("ratio/noise", 0.0)
     if not clip_range >= 10 * noise:
@@ -289,7 +289,7 @@ def check_ratio(metrics: Metrics, number: int, clip_range: float) -> None:
 
 
 def device_error(e: Exception) -> str:
-    """What a device reports, its first line, and what fixes it."""
+    """The first line of a device's error, and how to fix it."""
     told = (str(e).strip() or "no message").splitlines()[0]
     if "RESOURCE_EXHAUSTED" in told:
         sizes = "explore.chunk, regenerate.chunk, evaluate.chunk or learn.micro_batch"
