@@ -7,6 +7,7 @@ reward, with the 95 % bootstrap interval over seeds; and every arm's gains at on
 iterations. Curves are read straight between marks; seed i meets the same prompts in the same order in every arm.
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -128,7 +129,9 @@ def draw(files: dict[str, Path], to: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     files = {name: HERE / f"results/arms/{name}.json" for name in ARMS}
     contrasts, long = crossed(HERE / "results/contrast.json"), long_runs(HERE / "results/long")
     results.record(HERE / "results/summary.json", {**summary(files), **contrasts, **long})
