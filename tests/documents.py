@@ -51,7 +51,7 @@ def in_short() -> list[Command]:
     found = []
     for file in sorted((ROOT / "experiments").rglob("*.py")):
         for line in file.read_text(encoding="utf-8").splitlines():
-            if re.match(r" +python -m .*# .*in short", line):
+            if re.match(r" +python -m .*# .*\bshort\b", line):
                 found.append(Command(str(file.relative_to(ROOT)), tuple(shlex.split(line, comments=True))))
     return found
 

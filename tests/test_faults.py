@@ -22,10 +22,10 @@ from solrl_jax import config, iteration, recipes, train
 from solrl_jax.learn import apply_gradients
 from solrl_jax.run import assemble, checkpoint, data, evaluate
 from tests import test_train
-from tests.test_iteration import quick_compiles
 from tests.test_train import TOY, compiled, metrics_of, toy
 
-__all__ = ["compiled", "quick_compiles", "toy"]  # fixtures
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+__all__ = ["compiled", "toy"]  # fixtures
 ALGORITHMS = ("sol_rl", "naive_scaling", "diffusionnft", "awm", "flow_grpo", "flow_grpo_fast", "dance_grpo")
 SHORT = {"evaluate.every": 0, "save_every": 1}
 

@@ -12,10 +12,10 @@ from solrl_jax.config import Config, ConfigError, Watch
 from solrl_jax.run import assemble, checkpoint, guards
 from solrl_jax.structs import Rollout
 from tests.test_checkpoint import state_at
-from tests.test_iteration import quick_compiles
 from tests.test_train import compiled, metrics_of, toy
 
-__all__ = ["compiled", "quick_compiles", "toy"]  # fixtures
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+__all__ = ["compiled", "toy"]  # fixtures
 CFG = Config()
 
 

@@ -13,9 +13,11 @@ from solrl_jax.keys import STEPS, sample_key, sample_keys
 from solrl_jax.rollout import policy_variables, sigmas_of
 from solrl_jax.run import assemble
 from tests import nano
-from tests.test_iteration import begun, folder, numbers, parts_of, quick_compiles, statics_of, whole
+from tests.nano import begun, numbers, parts_of, statics_of
+from tests.test_iteration import folder, whole
 
-__all__ = ["folder", "quick_compiles"]  # fixtures
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+__all__ = ["folder"]  # fixtures
 SMALL = {"flow_grpo": 3, "flow_grpo_fast": 4, "dance_grpo": 4, "awm": 5}
 """Steps of a rollout here."""
 
