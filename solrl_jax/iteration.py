@@ -64,7 +64,7 @@ def iteration_step(
     chex.assert_tree_shape_prefix(prompts, (count,))  # jaxtyping does not see NamedTuple fields
     keys, chance = run.draw(state, count)
     kernels = run.merged(state, frozen)
-    # Without it XLA fuses quantising into the explorer's products, and the preview rounds differently than when staged:
+    # Without the barrier XLA fuses quantising into the explorer's products: the preview rounds otherwise than staged,
     # tests/test_rollout.py::test_staged_equals_whole.
     kernels, low = jax.lax.optimization_barrier((kernels, run.quantised(kernels, frozen)))
     if cfg.explore is None:
