@@ -232,7 +232,11 @@ def advance(
     velocity(x, sigma [B]) -> v like x; noise(step) -> z like x, for a table with noise. Returns the new state, and
     with `keep_path` the x before each step. The state stays f32 for every dtype of the network.
     """
-    history = len(carry.x0hats)
+    history, columns_of_x0 = len(carry.x0hats), np.shape(steps.x0)[-1]
+    if columns_of_x0 != history + 1:
+        raise ValueError(
+            f"a state with {history} x0hats, a table that takes {columns_of_x0 - 1}: use the solver that left the state"
+        )
     index = jnp.arange(np.shape(steps.sigma)[0])
     columns = jax.tree.map(lambda c: jnp.asarray(c, F32), steps)
 

@@ -167,3 +167,11 @@ def test_settings_that_a_gpu_lacks_are_named(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(device, "absent", lambda: ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"])
     _, found = doctor.hardware(cfg, tmp_path, None)
     assert found.text.endswith("are missing: XLA_PYTHON_CLIENT_MEM_FRACTION=0.92") and "device.setup()" in found.fix
+
+
+def test_a_branch_says_where_its_samples_begin():
+    found = [f.text for f in doctor.precision(config.load("tiny:branch"), Path("run"), 1)]
+    assert found == [
+        "explore: 5 dpm2 steps in nvfp4_emulated",
+        "regenerate: 4 dpm2 steps in bf16, from the preview's state after step 3",
+    ]

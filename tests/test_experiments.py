@@ -32,6 +32,9 @@ def test_an_iteration_has_the_price_of_its_work():
     assert flow["rollout in bf16"] == 48 * 24 * 6 * 2.0 and flow["quantise"] == 0
     assert flow["learn"] == 48 * 24 * 5 * (3.0 + 2.0)  # two updates: the behaviour policy, and no KL
     assert price(config.load("flux:awm"), EACH)["learn"] == 48 * 24 * 6 * (3.0 + 2 * 2.0)
+    branch = price(config.load("flux:branch"), EACH)
+    assert branch["rollout in low precision"] == 48 * 96 * 5 * 1.0 and branch["learn"] == sol_rl["learn"]
+    assert branch["rollout in bf16"] == 48 * 24 * 4 * 2.0
     naive = price(config.load("flux:naive_scaling"), EACH)
     assert naive["rollout in bf16"] == 48 * 96 * 10 * 2.0 and naive["decode and reward"] == 48 * 96 * 0.5
 

@@ -274,6 +274,12 @@ def test_a_solve_in_two_parts_is_the_solve():
     np.testing.assert_allclose(end.x, whole, rtol=1e-6, atol=1e-6)
 
 
+def test_a_state_of_another_solver_is_refused():
+    euler, dpm2 = (sampler.table(FLUX_5, solver) for solver in ("euler", "dpm2"))
+    with pytest.raises(ValueError, match=r"a state with 0 x0hats, a table that takes 1: use the solver that left"):
+        sampler.advance(toy, sampler.at_noise(noise(), euler), dpm2)
+
+
 @pytest.mark.parametrize(("after", "steps"), [(0, 4), (5, 4), (3, 0)])
 def test_a_branch_that_is_none_is_refused(after, steps):
     with pytest.raises(ValueError, match=rf"after={after} of 5 steps, then {steps}: branch after step 1 to 4"):

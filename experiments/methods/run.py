@@ -38,11 +38,13 @@ ARMS = {
     "awm": Arm("awm", COMMON, about="8 of 8, SA-Solver of 14 steps"),
     "flow_grpo": Arm("flow_grpo", COMMON, about="8 of 8, SDE of 6 steps"),
     "dance_grpo": Arm("dance_grpo", COMMON, about="8 of 8, SDE of 12 steps, one noise a prompt"),
-    "branch": Arm("branch", COMMON, about="explore 24 x 5 steps in NVFP4, 8 go on from step 3 with 4 more in BF16"),
+    "branch": Arm(
+        "branch", COMMON, about="explore 24 x 5 steps in low precision, 8 go on from step 3 with 4 more in BF16"
+    ),
     "branch_4": Arm(
         "branch",
         COMMON | {"explore.steps": "4", "branch.after": "2", "branch.steps": "3"},
-        about="explore 24 x 4 steps in NVFP4, 8 go on from step 2 with 3 more in BF16",
+        about="explore 24 x 4 steps in low precision, 8 go on from step 2 with 3 more in BF16",
     ),
     "bf16": Arm("", COMMON | {"explore.precision": "bf16"}, about="sol_rl, explored in BF16"),
     "naive_scaling": Arm("naive_scaling", COMMON, about="keep 8 of 24, all drawn in BF16"),
@@ -72,20 +74,16 @@ class Bench(NamedTuple):
     say: Callable[..., None]
 
 
-def a_mark(cfg: Config, budget: float, marks: int) -> int:
-    """Iterations that spend one of `marks` equal parts of the budget, rounded; at least one."""
-    return max(1, round(budget / marks / sum(price(cfg, prices()).values())))
-
-
-def call_of(bench: Bench, cfg: Config) -> int:
-    """Iterations between two marks."""
-    return bench.iterations // bench.marks if bench.iterations else a_mark(cfg, bench.budget, bench.marks)
+def a_mark(cfg: Config, budget: float, marks: int, iterations: int = 0) -> int:
+    """Iterations of one of `marks` equal parts of the budget, rounded, at least one; or of `iterations`, if given."""
+    return iterations // marks or max(1, round(budget / marks / sum(price(cfg, prices()).values())))
 
 
 def trained(bench: Bench, cfg: Config, program, seeds: Sequence[int], rates: Sequence[float], marks: int):
     """States after each mark, one run a (seed, rate) pair."""
     settings = [evidence.scalars(config.override(cfg, **{"learn.learning_rate": f"{r:g}"}).learn) for r in rates]
-    states, call = lab.begin(bench.opened, cfg, settings, seeds), call_of(bench, cfg)
+    call = a_mark(cfg, bench.budget, bench.marks, bench.iterations)
+    states = lab.begin(bench.opened, cfg, settings, seeds)
     for mark in range(marks):
         rows = lab.picks(bench.opened, cfg, seeds, mark * call, call)
         states, _ = program(states, bench.opened.table, bench.opened.parts.frozen, rows)
@@ -114,10 +112,11 @@ def final(bench: Bench, name: str, cfg: Config, program, rate: float, figures: d
     cost, arm, began = price(cfg, prices()), ARMS[name], time.perf_counter()
     figures |= {f"cost of an iteration: {k}": results.figure(v, "s, H100", 1) for k, v in cost.items()}
     seeds, rates = list(bench.seeds), [rate] * len(bench.seeds)
+    call = a_mark(cfg, bench.budget, bench.marks, bench.iterations)
     for done, states in trained(bench, cfg, program, seeds, rates, bench.marks):
         wall = (time.perf_counter() - began) / done
         figures["wall time an iteration"] = results.figure(wall, f"s, {len(seeds)} runs at once, with measuring", 1)
-        for split in lab.SPLITS if done == bench.marks * call_of(bench, cfg) else ("test",):
+        for split in lab.SPLITS if done == bench.marks * call else ("test",):
             figures |= at_mark(split, done, done * sum(cost.values()), states, bench, bench.base[split])
         last = {k: round(v["value"], 4) for k, v in figures.items() if f"after {done} " in k and "test: gain" in k}
         bench.say(name, last)
@@ -183,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
         programs: dict[str, Future] = {}
         for n, cfg in cfgs.items():
             key, shuffled, _ = evidence.what_is_compiled(ARMS[n], cfg)
-            call = args.iterations // args.marks or a_mark(cfg, args.budget, args.marks)
+            call = a_mark(cfg, args.budget, args.marks, args.iterations)
             programs[n] = pool.submit(evidence.compiled, opened, key, shuffled, call, seeds)
         say("compiling", ", ".join(cfgs))
         stage = config.Stage(steps=10, chunk=min(args.chunk, PICTURES * args.prompts))

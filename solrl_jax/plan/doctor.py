@@ -122,7 +122,9 @@ def precision(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     meant = assemble.resolved(cfg, assemble.capability())
     for (name, asked, _), (_, stage, _) in zip(cfg.stages(), meant.stages(), strict=True):
         auto = " (auto)" if asked.precision == "auto" else ""
-        yield Finding(f"{name}: {stage.steps} {stage.solver} steps in {stage.precision}{auto}")
+        branch = cfg.branch if name == "regenerate" else None
+        where = f", from the preview's state after step {branch.after}" if branch else ""
+        yield Finding(f"{name}: {stage.steps} {stage.solver} steps in {stage.precision}{auto}{where}")
 
 
 def division(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
