@@ -53,6 +53,7 @@ def base(reward: str) -> Config:
             micro_batch=12,
             learning_rate=3e-4,
             kl_weight=1e-4,
+            reference_every=4,
             clip_norm=1.0,
             ema_max=0.9,
         ),

@@ -53,6 +53,7 @@ def large(reward: str) -> Config:
             micro_batch=6,  # a sample's 6 times; the original takes 4 samples at one time: the same mean
             learning_rate=3e-4,
             kl_weight=1e-4,
+            reference_every=4,
             clip_norm=0.002,
             ema_max=0.9,
         ),

@@ -205,7 +205,7 @@ class Bench:
 
     def micro_step(self, keeps: str) -> None:
         """Forward of the trained, the old and the reference policy and the gradient, of one micro-batch."""
-        cfg = config.override(self.cfg, **{"model.remat_keeps": keeps})
+        cfg = config.override(self.cfg, **{"model.remat_keeps": keeps, "learn.reference_every": 1})
         model = assemble.model_module(cfg).make(cfg.model)
         kept = max(1, cfg.learn.micro_batch // cfg.times)
         state = self.state()

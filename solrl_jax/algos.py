@@ -119,8 +119,8 @@ def nft_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper:
     L+- = mean |x_t - t v+- - x0|^2 / w+-,  w = mean |x_t - t v+- - x0| without gradient,
     loss = clip (r L+ + (1 - r) L-) / beta + kl_weight mean |v - v_ref|^2.
     """
-    assert v.old is not None and v.reference is not None
-    chex.assert_equal_shape([v.current, v.old, v.reference, points.x_t, points.x0])
+    assert v.old is not None
+    chex.assert_equal_shape([v.current, v.old, points.x_t, points.x0])
     chex.assert_equal_shape([points.t, advantage])
     beta, clip = hyper.strength, cfg.advantage_clip
     a = shape_advantage(advantage, clip, cfg.advantage_mode)
@@ -128,12 +128,8 @@ def nft_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper:
     plus = _matching(beta * v.current + (1 - beta) * v.old, points)
     minus = _matching((1 + beta) * v.old - beta * v.current, points)
     policy = clip * (r * plus + (1 - r) * minus) / beta
-    kl = _mean((v.current - v.reference) ** 2)
-    return policy + hyper.kl_weight * kl, {
-        "policy_loss": policy,
-        "kl_div": kl,
-        "old_deviate": _mean((v.current - v.old) ** 2),
-    }
+    kl, metrics = _from_reference(v, hyper)
+    return policy + kl, {"policy_loss": policy, **metrics, "old_deviate": _mean((v.current - v.old) ** 2)}
 
 
 def _matching(velocity: Float[Array, "B h w c"], points: Points) -> Float[Array, "B"]:
@@ -171,8 +167,8 @@ def awm_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper:
     loss = max(-A ratio, -A clip(ratio, 1 -+ c)) + kl_weight mean |v - v_ref|^2 + lag_weight mean |v - v_old|^2,
     with A in [-1, 1]: the clipped advantage divided by its bound.
     """
-    assert v.old is not None and v.reference is not None
-    chex.assert_equal_shape([v.current, v.old, v.reference, points.x_t, points.x0])
+    assert v.old is not None
+    chex.assert_equal_shape([v.current, v.old, points.x_t, points.x0])
     a = shape_advantage(advantage, cfg.advantage_clip, cfg.advantage_mode) / cfg.advantage_clip
     target = (points.x_t - points.x0) / sampler.over(points.t, points.x_t)  # eps - x0
 
@@ -180,9 +176,9 @@ def awm_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper:
         return awm_log_prob(_mean((velocity - target) ** 2), points.t)
 
     policy, metrics = _clipped(log_prob, v, a, hyper)
-    kl, lag = _mean((v.current - v.reference) ** 2), _mean((v.current - v.old) ** 2)
-    loss = policy + hyper.kl_weight * kl + hyper.lag_weight * lag
-    return loss, {**metrics, "policy_loss": policy, "kl_div": kl, "old_deviate": lag}
+    (kl, distance), lag = _from_reference(v, hyper), _mean((v.current - v.old) ** 2)
+    loss = policy + kl + hyper.lag_weight * lag
+    return loss, {**metrics, "policy_loss": policy, **distance, "old_deviate": lag}
 
 
 def awm_log_prob(error: Float[Array, "B"], t: Float[Array, "B"], power: float = 0.25) -> Float[Array, "B"]:
@@ -255,9 +251,23 @@ def _clipped(log_prob: Callable[[Array], Array], v: Velocities, a: Float[Array, 
     return policy, {"ratio/deviation": away, "ratio/clipped": (away > c).astype(jnp.float32)}
 
 
+def _from_reference(v: Velocities, hyper: Hyper) -> tuple[Float[Array, "B"] | float, dict[str, Float[Array, "B"]]]:
+    """kl_weight mean |v - v_ref|^2 and its metric; 0 and none where no reference was computed."""
+    if v.reference is None:
+        return 0.0, {}
+    chex.assert_equal_shape([v.current, v.reference])
+    kl = _mean((v.current - v.reference) ** 2)
+    return hyper.kl_weight * kl, {"kl_div": kl}
+
+
 def several(cfg: Learn) -> tuple[str, ...]:
     """The behaviour policy, if a rollout has more than one update."""
     return ("behaviour",) if cfg.updates * cfg.epochs > 1 else ()
+
+
+def penalised(cfg: Learn) -> tuple[str, ...]:
+    """The reference, if the distance from it has a weight."""
+    return ("reference",) if cfg.kl_weight else ()
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------
@@ -274,9 +284,7 @@ def _mean(x: Float[Array, "B h w c"]) -> Float[Array, "B"]:
     return jnp.mean(x, axis=(1, 2, 3))
 
 
-NFT = Algorithm(nft_points, nft_loss, lambda cfg: ("old", "reference"), "old")
-AWM = Algorithm(awm_points, awm_loss, lambda cfg: ("old", "reference", *several(cfg)), "current")
-FLOW_GRPO = Algorithm(
-    flow_grpo_points, flow_grpo_loss, lambda cfg: (*several(cfg), *(("reference",) if cfg.kl_weight else ())), "current"
-)
+NFT = Algorithm(nft_points, nft_loss, lambda cfg: ("old", *penalised(cfg)), "old")
+AWM = Algorithm(awm_points, awm_loss, lambda cfg: ("old", *penalised(cfg), *several(cfg)), "current")
+FLOW_GRPO = Algorithm(flow_grpo_points, flow_grpo_loss, lambda cfg: (*several(cfg), *penalised(cfg)), "current")
 DANCE_GRPO = Algorithm(dance_grpo_points, dance_grpo_loss, several, "current")

@@ -187,6 +187,7 @@ class Learn(Checked):
     micro_batch: int = 12
     learning_rate: float = 3e-4
     kl_weight: float = 1e-4
+    reference_every: int = 1  # m: every m-th micro-batch has the reference, at m times the KL's weight
     lag_weight: float = 1.0  # AWM: weight of the distance to the old policy
     clip_range: float = 1e-4  # AWM, GRPO: a sample's probability ratio is not pushed beyond 1 -+ this
     strength: float = 1.0  # NFT: beta of v+ and v-
@@ -204,7 +205,7 @@ class Learn(Checked):
         _require(
             0 < self.timestep_fraction <= 1, f"learn.timestep_fraction={self.timestep_fraction}: above 0, at most 1"
         )
-        for name in ("updates", "epochs", "micro_batch"):
+        for name in ("updates", "epochs", "micro_batch", "reference_every"):
             _require(getattr(self, name) >= 1, f"learn.{name}={getattr(self, name)}: give 1 or more")
         numbers = ("learning_rate", "kl_weight", "lag_weight", "weight_decay", "old_wait", "old_ramp", "old_max")
         for name in (*numbers, "ema_max"):

@@ -13,6 +13,7 @@ continue from there in BF16: a sample is its key and that state. Families of one
 candidates in one rollout, and the kept are chosen from these.
 """
 
+import collections
 import contextlib
 import functools
 import time
@@ -28,7 +29,7 @@ from jaxtyping import Array, Float, Key
 from solrl_jax import sharding
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.keys import sample_keys, selection_key
-from solrl_jax.learn import learn
+from solrl_jax.learn import check_hyper, learn
 from solrl_jax.rewards import Score
 from solrl_jax.rollout import block_shape, branched, merged, quantised, rolled, with_host
 from solrl_jax.selection import select, spearman, take
@@ -130,6 +131,7 @@ class Staged:
         between: Callable[[str, float], None] = lambda stage, share: None,
     ) -> tuple[TrainState, Metrics]:
         """One iteration. `times` receives seconds per stage; `between(stage, share done)` runs between host calls."""
+        check_hyper(state.hyper, self.cfg)
         keys, chance = self.jit["draw"](state)
         with clock(times, "quantise"):
             kernels = self.jit["merged"](state, frozen)
@@ -157,28 +159,44 @@ class Staged:
     def _by_prompt(self, name: str, rest, given: tuple, times, between, chance: Array | None = None) -> Any:
         """Run a stage block by block: in each call a device takes as many of its prompts as a chunk holds.
 
-        `given` are the prompts, keys and states. With `chance` the kept are selected block by block, so that the
-        other candidates' states are freed before the next block.
+        `given` are the prompts, keys and states. With `chance` the kept are selected block by block, which counts as
+        part of the stage; the other candidates' states are freed. While a block runs the next one is already
+        enqueued, so that a device that is done does not wait for the others.
         """
-        (count, images), parts = given[1].shape, []
+        prompts, images = given[1].shape
+        mine = prompts // jax.sharding.get_mesh().size
         stage = next(stage for n, stage, _ in self.cfg.stages() if n == name)
-        mine = count // jax.sharding.get_mesh().size
         together = block_shape(stage.chunk, mine, images)[0]
 
-        def block(i: int) -> Any:
-            prompts, *start = sharding.block(given, i, together)
-            with clock(times, name):
-                found = jax.block_until_ready(self.jit[name](*rest, prompts, *start))
-                found = with_host(found, self.score, prompts.tokens)
-            if chance is None:
-                return found
-            with clock(times, "select"):
-                return jax.block_until_ready(self.jit["select_keys"](found, sharding.block(chance, i, together)))
+        def kept(found: Rollout, i: int) -> Any:
+            return found if chance is None else self.jit["select_keys"](found, sharding.block(chance, i, together))
 
-        for i in range(0, mine, together):
-            parts.append(block(i))
+        def enqueued(i: int) -> Any:
+            prompts, *start = sharding.block(given, i, together)
+            found = self.jit[name](*rest, prompts, *start)
+            return (found, prompts.tokens) if self.score.on_host else kept(found, i)
+
+        def done(i: int, found: Any) -> Any:
+            if self.score.on_host:
+                found, tokens = found
+                found = kept(with_host(jax.block_until_ready(found), self.score, tokens), i)
+            found = jax.block_until_ready(found)
             between(name, (i + together) / mine)
+            return found
+
+        waiting, parts = collections.deque[tuple[int, Any]](), []
+        with clock(times, name):
+            for i in range(0, mine, together):
+                waiting.append((i, enqueued(i)))
+                if len(waiting) > AHEAD:
+                    parts.append(done(*waiting.popleft()))
+            parts.extend(done(*block) for block in waiting)
         return sharding.joined(tuple(parts))
+
+
+AHEAD = 1
+"""Blocks that are enqueued while another one runs. Each holds its results; with rewards that run on the host, its
+pictures and all its candidates' states too."""
 
 
 def draw(state: TrainState, prompts: int, *, cfg: Config) -> tuple[Key[Array, "P N"], Float[Array, "P N"]]:

@@ -1,11 +1,13 @@
 """Samples to gradients, gradients to the LoRA, the old policy and the average."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
@@ -113,6 +115,29 @@ def samples_at_a_time(cfg: Config, held: int) -> int:
     return group
 
 
+def micro_batches(cfg: Config, held: int) -> int:
+    """How many micro-batches the `held` samples of a device and update make; ConfigError if they do not divide."""
+    group = samples_at_a_time(cfg, held) * cfg.times
+    count, every = held * cfg.times // min(cfg.learn.micro_batch, group), cfg.learn.reference_every
+    if "reference" in algos.find(cfg.learn.algorithm).fixed(cfg.learn) and count % every:
+        fits = [n for n in range(1, count + 1) if count % n == 0]
+        raise ConfigError(
+            f"learn.reference_every={every} does not divide the {count} micro-batches of a device and update: use one "
+            f"of {fits}"
+        )
+    return count
+
+
+def check_hyper(hyper: Hyper, cfg: Config) -> None:
+    """ConfigError if a state asks for a KL penalty whose reference pass the programs of `cfg` leave out."""
+    asked = float(np.max(jax.device_get(hyper.kl_weight)))
+    if asked and not cfg.learn.kl_weight:
+        raise ConfigError(
+            f"hyper.kl_weight={asked:g}, but with learn.kl_weight=0 the reference is not computed: give "
+            "learn.kl_weight a positive number"
+        )
+
+
 def gradients(
     state: TrainState,
     began: TrainState,
@@ -127,40 +152,70 @@ def gradients(
 ) -> tuple[Params, Metrics]:
     """Gradient and metrics of the mean loss over all (sample, time) points, `micro_batch` points per forward pass.
 
-    `began` is the state when the iteration began; leaves of `samples` [P, k, ...]. Each device takes its own prompts
-    and makes the points of one group of samples at a time; the sums of the devices are added.
+    `began` is the state when the iteration began; leaves of `samples` [P, k, ...]. Each device takes its own prompts;
+    the sums of the devices are added. Every m-th micro-batch of all devices', m = learn.reference_every, has the
+    reference and m times the KL's weight: the gradient is the same in the mean. The m choices take turns.
     """
-    objective = functools.partial(summed_loss, hyper=state.hyper, model=model, cfg=cfg)
-    gradient = jax.value_and_grad(objective, has_aux=True)
+    names = algos.find(cfg.learn.algorithm).fixed(cfg.learn)
+    every = cfg.learn.reference_every if "reference" in names else 1
+    hyper = state.hyper._replace(kl_weight=every * state.hyper.kl_weight)
     points = functools.partial(points_of, schedule=schedule_of(model, cfg), cfg=cfg)
+    phase = (state.updates + state.updates // every) % every  # the second term: `updates` may be a multiple of m
 
-    def on_device(current, base, fixed, cond, keys, samples, advantage):
-        def one_group(total, group):
-            return jax.lax.scan(one_micro, total, points(*group))
+    def on_device(current, base, fixed, phase, cond, keys, samples, advantage):
+        size, count = samples_at_a_time(cfg, keys.size), micro_batches(cfg, keys.size)
+        groups, pieces = by_group(keys, samples, advantage, size), count * size // keys.size
 
-        def one_micro(total, micro):
-            owner, *micro = micro
-            own = jax.tree.map(lambda c: c[owner], cond)
-            (_, metrics), grads = gradient(current, base, fixed, own, *micro)
-            return jax.tree.map(jnp.add, total, grads), metrics
+        def added(names: tuple[str, ...], total: Params, which: Int[Array, "M"]):
+            objective = functools.partial(summed_loss, names=names, hyper=hyper, model=model, cfg=cfg)
+            gradient = jax.value_and_grad(objective, has_aux=True)
+            policies = [fixed[name] for name in names]
+            others = jax.tree.map(lambda *x: jnp.stack(x), *policies) if names else {}
 
-        groups = by_group(keys, samples, advantage, samples_at_a_time(cfg, keys.size))
-        grads, metrics = jax.lax.scan(one_group, jax.tree.map(jnp.zeros_like, current), groups)
-        return jax.lax.psum((grads, jax.tree.map(jnp.sum, metrics)), sharding.DATA)
+            def one_micro(total, number):
+                group = jax.tree.map(lambda x: x[number // pieces], groups)
+                owner, *micro = jax.tree.map(lambda x: x[number % pieces], points(*group))
+                own = jax.tree.map(lambda c: c[owner], cond)
+                (_, metrics), grads = gradient(current, base, others, own, *micro)
+                return jax.tree.map(jnp.add, total, grads), metrics
 
-    run = sharding.over_data(on_device, (False, False, False, True, True, True, True), sharding.WHOLE)
-    total = run(state.lora, frozen.base, fixed_policies(state, began, cfg), cond, keys, samples, advantage)
-    return jax.tree.map(lambda x: x / (keys.size * cfg.times), total)
+            total, metrics = jax.lax.scan(one_micro, total, which)
+            return total, jax.tree.map(jnp.sum, metrics)
+
+        # A device has a multiple of m micro-batches, so that their numbers on it are, modulo m, those among all.
+        order = jnp.argsort((jnp.arange(count) - phase) % every, stable=True)
+        grads, metrics = added(names, jax.tree.map(jnp.zeros_like, current), order[: count // every])
+        sums = [metrics]
+        if every > 1:
+            rest = tuple(name for name in names if name != "reference")
+            grads, metrics = added(rest, grads, order[count // every :])
+            sums.append(metrics)
+        return jax.lax.psum((grads, sums), sharding.DATA)
+
+    run = sharding.over_data(on_device, (False,) * 4 + (True,) * 4, sharding.WHOLE)
+    fixed = fixed_policies(state, began, names)
+    grads, sums = run(state.lora, frozen.base, fixed, phase, cond, keys, samples, advantage)
+    count = keys.size * cfg.times
+    metrics = means(sums, (count // every, count - count // every))
+    return jax.tree.map(lambda x: x / count, grads), metrics
 
 
-def fixed_policies(state: TrainState, began: TrainState, cfg: Config) -> Params:
-    """The adapters of the policies without gradient that the loss compares with, stacked; {} if there are none.
+def means(sums: Sequence[Metrics], counts: Sequence[int]) -> Metrics:
+    """Each metric's mean over the points that have it; `counts` are the points behind each of `sums`."""
+    found: dict[str, list[tuple[Array, int]]] = {}
+    for metrics, count in zip(sums, counts, strict=False):
+        for name, total in metrics.items():
+            found.setdefault(name, []).append((total, count))
+    return {name: sum(t for t, _ in parts) / sum(n for _, n in parts) for name, parts in found.items()}
+
+
+def fixed_policies(state: TrainState, began: TrainState, names: Sequence[str]) -> dict[str, Params]:
+    """The adapters of the named policies without gradient that the loss compares with.
 
     "old" and "behaviour" are the adapters at the iteration's beginning; "reference" is an adapter of zeros.
     """
     policies = {"old": began.old, "reference": jax.tree.map(jnp.zeros_like, state.lora), "behaviour": began.lora}
-    names = algos.find(cfg.learn.algorithm).fixed(cfg.learn)
-    return jax.tree.map(lambda *x: jnp.stack(x), *(policies[name] for name in names)) if names else {}
+    return {name: policies[name] for name in names}
 
 
 def summed_loss(
@@ -171,14 +226,16 @@ def summed_loss(
     points: Any,
     advantage: Float[Array, "B"],
     *,
+    names: Sequence[str],
     hyper: Hyper,
     model: Model,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss and its metrics, summed over B points; `cond` leaves [B, ...]. The `fixed` policies go through the
-    network as one batch."""
+    """The loss and its metrics, summed over B points; `cond` leaves [B, ...].
+
+    The `fixed` policies, stacked in the order of `names`, go through the network as one batch.
+    """
     algorithm = algos.find(cfg.learn.algorithm)
-    names = algorithm.fixed(cfg.learn)
 
     def velocity(adapter: Params) -> Array:
         return model.velocity(lora.policy(base, adapter, cfg.lora), points.x_t, points.t, cond)

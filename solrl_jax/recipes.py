@@ -97,7 +97,8 @@ def _method(cfg: Config, stage: Stage, learn: Learn) -> Config:
     times = stage.window or int(learn.timestep_fraction * stage.steps + 1e-9)
     samples, most = cfg.prompts * cfg.kept // learn.updates, max(1, cfg.learn.micro_batch // times)
     fitting = max(n for n in range(1, most + 1) if samples % n == 0)
-    return replace(diffusionnft(cfg), regenerate=stage, learn=replace(learn, micro_batch=times * fitting))
+    learn = replace(learn, micro_batch=times * fitting, reference_every=1)
+    return replace(diffusionnft(cfg), regenerate=stage, learn=learn)
 
 
 FAMILIES = {f.__name__: f for f in (sol_rl, branch, naive_scaling, naive_quant, diffusionnft)}

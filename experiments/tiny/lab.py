@@ -69,7 +69,9 @@ def begin(world: World, cfg: Config, settings: Sequence[Mapping[str, float]], se
         made = learn.init_state(
             jax.random.key(seed), world.parts.frozen, model=world.parts.model, optimizer=world.parts.optimizer, cfg=cfg
         )
-        return made._replace(hyper=made.hyper._replace(**{k: jnp.float32(v) for k, v in setting.items()}))
+        hyper = made.hyper._replace(**{k: jnp.float32(v) for k, v in setting.items()})
+        learn.check_hyper(hyper, cfg)
+        return made._replace(hyper=hyper)
 
     states = [state(setting, seed) for setting, seed in zip(settings, seeds, strict=True)]
     return jax.tree.map(lambda *x: jnp.stack(x), *states)

@@ -170,7 +170,7 @@ def _placed(cfg: Config, mesh: Mesh, model: Model, prompts: data.PromptSet, judg
 
 def check_divides(cfg: Config, devices: int) -> None:
     """ConfigError unless the samples of one device divide into chunks and micro-batches."""
-    learn.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices)
+    learn.micro_batches(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices)
     for _, stage, images in cfg.stages():
         rollout.block_shape(stage.chunk, cfg.prompts // devices, images)
 
