@@ -78,12 +78,14 @@ class Model(NamedTuple):
 class QuantRule(NamedTuple):
     """The explorer quantises Linears with no `skip` pattern in their dotted name and max(in, out) > `min_dim`.
 
-    `units` are for FP8 (quant.fp8): (Linear's path, unit of its input); 1 for Linears not named.
+    For FP8 (quant.fp8): `units` are (Linear's path, unit of its input), 1 for Linears not named; `parts` are (Linear's
+    path, sizes of the parts in which its input comes), of Linears with several.
     """
 
     skip: tuple[str, ...]
     min_dim: int
     units: tuple[tuple[str, float], ...] = ()
+    parts: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
 
 class QuantRules(NamedTuple):

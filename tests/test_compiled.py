@@ -16,7 +16,6 @@ from solrl_jax.models import flux, layers
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
 from solrl_jax.plan import shapes
 from solrl_jax.quant import nvfp4
-from solrl_jax.structs import QuantRule, QuantRules
 from tests import card, flux_dev
 
 B, S, L = 8, 1024, 128  # XLA would merge the q, k, v of smaller batches, at the price of copies
@@ -115,20 +114,24 @@ def test_quantising_turns_the_codes_alone(h100, precision):
 def low(precision: str):
     """(module, its base and the low-precision copy as shapes)"""
     module, base = network()
-    rules = QuantRules(QuantRule(flux.NVFP4_SKIP, 1000), QuantRule(flux.FP8_SKIP, 1000))
-    make = functools.partial(quant.quantise_tree, rule=quant.rule_of(rules, precision), precision=precision)
+    rule = quant.rule_of(flux.quant_rules(CFG, 1000), precision)
+    make = functools.partial(quant.quantise_tree, rule=rule, precision=precision)
     return module, {"params": base, "quant": jax.eval_shape(make, base)}
 
 
 def test_forward_in_fp8(h100):
-    """One FP8 product a Linear (text's q, k and v as one, the single block's proj_out two), GELU and cast in it."""
+    """One FP8 product a Linear (the single block's proj_out two), GELU and cast in it."""
     module, variables = low("fp8")
     program = card.compiled(lambda v, *x: module.apply(v, *x, ROPE), variables, *given(B), on=h100)
     text = program.as_text()
     found = re.findall(r'= \(?(\w+)\[[\d,]+\].*"__cublas\$lt\$matmul\$f8".*"epilogue":"(\w+)"', text)
-    double, single = 4 + 2 + 4, 3 + 1 + 2
+    double, single = 6 + 2 + 4, 3 + 1 + 2
     assert len(found) == double + single and Counter(found)["f8e4m3fn", "BIAS_GELU"] == 3
     assert {dtype for dtype, epilogue in found if epilogue != "BIAS_GELU"} == {"bf16"}
+    # proj_out's second product is added to the first by itself, and neither's codes are cut out of a larger array.
+    f8 = [line for line in text.splitlines() if '"__cublas$lt$matmul$f8"' in line]
+    assert sorted(int(re.search(r'"beta":(\d)', line)[1]) for line in f8) == [0] * (len(f8) - 1) + [1]
+    assert not re.findall(r"= f8e4m3fn\[3072,(?:3072|12288)\]\S* fusion\(", text)
     assert calls(text)["__cudnn$fmhaSoftmax"] == 2 and "wrapped_dot" not in text
     assert not re.findall(r"= f8e4m3fn\[[^\]]*\]\S* transpose", text)  # weights lie as the tensor cores take them
     assert program.memory_analysis().temp_size_in_bytes < 0.5e9  # 0.33; 0.44 from JAX 0.12 on, with the same products

@@ -79,6 +79,31 @@ def test_stacks_and_parts():
         np.testing.assert_allclose(q.matmul((x[:, :48], x[:, 48:]), F32), product(x, q), rtol=1e-5, atol=1e-5)
 
 
+def test_parts_of_a_kernel():
+    """Codes that lie in the parts in which inputs come are the whole kernel's codes, and give the same product."""
+    w, x = jax.random.normal(jax.random.key(0), (3, 64, 32)), jax.random.normal(jax.random.key(1), (5, 64))
+    whole, split = fp8.quantise(w, 0.5), fp8.quantise(w, 0.5, (48, 16))
+    assert [c.shape for c in split.codes] == [(3, 32, 48), (3, 32, 16)]
+    np.testing.assert_array_equal(split.whole(), whole.whole())
+    np.testing.assert_array_equal(split.dequantise(), whole.dequantise())
+    one, two = (jax.tree.map(lambda a: a[1], q) for q in (whole, split))
+    given = (x[:, :48], x[:, 48:])
+    np.testing.assert_array_equal(two.matmul(given, F32), one.matmul(given, F32))
+    np.testing.assert_allclose(two.matmul((x,), F32), one.matmul((x,), F32), rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match=r"parts \(48, 17\) of a kernel with 64 inputs"):
+        fp8.quantise(w[0], 0.5, (48, 17))
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-30, 0.37, 0.5, 0.50001, 1.0, 3.0, 447.0, 2.0**-126])
+def test_scales_are_powers_of_two(x):
+    """The least that is not below x; exact in bf16, in which products apply it."""
+    found = float(fp8.power_of_two(jnp.float32(x)))
+    assert found == (2.0 ** np.ceil(np.log2(np.float64(np.float32(x)))) if x else 1.0)
+    q = fp8.quantise(jnp.full((16, 8), x, F32))
+    assert float(q.scale) == float(q.scale.astype(jnp.bfloat16)) and (x < 1e-36 or float(jnp.max(q.codes[0])) > 224)
+    np.testing.assert_allclose(q.dequantise(), np.full((16, 8), x), rtol=2**-4 if x > 1e-36 else 1)
+
+
 def test_native_nvfp4_has_the_numbers_of_the_emulated():
     """The same operands, summed in another order; a row by itself."""
     x, w = jax.random.normal(jax.random.key(0), (16, 256)), jax.random.normal(jax.random.key(1), (256, 64))

@@ -308,10 +308,17 @@ def make(cfg: config.Model, folder: Path) -> Model:
         decode=lambda params, latents: vae.decode(decoder, params, latents),
         init=init,
         lora_targets=LORA_TARGETS,
-        quant_rules=QuantRules(QuantRule(NVFP4_SKIP, cfg.min_dim), QuantRule(FP8_SKIP, cfg.min_dim)),
+        quant_rules=quant_rules(flux, cfg.min_dim),
         keys=KEYS,
         comfy=COMFY,
     )
+
+
+def quant_rules(cfg: FluxConfig, min_dim: int) -> QuantRules:
+    """NVFP4 by the original's rule. In FP8 the kernel of a single block's last Linear lies in two parts, of attention
+    and MLP."""
+    parts = (("single_transformer_blocks/proj_out", (cfg.width, 4 * cfg.width)),)
+    return QuantRules(QuantRule(NVFP4_SKIP, min_dim), QuantRule(FP8_SKIP, min_dim, parts=parts))
 
 
 def _check_widths(folder: Path, cfg: FluxConfig, vae_cfg: vae.VaeConfig) -> None:

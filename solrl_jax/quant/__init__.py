@@ -9,7 +9,7 @@ A precision is one static choice per stage of a run, resolved once for the devic
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -77,17 +77,17 @@ def chosen(params: Params, rule: QuantRule) -> dict[str, tuple[int, ...]]:
     }
 
 
-def quantise(kernel: Any, precision: str, unit: float = 1.0) -> Fp8 | Nvfp4:
-    """A kernel [*layers, in, out] in a precision of LOW, else Unsupported; `unit` is that of FP8's inputs."""
+def quantise(kernel: Any, precision: str, unit: float = 1.0, parts: Sequence[int] = ()) -> Fp8 | Nvfp4:
+    """A kernel [*layers, in, out] in a precision of LOW, else Unsupported; `unit` and `parts` are of FP8's inputs."""
     _known(precision, LOW, "one that kernels are quantised to")
     if precision == "fp8":
-        return fp8.quantise(kernel, unit)
+        return fp8.quantise(kernel, unit, parts)
     return nvfp4.quantise(kernel, native=precision == "nvfp4_native")
 
 
 def quantise_tree(params: Params, rule: QuantRule, precision: str) -> dict[str, Any]:
     """The explorer's `quant` collection: the quantised kernels of the Linears that the rule chooses, nothing else."""
-    paths, units = chosen(params, rule), dict(rule.units)
+    paths, units, parts = chosen(params, rule), dict(rule.units), dict(rule.parts)
 
     def walk(tree: Mapping[str, Any], at: str) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def quantise_tree(params: Params, rule: QuantRule, precision: str) -> dict[str, 
                 if inner := walk(node, path):
                     out[name] = inner
             elif path in paths:
-                out[name] = quantise(node, precision, units.get(at, 1.0))
+                out[name] = quantise(node, precision, units.get(at, 1.0), parts.get(at, ()))
         return out
 
     return walk(params, "")
