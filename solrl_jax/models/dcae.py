@@ -21,6 +21,7 @@ from solrl_jax.models.layers import (
     GatedConv,
     Linear,
     RMSNorm,
+    UpConv,
     conv,
     linear_attention,
     precision_of,
@@ -193,8 +194,7 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Features) -> Float[Array, "B H W {self.width}"]:
         direct = pixel_shuffle(jnp.repeat(x, 4 * self.width // x.shape[-1], axis=-1))
-        x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-        return _conv(self.width, self.dtype, "conv")(x) + direct
+        return UpConv(self.width, self.dtype, name="conv")(x) + direct
 
 
 class Decoder(nn.Module):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from solrl_jax import weights
-from solrl_jax.models.layers import F32, Linear, attention, conv
+from solrl_jax.models.layers import F32, Linear, UpConv, attention, conv
 from solrl_jax.structs import Images, Latents, Params
 from solrl_jax.weights import Place, Rule
 from solrl_jax.weights.options import Options
@@ -170,8 +170,7 @@ class Decoder(nn.Module):
             for j in range(cfg.layers_per_block + 1):
                 x = Resnet(width, groups, dtype, name=f"up_blocks_{i}_resnets_{j}")(x)
             if i < len(cfg.block_out_channels) - 1:
-                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-                x = _conv(width, dtype, f"up_blocks_{i}_upsamplers_0")(x)
+                x = UpConv(width, dtype, name=f"up_blocks_{i}_upsamplers_0")(x)
         x = nn.silu(_norm(groups, "conv_norm_out")(x))
         return _conv(cfg.out_channels, dtype, "conv_out")(x)
 
