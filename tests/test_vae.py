@@ -88,6 +88,10 @@ def test_group_norm(mean, outlier):
     x = jnp.asarray(x)
     errors = [np.abs(norm.apply({"params": params}, x) - y).max() for norm in (vae.GroupNorm(3), two)]
     assert errors[0] < 1.5 * errors[1] + 1e-6, errors
+    slopes = [
+        jax.grad(lambda x, n=norm: jnp.sum(n.apply({"params": params}, x) ** 3))(x) for norm in (vae.GroupNorm(3), two)
+    ]
+    np.testing.assert_allclose(*slopes, atol=1e-3 * np.abs(slopes[1]).max())
     fast = nn.GroupNorm(3, epsilon=1e-6, use_fast_variance=True).apply({"params": params}, x)  # for comparison
     assert mean < 1000 or np.abs(fast - y).max() > 10 * errors[0]
 
