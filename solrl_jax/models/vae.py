@@ -87,7 +87,7 @@ def _norm(groups: int, name: str) -> nn.Module:
 
 
 class GroupNorm(nn.Module):
-    """nn.GroupNorm in f32 with its sums from one pass over x, for GPUs: a second pass for the variance was a seventh of
+    """nn.GroupNorm in f32 with its sums from one pass over x, for GPUs: a second pass for the variance was an eighth of
     the decoder's memory traffic (tests/test_decoders_compiled.py::test_one_pass_for_the_norms).
 
     The sums are of x - c and (x - c)^2, c the mean of about four rows: so no large mean cancels in the variance
