@@ -43,6 +43,14 @@ def test_decode(tmp_path):
     assert error(few, quadratic) < 1e-5
 
 
+def test_decode_in_the_form_for_gpus(tmp_path, monkeypatch):
+    """Up-sampling by a pixel shuffle: diffusers' pictures."""
+    saved(tmp_path)
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
+    ours, theirs = both(tmp_path, make(), (2, 5, 3))
+    assert ours.shape == (2, 20, 12, 3) and error(ours, theirs) < 1e-5
+
+
 def test_what_is_added_to_small_sums(tmp_path):
     """Where what norms see is so small that their epsilon, 1e-5, matters, diffusers' result still is ours."""
     model = make()

@@ -140,7 +140,7 @@ def test_bfloat16_rewards_cost_less(planned):
 def test_flops(planned):
     flops = plan.per_image_flops(planned.sizes)
     assert flops["forward"].total() == pytest.approx(15.8125e12, rel=1e-4)  # models.md section 6
-    assert flops["decode"].total() == pytest.approx(2.515e12, rel=1e-3)
+    assert flops["decode"].total() == pytest.approx(2.133e12, rel=1e-3)  # 2.515e12 with up-sampling in two steps
     linears = sum(u.flops for u in coverage.uses(planned.sizes.model, "fp8"))
     assert linears == pytest.approx(14.883e12, rel=1e-4)
     stages = by_stage(planned)
@@ -149,7 +149,7 @@ def test_flops(planned):
     assert explore["float8_e4m3fn"] + explore["bfloat16"] == pytest.approx(images * 6 * 15.8125e12, rel=1e-3)
     assert stages["regenerate"].flops["bfloat16"] == pytest.approx(kept * 10 * 15.8125e12, rel=1e-3)
     # The decoder, in float32 here, and the reward.
-    assert stages["explore"].flops["float32 highest"] == pytest.approx(images * (2.515e12 + 0.163e12), rel=1e-3)
+    assert stages["explore"].flops["float32 highest"] == pytest.approx(images * (2.133e12 + 0.163e12), rel=1e-3)
     # Three forwards, one for the gradients of activations, and what remat runs again: no gradient of a base kernel.
     forwards = stages["learn"].flops["bfloat16"] / (kept * 6 * 15.8125e12)
     assert 4.3 < forwards < 5.2
@@ -232,7 +232,7 @@ def test_emulation_and_devices_change_seconds_not_work(planned):
 
 def test_the_measurement_and_evaluation_are_counted(planned):
     """4 prompts of 96 candidates in 6 and in 10 steps; 16 pictures in 28 steps. A 20th of each is in an iteration."""
-    stages, forward, decode = by_stage(planned), 15.8125e12, 2.515e12
+    stages, forward, decode = by_stage(planned), 15.8125e12, 2.133e12
     assert list(stages)[-2:] == ["watch", "evaluate"]
     assert stages["watch"].flops.total() == pytest.approx(4 * 96 * (16 * forward + 2 * decode), rel=2e-2)
     assert stages["evaluate"].flops.total() == pytest.approx(16 * (28 * forward + decode), rel=2e-2)

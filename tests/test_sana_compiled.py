@@ -130,6 +130,12 @@ def test_depthwise_convolutions_of_the_decoder(h100):
     assert program.memory_analysis().temp_size_in_bytes < 0.8e9
 
 
+def test_attention_of_the_decoder(h100):
+    """q, k and v of another scale leave their product in bf16; in f32 they were written once and read three times."""
+    made, scales = products(two_blocks(h100).as_text()), 2 * 128 * 128 * 3 * 512
+    assert [dtype for dtype, elements, _ in made if elements == scales] == ["bf16"] * 2
+
+
 def test_depthwise_convolutions_as_shifted_products(h100, monkeypatch):
     """The form for TPUs, compiled for an H100: row-major, two blocks in a row take 0.6 GB; in the order that XLA
     chooses (f32, channel by channel), 3.4 GB."""

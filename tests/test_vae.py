@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from diffusers import AutoencoderKL
 from oracle import error, randomise
 from safetensors.numpy import load_file, save_file
 
-from solrl_jax import weights
+from solrl_jax import device, weights
 from solrl_jax.models import vae
 
 THREE = {"block_out_channels": (8, 16, 16), "norm_num_groups": 4, "layers_per_block": 1, "latent_channels": 4}
@@ -54,6 +55,45 @@ def test_decode(tmp_path, config):
     assert (images.shape, images.dtype) == ((2, 4 * factor, 6 * factor, 3), jnp.float32)
     assert theirs.abs().gt(1).any() and theirs.abs().lt(1).float().mean() > 0.5  # clipped, but not mostly
     assert error(images, (theirs / 2 + 0.5).clamp(0, 1)) < 1e-5
+
+
+def test_decode_in_the_form_for_gpus(tmp_path, monkeypatch):
+    """Up-sampling by a pixel shuffle, norms in one pass: the same parameters, diffusers' pictures."""
+    model = make_vae(tmp_path, **FOUR)
+    latents = np.random.default_rng(0).normal(size=(2, 3, 5, 16)).astype(np.float32)
+    with torch.no_grad():
+        theirs = channels_last(model.decode(torch.tensor(latents).permute(0, 3, 1, 2) / 0.3611 + 0.1159).sample)
+    latents = jnp.asarray(latents)
+    module, params = vae.load_vae(tmp_path, jnp.float32)
+    paths = jax.tree.map(jnp.shape, module.init(jax.random.key(0), latents))
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
+    images = jax.jit(lambda p, x: vae.decode(module, p, x))(params, latents)
+    assert error(images, (theirs / 2 + 0.5).clamp(0, 1)) < 1e-5
+    assert jax.tree.map(jnp.shape, module.init(jax.random.key(0), latents)) == paths
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, 1000.0])
+@pytest.mark.parametrize("outlier", [0.0, 30.0])
+def test_group_norm(mean, outlier):
+    """In one pass over x: as exact as flax's two passes, be the mean large, or one of the rows that the guess of
+    the mean is made from 30 standard deviations away."""
+    rng = np.random.default_rng(0)
+    x = (mean + rng.normal(size=(2, 16, 9, 12))).astype(np.float32)
+    x[:, 6] += outlier
+    params = {"scale": rng.normal(size=12).astype(np.float32), "bias": rng.normal(size=12).astype(np.float32)}
+    y = x.astype(np.float64).reshape(2, 16, 9, 3, 4)
+    y = y - y.mean((1, 2, 4), keepdims=True)
+    y = (y / np.sqrt((y**2).mean((1, 2, 4), keepdims=True) + 1e-6)).reshape(x.shape) * params["scale"] + params["bias"]
+    two = nn.GroupNorm(3, epsilon=1e-6, use_fast_variance=False)
+    x = jnp.asarray(x)
+    errors = [np.abs(norm.apply({"params": params}, x) - y).max() for norm in (vae.GroupNorm(3), two)]
+    assert errors[0] < 1.5 * errors[1] + 1e-6, errors
+    slopes = [
+        jax.grad(lambda x, n=norm: jnp.sum(n.apply({"params": params}, x) ** 3))(x) for norm in (vae.GroupNorm(3), two)
+    ]
+    np.testing.assert_allclose(*slopes, atol=1e-3 * np.abs(slopes[1]).max())
+    fast = nn.GroupNorm(3, epsilon=1e-6, use_fast_variance=True).apply({"params": params}, x)  # for comparison
+    assert mean < 1000 or np.abs(fast - y).max() > 10 * errors[0]
 
 
 @pytest.mark.parametrize(("pixels", "together"), [(10**6, 6), (4 * 16 * 24, 3), (16 * 24, 1), (1, 1)])

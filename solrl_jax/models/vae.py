@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from solrl_jax import weights
-from solrl_jax.models.layers import F32, Linear, attention, conv
+from solrl_jax import device, weights
+from solrl_jax.models.layers import F32, Linear, UpConv, attention, conv
 from solrl_jax.structs import Images, Latents, Params
 from solrl_jax.weights import Place, Rule
 from solrl_jax.weights.options import Options
 
 Features = Float[Array, "B h w C"]
+EPS = 1e-6  # of every norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,44 @@ class VaeConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def _norm(groups: int, name: str) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False, dtype=F32, name=name)
+def _norm(groups: int, name: str) -> nn.Module:
+    if device.platform() == "gpu":
+        return GroupNorm(groups, name=name)
+    return nn.GroupNorm(groups, epsilon=EPS, use_fast_variance=False, dtype=F32, name=name)
+
+
+class GroupNorm(nn.Module):
+    """nn.GroupNorm in f32 with its sums from one pass over x, for GPUs: a second pass for the variance was an eighth of
+    the decoder's memory traffic (tests/test_decoders_compiled.py::test_one_pass_for_the_norms).
+
+    The sums are of x - c and (x - c)^2, c the mean of about four rows: so no large mean cancels in the variance
+    E[(x - c)^2] - E[x - c]^2 (tests/test_vae.py::test_group_norm). They are one reduction of two operands, row by row
+    first: as two, or over both axes at once, XLA writes x - c of small pictures in f32.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: Features) -> Features:
+        scale, bias = (
+            jnp.asarray(self.param(name, init, (x.shape[-1],), F32)).astype(F32).reshape(1, 1, 1, -1)
+            for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
+        )
+        x = x.astype(F32)
+
+        def mean(rows: Float[Array, "B k C"]) -> Float[Array, "B 1 1 C"]:
+            """Over rows and each group's channels, for every channel."""
+            found = jnp.mean(rows.reshape(*rows.shape[:2], self.groups, -1), axis=(1, 3))
+            return jnp.repeat(found, x.shape[-1] // self.groups, axis=-1)[:, None, None]
+
+        height = x.shape[1]
+        near = mean(jnp.mean(x[:, height // 8 :: max(1, height // 4)], axis=2))
+        off, zero = x - near, jnp.zeros((), F32)
+        add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
+        sums = jax.lax.reduce((off, off * off), (zero, zero), add, (2,))
+        rest, square = (mean(z) / x.shape[2] for z in sums)
+        factor = jax.lax.rsqrt(jnp.maximum(square - rest * rest, 0.0) + EPS) * scale
+        return (x - (near + rest)) * factor + bias
 
 
 def _conv(width: int, dtype: Any, name: str, size: int = 3) -> nn.Conv:
@@ -170,8 +207,7 @@ class Decoder(nn.Module):
             for j in range(cfg.layers_per_block + 1):
                 x = Resnet(width, groups, dtype, name=f"up_blocks_{i}_resnets_{j}")(x)
             if i < len(cfg.block_out_channels) - 1:
-                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-                x = _conv(width, dtype, f"up_blocks_{i}_upsamplers_0")(x)
+                x = UpConv(width, dtype, name=f"up_blocks_{i}_upsamplers_0")(x)
         x = nn.silu(_norm(groups, "conv_norm_out")(x))
         return _conv(cfg.out_channels, dtype, "conv_out")(x)
 
