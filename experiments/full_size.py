@@ -27,10 +27,10 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 from experiments import profile, results
 from solrl_jax import algos, config, device, iteration, plan, quant, rewards, sharding
 from solrl_jax.config import Config
-from solrl_jax.learn import gradients, init_state, make_optimizer
+from solrl_jax.learn import gradients, init_state, learn, make_optimizer
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
-from solrl_jax.structs import Prompts, PyTree, Variables
+from solrl_jax.structs import Prompts, PyTree, Rollout, Variables
 
 
 def drawn(tree: PyTree, place: Sharding | None = None) -> PyTree:
@@ -220,6 +220,18 @@ class Bench:
         self.profiled(name, call)
         self.peak(f"peak after the {name}")
 
+    def learn(self, every: int) -> None:
+        """The policy update on the kept samples, with the reference on one micro-batch in `every`."""
+        cfg = config.override(self.cfg, **{"learn.reference_every": every})
+        model, state = self.sizes.model, self.state()
+        keys = jax.random.split(jax.random.key(1), (cfg.prompts, cfg.kept))
+        x0 = jax.random.normal(jax.random.key(2), (*keys.shape, *jax.eval_shape(model.noise, keys[0, 0]).shape))
+        samples = Rollout(keys, x0, jax.random.normal(jax.random.key(3), keys.shape), {})
+        update = jax.jit(functools.partial(learn, model=model, optimizer=self.optimizer, cfg=cfg))
+        seconds, compiling = timed(lambda: update(state, self.frozen, self.prompts.cond, samples), self.repeat)
+        what = "every micro-batch" if every == 1 else f"one micro-batch in {every}"
+        self.note(f"learn of {keys.size} x {cfg.times}, the reference on {what}", seconds, compile=compiling)
+
     def state(self) -> iteration.TrainState:
         state = init_state(jax.random.key(0), self.frozen, **self.statics)
         return sharding.replicate(state, self.mesh)
@@ -248,7 +260,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--forward", default="bf16:24", help="PRECISION:BATCH/BATCH of forward passes, with commas")
     parser.add_argument("--decode", default="bfloat16:24", help="DTYPE:BATCH of decodes, several with commas")
     parser.add_argument("--keeps", help="model.remat_keeps of micro-steps, several with semicolons; the config's")
-    parser.add_argument("--only", default="encode,forward,decode,reward,micro_step,iterations", help="of these")
+    parser.add_argument("--every", default="1,4", help="learn.reference_every of whole updates, with commas")
+    parser.add_argument(
+        "--only", default="encode,forward,decode,reward,micro_step,iterations", help="of these and learn"
+    )
     parser.add_argument("--profile", type=Path, help="folder for every kernel's time")
     parser.add_argument("--set", default="", help="config words, field=value with commas: explore.precision=bf16")
     parser.add_argument("--out", type=Path, required=True)
@@ -268,6 +283,7 @@ def main(argv: list[str] | None = None) -> None:
             *(("decode", functools.partial(bench.decode, d, int(b))) for d, b in decodes),
             ("reward", functools.partial(bench.reward, 24)),
             *(("micro_step", functools.partial(bench.micro_step, keeps)) for keeps in keeping.split(";")),
+            *(("learn", functools.partial(bench.learn, int(every))) for every in args.every.split(",")),
             ("iterations", functools.partial(bench.iterations, work(cfg, 1))),
         ]
         for name, step in steps:
