@@ -59,9 +59,7 @@ def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, A
 
 
 @functools.lru_cache
-def _reward(
-    folder: str, cfg: ClipConfig, how: Products, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Reward:
+def _reward(folder: str, cfg: ClipConfig, how: Products, mean: tuple[float, ...], std: tuple[float, ...]) -> Reward:
     tokenize = functools.partial(clip_tokens.hf, folder, cfg.text.max_position_embeddings)
     return Reward("clipscore", tokenize, functools.partial(_score, ClipTower(cfg, *how), mean, std))
 
