@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,17 +146,18 @@ def pictures(count: int, side: int) -> Array:
 
 def towers(name: str, pairs: bool | None) -> ClipTower | blip.Blip:
     """A reward's network with few layers: of real width on a GPU; smaller, and in pairs by order, elsewhere."""
-    small = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2, "num_hidden_layers": 2}
-    sizes = {"num_hidden_layers": 3} if GPU else small
+    small: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 2}
+    small |= {"num_hidden_layers": 2}
+    sizes, words = {"num_hidden_layers": 3} if GPU else small, {"vocab_size": 100}
     side = {} if GPU else {"image_size": 64 if name == "imagereward" else 56}
     if name == "imagereward":
-        text = blip.MedConfig(**sizes, vocab_size=100)
-        return blip.Blip(blip.BlipConfig(blip.BlipVisionConfig(**sizes, **side), text), F32, pairs)
+        cfg = blip.BlipConfig()
+        text = dataclasses.replace(cfg.text, **sizes, **words)
+        return blip.Blip(blip.BlipConfig(dataclasses.replace(cfg.vision, **sizes, **side), text), F32, pairs)
     cfg = {"clipscore": clipscore.PUBLIC, "pickscore": clip_tower.VIT_H_14}[name]
-    text = dataclasses.replace(cfg.text, **(small | {"vocab_size": 100}))
-    return ClipTower(
-        dataclasses.replace(cfg, text=text, vision=dataclasses.replace(cfg.vision, **sizes, **side)), F32, pairs
-    )
+    text = dataclasses.replace(cfg.text, **small, **words)
+    vision = dataclasses.replace(cfg.vision, **sizes, **side)
+    return ClipTower(dataclasses.replace(cfg, text=text, vision=vision), F32, pairs)
 
 
 @pytest.mark.parametrize("name", ["clipscore", "pickscore", "imagereward"])
@@ -164,7 +166,8 @@ def test_scores_on_the_device_that_is_here(name):
     exact, fast = towers(name, False), towers(name, None if GPU else True)
     images = pictures(24, exact.cfg.vision.image_size)
     ids = jnp.arange(8)[None]
-    params = jax.tree.map(jnp.asarray, weights((clip_tower if name != "imagereward" else blip).shapes(exact)))
+    shapes = clip_tower.shapes(exact) if isinstance(exact, ClipTower) else blip.shapes(exact)
+    params = jax.tree.map(jnp.asarray, weights(shapes))
 
     def score(tower: ClipTower | blip.Blip) -> np.ndarray:
         def run(params: Params) -> Array:
