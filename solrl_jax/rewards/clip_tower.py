@@ -276,8 +276,8 @@ OPEN_CLIP_KEYS = (
 
 
 def load_clip(folder: str | Path, dtype: Any = F32) -> tuple[ClipTower, Params]:
-    """Module with products in `dtype`, and f32 parameters (numpy), of a CLIPModel folder in transformers' layout."""
-    tower = ClipTower(ClipConfig.read(folder), dtype)
+    """Module with exact products in `dtype`, and f32 parameters (numpy), of a folder in transformers' layout."""
+    tower = ClipTower(ClipConfig.read(folder), dtype, pairs=False)
     # Parameters are always f32: in bf16 exp(logit_scale) would have an error of 0.3 percent.
     files, droppable = weights.Files(folder, "model"), (r".*\.position_ids",)
     return tower, weights.load(files, shapes(tower), HF_KEYS, dtype=F32, droppable=droppable)
@@ -285,7 +285,7 @@ def load_clip(folder: str | Path, dtype: Any = F32) -> tuple[ClipTower, Params]:
 
 def load_open_clip(file: str | Path, cfg: ClipConfig, dtype: Any = F32) -> tuple[ClipTower, Params]:
     """Like `load_clip`, for one file in open_clip's naming. WeightsError if it has another architecture."""
-    tower, files = ClipTower(cfg, dtype), weights.Files(file)
+    tower, files = ClipTower(cfg, dtype, pairs=False), weights.Files(file)
     _check_open_clip(files, cfg)
     aliases = ((r"^module\.", ""),)  # the prefix that training on several GPUs adds to every key
     return tower, weights.load(files, shapes(tower), OPEN_CLIP_KEYS, dtype=F32, aliases=aliases)
