@@ -281,7 +281,8 @@ class Config(Checked):
     prompt_files: str = ""  # a folder with train.txt and test.txt, or one file (see data.read)
     reward: str = ""  # "clipscore" or a weighted mix "pickscore:1,hpsv2:0.5"
     reward_paths: tuple[str, ...] = ()  # "clipscore=folder", or "clipscore=org/name" of huggingface.co
-    reward_dtype: Literal["float32", "bfloat16"] = "float32"  # of the reward networks' products; the rest is float32
+    # Of the reward networks' products; the rest is float32. On GPUs "float32" multiplies pairs of bfloat16 numbers.
+    reward_dtype: Literal["float32", "float32_exact", "bfloat16"] = "float32"
     prompts: int = 48
     candidates: int = 96
     kept: int = 24

@@ -132,7 +132,7 @@ def test_damaged_files_are_named(command, file, damage, words):
         ({"reward": "mine.py"}, "mine.py"),
         ({"reward_paths": "clipscore"}, "reward_paths='clipscore': give name=folder"),
         ({"reward_paths": "aesthetics=x"}, "reward_paths='aesthetics=x': give name=folder, the name one of"),
-        ({"reward_dtype": "float16"}, "reward_dtype=float16: use one of float32, bfloat16"),
+        ({"reward_dtype": "float16"}, "reward_dtype=float16: use one of float32, float32_exact, bfloat16"),
         ({"seed": str(2**32)}, "seed=4294967296: 0 or more and below 2**32"),
         ({"learn.advantage_clip": "inf"}, "learn.advantage_clip=inf: a positive number, finite"),
         ({"learn.strength": "inf"}, "learn.strength=inf: a positive number, finite"),

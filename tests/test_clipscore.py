@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
 )
 def test_scores(tmp_path, act, eos, shape):
     model = write_clip(tmp_path, act, eos)
-    reward, params = clipscore.make(tmp_path)
+    reward, params = clipscore.make(tmp_path, "float32_exact")
     images = random_images(6, *shape)
     ours = score(reward, params, images, reward.tokenize(PROMPTS))
     cosines, scores = oracle(model, tmp_path, images)
@@ -143,7 +143,7 @@ def test_one_reward_for_one_folder(folder):
 
 
 def test_groups_are_pairs(folder):
-    reward, params = clipscore.make(folder)
+    reward, params = clipscore.make(folder, "float32_exact")
     images, tokens = random_images(6, 32, 32), reward.tokenize(PROMPTS)
     grouped = score(reward, params, images, tokens)
     each = score(reward, params, images, {"ids": np.repeat(tokens["ids"], 2, axis=0)})
@@ -157,7 +157,7 @@ def test_groups_are_pairs(folder):
 
 def test_every_product_is_full_precision(folder):
     """TF32 would halve the digits on a GPU. The text is encoded once a prompt, not once an image."""
-    reward, params = clipscore.make(folder)
+    reward, params = clipscore.make(folder, "float32_exact")
     args = params, random_images(6, 48, 48), reward.tokenize(PROMPTS)
     lowered = jax.jit(reward.score).lower(*args).as_text()
     products = [line for line in lowered.splitlines() if "dot_general" in line or "convolution" in line]
@@ -181,7 +181,7 @@ def test_preprocessor_config_is_read(tmp_path):
     how = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
     preprocessor = {"image_mean": how["mean"], "image_std": how["std"], "size": 32, "crop_size": 32}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    reward, params = clipscore.make(tmp_path)
+    reward, params = clipscore.make(tmp_path, "float32_exact")
     images = random_images(3, 32, 32)
     ours = score(reward, params, images, reward.tokenize(PROMPTS))
     assert error(ours, oracle(model, tmp_path, images, **how)[1].diag()) < 1e-5

@@ -76,7 +76,7 @@ def test_what_cannot_run_is_refused_with_its_mend(change, message):
         (Evaluate, {"solver": "sde"}, r"^evaluate.solver='sde': use one of euler, dpm1, dpm2$"),
         (Watch, {"fall_back": "false"}, r"^watch.fall_back='false': needs bool$"),
         (Config, {"selection": "best"}, r"^selection='best': use one of best_worst, top, "),
-        (Config, {"reward_dtype": "float16"}, r"^reward_dtype='float16': use one of float32, bfloat16$"),
+        (Config, {"reward_dtype": "float16"}, r"^reward_dtype='float16': use one of float32, float32_exact, bfloat16$"),
         (Config, {"explore": {"steps": 6}}, r"^explore=\{'steps': 6\}: needs Stage$"),
         (Config, {"regenerate": None}, r"^regenerate=None: needs Stage$"),
         (Config, {"model": Lora()}, r"^model=Lora\(.*\): needs Model$"),

@@ -48,7 +48,7 @@ score = jax.jit(lambda reward, *args: reward.score(*args), static_argnums=0)
 @pytest.mark.parametrize(("name", "kind", "prefix"), [("gelu", "pt", ""), ("quick_gelu", "safetensors", "module.")])
 def test_golden_scores(tmp_path, name, kind, prefix):
     """Pictures that are resized, that are not, and that are padded; captions with curly quotes."""
-    reward, params = hpsv2.make(write(tmp_path, name, kind, prefix=prefix))
+    reward, params = hpsv2.make(write(tmp_path, name, kind, prefix=prefix), "float32_exact")
     assert reward.name == "hpsv2"
     for shape in clip.SHAPES:
         ours = score(reward, params, clip.pictures(shape), reward.tokenize(PROMPTS))

@@ -41,7 +41,7 @@ score = jax.jit(lambda reward, *args: reward.score(*args), static_argnums=0)
 
 
 def scores(folder, shape):
-    reward, params = imagereward.make(folder)
+    reward, params = imagereward.make(folder, "float32_exact")
     return score(reward, params, small.images(*shape), reward.tokenize(PROMPTS))
 
 
@@ -103,7 +103,7 @@ def test_live(installed, tmp_path):
 
 
 def test_pairs(folder):
-    reward, params = imagereward.make(folder)
+    reward, params = imagereward.make(folder, "float32_exact")
     images, tokens = small.images(48, 48), reward.tokenize(PROMPTS)
     grouped = score(reward, params, images, tokens)
     each = score(reward, params, images, jax.tree.map(lambda x: np.repeat(x, 2, axis=0), tokens))
@@ -117,7 +117,7 @@ def test_pairs(folder):
 
 def test_neighbours_do_not_matter(folder):
     """A picture's score is its own: alone, in chunks, beside white and black ones."""
-    reward, params = imagereward.make(folder)
+    reward, params = imagereward.make(folder, "float32_exact")
     images, tokens = small.images(48, 48), reward.tokenize(PROMPTS)
     together = np.asarray(score(reward, params, images, tokens))
     one = [jax.tree.map(lambda x, i=i: x[i : i + 1], tokens) for i in range(3)]
@@ -133,7 +133,7 @@ def test_neighbours_do_not_matter(folder):
 
 def test_padding_is_not_seen(folder):
     """What stands behind the prompt's end has no effect; what stands before it has."""
-    reward, params = imagereward.make(folder)
+    reward, params = imagereward.make(folder, "float32_exact")
     images, tokens = small.images(48, 48), reward.tokenize(PROMPTS)
     plain = np.asarray(score(reward, params, images, tokens))
     count = tokens["mask"].sum(1)
@@ -146,7 +146,7 @@ def test_padding_is_not_seen(folder):
 
 def test_every_product_is_full_precision(folder):
     """TF32 would halve the digits on a GPU. Words are embedded once a prompt, and no pair is scored but the six."""
-    reward, params = imagereward.make(folder)
+    reward, params = imagereward.make(folder, "float32_exact")
     args = params, small.images(48, 48), reward.tokenize(PROMPTS)
     lowered = jax.jit(reward.score).lower(*args).as_text()
     products = [line for line in lowered.splitlines() if "dot_general" in line or "convolution" in line]
@@ -313,7 +313,7 @@ def test_full_size(tmp_path):
     tree = jax.tree_util.tree_map_with_path(draw, spec)
     weights.save(tree, blip.KEYS, tmp_path / "ImageReward.safetensors", dtype=np.float32)
     del tree
-    reward, params = imagereward.make(tmp_path)
+    reward, params = imagereward.make(tmp_path, "float32_exact")
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 446_206_689
     images = small.images(512, 512)[::2]
     ours = np.asarray(score(reward, params, images, reward.tokenize(PROMPTS)))

@@ -92,6 +92,17 @@ def test_a_host_reward_is_the_same_as_on_the_devices(toy, folder):
         np.testing.assert_allclose(found[0][key], found[1][key], atol=0.004, err_msg=key)  # bytes are coarser
 
 
+def test_a_reward_gets_a_dtype_it_can_use(folder):
+    """float32_exact is for the networks of the package: it is no dtype's name."""
+    (folder / "told.py").write_text(
+        "import numpy as np\nfrom solrl_jax.structs import Reward\n"
+        "def make(path, dtype):\n    return Reward('x', len, len), {'w': np.zeros(1, dtype)}\n"
+    )
+    for dtype, told in (("float32_exact", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16")):
+        assert rewards.load_rewards("told.make", {}, dtype)[1]["told.make"]["w"].dtype == told
+        assert rewards.module("told.make").shapes(None, dtype)[1]["w"].dtype == told
+
+
 def test_one_jitted_step_refuses_a_host_reward(toy, tmp_path):
     whole = config.override(toy, reward="my_rules.contrast", staged=False)
     with pytest.raises(config.ConfigError, match=r"staged=false, but reward my_rules\.contrast runs on the host"):

@@ -69,7 +69,7 @@ score = jax.jit(lambda reward, *args: reward.score(*args), static_argnums=0)
 @pytest.mark.parametrize("shape", [(64, 64), (32, 32), (40, 65)])
 def test_scores(clip, shape):
     folder, model = clip
-    reward, params = pickscore.make(folder)
+    reward, params = pickscore.make(folder, "float32_exact")
     images = pictures(*shape)
     ours = score(reward, params, images, reward.tokenize(PROMPTS))
     cosines, scores = oracle(folder, model, images)
@@ -82,7 +82,7 @@ def test_scores(clip, shape):
 
 def test_every_product_is_full_precision(clip):
     """Also the resize's. The text is encoded once a prompt, not once an image."""
-    reward, params = pickscore.make(clip[0])
+    reward, params = pickscore.make(clip[0], "float32_exact")
     lowered = jax.jit(reward.score).lower(params, pictures(64, 64), reward.tokenize(PROMPTS)).as_text()
     products = [line for line in lowered.splitlines() if "dot_general" in line or "convolution" in line]
     assert len(products) > 10 and all("HIGHEST" in line for line in products)

@@ -15,6 +15,7 @@ from solrl_jax.plan import jaxpr, shapes
 from tests import card, nano
 
 EXACT = {"model.dtype": "float32", "model.vae_dtype": "float32", "explore.precision": "bf16"}
+EXACT |= {"reward_dtype": "float32_exact"}
 HALF = {"explore.precision": "bf16", "reward_dtype": "bfloat16"}
 STAGES = ("encode", "quantise", "regenerate", "learn")
 HIGHEST = {"float32 highest"}
@@ -46,6 +47,14 @@ def test_bfloat16_asks_for_nothing(name, reward, tmp_path):
     assert set(found["encode"]) == {"bfloat16"} and set(found["learn"]) == kinds
     assert set(found["quantise"]) == HIGHEST and set(found["regenerate"]) == kinds | HIGHEST
     assert found["regenerate"]["float32 highest"] < 1e-3 * found["regenerate"]["bfloat16"]  # a reward's text and resize
+
+
+def test_float32_rewards_are_products_of_bfloat16_pairs(tmp_path):
+    """Only theirs: of CLIPScore's blocks, three times; without a CUDA plugin too, when no GPU can be described."""
+    found = asked("flux", tmp_path, EXACT | {"reward": "clipscore", "reward_dtype": "float32"})
+    exact = asked("flux", tmp_path, EXACT | {"reward": "clipscore"})
+    assert all(found[stage] == exact[stage] for stage in ("encode", "quantise", "learn"))
+    assert found["regenerate"]["bfloat16"] == 3 * 24 * 24 * 257 * 24 * 1024**2
 
 
 def products(program: jax.stages.Compiled) -> list[tuple[str, bool]]:
@@ -91,7 +100,7 @@ def test_compiled_for_an_h100(dtype):
 
 @pytest.mark.slow
 def test_a_whole_iteration_in_float32_compiled_for_an_h100(tmp_path):
-    cfg = nano.build(tmp_path, explore=Stage(steps=2, precision="bf16", chunk=4))
+    cfg = nano.build(tmp_path, explore=Stage(steps=2, precision="bf16", chunk=4), reward_dtype="float32_exact")
     found = shapes.read(cfg, 1)
     statics = {"model": found.model, "score": found.score, "optimizer": learn.make_optimizer(cfg), "cfg": cfg}
     step, prompts = functools.partial(iteration.iteration_step, **statics), shapes.batch(found.prompts, cfg.prompts)

@@ -1,4 +1,4 @@
-"""Does a reward in bfloat16 rank the pictures of a prompt as in float32?
+"""Does a reward in bfloat16, or in float32 as GPUs multiply it, rank the pictures of a prompt as in exact float32?
 
     python -m experiments.rewards.ranks --out=experiments/rewards/results/ranks.json             # minutes on a CPU
     python -m experiments.rewards.ranks --rewards= --captions=4 --pictures=8 --out=/tmp/r.json   # short
@@ -6,7 +6,7 @@
 The pictures are the small world's candidates. Its CLIP is trained and gets them unchanged; the four networks of full
 size have random weights and get them enlarged to 256 px. With random weights, the scores of a group differ far less
 than with trained ones (`spread`, their standard deviation), so bfloat16's errors, which have the same size, change the
-order more. Means over groups.
+order more. Means over groups. On a CPU float32 is exact, so only bfloat16 is compared there.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from solrl_jax.rewards import clipscore, parse_paths
 from solrl_jax.selection import fidelity
 from solrl_jax.structs import Params, PyTree, Reward
 
-DTYPES = ("float32", "bfloat16")
+EXACT, OTHERS = "float32_exact", ("float32", "bfloat16")
 SIZE = 256
 
 
@@ -49,9 +49,9 @@ def scores(
     )
 
 
-def compared(name: str, found: dict[str, Float[np.ndarray, "P N"]], kept: int) -> dict[str, dict]:
-    """Figures of bfloat16's scores against float32's."""
-    full, low = (found[dtype].astype(np.float64) for dtype in DTYPES)
+def compared(name: str, full: Float[np.ndarray, "P N"], low: Float[np.ndarray, "P N"], kept: int) -> dict[str, dict]:
+    """Figures of the scores `low` against the exact ones, `full`."""
+    full, low = full.astype(np.float64), low.astype(np.float64)
     error = low - full
     spread = full.std(axis=1)
     each = {**fidelity(jnp.asarray(low), jnp.asarray(full), kept), "spread": spread}
@@ -80,22 +80,24 @@ def main(argv: list[str] | None = None) -> None:
         frozen, stage = world.parts.frozen, config.Stage(steps=10, chunk=args.pictures)
         images = check.draw_samples(world.parts.cfg.model, frozen.base, frozen.vae, prompts.cond, args.pictures, stage)
         figures: dict[str, dict] = {}
+        dtypes = (EXACT, *(dtype for dtype in OTHERS if dtype != "float32" or device.platform() != "cpu"))
 
         def note(name: str, found: dict[str, Float[np.ndarray, "P N"]]) -> None:
-            figures.update(compared(name, found, args.kept))
+            for dtype in list(found)[1:]:
+                figures.update(compared(f"{name}, {dtype}", found[EXACT], found[dtype], args.kept))
             results.record(args.out, figures)
             for figure, f in figures.items():
                 if figure.startswith(name):
                     print(f"{results.cell(f, 4):>36}  {figure}", flush=True)
 
         folder, tokens = parse_paths(world.parts.cfg.reward_paths)["clipscore"], prompts.tokens["clipscore"]
-        trained = {dtype: clipscore.make(folder, dtype) for dtype in DTYPES}
+        trained = {dtype: clipscore.make(folder, dtype) for dtype in dtypes}
         note("trained, small", {dtype: scores(*made, images, tokens) for dtype, made in trained.items()})
         for name in filter(None, args.rewards.split(",")):
             described = importlib.import_module(f"solrl_jax.rewards.{name}").shapes
             params = drawn(described(None)[1])
-            rewards = {dtype: described(None, jnp.dtype(dtype)) for dtype in DTYPES}
-            tokens = drawn(shapes.batch(rewards["float32"][2], args.groups))
+            rewards = {dtype: described(None, dtype) for dtype in dtypes}
+            tokens = drawn(shapes.batch(rewards[EXACT][2], args.groups))
             few = images[: args.groups]
             note(name, {d: scores(reward, params, few, tokens, SIZE) for d, (reward, *_) in rewards.items()})
             del params

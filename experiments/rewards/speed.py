@@ -3,29 +3,34 @@
     python -m experiments.rewards.speed --out=experiments/rewards/results/speed.json                      # an H100
     python -m experiments.rewards.speed --pictures=2 --sizes=64 --rewards=clipscore --out=/tmp/r.json     # short
 
-`--pictures` pictures of one prompt, 24 at a time; towers in float32 (exact products, the default) and in bfloat16
-(ranks: experiments.rewards.ranks). A reward's share of FLUX's rollout is computed from the rollout's time in
-experiments/efficiency, which includes CLIPScore in float32.
+`--pictures` pictures of one prompt, 24 at a time, for each of `--kinds`: reward_dtype (float32: on GPUs products of
+pairs of bf16 numbers; ranks: experiments.rewards.ranks), or one of experiments.rewards.candidates. A reward's share of
+FLUX's rollout is computed from the rollout's time in experiments/efficiency, which includes CLIPScore in float32_exact.
 """
 
 import argparse
 import functools
 import importlib
+import itertools
 import json
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from experiments import results
 from experiments.full_size import drawn, timed
+from experiments.rewards import candidates
 from solrl_jax import device, sharding
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
+from solrl_jax.structs import Images, Params, PyTree
 
 REWARDS = "clipscore,pickscore,hpsv2,imagereward"
+KINDS = "float32_exact,float32,bfloat16"
 TOGETHER = 24
 ROLLOUT = Path(__file__).resolve().parent.parent / "efficiency/results/flux.json"
 
@@ -38,20 +43,37 @@ def shares(figures: Mapping[str, dict]) -> dict[str, dict]:
     taken = {
         case: scored / f["value"] for case, f in figures.items() if case.endswith(", 512 px") and "all" not in case
     }
-    if (its_own := "clipscore, float32, 512 px") not in taken:
+    if (its_own := "clipscore, float32_exact, 512 px") not in taken:
         return {}
     rest = rollout - taken[its_own]
-    for dtype in ("float32", "bfloat16"):
+    for dtype in KINDS.split(","):
         if together := [t for case, t in taken.items() if f", {dtype}, " in case]:
             taken[f"all, {dtype}, 512 px"] = sum(together)
     unit = f"of FLUX's rollout, {scored} pictures a prompt"
     return {f"{case}: share": results.figure(t / (rest + t), unit, 1) for case, t in taken.items()}
 
 
+def scored(
+    kind: str, described: Callable[..., Any], params: Params, pictures: int, side: int, repeat: int
+) -> tuple[list[float], float]:
+    """Seconds of scoring so many pictures of side x side pixels, `repeat` times; the time to compile."""
+    images, chunks = jax.random.uniform(jax.random.key(0), (pictures, side, side, 3)), max(1, pictures // TOGETHER)
+    with candidates.reward_dtype(kind) as dtype:
+        reward, _, tokens = described(None, dtype)
+
+        @jax.jit
+        def score(params: Params, images: Images, ids: PyTree) -> Float[Array, "chunks n"]:
+            parts = images.reshape(chunks, -1, *images.shape[1:])
+            return jax.lax.map(lambda part: reward.score(params, part, ids), parts)
+
+        return timed(functools.partial(score, params, images, drawn(shapes.batch(tokens, 1))), repeat)
+
+
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", default=REWARDS)
+    parser.add_argument("--kinds", default=KINDS)
     parser.add_argument("--pictures", type=int, default=96)
     parser.add_argument("--sizes", default="512,1024")
     parser.add_argument("--repeat", type=int, default=3)
@@ -63,31 +85,16 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.rewards.split(","):
             described = importlib.import_module(f"solrl_jax.rewards.{name}").shapes
             params = drawn(described(None)[1])
-            for dtype in ("float32", "bfloat16"):
-                reward, _, tokens = described(None, jnp.dtype(dtype))
-                ids = drawn(shapes.batch(tokens, 1))
-                chunks = max(1, args.pictures // TOGETHER)
-
-                @jax.jit
-                def score(params, images, ids, reward=reward, chunks=chunks):
-                    parts = images.reshape(chunks, -1, *images.shape[1:])
-                    return jax.lax.map(lambda part: reward.score(params, part, ids), parts)
-
-                for side in map(int, args.sizes.split(",")):
-                    images = jax.random.uniform(jax.random.key(0), (args.pictures, side, side, 3))
-                    seconds, compiling = timed(functools.partial(score, params, images, ids), args.repeat)
-                    median = statistics.median(seconds)
-                    rate = args.pictures / median
-                    case = f"{dtype}, {side} px"
-                    together[case] = together.get(case, 0.0) + median
-                    figures[f"{name}, {case}"] = results.figure(rate, "pictures/s", args.repeat)
-                    figures[f"{name}, {case}: seconds"] = results.figure(
-                        median, "s", args.repeat, [min(seconds), max(seconds)]
-                    )
-                    print(
-                        f"{median:8.4f} s {args.pictures / median:8.0f} /s  {name} {case} (+{compiling:.1f} s)",
-                        flush=True,
-                    )
+            for kind, side in itertools.product(args.kinds.split(","), map(int, args.sizes.split(","))):
+                seconds, compiling = scored(kind, described, params, args.pictures, side, args.repeat)
+                median, case = statistics.median(seconds), f"{kind}, {side} px"
+                together[case] = together.get(case, 0.0) + median
+                figures[f"{name}, {case}"] = results.figure(args.pictures / median, "pictures/s", args.repeat)
+                figures[f"{name}, {case}: seconds"] = results.figure(
+                    median, "s", args.repeat, [min(seconds), max(seconds)]
+                )
+                rate = args.pictures / median
+                print(f"{median:8.4f} s {rate:8.0f} /s  {name} {case} (+{compiling:.1f} s)", flush=True)
             del params
             results.record(args.out, figures)
     for case, seconds in together.items():

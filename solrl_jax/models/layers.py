@@ -32,19 +32,47 @@ def precision_of(dtype: Any) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == F32 else None
 
 
+def halves(x: Float[Array, "*d"]) -> tuple[Array, Array]:
+    """f32 x ~ high + low, both bf16: 16 of its 24 bits.
+
+    Rounding is `reduce_precision`, not a cast to bf16 and back: XLA removes such a pair of casts on GPUs, and then low
+    is 0 (tests/test_pairs.py::test_the_low_halves_are_in_the_program).
+    """
+    high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)
+
+
+def pair_product(x: Float[Array, "*batch d"], w: Float[Array, "d out"]) -> Float[Array, "*batch out"]:
+    """x w of f32 operands, each as a pair of bf16 numbers, summed in f32; relative error 5e-6 (float32: 3e-7).
+
+    It is one bf16 product of three times the depth, [xh | xl | xh] [Wh; Wh; Wl]: xl Wl would be 2^-16 of the whole. As
+    three products their f32 results would be written to memory three times, and the bias would be a kernel of its own.
+    """
+    (xh, xl), (wh, wl) = halves(x), halves(w)
+    deep = jnp.concatenate([xh, xl, xh], axis=-1), jnp.concatenate([wh, wh, wl], axis=0)
+    return jnp.dot(*operands(*deep), preferred_element_type=F32)
+
+
+def in_pairs(dtype: Any, pairs: bool | None) -> bool:
+    """Whether a network's products in `dtype` are `pair_product`s. None: those in float32, on all devices but CPUs."""
+    return jnp.dtype(dtype) == F32 and (device.platform() != "cpu" if pairs is None else pairs)
+
+
 class Linear(nn.Module):
     """y = x W + (x A) B + b. W [in, out] in the network's dtype, A [in, R] and B [R, out] f32, alpha/R folded in.
 
     x may come in several parts along its last axis, which are then never concatenated in memory. `bias_after` adds the
     bias after the product, as part of an elementwise kernel that reads y anyway. A product whose epilogue has a bias
     makes XLA copy the layer's kernel out of the stack first; one without a bias reads the kernel inside the stack
-    (epilogues counted in tests/test_compiled.py::test_forward).
+    (epilogues counted in tests/test_compiled.py::test_forward). With `pairs` the kernel's float32 products are
+    `pair_product`s; for networks without LoRA and quantised kernels.
     """
 
     features: int
     use_bias: bool = True
     dtype: Any = jnp.bfloat16
     bias_after: bool = False
+    pairs: bool = False
 
     @nn.compact
     def __call__(self, *parts: Float[Array, "*batch _"]) -> Float[Array, "*batch out"]:
@@ -59,7 +87,7 @@ class Linear(nn.Module):
         else:
             inside = sum(x.shape[-1] for x in parts)
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (inside, self.features), F32)
-            y = _product(parts, jnp.asarray(kernel), self.dtype, out)
+            y = _product(parts, jnp.asarray(kernel), self.dtype, out, self.pairs)
         bias = None
         if self.use_bias:
             bias = jnp.asarray(self.param("bias", nn.initializers.zeros, (self.features,), F32))
@@ -90,13 +118,13 @@ def inputs_seen(variables: Mapping[str, Any]) -> dict[str, Array]:
     }
 
 
-def _product(parts: Sequence[Array], w: Array, dtype: Any, out: Any) -> Array:
+def _product(parts: Sequence[Array], w: Array, dtype: Any, out: Any, pairs: bool = False) -> Array:
     """x w with result dtype `out`; x in parts along the contracted axis, both operands in `dtype`."""
     total, at = None, 0
     for x in parts:
-        rows = w[at : at + x.shape[-1]]
+        both = x.astype(dtype), w[at : at + x.shape[-1]].astype(dtype)
         how = {"precision": precision_of(dtype), "preferred_element_type": out}
-        y = jnp.dot(*operands(x.astype(dtype), rows.astype(dtype)), **how)
+        y = pair_product(*both) if pairs else jnp.dot(*operands(*both), **how)
         total, at = y if total is None else total + y, at + x.shape[-1]
     assert total is not None
     return total

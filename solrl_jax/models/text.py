@@ -99,12 +99,13 @@ class ClipLayer(nn.Module):
 
     cfg: Any  # ClipTextConfig or ClipVisionConfig: both use the same names
     dtype: Any = jnp.bfloat16
+    pairs: bool = False  # see Linear
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B S D"], bias: Float[Array, "#B #H S S"] | None = None
     ) -> Float[Array, "B S D"]:
-        cfg, linear = self.cfg, partial(Linear, dtype=self.dtype)
+        cfg, linear = self.cfg, partial(Linear, dtype=self.dtype, pairs=self.pairs)
         heads = (*x.shape[:2], cfg.num_attention_heads, -1)
         h = LayerNorm(cfg.layer_norm_eps, name="norm1")(x)
         q, k, v = (linear(cfg.hidden_size, name=name)(h).reshape(heads) for name in "qkv")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from solrl_jax import weights
-from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention, conv
+from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention, conv, in_pairs
 from solrl_jax.models.text import ClipLayer, check_layer_config, run_layers
 from solrl_jax.rewards.clip_tower import ClipVisionConfig
 from solrl_jax.structs import Params, PerSample, WeightsError
@@ -92,6 +92,7 @@ class BlipVision(nn.Module):
 
     cfg: BlipVisionConfig
     dtype: Any = F32
+    pairs: bool = False  # see Linear
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "B H W c"]) -> Float[Array, "B S W_"]:
@@ -102,7 +103,7 @@ class BlipVision(nn.Module):
         first = jnp.asarray(self.param("class_embedding", _table, (1, 1, width), F32))
         positions = jnp.asarray(self.param("position_embedding", _table, (1, 1 + count, width), F32))
         x = jnp.concatenate([jnp.broadcast_to(first, (len(pixels), 1, width)), patches], axis=1) + positions
-        x, _ = run_layers(ClipLayer(cfg, self.dtype, name="layers"), cfg.num_hidden_layers, x, None)
+        x, _ = run_layers(ClipLayer(cfg, self.dtype, self.pairs, name="layers"), cfg.num_hidden_layers, x, None)
         return LayerNorm(cfg.layer_norm_eps, name="norm")(x)
 
 
@@ -111,12 +112,13 @@ class MedAttention(nn.Module):
 
     cfg: MedConfig
     dtype: Any = F32
+    pairs: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B L D"], memory: Float[Array, "B S M"], bias: Float[Array, "#B #H L S"] | None = None
     ) -> Float[Array, "B L D"]:
-        cfg, linear = self.cfg, partial(Linear, self.cfg.hidden_size, dtype=self.dtype)
+        cfg, linear = self.cfg, partial(Linear, self.cfg.hidden_size, dtype=self.dtype, pairs=self.pairs)
         q, k, v = (
             linear(name=name)(given).reshape(*given.shape[:2], cfg.num_attention_heads, -1)
             for name, given in (("q", x), ("k", memory), ("v", memory))
@@ -130,14 +132,15 @@ class MedLayer(nn.Module):
 
     cfg: MedConfig
     dtype: Any = F32
+    pairs: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B L D"], bias: Float[Array, "B 1 L L"], picture: Float[Array, "B S M"]
     ) -> Float[Array, "B L D"]:
-        cfg, linear = self.cfg, partial(Linear, dtype=self.dtype)
-        x = MedAttention(cfg, self.dtype, name="words")(x, x, bias)
-        x = MedAttention(cfg, self.dtype, name="picture")(x, picture)
+        cfg, linear = self.cfg, partial(Linear, dtype=self.dtype, pairs=self.pairs)
+        x = MedAttention(cfg, self.dtype, self.pairs, name="words")(x, x, bias)
+        x = MedAttention(cfg, self.dtype, self.pairs, name="picture")(x, picture)
         h = ACTIVATIONS[cfg.hidden_act](linear(cfg.intermediate_size, name="fc1")(x))
         return LayerNorm(cfg.layer_norm_eps, name="norm")(x + linear(cfg.hidden_size, name="fc2")(h))
 
@@ -150,6 +153,7 @@ class MedText(nn.Module):
 
     cfg: MedConfig
     dtype: Any = F32
+    pairs: bool = False
 
     @nn.compact
     def __call__(
@@ -165,23 +169,26 @@ class MedText(nn.Module):
         bias = jnp.where(mask, 0.0, -1e4)[:, None, None, :]
         bias = jnp.broadcast_to(bias, (groups, 1, length, length))
         x, bias = (jnp.repeat(each, len(picture) // groups, axis=0) for each in (x, bias))
-        x, _ = run_layers(MedLayer(cfg, self.dtype, name="layers"), cfg.num_hidden_layers, x, bias, picture)
+        x, _ = run_layers(MedLayer(cfg, self.dtype, self.pairs, name="layers"), cfg.num_hidden_layers, x, bias, picture)
         return x[:, 0]
 
 
 class Blip(nn.Module):
     """ImageReward before its scores are standardised: one f32 number per picture and its prompt.
 
-    The blocks' products are in `dtype`; the residual streams, norms and the head are f32, as in clip_tower.
+    The blocks' products are in `dtype`; the residual streams, norms and the head are f32, as in clip_tower,
+    which describes `pairs`.
     """
 
     cfg: BlipConfig
     dtype: Any = F32
+    pairs: bool | None = None
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "B H W 3"], ids: Int[Array, "G L"], mask: Bool[Array, "G L"]) -> PerSample:
-        picture = BlipVision(self.cfg.vision, self.dtype, name="vision")(pixels)
-        x = MedText(self.cfg.text, self.dtype, name="text")(ids, mask, picture)
+        how = self.dtype, in_pairs(self.dtype, self.pairs)
+        picture = BlipVision(self.cfg.vision, *how, name="vision")(pixels)
+        x = MedText(self.cfg.text, *how, name="text")(ids, mask, picture)
         for i, width in enumerate(HEAD):  # no activations: the published weights were trained without
             x = Linear(width, dtype=F32, name=f"head_{i}")(x)
         return x[:, 0]

@@ -7,7 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
-from solrl_jax.models.layers import F32, LayerNorm, Linear, conv
+from solrl_jax.models.layers import F32, LayerNorm, Linear, conv, in_pairs
 from solrl_jax.models.text import (
     ClipLayer,
     ClipText,
@@ -31,6 +31,19 @@ from solrl_jax.weights import Rule
 from solrl_jax.weights.options import Options, check
 
 _table = nn.initializers.normal(0.02)
+
+
+class Products(NamedTuple):
+    """How a reward's network multiplies in its blocks: in `dtype`, and float32 in pairs of bf16 (layers.in_pairs)."""
+
+    dtype: Any = jnp.dtype(F32)
+    pairs: bool | None = None
+
+    @classmethod
+    def of(cls, name: Any) -> "Products":
+        """From the config's reward_dtype, or from a dtype."""
+        exact = isinstance(name, str) and name == "float32_exact"
+        return cls(pairs=False) if exact else cls(jnp.dtype(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +152,7 @@ class ClipVision(nn.Module):
     cfg: ClipVisionConfig
     projection_dim: int
     dtype: Any = F32
+    pairs: bool = False  # see Linear
 
     @nn.compact
     def __call__(self, pixels: Float[Array, "B H W c"]) -> Float[Array, "B D"]:
@@ -152,7 +166,7 @@ class ClipVision(nn.Module):
         positions = jnp.asarray(self.param("position_embedding", _table, (1 + count, width), F32))
         x = jnp.concatenate([jnp.broadcast_to(first, (len(pixels), 1, width)), patches], axis=1) + positions[None]
         x = LayerNorm(cfg.layer_norm_eps, name="pre_norm")(x)
-        x, _ = run_layers(ClipLayer(cfg, self.dtype, name="layers"), cfg.num_hidden_layers, x, None)
+        x, _ = run_layers(ClipLayer(cfg, self.dtype, self.pairs, name="layers"), cfg.num_hidden_layers, x, None)
         x = LayerNorm(cfg.layer_norm_eps, name="post_norm")(x[:, 0])
         return Linear(self.projection_dim, use_bias=False, dtype=F32, name="projection")(x)
 
@@ -162,15 +176,16 @@ class ClipTower(nn.Module):
 
     `dtype` is that of the products in the vision tower's blocks, which take most of the time. The residual stream, the
     norms and everything computed once per picture or per prompt are f32: the pictures of a group are nearly alike, and
-    rounding them to bfloat16 on the way changes their ranking.
+    rounding them to bfloat16 on the way changes their ranking. `pairs` is layers.in_pairs'.
     """
 
     cfg: ClipConfig
     dtype: Any = F32
+    pairs: bool | None = None
 
     def setup(self):
         self.text = ClipText(self.cfg.text, F32, project=True)
-        self.vision = ClipVision(self.cfg.vision, self.cfg.projection_dim, self.dtype)
+        self.vision = ClipVision(self.cfg.vision, self.cfg.projection_dim, self.dtype, in_pairs(self.dtype, self.pairs))
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(2.6592), (), F32)  # log of the factor
 
     def image_features(self, pixels: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
@@ -261,8 +276,8 @@ OPEN_CLIP_KEYS = (
 
 
 def load_clip(folder: str | Path, dtype: Any = F32) -> tuple[ClipTower, Params]:
-    """Module with products in `dtype`, and f32 parameters (numpy), of a CLIPModel folder in transformers' layout."""
-    tower = ClipTower(ClipConfig.read(folder), dtype)
+    """Module with exact products in `dtype`, and f32 parameters (numpy), of a folder in transformers' layout."""
+    tower = ClipTower(ClipConfig.read(folder), dtype, pairs=False)
     # Parameters are always f32: in bf16 exp(logit_scale) would have an error of 0.3 percent.
     files, droppable = weights.Files(folder, "model"), (r".*\.position_ids",)
     return tower, weights.load(files, shapes(tower), HF_KEYS, dtype=F32, droppable=droppable)
@@ -270,7 +285,7 @@ def load_clip(folder: str | Path, dtype: Any = F32) -> tuple[ClipTower, Params]:
 
 def load_open_clip(file: str | Path, cfg: ClipConfig, dtype: Any = F32) -> tuple[ClipTower, Params]:
     """Like `load_clip`, for one file in open_clip's naming. WeightsError if it has another architecture."""
-    tower, files = ClipTower(cfg, dtype), weights.Files(file)
+    tower, files = ClipTower(cfg, dtype, pairs=False), weights.Files(file)
     _check_open_clip(files, cfg)
     aliases = ((r"^module\.", ""),)  # the prefix that training on several GPUs adds to every key
     return tower, weights.load(files, shapes(tower), OPEN_CLIP_KEYS, dtype=F32, aliases=aliases)

@@ -16,7 +16,7 @@ from solrl_jax import weights
 from solrl_jax.models.layers import F32
 from solrl_jax.models.text import ClipTextConfig, require_tokenizer
 from solrl_jax.rewards import clip_tokens, clip_tower, preprocess
-from solrl_jax.rewards.clip_tower import ClipConfig, ClipTower, ClipVisionConfig
+from solrl_jax.rewards.clip_tower import ClipConfig, ClipTower, ClipVisionConfig, Products
 from solrl_jax.structs import Images, Params, PerSample, Reward
 from solrl_jax.weights import hub
 
@@ -32,17 +32,17 @@ PUBLIC = ClipConfig(
 def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     """The reward of a CLIPModel (hub.model: weights, config.json, tokenizer in transformers' layout), its f32 weights.
 
-    `dtype` is that of the vision tower's products. The same folder, config and dtype give the same Reward object, as
-    jit's static arguments require.
+    `dtype` is that of the vision tower's products (Products.of). The same folder, config and dtype give the same Reward
+    object, as jit's static arguments require.
     """
     if path is None:
         raise weights.WeightsError(f"clipscore needs the folder of a CLIP model, or {HUB_ID}")
     path = hub.model(str(path))
-    tower, params = clip_tower.load_clip(path, jnp.dtype(dtype))
+    tower, params = clip_tower.load_clip(path)
     folder = str(path.resolve())
     clip_tokens.check_hf(tower.cfg.text, require_tokenizer(folder))
     return _reward(
-        folder, tower.cfg, jnp.dtype(dtype), *preprocess.read_mean_std(folder, tower.cfg.vision.image_size)
+        folder, tower.cfg, Products.of(dtype), *preprocess.read_mean_std(folder, tower.cfg.vision.image_size)
     ), params
 
 
@@ -54,14 +54,14 @@ def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, A
     folder = hub.here(path)
     cfg = PUBLIC if folder is None else ClipConfig.read(folder)
     ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)
-    reward = _reward(str(path), cfg, jnp.dtype(dtype), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
+    reward = _reward(str(path), cfg, Products.of(dtype), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
     return reward, clip_tower.shapes(ClipTower(cfg)), {"ids": ids}
 
 
 @functools.lru_cache
-def _reward(folder: str, cfg: ClipConfig, dtype: jnp.dtype, mean: tuple[float, ...], std: tuple[float, ...]) -> Reward:
+def _reward(folder: str, cfg: ClipConfig, how: Products, mean: tuple[float, ...], std: tuple[float, ...]) -> Reward:
     tokenize = functools.partial(clip_tokens.hf, folder, cfg.text.max_position_embeddings)
-    return Reward("clipscore", tokenize, functools.partial(_score, ClipTower(cfg, dtype), mean, std))
+    return Reward("clipscore", tokenize, functools.partial(_score, ClipTower(cfg, *how), mean, std))
 
 
 def _score(

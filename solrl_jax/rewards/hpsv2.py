@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from solrl_jax.models.layers import F32
 from solrl_jax.rewards import clip_tokens, clip_tower, preprocess
-from solrl_jax.rewards.clip_tower import VIT_H_14, ClipConfig, ClipTower
+from solrl_jax.rewards.clip_tower import VIT_H_14, ClipConfig, ClipTower, Products
 from solrl_jax.structs import Images, Params, PerSample, Reward, WeightsError
 from solrl_jax.weights import hub
 
@@ -33,10 +33,10 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     if path is None:
         raise WeightsError(f"hpsv2 needs {PUBLIC_FILE}, its folder, or {HUB_ID}")
     file = find(path)
-    tower, params = clip_tower.load_open_clip(file, _config(file.parent), jnp.dtype(dtype))
+    tower, params = clip_tower.load_open_clip(file, _config(file.parent))
     tokenizer = clip_tokens.find(file.parent, also=(clip_tokens.GZIP,))
     clip_tokens.check_open_clip(tower.cfg.text, tokenizer)
-    return _reward(tokenizer, tower.cfg, jnp.dtype(dtype)), params
+    return _reward(tokenizer, tower.cfg, Products.of(dtype)), params
 
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
@@ -44,7 +44,7 @@ def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, A
     found = hub.here(path, "open_clip_config.json")
     cfg = VIT_H_14 if found is None else _config(found.parent if found.is_file() else found)
     ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)
-    return _reward(str(path), cfg, jnp.dtype(dtype)), clip_tower.shapes(ClipTower(cfg)), {"ids": ids}
+    return _reward(str(path), cfg, Products.of(dtype)), clip_tower.shapes(ClipTower(cfg)), {"ids": ids}
 
 
 def find(path: str | Path) -> Path:
@@ -71,9 +71,9 @@ def _config(folder: Path) -> ClipConfig:
 
 
 @functools.lru_cache
-def _reward(folder: str, cfg: ClipConfig, dtype: jnp.dtype) -> Reward:
+def _reward(folder: str, cfg: ClipConfig, how: Products) -> Reward:
     tokenize = functools.partial(clip_tokens.open_clip, folder, cfg.text.max_position_embeddings)
-    return Reward("hpsv2", tokenize, functools.partial(_score, ClipTower(cfg, dtype)))
+    return Reward("hpsv2", tokenize, functools.partial(_score, ClipTower(cfg, *how)))
 
 
 def _score(tower: ClipTower, params: Params, images: Images, tokens: Mapping[str, Int[Array, "G L"]]) -> PerSample:

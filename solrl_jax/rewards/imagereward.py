@@ -18,6 +18,7 @@ from solrl_jax.models.layers import F32
 from solrl_jax.models.text import contents
 from solrl_jax.rewards import blip, preprocess
 from solrl_jax.rewards.blip import Blip, BlipConfig
+from solrl_jax.rewards.clip_tower import Products
 from solrl_jax.structs import Images, Params, PerSample, Reward, WeightsError
 from solrl_jax.weights import hub
 
@@ -33,15 +34,15 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     """The reward, and its f32 weights, from a .pt or .safetensors file, a folder with one of FILES, or HUB_ID.
 
     The vocabulary is one of VOCABULARIES beside the file, else BERT's is fetched. The sizes are those of a
-    med_config.json beside the file, else the public ones. `dtype` is that of the transformers' products. The same
-    folder, config and dtype give the same Reward object, as jit's static arguments require.
+    med_config.json beside the file, else the public ones. `dtype` is that of the transformers' products
+    (Products.of). The same folder, config and dtype give the same Reward object, as jit's static arguments require.
     """
     if path is None:
         raise WeightsError(f"imagereward needs ImageReward.pt, its folder, or {HUB_ID}")
     file = find(path)
     cfg, words = BlipConfig.read(file.parent), _vocabulary_file(file.parent)
     _check_tokenizer(words, cfg)
-    return _reward(words, cfg, jnp.dtype(dtype)), blip.load(file, Blip(cfg))
+    return _reward(words, cfg, Products.of(dtype)), blip.load(file, Blip(cfg))
 
 
 def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, Any]:
@@ -49,7 +50,7 @@ def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, A
     found = hub.here(path, "med_config.json")
     cfg = BlipConfig() if found is None else BlipConfig.read(found.parent if found.is_file() else found)
     ids, mask = (jax.ShapeDtypeStruct((1, LENGTH), kind) for kind in (jnp.int32, jnp.bool_))
-    return _reward(str(path), cfg, jnp.dtype(dtype)), blip.shapes(Blip(cfg)), {"ids": ids, "mask": mask}
+    return _reward(str(path), cfg, Products.of(dtype)), blip.shapes(Blip(cfg)), {"ids": ids, "mask": mask}
 
 
 def find(path: str | Path) -> Path:
@@ -64,8 +65,8 @@ def find(path: str | Path) -> Path:
 
 
 @functools.lru_cache
-def _reward(words: str, cfg: BlipConfig, dtype: jnp.dtype) -> Reward:
-    return Reward("imagereward", functools.partial(_tokenize, words), functools.partial(_score, Blip(cfg, dtype)))
+def _reward(words: str, cfg: BlipConfig, how: Products) -> Reward:
+    return Reward("imagereward", functools.partial(_tokenize, words), functools.partial(_score, Blip(cfg, *how)))
 
 
 # ---- text

@@ -115,12 +115,17 @@ def _place(module: types.ModuleType) -> str:
 
 def _on_device(name: str, make: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params]:
     """The user's (Reward, params), with the dotted name; ConfigError for anything else."""
-    found = _guarded(name, make, path, dtype)
+    found = _guarded(name, make, path, plain(dtype))
     if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Reward)):
         raise ConfigError(
             f"reward {name!r}: its function gives {type(found).__name__}: return (solrl_jax.structs.Reward, params)"
         )
     return _checked(name, found[0]), found[1]
+
+
+def plain(dtype: Any) -> Any:
+    """The config's reward_dtype as a dtype's name; how float32 is multiplied concerns this folder's networks alone."""
+    return "float32" if isinstance(dtype, str) and dtype == "float32_exact" else dtype
 
 
 @functools.lru_cache
@@ -141,7 +146,7 @@ def _score(name: str, score: Callable, params: Params, images: Array, tokens: Py
 
 def _shapes(make: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params, PyTree]:
     """The reward, its weights and one prompt's tokens, the last two as ShapeDtypeStructs."""
-    reward, params = make(path, dtype)
+    reward, params = make(path, plain(dtype))
     return reward, *jax.eval_shape(lambda: (params, reward.tokenize([""])))
 
 

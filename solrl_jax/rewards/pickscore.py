@@ -16,7 +16,7 @@ from jaxtyping import Array, Int
 from solrl_jax import weights
 from solrl_jax.models.layers import F32
 from solrl_jax.rewards import clip_tokens, clip_tower, preprocess
-from solrl_jax.rewards.clip_tower import VIT_H_14, ClipConfig, ClipTower
+from solrl_jax.rewards.clip_tower import VIT_H_14, ClipConfig, ClipTower, Products
 from solrl_jax.structs import Images, Params, PerSample, Reward
 from solrl_jax.weights import hub
 
@@ -31,11 +31,11 @@ def make(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params]:
     if path is None:
         raise weights.WeightsError(f"pickscore needs the folder of a CLIP model, or {HUB_ID}")
     path = hub.model(str(path))
-    tower, params = clip_tower.load_clip(path, jnp.dtype(dtype))
+    tower, params = clip_tower.load_clip(path)
     tokenizer = clip_tokens.find(path)
     clip_tokens.check_hf(tower.cfg.text, tokenizer)
     return _reward(
-        tokenizer, tower.cfg, jnp.dtype(dtype), *preprocess.read_mean_std(path, tower.cfg.vision.image_size)
+        tokenizer, tower.cfg, Products.of(dtype), *preprocess.read_mean_std(path, tower.cfg.vision.image_size)
     ), params
 
 
@@ -44,14 +44,14 @@ def shapes(path: str | Path | None, dtype: Any = F32) -> tuple[Reward, Params, A
     folder = hub.here(path)
     cfg = VIT_H_14 if folder is None else ClipConfig.read(folder)
     ids = jax.ShapeDtypeStruct((1, cfg.text.max_position_embeddings), jnp.int32)
-    reward = _reward(str(path), cfg, jnp.dtype(dtype), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
+    reward = _reward(str(path), cfg, Products.of(dtype), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
     return reward, clip_tower.shapes(ClipTower(cfg)), {"ids": ids}
 
 
 @functools.lru_cache
-def _reward(folder: str, cfg: ClipConfig, dtype: jnp.dtype, mean: tuple[float, ...], std: tuple[float, ...]) -> Reward:
+def _reward(folder: str, cfg: ClipConfig, how: Products, mean: tuple[float, ...], std: tuple[float, ...]) -> Reward:
     tokenize = functools.partial(clip_tokens.hf, folder, cfg.text.max_position_embeddings)
-    return Reward("pickscore", tokenize, functools.partial(_score, ClipTower(cfg, dtype), mean, std))
+    return Reward("pickscore", tokenize, functools.partial(_score, ClipTower(cfg, *how), mean, std))
 
 
 def _score(
