@@ -208,7 +208,7 @@ FLUX = [f"{f}_{r}" for f in recipes.NAMES for r in ("clipscore", "pickscore", "h
 
 
 def test_flux_is_the_published_run():
-    cfg = config.load("flux")
+    cfg = config.load("flux:sol_rl")
     assert (cfg.model.path, cfg.model.size, cfg.model.text_tokens) == ("black-forest-labs/FLUX.1-dev", 512, 128)
     assert (cfg.model.min_dim, cfg.model.remat, cfg.seed, cfg.selection) == (1000, True, 42, "best_worst")
     assert (cfg.prompts, cfg.candidates, cfg.kept, cfg.times) == (48, 96, 24, 4)

@@ -34,7 +34,7 @@ def public(tmp_path_factory):
 
 
 def test_sd35_is_the_published_run():
-    cfg = config.load("sd35")
+    cfg = config.load("sd35:sol_rl")
     assert (cfg.model.path, cfg.model.size, cfg.model.text_tokens) == (
         "stabilityai/stable-diffusion-3.5-large",
         1024,
