@@ -33,7 +33,7 @@ def test_recipes():
     from configs import tiny
 
     made = {name: config.load(f"tiny:{name}") for name in tiny.RECIPES}
-    assert made["sol_rl_clipscore"] == config.load("tiny") == config.load("tiny:sol_rl")
+    assert made["sol_rl_clipscore"] == config.load("tiny:sol_rl") and made["branch_clipscore"] == config.load("tiny")
     sol_rl = config.load("tiny:sol_rl")
     assert sol_rl.explore is not None and (sol_rl.explore.steps, sol_rl.explore.precision) == (6, "nvfp4_emulated")
     assert (sol_rl.regenerate.steps, sol_rl.regenerate.precision) == (10, "bf16")
