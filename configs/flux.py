@@ -1,7 +1,7 @@
-"""FLUX.1-dev at 512 px: Sol-RL as published, with the settings of its FLUX runs.
+"""FLUX.1-dev at 512 px: Sol-RL with the settings of its FLUX runs; the samples continue from the preview.
 
-    python -m solrl_jax.main --config=flux --prompts=DIR                      sol_rl, trained on CLIPScore
-    python -m solrl_jax.main --config=flux:branch --prompts=DIR               24 s a prompt for 29
+    python -m solrl_jax.main --config=flux --prompts=DIR                      branch, trained on CLIPScore
+    python -m solrl_jax.main --config=flux:sol_rl --prompts=DIR               the paper's: the kept restart from noise
     python -m solrl_jax.main --config=flux:naive_scaling_pickscore --prompts=DIR
     python -m solrl_jax.main --config=flux --prompts=DIR --config.model.path=FLUX.1-dev
 
@@ -10,12 +10,13 @@ come from huggingface.co once their licence is accepted (https://huggingface.co/
 `hf auth login`), or from --config.model.path, a folder in diffusers' layout. The reward's weights are fetched too, or
 read from --config.reward_paths: CLIPScore's 1.7 GB, PickScore's 3.9 GB, HPSv2's 2.0 GB, ImageReward's 1.8 GB.
 
-Memory: 62 GB at most on an H100, with random weights (experiments/flux_h100); with --config.model.remat_keeps= it takes
-45 and 6 % longer to learn. T5, 9.5 GB, leaves the card while it trains. `--config=flux --mode=plan` estimates every
-stage, on other GPUs with --card and --devices.
-Time: 29 s a prompt and iteration on one H100 (explore 10.0 in FP8, regenerate 6.5, learn 12.5), so 23 minutes an
-iteration of 48 prompts; devices share the prompts. The paper gives 169 s on eight B200 with native FP4, 79 of them
-rollout. Reward to expect: not known here, the public weights have not been run yet.
+Memory: 62 GB at most on an H100, with random weights (experiments/flux_h100: sol_rl; `learn` takes the most, and is
+the same in a branch); with --config.model.remat_keeps= it takes 45 and 6 % longer to learn. T5, 9.5 GB, leaves the card
+while it trains. `--config=flux --mode=plan` estimates every stage, on other GPUs with --card and --devices.
+Time: 24 s a prompt and iteration on one H100 (explore 8.6 in FP8, regenerate 2.7, learn 12.5: experiments/branch), so
+19 minutes an iteration of 48 prompts; sol_rl takes 29 s (10.2, 6.5, 12.5). Devices share the prompts. The paper gives
+169 s on eight B200 with native FP4, 79 of them rollout. Reward to expect: not known here, the public weights have not
+been run yet.
 """
 
 from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
@@ -66,5 +67,5 @@ def base(reward: str) -> Config:
 
 
 def config(recipe: str) -> Config:
-    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for sol_rl_clipscore; the original's "flux1_" may be before it."""
+    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for branch_clipscore; the original's "flux1_" may be before it."""
     return choose(base, REWARDS, recipe.removeprefix("flux1_"))

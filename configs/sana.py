@@ -1,6 +1,7 @@
-"""SANA-1.6B at 1024 px: Sol-RL as published, with the settings of its SANA runs.
+"""SANA-1.6B at 1024 px: Sol-RL with the settings of its SANA runs; the samples continue from the preview.
 
-    python -m solrl_jax.main --config=sana --prompts=DIR                      sol_rl, trained on PickScore
+    python -m solrl_jax.main --config=sana --prompts=DIR                      branch, trained on PickScore
+    python -m solrl_jax.main --config=sana:sol_rl --prompts=DIR               the paper's: the kept restart from noise
     python -m solrl_jax.main --config=sana:naive_scaling_clipscore --prompts=DIR
     python -m solrl_jax.main --config=sana --prompts=DIR \\
         --config.model.weights=yitongl/SANA_LinearFFN/SANA_LinearFFN.pth
@@ -13,7 +14,8 @@ folder's. Either way a LoRA's file is in diffusers' names.
 The schedule is the original's for training, sigmas in equal steps from 1 to 0, not SANA's own
 (--config.model.shift=0, the 3 of its file). NVFP4 quantises what the original quantises, MLPs and the text's keys and
 values: 59 % of the weights, 56 % of the FLOPs; FP8 every Linear of the blocks.
-On an H100, random weights, FP8: 15 s a prompt and iteration, 29 GB (experiments/efficiency, sana_h100).
+On an H100, random weights, FP8: sol_rl takes 15 s a prompt and iteration, 29 GB (experiments/efficiency, sana_h100).
+The branch has not been timed.
 """
 
 from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage
@@ -66,5 +68,5 @@ def base(reward: str) -> Config:
 
 
 def config(recipe: str) -> Config:
-    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for sol_rl_pickscore; the original's "sana_" may be before it."""
+    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for branch_pickscore; the original's "sana_" may be before it."""
     return choose(base, REWARDS, recipe.removeprefix("sana_"))

@@ -1,6 +1,7 @@
-"""Stable Diffusion 3.5 at 1024 px: Sol-RL as published for Large, and the same for Medium.
+"""Stable Diffusion 3.5 at 1024 px, Large and Medium: Sol-RL as for Large; the samples continue from the preview.
 
-    python -m solrl_jax.main --config=sd35 --prompts=DIR                      Large, sol_rl, trained on ImageReward
+    python -m solrl_jax.main --config=sd35 --prompts=DIR                      Large, branch, trained on ImageReward
+    python -m solrl_jax.main --config=sd35:sol_rl --prompts=DIR               the paper's: the kept restart from noise
     python -m solrl_jax.main --config=sd35:naive_scaling_pickscore --prompts=DIR
     python -m solrl_jax.main --config=sd35:medium_sol_rl_pickscore --prompts=DIR
 
@@ -11,8 +12,9 @@ model_index.json leaves text_encoder_3 out ([null, null]) runs without T5, which
 
 NVFP4 quantises what the original quantises, of Large the image's MLPs: 22 % of the weights, 64 % of the Linears'
 FLOPs; FP8 all of a block but its modulation. Medium is not in the paper: its values are Large's.
-On an H100, random weights, FP8: 87 s a prompt and iteration, 52 GB (experiments/sd35_h100). The paper gives 427 s an
-iteration of 48 prompts on eight B200 with native FP4, 187 of them rollout.
+On an H100, random weights, FP8: 75 s a prompt and iteration (experiments/branch); sol_rl 87 s, 52 GB
+(experiments/sd35_h100). The paper gives 427 s an iteration of 48 prompts on eight B200 with native FP4, 187 of them
+rollout.
 """
 
 import dataclasses
@@ -73,8 +75,8 @@ def medium(reward: str) -> Config:
 
 
 def config(recipe: str) -> Config:
-    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for sol_rl_imagereward; the original's "sd3_" may be before it, or
-    "medium_" for SD3.5 Medium ("medium" alone: sol_rl_imagereward of it)."""
+    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for branch_imagereward; the original's "sd3_" may be before it, or
+    "medium_" for SD3.5 Medium ("medium" alone: branch_imagereward of it)."""
     if recipe == "medium" or recipe.startswith("medium_"):
         return choose(medium, REWARDS, recipe.removeprefix("medium").removeprefix("_"))
     return choose(large, REWARDS, recipe.removeprefix("sd3_"))

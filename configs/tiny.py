@@ -1,6 +1,7 @@
 """The small world: all of Sol-RL on a bare 2-core machine, in minutes.
 
-    python -m solrl_jax.main --config=tiny                           sol_rl, trained on CLIPScore
+    python -m solrl_jax.main --config=tiny                           branch, trained on CLIPScore
+    python -m solrl_jax.main --config=tiny:sol_rl                    the paper's: the kept restart from noise
     python -m solrl_jax.main --config=tiny:naive_scaling             another family; --config=tiny:help lists them
     python -m solrl_jax.main --config=tiny --config.explore.precision=bf16
 
@@ -54,7 +55,7 @@ def base(reward: str) -> Config:
 
 
 def config(recipe: str) -> Config:
-    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for sol_rl_clipscore.
+    """`recipe` is FAMILY, FAMILY_REWARD, or nothing for branch_clipscore.
 
     Of a step's probability GRPO takes the mean over a picture's elements, whose noise falls with their root: 512 here,
     65536 at 512 px. So its clip range is ten times the published one.

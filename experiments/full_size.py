@@ -1,8 +1,8 @@
 """A model at full size with random weights: one forward pass, one micro-step, whole iterations, stage by stage.
 
-    python -m experiments.full_size --config=flux --out=experiments/flux_h100/results/iteration.json        # an H100
-    python -m experiments.full_size --config=sd35 --out=experiments/sd35_h100/results/iteration.json
-    python -m experiments.full_size --config=tiny --prompts=4 --repeat=1 --out=/tmp/i.json      # the path in short
+    python -m experiments.full_size --config=flux:sol_rl --out=experiments/flux_h100/results/iteration.json  # an H100
+    python -m experiments.full_size --config=sd35:sol_rl --out=experiments/sd35_h100/results/iteration.json
+    python -m experiments.full_size --config=tiny:sol_rl --prompts=4 --repeat=1 --out=/tmp/i.json  # the path in short
 
 Random weights take the time and the memory of real ones; what the pictures and rewards are is of no matter. Every
 figure is the median of `--repeat` calls after a first one, whose excess over that median is given as compile time.
@@ -254,7 +254,7 @@ def work(cfg: Config, devices: int) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="flux")
+    parser.add_argument("--config", default="flux:sol_rl")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--forward", default="bf16:24", help="PRECISION:BATCH/BATCH of forward passes, with commas")

@@ -1,16 +1,17 @@
-"""One iteration of Sol-RL: explore in low precision, regenerate in BF16, learn. Read this file first.
+"""One iteration of Sol-RL: explore in low precision, finish the kept in BF16, learn. Read this file first.
 
     policies = quantise(merge(base, old)), merge(base, old)
-    preview  = rollout(explorer, keys [P, N], 6 steps)        every candidate, cheaply
-    keys     = keys of the K/2 best and K/2 worst             a sample is its key
-    samples  = rollout(merged, keys [P, K], 10 steps)         the same noise, exactly
+    preview  = rollout(explorer, keys [P, N])                 every candidate, cheaply
+    chosen   = keys, states of the K/2 best and K/2 worst     a sample is its key, in a branch also its state
+    samples  = rollout(merged, chosen [P, K])                 the same seeds, in BF16
     A        = advantages(rewards of the samples)
     state    = learn(samples, A)                              a LoRA, in BF16; the old policy follows
 
 `iteration_step` is one pure, jittable function; `Staged` runs the same stages from the host, one jit each.
-In a branch the preview also keeps each candidate's solver state after the first steps, [P, N, ...]. The samples
-continue from there in BF16: a sample is its key and that state. Families of one stage have explore = None: all
-candidates in one rollout, and the kept are chosen from these.
+`branch`, the default: the preview of 5 steps also keeps each candidate's solver state after the 3rd, [P, N, ...], and
+the samples continue from there in 4 steps. `sol_rl`, the paper's: a preview of 6 steps, and the samples take 10 steps
+from the same noise. Families of one stage have explore = None: all candidates in one rollout, and the kept are chosen
+from these.
 """
 
 import collections

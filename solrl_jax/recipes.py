@@ -1,7 +1,8 @@
 """What `--config=NAME:RECIPE` chooses: a family or a method, and a reward, on top of a model's own sizes.
 
 A family is a way to make samples for DiffusionNFT's loss, named as in Sol-RL's code; a method is an algorithm that
-Sol-RL is compared with. `base(reward)` of configs/NAME.py gives sol_rl with the model's own values.
+Sol-RL is compared with. `base(reward)` of configs/NAME.py gives sol_rl with the model's own values, of which every
+other family is a function; branch is the default.
 """
 
 import difflib
@@ -122,12 +123,12 @@ def recipes(rewards: Sequence[str]) -> tuple[str, ...]:
 
 
 def choose(base: Callable[[str], Config], rewards: Sequence[str], recipe: str) -> Config:
-    """The config of FAMILY_REWARD, FAMILY or ""; the defaults are sol_rl and the first of `rewards`.
+    """The config of FAMILY_REWARD, FAMILY or ""; the defaults are branch and the first of `rewards`.
 
     `base(reward)` is sol_rl on that reward. Raises ConfigError for any other recipe, and names the nearest.
     """
     found = next((r for r in rewards if recipe.endswith(f"_{r}")), None)
-    name = recipe.removesuffix(f"_{found}") if found else recipe or sol_rl.__name__
+    name = recipe.removesuffix(f"_{found}") if found else recipe or branch.__name__
     reward = found or rewards[0]
     if name not in NAMES:
         at = base(reward).name

@@ -59,7 +59,7 @@ def in_short() -> list[Command]:
 def fields(page: str) -> list[str]:
     """`explore.steps` of every --config.explore.steps=6, and of every dotted name between backticks that may be one."""
     named = re.findall(r"--config\.([\w.]+)", read(page))
-    sections = "model|explore|regenerate|lora|learn|evaluate|watch"
+    sections = "model|explore|branch|regenerate|lora|learn|evaluate|watch"
     return sorted({*named, *(s for s in spans(page) if re.fullmatch(rf"({sections})\.[a-z_]+", s))})
 
 

@@ -169,7 +169,7 @@ def test_a_whole_iteration_explores_in_fp8(devices, tmp_path):
         file.write_text(json.dumps(raw | {k: v for k, v in depth.items() if k in raw}))
     few = {"prompts": str(devices), "candidates": "8", "kept": "4", "explore.chunk": "8", "regenerate.chunk": "4"}
     few |= {"learn.micro_batch": "4", "explore.precision": "fp8", "model.path": str(configs)}
-    cfg = config.load("flux", few)
+    cfg = config.load("flux:sol_rl", few)
     found = shapes.read(cfg, devices)
     statics = {"model": found.model, "score": found.score, "optimizer": learn.make_optimizer(cfg), "cfg": cfg}
     step = functools.partial(iteration.iteration_step, **statics)

@@ -208,7 +208,7 @@ FLUX = [f"{f}_{r}" for f in recipes.NAMES for r in ("clipscore", "pickscore", "h
 
 
 def test_flux_is_the_published_run():
-    cfg = config.load("flux")
+    cfg = config.load("flux:sol_rl")
     assert (cfg.model.path, cfg.model.size, cfg.model.text_tokens) == ("black-forest-labs/FLUX.1-dev", 512, 128)
     assert (cfg.model.min_dim, cfg.model.remat, cfg.seed, cfg.selection) == (1000, True, 42, "best_worst")
     assert (cfg.prompts, cfg.candidates, cfg.kept, cfg.times) == (48, 96, 24, 4)
@@ -226,9 +226,49 @@ def test_flux_is_the_published_run():
     } == {*cfg.reward_paths}
 
 
+def test_sol_rl_on_flux_field_by_field():
+    """All that is not a field's own default; the published run was `--config=flux` before branch was."""
+    cfg = config.load("flux:sol_rl_clipscore")
+    assert cfg == config.load("flux:sol_rl") and cfg.branch is None
+    assert {name: value for name, (_, value) in config.differences(Config(), cfg).items()} == {
+        "name": "flux",
+        "model.path": "black-forest-labs/FLUX.1-dev",
+        "model.vae_dtype": "bfloat16",
+        "model.remat_keeps": ("attention", "mlp"),
+        "model.min_quantised_flops": 0.9,
+        "reward": "clipscore",
+        "reward_paths": recipes.ON_THE_HUB,
+        "learn.timestep_fraction": 0.4,
+        "evaluate.prompts": 128,
+        "evaluate.chunk": 16,
+        "save_every": 5,
+        "encode_ahead": 20,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "reward"),
+    [
+        ("flux:", "clipscore"),
+        ("sd35:", "imagereward"),
+        ("sd35:medium_", "imagereward"),
+        ("sana:", "pickscore"),
+        ("tiny:", "clipscore"),
+    ],
+)
+def test_the_default_is_a_branch(name, reward):
+    default = config.load(name.rstrip(":_"))
+    assert default == config.load(f"{name}branch") == config.load(f"{name}branch_{reward}")
+    assert config.differences(config.load(f"{name}sol_rl_{reward}"), default) == {
+        "explore.steps": (6, 5),
+        "branch.after": (None, 3),
+        "branch.steps": (None, 4),
+    }
+
+
 def test_recipes_have_the_names_of_the_original():
     made = {recipe: config.load(f"flux:{recipe}") for recipe in FLUX}
-    assert made["sol_rl_clipscore"] == config.load("flux") == config.load("flux:sol_rl")
+    assert made["sol_rl_clipscore"] == config.load("flux:sol_rl")
     assert len(set(made.values())) == 36 and len(made) == 40  # an alias is another's
     for recipe, cfg in made.items():
         assert cfg == config.load(f"flux:flux1_{recipe}") and recipe.endswith(f"_{cfg.reward}") and cfg.name == "flux"
@@ -270,8 +310,11 @@ def test_a_wrong_recipe_is_answered_with_the_nearest(recipe, message):
 
 def test_help_has_every_recipe_in_one_line():
     lines = recipes.help_lines("flux")
-    assert lines[0] == "FLUX.1-dev at 512 px: Sol-RL as published, with the settings of its FLUX runs."
-    assert "Recipes of --config=flux:RECIPE (default: sol_rl_clipscore)" in lines
+    assert (
+        lines[0]
+        == "FLUX.1-dev at 512 px: Sol-RL with the settings of its FLUX runs; the samples continue from the preview."
+    )
+    assert "Recipes of --config=flux:RECIPE (default: branch_clipscore)" in lines
     assert [line.split()[0] for line in lines if line[:2] == "  " and line[2] != " "] == FLUX
     assert all("; the same as naive_scaling" in line for line in lines if line.startswith("  compile_"))
     for reward in ("clipscore", "pickscore", "hpsv2", "imagereward"):

@@ -75,6 +75,7 @@ def small(cfg: Config) -> Config:
         kept=2,
         explore=None if one_stage else dataclasses.replace(cfg.explore, steps=2, chunk=4),
         regenerate=regenerate,
+        branch=None if cfg.branch is None else config.Branch(after=1, steps=1),
         learn=dataclasses.replace(cfg.learn, updates=min(cfg.learn.updates, 2), micro_batch=1),
         evaluate=dataclasses.replace(cfg.evaluate, prompts=2, images=1, steps=2, grid=1, chunk=2),
         iterations=2,
@@ -372,9 +373,9 @@ def test_fields_modes_and_links_are_there(page):
 
 @pytest.mark.slow
 def test_a_runs_metrics_are_described(default_run):
-    """All of them, in the table of docs/reports.md, where NAME and STAGE stand for what a run has there."""
+    """All of them, in the table of docs/reports.md, where NAME, STAGE and * stand for what a run has there."""
     rows = re.findall(r"^\| (`.*?) \|", documents.read("docs/reports.md"), re.M)
-    described = [re.sub("NAME|STAGE", r"[\\w.]+", name) for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    described = [re.sub(r"NAME|STAGE|\*", r"[\\w.]+", name) for row in rows for name in re.findall(r"`([^`]+)`", row)]
     lines = (default_run / "metrics.jsonl").read_text().splitlines()
     written = {name for line in lines for name in json.loads(line)} - {"iteration"}
     assert "watch/spearman" in written and "eval_gain_error/shapes" in written

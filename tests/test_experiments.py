@@ -13,14 +13,15 @@ from experiments.methods import run, summary
 from experiments.methods.price import Prices, price
 from experiments.rewards import speed
 from experiments.tiny import evidence
-from solrl_jax import config
+from solrl_jax import config, recipes
+from solrl_jax.run import model_card
 
 EACH = Prices(bf16=2.0, low=1.0, decoded=0.5, trained=3.0, fixed=2.0, quantise=7.0)
 
 
 def test_an_iteration_has_the_price_of_its_work():
     """FLUX's own sizes, by hand: image-steps, decoded pictures, trained points with their further velocities."""
-    sol_rl = price(config.load("flux"), EACH)
+    sol_rl = price(config.load("flux:sol_rl"), EACH)
     assert sol_rl == {
         "rollout in bf16": 48 * 24 * 10 * 2.0,
         "rollout in low precision": 48 * 96 * 6 * 1.0,
@@ -46,6 +47,15 @@ def test_every_arm_spends_the_budget():
         spent = run.a_mark(cfg, 20_000, 8) * 8 * each
         assert spent == pytest.approx(20_000, rel=0.08), name
         assert run.BORROWED.get(name, name) in run.ARMS
+
+
+def test_every_arm_names_its_recipe():
+    """So that results on disk stay those of the arm when the default changes."""
+    settings = {n: arm for ablation in ablations.ABLATIONS.values() for n, arm in ablation.settings.items()}
+    for name, arm in [*run.ARMS.items(), *evidence.ARMS.items(), *settings.items()]:
+        assert arm.recipe in recipes.NAMES, name
+        assert model_card.family(evidence.arm_config(arm)) == arm.recipe, name
+    assert model_card.family(evidence.arm_config(evidence.Arm())) == "sol_rl"
 
 
 def arm(folder, name, gains):

@@ -74,7 +74,7 @@ def test_gains_are_paired_by_caption_and_noise():
 @pytest.fixture(scope="module")
 def opened():
     with jax.set_mesh(sharding.make_mesh(1)):
-        yield lab.open_world(config.load("tiny"), 4)
+        yield lab.open_world(config.load("tiny:sol_rl"), 4)
 
 
 @pytest.mark.slow

@@ -128,7 +128,7 @@ def test_help_and_unknown_flags_answer_without_jax():
 def test_recipes_are_listed_without_jax(name, recipes):
     found = shell("-X", "importtime", "-m", "solrl_jax.main", f"--config={name}:help")
     assert found.returncode == 0 and " jax\n" not in found.stderr
-    after = found.stdout.split(f"Recipes of --config={name}:RECIPE (default: sol_rl_clipscore)\n")[1]
+    after = found.stdout.split(f"Recipes of --config={name}:RECIPE (default: branch_clipscore)\n")[1]
     assert len(after.splitlines()) == recipes + 1 and after.startswith("  sol_rl_clipscore ")
 
 

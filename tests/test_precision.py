@@ -25,7 +25,7 @@ MODELS = [("flux", "clipscore,imagereward"), slow("sd35", "pickscore"), slow("sa
 
 def asked(name: str, folder, words: dict[str, str]) -> dict[str, dict[str, int]]:
     """{stage: FLOPs by what their products ask for} of a config on its public sizes, traced as it runs."""
-    cfg = shapes.with_configs(config.load(name, {"prompts": "1", **words}), folder)
+    cfg = shapes.with_configs(config.load(f"{name}:sol_rl", {"prompts": "1", **words}), folder)
     found, h100 = shapes.read(cfg, 1), plan.CARDS["H100 80GB"]
     return {stage: dict(plan.use_of(stage, cfg, found, 1, h100).flops) for stage in STAGES}
 

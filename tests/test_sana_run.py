@@ -33,7 +33,7 @@ def nano_dir(tmp_path_factory):
 
 
 def test_sana_is_the_published_run():
-    cfg = config.load("sana")
+    cfg = config.load("sana:sol_rl")
     assert cfg.model.path == "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
     assert (cfg.model.size, cfg.model.text_tokens, cfg.model.shift) == (1024, 300, 1.0)
     assert (cfg.model.min_dim, cfg.model.remat, cfg.seed, cfg.selection) == (2240, True, 42, "best_worst")
@@ -56,7 +56,7 @@ def test_sana_is_the_published_run():
 def test_recipes_have_the_names_of_the_original():
     names = [f"{f}_{r}" for f in recipes.NAMES for r in REWARDS]
     made = {recipe: config.load(f"sana:{recipe}") for recipe in names}
-    assert made["sol_rl_pickscore"] == config.load("sana") == config.load("sana:sol_rl")
+    assert made["sol_rl_pickscore"] == config.load("sana:sol_rl")
     for recipe, cfg in made.items():
         assert cfg == config.load(f"sana:sana_{recipe}") and recipe.endswith(f"_{cfg.reward}")
     with pytest.raises(ConfigError, match="no such recipe"):
@@ -98,7 +98,7 @@ def test_plan_from_public_sizes(capsys, monkeypatch):
 def test_flops_of_a_forward_pass_and_of_a_rollout(tmp_path):
     """2.9667 TFLOP; in a rollout the text's part is done once for all its steps and all images of a prompt."""
     path = str(hub.write_configs(tmp_path, next(iter(public.SANA.values()))))
-    cfg = config.load("sana", {"model.path": path, "reward": "clipscore", "explore.precision": "bf16"})
+    cfg = config.load("sana:sol_rl", {"model.path": path, "reward": "clipscore", "explore.precision": "bf16"})
     found = shapes.read(cfg, 1)
     one = plan.per_image_flops(found)
     assert one["forward"].total() == pytest.approx(2.9667e12, rel=1e-4)

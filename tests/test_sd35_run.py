@@ -34,7 +34,7 @@ def public(tmp_path_factory):
 
 
 def test_sd35_is_the_published_run():
-    cfg = config.load("sd35")
+    cfg = config.load("sd35:sol_rl")
     assert (cfg.model.path, cfg.model.size, cfg.model.text_tokens) == (
         "stabilityai/stable-diffusion-3.5-large",
         1024,
@@ -53,13 +53,13 @@ def test_sd35_is_the_published_run():
 def test_recipes_have_the_names_of_the_original():
     names = [f"{f}_{r}" for f in recipes.NAMES for r in REWARDS]
     made = {recipe: config.load(f"sd35:{recipe}") for recipe in names}
-    assert made["sol_rl_imagereward"] == config.load("sd35") == config.load("sd35:sol_rl")
+    assert made["sol_rl_imagereward"] == config.load("sd35:sol_rl")
     for recipe, cfg in made.items():
         assert cfg == config.load(f"sd35:sd3_{recipe}") and recipe.endswith(f"_{cfg.reward}")
         medium = config.load(f"sd35:medium_{recipe}")
         assert {*config.differences(cfg, medium)} == {"model.path", "model.min_quantised_flops"}
         assert medium.model.path == "stabilityai/stable-diffusion-3.5-medium"
-    assert config.load("sd35:medium") == config.load("sd35:medium_sol_rl_imagereward")
+    assert config.load("sd35:medium") == config.load("sd35:medium_branch_imagereward")
     lines = recipes.help_lines("sd35")
     assert [line.split()[0] for line in lines if line[:2] == "  " and line[2] != " "] == [
         *names,

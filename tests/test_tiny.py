@@ -33,10 +33,10 @@ def test_recipes():
     from configs import tiny
 
     made = {name: config.load(f"tiny:{name}") for name in tiny.RECIPES}
-    assert made["sol_rl_clipscore"] == config.load("tiny") == config.load("tiny:sol_rl")
-    default = config.load("tiny")
-    assert default.explore is not None and (default.explore.steps, default.explore.precision) == (6, "nvfp4_emulated")
-    assert (default.regenerate.steps, default.regenerate.precision) == (10, "bf16")
+    assert made["sol_rl_clipscore"] == config.load("tiny:sol_rl") and made["branch_clipscore"] == config.load("tiny")
+    sol_rl = config.load("tiny:sol_rl")
+    assert sol_rl.explore is not None and (sol_rl.explore.steps, sol_rl.explore.precision) == (6, "nvfp4_emulated")
+    assert (sol_rl.regenerate.steps, sol_rl.regenerate.precision) == (10, "bf16")
     assert (
         made["naive_quant_shapes"].regenerate.precision == "nvfp4_emulated"
         and made["naive_quant_shapes"].reward == "shapes"

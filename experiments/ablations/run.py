@@ -3,8 +3,8 @@
     python -m experiments.ablations.run                                                    # minutes on a GPU
     python -m experiments.ablations.run --only=selection --iterations=1 --prompts=20 --seeds=0   # short, on a CPU
 
-Every setting is the default recipe with one field changed. All train for the same number of iterations at the recipe's
-rate, the seeds as one vmapped program. Results: gains over the base on the test captions, mean and standard error over
+Every setting is `sol_rl` with one field changed. All train for the same number of iterations at the recipe's rate,
+the seeds as one vmapped program. Results: gains over the base on the test captions, mean and standard error over
 seeds, and seconds of an iteration at full FLUX.1-dev size on an H100 (methods/price.py). A setting that several
 ablations share is trained once.
 """
@@ -39,8 +39,8 @@ class Ablation(NamedTuple):
 
 
 def changed(field: str, *values: object, more: Mapping[str, str] | None = None) -> dict[str, Arm]:
-    """One arm per value: the default with `field` set to it."""
-    return {str(v): Arm("", {**(more or {}), field: str(v)}) for v in values}
+    """One arm per value: `sol_rl` with `field` set to it."""
+    return {str(v): Arm("sol_rl", {**(more or {}), field: str(v)}) for v in values}
 
 
 ABLATIONS = {
@@ -73,7 +73,7 @@ ABLATIONS = {
         "training on low-precision samples peaks early and falls; two stages stay within 1 % of BF16 throughout",
         "what is trained on",
         {
-            "two stages": Arm("", {"explore.precision": "nvfp4_emulated"}),
+            "two stages": Arm("sol_rl", {"explore.precision": "nvfp4_emulated"}),
             "BF16 throughout": Arm("naive_scaling"),
             "NVFP4 throughout": Arm("naive_quant"),
         },

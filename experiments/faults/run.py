@@ -48,7 +48,16 @@ class Kill(NamedTuple):
 def command(run: Path, iterations: int) -> list[str]:
     words = [f"--config.{name}={value}" for name, value in {**SMALL, "iterations": iterations}.items()]
     resume = ["--resume"] if (run / "config.json").exists() else []
-    return [sys.executable, "-m", "solrl_jax.main", "--config=tiny", "--devices=1", f"--run_dir={run}", *words, *resume]
+    return [
+        sys.executable,
+        "-m",
+        "solrl_jax.main",
+        "--config=tiny:sol_rl",
+        "--devices=1",
+        f"--run_dir={run}",
+        *words,
+        *resume,
+    ]
 
 
 def saving(run: Path) -> bool:

@@ -2,7 +2,7 @@
 
     python -m experiments.flux_multi_gpu.run --out=experiments/flux_multi_gpu/results/scaling.json    # 2 GPUs
     XLA_FLAGS=--xla_force_host_platform_device_count=2 \
-    python -m experiments.flux_multi_gpu.run --config=tiny --each=4 --out=/tmp/s.json                # the path in short
+    python -m experiments.flux_multi_gpu.run --config=tiny:sol_rl --each=4 --out=/tmp/s.json       # the path in short
 
 Random weights at full size, `--each` prompts a device, so that perfect scaling keeps the seconds and multiplies the
 prompts. Gradients are those of one update on the same samples, on one device and on all.
@@ -53,7 +53,7 @@ def apart(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="flux")
+    parser.add_argument("--config", default="flux:sol_rl")
     parser.add_argument("--each", type=int, default=1, help="prompts a device")
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)

@@ -33,7 +33,7 @@ from solrl_jax.structs import TrainState
 HERE = Path(__file__).resolve().parent
 COMMON = {"prompts": "32"}
 ARMS = {
-    "sol_rl": Arm("", COMMON, about="explore 24 x 6 steps in NVFP4, keep 8, draw those in BF16"),
+    "sol_rl": Arm("sol_rl", COMMON, about="explore 24 x 6 steps in NVFP4, keep 8, draw those in BF16"),
     "diffusionnft": Arm("diffusionnft", COMMON, about="8 of 8, dpm2"),
     "awm": Arm("awm", COMMON, about="8 of 8, SA-Solver of 14 steps"),
     "flow_grpo": Arm("flow_grpo", COMMON, about="8 of 8, SDE of 6 steps"),
@@ -46,10 +46,12 @@ ARMS = {
         COMMON | {"explore.steps": "4", "branch.after": "2", "branch.steps": "3"},
         about="explore 24 x 4 steps in low precision, 8 go on from step 2 with 3 more in BF16",
     ),
-    "bf16": Arm("", COMMON | {"explore.precision": "bf16"}, about="sol_rl, explored in BF16"),
+    "bf16": Arm("sol_rl", COMMON | {"explore.precision": "bf16"}, about="sol_rl, explored in BF16"),
     "naive_scaling": Arm("naive_scaling", COMMON, about="keep 8 of 24, all drawn in BF16"),
-    "random": Arm("", COMMON | {"selection": "random"}, about="sol_rl, the kept 8 of 24 chosen at random"),
-    "shuffled": Arm("", COMMON, shuffled=True, about="sol_rl, each group's rewards dealt anew among its pictures"),
+    "random": Arm("sol_rl", COMMON | {"selection": "random"}, about="sol_rl, the kept 8 of 24 chosen at random"),
+    "shuffled": Arm(
+        "sol_rl", COMMON, shuffled=True, about="sol_rl, each group's rewards dealt anew among its pictures"
+    ),
 }
 BORROWED = dict.fromkeys(("branch", "branch_4", "bf16", "naive_scaling", "random", "shuffled"), "sol_rl")
 """Controls take the rate that was chosen for their method, and so do Sol-RL's branches."""

@@ -1,8 +1,8 @@
 """Error of a model's velocity in each precision against float32, at full width with random weights.
 
     python -m experiments.precision.errors --layers=1,2 --out=experiments/precision/results/three_blocks.json
-    python -m experiments.precision.errors --config=sd35 --layers=2 --set=model.size=512,model.min_dim=1000 --out=...
-    python -m experiments.precision.errors --config=tiny --out=/tmp/e.json                       # a short run
+    python -m experiments.precision.errors --config=sd35:sol_rl --layers=2 --set=model.size=512 --out=...
+    python -m experiments.precision.errors --config=tiny:sol_rl --out=/tmp/e.json                       # a short run
 
 Relative error |v - v32| / |v32| of a picture at three noise levels; float32 products are exact, not TF32. FP8 is
 calibrated first, as in a run. `--layers=1,2`, one double and two single blocks, takes minutes on two cores; all 19 and
@@ -35,7 +35,7 @@ SIGMAS = (0.9, 0.5, 0.1)
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="flux")
+    parser.add_argument("--config", default="flux:sol_rl")
     parser.add_argument("--pictures", type=int, default=1)
     parser.add_argument("--layers", default="", help="number of blocks; for FLUX 1,2: double, single")
     parser.add_argument("--set", default="", help="config fields, field=value, separated by commas: model.min_dim=1000")

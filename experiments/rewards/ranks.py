@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     with jax.set_mesh(sharding.make_mesh(1)):
-        world = lab.open_world(config.load("tiny"), args.captions)
+        world = lab.open_world(config.load("tiny:sol_rl"), args.captions)
         _, prompts = world.held_out["test"]
         frozen, stage = world.parts.frozen, config.Stage(steps=10, chunk=args.pictures)
         images = check.draw_samples(world.parts.cfg.model, frozen.base, frozen.vae, prompts.cond, args.pictures, stage)

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=Path, help="draw pictures into this file instead")
     args = parser.parse_args(argv)
     with jax.set_mesh(sharding.make_mesh(1)):
-        opened = lab.open_world(config.load("tiny"), args.prompts)
+        opened = lab.open_world(config.load("tiny:sol_rl"), args.prompts)
         parts = opened.parts
         trained = [
             lora_files.load(file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy).adapter

@@ -4,8 +4,8 @@
     python -m experiments.tiny.evidence --arms=sol_rl --iterations=2 --prompts=20      # a short run
 
 An arm is a recipe or a control; its seeds train as one vmapped program (`lab`). Each arm is measured on the test and
-the compositional captions x 4 fixed seeds, paired with the base, and writes results/arms/ARM.json. The recipe is the
-default run's, but with larger chunks and micro-batches for a GPU, which changes numbers only by rounding.
+the compositional captions x 4 fixed seeds, paired with the base, and writes results/arms/ARM.json. A recipe is
+configs/tiny.py's, but with larger chunks and micro-batches for a GPU, which changes numbers only by rounding.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PICTURES = 4  # of each caption
 class Arm(NamedTuple):
     """A `recipe` of configs/tiny.py with `overrides`, trained for `iterations` and measured every `every` of them."""
 
-    recipe: str = ""
+    recipe: str = "sol_rl"
     overrides: Mapping[str, str] = {}
     iterations: int = 40
     every: int = 10
@@ -47,12 +47,14 @@ class Arm(NamedTuple):
 LONG = {"prompts": "64", "learn.learning_rate": "5e-4"}
 ALL_LINEARS = {"lora.targets": "to_q,to_k,to_v,to_out.0,proj_mlp,proj_out,net.0.proj,net.2"}
 ARMS = {
-    "sol_rl": Arm(about="the default run"),
-    "long": Arm("", LONG | ALL_LINEARS | {"learn.kl_weight": "0.1"}, 400, 50, about="KL .1, all Linears adapted"),
-    "long_kl_0.03": Arm("", LONG | ALL_LINEARS | {"learn.kl_weight": "0.03"}, 300, 50, about="KL .03, all Linears"),
-    "long_5e-4": Arm("", LONG, 300, 50, about="KL 1e-4, attention alone, as the default run"),
-    "long_1e-3": Arm("", LONG | {"learn.learning_rate": "1e-3"}, 300, 50, about="the same at rate 1e-3"),
-    "long_2.5e-4": Arm("", LONG | {"learn.learning_rate": "2.5e-4"}, 300, 50, about="the same at rate 2.5e-4"),
+    "sol_rl": Arm(about="explored in NVFP4, 6 steps"),
+    "long": Arm("sol_rl", LONG | ALL_LINEARS | {"learn.kl_weight": "0.1"}, 400, 50, about="KL .1, all Linears adapted"),
+    "long_kl_0.03": Arm(
+        "sol_rl", LONG | ALL_LINEARS | {"learn.kl_weight": "0.03"}, 300, 50, about="KL .03, all Linears"
+    ),
+    "long_5e-4": Arm("sol_rl", LONG, 300, 50, about="KL 1e-4, attention alone, as sol_rl"),
+    "long_1e-3": Arm("sol_rl", LONG | {"learn.learning_rate": "1e-3"}, 300, 50, about="the same at rate 1e-3"),
+    "long_2.5e-4": Arm("sol_rl", LONG | {"learn.learning_rate": "2.5e-4"}, 300, 50, about="the same at rate 2.5e-4"),
     "shuffled": Arm(shuffled=True, about="each group's rewards permuted among its pictures"),
     "random": Arm(overrides={"selection": "random"}, about="the kept 8 of 24 chosen at random"),
     "bf16": Arm(overrides={"explore.precision": "bf16"}, about="exploration in BF16"),
@@ -68,7 +70,7 @@ OTHERS = {
 
 def arm_config(arm: Arm) -> Config:
     """The arm's config with chunks for a GPU: all prompts' candidates at once, all points of an update at once."""
-    cfg = config.load(f"tiny:{arm.recipe}" if arm.recipe else "tiny", arm.overrides)
+    cfg = config.load(f"tiny:{arm.recipe}", arm.overrides)
     points = cfg.prompts * cfg.kept // cfg.learn.updates * cfg.times
     chunks = {f"{name}.chunk": str(cfg.prompts * images) for name, _, images in cfg.stages()}
     return config.override(cfg, **chunks, **{"learn.micro_batch": str(points)})
@@ -270,8 +272,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
 
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
-        default = arm_config(ARMS["sol_rl"])
-        opened = lab.open_world(default, args.prompts)
+        sol_rl = arm_config(ARMS["sol_rl"])
+        opened = lab.open_world(sol_rl, args.prompts)
         cfgs = {n: arm_config(a) for n, a in arms.items()}
         own = {n: what_is_compiled(arms[n], cfgs[n]) for n in arms}
         programs = {pool.submit(compiled, opened, *key, seeds): key for key in set(own.values())}
@@ -283,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
         bench = Bench(opened, measure, base, seeds, args.out, args.loras, say)
         if "supervised" in names:
-            run_supervised(bench, default, args.iterations or ARMS["sol_rl"].iterations)
+            run_supervised(bench, sol_rl, args.iterations or ARMS["sol_rl"].iterations)
         if "guidance" in names:
             run_guidance(bench)
         for program in as_completed(programs):

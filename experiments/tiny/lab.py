@@ -1,7 +1,7 @@
 """Many runs on the small world as one program: `iteration_step` under vmap over seeds and settings.
 
     world = open_world(cfg)                         weights, prompts encoded once, the judge
-    states = begin(world, cfg, [{}] * 3, (0, 1, 2)) three seeds of the default recipe, leaves [R, ...]
+    states = begin(world, cfg, [{}] * 3, (0, 1, 2)) three seeds of a recipe, leaves [R, ...]
     states = advance(world, cfg, states, picks)     picks [iterations, R, P]: which train prompts each run draws
     found = measure(world, states.lora, "test")     {"exact": [R, prompts, images], ...}
 

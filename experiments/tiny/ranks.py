@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     figures = {}
     with jax.set_mesh(sharding.make_mesh(1)):
-        opened = lab.open_world(config.load("tiny"), args.prompts)
+        opened = lab.open_world(config.load("tiny:sol_rl"), args.prompts)
         nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
         policies = {"base": nothing}
         if args.run:

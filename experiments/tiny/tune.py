@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=lambda p: check.HERE.joinpath(p), default=check.HERE / "results/tune.json")
     args = parser.parse_args(argv)
     marks = [int(m) for m in args.marks.split(",")]
-    arms = [evidence.Arm("", evidence.LONG | words, marks[-1], marks[0]) for words in SETTINGS]
+    arms = [evidence.Arm("sol_rl", evidence.LONG | words, marks[-1], marks[0]) for words in SETTINGS]
     cfgs = [evidence.arm_config(arm) for arm in arms]
     keys = [evidence.what_is_compiled(arm, cfg) for arm, cfg in zip(arms, cfgs, strict=True)]
     seeds = [args.seed] * AT_ONCE
