@@ -11,7 +11,8 @@ from solrl_jax import lora, rollout, sampler, train
 from solrl_jax.config import Stage
 from solrl_jax.keys import EVALUATION, sample_keys, selection_key
 from solrl_jax.quant import calibrate
-from solrl_jax.run import assemble, data
+from solrl_jax.run import assemble, data, guards
+from solrl_jax.structs import QuantRule
 from tests import nano
 
 FP8 = Stage(2, "dpm2", "fp8", 4)
@@ -123,3 +124,36 @@ def test_units_are_of_all_stages(parts):
     last = [1 / rollout.sigmas_of(model, stage)[-2] for stage in stages]
     assert units[0]["last"] == calibrate.fp8.unit_of(last[0]) and units[1]["last"] == calibrate.fp8.unit_of(max(last))
     assert units[0]["first"] == units[1]["first"] == calibrate.fp8.unit_of(10.0)
+
+
+def test_inputs_that_outgrew_their_units():
+    """A unit holds 448 of itself; Linears without a unit, and those not seen, are not asked."""
+    rule = QuantRule((), 0, units=(("a", 1.0), ("b", 0.5), ("c", 2.0), ("d", 1.0)))
+    largest = {"a": 448.0, "b": 336.0, "c": 1000.0, "e": 1e9}
+    assert calibrate.saturating(rule, largest) == {"b": 1.5, "c": 1000 / 896}
+    assert list(calibrate.saturating(rule, largest)) == ["b", "c"]  # worst first
+
+
+@pytest.mark.slow
+def test_a_measurement_counts_inputs_that_outgrew_their_units(parts):
+    """With the base's units none; where units are a 64th, about as many as those inputs of the base itself."""
+    cfg = with_fp8(parts).cfg
+    with jax.set_mesh(parts.mesh):
+        state, prompts = assemble.fresh(parts), assemble.encode(parts, nano.PROMPTS[:4], parts.score)
+        keys, variables = sample_keys(state, 4, 8)[:, 0], {"params": parts.frozen.base}
+        model = calibrate.calibrated(parts.model, variables, prompts.cond, keys[0], [cfg.explore])
+        seen = calibrate.seen(variables, prompts.cond, keys, model=model, stage=cfg.explore)
+        rule = model.quant_rules.fp8
+        small = rule._replace(units=tuple((path, unit / 64) for path, unit in rule.units))
+        expect = calibrate.saturating(small, calibrate.over_steps(*seen))
+        found = [
+            guards.measured(
+                parts._replace(cfg=cfg, model=model._replace(quant_rules=model.quant_rules._replace(fp8=r))), state
+            )
+            for r in (rule, small)
+        ]
+        assert "watch/saturated" not in guards.measured(parts, state)  # NVFP4 has no units
+    assert (found[0]["watch/saturated"], found[0]["watch/saturation"]) == (0.0, 1.0)
+    # Not the same prompts and noise, so not quite the same inputs.
+    assert abs(found[1]["watch/saturated"] - len(expect)) <= 2 < len(expect)
+    assert found[1]["watch/saturation"] == pytest.approx(max(expect.values()), rel=0.5)

@@ -28,6 +28,15 @@ def lines(**series):
     ]
 
 
+def test_saturation_is_told():
+    first, last = {"watch/saturated": 0.0, "watch/saturation": 1.0}, {"watch/saturated": 3.0, "watch/saturation": 1.25}
+    assert guards.alarms([{"iteration": 0, **first}], CFG) == {}
+    found = guards.alarms([{"iteration": 0, **first}, {"iteration": 20, **last}, {"iteration": 21}], CFG)
+    assert list(found) == ["saturated"] and "the inputs of 3 Linears outgrew the FP8 units" in found["saturated"]
+    assert "up to 1.25 times what these hold" in found["saturated"]
+    assert guards.alarms([{"iteration": 0, **last}, {"iteration": 20, **first}], CFG) == {}
+
+
 def test_collapsed_groups():
     assert guards.alarms(lines(zero_std_ratio=[0.1] * 5 + [1.0, 0.2, 0.9, 0.2, 0.2]), CFG) == {}  # the median is .2
     found = guards.alarms(lines(zero_std_ratio=[0.0] * 5 + [0.6, 0.75, 0.5, 0.9, 0.75]), CFG)

@@ -79,14 +79,19 @@ def trace(f: Callable[..., Any], *args: Any) -> Jaxpr:
 def flops(jaxpr: Jaxpr) -> Counter[str]:
     """2 x multiply-adds of products and convolutions, by the dtype of their operands ("float32" alone may be TF32).
 
-    A loop's body counts once per trip, a `cond` as its costlier branch, a `while` once, as its trips are unknown.
-    Elementwise work is not counted.
+    8-bit codes that are only cast for a product count as such: XLA multiplies the codes (quant.fp8). A loop's body
+    counts once per trip, a `cond` as its costlier branch, a `while` once, as its trips are unknown. Elementwise work is
+    not counted.
     """
     total: Counter[str] = Counter()
-    for eqn, _, _ in _inlined(jaxpr, [Value(v.aval) for v in jaxpr.invars])[0]:
+    codes: dict[Value, str] = {}
+    for eqn, ins, outs in _inlined(jaxpr, [Value(v.aval) for v in jaxpr.invars])[0]:
         if eqn.primitive.name in PRODUCTS:
             exact = jax.lax.Precision.HIGHEST in (eqn.params.get("precision") or ())
-            total[f"{_aval(eqn, 1).dtype}{' highest' if exact else ''}"] += PRODUCTS[eqn.primitive.name](eqn)
+            dtype = codes.get(ins[1], f"{_aval(eqn, 1).dtype}{' highest' if exact else ''}")
+            total[dtype] += PRODUCTS[eqn.primitive.name](eqn)
+        elif eqn.primitive.name == "convert_element_type" and "float8" in str(_aval(eqn, 0).dtype):
+            codes[outs[0]] = str(_aval(eqn, 0).dtype)
         elif found := [flops(body) for body in _bodies(eqn)]:
             choice = eqn.primitive.name == "cond"
             found = max(found, key=lambda c: c.total()) if choice else sum(found, Counter[str]())

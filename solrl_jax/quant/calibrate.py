@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key
 from solrl_jax import rollout
 from solrl_jax.config import Stage
 from solrl_jax.quant import fp8, rule_of
-from solrl_jax.structs import Model, PyTree, Variables
+from solrl_jax.structs import Model, PyTree, QuantRule, Variables
 
 PROMPTS = 8
 """Prompts, one picture each, on which units are measured."""
@@ -28,14 +28,29 @@ def calibrated(model: Model, variables: Variables, cond: PyTree, key: Key[Array,
     largest: dict[str, float] = {}
     for stage in stages:
         program = jax.jit(functools.partial(seen, model=model, stage=stage))  # weights are arguments, not constants
-        sigmas, found = jax.device_get(program(variables, cond, keys))
-        for (i, sigma), (path, values) in itertools.product(enumerate(sigmas), found.items()):
-            if not math.isfinite(values[i]):
-                raise FloatingPointError(f"the input of {path} is not finite at sigma {sigma:.3f}")
-            largest[path] = max(largest.get(path, 0.0), float(values[i]))
+        for path, value in over_steps(*program(variables, cond, keys)).items():
+            largest[path] = max(largest.get(path, 0.0), value)
     rule = rule_of(model.quant_rules, "fp8")
     units = tuple(sorted((path, fp8.unit_of(value)) for path, value in largest.items()))
     return model._replace(quant_rules=model.quant_rules._replace(fp8=rule._replace(units=units)))
+
+
+def over_steps(sigmas: Float[Array, "N"], found: Mapping[str, Float[Array, "N"]]) -> dict[str, float]:
+    """{path: the largest of all steps} of what `seen` gives. Raises FloatingPointError if one is not finite."""
+    sigmas, found = jax.device_get((sigmas, dict(found)))
+    for (path, values), (i, sigma) in itertools.product(found.items(), enumerate(sigmas)):
+        if not math.isfinite(values[i]):
+            raise FloatingPointError(f"the input of {path} is not finite at sigma {sigma:.3f}")
+    return {path: float(max(values)) for path, values in found.items()}
+
+
+def saturating(rule: QuantRule, largest: Mapping[str, float]) -> dict[str, float]:
+    """Of the Linears with a unit, those whose largest input exceeds what it holds, which FP8 cuts off there.
+
+    {path: the largest input over the limit}, worst first.
+    """
+    ratio = {path: largest[path] / (fp8.MAX * unit) for path, unit in rule.units if path in largest}
+    return {path: r for path, r in sorted(ratio.items(), key=lambda item: -item[1]) if r > 1}
 
 
 def seen(

@@ -9,16 +9,18 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Key
 
 from solrl_jax import rewards, rollout, sharding
 from solrl_jax.config import Config, Stage
 from solrl_jax.iteration import stages
 from solrl_jax.keys import sample_keys
+from solrl_jax.quant import calibrate
 from solrl_jax.rewards import Score
 from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
@@ -40,7 +42,7 @@ GROWTH = 10.0
 def alarms(lines: Sequence[Line], cfg: Config) -> dict[str, str]:
     """The alarms as of the last of `lines`: {kind: a warning}, {} if there are none."""
     trained = [line for line in lines if line.get("loss") is not None]
-    found = {"collapsed": _collapsed(trained), "ranks": _badly_ranked(lines, cfg)}
+    found = {"collapsed": _collapsed(trained), "ranks": _badly_ranked(lines, cfg), "saturated": _saturating(lines)}
     if not cfg.of_steps:  # there kl_div is the KL of a step's means
         found |= {"kl_div": _far(trained, "kl_div", "base"), "old": _far(trained, "old_deviate", "old policy")}
     return {kind: f"warning: {text}" for kind, text in found.items() if text}
@@ -116,6 +118,20 @@ def _badly_ranked(lines: Sequence[Line], cfg: Config) -> str:
     )
 
 
+def _saturating(lines: Sequence[Line]) -> str:
+    count, worst = (
+        next((line[f"watch/{name}"] for line in reversed(lines) if line.get(f"watch/{name}") is not None), None)
+        for name in ("saturated", "saturation")
+    )
+    if not count or worst is None:
+        return ""
+    return (
+        f"the inputs of {count:.0f} Linears outgrew the FP8 units measured on the base, up to {worst:.2f} times what "
+        "these hold, and are cut off there: set explore.precision=bf16, lower learn.learning_rate or take an earlier "
+        "checkpoint"
+    )
+
+
 def _ranks(lines: Sequence[Line]) -> list[float]:
     """Every measurement's Spearman so far."""
     return [line["watch/spearman"] for line in lines if line.get("watch/spearman") is not None]
@@ -164,6 +180,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
             found.append(jax.block_until_ready(rolled._replace(keys=None, x0=None)))
         return sharding.joined(tuple(found))
 
+    saturated = {} if programs.seen is None else _saturated(parts, programs.seen, kernels, prompts, keys)
     preview = roll(programs.preview, low)
     if cfg.regenerate.precision == "bf16":
         low = None  # the quantised kernels leave the device
@@ -171,7 +188,24 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     if cfg.branch is not None:
         truths = {"": roll(programs.finish, low, preview.state), "noise_": truths[""]}
     found = {at: fidelity(preview.reward, truth.reward, cfg.kept) for at, truth in truths.items()}
-    return {f"watch/{at}{name}": float(jnp.mean(x)) for at, each in found.items() for name, x in each.items()}
+    ranks = {f"watch/{at}{name}": float(jnp.mean(x)) for at, each in found.items() for name, x in each.items()}
+    return ranks | saturated
+
+
+def _saturated(
+    parts: Parts,
+    seen: Callable[..., Any],
+    kernels: dict[str, jax.Array],
+    prompts: Prompts,
+    keys: Key[jax.Array, "P N"],
+) -> dict[str, float]:
+    """How many Linears of this policy have inputs, in one sample of each prompt, that their FP8 unit does not hold; and
+    by how much the worst exceeds it (1: just held)."""
+    variables = rollout.policy_variables(kernels, None, parts.frozen)
+    whole = sharding.replicate((prompts.cond, keys[:, 0]), parts.mesh)
+    largest = calibrate.over_steps(*seen(variables, *whole))
+    found = calibrate.saturating(parts.model.quant_rules.fp8, largest)
+    return {"watch/saturated": float(len(found)), "watch/saturation": max(found.values(), default=1.0)}
 
 
 class Programs(NamedTuple):
@@ -182,6 +216,7 @@ class Programs(NamedTuple):
     preview: Callable[..., Rollout]
     full: Callable[..., Rollout]  # from the noise
     finish: Callable[..., Rollout]  # from a branch's states
+    seen: Callable[..., Any] | None  # the largest inputs (calibrate.seen); None if they have no units
 
 
 @functools.lru_cache(maxsize=1)
@@ -190,7 +225,9 @@ def _programs(model: Model, score: Score, optimizer: optax.GradientTransformatio
     run = stages(model, score, optimizer, cfg)
     roll, (preview, full) = functools.partial(rollout.rolled, model=model, score=score), rollouts(cfg)
     branch = rollout.branched(model, cfg)
+    units = preview.precision == "fp8" and model.quant_rules.fp8.units
     return Programs(
+        seen=jax.jit(functools.partial(calibrate.seen, model=model, stage=preview)) if units else None,
         merged=jax.jit(run.merged),
         quantised=jax.jit(run.quantised),
         preview=jax.jit(functools.partial(roll, stage=preview, branch=branch)),
