@@ -240,6 +240,7 @@ def test_sol_rl_on_flux_field_by_field():
         "reward": "clipscore",
         "reward_paths": recipes.ON_THE_HUB,
         "learn.timestep_fraction": 0.4,
+        "learn.reference_every": 4,
         "evaluate.prompts": 128,
         "evaluate.chunk": 16,
         "save_every": 5,
