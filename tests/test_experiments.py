@@ -196,10 +196,10 @@ def test_a_reward_takes_a_share_of_the_rollout(tmp_path, monkeypatch):
     rollout = {"two stages, low precision: rollout": results.figure(12.0, "s", 1)}
     results.record(tmp_path / "flux.json", rollout, candidates=100, kept=20)
     monkeypatch.setattr(speed, "ROLLOUT", tmp_path / "flux.json")
-    rates = {"clipscore, float32_exact, 512 px": 60.0, "hpsv2, float32, 512 px": 24.0, "hpsv2, float32, 1024 px": 1.0}
+    rates = {"clipscore, float32, 512 px": 60.0, "hpsv2, float32_exact, 512 px": 24.0, "hpsv2, float32, 1024 px": 1.0}
     found = speed.shares({case: results.figure(rate, "pictures/s", 1) for case, rate in rates.items()})
-    assert found["clipscore, float32_exact, 512 px: share"]["value"] == pytest.approx(2 / 12)
-    assert found["hpsv2, float32, 512 px: share"]["value"] == pytest.approx(5 / 15)
-    assert found["all, float32_exact, 512 px: share"]["value"] == pytest.approx(2 / 12)
-    assert found["all, float32, 512 px: share"]["value"] == pytest.approx(5 / 15)
+    assert found["clipscore, float32, 512 px: share"]["value"] == pytest.approx(2 / 12)
+    assert found["hpsv2, float32_exact, 512 px: share"]["value"] == pytest.approx(5 / 15)
+    assert found["all, float32, 512 px: share"]["value"] == pytest.approx(2 / 12)
+    assert found["all, float32_exact, 512 px: share"]["value"] == pytest.approx(5 / 15)
     assert speed.shares({"hpsv2, float32, 512 px": results.figure(24.0, "pictures/s", 1)}) == {}

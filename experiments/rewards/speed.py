@@ -3,9 +3,9 @@
     python -m experiments.rewards.speed --out=experiments/rewards/results/speed.json                      # an H100
     python -m experiments.rewards.speed --pictures=2 --sizes=64 --rewards=clipscore --out=/tmp/r.json     # short
 
-`--pictures` pictures of one prompt, 24 at a time, for each of `--kinds`: reward_dtype (float32: on GPUs products of
-pairs of bf16 numbers; ranks: experiments.rewards.ranks), or one of experiments.rewards.candidates. A reward's share of
-FLUX's rollout is computed from the rollout's time in experiments/efficiency, which includes CLIPScore in float32_exact.
+`--pictures` pictures of one prompt, 24 at a time, in each reward_dtype of `--kinds` (float32: on GPUs products of pairs
+of bf16 numbers; ranks: experiments.rewards.ranks). A reward's share of FLUX's rollout is computed from the rollout's
+time in experiments/efficiency, which includes CLIPScore in float32.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from jaxtyping import Array, Float
 
 from experiments import results
 from experiments.full_size import drawn, timed
-from experiments.rewards import candidates
 from solrl_jax import device, sharding
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
@@ -43,7 +42,7 @@ def shares(figures: Mapping[str, dict]) -> dict[str, dict]:
     taken = {
         case: scored / f["value"] for case, f in figures.items() if case.endswith(", 512 px") and "all" not in case
     }
-    if (its_own := "clipscore, float32_exact, 512 px") not in taken:
+    if (its_own := "clipscore, float32, 512 px") not in taken:
         return {}
     rest = rollout - taken[its_own]
     for dtype in KINDS.split(","):
@@ -58,15 +57,14 @@ def scored(
 ) -> tuple[list[float], float]:
     """Seconds of scoring so many pictures of side x side pixels, `repeat` times; the time to compile."""
     images, chunks = jax.random.uniform(jax.random.key(0), (pictures, side, side, 3)), max(1, pictures // TOGETHER)
-    with candidates.reward_dtype(kind) as dtype:
-        reward, _, tokens = described(None, dtype)
+    reward, _, tokens = described(None, kind)
 
-        @jax.jit
-        def score(params: Params, images: Images, ids: PyTree) -> Float[Array, "chunks n"]:
-            parts = images.reshape(chunks, -1, *images.shape[1:])
-            return jax.lax.map(lambda part: reward.score(params, part, ids), parts)
+    @jax.jit
+    def score(params: Params, images: Images, ids: PyTree) -> Float[Array, "chunks n"]:
+        parts = images.reshape(chunks, -1, *images.shape[1:])
+        return jax.lax.map(lambda part: reward.score(params, part, ids), parts)
 
-        return timed(functools.partial(score, params, images, drawn(shapes.batch(tokens, 1))), repeat)
+    return timed(functools.partial(score, params, images, drawn(shapes.batch(tokens, 1))), repeat)
 
 
 def main(argv: list[str] | None = None) -> None:
