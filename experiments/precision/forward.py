@@ -118,11 +118,10 @@ def made(given: Given, kind: str, form: str, batch: int) -> tuple[Callable[[], A
         if kind == "gradient":
             adapter = jax.jit(lambda base: lora.init(jax.random.key(0), base, model.lora_targets, given.cfg.lora))(base)
 
-            def call(adapter, base, *rest):
-                v = lambda a: model.velocity(lora.policy(base, a, given.cfg.lora), *rest)  # noqa: E731
-                return jax.grad(lambda a: jnp.sum(v(a) ** 2))(adapter)
+            def loss(adapter, base, *rest):
+                return jnp.sum(model.velocity(lora.policy(base, adapter, given.cfg.lora), *rest) ** 2)
 
-            args = adapter, base, *rest
+            call, args = jax.grad(loss), (adapter, base, *rest)
         else:
             variables = {"params": base}
             if kind == "fp8":

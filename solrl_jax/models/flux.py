@@ -169,10 +169,10 @@ class JointAttention(nn.Module):
     def __call__(self, x: Array, text: Array | None, rope: Rope) -> Any:
         image = self._stream(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
         if text is None:
-            return rows(_attend(*image, rope).reshape(x.shape))
+            return rows(_attend(image, rope).reshape(x.shape))
         added = self._stream(text, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"))
         # Joined before the norms: their kernel reads both streams where they lie, and writes one array.
-        out = _attend(*(jnp.concatenate(pair, axis=1) for pair in zip(added, image, strict=True)), rope)
+        out = _attend([jnp.concatenate(pair, axis=1) for pair in zip(added, image, strict=True)], rope)
         out, split = out.reshape((*out.shape[:2], -1)), text.shape[1]
         image_out = Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="to_out.0")(out[:, split:])
         return image_out, Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="to_add_out")(out[:, :split])
@@ -184,7 +184,8 @@ class JointAttention(nn.Module):
         return heads_of(x, names, self.cfg.num_attention_heads, width, self.dtype) + scales
 
 
-def _attend(q: Array, k: Array, v: Array, scale_q: Array, scale_k: Array, rope: Rope) -> Float[Array, "B S H d"]:
+def _attend(stream: Sequence[Array], rope: Rope) -> Float[Array, "B S H d"]:
+    q, k, v, scale_q, scale_k = stream
     return attention(rotary_norm(q, scale_q, rope), rotary_norm(k, scale_k, rope), v)
 
 
