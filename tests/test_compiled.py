@@ -62,19 +62,50 @@ def test_forward(h100):
     epilogues = Counter(epilogue for _, elements, epilogue in made if elements >= B * S * CFG.width)
     # Of the image's products; proj_out gives 64 channels, the single block's is two, the second added to the first.
     assert epilogues == {"BIAS": 3, "BIAS_GELU": 2, "DEFAULT": 8}  # BIAS: both v and the first product
+    assert len(re.findall(rf"= bf16\[{B},{S + L},24,64,2\].*\"__triton\"", text)) == 4  # q and k, in one kernel each
     scores = B * CFG.num_attention_heads * (S + L) ** 2 * 2
     assert program.memory_analysis().temp_size_in_bytes < 1.5 * scores  # 0.62 GB; scores in f32 alone would be 1.02
 
 
-def test_rotary_norm(h100):
-    """The division by rms(x) comes last: if it comes first, XLA writes the normalised x in f32. And no kernel reads
-    every second channel, because the channels of a pair are swapped in place."""
-    x = jax.ShapeDtypeStruct((B, S + L, CFG.num_attention_heads, CFG.attention_head_dim), jnp.bfloat16)
-    scale = {"params": {"scale": jax.ShapeDtypeStruct((CFG.attention_head_dim,), jnp.float32)}}
-    program = card.compiled(lambda v, x: flux.RotaryNorm().apply(v, x, ROPE), scale, x, on=h100)
-    assert (
-        program.memory_analysis().temp_size_in_bytes < 0.05 * x.size
-    )  # an f32 per row of 128; 4 x with the division first
+def heads(tokens: int):
+    return jax.ShapeDtypeStruct((B, tokens, CFG.num_attention_heads, CFG.attention_head_dim), jnp.bfloat16)
+
+
+SCALE = jax.ShapeDtypeStruct((1, S + L, 1, CFG.attention_head_dim), jnp.float32)
+
+
+def joined(text, image, scale):
+    return flux.rotary_norm(jnp.concatenate([text, image], axis=1), scale, ROPE)
+
+
+@pytest.mark.parametrize("joins", [False, True])
+def test_rotary_norm(h100, joins):
+    """One kernel, which reads q where it lies, also if that is in two streams, and keeps nothing in memory."""
+    f, given = (joined, (heads(L), heads(S))) if joins else (lambda x, s: flux.rotary_norm(x, s, ROPE), (heads(S + L),))
+    program = card.compiled(f, *given, SCALE, on=h100)
+    assert kernels(program) == ["__triton"] and program.memory_analysis().temp_size_in_bytes < 1000
+    # In the other form there are a kernel for rms(x), one for its root and one for the rest.
+    program = card.compiled(lambda x, s: flux._in_two_passes(x, s, ROPE, 1e-6), heads(S + L), SCALE, on=h100)
+    assert len(kernels(program)) == 3
+
+
+def kernels(program) -> list[str]:
+    """The kind of each fusion that a program runs: that of the Triton compiler, or "loop" for others."""
+    body = program.as_text().split("ENTRY ")[1]
+    found = [line for line in body.splitlines() if re.search(r" (fusion|copy|reduce|transpose|custom-call)\(", line)]
+    return ["__triton" if '"__triton"' in line else "loop" for line in found]
+
+
+@pytest.mark.parametrize("form", [flux.rotary_norm, flux._in_two_passes])
+def test_gradient_of_rotary_norm(h100, form):
+    """Its gradient is the other form's: nothing of x's size in f32, nor sums of its pairs; no strided reads."""
+
+    def back(x, scale, out):
+        return jax.vjp(lambda x: form(x, scale, ROPE, 1e-6), x)[1](out)[0]
+
+    program = card.compiled(back, heads(S + L), SCALE, heads(S + L), on=h100)
+    # Two f32 for each row of 128; the sums would be half an f32 for each element.
+    assert program.memory_analysis().temp_size_in_bytes < 0.2 * np.prod(heads(S + L).shape)
     assert not re.search(r"slice=\{[^}]*:2\]", program.as_text())
 
 

@@ -209,6 +209,30 @@ LITERAL = {  # models.md section 9.1
 }
 
 
+@pytest.mark.parametrize(("dtype", "within"), [(jnp.bfloat16, 2.0**-7), (jnp.float32, 2.0**-21)])
+def test_both_forms_of_rotary_norm(dtype, within):
+    """In one pass as in two: bfloat16 to one rounding, where one channel of a pair is much larger too; and one
+    gradient."""
+    rope = tuple(map(jnp.asarray, flux.rope_table(FluxConfig(), 3, 4, 5)))
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (2, 17, 3, 128)) * jnp.exp(2 * jax.random.normal(keys[1], (2, 17, 3, 128)))
+    x, scale = x.astype(dtype), 1 + 0.1 * jax.random.normal(keys[2], (1, 17, 1, 128))
+    weight = jax.random.normal(keys[3], x.shape)
+
+    def run(form):
+        out = lambda *given: form(*given, rope, 1e-6)  # noqa: E731
+        return out(x, scale), jax.grad(lambda *given: jnp.sum(out(*given) * weight), argnums=(0, 1))(x, scale)
+
+    (one, one_grad), (two, two_grad) = run(flux._in_one_pass), run(flux._in_two_passes)
+    one, two = (np.asarray(y, np.float64).reshape(2, 17, 3, 64, 2) for y in (one, two))
+    assert np.std(two) > 0.5  # a pair turns as a whole, so its larger channel is the measure
+    assert np.max(np.abs(one - two) / np.max(np.abs(two), axis=-1, keepdims=True)) <= within
+    if dtype == jnp.bfloat16:
+        assert np.mean(one != two) < 0.01
+    for a, b in zip(one_grad, two_grad, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("steps", [6, 10, 28])
 @pytest.mark.parametrize("tokens", [16, 1024, 4096])
 def test_sigmas(steps, tokens):

@@ -18,7 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from solrl_jax import config, weights
+from solrl_jax import config, device, weights
 from solrl_jax.models import folders, public, text, vae
 from solrl_jax.models.folders import Encoder
 from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen
@@ -90,7 +90,7 @@ Rope = tuple[Array, Array]
 
 
 def rope_table(cfg: FluxConfig, height: int, width: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and signed sin for `rotate`, f32 [tokens + height * width, d], computed in f64.
+    """cos and signed sin for `rotary_norm`, f32 [tokens + height * width, d], computed in f64.
 
     The text comes first, at position 0 (no rotation). Channels 2k and 2k + 1 share an angle: cos twice, -sin and sin.
     """
@@ -103,32 +103,60 @@ def rope_table(cfg: FluxConfig, height: int, width: int, tokens: int) -> tuple[n
     return np.cos(angle).astype(np.float32), (sign * np.sin(angle)).astype(np.float32)
 
 
-def rotate(x: Float[Array, "B S H d"], rope: Rope) -> Float[Array, "B S H d"]:
-    """RoPE of f32 x.
-
-    It swaps the two channels of each pair in place. If x were split into even and odd channels, XLA's kernels would
-    read every second element (strided slices: tests/test_compiled.py::test_rotary_norm).
-    """
-    cos, sin = (table[None, :, None, :] for table in rope)
-    swapped = jnp.flip(x.reshape((*x.shape[:-1], -1, 2)), axis=-1).reshape(x.shape)
-    return x * cos + swapped * sin
+def rotary_norm(
+    x: Float[Array, "B S H d"], scale: Float[Array, "1 S 1 d"], rope: Rope, eps: float = 1e-6
+) -> Float[Array, "B S H d"]:
+    """RoPE of RMSNorm(x), in x's dtype; on GPUs in one kernel that reads x once."""
+    return (_in_one_pass if device.platform() == "gpu" else _in_two_passes)(x, scale, rope, eps)
 
 
-class RotaryNorm(nn.Module):
-    """RoPE of RMSNorm(x), in x's dtype.
+def _in_two_passes(x: Array, scale: Array, rope: Rope, eps: float) -> Array:
+    """On GPUs one kernel for rms(x) and one for the rest.
 
     A rotation does not change rms(x), so the division by it can come last. If it came first, XLA would write the
-    normalised x in f32 and read it again (tests/test_compiled.py::test_rotary_norm).
+    normalised x in f32 and read it again. The two channels of each pair are swapped in place: if x were split into even
+    and odd channels, the kernels would read every second element.
     """
+    y, (cos, sin) = x.astype(F32), (table[None, :, None, :] for table in rope)
+    norm = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    y = y * scale
+    swapped = jnp.flip(y.reshape((*y.shape[:-1], -1, 2)), axis=-1).reshape(y.shape)
+    return ((y * cos + swapped * sin) * norm).astype(x.dtype)
 
-    eps: float = 1e-6
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _in_one_pass(x: Array, scale: Array, rope: Rope, eps: float) -> Array:
+    """The same as products and sums over the last axis alone, which XLA computes in one kernel: the other channel of a
+    pair is the pair's sum less this one, in f32. A reversed axis, or the division last, would divide it in two
+    (tests/test_compiled.py::test_rotary_norm).
+    """
+    y = x.astype(F32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale
+    pairs = y.reshape((*x.shape[:-1], -1, 2))
+    cos, sin = (table.reshape((1, x.shape[1], 1, -1, 2)) for table in rope)
+    other = jnp.sum(pairs, axis=-1, keepdims=True) - pairs
+    return (pairs * cos + other * sin).reshape(x.shape).astype(x.dtype)
+
+
+def _back(eps: float, given: tuple[Array, Array, Rope], out: Array):
+    """The other form's gradient, which has fewer passes than this one's own (test_gradient_of_rotary_norm)."""
+    x, scale, rope = given
+    x = jax.lax.optimization_barrier(x)  # else rms(x), shared with a recomputed forward pass, would divide that in two
+    return *jax.vjp(lambda x, scale: _in_two_passes(x, scale, rope, eps), x, scale)[1](out), None
+
+
+_in_one_pass.defvjp(lambda x, scale, rope, eps: (_in_one_pass(x, scale, rope, eps), (x, scale, rope)), _back)
+
+
+class Scale(nn.Module):
+    """A norm's scale for each position, f32 [1, S, 1, d]."""
+
+    shape: tuple[int, int]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S H d"], rope: Rope) -> Float[Array, "B S H d"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), F32).astype(F32)
-        y = x.astype(F32)
-        norm = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (rotate(y * scale.reshape(1, 1, 1, -1), rope) * norm).astype(x.dtype)
+    def __call__(self) -> Float[Array, "1 S 1 d"]:
+        scale = self.param("scale", nn.initializers.ones, self.shape[1:], F32)
+        return jnp.broadcast_to(scale.astype(F32), self.shape)[None, :, None]
 
 
 class JointAttention(nn.Module):
@@ -139,21 +167,26 @@ class JointAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, text: Array | None, rope: Rope) -> Any:
-        names = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
+        image = self._stream(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
         if text is None:
-            return rows(attention(*self._qkv(x, rope, *names)).reshape(x.shape))
-        split = text.shape[1]
-        of_text, of_image = tuple(t[:split] for t in rope), tuple(t[split:] for t in rope)
-        added = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
-        streams = self._qkv(text, of_text, *added), self._qkv(x, of_image, *names)
-        out = attention(*(jnp.concatenate(pair, axis=1) for pair in zip(*streams, strict=True)))
-        out = out.reshape((*out.shape[:2], -1))
+            return rows(_attend(image, rope).reshape(x.shape))
+        added = self._stream(text, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"))
+        # Joined before the norms: their kernel reads both streams where they lie, and writes one array.
+        out = _attend([jnp.concatenate(pair, axis=1) for pair in zip(added, image, strict=True)], rope)
+        out, split = out.reshape((*out.shape[:2], -1)), text.shape[1]
         image_out = Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="to_out.0")(out[:, split:])
         return image_out, Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="to_add_out")(out[:, :split])
 
-    def _qkv(self, x: Array, rope: Any, names: Sequence[str], norms: Sequence[str]) -> list[Array]:
-        q, k, v = heads_of(x, names, self.cfg.num_attention_heads, self.cfg.attention_head_dim, self.dtype)
-        return [RotaryNorm(name=norms[0])(q, rope), RotaryNorm(name=norms[1])(k, rope), v]
+    def _stream(self, x: Array, names: Sequence[str], norms: Sequence[str]) -> list[Array]:
+        """q, k, v [B, S, H, d] and the scales of q's and k's norms."""
+        width = self.cfg.attention_head_dim
+        scales = [Scale((x.shape[1], width), name=name)() for name in norms]
+        return heads_of(x, names, self.cfg.num_attention_heads, width, self.dtype) + scales
+
+
+def _attend(stream: Sequence[Array], rope: Rope) -> Float[Array, "B S H d"]:
+    q, k, v, scale_q, scale_k = stream
+    return attention(rotary_norm(q, scale_q, rope), rotary_norm(k, scale_k, rope), v)
 
 
 class DoubleBlock(nn.Module):
