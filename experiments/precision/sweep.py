@@ -34,6 +34,7 @@ from solrl_jax.structs import Params, QuantRule, leaves_by_path
 HERE = Path(__file__).resolve().parent
 PRECISION = "nvfp4_emulated"
 NVIDIA = "NVIDIA's"
+LARGEST = 126  # code of 448, the largest e4m3 value; codes of positive values are in their order
 SWEEPS = {
     NVIDIA: (),
     "4, 5": (4, 5),
@@ -54,13 +55,41 @@ def kernels_of(params: Params, rule: QuantRule) -> dict[str, Array]:
     return {path: leaves_by_path(params)[path] for path in quant.chosen(params, rule)}
 
 
+def swept(kernel: Float[Array, "*layers in out"], sweep: Sequence[int]) -> nvfp4.Nvfp4:
+    """The kernel in NVFP4, every block's scale the one of least squared error; NVIDIA's where none errs less.
+
+    The unit g stays, so scales end at 448, which binds in the blocks that hold the kernel's largest values.
+    """
+    if kernel.ndim > 2:
+        return jax.lax.map(lambda k: swept(k, sweep), kernel)
+    q = nvfp4.quantise(kernel)
+    blocks = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32).reshape((*q.scales.shape, nvfp4.BLOCK))
+
+    def values(scales: Array) -> Array:
+        return nvfp4.round_e2m1(blocks * jnp.minimum(1 / (scales[..., None] * q.g), nvfp4.FLT_MAX))
+
+    def error(scales: Array) -> Array:  # in the unit of g: squares of small kernels would be 0
+        return jnp.sum(jnp.square(values(scales) * scales[..., None] - blocks * (1 / q.g)), axis=-1)
+
+    first = jax.lax.bitcast_convert_type(q.scales, jnp.uint8).astype(jnp.int32)
+    best = q.scales.astype(jnp.float32)
+    least = error(best)
+    for step in sweep:
+        moved = jnp.clip(first + step, 0, LARGEST).astype(jnp.uint8)
+        scales = jax.lax.bitcast_convert_type(moved, jnp.float8_e4m3fn).astype(jnp.float32)
+        less = (found := error(scales)) < least
+        least, best = jnp.where(less, found, least), jnp.where(less, scales, best)
+    codes = nvfp4.pack(nvfp4.code_of(values(best)).reshape(q.codes.shape[0], -1))
+    return q._replace(codes=codes, scales=best.astype(jnp.float8_e4m3fn))
+
+
 def errors(kernels: Sequence[Array], sweep: Sequence[int]) -> float:
     """Squared error of all kernels [*layers, in, out] as a share of their squares."""
 
     @jax.jit
     def both(kernel: Array) -> Array:
         w = kernel.astype(jnp.float32)
-        error = nvfp4.quantise(w, sweep=sweep).dequantise() - w
+        error = swept(w, sweep).dequantise() - w
         return jnp.stack([jnp.sum(error * error), jnp.sum(w * w)])
 
     error, square = np.sum([np.asarray(both(k), np.float64) for k in kernels], axis=0)
@@ -72,7 +101,7 @@ def low(kernels: Mapping[str, Array], sweep: Sequence[int] | None) -> Params:
 
     def made(kernel: Array) -> nvfp4.Unpacked:
         if sweep is not None:
-            return nvfp4.unpacked(nvfp4.quantise(kernel, sweep=sweep))
+            return nvfp4.unpacked(swept(kernel, sweep))
         return nvfp4.Unpacked(jnp.swapaxes(kernel, -1, -2).astype(jnp.float32), jnp.ones(kernel.shape[:-2]))
 
     return traverse_util.unflatten_dict({path: made(k) for path, k in kernels.items()}, sep="/")
@@ -120,19 +149,16 @@ def errors_of(sources: Mapping[str, Sequence[Array]]) -> dict[str, dict]:
 
 
 def rewards(bench: contrast.Bench, kernels: Mapping[str, Array], chunk: int) -> dict[str, Float[Array, "P N"]]:
-    """CLIPScores of the same noise by every preview of RANKED, and by the full rollout under FULL's name."""
+    """CLIPScores of the same noise by every preview of RANKED, and by the full rollout under its precision."""
     parts = bench.opened.parts
-    solver = parts.cfg.regenerate.solver
-    made: dict[str, Params | None] = {
-        name: jax.jit(functools.partial(low, sweep=s))(kernels) for name, s in RANKED.items()
-    }
-    roll = {}
-    for precision, steps in ((PRECISION, PREVIEW), FULL):
-        stage = Stage(steps, solver, precision, min(chunk, bench.keys.size))
-        roll[precision] = jax.jit(functools.partial(rollout.rolled, model=parts.model, score=parts.score, stage=stage))
+    solver, at_once = parts.cfg.regenerate.solver, min(chunk, bench.keys.size)
+    made = {name: jax.jit(functools.partial(low, sweep=sweep))(kernels) for name, sweep in RANKED.items()}
+    roll = functools.partial(rollout.rolled, model=parts.model, score=parts.score)
+    preview = jax.jit(functools.partial(roll, stage=Stage(PREVIEW, solver, PRECISION, at_once)))
+    full = jax.jit(functools.partial(roll, stage=Stage(FULL[1], solver, "bf16", at_once)))
     given = parts.frozen, bench.prompts, bench.keys
-    out = {name: roll[PRECISION](bench.kernels, q, *given).reward for name, q in made.items()}
-    return out | {FULL[0]: roll[FULL[0]](bench.kernels, None, *given).reward}
+    out = {name: preview(bench.kernels, q, *given).reward for name, q in made.items()}
+    return out | {FULL[0]: full(bench.kernels, None, *given).reward}
 
 
 def ranked(who: str, found: Mapping[str, Array], kept: int, gains: dict[str, list[np.ndarray]]) -> dict[str, dict]:

@@ -31,9 +31,7 @@ from solrl_jax.structs import Static
 BLOCK = 16
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 FULL = E2M1_MAX * E4M3_MAX
-E4M3_CODES = 127  # from 0, code 0, to 448, in order
 FLT_MAX = 3.4028234663852886e38
-SWEEP = (-2, -1, 1, 2, 3, 4, 5)
 
 
 def round_e2m1(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
@@ -93,34 +91,14 @@ def _check(contracted: int) -> None:
         raise ValueError(f"the contracted axis has {contracted} elements: NVFP4 needs a multiple of {BLOCK}")
 
 
-def _encode_blocks(blocks: Array, amax: Array, axis: int, sweep: Sequence[int] = ()) -> tuple[Array, Array]:
-    """(e2m1 values, e4m3 scales) of blocks along `axis`; the scales keep that axis with length 1.
-
-    With `sweep`, each block's scale is the one of least squared error among those so many e4m3 values above NVIDIA's;
-    NVIDIA's where none errs less.
-    """
+def _encode_blocks(blocks: Array, amax: Array, axis: int) -> tuple[Array, Array]:
+    """(e2m1 values, e4m3 scales) of blocks along `axis`; the scales keep that axis with length 1."""
     s_enc = jnp.where(amax > 0, jnp.minimum(FULL / amax, FLT_MAX), 1.0)
     s_dec = 1.0 / s_enc
     block_max = jnp.max(jnp.abs(blocks), axis=axis, keepdims=True)
     scale = round_e4m3(block_max * (s_enc * jnp.float32(1 / 6)))
-
-    def values(scale: Array) -> Array:
-        return round_e2m1(blocks * jnp.minimum(1.0 / (scale * s_dec), FLT_MAX))
-
-    def error(scale: Array) -> Array:  # in the unit of g: squares of small kernels would be 0
-        return jnp.sum(jnp.square(values(scale) * scale - blocks * s_enc), axis=axis, keepdims=True)
-
-    if sweep:
-        code = lax.bitcast_convert_type(scale.astype(jnp.float8_e4m3fn), jnp.uint8).astype(jnp.int32)
-
-        def better(best: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], None]:
-            moved = jnp.clip(code + step, 0, E4M3_CODES - 1).astype(jnp.uint8)
-            tried = lax.bitcast_convert_type(moved, jnp.float8_e4m3fn).astype(jnp.float32)
-            less = (found := error(tried)) < best[0]
-            return (jnp.where(less, found, best[0]), jnp.where(less, tried, best[1])), None
-
-        (_, scale), _ = lax.scan(better, (error(scale), scale), jnp.array(sweep, jnp.int32))  # unrolled, more memory
-    return values(scale), scale
+    gain = jnp.minimum(1.0 / (scale * s_dec), FLT_MAX)
+    return round_e2m1(blocks * gain), scale
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -149,18 +127,18 @@ class Nvfp4(NamedTuple):
         return jnp.swapaxes(_scaled(self), -1, -2) * self.g[..., None, None]
 
 
-def quantise(kernel: Float[Array, "*layers in out"], native: bool = False, sweep: Sequence[int] = SWEEP) -> Nvfp4:
-    """One global scale per kernel (each layer of a stack is a kernel); `sweep` as in `_encode_blocks`, () is NVIDIA's.
+def quantise(kernel: Float[Array, "*layers in out"], native: bool = False) -> Nvfp4:
+    """One global scale per kernel (each layer of a stack is a kernel).
 
     Without `row_major`, XLA first transposes the whole stack of bf16 kernels; with it, only the codes and scales
     (tests/test_compiled.py::test_quantising_turns_the_codes_alone).
     """
     if kernel.ndim > 2:  # one layer at a time: on CPUs, all at once would take twice the memory (tests/test_quant.py)
-        return lax.map(lambda k: quantise(k, native, sweep), kernel)
+        return lax.map(lambda k: quantise(k, native), kernel)
     _check(kernel.shape[0])
     w = row_major(kernel).astype(jnp.float32)
     amax, blocks = jnp.max(jnp.abs(w)), w.reshape(-1, BLOCK, w.shape[1])
-    values, scales = _encode_blocks(blocks, amax, 1, sweep)
+    values, scales = _encode_blocks(blocks, amax, 1)
     codes = pack(code_of(values), 1).reshape(-1, w.shape[1])
     scales = scales[:, 0].astype(jnp.float8_e4m3fn)
     return Nvfp4(row_major(codes).T, row_major(scales).T, amax * jnp.float32(1 / FULL), Static(native))
