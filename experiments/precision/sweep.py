@@ -34,14 +34,13 @@ from solrl_jax.structs import Params, QuantRule, leaves_by_path
 HERE = Path(__file__).resolve().parent
 PRECISION = "nvfp4_emulated"
 NVIDIA = "NVIDIA's"
-LARGEST = 126  # code of 448, the largest e4m3 value; codes of positive values are in their order
 SWEEPS = {
     NVIDIA: (),
     "4, 5": (4, 5),
     "-1 to 1": (-1, 1),
     "-2 to 2": (-2, -1, 1, 2),
     "-1 to 4": (-1, 1, 2, 3, 4),
-    "-2 to 5": (-2, -1, 1, 2, 3, 4, 5),
+    "-2 to 5": nvfp4.SWEEP,
     "-3 to 6": (-3, -2, -1, 1, 2, 3, 4, 5, 6),
     "-8 to 12": tuple(range(-8, 13)),
 }
@@ -55,41 +54,13 @@ def kernels_of(params: Params, rule: QuantRule) -> dict[str, Array]:
     return {path: leaves_by_path(params)[path] for path in quant.chosen(params, rule)}
 
 
-def swept(kernel: Float[Array, "*layers in out"], sweep: Sequence[int]) -> nvfp4.Nvfp4:
-    """The kernel in NVFP4, every block's scale the one of least squared error; NVIDIA's where none errs less.
-
-    The unit g stays, so scales end at 448, which binds in the blocks that hold the kernel's largest values.
-    """
-    if kernel.ndim > 2:
-        return jax.lax.map(lambda k: swept(k, sweep), kernel)
-    q = nvfp4.quantise(kernel)
-    blocks = jnp.swapaxes(kernel, -1, -2).astype(jnp.float32).reshape((*q.scales.shape, nvfp4.BLOCK))
-
-    def values(scales: Array) -> Array:
-        return nvfp4.round_e2m1(blocks * jnp.minimum(1 / (scales[..., None] * q.g), nvfp4.FLT_MAX))
-
-    def error(scales: Array) -> Array:  # in the unit of g: squares of small kernels would be 0
-        return jnp.sum(jnp.square(values(scales) * scales[..., None] - blocks * (1 / q.g)), axis=-1)
-
-    first = jax.lax.bitcast_convert_type(q.scales, jnp.uint8).astype(jnp.int32)
-    best = q.scales.astype(jnp.float32)
-    least = error(best)
-    for step in sweep:
-        moved = jnp.clip(first + step, 0, LARGEST).astype(jnp.uint8)
-        scales = jax.lax.bitcast_convert_type(moved, jnp.float8_e4m3fn).astype(jnp.float32)
-        less = (found := error(scales)) < least
-        least, best = jnp.where(less, found, least), jnp.where(less, scales, best)
-    codes = nvfp4.pack(nvfp4.code_of(values(best)).reshape(q.codes.shape[0], -1))
-    return q._replace(codes=codes, scales=best.astype(jnp.float8_e4m3fn))
-
-
 def errors(kernels: Sequence[Array], sweep: Sequence[int]) -> float:
     """Squared error of all kernels [*layers, in, out] as a share of their squares."""
 
     @jax.jit
     def both(kernel: Array) -> Array:
         w = kernel.astype(jnp.float32)
-        error = swept(w, sweep).dequantise() - w
+        error = nvfp4.quantise(w, sweep=sweep).dequantise() - w
         return jnp.stack([jnp.sum(error * error), jnp.sum(w * w)])
 
     error, square = np.sum([np.asarray(both(k), np.float64) for k in kernels], axis=0)
@@ -101,7 +72,7 @@ def low(kernels: Mapping[str, Array], sweep: Sequence[int] | None) -> Params:
 
     def made(kernel: Array) -> nvfp4.Unpacked:
         if sweep is not None:
-            return nvfp4.unpacked(swept(kernel, sweep))
+            return nvfp4.unpacked(nvfp4.quantise(kernel, sweep=sweep))
         return nvfp4.Unpacked(jnp.swapaxes(kernel, -1, -2).astype(jnp.float32), jnp.ones(kernel.shape[:-2]))
 
     return traverse_util.unflatten_dict({path: made(k) for path, k in kernels.items()}, sep="/")
