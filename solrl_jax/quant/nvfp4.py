@@ -5,11 +5,12 @@ elements of the contracted axis share one e4m3 scale; a tensor (weights) or a ro
 g = max|x| / 2688, where 2688 = 6 * 448. That is 4.5 bits per element. A byte holds two codes, the even index in the low
 nibble.
 
-The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. Kernels of a policy then have the block
-scales of least squared error around NVIDIA's (SWEEP; experiments/precision); inputs keep NVIDIA's. Rounding is f32 arithmetic, never a cast
-to the narrow type and back: XLA removes such a pair of casts on GPUs, and the network silently runs unquantised
-(tests/test_compiled.py: test_e4m3_rounding_is_in_the_program, and test_forward_in_emulated_nvfp4 for e2m1). Casting an
-already rounded value is exact, so storing it is safe.
+The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. A policy's kernels then get the block
+scales of least squared error beside NVIDIA's (SWEEP; experiments/precision); inputs keep NVIDIA's.
+
+Rounding is f32 arithmetic, never a cast to the narrow type and back: XLA removes such a pair of casts on GPUs, and the
+network silently runs unquantised (tests/test_compiled.py: test_e4m3_rounding_is_in_the_program, and
+test_forward_in_emulated_nvfp4 for e2m1). Casting an already rounded value is exact, so storing it is safe.
 
 `Nvfp4.matmul` multiplies NVFP4 kernels with NVFP4 inputs. The emulation is exact: e2m1 x e4m3 has at most 6 significant
 bits and bf16 has 8, so the products equal the native ones. The native form (not yet run on a Blackwell card) is XLA's
@@ -98,8 +99,8 @@ def _check(contracted: int) -> None:
 def _encode_blocks(blocks: Array, amax: Array, axis: int, sweep: Sequence[int] = ()) -> tuple[Array, Array]:
     """(e2m1 values, e4m3 scales) of blocks along `axis`; the scales keep that axis with length 1.
 
-    With `sweep`, each block's scale is the one of least squared error among the e4m3 values so many codes above NVIDIA's;
-    NVIDIA's where none errs less.
+    With `sweep`, each block's scale is the one of least squared error among the e4m3 values so many codes above
+    NVIDIA's; NVIDIA's where none errs less.
     """
     s_enc = jnp.where(amax > 0, jnp.minimum(FULL / amax, FLT_MAX), 1.0)
     s_dec = 1.0 / s_enc
