@@ -1,5 +1,6 @@
 """NVFP4: every published vector bit for bit, the formats' tables, error bounds, and batch independence."""
 
+import functools
 import json
 import typing
 from pathlib import Path
@@ -72,10 +73,36 @@ def test_e4m3_rounds_to_even_at_every_midpoint():
 
 
 def test_a_stack_is_quantised_one_layer_at_a_time():
-    """On a CPU it takes 4.3 bytes per element, the f32 kernels; 8 if all layers are quantised at once."""
+    """On a CPU it takes 4.6 bytes per element, the f32 kernels; 8 if all layers are quantised at once."""
     stack = jax.ShapeDtypeStruct((32, 256, 512), jnp.bfloat16)
-    program = jax.jit(nvfp4.quantise).lower(stack).compile()
+    program = jax.jit(functools.partial(quant.quantise, precision="nvfp4_emulated")).lower(stack).compile()
     assert program.memory_analysis().temp_size_in_bytes < 5 * stack.size
+
+
+def test_swept_scales_err_less():
+    """Of a Gaussian kernel's squared error -20 % with 4 and 5 codes up, -26 % with -2 to 5."""
+
+    @jax.jit
+    def made(kernel):
+        every = [nvfp4.quantise(kernel, sweep=tried) for tried in ((), (4, 5), nvfp4.SWEEP)]
+        return every, [
+            jnp.square(q.dequantise() - kernel) for q in (*every, nvfp4.quantise(0 * kernel, sweep=nvfp4.SWEEP))
+        ]
+
+    kernel = 0.02 * jax.random.normal(jax.random.key(1), (2, 512, 256))
+    (plain, _, best), (first, *less, nothing) = made(kernel)
+    np.testing.assert_allclose(first.sum() / jnp.sum(kernel**2), 0.0090, atol=0.0001)
+    np.testing.assert_allclose([1 - e.sum() / first.sum() for e in less], [0.197, 0.264], atol=0.01)
+    blocks, before = (np.asarray(e).reshape(2, 32, 16, 256).sum(axis=2) for e in (less[1], first))
+    assert np.all(blocks <= before * 1.000001)  # no block is worse
+    scales = np.asarray(best.scales, np.float32)
+    assert 0 < scales.min() < scales.max() == 448 and np.mean(scales != np.asarray(plain.scales, np.float32)) > 0.5
+    np.testing.assert_array_equal(best.g, plain.g)
+    for precision in ("nvfp4_native", "nvfp4_emulated"):  # what a rollout has
+        low = quant.quantise(kernel, precision)
+        for ours, swept in zip(jax.tree.leaves(low), jax.tree.leaves(best), strict=True):
+            np.testing.assert_array_equal(ours, swept)
+    np.testing.assert_array_equal(nothing, kernel**2)  # a kernel of zeros stays zero
 
 
 def test_pack_is_its_own_inverse():

@@ -82,7 +82,7 @@ def quantise(kernel: Any, precision: str, unit: float = 1.0, parts: Sequence[int
     _known(precision, LOW, "one that kernels are quantised to")
     if precision == "fp8":
         return fp8.quantise(kernel, unit, parts)
-    return nvfp4.quantise(kernel, native=precision == "nvfp4_native")
+    return nvfp4.quantise(kernel, precision == "nvfp4_native", nvfp4.SWEEP)
 
 
 def quantise_tree(params: Params, rule: QuantRule, precision: str) -> dict[str, Any]:

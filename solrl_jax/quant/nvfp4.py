@@ -5,10 +5,12 @@ elements of the contracted axis share one e4m3 scale; a tensor (weights) or a ro
 g = max|x| / 2688, where 2688 = 6 * 448. That is 4.5 bits per element. A byte holds two codes, the even index in the low
 nibble.
 
-The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. Rounding is f32 arithmetic, never a cast
-to the narrow type and back: XLA removes such a pair of casts on GPUs, and the network silently runs unquantised
-(tests/test_compiled.py: test_e4m3_rounding_is_in_the_program, and test_forward_in_emulated_nvfp4 for e2m1). Casting an
-already rounded value is exact, so storing it is safe.
+The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. A policy's kernels then get the block
+scales of least squared error beside NVIDIA's (SWEEP; experiments/precision); inputs keep NVIDIA's.
+
+Rounding is f32 arithmetic, never a cast to the narrow type and back: XLA removes such a pair of casts on GPUs, and the
+network silently runs unquantised (tests/test_compiled.py: test_e4m3_rounding_is_in_the_program, and
+test_forward_in_emulated_nvfp4 for e2m1). Casting an already rounded value is exact, so storing it is safe.
 
 `Nvfp4.matmul` multiplies NVFP4 kernels with NVFP4 inputs. The emulation is exact: e2m1 x e4m3 has at most 6 significant
 bits and bf16 has 8, so the products equal the native ones. The native form (not yet run on a Blackwell card) is XLA's
@@ -31,7 +33,10 @@ from solrl_jax.structs import Static
 BLOCK = 16
 E2M1_MAX, E4M3_MAX = 6.0, 448.0
 FULL = E2M1_MAX * E4M3_MAX
+E4M3_CODES = 127  # from 0, code 0, to 448, in order
 FLT_MAX = 3.4028234663852886e38
+SWEEP = (-2, -1, 1, 2, 3, 4, 5)
+"""e4m3 codes from NVIDIA's block scale to those tried beside it: -26 % of a Gaussian kernel's squared error."""
 
 
 def round_e2m1(x: Float[Array, "*d"]) -> Float[Array, "*d"]:
@@ -91,14 +96,44 @@ def _check(contracted: int) -> None:
         raise ValueError(f"the contracted axis has {contracted} elements: NVFP4 needs a multiple of {BLOCK}")
 
 
-def _encode_blocks(blocks: Array, amax: Array, axis: int) -> tuple[Array, Array]:
-    """(e2m1 values, e4m3 scales) of blocks along `axis`; the scales keep that axis with length 1."""
+def _encode_blocks(blocks: Array, amax: Array, axis: int, sweep: Sequence[int] = ()) -> tuple[Array, Array]:
+    """(e2m1 values, e4m3 scales) of blocks along `axis`; the scales keep that axis with length 1.
+
+    With `sweep`, each block's scale is the one of least squared error among the e4m3 values so many codes above
+    NVIDIA's; NVIDIA's where none errs less.
+    """
     s_enc = jnp.where(amax > 0, jnp.minimum(FULL / amax, FLT_MAX), 1.0)
     s_dec = 1.0 / s_enc
     block_max = jnp.max(jnp.abs(blocks), axis=axis, keepdims=True)
     scale = round_e4m3(block_max * (s_enc * jnp.float32(1 / 6)))
-    gain = jnp.minimum(1.0 / (scale * s_dec), FLT_MAX)
-    return round_e2m1(blocks * gain), scale
+
+    def values(scale: Array) -> Array:
+        return round_e2m1(blocks * jnp.minimum(1.0 / (scale * s_dec), FLT_MAX))
+
+    def errors(scale: Array) -> Array:  # in the unit of g: squares of small kernels would be 0
+        return jnp.square(values(scale) * scale - blocks * s_enc)
+
+    if sweep:  # all that is kept of a step are codes, a byte a block
+        first = lax.bitcast_convert_type(scale.astype(jnp.float8_e4m3fn), jnp.uint8)
+
+        def better(best: tuple[Array, Array], step: Array | int) -> tuple[tuple[Array, Array], None]:
+            first, best_code = lax.optimization_barrier(best)  # one candidate at a time in memory
+            tried = jnp.clip(first.astype(jnp.int32) + step, 0, E4M3_CODES - 1).astype(jnp.uint8)
+            more = jnp.sum(errors(_e4m3_of(tried)) - errors(_e4m3_of(best_code)), axis=axis, keepdims=True)
+            return (first, jnp.where(more < 0, tried, best_code)), None
+
+        best = first, first
+        if device.platform() == "cpu":  # which drops barriers, so a loop; on a GPU a loop would write the kernel in f32
+            best, _ = lax.scan(better, best, jnp.array(sweep, jnp.int32))
+        else:
+            for step in sweep:
+                best, _ = better(best, step)
+        scale = _e4m3_of(best[1])
+    return values(scale), scale
+
+
+def _e4m3_of(code: Array) -> Array:
+    return lax.bitcast_convert_type(code, jnp.float8_e4m3fn).astype(jnp.float32)
 
 
 # --- kernels --------------------------------------------------------------------------------------------------------
@@ -127,18 +162,18 @@ class Nvfp4(NamedTuple):
         return jnp.swapaxes(_scaled(self), -1, -2) * self.g[..., None, None]
 
 
-def quantise(kernel: Float[Array, "*layers in out"], native: bool = False) -> Nvfp4:
-    """One global scale per kernel (each layer of a stack is a kernel).
+def quantise(kernel: Float[Array, "*layers in out"], native: bool = False, sweep: Sequence[int] = ()) -> Nvfp4:
+    """One global scale per kernel (each layer of a stack is a kernel); `sweep` as in `_encode_blocks`, () is NVIDIA's.
 
     Without `row_major`, XLA first transposes the whole stack of bf16 kernels; with it, only the codes and scales
     (tests/test_compiled.py::test_quantising_turns_the_codes_alone).
     """
     if kernel.ndim > 2:  # one layer at a time: on CPUs, all at once would take twice the memory (tests/test_quant.py)
-        return lax.map(lambda k: quantise(k, native), kernel)
+        return lax.map(lambda k: quantise(k, native, sweep), kernel)
     _check(kernel.shape[0])
     w = row_major(kernel).astype(jnp.float32)
     amax, blocks = jnp.max(jnp.abs(w)), w.reshape(-1, BLOCK, w.shape[1])
-    values, scales = _encode_blocks(blocks, amax, 1)
+    values, scales = _encode_blocks(blocks, amax, 1, sweep)
     codes = pack(code_of(values), 1).reshape(-1, w.shape[1])
     scales = scales[:, 0].astype(jnp.float8_e4m3fn)
     return Nvfp4(row_major(codes).T, row_major(scales).T, amax * jnp.float32(1 / FULL), Static(native))
