@@ -8,6 +8,7 @@ import pytest
 
 from experiments import results
 from experiments.ablations import run as ablations
+from experiments.efficiency import peer
 from experiments.efficiency import run as efficiency
 from experiments.methods import run, summary
 from experiments.methods.price import Prices, price
@@ -189,6 +190,18 @@ def test_efficiency_goes_on_from_what_was_measured(tmp_path, monkeypatch):
     out.write_text(json.dumps({**cut, "device": "another"}))
     with pytest.raises(ValueError, match=r"--more.*device: 'another' there.*anew"):
         efficiency.main([*words, "--more"])
+
+
+def test_the_peers_forward_pass(tmp_path, capsys):
+    """The small world's transformer by diffusers: recorded with PyTorch's versions, not JAX's."""
+    words = ["--model=tiny", "--batch=2", "--repeat=1", f"--out={tmp_path / 'peer.json'}"]
+    peer.main([*words, "--precisions=bf16"])
+    found = json.loads((tmp_path / "peer.json").read_text())
+    assert set(found["figures"]) == {f"PyTorch, bf16 forward of 2{more}" for more in ("", ": compile")}
+    assert found["figures"]["PyTorch, bf16 forward of 2"]["value"] > 0 and "torch" in found["versions"]
+    with pytest.raises(SystemExit):
+        peer.main([*words, "--precisions=fp4"])
+    assert "fp4 is unknown" in capsys.readouterr().err
 
 
 def test_a_reward_takes_a_share_of_the_rollout(tmp_path, monkeypatch):

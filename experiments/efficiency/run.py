@@ -39,7 +39,8 @@ VARIANTS = {
 def stage_times(bench: Bench, cfg: Config, learn: bool) -> list[dict[str, float]]:
     """Seconds by stage of `bench.repeat` iterations; without learning where that is known."""
     bench.cfg, bench.statics = cfg, {**bench.statics, "cfg": cfg}
-    rows, _ = iterations(iteration.Staged(score=bench.sizes.score, **bench.statics), bench, learn)
+    rows, compiling = iterations(iteration.Staged(score=bench.sizes.score, **bench.statics), bench, learn)
+    print("compile:", ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in compiling.items()), flush=True)
     return rows
 
 
