@@ -161,11 +161,13 @@ class Staged:
         """Run a stage block by block: in each call a device takes as many of its prompts as a chunk holds.
 
         `given` are the prompts, keys and states. With `chance` the kept are selected block by block, which counts as
-        part of the stage; the other candidates' states are freed. While a block runs the next one is already
-        enqueued, so that a device that is done does not wait for the others.
+        part of the stage; the other candidates' states are freed. On several devices the next block is already
+        enqueued while one runs, so that a device that is done does not wait for the others; not with rewards that run
+        on the host, before which nothing of a block can be freed.
         """
         prompts, images = given[1].shape
-        mine = prompts // jax.sharding.get_mesh().size
+        mesh = jax.sharding.get_mesh()
+        mine = prompts // mesh.size
         stage = next(stage for n, stage, _ in self.cfg.stages() if n == name)
         together = block_shape(stage.chunk, mine, images)[0]
 
@@ -185,19 +187,19 @@ class Staged:
             between(name, (i + together) / mine)
             return found
 
+        ahead = AHEAD if mesh.size > 1 and not self.score.on_host else 0
         waiting, parts = collections.deque[tuple[int, Any]](), []
         with clock(times, name):
             for i in range(0, mine, together):
                 waiting.append((i, enqueued(i)))
-                if len(waiting) > AHEAD:
+                if len(waiting) > ahead:
                     parts.append(done(*waiting.popleft()))
             parts.extend(done(*block) for block in waiting)
         return sharding.joined(tuple(parts))
 
 
 AHEAD = 1
-"""Blocks that are enqueued while another one runs. Each holds its results; with rewards that run on the host, its
-pictures and all its candidates' states too."""
+"""Blocks that are enqueued while another one runs."""
 
 
 def draw(state: TrainState, prompts: int, *, cfg: Config) -> tuple[Key[Array, "P N"], Float[Array, "P N"]]:

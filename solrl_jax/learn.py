@@ -130,10 +130,10 @@ def micro_batches(cfg: Config, held: int) -> int:
 
 def check_hyper(hyper: Hyper, cfg: Config) -> None:
     """ConfigError if a state asks for a KL penalty whose reference pass the programs of `cfg` leave out."""
-    asked = float(np.max(jax.device_get(hyper.kl_weight)))
-    if asked and not cfg.learn.kl_weight:
+    asked = np.ravel(jax.device_get(hyper.kl_weight))
+    if np.any(asked) and not cfg.learn.kl_weight:
         raise ConfigError(
-            f"hyper.kl_weight={asked:g}, but with learn.kl_weight=0 the reference is not computed: give "
+            f"hyper.kl_weight={asked[asked != 0][0]:g}, but with learn.kl_weight=0 the reference is not computed: give "
             "learn.kl_weight a positive number"
         )
 
@@ -153,14 +153,16 @@ def gradients(
     """Gradient and metrics of the mean loss over all (sample, time) points, `micro_batch` points per forward pass.
 
     `began` is the state when the iteration began; leaves of `samples` [P, k, ...]. Each device takes its own prompts;
-    the sums of the devices are added. Every m-th micro-batch of all devices', m = learn.reference_every, has the
-    reference and m times the KL's weight: the gradient is the same in the mean. The m choices take turns.
+    the sums of the devices are added. Of every m = learn.reference_every micro-batches in a row one has the reference,
+    at m times the KL's weight. In the next update it is another one, so over m updates each is it once: the gradient is
+    the same in the mean.
     """
     names = algos.find(cfg.learn.algorithm).fixed(cfg.learn)
     every = cfg.learn.reference_every if "reference" in names else 1
     hyper = state.hyper._replace(kl_weight=every * state.hyper.kl_weight)
     points = functools.partial(points_of, schedule=schedule_of(model, cfg), cfg=cfg)
-    phase = (state.updates + state.updates // every) % every  # the second term: `updates` may be a multiple of m
+    # Without the second term, an iteration with m updates would give its i-th one the same phase every time.
+    phase = (state.updates + state.updates // every) % every
 
     def on_device(current, base, fixed, phase, cond, keys, samples, advantage):
         size, count = samples_at_a_time(cfg, keys.size), micro_batches(cfg, keys.size)
@@ -182,8 +184,10 @@ def gradients(
             total, metrics = jax.lax.scan(one_micro, total, which)
             return total, jax.tree.map(jnp.sum, metrics)
 
-        # A device has a multiple of m micro-batches, so that their numbers on it are, modulo m, those among all.
-        order = jnp.argsort((jnp.arange(count) - phase) % every, stable=True)
+        # By its number among all devices' micro-batches; another place in each m of them, for samples are in the order
+        # of their rewards, and the same place would be the same ranks of every prompt.
+        number = jax.lax.axis_index(sharding.DATA) * count + jnp.arange(count)
+        order = jnp.argsort((number - number // every - phase) % every != 0, stable=True)
         grads, metrics = added(names, jax.tree.map(jnp.zeros_like, current), order[: count // every])
         sums = [metrics]
         if every > 1:

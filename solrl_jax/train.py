@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 
-from solrl_jax import disk, iteration, plan, report, sharding
+from solrl_jax import disk, iteration, learn, plan, report, sharding
 from solrl_jax.config import Config, ConfigError, to_json
 from solrl_jax.keys import calibration_key
 from solrl_jax.quant import calibrate
@@ -145,7 +145,7 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                 state, done, score = new, number, line.get("eval_reward_avg")
                 if metrics["skipped"]:
                     out.say(f"warning: iteration {done}: {metrics['skipped']:.0f} updates were not finite and skipped")
-                said, before = guards.alarms(lines, cfg), said
+                said, before = guards.alarms(lines, cfg if low else guards.in_bf16(cfg)), said
                 for kind in said.keys() - before.keys():  # an alarm is logged when it begins
                     out.say(said[kind])
                 if "eval_reward_avg" in metrics:
@@ -239,6 +239,7 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
     whole = jax.jit(iteration.iteration_step, static_argnames=tuple(statics))
 
     def step(state: TrainState, prompts: Prompts, times: dict[str, float]) -> tuple[TrainState, dict]:
+        learn.check_hyper(state.hyper, parts.cfg)
         with iteration.clock(times, "step"):
             return jax.block_until_ready(whole(state, parts.frozen, prompts, **statics))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import lora, rollout, sampler, train
+from solrl_jax import lora, quant, rollout, sampler, train
 from solrl_jax.config import Stage
 from solrl_jax.keys import EVALUATION, sample_keys, selection_key
 from solrl_jax.quant import calibrate
@@ -127,11 +127,12 @@ def test_units_are_of_all_stages(parts):
 
 
 def test_inputs_that_outgrew_their_units():
-    """A unit holds 448 of itself; Linears without a unit, and those not seen, are not asked."""
-    rule = QuantRule((), 0, units=(("a", 1.0), ("b", 0.5), ("c", 2.0), ("d", 1.0)))
-    largest = {"a": 448.0, "b": 336.0, "c": 1000.0, "e": 1e9}
-    assert calibrate.saturating(rule, largest) == {"b": 1.5, "c": 1000 / 896}
-    assert list(calibrate.saturating(rule, largest)) == ["b", "c"]  # worst first
+    """A unit holds 448 of itself. Linears that are not quantised, have no unit or were not seen are not asked."""
+    rule = QuantRule((), 0, units=(("a", 1.0), ("b", 0.5), ("c", 2.0), ("d", 1.0), ("skipped", 1.0)))
+    largest = {"a": 448.0, "b": 336.0, "c": 1000.0, "e": 1e9, "skipped": 1e9}
+    kernels = [f"{path}/kernel" for path in "abcde"]
+    assert calibrate.saturating(rule, largest, kernels) == {"b": 1.5, "c": 1000 / 896}
+    assert list(calibrate.saturating(rule, largest, kernels)) == ["b", "c"]  # worst first
 
 
 @pytest.mark.slow
@@ -145,7 +146,7 @@ def test_a_measurement_counts_inputs_that_outgrew_their_units(parts):
         seen = calibrate.seen(variables, prompts.cond, keys, model=model, stage=cfg.explore)
         rule = model.quant_rules.fp8
         small = rule._replace(units=tuple((path, unit / 64) for path, unit in rule.units))
-        expect = calibrate.saturating(small, calibrate.over_steps(*seen))
+        expect = calibrate.saturating(small, calibrate.over_steps(*seen), quant.chosen(parts.frozen.base, rule))
         found = [
             guards.measured(
                 parts._replace(cfg=cfg, model=model._replace(quant_rules=model.quant_rules._replace(fp8=r))), state

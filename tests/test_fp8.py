@@ -104,6 +104,13 @@ def test_scales_are_powers_of_two(x):
     np.testing.assert_allclose(q.dequantise(), np.full((16, 8), x), rtol=2**-4 if x > 1e-36 else 1)
 
 
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_a_kernel_that_is_not_finite_stays_so(bad):
+    """It must be seen in the samples: codes saturate, so the scale has to tell."""
+    q = fp8.quantise(jnp.ones((16, 8)).at[3, 2].set(bad))
+    assert not np.isfinite(q.scale) and not np.any(np.isfinite(product(jnp.ones((2, 16)), q)))
+
+
 def test_native_nvfp4_has_the_numbers_of_the_emulated():
     """The same operands, summed in another order; a row by itself."""
     x, w = jax.random.normal(jax.random.key(0), (16, 256)), jax.random.normal(jax.random.key(1), (256, 64))

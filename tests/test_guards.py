@@ -1,6 +1,7 @@
 """Alarms over a run's metrics, the measurement of the preview's ranks, and falling back to BF16 exploration."""
 
 import functools
+import math
 import types
 
 import jax
@@ -35,6 +36,9 @@ def test_saturation_is_told():
     assert list(found) == ["saturated"] and "the inputs of 3 Linears outgrew the FP8 units" in found["saturated"]
     assert "up to 1.25 times what these hold" in found["saturated"]
     assert guards.alarms([{"iteration": 0, **last}, {"iteration": 20, **first}], CFG) == {}
+    assert guards.alarms([{"iteration": 20, **last}], guards.in_bf16(CFG)) == {}  # nothing is cut off any more
+    unknown = {"watch/saturated": math.nan, "watch/saturation": math.nan}
+    assert guards.alarms([{"iteration": 20, **unknown}], CFG) == {}
 
 
 def test_collapsed_groups():

@@ -39,7 +39,8 @@ def gradient(bench: Bench, cfg: Config) -> dict[str, np.ndarray]:
     x0 = jax.vmap(jax.vmap(model.noise))(keys)
     advantage = jnp.tile(jnp.linspace(-2.0, 2.0, kept), (cfg.prompts, 1))
     split = functools.partial(sharding.split, mesh=bench.mesh)
-    step = jax.jit(functools.partial(learn.gradients, model=model, cfg=cfg))
+    every = config.override(cfg, **{"learn.reference_every": "1"})  # a device has one micro-batch a prompt
+    step = jax.jit(functools.partial(learn.gradients, model=model, cfg=every))
     keys, samples, advantage = map(split, (keys, algos.Sample(x0), advantage))
     found, _ = step(state._replace(lora=moved), state, bench.frozen, bench.prompts.cond, keys, samples, advantage)
     return {path: np.asarray(x, np.float64) for path, x in leaves_by_path(jax.device_get(found)).items()}

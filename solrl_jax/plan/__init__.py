@@ -9,8 +9,9 @@ the runtime's own few hundred MB. Seconds are FLOPs at a stated share of the car
 
 Activations of FLUX.1-dev in GB, planned here and allocated by XLA when it compiles for an H100 (jax 0.10.2,
 micro-batches of 12 points at 512 px): learn 9.4 and 6.5 if remat keeps nothing, 33.7 and 30.8 if it keeps attention and
-the MLP. Measured on an H100 with random weights, an iteration of sol_rl of one prompt (planned in brackets): FLUX
-58.5 GB and 29.3 s (59.8 and 26.8), SD3.5 Large 52.0 GB and 87 s (53.7 and 66), SANA 28.8 GB and 15 s (28.9 and 8.6).
+the MLP. Measured on an H100 with random weights, an iteration of sol_rl of one prompt with the reference on every
+micro-batch and exact float32 rewards (planned in brackets): FLUX 58.5 GB and 29.3 s (59.8 and 26.8), SD3.5 Large 52.0
+GB and 87 s (53.7 and 66), SANA 28.8 GB and 15 s (28.9 and 8.6).
 The smaller the share of large products, the more a stage's time exceeds its FLOPs.
 """
 

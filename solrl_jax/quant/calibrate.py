@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +44,13 @@ def over_steps(sigmas: Float[Array, "N"], found: Mapping[str, Float[Array, "N"]]
     return {path: float(max(values)) for path, values in found.items()}
 
 
-def saturating(rule: QuantRule, largest: Mapping[str, float]) -> dict[str, float]:
-    """Of the Linears with a unit, those whose largest input exceeds what it holds, which FP8 cuts off there.
+def saturating(rule: QuantRule, largest: Mapping[str, float], kernels: Collection[str]) -> dict[str, float]:
+    """Of the Linears that are quantised, those whose largest input exceeds what their unit holds: FP8 cuts it off.
 
-    {path: the largest input over the limit}, worst first.
+    {path: the largest input over the limit}, worst first. `kernels` are the quantised kernels (quant.chosen).
     """
-    ratio = {path: largest[path] / (fp8.MAX * unit) for path, unit in rule.units if path in largest}
+    units = {path: unit for path, unit in rule.units if f"{path}/kernel" in kernels}
+    ratio = {path: largest[path] / (fp8.MAX * unit) for path, unit in units.items() if path in largest}
     return {path: r for path, r in sorted(ratio.items(), key=lambda item: -item[1]) if r > 1}
 
 

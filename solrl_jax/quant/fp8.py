@@ -91,9 +91,11 @@ def quantise(kernel: Float[Array, "*layers in out"], unit: float = 1.0, parts: S
 
 
 def power_of_two(x: Float[Array, ""]) -> Float[Array, ""]:
-    """The least power of two that is not below x, f32; 1 for 0. Exact: logarithms are not."""
+    """The least power of two that is not below x, f32; 1 for 0, and x itself if it is not finite. Exact: logarithms are
+    not."""
     fraction, exponent = jnp.frexp(x)  # x = fraction 2^exponent, fraction in [.5, 1)
-    return jnp.where(x > 0, jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5)), 1.0)
+    found = jnp.where(x > 0, jnp.ldexp(jnp.float32(1), exponent - (fraction == 0.5)), 1.0)
+    return jnp.where(jnp.isfinite(x), found, x)
 
 
 def unit_of(largest: float) -> float:

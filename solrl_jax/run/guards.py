@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Key
 
-from solrl_jax import rewards, rollout, sharding
+from solrl_jax import quant, rewards, rollout, sharding
 from solrl_jax.config import Config, Stage
 from solrl_jax.iteration import stages
 from solrl_jax.keys import sample_keys
@@ -42,7 +42,7 @@ GROWTH = 10.0
 def alarms(lines: Sequence[Line], cfg: Config) -> dict[str, str]:
     """The alarms as of the last of `lines`: {kind: a warning}, {} if there are none."""
     trained = [line for line in lines if line.get("loss") is not None]
-    found = {"collapsed": _collapsed(trained), "ranks": _badly_ranked(lines, cfg), "saturated": _saturating(lines)}
+    found = {"collapsed": _collapsed(trained), "ranks": _badly_ranked(lines, cfg), "saturated": _saturating(lines, cfg)}
     if not cfg.of_steps:  # there kl_div is the KL of a step's means
         found |= {"kl_div": _far(trained, "kl_div", "base"), "old": _far(trained, "old_deviate", "old policy")}
     return {kind: f"warning: {text}" for kind, text in found.items() if text}
@@ -118,12 +118,14 @@ def _badly_ranked(lines: Sequence[Line], cfg: Config) -> str:
     )
 
 
-def _saturating(lines: Sequence[Line]) -> str:
+def _saturating(lines: Sequence[Line], cfg: Config) -> str:
+    if not _low(cfg):
+        return ""
     count, worst = (
         next((line[f"watch/{name}"] for line in reversed(lines) if line.get(f"watch/{name}") is not None), None)
         for name in ("saturated", "saturation")
     )
-    if not count or worst is None:
+    if not count or worst is None or not math.isfinite(worst):
         return ""
     return (
         f"the inputs of {count:.0f} Linears outgrew the FP8 units measured on the base, up to {worst:.2f} times what "
@@ -155,7 +157,8 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
 
     Uses `watch.prompts` training prompts, rounded to a multiple of the devices, and the noise of the coming iteration;
     costs N full rollouts per prompt. Takes no more memory than the stages: one prompt per device at a time, in the
-    smallest of their chunks, and no quantised kernels beside BF16 rollouts.
+    smallest of their chunks, and no quantised kernels beside BF16 rollouts. With FP8 the Linears' inputs are looked at
+    first, in BF16 and of calibrate.PROMPTS pictures at most.
 
     In a branch `watch/*` compares with all N finished from the preview's states, like the trained samples, and
     `watch/noise_*` with all N drawn from the noise by the steps of `regenerate`, like the policy's own samples.
@@ -168,6 +171,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     keys = sample_keys(state, count, cfg.candidates)
     programs = _programs(parts.model, parts.score, parts.optimizer, cfg)
     kernels = programs.merged(state, parts.frozen)
+    saturated = {} if programs.seen is None else _saturated(parts, programs.seen, kernels, prompts, keys)
     low = programs.quantised(kernels, parts.frozen)
 
     def roll(program: Callable[..., Rollout], low: Params | None, state: Carry | None = None) -> Rollout:
@@ -180,7 +184,6 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
             found.append(jax.block_until_ready(rolled._replace(keys=None, x0=None)))
         return sharding.joined(tuple(found))
 
-    saturated = {} if programs.seen is None else _saturated(parts, programs.seen, kernels, prompts, keys)
     preview = roll(programs.preview, low)
     if cfg.regenerate.precision == "bf16":
         low = None  # the quantised kernels leave the device
@@ -199,12 +202,17 @@ def _saturated(
     prompts: Prompts,
     keys: Key[jax.Array, "P N"],
 ) -> dict[str, float]:
-    """How many Linears of this policy have inputs, in one sample of each prompt, that their FP8 unit does not hold; and
-    by how much the worst exceeds it (1: just held)."""
+    """How many quantised Linears of this policy have inputs, in one sample of each of a few prompts, that their FP8
+    unit does not hold; and by how much the worst exceeds it (1: just held). NaN if an input is not finite.
+    """
+    rule, few = parts.model.quant_rules.fp8, min(len(keys), calibrate.PROMPTS)
     variables = rollout.policy_variables(kernels, None, parts.frozen)
-    whole = sharding.replicate((prompts.cond, keys[:, 0]), parts.mesh)
-    largest = calibrate.over_steps(*seen(variables, *whole))
-    found = calibrate.saturating(parts.model.quant_rules.fp8, largest)
+    some = jax.device_get(jax.tree.map(lambda x: x[:few], prompts.cond))
+    try:
+        largest = calibrate.over_steps(*seen(variables, *sharding.replicate((some, keys[:few, 0]), parts.mesh)))
+    except FloatingPointError:
+        return {"watch/saturated": math.nan, "watch/saturation": math.nan}
+    found = calibrate.saturating(rule, largest, quant.chosen(parts.frozen.base, rule))
     return {"watch/saturated": float(len(found)), "watch/saturation": max(found.values(), default=1.0)}
 
 
