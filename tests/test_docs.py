@@ -76,7 +76,7 @@ def small(cfg: Config) -> Config:
         explore=None if one_stage else dataclasses.replace(cfg.explore, steps=2, chunk=4),
         regenerate=regenerate,
         branch=None if cfg.branch is None else config.Branch(after=1, steps=1),
-        learn=dataclasses.replace(cfg.learn, updates=min(cfg.learn.updates, 2), micro_batch=1),
+        learn=dataclasses.replace(cfg.learn, updates=min(cfg.learn.updates, 2), micro_batch=1, reference_every=1),
         evaluate=dataclasses.replace(cfg.evaluate, prompts=2, images=1, steps=2, grid=1, chunk=2),
         iterations=2,
         save_every=1,
