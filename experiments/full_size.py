@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,17 @@ def timed(call: Callable[[], Any], repeat: int) -> tuple[list[float], float]:
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - began)
     return seconds[1:], seconds[0] - statistics.median(seconds[1:])
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], repeat: int) -> dict[str, list[float]]:
+    """Seconds of `repeat` calls of each program, one of each after the other, so that all see the same clock."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeat):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call())
+            seconds[name].append(time.perf_counter() - began)
+    return seconds
 
 
 class Ahead:

@@ -161,6 +161,7 @@ def gradients(
     every = cfg.learn.reference_every if "reference" in names else 1
     hyper = state.hyper._replace(kl_weight=every * state.hyper.kl_weight)
     points = functools.partial(points_of, schedule=schedule_of(model, cfg), cfg=cfg)
+    turns = [names] if every == 1 else [names, tuple(name for name in names if name != "reference")]
     # Without the second term, an iteration with m updates would give its i-th one the same phase every time.
     phase = (state.updates + state.updates // every) % every
 
@@ -184,15 +185,10 @@ def gradients(
             total, metrics = jax.lax.scan(one_micro, total, which)
             return total, jax.tree.map(jnp.sum, metrics)
 
-        # By its number among all devices' micro-batches; another place in each m of them, for samples are in the order
-        # of their rewards, and the same place would be the same ranks of every prompt.
-        number = jax.lax.axis_index(sharding.DATA) * count + jnp.arange(count)
-        order = jnp.argsort((number - number // every - phase) % every != 0, stable=True)
-        grads, metrics = added(names, jax.tree.map(jnp.zeros_like, current), order[: count // every])
-        sums = [metrics]
-        if every > 1:
-            rest = tuple(name for name in names if name != "reference")
-            grads, metrics = added(rest, grads, order[count // every :])
+        order, sums = order_of(jax.lax.axis_index(sharding.DATA), count, every, phase), []
+        grads = jax.tree.map(jnp.zeros_like, current)
+        for which, policies in zip(jnp.split(order, [count // every] if every > 1 else []), turns, strict=True):
+            grads, metrics = added(policies, grads, which)
             sums.append(metrics)
         return jax.lax.psum((grads, sums), sharding.DATA)
 
@@ -200,14 +196,24 @@ def gradients(
     fixed = fixed_policies(state, began, names)
     grads, sums = run(state.lora, frozen.base, fixed, phase, cond, keys, samples, advantage)
     count = keys.size * cfg.times
-    metrics = means(sums, (count // every, count - count // every))
+    metrics = means(sums, (count // every, count - count // every)[: len(turns)])
     return jax.tree.map(lambda x: x / count, grads), metrics
+
+
+def order_of(device: Int[Array, ""], count: int, every: int, phase: Int[Array, ""]) -> Int[Array, "count"]:
+    """A device's `count` micro-batches, the one of every `every` that has the reference first.
+
+    The choice is by their numbers among all devices'. It is another place in each `every` of them, for samples are in
+    the order of their rewards, and the same place would be the same ranks of every prompt.
+    """
+    number = device * count + jnp.arange(count)
+    return jnp.argsort((number - number // every - phase) % every != 0, stable=True)
 
 
 def means(sums: Sequence[Metrics], counts: Sequence[int]) -> Metrics:
     """Each metric's mean over the points that have it; `counts` are the points behind each of `sums`."""
     found: dict[str, list[tuple[Array, int]]] = {}
-    for metrics, count in zip(sums, counts, strict=False):
+    for metrics, count in zip(sums, counts, strict=True):
         for name, total in metrics.items():
             found.setdefault(name, []).append((total, count))
     return {name: sum(t for t, _ in parts) / sum(n for _, n in parts) for name, parts in found.items()}

@@ -13,6 +13,7 @@ from solrl_jax.algos import Sample
 from solrl_jax.learn import apply_gradients, dealt, samples_at_a_time
 from solrl_jax.plan import jaxpr
 from solrl_jax.run import assemble
+from solrl_jax.selection import take
 from tests import nano
 from tests.nano import numbers, parts_of
 
@@ -140,10 +141,9 @@ def test_an_update_has_the_reference_on_samples_of_every_rank(folder):
             at = state._replace(updates=jnp.int32(n))
             kl = float(run(at, state, frozen, cond, keys, made, advantage)[1]["kl_div"])
             # The same mean from four updates of one sample a prompt, of the ranks that this phase should have.
-            ranks = [(n + prompt) % 4 for prompt in range(4)]
-            one = jax.tree.map(lambda x: jnp.stack([x[p, r] for p, r in enumerate(ranks)])[:, None], (made, advantage))  # noqa: B023
-            key = jnp.stack([keys[p, r] for p, r in enumerate(ranks)])[:, None]
-            expect = float(whole(at, state, frozen, cond, key, *one)[1]["kl_div"])
+            ranks = (n + jnp.arange(4)[:, None]) % 4
+            key, x0, good = (take(x, ranks) for x in (keys, made.x0, advantage))
+            expect = float(whole(at, state, frozen, cond, key, Sample(x0), good)[1]["kl_div"])
             assert kl == pytest.approx(expect, rel=1e-5)
 
 

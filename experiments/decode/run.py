@@ -9,9 +9,9 @@ they are written, compiled first and then called in turns. A file a model; figur
 
 import argparse
 import contextlib
+import functools
 import statistics
 import tempfile
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from experiments import results
-from experiments.full_size import drawn
+from experiments.full_size import drawn, in_turns
 from solrl_jax import config, device, sharding
 from solrl_jax.models import dcae, layers, vae
 from solrl_jax.plan import shapes
@@ -79,11 +79,14 @@ class Form(NamedTuple):
     @contextlib.contextmanager
     def used(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            patch = lambda *what: stack.enter_context(mock.patch.object(*what))  # noqa: E731
-            patch(layers, "_phases", self.up)
-            patch(layers, "_repeated", self.up)
-            patch(vae, "_norm", self.norm)
-            patch(dcae, "device", types.SimpleNamespace(platform=lambda: self.scales))
+            scales = types.SimpleNamespace(platform=lambda: self.scales)
+            for where, name, form in (
+                (layers, "_phases", self.up),
+                (layers, "_repeated", self.up),
+                (vae, "_norm", self.norm),
+                (dcae, "device", scales),
+            ):
+                stack.enter_context(mock.patch.object(where, name, form))
             yield
 
 
@@ -112,18 +115,14 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict]:
         with FORMS[form].used():
             # A function of its own: jit would find the trace of the form before.
             program = jax.jit(lambda params, latents: sizes.model.decode(params, latents)).lower(params, latents)
-            calls[form] = program.compile()
-        pictures[form] = jax.block_until_ready(calls[form](params, latents))
+            compiled = program.compile()
+        calls[form] = functools.partial(compiled, params, latents)
+        pictures[form] = jax.block_until_ready(calls[form]())
         figures[f"{form}: temporary memory"] = results.figure(
-            calls[form].memory_analysis().temp_size_in_bytes / 1e9, "GB", 1
+            compiled.memory_analysis().temp_size_in_bytes / 1e9, "GB", 1
         )
-    seconds: dict[str, list[float]] = {form: [] for form in calls}
-    for _ in range(args.repeat):
-        for form, call in calls.items():
-            began = time.perf_counter()
-            jax.block_until_ready(call(params, latents))
-            seconds[form].append(time.perf_counter() - began)
     first = next(iter(calls))
+    seconds = in_turns(calls, args.repeat)
     for form, found in seconds.items():
         median, spread = statistics.median(found), [round(min(found), 5), round(max(found), 5)]
         figures[form] = results.figure(median, "s; median [least, most]", args.repeat, spread)

@@ -21,10 +21,11 @@ from unittest import mock
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from experiments import results
-from experiments.full_size import drawn
+from experiments.full_size import drawn, in_turns
 from solrl_jax import config, device, lora, quant, sharding
 from solrl_jax.models import flux
 from solrl_jax.models.layers import Linear, attention
@@ -140,13 +141,7 @@ def measure(given: Given, kind: str, batch: int, repeat: int) -> dict[str, dict]
         calls[form], compiling = made(given, kind, form, batch)
         figures[f"{kind} of {batch}, {form}: compile"] = results.figure(compiling, "s", 1)
         first[form] = jax.block_until_ready(calls[form]())
-    seconds: dict[str, list[float]] = {form: [] for form in calls}
-    for _ in range(repeat):
-        for form, call in calls.items():
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            seconds[form].append(time.perf_counter() - began)
-    last = FORMS[kind][-1]
+    seconds, last = in_turns(calls, repeat), FORMS[kind][-1]
     for form, found in seconds.items():
         name, median = f"{kind} of {batch}, {form}", statistics.median(found)
         figures[name] = results.figure(
@@ -161,8 +156,7 @@ def measure(given: Given, kind: str, batch: int, repeat: int) -> dict[str, dict]
 
 
 def _apart(a: PyTree, b: PyTree) -> float:
-    norm = lambda t: sum(float(jnp.sum(jnp.square(x.astype(jnp.float32)))) for x in jax.tree.leaves(t)) ** 0.5  # noqa: E731
-    return norm(jax.tree.map(jnp.subtract, a, b)) / norm(b)
+    return float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)) / optax.tree.norm(b))
 
 
 def main(argv: list[str] | None = None) -> None:

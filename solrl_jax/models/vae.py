@@ -113,8 +113,7 @@ class GroupNorm(nn.Module):
         height = x.shape[1]
         near = mean(jnp.mean(x[:, height // 8 :: max(1, height // 4)], axis=2))
         off, zero = x - near, jnp.zeros((), F32)
-        add = lambda a, b: (a[0] + b[0], a[1] + b[1])  # noqa: E731
-        sums = jax.lax.reduce((off, off * off), (zero, zero), add, (2,))
+        sums = jax.lax.reduce((off, off * off), (zero, zero), partial(jax.tree.map, jnp.add), (2,))
         rest, square = (mean(z) / x.shape[2] for z in sums)
         factor = jax.lax.rsqrt(jnp.maximum(square - rest * rest, 0.0) + EPS) * scale
         return (x - (near + rest)) * factor + bias
