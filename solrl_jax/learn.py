@@ -185,14 +185,16 @@ def gradients(
             total, metrics = jax.lax.scan(one_micro, total, which)
             return total, jax.tree.map(jnp.sum, metrics)
 
-        order, sums = order_of(jax.lax.axis_index(sharding.DATA), count, every, phase), []
+        order, sums = order_of(sharding.index(), count, every, phase), []
         grads = jax.tree.map(jnp.zeros_like, current)
         for which, policies in zip(jnp.split(order, [count // every] if every > 1 else []), turns, strict=True):
             grads, metrics = added(policies, grads, which)
             sums.append(metrics)
-        return jax.lax.psum((grads, sums), sharding.DATA)
+        return jax.lax.psum((grads, sums), sharding.AXES)
 
-    run = sharding.over_data(on_device, (False,) * 4 + (True,) * 4, sharding.WHOLE)
+    whole, split = sharding.WHOLE, sharding.SPLIT
+    specs = whole, sharding.weights(frozen.base), whole, whole, *[split] * 4
+    run = sharding.over_data(on_device, specs, whole)
     fixed = fixed_policies(state, began, names)
     grads, sums = run(state.lora, frozen.base, fixed, phase, cond, keys, samples, advantage)
     count = keys.size * cfg.times

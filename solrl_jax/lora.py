@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
+from solrl_jax import sharding
 from solrl_jax.config import ConfigError, Lora
 from solrl_jax.structs import Params, Variables, leaves_by_path
 from solrl_jax.weights import WeightsError
@@ -87,12 +89,25 @@ def merged_kernels(base: Params, lora: Params, cfg: Lora) -> dict[str, jax.Array
     """
     check(base, lora)
     kernels, factors = leaves_by_path(base), leaves_by_path(scaled(lora, cfg))
-    out = {}
-    for path in (p.removesuffix("/a") for p in factors if p.endswith("/a")):
-        w = kernels[f"{path}/kernel"]
-        update = jnp.matmul(factors[f"{path}/a"], factors[f"{path}/b"], precision=jax.lax.Precision.HIGHEST)
-        out[f"{path}/kernel"] = (w.astype(jnp.float32) + update).astype(w.dtype)
-    return out
+    paths = [p.removesuffix("/a") for p in factors if p.endswith("/a")]
+    return {
+        f"{path}/kernel": _merged(
+            kernels[f"{path}/kernel"], factors[f"{path}/a"], factors[f"{path}/b"], sharding.spec(f"{path}/kernel", 3)
+        )
+        for path in paths
+    }
+
+
+def _merged(w: jax.Array, a: jax.Array, b: jax.Array, where: P) -> jax.Array:
+    """W + A B. Where W is a part, only A's rows or B's columns of that part are multiplied."""
+
+    def add(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        return (w.astype(jnp.float32) + jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)).astype(w.dtype)
+
+    if w.ndim != 3:
+        return add(w, a, b)
+    specs = (where, where, sharding.WHOLE) if where == sharding.BY_INPUT else (where, sharding.WHOLE, where)
+    return sharding.over_parts(add, specs, where)(w, a, b)
 
 
 def graft(base: Params, kernels: Mapping[str, jax.Array]) -> Params:

@@ -225,7 +225,7 @@ def by_block(block: Callable[..., PyTree], chunk: int) -> Callable[..., PyTree]:
     [P, N, ...]. Result leaves [P, N, ...].
     """
 
-    def on_device(variables: Variables, frozen: Frozen, prompts: Prompts, keys: PyTree):
+    def on_device(variables: Variables, frozen: Frozen, prompts: Prompts, keys: PyTree) -> PyTree:
         shape = jax.tree.leaves(keys)[0].shape[:2]
         p, n = block_shape(chunk, *shape)
 
@@ -239,7 +239,13 @@ def by_block(block: Callable[..., PyTree], chunk: int) -> Callable[..., PyTree]:
         out = jax.lax.map(one_group, groups)  # leaves [P / p, p, N / n, n, ...]
         return jax.tree.map(lambda x: x.reshape((*shape, *x.shape[4:])), out)
 
-    return sharding.over_data(on_device, (False, False, True, True), sharding.SPLIT)
+    def run(variables: Variables, frozen: Frozen, prompts: Prompts, keys: PyTree) -> PyTree:
+        rest: Any = sharding.WHOLE
+        held = Frozen(sharding.weights(frozen.base), rest, rest)
+        specs = sharding.weights(variables), held, sharding.SPLIT, sharding.SPLIT
+        return sharding.over_data(on_device, specs, sharding.SPLIT)(variables, frozen, prompts, keys)
+
+    return run
 
 
 def block_shape(chunk: int, prompts: int, images: int) -> tuple[int, int]:

@@ -1,24 +1,46 @@
-"""The mesh and its one axis. Data-parallel stages run in `over_data`; everything else is replicated."""
+"""The mesh, where arrays lie on it, and how frozen weights are gathered where they are used.
+
+Its axes are `data` and `fsdp`. Every device takes its own prompts, so prompts are split over both. The base, its merged
+and quantised kernels and the text encoders lie over the K devices of `fsdp`, which belong to one host: of each kernel
+of a stack [L, in, out] a device holds a part of every layer. They are frozen, so nothing is reduced: a Linear gathers
+its kernel inside the layers' scan, in the precision in which it is used, and again in the backward pass (`at_use`).
+LoRA sets, moments, VAE and rewards are whole on every device. K = 1: all weights are whole.
+"""
 
 import functools
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-DATA = "data"
-SPLIT, WHOLE = P(DATA), P()
+DATA, FSDP = "data", "fsdp"
+AXES = (DATA, FSDP)
+SPLIT, WHOLE = P(AXES), P()
+BY_INPUT, BY_OUTPUT = P(None, FSDP), P(None, None, FSDP)
+"""A stack's kernels [L, in, out] in parts."""
+MODULATION = re.compile(r"norm\w*/linear/kernel$")
+"""Kernels that lie by output. A modulation has one row per picture: its results are exchanged (`exchanged`) instead of
+its weights, which are a quarter of FLUX's."""
+_KERNEL = re.compile(r"(^|/)kernel(/|$)")
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """A mesh of the first `devices` devices (all of them by default)."""
+def make_mesh(devices: int | None = None, shard: int = 1) -> Mesh:
+    """A mesh of the first `devices` devices (all of them by default), frozen weights over `shard` neighbours each."""
     found = jax.devices()
     count = len(found) if devices is None else devices
     if not 1 <= count <= len(found):
         raise ValueError(f"{count} devices asked for, {len(found)} found: choose between 1 and {len(found)}")
-    return jax.make_mesh((count,), (DATA,), devices=found[:count], axis_types=(jax.sharding.AxisType.Auto,))
+    if shard < 1 or count % shard:
+        fits = [k for k in range(1, count + 1) if count % k == 0]
+        raise ValueError(f"shard={shard} does not divide {count} devices: use one of {fits}")
+    auto = jax.sharding.AxisType.Auto
+    return jax.make_mesh((count // shard, shard), AXES, devices=found[:count], axis_types=(auto, auto))
 
 
 def check_divides(mesh: Mesh, prompts: int) -> None:
@@ -31,18 +53,31 @@ def check_divides(mesh: Mesh, prompts: int) -> None:
         )
 
 
-def over_data(f: Callable, split: tuple[bool, ...], out_specs) -> Callable:
-    """Run `f` once per device of the ambient mesh, on its slice of the arguments marked in `split` (leading axis).
+# --- data-parallel work ---------------------------------------------------------------------------------------------
+
+
+def over_data(f: Callable, specs: tuple, out_specs: Any) -> Callable:
+    """Run `f` once per device of the ambient mesh. `specs` say which part of each argument it gets: SPLIT its rows of
+    the leading axis, WHOLE all of it, `weights(tree)` its parts of frozen weights.
 
     Inside, each device sees only its own prompts and scans over them: a scanned axis is never the sharded one.
     Raises ValueError without an ambient mesh; one device is a mesh too.
     """
-    specs = tuple(SPLIT if s else WHOLE for s in split)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         raise ValueError("no mesh: call this under `with jax.set_mesh(sharding.make_mesh())`")
     # We sum the devices' gradients ourselves; with check_vma=True, shard_map would sum them too.
     return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=False)
+
+
+def over_parts(f: Callable, specs: tuple, out_specs: Any) -> Callable:
+    """`over_data` if weights lie over several devices; else `f` itself, which then needs no mesh."""
+    return over_data(f, specs, out_specs) if shards() > 1 else f
+
+
+def index() -> jax.Array:
+    """This device's number, inside `over_data`."""
+    return jax.lax.axis_index(AXES)
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -55,7 +90,7 @@ def block(tree, first, count: int):
     def mine(tree, first):
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), tree)
 
-    return over_data(mine, (True, False), SPLIT)(tree, first)
+    return over_data(mine, (SPLIT, WHOLE), SPLIT)(tree, first)
 
 
 @jax.jit
@@ -65,7 +100,7 @@ def joined(blocks: tuple):
     def mine(*blocks):
         return jax.tree.map(lambda *x: jnp.concatenate(x), *blocks)
 
-    return over_data(mine, (True,) * len(blocks), SPLIT)(*blocks)
+    return over_data(mine, (SPLIT,) * len(blocks), SPLIT)(*blocks)
 
 
 def replicate(tree, mesh: Mesh):
@@ -75,3 +110,109 @@ def replicate(tree, mesh: Mesh):
 def split(tree, mesh: Mesh):
     """Split the leading axis over the devices."""
     return jax.device_put(tree, NamedSharding(mesh, SPLIT))
+
+
+# --- frozen weights in parts ----------------------------------------------------------------------------------------
+
+
+def shards() -> int:
+    """K of the ambient mesh; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape.get(FSDP, 1)
+
+
+def weights(tree: Any) -> Any:
+    """The specs of frozen weights: a base, text encoders, merged or quantised kernels, or the variables of a policy."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: spec(_name(path), len(x.shape)), tree)
+
+
+def spec(path: str, ndim: int) -> P:
+    """Where a leaf lies, by its path ("a/b/kernel") and its number of axes alone.
+
+    A stack's kernel [L, in, out] lies in parts along "in": the gathered kernel is then row-major as it arrives. Along
+    "out" XLA would transpose the device's whole stack (tests/test_fsdp_compiled.py). Codes and scales [L, out, ..] lie
+    along "out", the order in which a product reads them. All other leaves are whole, a convolution's kernels too.
+    """
+    if ndim != 3 or not _KERNEL.search(path):
+        return WHOLE
+    return BY_OUTPUT if MODULATION.search(path) else BY_INPUT  # axis 1 of codes is "out"
+
+
+def _name(path: tuple) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+
+
+def shards_that_fit(tree: Any, devices: int) -> list[int]:
+    """Every K that divides the devices and each axis along which a leaf of `tree` would be cut."""
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    cut = [x.shape[s.index(FSDP)] for path, x in found if FSDP in (s := spec(_name(path), len(x.shape)))]
+    return [k for k in range(1, devices + 1) if devices % k == 0 and all(n % k == 0 for n in cut)]
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Frozen weights, from the host, on the devices."""
+    where = jax.tree.map(lambda s: NamedSharding(mesh, s), weights(tree))
+    return jax.device_put(tree, where)
+
+
+def placed(path: str, shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray], mesh: Mesh) -> jax.Array:
+    """One leaf of frozen weights, of which the host holds a device's part at a time: `read` gives the slices that it is
+    asked for, each part once."""
+    where = NamedSharding(mesh, spec(path, len(shape)))
+    holders: dict[tuple, list[Any]] = {}
+    for holder, part in where.addressable_devices_indices_map(shape).items():
+        holders.setdefault(tuple((s.start, s.stop) for s in part or ()), []).append(holder)
+    parts = []
+    for part, devices in holders.items():
+        value = read(tuple(slice(*s) for s in part))
+        parts += [jax.device_put(value, holder) for holder in devices]
+    return jax.make_array_from_single_device_arrays(shape, where, parts)
+
+
+# --- gathering at use -----------------------------------------------------------------------------------------------
+
+
+def at_use(
+    product: Callable[..., jax.Array], parts: Sequence[jax.Array], kernel: Any, whole: tuple[int, int]
+) -> jax.Array:
+    """product(parts, kernel) of rows [*batch, in]. The kernel is `whole` [in, out]; this device may hold a part of it.
+
+    The devices' parts are gathered; or, if that is fewer numbers, the results are exchanged. What is gathered is not
+    kept for the backward pass, which gathers it again (tests/test_fsdp_compiled.py::test_learn). `kernel` has a shape
+    [in, out]: an array, or a quantised kernel, whose arrays are [out, ..].
+    """
+    cut = cut_axis(tuple(kernel.shape), whole)
+    if cut is None:
+        return product(parts, kernel)
+    rows = math.prod(parts[0].shape[:-1]) * shards()
+    if cut == 1 and rows * sum(whole) < math.prod(whole):
+        return exchanged(product, parts, kernel)
+    axis = cut if isinstance(kernel, jax.Array) else 1 - cut
+
+    def gathered(parts: Sequence[jax.Array], kernel: Any) -> jax.Array:
+        def all_of(x: jax.Array) -> jax.Array:  # a quantised kernel's scales of the whole have no axis to gather
+            return jax.lax.all_gather(x, FSDP, axis=axis, tiled=True) if x.ndim == 2 else x
+
+        return product(parts, jax.tree.map(all_of, kernel))
+
+    return jax.checkpoint(gathered, prevent_cse=False)(parts, kernel)
+
+
+def cut_axis(held: tuple[int, ...], whole: tuple[int, int]) -> int | None:
+    """The axis along which a kernel of shape `held` is one device's part of `whole`; None if it is whole itself.
+
+    ValueError if it is neither.
+    """
+    if held == whole:
+        return None
+    for axis in (0, 1):
+        if tuple(n * shards() if i == axis else n for i, n in enumerate(held)) == whole:
+            return axis
+    raise ValueError(f"a kernel of shape {held} where the network needs {whole}, or a part of it ({shards()} devices)")
+
+
+def exchanged(product: Callable[..., jax.Array], parts: Sequence[jax.Array], kernel: Any) -> jax.Array:
+    """The product of all devices' rows with this device's outputs; then each device gets its rows, with all outputs."""
+    rows = [jax.lax.all_gather(x, FSDP, tiled=True) for x in parts]
+    y = product(rows, kernel)
+    return jax.lax.all_to_all(y, FSDP, split_axis=0, concat_axis=y.ndim - 1, tiled=True)

@@ -112,7 +112,9 @@ def start(cfg: Config, run: Path, resume: bool, devices: int | None) -> tuple[Tr
     if begun and not checkpoint.saved(run):
         return None, [f"nothing was saved in {run} before it ended: beginning again"]
     place, said = checkpoint.find(run)
-    like = assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(devices, cfg.prompts))
+    like = assemble.blank(
+        cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(devices, cfg.shard, cfg.prompts)
+    )
     return checkpoint.restore(place, like, cfg), [*said, f"going on from {place}"]
 
 

@@ -11,12 +11,13 @@ from jax.sharding import Mesh, NamedSharding
 from solrl_jax import device, sharding
 
 
-def mesh(name: str = "h100", devices: int = 1) -> Mesh:
-    """A mesh of described cards in one host; skips where JAX's CUDA plugin is not installed."""
+def mesh(name: str = "h100", devices: int = 1, shard: int = 1) -> Mesh:
+    """A mesh of described cards in one host, weights over `shard` of them; skips without JAX's CUDA plugin."""
     pytest.importorskip("jax_cuda12_plugin", reason="compiling for a GPU needs jax[cuda12]")
     text = (Path(__file__).parent / "cards" / f"{name}.txtpb").read_text()
     found = topologies.get_topology_desc(platform="cuda", target_config=text, topology=f"1x{devices}x1")
-    return Mesh(np.asarray(found.devices), (sharding.DATA,), axis_types=(jax.sharding.AxisType.Auto,))
+    auto = jax.sharding.AxisType.Auto
+    return Mesh(np.reshape(found.devices, (devices // shard, shard)), sharding.AXES, axis_types=(auto, auto))
 
 
 def compiled(f, *args, on: Mesh, split: tuple = ()):

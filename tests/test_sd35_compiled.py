@@ -57,7 +57,8 @@ def test_forward_in_fp8(h100):
     variables = {"params": base, "quant": low}
     text = card.compiled(lambda v, *x: module.apply(v, *x), variables, *given(), on=h100).as_text()
     eight = re.findall(r'"__cublas\$lt\$matmul\$f8"', text)
-    # q, k, v, out and both MLP's of two streams; in the last block the text's k and v alone. Each has its own scale of the input, so XLA merges none.
+    # q, k, v, out and both MLP's of two streams; in the last block the text's k and v alone. Each has its own scale of
+    # the input, so XLA merges none.
     assert len(eight) == 20 and calls(text)["__cudnn$fmhaSoftmax"] == 2 and "wrapped_dot" not in text
 
 

@@ -1,4 +1,4 @@
-"""Layers shared by the networks, and the only file that handles LoRA and low precision.
+"""Layers shared by the networks, and the only file that handles LoRA, low precision and weights in parts.
 
 `Linear` looks at the collections it is given: a kernel in `quant` replaces its own, factors in `lora` are added. So one
 module serves as the reference {params}, the policy {params, lora} and the explorer {params, quant}.
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from solrl_jax import device
+from solrl_jax import device, sharding
 from solrl_jax.device import operands, row_major
 
 F32 = jnp.float32
@@ -82,12 +82,14 @@ class Linear(nn.Module):
         out = self.dtype if device.platform() == "gpu" else F32
         if self.is_mutable_collection("largest") and not self.is_initializing():
             self.sow("largest", "x", jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in parts])).astype(F32))
+        whole = sum(x.shape[-1] for x in parts), self.features
         if self.has_variable("quant", "kernel"):
-            y = self.get_variable("quant", "kernel").matmul(parts, out)
+            low = self.get_variable("quant", "kernel")
+            y = sharding.at_use(lambda parts, low: low.matmul(parts, out), parts, low, whole)
         else:
-            inside = sum(x.shape[-1] for x in parts)
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), (inside, self.features), F32)
-            y = _product(parts, jnp.asarray(kernel), self.dtype, out, self.pairs)
+            kernel = _stored(self, whole)
+            product = functools.partial(_product, dtype=self.dtype, out=out, pairs=self.pairs)
+            y = sharding.at_use(product, parts, kernel, whole)
         bias = None
         if self.use_bias:
             bias = jnp.asarray(self.param("bias", nn.initializers.zeros, (self.features,), F32))
@@ -101,6 +103,13 @@ class Linear(nn.Module):
             # tests/test_compiled.py expects DEFAULT.
             y = _plus(jax.lax.optimization_barrier(y) if device.platform() == "gpu" else y, bias)
         return y.astype(self.dtype)
+
+
+def _stored(linear: Linear, whole: tuple[int, int]) -> Float[Array, "_ _"]:
+    """The kernel, or this device's part of it, which flax's own check of shapes would refuse."""
+    if not linear.is_initializing() and linear.has_variable("params", "kernel"):
+        return jnp.asarray(linear.get_variable("params", "kernel"))
+    return jnp.asarray(linear.param("kernel", nn.initializers.lecun_normal(), whole, F32))
 
 
 def _plus(y: Array, bias: Array) -> Array:

@@ -68,7 +68,7 @@ def trace(f: Callable[..., Any], *args: Any) -> Jaxpr:
     a device of another kind, not this machine's CPU, whose products may have another dtype.
     """
     device = AbstractDevice("GPU", None, "gpu" if as_on_gpus() else "other")
-    mesh = AbstractMesh((1,), (sharding.DATA,), axis_types=(AxisType.Auto,), abstract_device=device)
+    mesh = AbstractMesh((1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 2, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.make_jaxpr(f)(*args).jaxpr
 

@@ -8,13 +8,16 @@ A precision is one static choice per stage of a run, resolved once for the devic
     nvfp4_emulated   the same products, exact in bf16, on any device (nvfp4.py); only the order of summation differs
 """
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from solrl_jax import device
+from solrl_jax import device, sharding
 from solrl_jax.quant import fp8, nvfp4
 from solrl_jax.quant.fp8 import Fp8
 from solrl_jax.quant.nvfp4 import Nvfp4
@@ -77,12 +80,35 @@ def chosen(params: Params, rule: QuantRule) -> dict[str, tuple[int, ...]]:
     }
 
 
-def quantise(kernel: Any, precision: str, unit: float = 1.0, parts: Sequence[int] = ()) -> Fp8 | Nvfp4:
-    """A kernel [*layers, in, out] in a precision of LOW, else Unsupported; `unit` and `parts` are of FP8's inputs."""
+def quantise(
+    kernel: Any, precision: str, unit: float = 1.0, parts: Sequence[int] = (), largest: Any = None
+) -> Fp8 | Nvfp4:
+    """A kernel [*layers, in, out] in a precision of LOW, else Unsupported; `unit` and `parts` are of FP8's inputs.
+
+    `largest`: max|W| of the kernel [in, out] that this is a part of; by default it is this one's.
+    """
     _known(precision, LOW, "one that kernels are quantised to")
     if precision == "fp8":
-        return fp8.quantise(kernel, unit, parts)
-    return nvfp4.quantise(kernel, precision == "nvfp4_native", nvfp4.SWEEP)
+        return fp8.quantise(kernel, unit, parts, largest)
+    return nvfp4.quantise(kernel, precision == "nvfp4_native", nvfp4.SWEEP, largest)
+
+
+def quantise_parts(stack: Any, where: P, make: Callable[..., Fp8 | Nvfp4]) -> Fp8 | Nvfp4:
+    """make(kernel [in, out], largest=max|W|) of every layer of a stack that lies over several devices as `where`.
+
+    Each device quantises its outputs: a layer at a time, parts by input become parts by output. The codes are those of
+    the whole kernel, for a kernel's scales depend on the others' outputs by the largest weight alone.
+    """
+
+    def one(part: Any) -> Fp8 | Nvfp4:
+        if where == sharding.BY_INPUT:
+            part = jax.lax.all_to_all(part, sharding.FSDP, split_axis=1, concat_axis=0, tiled=True)
+        largest = jnp.max(jnp.abs(part).astype(jnp.float32))
+        return make(part, largest=jax.lax.pmax(largest, sharding.FSDP))
+
+    shapes = jax.eval_shape(lambda w: jax.lax.map(make, w), stack)
+    specs = sharding.weights({"kernel": shapes})["kernel"]
+    return sharding.over_data(lambda part: jax.lax.map(one, part), (where,), specs)(stack)
 
 
 def quantise_tree(params: Params, rule: QuantRule, precision: str) -> dict[str, Any]:
@@ -97,7 +123,11 @@ def quantise_tree(params: Params, rule: QuantRule, precision: str) -> dict[str, 
                 if inner := walk(node, path):
                     out[name] = inner
             elif path in paths:
-                out[name] = quantise(node, precision, units.get(at, 1.0), parts.get(at, ()))
+                inputs = {"unit": units.get(at, 1.0), "parts": parts.get(at, ())}
+                make = functools.partial(quantise, precision=precision, **inputs)
+                where = sharding.spec(path, node.ndim)
+                in_parts = sharding.shards() > 1 and where != sharding.WHOLE
+                out[name] = quantise_parts(node, where, make) if in_parts else make(node)
         return out
 
     return walk(params, "")

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from solrl_jax import rollout
+from solrl_jax import rollout, sharding
 from solrl_jax.config import Stage
 from solrl_jax.quant import fp8, rule_of
 from solrl_jax.structs import Model, PyTree, QuantRule, Variables
@@ -62,6 +62,16 @@ def seen(
     `cond` is not prepared (`Model.prepare`), so that the Linears that run once per rollout are measured too.
     """
 
+    whole = sharding.WHOLE
+    measure = sharding.over_parts(
+        functools.partial(_seen, model=model, stage=stage), (sharding.weights(variables), whole, whole), whole
+    )
+    return measure(variables, cond, keys)
+
+
+def _seen(
+    variables: Variables, cond: PyTree, keys: Key[Array, "G"], *, model: Model, stage: Stage
+) -> tuple[Float[Array, "N"], dict[str, Float[Array, "N"]]]:
     def velocity(x: Array, sigma: Array) -> Array:
         return model.velocity(variables, x, sigma, cond)
 

@@ -58,6 +58,11 @@ class Fp8(NamedTuple):
         assert total is not None
         return total
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[in, out] of a layer."""
+        return sum(part.shape[-1] for part in self.codes), self.codes[0].shape[-2]
+
     def whole(self) -> Float8e4m3fn[Array, "*layers out in"]:
         """The codes as one array."""
         return self.codes[0] if len(self.codes) == 1 else jnp.concatenate(self.codes, axis=-1)
@@ -72,8 +77,15 @@ def encode(x: Float[Array, "*d"], scale: Float[Array, ""] | float) -> Float8e4m3
     return jnp.clip(x * (1 / scale), -MAX, MAX).astype(jnp.float8_e4m3fn)
 
 
-def quantise(kernel: Float[Array, "*layers in out"], unit: float = 1.0, parts: Sequence[int] = ()) -> Fp8:
+def quantise(
+    kernel: Float[Array, "*layers in out"],
+    unit: float = 1.0,
+    parts: Sequence[int] = (),
+    largest: Float[Array, ""] | None = None,
+) -> Fp8:
     """One scale per kernel (each layer of a stack is a kernel): the least power of two with which it fits.
+
+    `largest`: max|W| of the kernel [in, out] that this is a part of; by default it is this one's.
 
     `parts`: the sizes in which the contracted axis comes to the product; empty for one. ValueError if they are not it.
 
@@ -85,7 +97,7 @@ def quantise(kernel: Float[Array, "*layers in out"], unit: float = 1.0, parts: S
     if sum(parts or kernel.shape[:1]) != kernel.shape[0]:
         raise ValueError(f"parts {tuple(parts)} of a kernel with {kernel.shape[0]} inputs: they have to add up to it")
     w = row_major(kernel).astype(jnp.float32)
-    scale = power_of_two(jnp.max(jnp.abs(w)) * jnp.float32(1 / MAX))
+    scale = power_of_two((jnp.max(jnp.abs(w)) if largest is None else largest) * jnp.float32(1 / MAX))
     rows = jnp.split(w, np.cumsum(parts)[:-1]) if parts else [w]
     return Fp8(tuple(row_major(encode(part, scale)).T for part in rows), scale, Static(unit))
 

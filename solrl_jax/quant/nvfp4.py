@@ -147,6 +147,11 @@ class Nvfp4(NamedTuple):
     g: Float[Array, "*layers"]
     native: Static  # bool
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[in, out] of a layer."""
+        return 2 * self.codes.shape[-1], self.codes.shape[-2]
+
     def matmul(self, parts: Sequence[Float[Array, "*batch _"]], out: Any) -> Float[Array, "*batch out"]:
         """x W with result dtype `out`, both operands in NVFP4; x in parts along the contracted axis.
 
@@ -162,8 +167,15 @@ class Nvfp4(NamedTuple):
         return jnp.swapaxes(_scaled(self), -1, -2) * self.g[..., None, None]
 
 
-def quantise(kernel: Float[Array, "*layers in out"], native: bool = False, sweep: Sequence[int] = ()) -> Nvfp4:
+def quantise(
+    kernel: Float[Array, "*layers in out"],
+    native: bool = False,
+    sweep: Sequence[int] = (),
+    largest: Float[Array, ""] | None = None,
+) -> Nvfp4:
     """One global scale per kernel (each layer of a stack is a kernel); `sweep` as in `_encode_blocks`, () is NVIDIA's.
+
+    `largest`: max|W| of the kernel [in, out] that this is a part of; by default it is this one's.
 
     Without `row_major`, XLA first transposes the whole stack of bf16 kernels; with it, only the codes and scales
     (tests/test_compiled.py::test_quantising_turns_the_codes_alone).
@@ -172,7 +184,7 @@ def quantise(kernel: Float[Array, "*layers in out"], native: bool = False, sweep
         return lax.map(lambda k: quantise(k, native, sweep), kernel)
     _check(kernel.shape[0])
     w = row_major(kernel).astype(jnp.float32)
-    amax, blocks = jnp.max(jnp.abs(w)), w.reshape(-1, BLOCK, w.shape[1])
+    amax, blocks = jnp.max(jnp.abs(w)) if largest is None else largest, w.reshape(-1, BLOCK, w.shape[1])
     values, scales = _encode_blocks(blocks, amax, 1, sweep)
     codes = pack(code_of(values), 1).reshape(-1, w.shape[1])
     scales = scales[:, 0].astype(jnp.float8_e4m3fn)
@@ -191,6 +203,11 @@ class Unpacked(NamedTuple):
 
     values: Float[Array, "*layers out in"]
     g: Float[Array, "*layers"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[in, out] of a layer."""
+        return self.values.shape[-1], self.values.shape[-2]
 
     def matmul(self, parts: Sequence[Float[Array, "*batch _"]], out: Any) -> Float[Array, "*batch out"]:
         """As Nvfp4's. The products are exact, in bf16 or, where bf16 is slow, in f32; the sums are f32."""

@@ -75,7 +75,7 @@ def assemble(cfg: Config, devices: int | None = None) -> Parts:
     use_compilation_cache()
     cfg = resolved(cfg, capability())
     check_rewards(cfg)
-    mesh = make_mesh(devices, cfg.prompts)
+    mesh = make_mesh(devices, cfg.shard, cfg.prompts)
     check_divides(cfg, mesh.size)
     prompts = open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
     model = model_module(cfg).make(cfg.model)
@@ -91,7 +91,7 @@ def for_evaluation(cfg: Config, devices: int | None = None) -> Parts:
     """As `assemble`, for --mode=eval: checks that only matter for training are left out."""
     use_compilation_cache()
     check_rewards(cfg)
-    mesh = make_mesh(devices)
+    mesh = make_mesh(devices, cfg.shard)
     prompts = open_prompts(cfg, test=cfg.evaluate.prompts)
     model = model_module(cfg).make(cfg.model)
     return _placed(cfg, mesh, model, prompts, open_rewards(cfg, (*prompts.train, *prompts.test)))
@@ -101,7 +101,7 @@ def for_drawing(cfg: Config, devices: int | None = None) -> Parts:
     """As `assemble`, for --mode=sample: without prompt files and rewards."""
     use_compilation_cache()
     nothing = Judges(Score((), ()), Score((), ()), {})
-    mesh, model = make_mesh(devices), model_module(cfg).make(cfg.model)
+    mesh, model = make_mesh(devices, cfg.shard), model_module(cfg).make(cfg.model)
     return _placed(cfg, mesh, model, data.PromptSet((), (), 0, 0), nothing)
 
 
@@ -145,8 +145,10 @@ def open_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
     """Load a public or converted folder: base and VAE on the devices of `mesh`, text encoders as numpy."""
     module = model_module(cfg)
     if (folder := converted(cfg)) is not None:
-        return convert.restore(folder, module.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
-    return module.load(cfg.model, functools.partial(sharding.replicate, mesh=mesh))
+        base, vae, text = convert.restore(folder, module.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
+    else:
+        base, vae, text = module.load(cfg.model, functools.partial(sharding.replicate, mesh=mesh))
+    return sharding.place(base, mesh), vae, text
 
 
 def _placed(cfg: Config, mesh: Mesh, model: Model, prompts: data.PromptSet, judges: Judges) -> Parts:
@@ -198,10 +200,10 @@ def check_rewards(cfg: Config) -> None:
         raise ConfigError(f"reward is empty: name what to train on, of {', '.join(rewards.REWARDS)}")
 
 
-def make_mesh(devices: int | None, prompts: int = 0) -> Mesh:
-    """The mesh of a run. ConfigError if the prompts do not divide over its devices."""
+def make_mesh(devices: int | None, shard: int = 1, prompts: int = 0) -> Mesh:
+    """The mesh of a run. ConfigError if the prompts or `shard` do not divide over its devices."""
     try:
-        mesh = sharding.make_mesh(devices)
+        mesh = sharding.make_mesh(devices, shard)
         sharding.check_divides(mesh, prompts)
     except ValueError as e:
         raise ConfigError(str(e)) from None

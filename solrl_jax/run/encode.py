@@ -1,5 +1,6 @@
 """Encoding of prompts. Text encoders run outside the training step and may leave the devices in between."""
 
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 
@@ -26,8 +27,8 @@ class Conditioner:
 
     def __init__(self, model: Model, params: Params, mesh: Mesh, *, group: int, stay: bool):
         self.model, self.mesh, self.group, self.stay = model, mesh, group + -group % mesh.size, stay
-        self.params = sharding.replicate(params, mesh) if stay else params
-        self.encode = jax.jit(model.encode)
+        self.params = sharding.place(params, mesh) if stay else params
+        self.encode = jax.jit(functools.partial(_encoded, model=model))
         self.kept: dict[str, PyTree] = {}  # most recently used last
         self.most = MOST
 
@@ -48,11 +49,18 @@ class Conditioner:
             del self.kept[old]
 
     def _encode(self, prompts: list[str]) -> None:
-        params = self.params if self.stay else sharding.replicate(self.params, self.mesh)
+        params = self.params if self.stay else sharding.place(self.params, self.mesh)
         for i in range(0, len(prompts), self.group):
             some = prompts[i : i + self.group]
             tokens = self.model.tokenize([*some, *[some[-1]] * (self.group - len(some))])
-            rows = jax.device_get(self.encode(params, sharding.split(tokens, self.mesh)))
+            with jax.set_mesh(self.mesh):
+                rows = jax.device_get(self.encode(params, sharding.split(tokens, self.mesh)))
             self.kept |= {prompt: jax.tree.map(operator.itemgetter(j), rows) for j, prompt in enumerate(some)}
         if not self.stay:
             jax.tree.map(lambda x: x.delete(), params)
+
+
+def _encoded(params: Params, tokens: PyTree, *, model: Model) -> PyTree:
+    """Each device encodes its own prompts."""
+    specs = sharding.weights(params), sharding.SPLIT
+    return sharding.over_data(model.encode, specs, sharding.SPLIT)(params, tokens)
