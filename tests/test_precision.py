@@ -10,7 +10,7 @@ import pytest
 
 from solrl_jax import config, iteration, learn, lora, plan
 from solrl_jax.config import Lora, Stage
-from solrl_jax.models import layers
+from solrl_jax.models import convolutions, layers
 from solrl_jax.plan import jaxpr, shapes
 from tests import card, nano
 
@@ -70,7 +70,7 @@ def test_compiled_for_an_h100(dtype):
     on, cfg = card.mesh(), Lora(rank=4)
 
     def network(variables, x):
-        first = layers.conv(32, (3, 3), dtype=dtype, padding="SAME")
+        first = convolutions.conv(32, (3, 3), dtype=dtype, padding="SAME")
         y = jnp.asarray(first.apply({"params": variables["conv"]}, x))
         step = jax.checkpoint(lambda y, v: (layers.Linear(32, dtype=dtype).apply(v, y), None))
         y, _ = jax.lax.scan(step, y, variables["linear"])
@@ -119,7 +119,7 @@ def test_errors_on_the_device_that_is_here():
 
     linear = layers.Linear(256, use_bias=False, dtype=jnp.float32)
     assert error(jax.jit(linear.apply)({"params": {"kernel": w}}, x)) < 3e-6
-    patches = layers.conv(256, (2, 2), strides=2, padding="VALID", use_bias=False, dtype=jnp.float32)
+    patches = convolutions.conv(256, (2, 2), strides=2, padding="VALID", use_bias=False, dtype=jnp.float32)
     picture = x.reshape(1, 16, 16, 2, 2, 64).transpose(0, 1, 3, 2, 4, 5).reshape(1, 32, 32, 64)
     assert error(jax.jit(patches.apply)({"params": {"kernel": w.reshape(2, 2, 64, 256)}}, picture)) < 3e-6
     merge = jax.jit(functools.partial(lora.merged_kernels, cfg=Lora(rank=256, alpha=256.0)))

@@ -10,7 +10,7 @@ import pytest
 
 from solrl_jax import lora, quant
 from solrl_jax.config import Lora
-from solrl_jax.models import dcae, layers, sana
+from solrl_jax.models import convolutions, dcae, layers, sana
 from solrl_jax.models.sana import SanaConfig, SanaTransformer, TextKeys
 from solrl_jax.structs import QuantRule, QuantRules
 from solrl_jax.weights import from_config
@@ -139,7 +139,7 @@ def test_attention_of_the_decoder(h100):
 def test_depthwise_convolutions_as_shifted_products(h100, monkeypatch):
     """The form for TPUs, compiled for an H100: row-major, two blocks in a row take 0.6 GB; in the order that XLA
     chooses (f32, channel by channel), 3.4 GB."""
-    monkeypatch.setattr(layers, "_grouped", layers._shifted)
+    monkeypatch.setattr(convolutions, "_grouped", convolutions._shifted)
     assert two_blocks(h100).memory_analysis().temp_size_in_bytes < 0.8e9
 
 

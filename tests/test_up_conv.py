@@ -8,7 +8,7 @@ import pytest
 
 from experiments.decode import run
 from solrl_jax import device
-from solrl_jax.models import layers
+from solrl_jax.models import convolutions as conv
 
 SIZES = [(1, 1, 1, 3, 2), (2, 5, 7, 4, 6), (3, 8, 4, 16, 8), (1, 3, 2, 64, 128)]  # batch, height, width, in, out
 
@@ -22,7 +22,7 @@ def drawn(batch: int, height: int, width: int, inside: int, outside: int):
 
 
 def applied(x, params, dtype=jnp.float32):
-    layer = layers.UpConv(params["bias"].size, dtype)
+    layer = conv.UpConv(params["bias"].size, dtype)
     return layer.apply({"params": params}, x)
 
 
@@ -31,16 +31,17 @@ def applied(x, params, dtype=jnp.float32):
 def test_it_is_the_two_steps(sizes, platform, monkeypatch):
     """To 1e-6 of the largest output, and with nn.Conv's parameters and their first values."""
     x, params = drawn(*sizes)
-    twice, plain = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2), layers.conv(sizes[-1], (3, 3), dtype=jnp.float32)
+    twice, plain = (
+        jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2),
+        conv.conv(sizes[-1], (3, 3), dtype=jnp.float32),
+    )
     wanted = plain.apply({"params": params}, twice)
     monkeypatch.setattr(device, "platform", lambda: platform)
     found = applied(x, params)
     assert found.shape == (sizes[0], 2 * sizes[1], 2 * sizes[2], sizes[-1]) == wanted.shape
     assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max()
     assert platform == "gpu" or np.array_equal(found, wanted)
-    both = (
-        layer.init(jax.random.key(1), y) for layer, y in ((layers.UpConv(sizes[-1], jnp.float32), x), (plain, twice))
-    )
+    both = (layer.init(jax.random.key(1), y) for layer, y in ((conv.UpConv(sizes[-1], jnp.float32), x), (plain, twice)))
     jax.tree.map(np.testing.assert_array_equal, *both)
 
 
@@ -51,7 +52,7 @@ def test_forms_of_the_experiment(form):
     with run.FORMS[form].used():
         found = applied(x, params)
     assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max()
-    assert applied(x, params).shape == found.shape and layers._phases is run.FORMS["package"].up
+    assert applied(x, params).shape == found.shape and conv._phases is run.FORMS["package"].up
 
 
 def test_taps():
@@ -59,7 +60,7 @@ def test_taps():
     for r, wanted in enumerate([[[1, 1], [0, 0]], [[1, 0], [0, 1]], [[0, 0], [1, 1]]]):  # [tap][pixel: second, first]
         kernel = np.zeros((3, 3, 1, 1), np.float32)
         kernel[r, 2] = 5.0
-        found = np.asarray(layers.phase_kernel(jnp.asarray(kernel))).reshape(2, 2, 2, 2)  # taps, pixels
+        found = np.asarray(conv.phase_kernel(jnp.asarray(kernel))).reshape(2, 2, 2, 2)  # taps, pixels
         np.testing.assert_array_equal(found[:, 1], 5.0 * np.repeat(np.asarray(wanted)[..., None], 2, axis=-1))
         assert not found[:, 0].any()
 
@@ -74,8 +75,8 @@ def test_bfloat16_rounds_summed_kernels(monkeypatch):
         monkeypatch.setattr(device, "platform", lambda platform=platform: platform)
         exact[platform] = applied(*wide), applied(x, params, jnp.bfloat16)
     wanted, found = exact["gpu"][0], exact["gpu"][1].astype(jnp.float32)
-    monkeypatch.setattr(layers, "phase_kernel", lambda kernel, make=layers.phase_kernel: jnp.abs(make(kernel)))
-    size = layers._phases(jnp.abs(wide[0]), wide[1]["kernel"], jnp.zeros(32))
+    monkeypatch.setattr(conv, "phase_kernel", lambda kernel, make=conv.phase_kernel: jnp.abs(make(kernel)))
+    size = conv._phases(jnp.abs(wide[0]), wide[1]["kernel"], jnp.zeros(32))
     bias = jnp.abs(wide[1]["bias"]).reshape(1, 1, 1, -1)
     assert np.all(jnp.abs(found - wanted) <= 1.02 * 2.0**-9 * (size + 2 * jnp.abs(wanted) + bias) + 1e-6)
     errors = {p: float(jnp.std(bf16.astype(jnp.float32) - f32) / jnp.std(f32)) for p, (f32, bf16) in exact.items()}
@@ -96,7 +97,7 @@ def test_in_a_module_it_is_named_like_a_convolution():
     class Two(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return layers.UpConv(4, jnp.float32, name="up")(layers.conv(3, (1, 1), dtype=jnp.float32, name="in")(x))
+            return conv.UpConv(4, jnp.float32, name="up")(conv.conv(3, (1, 1), dtype=jnp.float32, name="in")(x))
 
     shapes = jax.tree.map(jnp.shape, Two().init(jax.random.key(0), jnp.zeros((1, 2, 2, 5)))["params"])
     assert shapes["up"] == {"kernel": (3, 3, 3, 4), "bias": (4,)}

@@ -26,7 +26,7 @@ from jax import Array
 from experiments import results
 from experiments.full_size import drawn, in_turns
 from solrl_jax import config, device, sharding
-from solrl_jax.models import dcae, layers, vae
+from solrl_jax.models import convolutions, dcae, layers, vae
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 
@@ -39,7 +39,7 @@ DIMS = ("NHWC", "HWIO", "NHWC")
 def four_convolutions(x: Array, kernel: Array, bias: Array) -> Array:
     """Each of the four pixels by its own 2x2 convolution, then put between each other."""
     (b, h, w, c), out = x.shape, kernel.shape[-1]
-    k = layers.phase_kernel(kernel).astype(x.dtype).reshape(2, 2, c, 2, 2, out)
+    k = convolutions.phase_kernel(kernel).astype(x.dtype).reshape(2, 2, c, 2, 2, out)
     how: dict[str, Any] = {"dimension_numbers": DIMS, "precision": layers.precision_of(x.dtype)}
     # The package's first pixel of a pair is the second of its own: it reads (i, i + 1).
     y = [
@@ -72,7 +72,7 @@ def two_passes(groups: int, name: str) -> nn.GroupNorm:
 class Form(NamedTuple):
     """How a decoder is written; the defaults are the package's on GPUs."""
 
-    up: Callable[[Array, Array, Array], Array] = layers._phases
+    up: Callable[[Array, Array, Array], Array] = convolutions._phases
     norm: Callable[[int, str], nn.Module] = lambda groups, name: vae.GroupNorm(groups, name=name)
     scales: str = "gpu"  # whose form of DC-AE's products at other scales
 
@@ -81,8 +81,8 @@ class Form(NamedTuple):
         with contextlib.ExitStack() as stack:
             scales = types.SimpleNamespace(platform=lambda: self.scales)
             for where, name, form in (
-                (layers, "_phases", self.up),
-                (layers, "_repeated", self.up),
+                (convolutions, "_phases", self.up),
+                (convolutions, "_repeated", self.up),
                 (vae, "_norm", self.norm),
                 (dcae, "device", scales),
             ):
@@ -92,7 +92,7 @@ class Form(NamedTuple):
 
 OLD: dict[str, Any] = {"norm": two_passes, "scales": "cpu"}
 FORMS = {
-    "before": Form(layers._repeated, **OLD),
+    "before": Form(convolutions._repeated, **OLD),
     "package": Form(),
     "up-sampling alone": Form(**OLD),
     "in four convolutions": Form(four_convolutions),

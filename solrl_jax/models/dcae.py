@@ -15,17 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from solrl_jax import device, weights
-from solrl_jax.models.layers import (
-    F32,
-    DepthwiseConv,
-    GatedConv,
-    Linear,
-    RMSNorm,
-    UpConv,
-    conv,
-    linear_attention,
-    precision_of,
-)
+from solrl_jax.models.convolutions import DepthwiseConv, GatedConv, UpConv, conv
+from solrl_jax.models.layers import F32, Linear, RMSNorm, linear_attention, precision_of
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
 from solrl_jax.weights.options import Options

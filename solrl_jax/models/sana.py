@@ -23,19 +23,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from solrl_jax import config, weights
 from solrl_jax.models import dcae, folders, gemma2, public, vae
+from solrl_jax.models.convolutions import GatedConv, conv
 from solrl_jax.models.folders import Encoder, Naming
-from solrl_jax.models.layers import (
-    F32,
-    GatedConv,
-    Linear,
-    RMSNorm,
-    attention,
-    conv,
-    gelu_tanh,
-    inputs_seen,
-    linear_attention,
-    sinusoid,
-)
+from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, gelu_tanh, inputs_seen, linear_attention, sinusoid
 from solrl_jax.models.mmdit import STACKED, Embedder, gated, modulate, stack
 from solrl_jax.models.schedule import Grid, SanaSchedule, chosen, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables

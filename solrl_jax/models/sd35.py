@@ -18,8 +18,9 @@ from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, weights
 from solrl_jax.models import folders, public, text, vae
+from solrl_jax.models.convolutions import conv
 from solrl_jax.models.folders import Encoder, Encoders
-from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, conv, inputs_seen
+from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, stack
 from solrl_jax.models.schedule import NAME, Grid, Schedule, chosen, shifted
 from solrl_jax.models.sd35_config import PATCH, Sd35Config, comfy, keys, runs

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from solrl_jax import device, weights
-from solrl_jax.models.layers import F32, Linear, UpConv, attention, conv
+from solrl_jax.models.convolutions import UpConv, conv
+from solrl_jax.models.layers import F32, Linear, attention
 from solrl_jax.structs import Images, Latents, Params
 from solrl_jax.weights import Place, Rule
 from solrl_jax.weights.options import Options

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from solrl_jax import weights
-from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention, conv, in_pairs
+from solrl_jax.models.convolutions import conv
+from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention, in_pairs
 from solrl_jax.models.text import ClipLayer, check_layer_config, run_layers
 from solrl_jax.rewards.clip_tower import ClipVisionConfig
 from solrl_jax.structs import Params, PerSample, WeightsError

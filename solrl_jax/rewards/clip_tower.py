@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
-from solrl_jax.models.layers import F32, LayerNorm, Linear, conv, in_pairs
+from solrl_jax.models.convolutions import conv
+from solrl_jax.models.layers import F32, LayerNorm, Linear, in_pairs
 from solrl_jax.models.text import (
     ClipLayer,
     ClipText,

@@ -1,0 +1,212 @@
+"""Weights over four H100s of a host, compiled without them: each layer's kernels are gathered in the layers' loops."""
+
+import math
+import re
+import tempfile
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from solrl_jax import config, device, iteration, learn, lora, quant, sharding
+from solrl_jax.config import Lora
+from solrl_jax.models import flux
+from solrl_jax.models.flux import FluxConfig, FluxTransformer
+from solrl_jax.plan import shapes
+from solrl_jax.run import assemble
+from solrl_jax.structs import Frozen
+from tests import card
+
+B, S, L = 8, 1024, 128  # of one card
+CFG = FluxConfig(num_layers=2, num_single_layers=3)
+ROPE = tuple(map(jnp.asarray, flux.rope_table(CFG, 32, 32, L)))
+CARDS = 4
+SMALL = 2**20  # bytes: the rows of a modulation, and sums of metrics
+
+
+class Moved(NamedTuple):
+    """A collective of a program: its operation, bytes of its result, and trips of the loop that it is in (0: none)."""
+
+    kind: str
+    bytes: int
+    trips: int
+
+
+_BYTES = {"f32": 4, "bf16": 2, "f8e4m3fn": 1, "u8": 1, "s32": 4, "u32": 4, "f64": 8, "pred": 1}
+
+
+def moved(text: str) -> list[Moved]:
+    """The collectives of a compiled program."""
+    bodies = re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", text)
+    trips = dict(re.findall(r'body=%?([\w.\-]+),.*?"known_trip_count":\{"n":"(\d+)"\}', text))
+    found = []
+    for body in bodies:
+        name = body.removeprefix("ENTRY ").removeprefix("%").split(" ")[0]
+        made = re.findall(
+            r"= (.*?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(-start)?\(", body
+        )
+        for result, kind, start in made:
+            arrays = [
+                _BYTES[t] * math.prod(map(int, d.split(","))) for t, d in re.findall(r"(\w+)\[([\d,]+)\]", result)
+            ]
+            # What starts has its operands and its results; of a gather the results are the larger.
+            total = sum(sorted(arrays)[len(arrays) // 2 :]) if start else sum(arrays)
+            found.append(Moved(kind, total, int(trips.get(name, 0))))
+    return found
+
+
+def laid(tree, where, mesh):
+    """Shapes with their shardings; `where` is one spec for all leaves, or a tree of them."""
+    specs = jax.tree.map(lambda _: where, tree) if isinstance(where, P) else where
+    shape = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, s))  # noqa: E731
+    return jax.tree.map(shape, tree, specs)
+
+
+def compiled(f, *args, on):
+    with jax.set_mesh(on):
+        return jax.jit(f).lower(*args).compile(device.XLA_GPU)
+
+
+@pytest.fixture(scope="module")
+def cards():
+    return card.mesh(devices=CARDS, shard=CARDS)
+
+
+def forward_of(precision: str, mesh):
+    """(a forward pass of a batch on each card, its arguments)"""
+    module = FluxTransformer(CFG, jnp.bfloat16)
+    rows = [(CARDS * B, S, 64), (CARDS * B, L, 4096), (CARDS * B, 768), (CARDS * B,), (CARDS * B,)]
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16 if len(shape) > 1 else jnp.float32) for shape in rows]
+    spec = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x, ROPE)["params"], *inputs)
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), spec)
+    variables = {"params": base}
+    if precision != "bf16":
+        rule = quant.rule_of(flux.quant_rules(CFG, 1000), precision)
+        variables["quant"] = jax.eval_shape(lambda base: quant.quantise_tree(base, rule, precision), base)
+
+    def forward(variables, *inputs):
+        def own(variables, *inputs):
+            return module.apply(variables, *inputs, ROPE)
+
+        specs = sharding.weights(variables), *[sharding.SPLIT] * len(inputs)
+        return sharding.over_data(own, specs, sharding.SPLIT)(variables, *inputs)
+
+    where = sharding.weights(variables)
+    return forward, (laid(variables, where, mesh), *(laid(x, sharding.SPLIT, mesh) for x in inputs)), variables
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_forward(cards, precision):
+    """A layer's kernels are gathered in its loop, in the precision in which they are used; nothing large outside."""
+    forward, args, variables = forward_of(precision, cards)
+    program = compiled(forward, *args, on=cards)
+    text, layers = program.as_text(), {CFG.num_layers: 0, CFG.num_single_layers: 0}
+    for kind, size, trips in moved(text):
+        assert kind in ("all-gather", "all-to-all"), kind
+        assert trips in layers or size < SMALL, (kind, size, trips)
+        if trips in layers and kind == "all-gather":
+            layers[trips] += size
+    width, each = 3072, 1 if precision == "fp8" else 2
+    double, single = (8 + 16) * width**2, (3 + 4 + 5) * width**2  # of q, k, v, out and the MLPs
+    assert layers[2] == pytest.approx(each * double, rel=0.02) and layers[3] == pytest.approx(each * single, rel=0.02)
+    # Without modulations' exchange they would be gathered too: 12 and 3 width^2 more.
+    memory, whole = program.memory_analysis(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables))
+    unread = sum(x.size * 2 for p, x in _leaves(variables["params"]) if precision == "fp8" and _quantised(variables, p))
+    assert memory.argument_size_in_bytes < (1 / CARDS + 0.03) * (whole - unread)
+    # Cut by output XLA would transpose its part of every stack: 1.4 GB of them here.
+    assert memory.temp_size_in_bytes < 1.2e9
+    assert not re.search(rf"= bf16\[{CFG.num_single_layers},[\d,]+\]\S* (transpose|copy)\(", text)
+
+
+def _leaves(tree):
+    return [("/".join(k.key for k in path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _quantised(variables, path: str) -> bool:
+    node = variables["quant"]
+    for name in path.split("/"):
+        node = node.get(name, {}) if isinstance(node, dict) else node
+    return path.endswith("kernel") and not isinstance(node, dict)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [True, False])
+def test_gradient(cards, remat):
+    """What is gathered is gathered again in the backward pass, not kept: the gathered kernels of all layers would be
+    3.2 GB more."""
+    cfg, module = Lora(), FluxTransformer(CFG, jnp.bfloat16, remat)
+    _, (variables, *inputs), _ = forward_of("bf16", cards)
+    adapter = jax.eval_shape(
+        lambda base: lora.init(jax.random.key(0), base, flux.LORA_TARGETS, cfg), variables["params"]
+    )
+
+    def gradient(adapter, base, *inputs):
+        def own(adapter, base, *inputs):
+            def loss(adapter):
+                v = module.apply(lora.policy(base, adapter, cfg), *inputs, ROPE)
+                return jnp.sum(v.astype(jnp.float32) ** 2)
+
+            return jax.lax.psum(jax.grad(loss)(adapter), sharding.AXES)
+
+        specs = sharding.WHOLE, sharding.weights(base), *[sharding.SPLIT] * len(inputs)
+        return sharding.over_data(own, specs, sharding.WHOLE)(adapter, base, *inputs)
+
+    found = {}
+    for shard in (1, CARDS):
+        mesh = card.mesh(devices=CARDS, shard=shard)
+        _, (variables, *inputs), _ = forward_of("bf16", mesh)
+        program = compiled(gradient, laid(adapter, sharding.WHOLE, mesh), variables["params"], *inputs, on=mesh)
+        found[shard] = program.memory_analysis().temp_size_in_bytes
+        sizes = [m for m in moved(program.as_text()) if m.kind == "all-gather" and m.bytes > SMALL]
+        assert all(m.trips in (2, 3) for m in sizes)
+        # Forward and backward pass; recomputing a block gathers for both at once.
+        layer = 2 * 3072**2 * (24 + 12)
+        assert sum(m.bytes for m in sizes) == pytest.approx((shard > 1) * 2 * layer, rel=0.15)
+    assert found[CARDS] - found[1] < 0.8e9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flux", "sd35", "sana"])
+def test_stages_of_the_public_models(name):
+    """Explore in FP8, regenerate, learn: gathers of kernels are in the layers' loops alone, and the arguments of the
+    frozen weights are a fourth."""
+    mesh = card.mesh(devices=CARDS, shard=CARDS)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = shapes.with_configs(config.load(name, {"prompts": str(CARDS), "evaluate.every": "0"}), folder)
+        cfg = assemble.resolved(cfg, 9.0)
+        sizes = shapes.read(cfg, 1)
+    cut = [x for path, x in _leaves(sizes.frozen.base) if sharding.spec(path, x.ndim) != sharding.WHOLE]
+    layers, last = {x.shape[0] for x in cut}, sum(2 * x.size for x in cut if x.shape[0] == 1)
+    run = iteration.stages(sizes.model, sizes.score, learn.make_optimizer(cfg), cfg)
+    base = laid(sizes.frozen.base, sharding.weights(sizes.frozen.base), mesh)
+    whole = (laid(tree, sharding.WHOLE, mesh) for tree in (sizes.frozen.vae, sizes.frozen.rewards))
+    frozen, state = Frozen(base, *whole), laid(shapes.blank(cfg, sizes), sharding.WHOLE, mesh)
+    split = lambda tree: laid(tree, sharding.SPLIT, mesh)  # noqa: E731
+    prompts = split(shapes.batch(sizes.prompts, CARDS))
+    with jax.set_mesh(mesh):
+        kernels = jax.eval_shape(run.merged, state, frozen)
+        kernels = laid(kernels, sharding.weights(kernels), mesh)
+        low = jax.eval_shape(run.quantised, kernels, frozen)
+        low = laid(low, sharding.weights(low), mesh)
+    keys = {n: split(shapes.keys(CARDS, n)) for n in (cfg.candidates, cfg.kept)}
+    states, samples = (split(f(cfg, sizes, CARDS, cfg.kept)) for f in (shapes.states, shapes.samples))
+    programs = {
+        "explore": (run.explore, kernels, low, frozen, prompts, keys[cfg.candidates]),
+        "regenerate": (run.regenerate, kernels, None, frozen, prompts, keys[cfg.kept], states),
+        "learn": (run.learn, state, frozen, prompts.cond, samples),
+    }
+    for stage, (f, *args) in programs.items():
+        program = compiled(f, *args, on=mesh)
+        gathers = [m for m in moved(program.as_text()) if m.kind != "all-reduce" and m.bytes > SMALL]
+        assert gathers and all(m.trips for m in gathers), stage
+        # A stack of one layer has no loop: SD3.5's last block is gathered in the loop of steps or of micro-batches.
+        alone = sum(m.bytes for m in gathers if m.trips not in layers)
+        assert alone == 0 if 1 not in layers else 0 < alone < 3 * last, (stage, alone)
+        given = sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * getattr(x.dtype, "itemsize", 8) for x in jax.tree.leaves(args)
+        )
+        assert program.memory_analysis().argument_size_in_bytes <= given, stage
