@@ -177,6 +177,7 @@ def test_forward_in_emulated_nvfp4(h100):
     assert {dtype for dtype, *_ in products(text)} == {"bf16"} and calls(text)["__cublas$lt$matmul"] > 20
 
 
+@pytest.mark.slow
 def test_forward_in_native_nvfp4():
     """For a B200: cuDNN's block-scaled product for each of the 14 + 6 Linears of the blocks and the last projection."""
     module, variables = low("nvfp4_native")

@@ -128,6 +128,7 @@ def test_killed_runs_end_as_unbroken_ones_do(tmp_path):
     assert faults.newest(tmp_path / "broken") == 40
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_devices(toy, tmp_path, monkeypatch):
     """2 of 4 iterations on one device, the others on two, then on four: the same samples (keys) are kept; metrics and
     LoRA are equal up to rounding."""

@@ -80,7 +80,7 @@ def test_paths_are_the_steps_that_were_taken(folder, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["flow_grpo", "awm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flow_grpo_fast", "dance_grpo"))]
+    "name", ["awm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flow_grpo", "flow_grpo_fast", "dance_grpo"))]
 )
 def test_a_method_learns_one_iteration(folder, name):
     """In f32 the ratio before the first update is 1 within 1e-6; the update is the same on four devices."""

@@ -59,6 +59,7 @@ def test_the_pages_examples_are_short():
     assert len(DEVICE.strip().splitlines()) <= 15 and len(HOST.strip().splitlines()) <= 15
 
 
+@pytest.mark.slow
 def test_the_pages_reward_on_the_devices_and_on_the_host(toy, tmp_path):
     mix = config.override(toy, reward="my_reward.brightness:1,my_rules.contrast:0.5")
     assert train.train(mix, tmp_path / "run", devices=2) == 0

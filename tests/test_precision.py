@@ -49,6 +49,7 @@ def test_bfloat16_asks_for_nothing(name, reward, tmp_path):
     assert found["regenerate"]["float32 highest"] < 1e-3 * found["regenerate"]["bfloat16"]  # a reward's text and resize
 
 
+@pytest.mark.slow
 def test_float32_rewards_are_products_of_bfloat16_pairs(tmp_path):
     """Only theirs: of CLIPScore's blocks, three times; without a CUDA plugin too, when no GPU can be described."""
     found = asked("flux", tmp_path, EXACT | {"reward": "clipscore", "reward_dtype": "float32"})

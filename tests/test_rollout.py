@@ -68,6 +68,7 @@ def test_two_bf16_halves_are_one_solve(folder, solver):
     assert np.abs(np.asarray(samples.x0) - np.asarray(alone.x0)).max() > 1e-3  # the rest has its own sigmas
 
 
+@pytest.mark.slow
 def test_a_sample_is_its_key_and_its_state(folder):
     """Any subset, in any order and in blocks of another size, goes on to the same samples."""
     parts = parts_of(nano.build(folder, **BRANCH))
@@ -94,9 +95,8 @@ def by_one_program(cfg):
         return step(state, parts.frozen, prompts)
 
 
-@pytest.mark.parametrize(
-    "devices", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2, 4])
 def test_staged_equals_whole(folder, devices):
     """To the bit on one device. And the states of candidates that are not kept are gone: when a block is done only the
     kept of it, of those before it and, on several devices, of the one that is enqueued are held."""
@@ -149,6 +149,7 @@ def test_runs_are_one_program(folder):
     assert abs(float(metrics["reward/mean"][1] - metrics["reward/mean"][0])) > 1e-6
 
 
+@pytest.mark.slow
 def test_the_watch_compares_with_what_is_trained_on(folder):
     """All N finished from their states; and beside it, told and never acted on, all N from the noise."""
     watch = dataclasses.replace(nano.build(folder).watch, every=2, prompts=2, fall_back=True, rank=0.5)

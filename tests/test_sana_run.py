@@ -74,6 +74,7 @@ def test_it_divides_over_devices(devices):
 # --- the plan -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plan_from_public_sizes(capsys, monkeypatch):
     """Nothing is placed, nothing read: parameters and TFLOP of models.md sections 4, 6 and 7.2."""
     monkeypatch.setattr(jax, "device_put", None)

@@ -78,6 +78,7 @@ def command(*words):
         return main.main(main.parse(["solrl_jax", *words]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "lines"),
     [
@@ -99,7 +100,6 @@ def command(*words):
                 "LoRA: 18,776,064 parameters, 0.075 GB",
                 "TFLOP an image: forward 10.91, decode 8.935",
             ],
-            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -158,6 +158,7 @@ def run(public):
     return public / "run"
 
 
+@pytest.mark.slow
 def test_an_iteration(run):
     """All but the last block's factors of the text's queries move; both layouts and the report are there."""
     for name in (
