@@ -220,7 +220,7 @@ def test_one_leaf_is_held_at_a_time_and_other_checkpoints_are_not_hashed(public,
 
 def test_folders_of_version_1_are_read(public, converted, tmp_path):
     """Version 1 has a tree written by orbax in weights/<name> and no version in weights.json. Version 3 is refused."""
-    cfg, mesh = moved(nano.build(public), tmp_path / "first"), sharding.make_mesh(2)
+    cfg, mesh = moved(nano.build(public), tmp_path / "first"), sharding.make_mesh(4, 2)
     shutil.copytree(converted, tmp_path / "first", ignore=shutil.ignore_patterns("weights"))
     trees = convert.restore(converted, flux.shapes(cfg.model), mesh)
     for name, tree in zip(convert.NAMES, trees, strict=True):

@@ -255,7 +255,7 @@ def _read(files: Files, leaf: Leaf, keys: Sequence[str], dtype: Any, at: tuple[s
     shape, inside = leaf.shape[1:], at[1:]
     layers = (_layer(files, leaf, group, shape, inside) for group in groups(keys, leaf.fused)[at[0]])
     if dtype is None:
-        return np.stack(list(layers))
+        return np.stack([np.asarray(x, order="C") for x in layers])
     stack, read = np.empty([s.stop - s.start for s in at], dtype), 0
     for i, value in enumerate(layers):
         stack[i] = value
