@@ -170,7 +170,7 @@ def placed(
     """
     holders: dict[tuple, list[Any]] = {}
     for holder, at in NamedSharding(mesh, where).addressable_devices_indices_map(shape).items():
-        ends = (s.indices(n)[:2] for s, n in zip(at, shape, strict=True))
+        ends = (s.indices(n)[:2] for s, n in zip(at or (), shape, strict=True))
         holders.setdefault(tuple(ends), []).append(holder)
 
     def put(part: np.ndarray, devices: list[Any]) -> list[jax.Array]:

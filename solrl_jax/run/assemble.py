@@ -76,7 +76,7 @@ def assemble(cfg: Config, devices: int | None = None) -> Parts:
     check_rewards(cfg)
     mesh = make_mesh(devices, cfg.shard, cfg.prompts)
     check_divides(cfg, mesh.size)
-    check_shard(cfg, mesh.size)
+    check_shard(cfg, mesh.size, cfg.low_precision)
     prompts = open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
     model = model_module(cfg).make(cfg.model)
     if cfg.low_precision:
@@ -187,15 +187,16 @@ def check_divides(cfg: Config, devices: int) -> None:
         rollout.block_shape(stage.chunk, cfg.prompts // devices, images)
 
 
-def check_shard(cfg: Config, devices: int) -> None:
-    """ConfigError unless `shard` divides each axis along which frozen weights are cut. Reads the folder's configs."""
+def check_shard(cfg: Config, devices: int, precision: str | None = None) -> None:
+    """ConfigError unless `shard` divides each axis along which frozen weights are cut, those of kernels in a low
+    `precision` too. Reads the folder's configs."""
     if cfg.shard == 1:
         return
     module = model_module(cfg)
     base, _, text = module.shapes(cfg.model)
     cut = sharding.cuts(base) | sharding.cuts(text)
-    if cfg.low_precision:  # a kernel is quantised in parts by output
-        rule = quant.rule_of(module.make(cfg.model).quant_rules, cfg.low_precision)
+    if precision:  # a kernel is quantised in parts by output
+        rule = quant.rule_of(module.make(cfg.model).quant_rules, precision)
         cut |= {f"{path}, quantised": s[2] for path, s in quant.chosen(base, rule).items() if len(s) == 3}
     for path, length in cut.items():
         if length % cfg.shard:
