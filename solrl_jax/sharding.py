@@ -10,7 +10,7 @@ LoRA sets, moments, VAE and rewards are whole on every device. K = 1: all weight
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -142,31 +142,42 @@ def _name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
 
 
-def shards_that_fit(tree: Any, devices: int) -> list[int]:
-    """Every K that divides the devices and each axis along which a leaf of `tree` would be cut."""
+def cuts(tree: Any) -> dict[str, int]:
+    """{path of a leaf that lies in parts: the length of the axis that is cut}."""
     found = jax.tree_util.tree_leaves_with_path(tree)
-    cut = [x.shape[s.index(FSDP)] for path, x in found if FSDP in (s := spec(_name(path), len(x.shape)))]
-    return [k for k in range(1, devices + 1) if devices % k == 0 and all(n % k == 0 for n in cut)]
+    where = [(_name(path), x.shape, spec(_name(path), len(x.shape))) for path, x in found]
+    return {path: shape[s.index(FSDP)] for path, shape, s in where if FSDP in s}
+
+
+def shards_that_fit(cut: Iterable[int], devices: int) -> list[int]:
+    """Every K that divides the devices and each length of `cut`."""
+    common = math.gcd(devices, *cut)
+    return [k for k in range(1, devices + 1) if common % k == 0]
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
-    """Frozen weights, from the host, on the devices."""
+    """Frozen weights, from the host, on the devices; each gets only its part."""
     where = jax.tree.map(lambda s: NamedSharding(mesh, s), weights(tree))
     return jax.device_put(tree, where)
 
 
-def placed(path: str, shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray], mesh: Mesh) -> jax.Array:
-    """One leaf of frozen weights, of which the host holds a device's part at a time: `read` gives the slices that it is
-    asked for, each part once."""
-    where = NamedSharding(mesh, spec(path, len(shape)))
+def placed(
+    shape: tuple[int, ...], read: Callable[[tuple[slice, ...]], np.ndarray], mesh: Mesh, where: P = WHOLE
+) -> jax.Array:
+    """One leaf, of which the host holds a part at a time: `read` gives the slices that it is asked for, each part once.
+
+    Only the parts of this host's devices are read.
+    """
     holders: dict[tuple, list[Any]] = {}
-    for holder, part in where.addressable_devices_indices_map(shape).items():
-        holders.setdefault(tuple((s.start, s.stop) for s in part or ()), []).append(holder)
-    parts = []
-    for part, devices in holders.items():
-        value = read(tuple(slice(*s) for s in part))
-        parts += [jax.device_put(value, holder) for holder in devices]
-    return jax.make_array_from_single_device_arrays(shape, where, parts)
+    for holder, at in NamedSharding(mesh, where).addressable_devices_indices_map(shape).items():
+        ends = (s.indices(n)[:2] for s, n in zip(at or (), shape, strict=True))
+        holders.setdefault(tuple(ends), []).append(holder)
+
+    def put(part: np.ndarray, devices: list[Any]) -> list[jax.Array]:
+        return jax.block_until_ready([jax.device_put(part, holder) for holder in devices])  # the host's copy is freed
+
+    parts = [x for at, devices in holders.items() for x in put(read(tuple(slice(*ends) for ends in at)), devices)]
+    return jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, where), parts)
 
 
 # --- gathering at use -----------------------------------------------------------------------------------------------

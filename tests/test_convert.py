@@ -20,7 +20,7 @@ from solrl_jax import config, sharding
 from solrl_jax.models import flux
 from solrl_jax.run import assemble, checkpoint, convert
 from solrl_jax.structs import leaves_by_path
-from solrl_jax.weights import WeightsError
+from solrl_jax.weights import Source, WeightsError
 from tests import nano
 
 
@@ -47,7 +47,8 @@ def test_the_same_weights_on_any_mesh(public, converted, devices):
     assert jax.tree.structure(read) == jax.tree.structure(again)
     for one, two in zip(jax.tree.leaves(read), jax.tree.leaves(again), strict=True):
         assert (one.dtype, np.asarray(one).tobytes()) == (two.dtype, np.asarray(two).tobytes())
-    assert all(x.sharding == NamedSharding(mesh, sharding.WHOLE) for x in jax.tree.leaves(again[:2]))
+    where = sharding.weights(again[0]), jax.tree.map(lambda x: sharding.WHOLE, again[1])
+    assert jax.tree.map(lambda x: x.sharding, again[:2]) == jax.tree.map(lambda s: NamedSharding(mesh, s), where)
     assert {type(x) for x in jax.tree.leaves(again[2])} == {np.ndarray}
 
 
@@ -95,13 +96,17 @@ def test_leaves_of_every_shape_come_back(tmp_path):
         "text": {},
     }
     (tmp_path / "weights").mkdir()
-    kept = jax.tree.map(lambda leaf: convert._save(tmp_path / "weights" / f"{id(leaf)}", leaf), tree)
+
+    def save(leaf):
+        source = Source(leaf.shape, leaf.dtype, leaf.__getitem__)
+        return convert._save(tmp_path / "weights" / f"{id(leaf)}", source)
+
+    kept = jax.tree.map(save, tree)
     found = {"version": 2, "tree": checkpoint.describe(tree), "files": convert.hashes(tmp_path, tmp_path.rglob("*"))}
     found["leaves"] = {path: leaf.file for path, leaf in leaves_by_path(kept).items()}
     (tmp_path / "weights.json").write_text(json.dumps(found))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-    where = NamedSharding(sharding.make_mesh(4), sharding.WHOLE)
-    read = convert.restore(tmp_path, tuple(shapes[name] for name in convert.NAMES), where)
+    read = convert.restore(tmp_path, tuple(shapes[name] for name in convert.NAMES), sharding.make_mesh(4))
     for one, two in zip(
         jax.tree.leaves(tree), jax.tree.leaves(dict(zip(convert.NAMES, read, strict=True))), strict=True
     ):
@@ -191,10 +196,13 @@ def test_one_leaf_is_held_at_a_time_and_other_checkpoints_are_not_hashed(public,
     (tmp_path / "clone" / "transformer" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")
 
     def watched(place):
-        def call(leaf):
-            counts.append(sum(x() is not None for x in alive))
-            alive.append(weakref.ref(leaf))
-            return place(leaf)
+        def call(path, leaf):
+            def read(at):
+                counts.append(sum(x() is not None for x in alive))
+                alive.append(weakref.ref(part := leaf.read(at)))
+                return part
+
+            return place(path, leaf._replace(read=read))
 
         return call
 
@@ -212,9 +220,9 @@ def test_one_leaf_is_held_at_a_time_and_other_checkpoints_are_not_hashed(public,
 
 def test_folders_of_version_1_are_read(public, converted, tmp_path):
     """Version 1 has a tree written by orbax in weights/<name> and no version in weights.json. Version 3 is refused."""
-    cfg, mesh = moved(nano.build(public), tmp_path / "first"), sharding.make_mesh(2)
+    cfg, mesh = moved(nano.build(public), tmp_path / "first"), sharding.make_mesh(4, 2)
     shutil.copytree(converted, tmp_path / "first", ignore=shutil.ignore_patterns("weights"))
-    trees = convert.restore(converted, flux.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
+    trees = convert.restore(converted, flux.shapes(cfg.model), mesh)
     for name, tree in zip(convert.NAMES, trees, strict=True):
         checkpoint.save_tree(tmp_path / "first" / "weights" / name, tree)
     file = tmp_path / "first" / "weights.json"
@@ -225,7 +233,7 @@ def test_folders_of_version_1_are_read(public, converted, tmp_path):
     read = assemble.open_weights(cfg, mesh)
     for one, two in zip(jax.tree.leaves(trees), jax.tree.leaves(read), strict=True):
         assert (one.dtype, type(one), np.asarray(one).tobytes()) == (two.dtype, type(two), np.asarray(two).tobytes())
-    assert all(x.sharding == NamedSharding(mesh, sharding.WHOLE) for x in jax.tree.leaves(read[:2]))
+    assert jax.tree.map(lambda x: x.sharding, read[:2]) == jax.tree.map(lambda x: x.sharding, trees[:2])
     file.write_text(json.dumps(found | {"version": 3}))
     with pytest.raises(WeightsError, match=r"weights.json has version 3, solrl_jax reads up to 2: convert again$"):
         assemble.open_weights(cfg, mesh)

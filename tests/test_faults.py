@@ -393,8 +393,8 @@ def test_a_step_to_a_lora_that_is_not_finite_is_not_taken(toy):
 def test_nan_weights_are_named(toy, tmp_path, monkeypatch):
     """NaN in the base: nothing is trained or saved."""
 
-    def load(cfg, place):
-        base, vae, text = test_train.load(cfg, place)
+    def load(cfg, *places):
+        base, vae, text = test_train.load(cfg, *places)
         return {"to_q": {"kernel": base["to_q"]["kernel"].at[0, 0].set(jnp.nan)}}, vae, text
 
     module = types.SimpleNamespace(make=lambda c: TOY, load=load)

@@ -40,6 +40,9 @@ class Held(weights.Files):
     def __getitem__(self, key):
         return self.tensors[key].numpy()
 
+    def part(self, key, at):
+        return self[key][at]
+
     def shape(self, key):
         return tuple(self.tensors[key].shape)
 

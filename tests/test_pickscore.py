@@ -135,6 +135,10 @@ def test_full_size(tmp_path, one_thread):
     del model
     tower = clip_tower.ClipTower(clip_tower.ClipConfig.read(tmp_path))
     spec, files = clip_tower.shapes(tower), weights.Files(tmp_path)
-    params = weights.load(files, spec, clip_tower.HF_KEYS, dtype=jnp.float32, place=jax.device_put)
+
+    def place(path, leaf):
+        return jax.device_put(leaf.whole())
+
+    params = weights.load(files, spec, clip_tower.HF_KEYS, dtype=jnp.float32, place=place)
     ours = jax.jit(clip_tower.cosines, static_argnums=0)(tower, params, images, ids)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from solrl_jax import config, main, rewards, train
 from solrl_jax.run import assemble, checkpoint, data, evaluate, export, log, pictures
 from solrl_jax.structs import Model, QuantRule, QuantRules, Reward
-from solrl_jax.weights import Rule
+from solrl_jax.weights import Rule, Source
 
 WIDTH = 16
 
@@ -53,9 +53,10 @@ TOY = Model(
 )
 
 
-def load(cfg, place):
+def load(cfg, place, place_vae):
     rng = np.random.default_rng(0)
-    base = {"to_q": {"kernel": place(rng.normal(0, 0.2, (WIDTH, WIDTH)).astype(np.float32))}}
+    kernel = rng.normal(0, 0.2, (WIDTH, WIDTH)).astype(np.float32)
+    base = {"to_q": {"kernel": place("to_q/kernel", Source(kernel.shape, kernel.dtype, kernel.__getitem__))}}
     return base, {}, {"embed": rng.normal(0, 1, (8, WIDTH)).astype(np.float32)}
 
 

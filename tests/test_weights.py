@@ -108,8 +108,12 @@ def test_a_leaf_is_placed_as_soon_as_it_is_read(tmp_path):
     weights.save(tree, rules, tmp_path / "model.safetensors")
     spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
     files, seen = Files(tmp_path, "model"), []
+
+    def look(x):
+        seen.append((x.shape, float(x.mean())))
+
     tracemalloc.start()
-    weights.load(files, spec, rules, dtype=np.float32, place=lambda x: seen.append((x.shape, float(x.mean()))))
+    weights.load(files, spec, rules, dtype=np.float32, place=lambda _, leaf: look(leaf.whole()))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert seen == [((layers, width, width), float(i)) for i in range(blocks)]

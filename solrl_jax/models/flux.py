@@ -372,20 +372,25 @@ def _check_widths(folder: Path, cfg: FluxConfig, vae_cfg: vae.VaeConfig) -> None
     folders.check_parts(folder, found)
 
 
-def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:
+def load(
+    cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
+) -> tuple[Params, Params, Params]:
     """(transformer, VAE decoder, text encoders {clip, t5}) of the folder, in the dtypes that `make`'s functions expect.
 
-    `place` is applied to each leaf of the transformer and the decoder as it is read; the text encoders stay numpy.
+    `place` reads each leaf of the transformer, `place_vae` of the decoder; the text encoders stay numpy.
     """
-    base, decoder, encoders = parts(cfg, place)
+    base, decoder, encoders = parts(cfg, place, place_vae)
     return base, decoder, encoders
 
 
 def parts(
-    cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
+    cfg: config.Model,
+    place: weights.Place | None = None,
+    place_vae: weights.Place | None = None,
+    place_text: weights.Place | None = None,
 ) -> Iterator[Params]:
     """An iterator over what `load` returns; each part is read when it is asked for."""
-    return folders.parts(cfg, make(cfg), ENCODERS, place, place_text)
+    return folders.parts(cfg, make(cfg), ENCODERS, place, place_vae, place_text)
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:

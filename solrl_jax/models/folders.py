@@ -112,13 +112,14 @@ def parts(
     model: Model,
     encoders: Encoders,
     place: weights.Place | None = None,
+    place_vae: weights.Place | None = None,
     place_text: weights.Place | None = None,
     namings: tuple[Naming, ...] = (),
 ) -> Iterator[Params]:
     """Yields transformer, VAE decoder and text encoders {name: tree}; each is read when it is asked for.
 
-    They have the dtypes that `model`'s functions expect. `place` and `place_text` are applied to each leaf as it is
-    read. The transformer's names are those of `model.keys`, or of one of `namings`.
+    They have the dtypes that `model`'s functions expect. `place`, `place_vae` and `place_text` read the leaves of each.
+    The transformer's names are those of `model.keys`, or of one of `namings`.
     """
     dtype = jnp.dtype(cfg.dtype)
     tokenizers(str(hub.pipeline(cfg.path, configs_only=True)), encoders)  # fails before gigabytes are fetched
@@ -129,7 +130,7 @@ def parts(
     how = {"aliases": naming.aliases, "droppable": naming.droppable}
     yield weights.load(files, spec, naming.keys, dtype=dtype, place=place, **how)  # no variable keeps it alive
     load = dcae.load if isinstance(decoder(folder, F32), dcae.Decoder) else vae.load_vae
-    yield load(folder / "vae", F32, place=place)[1]
+    yield load(folder / "vae", F32, place=place_vae)[1]
     yield {e.name: _load(e, folder, dtype, place_text) for e in encoders}
 
 

@@ -336,21 +336,26 @@ def _check_parts(folder: Path, cfg: SanaConfig, decoder: dcae.DcaeConfig, gemma:
     folders.check_parts(folder, found)
 
 
-def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:
+def load(
+    cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
+) -> tuple[Params, Params, Params]:
     """(transformer, VAE decoder, text encoder {gemma}) of the folder, in the dtypes that `make`'s functions expect.
 
-    `place` is applied to each leaf of the transformer and the decoder as it is read; the text encoder stays numpy. The
+    `place` reads each leaf of the transformer, `place_vae` of the decoder; the text encoder stays numpy. The
     transformer's weights are the folder's, or those of `cfg.weights`, in diffusers' names or the native ones.
     """
-    base, decoder, encoders = parts(cfg, place)
+    base, decoder, encoders = parts(cfg, place, place_vae)
     return base, decoder, encoders
 
 
 def parts(
-    cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
+    cfg: config.Model,
+    place: weights.Place | None = None,
+    place_vae: weights.Place | None = None,
+    place_text: weights.Place | None = None,
 ) -> Iterator[Params]:
     """An iterator over what `load` returns; each part is read when it is asked for."""
-    return folders.parts(cfg, make(cfg), ENCODERS, place, place_text, NATIVE)
+    return folders.parts(cfg, make(cfg), ENCODERS, place, place_vae, place_text, NATIVE)
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:

@@ -274,21 +274,26 @@ def _clip_length(folder: Path) -> int:
     return lengths.pop()
 
 
-def load(cfg: config.Model, place: weights.Place | None = None) -> tuple[Params, Params, Params]:
+def load(
+    cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
+) -> tuple[Params, Params, Params]:
     """(transformer, VAE decoder, text encoders {clip, clip_g, t5}) of the folder, in the dtypes of `make`'s functions.
 
-    So T5, whose files are fp16, never computes in fp16: its states would overflow. `place` is applied to each leaf of
-    the transformer and the decoder as it is read; the text encoders stay numpy.
+    So T5, whose files are fp16, never computes in fp16: its states would overflow. `place` reads each leaf of the
+    transformer, `place_vae` of the decoder; the text encoders stay numpy.
     """
-    base, decoder, encoders = parts(cfg, place)
+    base, decoder, encoders = parts(cfg, place, place_vae)
     return base, decoder, encoders
 
 
 def parts(
-    cfg: config.Model, place: weights.Place | None = None, place_text: weights.Place | None = None
+    cfg: config.Model,
+    place: weights.Place | None = None,
+    place_vae: weights.Place | None = None,
+    place_text: weights.Place | None = None,
 ) -> Iterator[Params]:
     """An iterator over what `load` returns; each part is read when it is asked for."""
-    return folders.parts(cfg, make(cfg), _encoders(cfg), place, place_text)
+    return folders.parts(cfg, make(cfg), _encoders(cfg), place, place_vae, place_text)
 
 
 def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:

@@ -4,7 +4,6 @@ Cheap checks come first, so that a typo is reported before gigabytes are read. N
 """
 
 import dataclasses
-import functools
 import importlib
 import types
 from collections.abc import Sequence
@@ -23,8 +22,8 @@ from solrl_jax.quant import coverage
 from solrl_jax.rewards import Score
 from solrl_jax.run import checkpoint, convert, data
 from solrl_jax.run.encode import Conditioner
-from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
-from solrl_jax.weights import lora_files
+from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState, leaves_by_path
+from solrl_jax.weights import Source, lora_files
 
 INFERENCE = ("model.name", "lora.")
 """Prefixes of the config fields that must equal a checkpoint's to draw with it; other fields may differ."""
@@ -77,6 +76,7 @@ def assemble(cfg: Config, devices: int | None = None) -> Parts:
     check_rewards(cfg)
     mesh = make_mesh(devices, cfg.shard, cfg.prompts)
     check_divides(cfg, mesh.size)
+    check_shard(cfg, mesh.size, cfg.low_precision)
     prompts = open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
     model = model_module(cfg).make(cfg.model)
     if cfg.low_precision:
@@ -92,6 +92,7 @@ def for_evaluation(cfg: Config, devices: int | None = None) -> Parts:
     use_compilation_cache()
     check_rewards(cfg)
     mesh = make_mesh(devices, cfg.shard)
+    check_shard(cfg, mesh.size)
     prompts = open_prompts(cfg, test=cfg.evaluate.prompts)
     model = model_module(cfg).make(cfg.model)
     return _placed(cfg, mesh, model, prompts, open_rewards(cfg, (*prompts.train, *prompts.test)))
@@ -102,6 +103,7 @@ def for_drawing(cfg: Config, devices: int | None = None) -> Parts:
     use_compilation_cache()
     nothing = Judges(Score((), ()), Score((), ()), {})
     mesh, model = make_mesh(devices, cfg.shard), model_module(cfg).make(cfg.model)
+    check_shard(cfg, mesh.size)
     return _placed(cfg, mesh, model, data.PromptSet((), (), 0, 0), nothing)
 
 
@@ -142,13 +144,21 @@ def open_prompts(cfg: Config, *, train: int = 0, test: int = 0) -> data.PromptSe
 
 
 def open_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
-    """Load a public or converted folder: base and VAE on the devices of `mesh`, text encoders as numpy."""
+    """Load a public or converted folder: base and VAE on the devices of `mesh`, text encoders as numpy.
+
+    Of the base, every device gets its part and no more.
+    """
     module = model_module(cfg)
     if (folder := converted(cfg)) is not None:
-        base, vae, text = convert.restore(folder, module.shapes(cfg.model), NamedSharding(mesh, sharding.WHOLE))
-    else:
-        base, vae, text = module.load(cfg.model, functools.partial(sharding.replicate, mesh=mesh))
-    return sharding.place(base, mesh), vae, text
+        return convert.restore(folder, module.shapes(cfg.model), mesh)
+
+    def in_parts(path: str, leaf: Source) -> jax.Array:
+        return sharding.placed(leaf.shape, leaf.read, mesh, sharding.spec(path, len(leaf.shape)))
+
+    def whole(path: str, leaf: Source) -> jax.Array:
+        return sharding.placed(leaf.shape, leaf.read, mesh)
+
+    return module.load(cfg.model, in_parts, whole)
 
 
 def _placed(cfg: Config, mesh: Mesh, model: Model, prompts: data.PromptSet, judges: Judges) -> Parts:
@@ -175,6 +185,23 @@ def check_divides(cfg: Config, devices: int) -> None:
     learn.micro_batches(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices)
     for _, stage, images in cfg.stages():
         rollout.block_shape(stage.chunk, cfg.prompts // devices, images)
+
+
+def check_shard(cfg: Config, devices: int, precision: str | None = None) -> None:
+    """ConfigError unless `shard` divides each axis along which frozen weights are cut, those of kernels in a low
+    `precision` too. Reads the folder's configs."""
+    if cfg.shard == 1:
+        return
+    module = model_module(cfg)
+    base, _, text = module.shapes(cfg.model)
+    cut = sharding.cuts(base) | sharding.cuts(text)
+    if precision:  # a kernel is quantised in parts by output
+        rule = quant.rule_of(module.make(cfg.model).quant_rules, precision)
+        cut |= {f"{path}, quantised": s[2] for path, s in quant.chosen(base, rule).items() if len(s) == 3}
+    for path, length in cut.items():
+        if length % cfg.shard:
+            fits = sharding.shards_that_fit(cut.values(), devices)
+            raise ConfigError(f"shard={cfg.shard} does not divide an axis of {path} ({length}): use one of {fits}")
 
 
 def converted(cfg: Config) -> Path | None:
@@ -224,7 +251,8 @@ def use_compilation_cache() -> None:
 
 
 def notes(parts: Parts) -> list[str]:
-    """The first lines of a run: quantised layers, numbers of prompts, prompts that are cut, how a CPU multiplies."""
+    """The first lines of a run: quantised layers, numbers of prompts, prompts that are cut, weights that the network
+    carries, how a CPU multiplies."""
     p = parts.prompts
     precision = parts.cfg.low_precision
     low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
@@ -235,7 +263,21 @@ def notes(parts: Parts) -> list[str]:
         out.append(
             f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
         )
-    return low + out + device.notes()
+    return low + out + network(parts) + device.notes()
+
+
+def network(parts: Parts) -> list[str]:
+    """A warning if the base lies over more devices than a host has; else nothing."""
+    shard, here = parts.mesh.shape[sharding.FSDP], jax.local_device_count()
+    if shard <= here:
+        return []
+    in_parts = sharding.cuts(parts.frozen.base)
+    size = sum(x.nbytes for path, x in leaves_by_path(parts.frozen.base).items() if path in in_parts)
+    price = size * (shard - 1) / shard / 1e9
+    return [
+        f"shard={shard}, but this host has {here} devices: in each forward pass a device fetches up to {price:.3g} GB "
+        f"of the base over the network: use shard={here} or less, or fewer, larger devices"
+    ]
 
 
 def encode(parts: Parts, prompts: Sequence[str], score: Score, ahead: Sequence[str] = ()) -> Prompts:

@@ -5,16 +5,18 @@
     <out>/weights.json      written last: the tree, the file of each leaf, SHA-256 of the files in weights/ and of the
                             source files
 
-Each leaf is written before the next one is read. `restore` puts every leaf directly onto the devices of any mesh, in
-parallel and without transposing.
+Each leaf is written before the next one is read, a stack layer by layer. `restore` puts every leaf directly onto the
+devices of any mesh, in parallel and without transposing; of a leaf that lies in parts it reads those parts.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -23,13 +25,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from solrl_jax import sharding
 from solrl_jax.config import ConfigError, Model
 from solrl_jax.models import folders
 from solrl_jax.run import checkpoint
 from solrl_jax.structs import Params, leaves_by_path
-from solrl_jax.weights import WeightsError, hub
+from solrl_jax.weights import Source, WeightsError, hub
 
 MANIFEST = "weights.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".gguf", ".index.json")
@@ -40,7 +44,9 @@ VERSION = 2
 """Format of a converted folder. Version 1 had no number; it stored each tree with orbax in weights/<name>, and orbax
 needs memory for a second copy while it writes."""
 READERS = 4
-"""Leaves that `restore` reads at a time; so many are in host memory before they are on the devices."""
+"""Leaves that `restore` reads at a time; a part of so many is in host memory before it is on the devices."""
+PIECE = 2**26
+"""Bytes that `convert` reads of a leaf at a time, unless one row of its first axis, as a layer of a stack, has more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +96,14 @@ def _said(place: Path) -> Iterator[None]:
 
 
 def _write(module: Any, cfg: Model, out: Path) -> None:
-    """Write one leaf after another; `keep` returns a `Kept` for it, so that its memory is freed before the next."""
+    """Write one leaf after another; `keep` returns a `Kept` in its place."""
     (out / "weights").mkdir(parents=True)
     numbers = itertools.count()
 
-    def keep(leaf: np.ndarray) -> Kept:
+    def keep(path: str, leaf: Source) -> Kept:
         return _save(out / "weights" / f"{next(numbers):04d}", leaf)
 
-    trees = dict(zip(NAMES, module.parts(cfg, keep, keep), strict=True))
+    trees = dict(zip(NAMES, module.parts(cfg, keep, keep, keep), strict=True))
     source, file = hub.pipeline(cfg.path), folders.network_file(cfg)
     files = [f for f in sorted(source.rglob("*")) if f.is_file() and not f.relative_to(source).parts[0].startswith(".")]
     for small in files:
@@ -116,13 +122,25 @@ def _write(module: Any, cfg: Model, out: Path) -> None:
     checkpoint.replace(out / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def _save(file: Path, leaf: np.ndarray) -> Kept:
-    """Write the bytes of one leaf."""
+def _save(file: Path, leaf: Source) -> Kept:
+    """Write the bytes of one leaf, some rows of its first axis at a time."""
+    dtype = np.dtype(leaf.dtype)
     with file.open("wb") as f:
-        f.write(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+        for at in _pieces(leaf.shape, dtype.itemsize):
+            f.write(np.ascontiguousarray(leaf.read(at)).reshape(-1).view(np.uint8).data)
         f.flush()
         os.fsync(f.fileno())
-    return Kept(file.name, leaf.shape, leaf.dtype)
+    return Kept(file.name, leaf.shape, dtype)
+
+
+def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """The slices of consecutive rows of the first axis that together have up to PIECE bytes, or of one row."""
+    if not shape:
+        yield ()
+        return
+    rows = max(1, PIECE // max(1, math.prod(shape[1:]) * itemsize))
+    for first in range(0, shape[0], rows):
+        yield slice(first, min(first + rows, shape[0])), *(slice(0, n) for n in shape[1:])
 
 
 def digest(file: Path) -> str:
@@ -138,19 +156,22 @@ def hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
         return {f.relative_to(root).as_posix(): d for f, d in zip(found, pool.map(digest, found), strict=True)}
 
 
-def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
-    """Verify and read a converted folder: base and vae on the devices of `sharding`, text as numpy arrays.
+def restore(folder: Path, shapes: Trees, mesh: Mesh) -> Trees:
+    """Verify and read a converted folder: base and vae on the devices of `mesh`, text as numpy arrays.
 
-    `shapes` are ShapeDtypeStructs. Raises WeightsError as `check` does.
+    Of the base, every device gets its part (sharding.spec). `shapes` are ShapeDtypeStructs. Raises WeightsError as
+    `check` does.
     """
     leaves = check(folder, shapes)
     if leaves is None:
-        return _restore_first(folder, shapes, sharding)
+        return _restore_first(folder, shapes, mesh)
     tree = dict(zip(NAMES, shapes, strict=True))
 
     def read(path: str, like: jax.ShapeDtypeStruct) -> Any:
-        x = np.fromfile(folder / "weights" / leaves[path], like.dtype).reshape(like.shape)
-        return x if path.startswith("text/") else jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        part = functools.partial(_part, folder / "weights" / leaves[path], like)
+        if path.startswith("text/"):
+            return part(tuple(slice(0, n) for n in like.shape))
+        return sharding.placed(like.shape, part, mesh, _where(path, like))
 
     wanted = leaves_by_path(tree)
     with _said(folder), concurrent.futures.ThreadPoolExecutor(READERS) as pool:
@@ -159,12 +180,26 @@ def restore(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
     return tree["base"], tree["vae"], tree["text"]
 
 
-def _restore_first(folder: Path, shapes: Trees, sharding: Sharding) -> Trees:
+def _where(path: str, like: jax.ShapeDtypeStruct) -> P:
+    """Where a leaf lies, by its path "base/..." or "vae/..."."""
+    return sharding.spec(path, len(like.shape)) if path.startswith("base/") else sharding.WHOLE
+
+
+def _part(file: Path, like: jax.ShapeDtypeStruct, at: tuple[slice, ...]) -> np.ndarray:
+    """The slices `at` of one leaf's file."""
+    if all(s == slice(0, n) for s, n in zip(at, like.shape, strict=True)):
+        return np.fromfile(file, like.dtype).reshape(like.shape)
+    return np.array(np.memmap(file, like.dtype, "r", shape=like.shape)[at])
+
+
+def _restore_first(folder: Path, shapes: Trees, mesh: Mesh) -> Trees:
     """`restore` for folders of version 1."""
     import orbax.checkpoint as ocp
 
     tree = dict(zip(NAMES, shapes, strict=True))
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+    where = [NamedSharding(mesh, _where(path, x)) for path, x in leaves_by_path(tree).items()]
+    where = jax.tree.unflatten(jax.tree.structure(tree), where)
+    like = jax.tree.map(lambda x, on: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), tree, where)
     like["text"] = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree["text"])
     with ocp.StandardCheckpointer() as reader:
         base, vae, text = (reader.restore((folder / "weights" / name).resolve(), like[name]) for name in NAMES)

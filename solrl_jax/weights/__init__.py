@@ -7,7 +7,9 @@ read without running code in them.
 """
 
 import dataclasses
+import functools
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,8 +44,21 @@ _TO_THEIRS = {"same": None, "linear": (1, 0), "pointwise": (1, 0), "conv": (3, 2
 
 MAPPED = 2**26
 """Bytes read of a stack before its memory-mapped files are closed: left open, they hold a second copy of it."""
-Place = Callable[[np.ndarray], Any]
-"""Moves a leaf that was just read to its destination, such as the devices."""
+
+
+class Source(NamedTuple):
+    """A leaf that is still in its files. `dtype` None: as stored there."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[tuple[slice, ...]], np.ndarray]  # a slice of each axis, of step 1 -> these numbers, row-major
+
+    def whole(self) -> np.ndarray:
+        return self.read((slice(None),) * len(self.shape))
+
+
+Place = Callable[[str, Source], Any]
+"""Reads the leaf of a path, in parts or whole, to its destination, such as the devices."""
 
 
 class Leaf(NamedTuple):
@@ -121,6 +136,11 @@ class Files:
         handle = self._handle(self.where[key])
         return np.array(handle[key]) if isinstance(handle, dict) else handle.get_tensor(key)
 
+    def part(self, key: str, at: tuple[slice, ...]) -> np.ndarray:
+        """A slice of each axis of a tensor; the rest of it is not copied."""
+        handle = self._handle(self.where[key])
+        return np.array(handle[key][at]) if isinstance(handle, dict) else handle.get_slice(key)[at]
+
     def shape(self, key: str) -> tuple[int, ...]:
         """From the header alone."""
         handle = self._handle(self.where[key])
@@ -174,19 +194,21 @@ def load(
 ) -> PyTree:
     """Read the tree of `spec` (from eval_shape) out of `files`; leaves are numpy arrays of `dtype` (None: as stored).
 
-    `place` is applied to each leaf as soon as it is read, so the host never holds more than one leaf, at most a stack
-    of layers. `aliases` are (regex, replacement) pairs from other spellings of keys to the table's. `droppable` are
-    regexes of keys that may stay unused, `copies` are keys that may occur in two spellings. One WeightsError lists
-    all missing, unused, wrongly shaped and repeated keys, before any tensor is read.
+    With `place`, they are what it returns for each leaf's path and `Source`, one leaf after another. So the host never
+    holds more than what `place` reads at a time: one leaf, at most a stack of layers, or a part of it. `aliases` are
+    (regex, replacement) pairs from other spellings of keys to the table's. `droppable` are regexes of keys that may
+    stay unused, `copies` are keys that may occur in two spellings. One WeightsError lists all missing, unused, wrongly
+    shaped and repeated keys, before any tensor is read.
     """
     names, twice = _spelt(files.keys(), aliases, copies)
     wanted = needed(spec, rules)
     if problems := [*files.twice, *twice, *_problems(files, names, wanted, droppable)]:
         shown = "\n  ".join(problems[:12]) + (f"\n  and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise WeightsError(f"{files.path} does not hold the weights that its config describes:\n  {shown}")
-    values, place = [], place or (lambda x: x)
+    values, place = [], place or (lambda path, source: source.whole())
     for leaf in wanted:  # no variable keeps a leaf alive: it is freed before the next is read
-        values.append(place(_read(files, leaf, [names[key] for key in leaf.keys], dtype)))
+        read = functools.partial(_read, files, leaf, [names[key] for key in leaf.keys], dtype)
+        values.append(place(leaf.path, Source(leaf.shape, dtype, read)))
         files.close()
     return jax.tree.unflatten(jax.tree.structure(spec), values)
 
@@ -224,28 +246,56 @@ def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], dr
     return list(dict.fromkeys(found))  # a tensor with several parts is listed once
 
 
-def _read(files: Files, leaf: Leaf, keys: Sequence[str], dtype: Any) -> np.ndarray:
-    """One leaf in our layout, its layers stacked as they are read."""
-    layers = (_layer(files, leaf, group) for group in groups(keys, leaf.fused))
+def _read(files: Files, leaf: Leaf, keys: Sequence[str], dtype: Any, at: tuple[slice, ...]) -> np.ndarray:
+    """The part `at` of one leaf in our layout, its layers stacked as they are read."""
+    at = _explicit(at, leaf.shape)
     if not leaf.stacked:
-        value = next(layers)
+        value = _layer(files, leaf, keys, leaf.shape, at)
         return np.asarray(value, order="C", dtype=value.dtype if dtype is None else dtype)
+    shape, inside = leaf.shape[1:], at[1:]
+    layers = (_layer(files, leaf, group, shape, inside) for group in groups(keys, leaf.fused)[at[0]])
     if dtype is None:
-        return np.stack(list(layers))
-    stack, read = np.empty(leaf.shape, dtype), 0
+        return np.stack([np.asarray(x, order="C") for x in layers])
+    stack, read = np.empty([s.stop - s.start for s in at], dtype), 0
     for i, value in enumerate(layers):
         stack[i] = value
-        read += value.nbytes
+        read += math.prod(shape) * value.itemsize  # a few columns of a tensor are in all of its pages
         if read > MAPPED:
             files.close()
             read = 0
     return stack
 
 
-def _layer(files: Files, leaf: Leaf, keys: Sequence[str]) -> np.ndarray:
-    """One layer of a leaf in our layout."""
-    parts = [_ours(files[key], leaf) for key in keys]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+def _explicit(at: Sequence[slice], shape: Sequence[int]) -> tuple[slice, ...]:
+    """The same slices with start and stop."""
+    return tuple(slice(*s.indices(n)[:2]) for s, n in zip(at, shape, strict=True))
+
+
+def _layer(files: Files, leaf: Leaf, keys: Sequence[str], shape: tuple[int, ...], at: tuple[slice, ...]) -> np.ndarray:
+    """The part `at` of one layer, of `shape` in our layout. Tensors that are not in it are not read."""
+    if len(keys) == 1:
+        return _tensor(files, leaf, keys[0], at)
+    width, last, parts = shape[-1] // len(keys), at[-1], []
+    for i, key in enumerate(keys):
+        first, end = (min(max(x - i * width, 0), width) for x in (last.start, last.stop))
+        if first < end:
+            parts.append(_tensor(files, leaf, key, (*at[:-1], slice(first, end))))
+    return np.concatenate(parts, axis=-1)
+
+
+def _tensor(files: Files, leaf: Leaf, key: str, at: tuple[slice, ...]) -> np.ndarray:
+    """The part `at`, in our layout, of one tensor or of the leaf's part of it."""
+    shape, (i, n) = files.shape(key), leaf.part
+    axes = _TO_OURS[leaf.layout]
+    axes = tuple(range(len(at))) if axes is None or len(axes) != len(at) else axes
+    there = [at[axes.index(axis)] for axis in range(len(at))]
+    if n > 1:
+        first = i * (shape[0] // n)
+        there[0] = slice(first + there[0].start, first + there[0].stop)
+    there += [slice(0, 1)] * (len(shape) - len(at))  # of a 1x1 convolution
+    whole = all(s == slice(0, size) for s, size in zip(there, shape, strict=True))
+    x = files[key] if whole else files.part(key, tuple(there))
+    return x.reshape(x.shape[: len(at)]).transpose(axes)
 
 
 def save(
@@ -269,13 +319,6 @@ def save(
     tensors = {k: x[0] if len(x) == 1 else np.concatenate([x[i] for i in sorted(x)]) for k, x in parts.items()}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
-
-
-def _ours(x: np.ndarray, leaf: Leaf) -> np.ndarray:
-    axes, (i, n) = _TO_OURS[leaf.layout], leaf.part
-    x = x.reshape(matrix(x.shape)) if leaf.layout == "pointwise" else x
-    x = x if n == 1 else x[i * len(x) // n : (i + 1) * len(x) // n]
-    return x if axes is None or x.ndim != len(axes) else x.transpose(axes)
 
 
 def _ours_shape(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:
