@@ -98,7 +98,7 @@ def merged_kernels(base: Params, lora: Params, cfg: Lora) -> dict[str, jax.Array
     }
 
 
-def _merged(w: jax.Array, a: jax.Array, b: jax.Array, where: P) -> jax.Array:
+def _merged(w: Any, a: Any, b: Any, where: P) -> jax.Array:
     """W + A B. Where W is a part, only A's rows or B's columns of that part are multiplied."""
 
     def add(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
