@@ -1,0 +1,141 @@
+"""The gradient of one update on one card and on several, in float32 and bfloat16; and what moves it on one card alone.
+
+Of a FLUX of true width with fewer blocks (`--layers=4,8`: 4 double, 8 single), so that float32 fits a card. The weights
+and texts are numbers that bfloat16 has, so both dtypes compute the same function; the adapter is a random one, for a
+fresh one's down factors have no gradient. All prompts' samples are the same on any number of cards, in micro-batches of
+the same points.
+
+Against the gradient g of one card, |g' - g| / |g| over all leaves, for each dtype: the same program run again (some
+kernels add in an order that differs each time), compiled with another option of XLA (`--other`), in other micro-batches
+(`--other_micro`), on several cards, and with the base over `--shard` of them. In bfloat16 also g against float32's.
+"""
+
+import argparse
+import functools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from experiments import results
+from experiments.full_size import Ahead, Options, drawn
+from solrl_jax import algos, config, device, learn, sharding
+from solrl_jax.config import Config
+from solrl_jax.plan import shapes
+from solrl_jax.run import assemble
+from solrl_jax.structs import Frozen, PyTree, leaves_by_path
+
+Gradient = dict[str, np.ndarray]
+OTHER = {"gpu": "xla_gpu_autotune_level=0", "cpu": "xla_disable_hlo_passes=fusion"}
+"""An option by platform with which other kernels compute the same products and sums."""
+BASE = "one card"
+
+
+class Case(NamedTuple):
+    """One way to compute the gradient. Two `runs`: the second one's is taken."""
+
+    devices: int = 1
+    shard: int = 1
+    micro: int = 4
+    options: Options | None = None
+    runs: int = 1
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="gradients: model.dtype, with commas")
+    parser.add_argument("--layers", default="4,8", help="gradients: FLUX's double and single blocks; 0: all")
+    parser.add_argument("--kept", type=int, default=3, help="gradients: samples a prompt")
+    parser.add_argument("--micro", type=int, default=4, help="gradients: points of a micro-batch")
+    parser.add_argument("--other_micro", type=int, default=12, help="gradients: points of another micro-batch")
+    parser.add_argument("--other", default="", help="gradients: XLA's option of another compilation, NAME=VALUE")
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
+    """{name: case}, the one that the others are compared with first."""
+    plain = Case(micro=args.micro)
+    name, _, value = (args.other or OTHER[device.platform()]).partition("=")
+    yield BASE, plain
+    yield "run again", plain._replace(runs=2)
+    for devices in sorted({*args.devices} - {1}, reverse=True):
+        yield f"{devices} devices", plain._replace(devices=devices)
+        if devices % args.shard == 0 and args.shard > 1:
+            yield f"{devices} devices, shard={args.shard}", plain._replace(devices=devices, shard=args.shard)
+    yield f"compiled with {name}={value}", plain._replace(options={name: value})
+    yield f"micro_batch={args.other_micro}", plain._replace(micro=args.other_micro)
+
+
+def run(args: argparse.Namespace, record: Callable[[dict[str, Any]], None], loaded: Callable[..., Config]) -> None:
+    """Every case in every dtype; each difference is recorded when it is known."""
+    first: dict[str, Gradient] = {}
+    for dtype in args.dtypes.split(","):
+        for name, case in cases(args):
+            words = {"learn.micro_batch": case.micro, "learn.reference_every": 1, "shard": case.shard}
+            cfg = loaded(prompts=max(args.devices), **{"model.dtype": dtype}, **words)
+            shallow(cfg, args.layers)
+            found = gradient(cfg, case, args.kept)
+            if name == BASE:
+                first[dtype], figures = found, {f"{dtype}: |g|": results.figure(size(found), "over all leaves", 1)}
+                if dtype != "float32" and "float32" in first:
+                    figures[f"{dtype}: against float32"] = difference(found, first["float32"])
+            else:
+                figures = {f"{dtype}: {name}": difference(found, first[dtype])}
+            record(figures)
+            for figure, f in figures.items():
+                print(f"{f['value']:.3e}  {figure}", flush=True)
+
+
+def gradient(cfg: Config, case: Case, kept: int) -> Gradient:
+    """The mean loss's gradient of `kept` made-up samples for each of `cfg.prompts` prompts."""
+    mesh = assemble.make_mesh(case.devices, case.shard, cfg.prompts)
+    with jax.set_mesh(mesh):
+        model, base, cond = network(cfg, mesh)
+        split = functools.partial(sharding.split, mesh=mesh)
+        frozen, optimizer = Frozen(base, {}, {}), learn.make_optimizer(cfg)
+        state = learn.init_state(jax.random.key(0), frozen, model=model, optimizer=optimizer, cfg=cfg)
+        state = sharding.replicate(state, mesh)
+        moved = drawn(state.lora, NamedSharding(mesh, sharding.WHOLE))
+        keys = jax.random.split(jax.random.key(1), (cfg.prompts, kept))
+        x0 = jax.vmap(jax.vmap(model.noise))(keys)
+        advantage = jnp.tile(jnp.linspace(-2.0, 2.0, kept), (cfg.prompts, 1))
+        step = Ahead(jax.jit(functools.partial(learn.gradients, model=model, cfg=cfg)), case.options)
+        given = state._replace(lora=moved), state, frozen, cond, *map(split, (keys, algos.Sample(x0), advantage))
+        found: Any = None
+        for _ in range(case.runs):
+            found, _ = step(*given)
+        return {path: np.asarray(x, np.float64) for path, x in leaves_by_path(jax.device_get(found)).items()}
+
+
+def network(cfg: Config, mesh: Mesh) -> tuple[Any, PyTree, PyTree]:
+    """(the model, its base, texts ~ N(0, 1)) in the config's dtype, with values that bfloat16 has."""
+    coarse, fine = (shapes.read(config.override(cfg, **{"model.dtype": t}), 1) for t in ("bfloat16", cfg.model.dtype))
+    base, cond = coarse.frozen.base, coarse.prompts.cond
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sharding.weights(base))
+    texts = jax.tree.map(lambda x: 50 * x, drawn(cond, NamedSharding(mesh, sharding.SPLIT)))
+
+    def cast(values: PyTree, like: PyTree) -> PyTree:
+        return jax.tree.map(lambda x, to: x.astype(jnp.bfloat16).astype(to.dtype), values, like)
+
+    return fine.model, cast(drawn(base, places), fine.frozen.base), cast(texts, fine.prompts.cond)
+
+
+def shallow(cfg: Config, layers: str) -> None:
+    """Set the numbers of blocks in a public model's configs; a folder with weights of its own stays as it is."""
+    file = Path(cfg.model.path) / "transformer/config.json"
+    if layers != "0" and not list(file.parent.glob("*.safetensors*")):
+        few = dict(zip(("num_layers", "num_single_layers"), map(int, layers.split(",")), strict=True))
+        file.write_text(json.dumps(json.loads(file.read_text()) | few))
+
+
+def size(g: Gradient) -> float:
+    return float(np.sqrt(sum(np.sum(x**2) for x in g.values())))
+
+
+def difference(found: Gradient, other: Gradient) -> dict[str, Any]:
+    """|found - other| / |other| over all leaves."""
+    apart = size({path: found[path] - other[path] for path in other}) / size(other)
+    return results.figure(apart, "|g' - g| / |g|", 1)
