@@ -151,7 +151,8 @@ def peaks(mesh: Mesh) -> list[float]:
 class Bench:
     """Everything that an iteration takes, drawn at random on the mesh; `figures` is what was measured.
 
-    The base and the text encoders lie over `fsdp` of the mesh. `written` is called after every figure.
+    The base and the text encoders lie over `fsdp` of the mesh. `written` is called after every figure. Made outside of
+    any mesh of several devices, as FLOPs are counted; what it measures runs under its own.
     """
 
     def __init__(
@@ -165,6 +166,7 @@ class Bench:
         self.cfg, self.mesh, self.repeat, self.folder, self.written = cfg, mesh, repeat, folder, written
         self.figures, self.before = {}, peaks(mesh)
         self.sizes = shapes.read(cfg, 1)
+        self.flop = {part: found.total() for part, found in plan.per_image_flops(self.sizes).items()}
         self.optimizer = make_optimizer(cfg)
         base, vae, towers = self.sizes.frozen
         self.frozen = Frozen(self.drawn(base, sharding.weights(base)), self.drawn(vae), self.drawn(towers))
@@ -235,8 +237,7 @@ class Bench:
         velocity = jax.jit(sharding.over_data(model.velocity, specs, sharding.SPLIT))
         call = functools.partial(velocity, variables, noise, sigma, cond)
         seconds, compiling = timed(call, self.repeat)
-        flop = plan.per_image_flops(self.sizes)["forward"].total() * batch
-        self.note(f"{precision} forward of {batch}", seconds, flop / 1e12, compile=compiling)
+        self.note(f"{precision} forward of {batch}", seconds, self.flop["forward"] * batch / 1e12, compile=compiling)
         self.profiled(f"{precision} forward of {batch}", call)
 
     def quantised(self, precision: str) -> PyTree:
@@ -266,8 +267,7 @@ class Bench:
         latents = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), batch))
         call = functools.partial(jax.jit(model.decode), self.frozen.vae, latents)
         seconds, compiling = timed(call, self.repeat)
-        flop = plan.per_image_flops(self.sizes)["decode"].total() * batch
-        self.note(f"decode of {batch}, {dtype}", seconds, flop / 1e12, compile=compiling)
+        self.note(f"decode of {batch}, {dtype}", seconds, self.flop["decode"] * batch / 1e12, compile=compiling)
         self.profiled(f"decode of {batch}, {dtype}", call)
 
     def reward(self, batch: int) -> None:
@@ -360,8 +360,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
         tflop = work(cfg, mesh.size)
-        stack.enter_context(jax.set_mesh(mesh))
         bench = Bench(cfg, mesh, args.repeat, args.profile)
+        stack.enter_context(jax.set_mesh(mesh))
         forwards, decodes = ([word.split(":") for word in words.split(",")] for words in (args.forward, args.decode))
         keeping = ",".join(cfg.model.remat_keeps) if args.keeps is None else args.keeps
         steps = [

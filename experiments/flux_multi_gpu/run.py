@@ -7,11 +7,11 @@
     python -m experiments.flux_multi_gpu.run --part=pipelined --settings=named --out=experiments/flux_multi_gpu/results/pipelined.json
     python -m experiments.flux_multi_gpu.run --part=gradients --devices=1,2,4 --out=experiments/flux_multi_gpu/results/gradients.json
 
-    export XLA_FLAGS=--xla_force_host_platform_device_count=4 # what follows takes a minute or two each on a CPU
-    python -m experiments.flux_multi_gpu.run --config=tiny --part=scaling --devices=1,2 --repeat=2 --set=candidates=4,kept=2,learn.updates=1,learn.micro_batch=4 --out=/tmp/scaling.json  # in short
-    python -m experiments.flux_multi_gpu.run --config=tiny --part=shards --devices=2 --shard=2 --repeat=1 --settings=named --chunk=4 --set=candidates=4,kept=2,learn.updates=1 --out=/tmp/shards.json  # in short
-    python -m experiments.flux_multi_gpu.run --config=tiny --part=pipelined --devices=2 --shard=2 --repeat=1 --settings=named --chunk=4 --set=candidates=4,kept=2,learn.updates=1 --out=/tmp/pipelined.json  # in short
-    python -m experiments.flux_multi_gpu.run --config=tiny --part=gradients --devices=1,2 --shard=2 --kept=2 --set=learn.updates=1 --other_micro=8 --out=/tmp/gradients.json  # in short
+    export XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_DISABLE_MOST_OPTIMIZATIONS=1  # a minute or two each:
+    python -m experiments.flux_multi_gpu.run --config=tiny --part=scaling --devices=1,2 --repeat=2 --set=candidates=4,kept=2,explore.chunk=4,regenerate.chunk=2,learn.updates=1,learn.micro_batch=4 --out=/tmp/scaling.json  # in short
+    python -m experiments.flux_multi_gpu.run --config=tiny --part=shards --devices=2 --shard=2 --repeat=1 --chunk=2 --settings=named --set=candidates=4,kept=2,explore.chunk=4,regenerate.chunk=2,learn.updates=1,learn.micro_batch=4 --out=/tmp/shards.json  # in short
+    python -m experiments.flux_multi_gpu.run --config=tiny --part=pipelined --devices=2 --shard=2 --repeat=1 --chunk=2 --settings=named --set=candidates=4,kept=2,explore.chunk=4,regenerate.chunk=2,learn.updates=1,learn.micro_batch=4 --out=/tmp/pipelined.json  # in short
+    python -m experiments.flux_multi_gpu.run --config=tiny --part=gradients --devices=1,2 --shard=2 --kept=2 --dtypes=float32 --set=learn.updates=1 --other_micro=8 --out=/tmp/gradients.json  # in short
 
 Random weights at full size, `--each` prompts a card, so that perfect scaling keeps the seconds and multiplies the
 prompts. Figures are medians of `--repeat` iterations after a first one, [least, most] of them; every ratio is of one
@@ -25,7 +25,6 @@ gradients    gradients.py
 """
 
 import argparse
-import dataclasses
 import functools
 import gc
 import os
@@ -80,14 +79,14 @@ def measured(record: Record, name: str, cfg: Config, devices: int, repeat: int, 
     mesh, tflop = assemble.make_mesh(devices, cfg.shard, cfg.prompts), work(cfg, devices)
     rows = []
     try:
+        bench = Bench(cfg, mesh, repeat, written=record.named(name))
         with jax.set_mesh(mesh):
-            bench = Bench(cfg, mesh, repeat, written=record.named(name))
             bench.encode()
             rows = bench.iterations(tflop, options)
-            del bench
     except jax.errors.JaxRuntimeError as e:  # out of memory: said, and the next form begins
         record({f"{name}: failed": results.figure(None, str(e)[:300].replace("\n", " "), 0)})
         print(f"{name} failed: {str(e)[:300]}", flush=True)
+    bench = None  # its arrays are freed before the next form
     gc.collect()
     return rows
 
@@ -122,11 +121,15 @@ def scaling(args: argparse.Namespace, record: Record, loaded: Callable[..., Conf
             print(f"efficiency on {devices}: {efficiency['value']:.4f} {efficiency['spread']}", flush=True)
 
 
+def named_setting(args: argparse.Namespace) -> dict[str, str]:
+    """The config words of the setting for cards of 24 GB."""
+    words = {"explore.chunk": args.chunk, "regenerate.chunk": args.chunk}
+    return words | {"learn.micro_batch": args.micro_batch, "model.remat_keeps": args.keeps}
+
+
 def forms(args: argparse.Namespace, record: Record, loaded: Callable[..., Config]) -> None:
     """The forms of the part at every setting, and how long one takes over another."""
-    words = {"explore.chunk": args.chunk, "regenerate.chunk": args.chunk}
-    words |= {"learn.micro_batch": args.micro_batch, "model.remat_keeps": args.keeps}
-    settings = {"named": words, "default": {}}
+    settings = {"named": named_setting(args), "default": {}}
     (devices,) = args.devices
     for setting in args.settings:
         found: dict[str, list[dict[str, float]]] = {}
@@ -199,13 +202,14 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--limit={args.limit}: the allocators' limits are {limits()} GB; give --card_gb, on GPUs")
     with tempfile.TemporaryDirectory() as folder:
 
-        def loaded(**words: Any) -> Config:
-            named = config.load(args.config, {**args.set, **{k: str(v) for k, v in words.items()}})
-            return assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
+        def named(**words: Any) -> Config:
+            return config.load(args.config, {**args.set, **{k: str(v) for k, v in words.items()}})
 
-        told = loaded(prompts=args.each * max(args.devices))
-        told = dataclasses.replace(told, model=dataclasses.replace(told.model, path=Path(told.model.path).name))
-        record = Record(args.out, config=config.to_json(told), shard=args.shard)
+        def loaded(**words: Any) -> Config:
+            return assemble.resolved(shapes.with_configs(named(**words), folder), assemble.capability())
+
+        told = named(prompts=args.each * max(args.devices))
+        record = Record(args.out, config=config.to_json(told), named=named_setting(args), shard=args.shard)
         if found := limits():
             record({"limit of JAX's memory on a card": results.figure(max(found), "GB", len(found))})
         {"scaling": scaling, "gradients": gradients.run}.get(args.part, forms)(args, record, loaded)
