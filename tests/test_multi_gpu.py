@@ -84,8 +84,9 @@ def test_iterations_are_told_one_by_one(tmp_path, monkeypatch):
             return self.jitted(*args)
 
     class Staged:
-        jit = {name: lambda state: state for name in ("merged", "quantised", "explore", "learn")}
-        count = 0
+        def __init__(self):
+            self.count, names = 0, ("merged", "quantised", "explore", "learn")
+            self.jit = {name: lambda state: state for name in names}
 
         def __call__(self, state, frozen, prompts, times):
             self.count += 1
@@ -201,6 +202,8 @@ def test_the_limit_of_a_cards_memory(tmp_path, monkeypatch, loads_nano, capsys):
     run.limit(23.7, 85.0)
     share = float(run.os.environ[run.FRACTION])
     assert 23.68 < share * 85.0 <= 23.7
+    assert run.parsed(["--part=shards", "--settings=named", "--limit=23.7"]).forms == ("parts",)
+    assert run.parsed(["--part=shards", "--settings=named", "--limit=23.7"]).out.name == "shards_named_limited.json"
     with pytest.raises(SystemExit, match=r"--limit=23.7: the allocators' limits are \[\] GB"):
         run.main(["--part=shards", "--limit=23.7", "--card_gb=85", f"--out={tmp_path / 's.json'}"])
     for word in ("--part=shards --devices=1,2", "--settings=mine", "--part=pipelined --forms=half"):
@@ -213,27 +216,30 @@ def test_the_cases_of_a_gradient(tmp_path, monkeypatch, loads_nano):
     """Each against one device's of its dtype, bfloat16's also against float32's; run twice where that is the case."""
     asked = []
 
-    def made(cfg, case, kept):
-        asked.append((cfg.model.dtype, cfg.learn.micro_batch, kept, *case))
+    def made(cfg, case, count, runs):
+        asked.append((cfg.model.dtype, cfg.learn.micro_batch, count, runs, *case))
         assert cfg.prompts == 4 and cfg.shard == case.shard and cfg.learn.reference_every == 1
-        return {"a": np.array([10.0 + (cfg.model.dtype == "bfloat16") + case.devices / 10])}
+        bias = 10.0 + (cfg.model.dtype == "bfloat16") + case.devices / 10 + (case.micro == 4) / 2
+        return [{"a": np.array([bias + i])} for i in range(runs)]
 
     monkeypatch.setattr(gradients, "gradient", made)
     words = ["--part=gradients", "--devices=1,2,4", "--other=xla_a=1", "--micro=2", "--other_micro=4", "--layers=0"]
     run.main([*words, f"--out={tmp_path / 'g.json'}"])
     found = {k: f["value"] for k, f in json.loads((tmp_path / "g.json").read_text())["figures"].items()}
-    assert [case[3:5] for case in asked[:7]] == [(1, 1), (1, 1), (4, 1), (4, 4), (2, 1), (1, 1), (1, 1)]
-    assert [case[-1] for case in asked[:7]] == [1, 2, 1, 1, 1, 1, 1] and len(asked) == 14
-    assert asked[5][-2] == {"xla_a": "1"} and asked[6][:3] == ("float32", 4, 3)
+    assert [case[4:6] for case in asked[:7]] == [(1, 1), (4, 1), (4, 4), (2, 1), (1, 1), (1, 1), (4, 1)]
+    assert [case[1] for case in asked[:7]] == [2, 2, 2, 2, 2, 4, 4] and len(asked) == 14
+    assert [case[3] for case in asked[:7]] == [2, 1, 1, 1, 1, 1, 1] and asked[4][-2] == {"xla_a": "1"}
     assert found["float32: |g|"] == 10.1 and found["float32: 4 devices, shard=4"] == pytest.approx(0.3 / 10.1)
+    assert found["float32: 4 devices, micro_batch=4 on both"] == pytest.approx(0.3 / 10.6)
     assert found["bfloat16: against float32"] == pytest.approx(1 / 10.1)
-    assert found["bfloat16: 2 devices"] == pytest.approx(0.1 / 11.1) and found["bfloat16: run again"] == 0
+    assert found["bfloat16: 2 devices"] == pytest.approx(0.1 / 11.1)
+    assert found["bfloat16: run again"] == pytest.approx(1 / 11.1)
 
 
 @pytest.mark.slow
 def test_gradients_on_one_device_and_on_several(tmp_path, loads_nano):
     """Equal in float32, on two devices and with the base over them; the same program gives the same numbers."""
-    words = ["--part=gradients", "--devices=1,2", "--shard=2", "--kept=2", "--dtypes=float32", "--layers=0"]
+    words = ["--part=gradients", "--devices=1,2", "--shard=2", "--dtypes=float32", "--layers=0"]
     words += ["--set=learn.micro_batch=2", "--micro=2", "--other_micro=4"]
     run.main([*words, f"--out={tmp_path / 'g.json'}"])
     found = {k: f["value"] for k, f in json.loads((tmp_path / "g.json").read_text())["figures"].items()}
@@ -245,6 +251,7 @@ def test_gradients_on_one_device_and_on_several(tmp_path, loads_nano):
         "float32: 2 devices, shard=2",
         "float32: compiled with xla_disable_hlo_passes=fusion",
         "float32: micro_batch=4",
+        "float32: 2 devices, micro_batch=4 on both",
     }
 
 
@@ -270,7 +277,7 @@ SHORT = [command for command in documents.in_short() if command.words[2] == "exp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", SHORT, ids=lambda c: c.words[4])
+@pytest.mark.parametrize("command", SHORT, ids=lambda c: c.words[4].partition("=")[2])
 def test_in_short(command, tmp_path):
     words = [f"--out={tmp_path / 'out.json'}" if w.startswith("--out=") else w for w in command.words[3:]]
     run.main(words)

@@ -2,18 +2,18 @@
 
 Of a FLUX of true width with fewer blocks (`--layers=4,8`: 4 double, 8 single), so that float32 fits a card. The weights
 and texts are numbers that bfloat16 has, so both dtypes compute the same function; the adapter is a random one, for a
-fresh one's down factors have no gradient. All prompts' samples are the same on any number of cards, in micro-batches of
-the same points.
+fresh one's down factors have no gradient. The samples are the same on any number of cards.
 
-Against the gradient g of one card, |g' - g| / |g| over all leaves, for each dtype: the same program run again (some
-kernels add in an order that differs each time), compiled with another option of XLA (`--other`), in other micro-batches
-(`--other_micro`), on several cards, and with the base over `--shard` of them. In bfloat16 also g against float32's.
+Each difference is |g' - g| / |g| over all leaves, in each dtype. Against g of one card, in the same micro-batches: on
+several cards, with the base over `--shard` of them, the same program run again (some kernels add in an order that
+differs each time), and compiled with another option of XLA (`--other`). Then one card in other micro-batches
+(`--other_micro`), and several cards against it in these. In bfloat16 also g against float32's.
 """
 
 import argparse
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,60 +37,66 @@ BASE = "one card"
 
 
 class Case(NamedTuple):
-    """One way to compute the gradient. Two `runs`: the second one's is taken."""
+    """One way to compute the gradient, and the name of the case with which it is compared."""
 
     devices: int = 1
     shard: int = 1
     micro: int = 4
     options: Options | None = None
-    runs: int = 1
+    against: str = BASE
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtypes", default="float32,bfloat16", help="gradients: model.dtype, with commas")
     parser.add_argument("--layers", default="4,8", help="gradients: FLUX's double and single blocks; 0: all")
-    parser.add_argument("--kept", type=int, default=3, help="gradients: samples a prompt")
+    parser.add_argument("--samples", type=int, default=2, help="gradients: samples a prompt")
     parser.add_argument("--micro", type=int, default=4, help="gradients: points of a micro-batch")
-    parser.add_argument("--other_micro", type=int, default=12, help="gradients: points of another micro-batch")
+    parser.add_argument("--other_micro", type=int, default=8, help="gradients: points of another micro-batch")
     parser.add_argument("--other", default="", help="gradients: XLA's option of another compilation, NAME=VALUE")
 
 
-def cases(args: argparse.Namespace) -> Iterator[tuple[str, Case]]:
-    """{name: case}, the one that the others are compared with first."""
-    plain = Case(micro=args.micro)
-    name, _, value = (args.other or OTHER[device.platform()]).partition("=")
-    yield BASE, plain
-    yield "run again", plain._replace(runs=2)
-    for devices in sorted({*args.devices} - {1}, reverse=True):
-        yield f"{devices} devices", plain._replace(devices=devices)
-        if devices % args.shard == 0 and args.shard > 1:
-            yield f"{devices} devices, shard={args.shard}", plain._replace(devices=devices, shard=args.shard)
-    yield f"compiled with {name}={value}", plain._replace(options={name: value})
-    yield f"micro_batch={args.other_micro}", plain._replace(micro=args.other_micro)
+def cases(args: argparse.Namespace) -> dict[str, Case]:
+    """By name, in the order of their worth, for a command may be cut short."""
+    plain, several = Case(micro=args.micro), sorted({*args.devices} - {1}, reverse=True)
+    option, _, value = (args.other or OTHER[device.platform()]).partition("=")
+    other = f"micro_batch={args.other_micro}"
+    found = {BASE: plain}
+    for devices in several:
+        found[f"{devices} devices"] = plain._replace(devices=devices)
+        if args.shard > 1 and devices % args.shard == 0:
+            found[f"{devices} devices, shard={args.shard}"] = plain._replace(devices=devices, shard=args.shard)
+    found[f"compiled with {option}={value}"] = plain._replace(options={option: value})
+    found[other] = plain._replace(micro=args.other_micro)
+    for devices in several[:1]:
+        found[f"{devices} devices, {other} on both"] = Case(devices, micro=args.other_micro, against=other)
+    return found
 
 
 def run(args: argparse.Namespace, record: Callable[[dict[str, Any]], None], loaded: Callable[..., Config]) -> None:
     """Every case in every dtype; each difference is recorded when it is known."""
-    first: dict[str, Gradient] = {}
+    exact: Gradient | None = None
     for dtype in args.dtypes.split(","):
-        for name, case in cases(args):
+        known: dict[str, Gradient] = {}
+        for name, case in cases(args).items():
             words = {"learn.micro_batch": case.micro, "learn.reference_every": 1, "shard": case.shard}
             cfg = loaded(prompts=max(args.devices), **{"model.dtype": dtype}, **words)
             shallow(cfg, args.layers)
-            found = gradient(cfg, case, args.kept)
+            known[name], *again = gradient(cfg, case, args.samples, runs=2 if name == BASE else 1)
+            figures = {f"{dtype}: {name}": difference(known[name], known[case.against])}
             if name == BASE:
-                first[dtype], figures = found, {f"{dtype}: |g|": results.figure(size(found), "over all leaves", 1)}
-                if dtype != "float32" and "float32" in first:
-                    figures[f"{dtype}: against float32"] = difference(found, first["float32"])
-            else:
-                figures = {f"{dtype}: {name}": difference(found, first[dtype])}
+                figures = {f"{dtype}: |g|": results.figure(size(known[name]), "over all leaves", 1)}
+                figures[f"{dtype}: run again"] = difference(*again, known[name])
+                if dtype == "float32":
+                    exact = known[name]
+                elif exact is not None:
+                    figures[f"{dtype}: against float32"] = difference(known[name], exact)
             record(figures)
             for figure, f in figures.items():
                 print(f"{f['value']:.3e}  {figure}", flush=True)
 
 
-def gradient(cfg: Config, case: Case, kept: int) -> Gradient:
-    """The mean loss's gradient of `kept` made-up samples for each of `cfg.prompts` prompts."""
+def gradient(cfg: Config, case: Case, count: int, runs: int) -> list[Gradient]:
+    """The mean loss's gradient of `count` made-up samples for each of `cfg.prompts` prompts, found `runs` times."""
     mesh = assemble.make_mesh(case.devices, case.shard, cfg.prompts)
     with jax.set_mesh(mesh):
         model, base, cond = network(cfg, mesh)
@@ -99,15 +105,13 @@ def gradient(cfg: Config, case: Case, kept: int) -> Gradient:
         state = learn.init_state(jax.random.key(0), frozen, model=model, optimizer=optimizer, cfg=cfg)
         state = sharding.replicate(state, mesh)
         moved = drawn(state.lora, NamedSharding(mesh, sharding.WHOLE))
-        keys = jax.random.split(jax.random.key(1), (cfg.prompts, kept))
+        keys = jax.random.split(jax.random.key(1), (cfg.prompts, count))
         x0 = jax.vmap(jax.vmap(model.noise))(keys)
-        advantage = jnp.tile(jnp.linspace(-2.0, 2.0, kept), (cfg.prompts, 1))
+        advantage = jnp.tile(jnp.linspace(-2.0, 2.0, count), (cfg.prompts, 1))
         step = Ahead(jax.jit(functools.partial(learn.gradients, model=model, cfg=cfg)), case.options)
         given = state._replace(lora=moved), state, frozen, cond, *map(split, (keys, algos.Sample(x0), advantage))
-        found: Any = None
-        for _ in range(case.runs):
-            found, _ = step(*given)
-        return {path: np.asarray(x, np.float64) for path, x in leaves_by_path(jax.device_get(found)).items()}
+        found = [jax.device_get(step(*given)[0]) for _ in range(runs)]
+    return [{path: np.asarray(x, np.float64) for path, x in leaves_by_path(g).items()} for g in found]
 
 
 def network(cfg: Config, mesh: Mesh) -> tuple[Any, PyTree, PyTree]:

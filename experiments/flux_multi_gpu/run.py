@@ -1,17 +1,17 @@
 """FLUX.1-dev on the cards of one host: scaling, the base over several cards, pipelined gathers, equal gradients.
 
-    python -m experiments.flux_multi_gpu.run --part=scaling --devices=1,2,4 --out=experiments/flux_multi_gpu/results/four_cards.json
-    python -m experiments.flux_multi_gpu.run --part=shards --settings=named --out=experiments/flux_multi_gpu/results/shards_named.json
-    python -m experiments.flux_multi_gpu.run --part=shards --settings=default --out=experiments/flux_multi_gpu/results/shards_default.json
-    python -m experiments.flux_multi_gpu.run --part=shards --settings=named --forms=parts --limit=23.7 --out=experiments/flux_multi_gpu/results/shards_limited.json
-    python -m experiments.flux_multi_gpu.run --part=pipelined --settings=named --out=experiments/flux_multi_gpu/results/pipelined.json
-    python -m experiments.flux_multi_gpu.run --part=gradients --devices=1,2,4 --out=experiments/flux_multi_gpu/results/gradients.json
+    python -m experiments.flux_multi_gpu.run --part=scaling --devices=1,2,4 --repeat=3
+    python -m experiments.flux_multi_gpu.run --part=shards --devices=4 --shard=4 --settings=named
+    python -m experiments.flux_multi_gpu.run --part=shards --devices=4 --shard=4 --settings=default
+    python -m experiments.flux_multi_gpu.run --part=shards --devices=4 --shard=4 --settings=named --limit=23.7
+    python -m experiments.flux_multi_gpu.run --part=pipelined --devices=4 --shard=4 --settings=named
+    python -m experiments.flux_multi_gpu.run --part=gradients --devices=1,2,4 --shard=4
 
-    export XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_DISABLE_MOST_OPTIMIZATIONS=1  # a minute or two each:
-    python -m experiments.flux_multi_gpu.run --config=tiny --part=scaling --devices=1,2 --repeat=2 --set=candidates=4,kept=2,explore.chunk=4,regenerate.chunk=2,learn.updates=1,learn.micro_batch=4 --out=/tmp/scaling.json  # in short
-    python -m experiments.flux_multi_gpu.run --config=tiny --part=shards --devices=2 --shard=2 --repeat=1 --chunk=2 --settings=named --set=candidates=4,kept=2,explore.chunk=4,regenerate.chunk=2,learn.updates=1,learn.micro_batch=4 --out=/tmp/shards.json  # in short
-    python -m experiments.flux_multi_gpu.run --config=tiny --part=pipelined --devices=2 --shard=2 --repeat=1 --chunk=2 --settings=named --set=candidates=4,kept=2,explore.chunk=4,regenerate.chunk=2,learn.updates=1,learn.micro_batch=4 --out=/tmp/pipelined.json  # in short
-    python -m experiments.flux_multi_gpu.run --config=tiny --part=gradients --devices=1,2 --shard=2 --kept=2 --dtypes=float32 --set=learn.updates=1 --other_micro=8 --out=/tmp/gradients.json  # in short
+    export XLA_FLAGS=--xla_force_host_platform_device_count=2 JAX_DISABLE_MOST_OPTIMIZATIONS=1  # a minute or two each
+    python -m experiments.flux_multi_gpu.run --short --part=scaling --devices=1,2 --out=/tmp/s.json   # in short
+    python -m experiments.flux_multi_gpu.run --short --part=shards --devices=2 --out=/tmp/s.json      # in short
+    python -m experiments.flux_multi_gpu.run --short --part=pipelined --devices=2 --out=/tmp/s.json   # in short
+    python -m experiments.flux_multi_gpu.run --short --part=gradients --devices=1,2 --out=/tmp/s.json # in short
 
 Random weights at full size, `--each` prompts a card, so that perfect scaling keeps the seconds and multiplies the
 prompts. Figures are medians of `--repeat` iterations after a first one, [least, most] of them; every ratio is of one
@@ -19,13 +19,13 @@ process. The file is written after every figure. A form that runs out of memory 
 
 scaling      prompts a second and efficiency on 1, 2, 4 cards, seconds of each stage, peak memory of each card
 shards       the base over `--shard` cards against whole on each, at a setting for cards of 24 GB (`--chunk`,
-             `--micro_batch`, `--keeps`) and at the config's own; `--limit` GB for JAX's allocator on each card
+             `--micro_batch`, `--keeps`) and at the config's own; with `--limit` GB for JAX's allocator on each
+             card, in parts alone
 pipelined    the base over several cards, with XLA's pipelined all-gathers against without
 gradients    gradients.py
 """
 
 import argparse
-import functools
 import gc
 import os
 import statistics
@@ -40,7 +40,7 @@ import jax
 from experiments import results
 from experiments.flux_multi_gpu import gradients
 from experiments.full_size import Bench, Options, work
-from solrl_jax import config, device, sharding
+from solrl_jax import config, device
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
@@ -53,6 +53,17 @@ FORMS: dict[str, tuple[bool, Options | None]] = {
 }
 """Of the base: whether it lies in parts, and XLA's options. In the order of their memory, for JAX tells the peak of a
 process: a form's own is known where it exceeds that of the forms before."""
+HERE = Path(__file__).resolve().parent
+SHORT = {
+    "config": "tiny",
+    "repeat": 1,
+    "shard": 2,
+    "settings": "named",
+    "chunk": "2",
+    "dtypes": "float32",
+    "set": "candidates=4,kept=2,explore.chunk=4,regenerate.chunk=2,learn.updates=1,learn.micro_batch=4",
+}
+"""The small world's defaults of the arguments."""
 OF_PART = {"shards": ("parts", "whole"), "pipelined": ("parts", "parts, pipelined")}
 RATIOS = (("parts", "whole"), ("parts, pipelined", "parts"), ("parts, pipelined", "whole"))
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -77,6 +88,7 @@ def measured(record: Record, name: str, cfg: Config, devices: int, repeat: int, 
     """Seconds of each of `repeat` iterations by stage, recorded under `name`; nothing if memory ran out."""
     print(f"--- {name}", flush=True)
     mesh, tflop = assemble.make_mesh(devices, cfg.shard, cfg.prompts), work(cfg, devices)
+    assemble.check_divides(cfg, devices)
     rows = []
     try:
         bench = Bench(cfg, mesh, repeat, written=record.named(name))
@@ -163,6 +175,7 @@ def limits() -> list[float]:
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="scaling", choices=("scaling", *OF_PART, "gradients"))
+    parser.add_argument("--short", action="store_true", help="other defaults, for the small world on a CPU")
     parser.add_argument("--config", default="flux")
     parser.add_argument("--devices", help="numbers of cards, with commas; one for shards and pipelined")
     parser.add_argument("--shard", type=int, default=4, help="cards over which the base lies")
@@ -176,13 +189,25 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, help="GB of every card that JAX's allocator may take")
     parser.add_argument("--card_gb", type=float, help="GB (1e9 bytes) of a card; default: nvidia-smi's")
     parser.add_argument("--set", default="", help="config words, field=value with commas: reward=pickscore")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="default: results/PART_SETTING.json")
     gradients.arguments(parser)
     args = parser.parse_args(argv)
+    if args.short:
+        parser.set_defaults(**SHORT)
+        args = parser.parse_args(argv)
+    return checked(args, parser)
+
+
+def checked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments as lists, numbers and a file's name."""
     args.devices = [int(n) for n in (args.devices or ("4" if args.part in OF_PART else "1,2,4")).split(",")]
     args.set = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
     args.settings = args.settings.split(",")
-    args.forms = [form.strip() for form in args.forms.split(";")] if args.forms else OF_PART.get(args.part, ())
+    taken = ("parts",) if args.part == "shards" and args.limit else OF_PART.get(args.part, ())
+    args.forms = [form.strip() for form in args.forms.split(";")] if args.forms else taken
+    setting = args.settings if args.part in OF_PART and len(args.settings) == 1 else []
+    name = "_".join([args.part, *setting, *(["limited"] if args.limit else [])])
+    args.out = args.out or HERE / f"results/{name}.json"
     if args.part in OF_PART and len(args.devices) > 1:
         parser.error(f"--devices={args.devices}: --part={args.part} takes one number of cards")
     if strange := {*args.forms} - {*FORMS}:
