@@ -65,7 +65,8 @@ def cases(args: argparse.Namespace) -> dict[str, Case]:
         found[f"{devices} devices"] = plain._replace(devices=devices)
         if args.shard > 1 and devices % args.shard == 0:
             found[f"{devices} devices, shard={args.shard}"] = plain._replace(devices=devices, shard=args.shard)
-    found[f"compiled with {option}={value}"] = plain._replace(options={option: value})
+    switch = {"true": True, "false": False}.get(value.lower(), value)  # XLA reads other values from their text
+    found[f"compiled with {option}={value}"] = plain._replace(options={option: switch})
     found[other] = plain._replace(micro=args.other_micro)
     for devices in several[:1]:
         found[f"{devices} devices, {other} on both"] = Case(devices, micro=args.other_micro, against=other)
