@@ -187,7 +187,6 @@ def test_a_form_that_runs_out_of_memory_is_recorded(tmp_path, monkeypatch, loads
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 7 bytes")
 
     monkeypatch.setattr(run, "Bench", full)
-    monkeypatch.setattr(run, "work", lambda cfg, devices: {})
     words = ["--settings=named", "--devices=2", "--shard=2", "--chunk=4", "--micro_batch=2"]
     run.main(["--part=shards", *words, f"--out={tmp_path / 's.json'}"])
     found = json.loads((tmp_path / "s.json").read_text())["figures"]

@@ -39,7 +39,7 @@ import jax
 
 from experiments import results
 from experiments.flux_multi_gpu import gradients
-from experiments.full_size import Bench, Options, work
+from experiments.full_size import Bench, Options
 from solrl_jax import config, device
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
@@ -87,14 +87,14 @@ class Record:
 def measured(record: Record, name: str, cfg: Config, devices: int, repeat: int, options: Options | None = None):
     """Seconds of each of `repeat` iterations by stage, recorded under `name`; nothing if memory ran out."""
     print(f"--- {name}", flush=True)
-    mesh, tflop = assemble.make_mesh(devices, cfg.shard, cfg.prompts), work(cfg, devices)
+    mesh = assemble.make_mesh(devices, cfg.shard, cfg.prompts)
     assemble.check_divides(cfg, devices)
     rows = []
     try:
         bench = Bench(cfg, mesh, repeat, written=record.named(name))
         with jax.set_mesh(mesh):
             bench.encode()
-            rows = bench.iterations(tflop, options)
+            rows = bench.iterations({}, options)
     except jax.errors.JaxRuntimeError as e:  # out of memory: said, and the next form begins
         record({f"{name}: failed": results.figure(None, str(e)[:300].replace("\n", " "), 0)})
         print(f"{name} failed: {str(e)[:300]}", flush=True)
