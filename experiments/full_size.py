@@ -166,7 +166,7 @@ class Bench:
         self.cfg, self.mesh, self.repeat, self.folder, self.written = cfg, mesh, repeat, folder, written
         self.figures, self.before = {}, peaks(mesh)
         self.sizes = shapes.read(cfg, 1)
-        self.flop = {"forward": 0.0, "decode": 0.0}
+        self.flop: Mapping[str, float] = {"forward": 0.0, "decode": 0.0}
         self.optimizer = make_optimizer(cfg)
         base, vae, towers = self.sizes.frozen
         self.frozen = Frozen(self.drawn(base, sharding.weights(base)), self.drawn(vae), self.drawn(towers))
