@@ -2,6 +2,7 @@
 
     python -m experiments.full_size --config=flux:sol_rl --out=experiments/flux_h100/results/iteration.json  # an H100
     python -m experiments.full_size --config=sd35:sol_rl --out=experiments/sd35_h100/results/iteration.json
+    python -m experiments.full_size --devices=4 --prompts=4 --set=shard=4 --out=FILE         # the base over 4 cards
     python -m experiments.full_size --config=tiny:sol_rl --prompts=4 --repeat=1 --out=/tmp/i.json  # the path in short
 
 Random weights take the time and the memory of real ones; what the pictures and rewards are is of no matter. Every
@@ -10,6 +11,7 @@ Programs of whole iterations are compiled before they run; with --repeat=1 there
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import statistics
@@ -30,27 +32,42 @@ from solrl_jax.config import Config
 from solrl_jax.learn import gradients, init_state, learn, make_optimizer
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
-from solrl_jax.structs import Prompts, PyTree, Rollout, Variables
+from solrl_jax.structs import Frozen, Prompts, PyTree, Rollout, Variables
+
+Options = Mapping[str, Any]
+"""XLA's options of one program, by their names in its flags."""
 
 
-def drawn(tree: PyTree, place: Sharding | None = None) -> PyTree:
+def drawn(tree: PyTree, place: Any = None) -> PyTree:
     """Random arrays for ShapeDtypeStructs, one at a time where they belong: norms' scales 1, kernels with the variance
-    that keeps a signal's size, the rest of floats ~ N(0, 0.02^2), integers small."""
+    that keeps a signal's size, the rest of floats ~ N(0, 0.02^2), integers small.
 
-    @functools.partial(jax.jit, static_argnames=("shape", "dtype", "spread"), out_shardings=place)
+    `place` is a sharding, or a tree of them. Of an array in parts each device draws its own; the numbers are the same.
+    """
+
+    def leaf(path, x, place):
+        name, key = str(getattr(path[-1], "key", "")), jax.random.key(zlib.crc32(str(path).encode()))
+        if name == "scale":
+            return jnp.ones(x.shape, x.dtype, device=place)
+        fan_in = math.prod(x.shape[:-1]) if x.ndim == 4 else x.shape[-2] if x.ndim > 1 else 1
+        return _draw(place)(key, x.shape, x.dtype, fan_in**-0.5 if name == "kernel" else 0.02)
+
+    leaves, form = jax.tree_util.tree_flatten_with_path(tree)
+    alone = place is None or isinstance(place, Sharding)
+    places = [place] * len(leaves) if alone else jax.tree.leaves(place)
+    return form.unflatten([leaf(path, x, where) for (path, x), where in zip(leaves, places, strict=True)])
+
+
+@functools.cache
+def _draw(place: Sharding | None) -> Any:
+    """(key, shape, dtype, spread) -> a random array, made where it lies."""
+
     def draw(key, shape, dtype, spread):
         if jnp.issubdtype(dtype, jnp.floating):
             return jax.random.normal(key, shape, dtype) * jnp.asarray(spread, dtype)
         return jax.random.randint(key, shape, 1, 8).astype(dtype)  # a mask is all true
 
-    def leaf(path, x):
-        name, key = str(getattr(path[-1], "key", "")), jax.random.key(zlib.crc32(str(path).encode()))
-        if name == "scale":
-            return jnp.ones(x.shape, x.dtype, device=place)
-        fan_in = math.prod(x.shape[:-1]) if x.ndim == 4 else x.shape[-2] if x.ndim > 1 else 1
-        return draw(key, x.shape, x.dtype, fan_in**-0.5 if name == "kernel" else 0.02)
-
-    return jax.tree_util.tree_map_with_path(leaf, tree)
+    return jax.jit(draw, static_argnames=("shape", "dtype", "spread"), out_shardings=place)
 
 
 def timed(call: Callable[[], Any], repeat: int) -> tuple[list[float], float]:
@@ -75,15 +92,15 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], repeat: int) -> dict[str, l
 
 
 class Ahead:
-    """A jitted function that is compiled before it first runs, and how long that took."""
+    """A jitted function that is compiled before it first runs, with XLA's `options`, and how long that took."""
 
-    def __init__(self, jitted: Any):
-        self.jitted, self.compiled, self.seconds = jitted, None, 0.0
+    def __init__(self, jitted: Any, options: Options | None = None):
+        self.jitted, self.options, self.compiled, self.seconds = jitted, options, None, 0.0
 
     def __call__(self, *args: Any) -> Any:
         if self.compiled is None:
             began = time.perf_counter()
-            self.compiled = self.jitted.lower(*args).compile()
+            self.compiled = self.jitted.lower(*args).compile(self.options)
             self.seconds = time.perf_counter() - began
         return self.compiled(*args)
 
@@ -92,33 +109,67 @@ STAGE_OF = {"merged": "quantise", "quantised": "quantise", "select_keys": "selec
 """The stage as part of which a program of iteration.Staged is timed, where that is not its name."""
 
 
-def iterations(staged: iteration.Staged, bench: "Bench", learn: bool = True) -> tuple[list[dict], dict[str, float]]:
+Times = dict[str, float]
+"""Seconds by stage."""
+
+
+def iterations(
+    staged: iteration.Staged,
+    bench: "Bench",
+    learn: bool = True,
+    options: Options | None = None,
+    each: Callable[[list[Times], Times], None] = lambda rows, compiling: None,
+) -> tuple[list[Times], Times]:
     """Seconds by stage of `bench.repeat` iterations, after a first one if there are several; compile time by stage.
 
-    Without `learn` the last stage does nothing.
+    Without `learn` the last stage does nothing. `options` are XLA's for every program. `each` gets what is known after
+    every iteration that counts.
     """
-    state, rows, compiling = bench.state(), [], dict[str, float]()
-    programs = {name: Ahead(jitted) for name, jitted in staged.jit.items()}
+    state, rows, compiling, first = bench.state(), list[Times](), Times(), bench.repeat > 1
+    programs = {name: Ahead(jitted, options) for name, jitted in staged.jit.items()}
     staged.jit |= programs if learn else programs | {"learn": lambda state, *_: (state, {})}
-    for _ in range(bench.repeat + (bench.repeat > 1)):
-        times: dict[str, float] = {}
+    for number in range(bench.repeat + first):
+        times = Times()
         state, _ = staged(state, bench.frozen, bench.prompts, times)
-        rows.append(times)
-    for name, program in programs.items():
-        stage = STAGE_OF.get(name, name)
-        compiling[stage] = compiling.get(stage, 0.0) + program.seconds
-    rows[0] = {stage: seconds - compiling[stage] for stage, seconds in rows[0].items()}
-    return rows[-bench.repeat :], compiling
+        if number == 0:
+            for name, program in programs.items():
+                stage = STAGE_OF.get(name, name)
+                compiling[stage] = compiling.get(stage, 0.0) + program.seconds
+            times = {stage: seconds - compiling[stage] for stage, seconds in times.items()}
+        if number or not first:
+            rows.append(times)
+            each(rows, compiling)
+    return rows, compiling
+
+
+def peaks(mesh: Mesh) -> list[float]:
+    """GB that were in use at most since the process began, of every device (a GPU tells; a CPU does not)."""
+    found = [device.memory_stats() for device in mesh.devices.flat]
+    return [stats["peak_bytes_in_use"] / 1e9 for stats in found if stats]
 
 
 class Bench:
-    """Everything that an iteration takes, drawn at random on the mesh; `figures` is what was measured."""
+    """Everything that an iteration takes, drawn at random on the mesh; `figures` is what was measured.
 
-    def __init__(self, cfg: Config, mesh: Mesh, repeat: int, folder: Path | None = None):
-        self.cfg, self.mesh, self.repeat, self.folder, self.figures = cfg, mesh, repeat, folder, {}
+    The base and the text encoders lie over `fsdp` of the mesh. `written` is called after every figure. `flop`
+    is of one picture by part of the work, for rates; 0: no rates.
+    """
+
+    def __init__(
+        self,
+        cfg: Config,
+        mesh: Mesh,
+        repeat: int,
+        folder: Path | None = None,
+        written: Callable[[dict[str, Any]], None] = lambda figures: None,
+    ):
+        self.cfg, self.mesh, self.repeat, self.folder, self.written = cfg, mesh, repeat, folder, written
+        self.figures, self.before = {}, peaks(mesh)
         self.sizes = shapes.read(cfg, 1)
+        self.flop: Mapping[str, float] = {"forward": 0.0, "decode": 0.0}
         self.optimizer = make_optimizer(cfg)
-        self.frozen = self.drawn(self.sizes.frozen)
+        base, vae, towers = self.sizes.frozen
+        self.frozen = Frozen(self.drawn(base, sharding.weights(base)), self.drawn(vae), self.drawn(towers))
         self.statics = {"model": self.sizes.model, "optimizer": self.optimizer, "cfg": cfg}
 
     def resize(self, cfg: Config) -> None:
@@ -127,9 +178,9 @@ class Bench:
         few = jax.device_get(jax.tree.map(lambda x: x[: cfg.prompts], self.prompts))
         self.prompts = sharding.split(few, self.mesh)
 
-    def drawn(self, tree: PyTree, split: bool = False) -> PyTree:
-        """On every device, or split over them."""
-        return drawn(tree, NamedSharding(self.mesh, sharding.SPLIT if split else sharding.WHOLE))
+    def drawn(self, tree: PyTree, where: Any = sharding.WHOLE) -> PyTree:
+        """Random arrays where a spec, or a tree of specs, says."""
+        return drawn(tree, jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), where))
 
     def note(self, name: str, seconds: list[float], tflop: float = 0.0, **more: float) -> None:
         median = statistics.median(seconds)
@@ -139,25 +190,38 @@ class Bench:
             self.figures[f"{name}: rate"] = results.figure(tflop / median, "TFLOP/s", len(seconds))
         self.figures |= {f"{name}: {k}": results.figure(v, "s", 1) for k, v in more.items()}
         print(f"{median:9.4f} s  {tflop / median:7.1f} TFLOP/s  {name}  {more or ''}", flush=True)
+        self.written(self.figures)
 
     def peak(self, name: str) -> None:
-        """The most bytes in use so far (a GPU tells; a CPU does not)."""
-        if stats := jax.local_devices()[0].memory_stats():
-            self.figures[name] = results.figure(stats["peak_bytes_in_use"] / 1e9, "GB", 1)
-            print(f"{stats['peak_bytes_in_use'] / 1e9:9.2f} GB  {name}", flush=True)
+        """The most GB in use since the process began, on the card with the most, and on each of several."""
+        if not (found := peaks(self.mesh)):
+            return
+        unit = "GB" if len(found) == 1 else "GB, the most of all cards [each]"
+        if max(found) <= max(self.before):
+            unit += ": at most, for as much was in use before"
+        each = [round(x, 3) for x in found] if len(found) > 1 else None
+        self.figures[name] = results.figure(max(found), unit, len(found), each)
+        print(f"{max(found):9.2f} {unit}  {name}  {each or ''}", flush=True)
+        self.written(self.figures)
 
     def encode(self) -> None:
-        """Text encoders, which then leave; sets `prompts`."""
-        text, tokens = self.drawn(self.sizes.text), self.drawn(self.sizes.tokens, split=True)
-        encode = jax.jit(self.sizes.model.encode)
+        """Text encoders, which then leave; sets `prompts`. Each device encodes its own."""
+        where = sharding.weights(self.sizes.text)
+        text, tokens = self.drawn(self.sizes.text, where), self.drawn(self.sizes.tokens, sharding.SPLIT)
+        model = self.sizes.model
+
+        @jax.jit
+        def encode(text, tokens):
+            return sharding.over_data(model.encode, (where, sharding.SPLIT), sharding.SPLIT)(text, tokens)
+
         seconds, compiling = timed(lambda: encode(text, tokens), self.repeat)
         self.note(f"encode {self.cfg.prompts} prompts", seconds, compile=compiling)
-        self.prompts = Prompts(encode(text, tokens), self.drawn(self.sizes.prompts.tokens, split=True))
+        self.prompts = Prompts(encode(text, tokens), self.drawn(self.sizes.prompts.tokens, sharding.SPLIT))
         self.peak("peak with the text encoders")
         jax.tree.map(lambda x: x.delete(), text)
 
     def forward(self, precision: str, batches: str) -> None:
-        """One velocity of so many images, for every one of `batches`."""
+        """One velocity of so many images a device, for every one of `batches`."""
         variables = {"params": self.frozen.base}
         if precision != "bf16":
             variables["quant"] = self.quantised(precision)
@@ -165,14 +229,15 @@ class Bench:
             self.velocity(variables, precision, batch)
 
     def velocity(self, variables: Variables, precision: str, batch: int) -> None:
-        model = self.sizes.model
-        noise = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), batch))
-        cond = jax.tree.map(lambda c: jnp.repeat(c[:1], batch, axis=0), self.prompts.cond)
-        velocity, sigma = jax.jit(model.velocity), jnp.full((batch,), 0.5)
+        model, rows = self.sizes.model, batch * self.mesh.size
+        noise = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), rows))
+        cond = jax.tree.map(lambda c: jnp.repeat(c[:1], rows, axis=0), self.prompts.cond)
+        noise, sigma, cond = sharding.split((noise, jnp.full((rows,), 0.5), cond), self.mesh)
+        specs = sharding.weights(variables), *[sharding.SPLIT] * 3
+        velocity = jax.jit(sharding.over_data(model.velocity, specs, sharding.SPLIT))
         call = functools.partial(velocity, variables, noise, sigma, cond)
         seconds, compiling = timed(call, self.repeat)
-        flop = plan.per_image_flops(self.sizes)["forward"].total() * batch
-        self.note(f"{precision} forward of {batch}", seconds, flop / 1e12, compile=compiling)
+        self.note(f"{precision} forward of {batch}", seconds, self.flop["forward"] * batch / 1e12, compile=compiling)
         self.profiled(f"{precision} forward of {batch}", call)
 
     def quantised(self, precision: str) -> PyTree:
@@ -202,8 +267,7 @@ class Bench:
         latents = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), batch))
         call = functools.partial(jax.jit(model.decode), self.frozen.vae, latents)
         seconds, compiling = timed(call, self.repeat)
-        flop = plan.per_image_flops(self.sizes)["decode"].total() * batch
-        self.note(f"decode of {batch}, {dtype}", seconds, flop / 1e12, compile=compiling)
+        self.note(f"decode of {batch}, {dtype}", seconds, self.flop["decode"] * batch / 1e12, compile=compiling)
         self.profiled(f"decode of {batch}, {dtype}", call)
 
     def reward(self, batch: int) -> None:
@@ -215,16 +279,16 @@ class Bench:
         self.note(f"reward of {batch}: {', '.join(self.sizes.score.names)}", seconds, compile=compiling)
 
     def micro_step(self, keeps: str) -> None:
-        """Forward of the trained, the old and the reference policy and the gradient, of one micro-batch."""
+        """Forward of the trained, the old and the reference policy and the gradient, of a micro-batch a device."""
         cfg = config.override(self.cfg, **{"model.remat_keeps": keeps, "learn.reference_every": 1})
         model = assemble.model_module(cfg).make(cfg.model)
         kept = max(1, cfg.learn.micro_batch // cfg.times)
         state = self.state()
-        keys = jax.random.split(jax.random.key(1), (1, kept))
-        x0 = jnp.zeros((1, kept, *jax.eval_shape(model.noise, keys[0, 0]).shape))
-        cond = jax.tree.map(lambda c: c[:1], self.prompts.cond)
+        keys = jax.random.split(jax.random.key(1), (self.mesh.size, kept))
+        x0 = jnp.zeros((*keys.shape, *jax.eval_shape(model.noise, keys[0, 0]).shape))
+        cond = jax.tree.map(lambda c: c[: self.mesh.size], self.prompts.cond)
         step = jax.jit(functools.partial(gradients, model=model, cfg=cfg))
-        call = functools.partial(step, state, state, self.frozen, cond, keys, algos.Sample(x0), jnp.ones((1, kept)))
+        call = functools.partial(step, state, state, self.frozen, cond, keys, algos.Sample(x0), jnp.ones(keys.shape))
         seconds, compiling = timed(call, self.repeat)
         name = f"micro-step of {kept * cfg.times} points, keeping {keeps or 'nothing'}"
         self.note(name, seconds, compile=compiling)
@@ -247,17 +311,25 @@ class Bench:
         state = init_state(jax.random.key(0), self.frozen, **self.statics)
         return sharding.replicate(state, self.mesh)
 
-    def iterations(self, tflop: dict[str, float]) -> None:
-        """Whole iterations, staged; each stage's seconds and rate, `tflop` is `work`'s."""
-        rows, compiling = iterations(iteration.Staged(score=self.sizes.score, **self.statics), self)
-        for name in rows[0]:
-            self.note(name, [row[name] for row in rows], tflop.get(name, 0.0), compile=compiling[name])
-        self.note("iteration", [sum(row.values()) for row in rows])
-        self.peak("peak of the whole")
+    def iterations(self, tflop: Times, options: Options | None = None) -> list[Times]:
+        """Whole iterations, staged; each stage's seconds and rate, `tflop` is `work`'s. Known after every iteration.
+
+        The seconds by stage of each.
+        """
+
+        def each(rows: list[Times], compiling: Times) -> None:
+            for name in rows[0]:
+                self.note(name, [row[name] for row in rows], tflop.get(name, 0.0), compile=compiling[name])
+            self.note("iteration", [sum(row.values()) for row in rows])
+            self.peak("peak of the whole")
+
+        staged = iteration.Staged(score=self.sizes.score, **self.statics)
+        return iterations(staged, self, options=options, each=each)[0]
 
 
-def work(cfg: Config, devices: int) -> dict[str, float]:
+def work(cfg: Config, devices: int) -> Times:
     """TFLOP of every stage of an iteration, of one device; called outside of any mesh of several devices."""
+    cfg = config.override(cfg, shard="1")  # the same work
     share, card = shapes.read(cfg, devices), plan.CARDS["H100 80GB"]
     return {use.stage: use.flops.total() / devices / 1e12 for use in plan.uses_of(cfg, share, devices, card)}
 
@@ -266,6 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="flux:sol_rl")
+    parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--forward", default="bf16:24", help="PRECISION:BATCH/BATCH of forward passes, with commas")
@@ -280,12 +353,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     assemble.use_compilation_cache()
-    mesh = sharding.make_mesh(1)
-    with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
-        words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
-        named = config.load(args.config, {"prompts": str(args.prompts), **words})
+    words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
+    named = config.load(args.config, {"prompts": str(args.prompts), **words})
+    mesh = assemble.make_mesh(args.devices, named.shard, named.prompts)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
+        tflop = work(cfg, mesh.size)
         bench = Bench(cfg, mesh, args.repeat, args.profile)
+        bench.flop = {part: flop.total() for part, flop in plan.per_image_flops(bench.sizes).items()}
+        stack.enter_context(jax.set_mesh(mesh))
         forwards, decodes = ([word.split(":") for word in words.split(",")] for words in (args.forward, args.decode))
         keeping = ",".join(cfg.model.remat_keeps) if args.keeps is None else args.keeps
         steps = [
@@ -295,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
             ("reward", functools.partial(bench.reward, 24)),
             *(("micro_step", functools.partial(bench.micro_step, keeps)) for keeps in keeping.split(";")),
             *(("learn", functools.partial(bench.learn, int(every))) for every in args.every.split(",")),
-            ("iterations", functools.partial(bench.iterations, work(cfg, 1))),
+            ("iterations", functools.partial(bench.iterations, tflop)),
         ]
         for name, step in steps:
             if name in args.only.split(","):
