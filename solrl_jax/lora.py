@@ -101,7 +101,7 @@ def merged_kernels(base: Params, lora: Params, cfg: Lora) -> dict[str, jax.Array
 def _merged(w: Any, a: Any, b: Any, where: P) -> jax.Array:
     """W + A B. Where W is a part, only A's rows or B's columns of that part are multiplied."""
 
-    def add(w: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    def add(w: Any, a: Any, b: Any) -> jax.Array:
         return (w.astype(jnp.float32) + jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)).astype(w.dtype)
 
     if w.ndim != 3:

@@ -130,8 +130,9 @@ def spec(path: str, ndim: int) -> P:
     """Where a leaf lies, by its path ("a/b/kernel") and its number of axes alone.
 
     A stack's kernel [L, in, out] lies in parts along "in": the gathered kernel is then row-major as it arrives. Along
-    "out" XLA would transpose the device's whole stack (tests/test_fsdp_compiled.py). Codes and scales [L, out, ..] lie
-    along "out", the order in which a product reads them. All other leaves are whole, a convolution's kernels too.
+    "out" XLA would transpose the device's whole stack (test_forward of tests/test_fsdp_compiled.py). Codes and scales
+    [L, out, ..] lie along "out", the order in which a product reads them. All other leaves are whole, a convolution's
+    kernels too.
     """
     if ndim != 3 or not _KERNEL.search(path):
         return WHOLE
@@ -189,8 +190,8 @@ def at_use(
     """product(parts, kernel) of rows [*batch, in]. The kernel is `whole` [in, out]; this device may hold a part of it.
 
     The devices' parts are gathered; or, if that is fewer numbers, the results are exchanged. What is gathered is not
-    kept for the backward pass, which gathers it again (tests/test_fsdp_compiled.py::test_learn). `kernel` has a shape
-    [in, out]: an array, or a quantised kernel, whose arrays are [out, ..].
+    kept for the backward pass, which gathers it again (tests/test_fsdp_compiled.py::test_gradient). `kernel` has a
+    shape [in, out]: an array, or a quantised kernel, whose arrays are [out, ..].
     """
     cut = cut_axis(tuple(kernel.shape), whole)
     if cut is None:
