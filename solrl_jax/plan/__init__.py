@@ -38,15 +38,24 @@ from solrl_jax.plan.cards import (
     Link,
     card_of,
     card_with,
+    device_card,
+    memory_limit,
     room,
     transfer,
 )
 from solrl_jax.plan.jaxpr import nbytes
 from solrl_jax.plan.shapes import Sizes, batch, blank, parameters, read, with_configs
-from solrl_jax.plan.stages import Use, kernels, shards, stages_of, use_of
+from solrl_jax.plan.stages import Use, kernels, shards, stages_of, use_of, uses_of
 from solrl_jax.quant import coverage
 from solrl_jax.run import assemble
 from solrl_jax.structs import Model
+
+
+__all__ = [
+    *("CARDS", "DRAWING", "LINKS", "Card", "Plan", "Use"),
+    *("advise", "card_of", "device_card", "memory_limit", "per_image_flops", "plan", "remedied", "remedies", "report"),
+    *("room", "run_plan", "shard_of", "spent", "use_of", "uses_of", "waiting"),
+]
 
 
 class Plan(NamedTuple):
@@ -137,10 +146,27 @@ def waiting(uses: Sequence[Use], link: Link) -> float:
 
 
 def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> str:
-    """The first of `remedies`, applied one after another, with which the stage fits; else other ways to save memory."""
-    changes: dict[str, str] = {}
+    """What to change so that a stage fits that does not; if nothing makes it fit, other ways to save memory."""
     need = f"{use.stage} does not fit: {_gb(use.total)} of {_gb(room(card))} GB; "
+    changes, use = remedied(use, cfg, sizes, devices, card)
+    if use.total <= room(card):
+        return f"{need}it fits ({_gb(use.total)} GB) with {' '.join(f'--config.{k}={v}' for k, v in changes.items())}"
+    towers = {**sizes.frozen.rewards, **sizes.towers}
+    less = "".join(f", reward (without {name}: -{_gb(nbytes(x))} GB)" for name, x in towers.items() if nbytes(x))
+    even = "".join(f" with --config.{k}={v}" for k, v in changes.items() if k == "encode_ahead")
+    return (
+        f"{need}without activations it takes {_gb(use.total - use.activations)} GB{even}. Use a larger card, or lower "
+        f"lora.rank={cfg.lora.rank}{less}"
+    )
+
+
+def remedied(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> tuple[dict[str, str], Use]:
+    """(the first of `remedies`, applied one after another, with which the stage fits, or all that could help; the stage
+    with them)."""
+    changes: dict[str, str] = {}
     for field, value in remedies(use.stage, cfg):
+        if use.total <= room(card):
+            break
         if field.endswith(("chunk", "micro_batch")) and use.total - use.activations > room(card):
             break  # fewer samples at a time cannot help
         try:
@@ -149,17 +175,7 @@ def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> str
         except ConfigError:  # this size does not divide
             continue
         changes[field] = value
-        if use.total <= room(card):
-            return (
-                f"{need}it fits ({_gb(use.total)} GB) with {' '.join(f'--config.{k}={v}' for k, v in changes.items())}"
-            )
-    towers = {**sizes.frozen.rewards, **sizes.towers}
-    less = "".join(f", reward (without {name}: -{_gb(nbytes(x))} GB)" for name, x in towers.items() if nbytes(x))
-    even = "".join(f" with --config.{k}={v}" for k, v in changes.items() if k == "encode_ahead")
-    return (
-        f"{need}without activations it takes {_gb(use.total - use.activations)} GB{even}. Use a larger card, or lower "
-        f"lora.rank={cfg.lora.rank}{less}"
-    )
+    return changes, use
 
 
 def remedies(stage: str, cfg: Config) -> Iterator[tuple[str, str]]:
@@ -234,23 +250,23 @@ def report(p: Plan) -> list[str]:
 
 
 def _network(p: Plan) -> list[str]:
-    """Over how many devices frozen weights lie, and what gathering them adds to the stages' time, a line a link."""
+    """Over how many devices frozen weights lie, and what gathering them adds to an iteration, a line a link."""
     if shards(p.cfg) == 1:
         return []
     each = spent(p.uses)
 
     def line(name: str, link: Link) -> str:
         more = waiting(p.uses, link)
-        by_stage = ", ".join(_added(use, link) for use in p.uses if use.received and use.every == 1)
-        return f"gathering over {name}: an iteration +{more:,.3g} s ({more / each:.0%}): {by_stage}"
+        most = [use for use in p.uses if transfer(use.received, link) / use.every > 0.01 * more]
+        stages = ", ".join(f"{use.stage} {_more(transfer(use.received, link), use.seconds)}" for use in most)
+        return f"gathering over {name}: an iteration {_more(more, each)}: {stages}"
 
     first = p.why or f"shard={p.cfg.shard}: frozen weights lie over {p.cfg.shard} devices each"
     return [first, *(line(name, link) for name, link in LINKS.items())]
 
 
-def _added(use: Use, link: Link) -> str:
-    more = transfer(use.received, link)
-    return f"{use.stage} +{more:.2g} s ({more / max(use.seconds, 1e-9):.0%})"
+def _more(extra: float, seconds: float) -> str:
+    return f"+{extra:,.{0 if extra >= 10 else 1 if extra >= 1 else 2}f} s ({extra / max(seconds, 1e-9):.0%})"
 
 
 def _covered(model: Model, precision: str | None) -> list[str]:
