@@ -50,11 +50,29 @@ from solrl_jax.quant import coverage
 from solrl_jax.run import assemble
 from solrl_jax.structs import Model
 
-
 __all__ = [
-    *("CARDS", "DRAWING", "LINKS", "Card", "Plan", "Use"),
-    *("advise", "card_of", "device_card", "memory_limit", "per_image_flops", "plan", "remedied", "remedies", "report"),
-    *("room", "run_plan", "shard_of", "spent", "use_of", "uses_of", "waiting"),
+    "CARDS",
+    "DRAWING",
+    "LINKS",
+    "Card",
+    "Plan",
+    "Use",
+    "advise",
+    "card_of",
+    "device_card",
+    "memory_limit",
+    "per_image_flops",
+    "plan",
+    "remedied",
+    "remedies",
+    "report",
+    "room",
+    "run_plan",
+    "shard_of",
+    "spent",
+    "use_of",
+    "uses_of",
+    "waiting",
 ]
 
 
@@ -86,7 +104,7 @@ DRAWING = ("encode", "evaluate")
 
 
 def shard_of(
-    cfg: Config, devices: int, most: float | None, *, host: int = 0, stages: Sequence[str] = ()
+    cfg: Config, devices: int, most: float | int | None, *, host: int = 0, stages: Sequence[str] = ()
 ) -> tuple[int, list[str]]:
     """(K, lines for the log): config.shard; of 0 (auto) the least K with which every stage fits into `most` bytes of
     each device, at most the `host`'s devices (0: all). Without a limit (None, on a CPU) auto is 1.

@@ -66,7 +66,7 @@ def room(card: Card) -> float:
     return USABLE * card.memory * 2**30
 
 
-def card_with(room: float) -> Card:
+def card_with(room: float | int) -> Card:
     """A card of which a run can use so many bytes; only its memory means something."""
     return Card(room / USABLE / 2**30, 1, 0.0)
 
@@ -81,7 +81,7 @@ def transfer(received: int, link: Link) -> float:
     return received / (link.rate * link.share * 1e9)
 
 
-def memory_limit() -> float | None:
+def memory_limit() -> float | int | None:
     """Bytes that JAX may take on each device; None if the device does not say (a CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
