@@ -427,6 +427,7 @@ def test_paths_of_grpo_are_counted(planned):
     plain = shapes.samples(planned.cfg, planned.sizes, cfg.prompts, cfg.kept)
     found = shapes.samples(cfg, planned.sizes, cfg.prompts, cfg.kept)
     assert found.path is not None and found.path.states.shape[2] == cfg.regenerate.steps
+    assert plain.x0 is not None
     extra = cfg.regenerate.steps * plan.nbytes(plain.x0) + 4 * plain.x0.shape[0] * plain.x0.shape[1]
     assert plan.nbytes(found) - plan.nbytes(plain) == extra
     use = plan.use_of("learn", cfg, planned.sizes, 1, plan.CARDS["H100 80GB"])

@@ -1,7 +1,6 @@
 """The plan of frozen weights over several devices: bytes of each device, the choice of K, and what gathering moves."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,6 @@ BLOCKS = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 3 * 32 * 32 + 32 * 128 + 160 * 32
 MODULATIONS = 2 * 32 * 192 + 32 * 96
 TEXT = 4 * 16 * 16 + 3 * 16 * 32 + 2 * (4 * 16 * 16 + 2 * 16 * 32)
 """T5's one layer and CLIP's two."""
-QUANTISED, WHOLE = BLOCKS + MODULATIONS, 32 * 16 + 4
 SHORT = ("encode", "quantise")
 
 
@@ -46,7 +44,7 @@ def short(monkeypatch):
 
 
 def most(some):
-    return max(use.total for use in some.values())
+    return max(use.total + cards.SLACK * use.activations for use in some.values())
 
 
 # --- bytes of a device ----------------------------------------------------------------------------------------------
@@ -54,13 +52,13 @@ def most(some):
 
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_a_device_holds_its_part(cfg, uses, k):
-    """The blocks' kernels over K, float32; their FP8 codes are a byte a number, with four for the scale of each of 20
-    kernels. The other leaves are whole, one of the quantised kernels too."""
+    """The blocks' kernels over K, float32; their FP8 codes, without the modulations', are a byte a number, with four
+    for the scale of each of 17 kernels. The other leaves are whole."""
     whole, mine, text = uses[1]["quantise"], uses[k]["quantise"], uses[k]["encode"]
     assert whole.weights - mine.weights == 4 * (BLOCKS + MODULATIONS) * (k - 1) // k
     assert (uses[1]["encode"].weights - whole.weights) - (text.weights - mine.weights) == 4 * TEXT * (k - 1) // k
     assert mine.merged == 4 * 7 * 32 * 32 // k
-    assert mine.quantised == QUANTISED // k + 20 * 4 + WHOLE
+    assert mine.quantised == BLOCKS // k + 17 * 4
     assert mine.adapters == whole.adapters and mine.flops.total() * k == whole.flops.total()
 
 
@@ -121,9 +119,9 @@ def test_received_bytes_of_collectives():
 @pytest.mark.parametrize("k", [2, 4])
 def test_received_bytes_of_stages(uses, k):
     """Encoding gathers every kernel of the encoders once. Quantising exchanges the blocks' parts by input, and the
-    largest weight of 20 kernels."""
+    largest weight of 17 kernels."""
     assert uses[k]["encode"].received == 4 * TEXT * (k - 1) // k
-    assert uses[k]["quantise"].received == (4 * BLOCKS // k + 20 * 2 * 4) * (k - 1) // k
+    assert uses[k]["quantise"].received == 4 * BLOCKS // k * (k - 1) // k + 17 * (2 * 4 * (k - 1) // k)
     assert uses[1]["encode"].received == uses[1]["quantise"].received == 0
 
 
@@ -163,17 +161,12 @@ def test_seconds_of_links():
 def test_the_least_shard_that_fits_is_chosen(cfg, uses, short):
     whole, two, four = (most(uses[k]) for k in (1, 2, 4))
     assert whole > two > four
-    assert plan.shard_of(cfg, 4, whole) == plan.shard_of(cfg, 4, 1e12) == plan.shard_of(cfg, 1, 1e12) == (1, [])
-    assert plan.shard_of(cfg, 4, None) == plan.shard_of(cfg, 1, None) == (1, [])
-    for limit, k in ((whole - 1, 2), (two, 2), (two - 1, 4), (four, 4)):
-        chosen, (said,) = plan.shard_of(cfg, 4, limit)
+    assert plan.shard_of(cfg, 4, 1e12) == plan.shard_of(cfg, 4, None) == (1, [])
+    for limit, host, k in ((two, 0, 2), (two - 1, 0, 4), (two - 1, 2, 2)):  # on a host of two, two are the most
+        chosen, (said,) = plan.shard_of(cfg, 4, limit, host=host)
         assert chosen == k and said.startswith(f"shard={k}: frozen weights lie over {k} devices each")
-        assert f"with whole weights encode would take {plan._gb(uses[1]['encode'].total)} of" in said
+        assert f"with whole weights encode would take about {plan._gb(uses[1]['encode'].total)} of" in said
     assert plan.shard_of(dataclasses.replace(cfg, shard=2), 4, 1e12) == (2, [])
-    # A host of two of the four devices, and a host of all.
-    assert plan.shard_of(cfg, 4, two, host=2)[0] == 2
-    with pytest.raises(ConfigError, match="this GPU is too small"):
-        plan.shard_of(cfg, 4, 0.9 * two, host=2)
 
 
 def test_nothing_that_fits_is_refused_with_numbers(cfg, uses, short):
@@ -235,13 +228,12 @@ def test_drawing_is_planned_by_itself(cfg, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_run_says_its_shard_and_keeps_auto(cfg, uses, short, tmp_path, monkeypatch, capsys):
+def test_a_run_says_its_shard_and_keeps_auto(cfg, tmp_path, monkeypatch, capsys):
     """Its config and checkpoint have 0 (auto), so that a resume on other devices chooses anew."""
-    monkeypatch.undo()
     monkeypatch.setattr(plan, "stages_of", lambda cfg: SHORT)
     emulated = config.override(cfg, **{"explore.precision": "nvfp4_emulated", "evaluate.every": "0"})
-    once, limit = config.override(emulated, iterations="1"), float(uses[1]["encode"].total - 1)
-    monkeypatch.setattr(plan, "memory_limit", lambda: max(limit, 6.4e5))
+    once = config.override(emulated, iterations="1")
+    monkeypatch.setattr(plan, "memory_limit", lambda: 6.4e5)  # quantising takes 6.7e5
     assert train.train(once, tmp_path / "run", devices=4) == 0
     assert "shard=2: frozen weights lie over 2 devices each" in capsys.readouterr().out
     place = checkpoint.find(tmp_path / "run")[0]

@@ -34,6 +34,7 @@ from solrl_jax.plan.cards import (
     EMULATED,
     FRACTION,
     LINKS,
+    SLACK,
     Card,
     Link,
     card_of,
@@ -110,8 +111,9 @@ def shard_of(
     each device, at most the `host`'s devices (0: all). Without a limit (None, on a CPU) auto is 1.
 
     Nothing is read but configs. ConfigError, with the plan's numbers and what to change, if `cfg` fits with no such K,
-    or if config.shard does not divide. The plan can overestimate activations by a share of CAUTION, so with the largest
-    K a stage may exceed `most` by that. `stages`: DRAWING, or those of a training.
+    or if config.shard does not divide. The plan's activations may be a share of SLACK too low, for which a K has room
+    if a larger one is there; or of CAUTION too high, by which a stage may exceed `most` with the largest. `stages`:
+    DRAWING, or those of a training.
     """
     if most is None:
         return shards(cfg), []
@@ -135,8 +137,8 @@ def chosen(
         one, uses = dataclasses.replace(cfg, shard=k), []
         for stage in stages or stages_of(cfg):
             uses.append(use := use_of(stage, one, sizes, devices, card))
-            if use.total > room(card) and k < choices[-1]:
-                why = why or f"with whole weights {stage} would take {_gb(use.total)} of {_gb(room(card))} GB"
+            if use.total + SLACK * use.activations > room(card) and k < choices[-1]:
+                why = why or f"with whole weights {stage} would take about {_gb(use.total)} of {_gb(room(card))} GB"
                 break
         else:
             said = f"shard={k}: frozen weights lie over {k} devices each and are gathered where they are used; {why}"
