@@ -166,7 +166,7 @@ def test_the_least_shard_that_fits_is_chosen(cfg, uses, short):
         chosen, (said,) = plan.shard_of(cfg, 4, limit, host=host)
         assert chosen == k and said.startswith(f"shard={k}: frozen weights lie over {k} devices each")
         assert f"with whole weights encode would take about {plan._gb(uses[1]['encode'].total)} of" in said
-    assert plan.shard_of(dataclasses.replace(cfg, shard=2), 4, 1e12) == (2, [])
+    assert plan.shard_of(dataclasses.replace(cfg, shard=4), 4, 1e12, host=2) == (4, [])  # as was asked for
 
 
 def test_nothing_that_fits_is_refused_with_numbers(cfg, uses, short):

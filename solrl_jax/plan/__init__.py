@@ -2,7 +2,8 @@
 
 The stages are traced as they run (`iteration.Stages`, the encoders), with one device's share of the prompts, so a
 change of the code changes the plan. Memory is everything on a device while a stage runs. Weights, LoRA sets and
-moments, merged and quantised kernels are counted from their shapes. Activations, with the stage's results and a
+moments, merged and quantised kernels are counted from their shapes; of frozen weights that lie over K devices, one's
+part. Activations, with the stage's results and a
 backward pass's residuals, are `jaxpr.peak` of its program. The watch's measurement and the evaluation are stages too,
 once in many iterations. Not counted: workspaces of libraries, copies, padding and reordering by XLA, fragmentation, and
 the runtime's own few hundred MB. Seconds are FLOPs at a stated share of the card's peak.
@@ -129,7 +130,8 @@ def chosen(
     cfg: Config, sizes: Sizes, devices: int, card: Card, *, host: int = 0, stages: Sequence[str] = ()
 ) -> tuple[Config, tuple[Use, ...], str]:
     """(`cfg` with the K of `shard_of`, which is the largest if nothing fits; its stages; why K is not 1)."""
-    fit = fitting(cfg, sizes, math.gcd(devices, host or devices), quantised=not stages)
+    among = devices if cfg.shard else math.gcd(devices, host or devices)
+    fit = fitting(cfg, sizes, among, quantised=not stages)
     if cfg.shard and cfg.shard not in fit:
         raise ConfigError(f"shard={cfg.shard} does not divide {devices} devices and the weights: use one of {fit}")
     choices, why = [cfg.shard] if cfg.shard else fit, ""
