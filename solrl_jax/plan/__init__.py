@@ -3,10 +3,10 @@
 The stages are traced as they run (`iteration.Stages`, the encoders), with one device's share of the prompts, so a
 change of the code changes the plan. Memory is everything on a device while a stage runs. Weights, LoRA sets and
 moments, merged and quantised kernels are counted from their shapes; of frozen weights that lie over K devices, one's
-part. Activations, with the stage's results and a
-backward pass's residuals, are `jaxpr.peak` of its program. The watch's measurement and the evaluation are stages too,
-once in many iterations. Not counted: workspaces of libraries, copies, padding and reordering by XLA, fragmentation, and
-the runtime's own few hundred MB. Seconds are FLOPs at a stated share of the card's peak.
+part. Activations, with the stage's results and a backward pass's residuals, are `jaxpr.peak` of its program. The
+watch's measurement and the evaluation are stages too, once in many iterations. Not counted: workspaces of libraries,
+copies, padding and reordering by XLA, fragmentation, and the runtime's own few hundred MB. Seconds are FLOPs at a
+stated share of the card's peak, without the gathering of weights, whose seconds are given for each kind of link.
 
 Activations of FLUX.1-dev in GB, planned here and allocated by XLA when it compiles for an H100 (jax 0.10.2,
 micro-batches of 12 points at 512 px): learn 9.4 and 6.5 if remat keeps nothing, 33.7 and 30.8 if it keeps attention and
