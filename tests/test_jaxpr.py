@@ -7,7 +7,7 @@ from jax.experimental import pallas
 from jax.extend.core import Primitive
 
 from solrl_jax import config, plan
-from solrl_jax.plan import jaxpr, shapes
+from solrl_jax.plan import cards, jaxpr, shapes
 
 X = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 
@@ -103,4 +103,4 @@ def test_native_nvfp4_counts(tmp_path):
         work[precision] = plan.use_of("explore", cfg, shapes.read(cfg, 1), 1, plan.CARDS[card]).flops
     native, emulated = work.values()
     assert native.total() == emulated.total() and native["float4_e2m1fn"] > 0.9 * native.total()
-    assert plan.seconds(native, plan.CARDS["B200 180GB"]) < plan.seconds(emulated, plan.CARDS["B200 180GB"]) / 3
+    assert cards.seconds(native, plan.CARDS["B200 180GB"]) < cards.seconds(emulated, plan.CARDS["B200 180GB"]) / 3

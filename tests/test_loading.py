@@ -297,13 +297,13 @@ def test_quantised_kernels_are_cut_by_output(monkeypatch):
 
     module = types.SimpleNamespace(shapes=shapes(12), make=lambda cfg: model)
     monkeypatch.setattr(assemble, "model_module", lambda cfg: module)
-    cfg = config.override(config.load("tiny"), shard=4)
+    cfg, mesh = config.load("tiny"), sharding.make_mesh(4, 4)
     with pytest.raises(ConfigError, match=r"^shard=4 does not .* q/kernel, quantised \(6\): use one of \[1, 2\]$"):
-        assemble.check_shard(cfg, 4, "nvfp4_emulated")
-    assemble.check_shard(cfg, 4)
+        assemble.check_shard(cfg, mesh, "nvfp4_emulated")
+    assemble.check_shard(cfg, mesh)
     module.shapes = shapes(6)
     with pytest.raises(ConfigError, match=r"^shard=4 does not divide an axis of t5/q/kernel \(6\): .* \[1, 2\]$"):
-        assemble.check_shard(cfg, 4)
+        assemble.check_shard(cfg, mesh)
 
 
 def test_weights_over_several_hosts_are_warned_of(built, monkeypatch):

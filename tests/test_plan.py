@@ -12,7 +12,7 @@ from absl.testing import flagsaver
 from solrl_jax import config, main, plan, train
 from solrl_jax.config import ConfigError, Evaluate, Stage
 from solrl_jax.models import flux
-from solrl_jax.plan import jaxpr, shapes
+from solrl_jax.plan import cards, jaxpr, shapes
 from solrl_jax.quant import coverage
 from tests import flux_dev
 
@@ -186,9 +186,9 @@ def test_a_branch_has_its_own_steps_and_states(planned):
     changes = {"explore": dataclasses.replace(cfg.explore, steps=5), "branch": config.Branch(3, 4)}
     found = {name: sizes_with(planned, name, **changes) for name in ("explore", "regenerate", "watch")}
     branch = dataclasses.replace(cfg, **changes)
-    states = plan.states(branch, planned.sizes, cfg.prompts, cfg.kept)
+    states = shapes.states(branch, planned.sizes, cfg.prompts, cfg.kept)
     assert plan.nbytes(states) == 2 * 4 * 48 * 24 * 64 * 64 * 16
-    assert plan.states(cfg, planned.sizes, cfg.prompts, cfg.kept) is None
+    assert shapes.states(cfg, planned.sizes, cfg.prompts, cfg.kept) is None
     forward = plan.per_image_flops(planned.sizes)["forward"].total()
     for name, images, fewer in (("explore", 48 * 96, 6 - 5), ("regenerate", 48 * 24, 10 - 4)):
         less = stages[name].flops.total() - found[name].flops.total()
@@ -211,10 +211,10 @@ def test_less_at_a_time_takes_less(planned):
 def test_seconds():
     card = plan.CARDS["H100 80GB"]
     work = jaxpr.Counter({"bfloat16": 989 * 10**12})
-    assert plan.seconds(work, card) == pytest.approx(1 / 0.6) and plan.seconds(work, card, 8) == pytest.approx(
+    assert cards.seconds(work, card) == pytest.approx(1 / 0.6) and cards.seconds(work, card, 8) == pytest.approx(
         0.125 / 0.6
     )
-    assert plan.seconds(jaxpr.Counter({"float32": 989 * 10**12}), card) == pytest.approx(2 / 0.6)
+    assert cards.seconds(jaxpr.Counter({"float32": 989 * 10**12}), card) == pytest.approx(2 / 0.6)
 
 
 def test_emulation_and_devices_change_seconds_not_work(planned):
@@ -232,7 +232,7 @@ def test_emulation_and_devices_change_seconds_not_work(planned):
     one = by_stage(planned)["regenerate"]
     assert eight.flops == one.flops and eight.seconds == pytest.approx(one.seconds / 8)
     kept = plan.nbytes(
-        plan.samples(cfg, planned.sizes, cfg.prompts, cfg.kept)
+        shapes.samples(cfg, planned.sizes, cfg.prompts, cfg.kept)
     )  # the prompts are shared, and so their samples
     assert one.total - eight.total == pytest.approx(kept * 7 / 8, rel=1e-6)
 
@@ -268,9 +268,9 @@ def test_an_evaluation_that_does_not_fit_is_refused_before_the_run(planned, monk
     cfg = config.override(planned.cfg, **{"evaluate.chunk": "2048", "evaluate.images": "128"})
     use = plan.use_of("evaluate", cfg, planned.sizes, 1, plan.CARDS["H100 80GB"])
     assert use.activations > 8 * by_stage(planned)["evaluate"].activations
-    monkeypatch.setattr(plan, "uses_of", lambda *_: (use,))  # the others are not asked about again
+    monkeypatch.setattr(plan, "stages_of", lambda _: ("evaluate",))  # the others are not asked about again
     with pytest.raises(ConfigError, match=r"too small: evaluate does not fit: .* with --config.evaluate.chunk=\d+"):
-        plan.check_fits(cfg, 1, plan.room(plan.CARDS["H100 80GB"]))
+        plan.shard_of(cfg, 1, plan.room(plan.CARDS["H100 80GB"]))
     assert ("regenerate.chunk", "12") in plan.remedies("watch", planned.cfg)
     assert ("evaluate.chunk", "1024") in plan.remedies("evaluate", cfg)
 
@@ -280,7 +280,7 @@ def test_an_evaluation_that_does_not_fit_is_refused_before_the_run(planned, monk
 
 def card_without(use, share):
     """A card that holds all of a stage but the given share of its activations."""
-    return plan.Card((use.total - share * use.activations) / plan.USABLE / 2**30, 989, 9.0)
+    return plan.Card((use.total - share * use.activations) / cards.USABLE / 2**30, 989, 9.0)
 
 
 def test_advice_names_the_field_to_change(planned):
@@ -296,15 +296,15 @@ def test_advice_names_the_field_to_change(planned):
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(planned, tmp_path, monkeypatch):
     """With the plan's numbers; an estimate that is a little over the room is let through, as it may be too high."""
     largest = max(planned.uses, key=lambda use: use.total)
-    plan.check_fits(planned.cfg, 1, plan.room(card_without(largest, 0.25)))
+    assert plan.shard_of(planned.cfg, 1, plan.room(card_without(largest, 0.25))) == (1, [])
     with pytest.raises(
         ConfigError, match=r"too small: explore does not fit: \d+\.\d of \d+\.\d GB; it fits \(.*chunk="
     ):
-        plan.check_fits(planned.cfg, 1, plan.room(card_without(largest, 0.5)))
+        plan.shard_of(planned.cfg, 1, plan.room(card_without(largest, 0.5)))
     monkeypatch.setattr("solrl_jax.run.assemble.capability", lambda: 9.0)
-    monkeypatch.setattr(train, "memory_limit", lambda: 24e9)
+    monkeypatch.setattr(plan, "memory_limit", lambda: 24e9)
     with pytest.raises(ConfigError, match=r"too small: encode does not fit: .* of 24.0 GB"):
-        train.train(planned.cfg, tmp_path / "run")
+        train.train(planned.cfg, tmp_path / "run", devices=1)
     assert not (tmp_path / "run").exists()
 
 
@@ -314,13 +314,16 @@ def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(planned, tmp
         ("NVIDIA H100 80GB HBM3", "H100 80GB"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090 24GB"),
+        ("NVIDIA L40S", "L40S 48GB"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada 48GB"),
         ("NVIDIA GeForce RTX 3060", None),
         ("NVIDIA RTX A5000", None),
+        ("NVIDIA L40", None),
     ],
 )
 def test_a_gpu_is_known_by_its_whole_name(monkeypatch, kind, name):
     device = types.SimpleNamespace(device_kind=kind, memory_stats=lambda: {"bytes_limit": 10e9})
-    monkeypatch.setattr(plan.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(cards.jax, "local_devices", lambda: [device])
     found = plan.device_card()
     assert found is None if name is None else found is not None and found[1:] == plan.CARDS[name][1:]
     assert found is None or plan.room(found) == pytest.approx(10e9)
@@ -421,9 +424,10 @@ def test_paths_of_grpo_are_counted(planned):
         **{"regenerate.solver": "sde", "regenerate.eta": "0.9", "learn.algorithm": "flow_grpo"},
         **{"candidates": str(planned.cfg.kept), "selection": "all"},
     )
-    plain = plan.samples(planned.cfg, planned.sizes, cfg.prompts, cfg.kept)
-    found = plan.samples(cfg, planned.sizes, cfg.prompts, cfg.kept)
+    plain = shapes.samples(planned.cfg, planned.sizes, cfg.prompts, cfg.kept)
+    found = shapes.samples(cfg, planned.sizes, cfg.prompts, cfg.kept)
     assert found.path is not None and found.path.states.shape[2] == cfg.regenerate.steps
+    assert plain.x0 is not None
     extra = cfg.regenerate.steps * plan.nbytes(plain.x0) + 4 * plain.x0.shape[0] * plain.x0.shape[1]
     assert plan.nbytes(found) - plan.nbytes(plain) == extra
     use = plan.use_of("learn", cfg, planned.sizes, 1, plan.CARDS["H100 80GB"])

@@ -2,10 +2,11 @@
 
 The stages are traced as they run (`iteration.Stages`, the encoders), with one device's share of the prompts, so a
 change of the code changes the plan. Memory is everything on a device while a stage runs. Weights, LoRA sets and
-moments, merged and quantised kernels are counted from their shapes. Activations, with the stage's results and a
-backward pass's residuals, are `jaxpr.peak` of its program. The watch's measurement and the evaluation are stages too,
-once in many iterations. Not counted: workspaces of libraries, copies, padding and reordering by XLA, fragmentation, and
-the runtime's own few hundred MB. Seconds are FLOPs at a stated share of the card's peak.
+moments, merged and quantised kernels are counted from their shapes; of frozen weights that lie over K devices, one's
+part. Activations, with the stage's results and a backward pass's residuals, are `jaxpr.peak` of its program. The
+watch's measurement and the evaluation are stages too, once in many iterations. Not counted: workspaces of libraries,
+copies, padding and reordering by XLA, fragmentation, and the runtime's own few hundred MB. Seconds are FLOPs at a
+stated share of the card's peak, without the gathering of weights, whose seconds are given for each kind of link.
 
 Activations of FLUX.1-dev in GB, planned here and allocated by XLA when it compiles for an H100 (jax 0.10.2,
 micro-batches of 12 points at 512 px): learn 9.4 and 6.5 if remat keeps nothing, 33.7 and 30.8 if it keeps attention and
@@ -15,70 +16,66 @@ GB and 87 s (53.7 and 66), SANA 28.8 GB and 15 s (28.9 and 8.6).
 The smaller the share of large products, the more a stage's time exceeds its FLOPs.
 """
 
-import functools
+import dataclasses
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import iteration, learn, lora
-from solrl_jax.config import Config, ConfigError, Stage, override
+from solrl_jax import sharding
+from solrl_jax.config import Config, ConfigError, override
 from solrl_jax.plan import jaxpr
+from solrl_jax.plan.cards import (
+    CARDS,
+    CAUTION,
+    EMULATED,
+    FRACTION,
+    LINKS,
+    SLACK,
+    Card,
+    Link,
+    card_of,
+    card_with,
+    device_card,
+    memory_limit,
+    room,
+    transfer,
+)
 from solrl_jax.plan.jaxpr import nbytes
-from solrl_jax.plan.shapes import Sizes, batch, blank, keys, parameters, read, samples, states, with_configs
+from solrl_jax.plan.shapes import Sizes, batch, blank, parameters, read, with_configs
+from solrl_jax.plan.stages import Use, kernels, shards, stages_of, use_of, uses_of
 from solrl_jax.quant import coverage
-from solrl_jax.rollout import block_shape, branched, rolled
-from solrl_jax.run import assemble, evaluate, guards
-from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState
+from solrl_jax.run import assemble
+from solrl_jax.structs import Model
 
-
-class Card(NamedTuple):
-    """Memory in GiB, peak in TFLOP/s (dense bf16), compute capability."""
-
-    memory: float | int
-    peak: float | int
-    capability: float
-
-
-CARDS = {
-    "H100 80GB": Card(80, 989, 9.0),
-    "H200 141GB": Card(141, 989, 9.0),
-    "A100 80GB": Card(80, 312, 8.0),
-    "RTX 4090 24GB": Card(24, 165, 8.9),
-    "B200 180GB": Card(180, 2250, 10.0),
-}
-CAUTION = 0.3  # share of the planned activations by which they may be too high
-USABLE = 0.92  # share of a card's memory that JAX reserves (XLA_PYTHON_CLIENT_MEM_FRACTION)
-FRACTION = 0.6  # assumed share of its peak that a card reaches
-EMULATED = 0.8  # factor on that for NVFP4 emulated in bf16
-RATES = {
-    "float32": 0.5,
-    "float32 highest": 1 / 16,
-    "float8_e4m3fn": 2.0,
-    "float4_e2m1fn": 4.0,
-}  # peaks relative to bf16's; f32 without HIGHEST runs as TF32
-
-
-class Use(NamedTuple):
-    """One stage, run in every `every`-th iteration: bytes on each device, FLOPs of all devices by operand dtype, and
-    expected seconds."""
-
-    stage: str
-    weights: int
-    adapters: int
-    merged: int
-    quantised: int
-    activations: int
-    flops: Counter[str]
-    seconds: float
-    every: int = 1
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.adapters + self.merged + self.quantised + self.activations
+__all__ = [
+    "CARDS",
+    "DRAWING",
+    "LINKS",
+    "Card",
+    "Plan",
+    "Use",
+    "advise",
+    "card_of",
+    "device_card",
+    "memory_limit",
+    "per_image_flops",
+    "plan",
+    "remedied",
+    "remedies",
+    "report",
+    "room",
+    "run_plan",
+    "shard_of",
+    "spent",
+    "use_of",
+    "uses_of",
+    "waiting",
+]
 
 
 class Plan(NamedTuple):
@@ -88,154 +85,73 @@ class Plan(NamedTuple):
     sizes: Sizes
     uses: tuple[Use, ...]
     advice: tuple[str, ...]  # for the stages that do not fit
-
-
-def card_of(name: str) -> Card:
-    """ConfigError for an unknown card."""
-    if name not in CARDS:
-        raise ConfigError(f"--card={name}: use one of {', '.join(CARDS)}")
-    return CARDS[name]
-
-
-def room(card: Card) -> float:
-    """Bytes of a card that a run can use."""
-    return USABLE * card.memory * 2**30
+    why: str = ""  # why frozen weights lie over several devices, if the plan chose so
 
 
 def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
     """The plan of a config whose model folder has at least the config files. Raises ConfigError or WeightsError."""
     found = card_of(card)
-    most, cfg = room(found), assemble.resolved(cfg, found.capability)
+    cfg = assemble.resolved(cfg, found.capability)
     sizes = read(cfg, devices)
-    uses = uses_of(cfg, sizes, devices, found)
-    advice = (advise(use, cfg, sizes, devices, found) for use in uses if use.total > most)
-    return Plan(cfg, devices, card, sizes, uses, tuple(advice))
+    cfg, uses, why = chosen(cfg, sizes, devices, found)
+    advice = (advise(use, cfg, sizes, devices, found) for use in uses if use.total > room(found))
+    return Plan(cfg, devices, card, sizes, uses, tuple(advice), why)
 
 
-# --- stages ---------------------------------------------------------------------------------------------------------
+# --- over how many devices the frozen weights lie -------------------------------------------------------------------
 
 
-def uses_of(cfg: Config, sizes: Sizes, devices: int, card: Card) -> tuple[Use, ...]:
-    """The `Use` of every stage in order; then of those that run at the start and once in many iterations."""
-    stages = ["encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn"]
-    stages += ["watch"] * guards.due(cfg, 0) + ["evaluate"] * bool(cfg.evaluate.every)
-    return tuple(use_of(stage, cfg, sizes, devices, card) for stage in stages)
+DRAWING = ("encode", "evaluate")
+"""The stages of --mode=eval and --mode=sample."""
 
 
-def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
-    """The `Use` of `stage`, as `iteration.Staged`, `watch.measured` and `evaluate.pictures` run it."""
-    return _measured(cfg, sizes, devices, card) if stage == "watch" else _use(_work(stage, cfg, sizes, devices), card)
+def shard_of(
+    cfg: Config, devices: int, most: float | int | None, *, host: int = 0, stages: Sequence[str] = ()
+) -> tuple[int, list[str]]:
+    """(K, lines for the log): config.shard; of 0 (auto) the least K with which every stage fits into `most` bytes of
+    each device, at most the `host`'s devices (0: all). Without a limit (None, on a CPU) auto is 1.
+
+    Nothing is read but configs. ConfigError, with the plan's numbers and what to change, if `cfg` fits with no such K,
+    or if config.shard does not divide. The plan's activations may be a share of SLACK too low, for which a K has room
+    if a larger one is there; or of CAUTION too high, by which a stage may exceed `most` with the largest. `stages`:
+    DRAWING, or those of a training.
+    """
+    if most is None:
+        return shards(cfg), []
+    sizes, card = read(cfg, devices, training=not stages), card_with(most)
+    cfg, uses, why = chosen(cfg, sizes, devices, card, host=host, stages=stages)
+    for use in uses:
+        if use.total - CAUTION * use.activations > most:
+            raise ConfigError(f"this GPU is too small: {advise(use, cfg, sizes, devices, card)}; see --mode=plan")
+    return cfg.shard, [why] if why else []
 
 
-class Work(NamedTuple):
-    """One device's program, called `calls` times, and the other arrays in memory at that time."""
-
-    stage: str
-    cfg: Config
-    sizes: Sizes
-    devices: int
-    program: Any  # a jaxpr
-    calls: int = 1
-    every: int = 1
-    precision: str = "bf16"
-    kernels: Any = None
-    low: Any = None
-    held: Any = None
-
-
-def _work(stage: str, cfg: Config, sizes: Sizes, devices: int) -> Work:
-    model, frozen, mine = sizes.model, sizes.frozen, cfg.prompts // devices
-    run, state = iteration.stages(model, sizes.score, learn.make_optimizer(cfg), cfg), blank(cfg, sizes)
-    for name, how, images in cfg.stages():
-        if name == stage:
-            go_on = states(cfg, sizes, mine, cfg.kept)
-            # Samples stay in memory until `learn` has used them, and GRPO's include their paths.
-            held = go_on, samples(cfg, sizes, mine, images) if stage == "regenerate" else None
-            branch = "preview" if stage == "explore" else "rest"
-            return _rollout(stage, how, mine, images, cfg, sizes, devices, branch)._replace(held=held)
-    if stage == "encode":
-        return Work(stage, cfg, sizes, devices, jaxpr.trace(model.encode, sizes.text, sizes.tokens))
-    if stage == "learn":
-        held = samples(cfg, sizes, mine, cfg.kept)
-        program = jaxpr.trace(run.learn, state, frozen, sizes.prompts.cond, held)
-        return Work(stage, cfg, sizes, devices, program, held=held)
-    if stage == "evaluate":
-        return _evaluation(cfg, sizes, devices)
-    program = jaxpr.trace(lambda state, frozen: run.quantised(run.merged(state, frozen), frozen), state, frozen)
-    kernels, low = _kernels(run, state, frozen)
-    return Work(stage, cfg, sizes, devices, program, kernels=kernels, low=low)
+def chosen(
+    cfg: Config, sizes: Sizes, devices: int, card: Card, *, host: int = 0, stages: Sequence[str] = ()
+) -> tuple[Config, tuple[Use, ...], str]:
+    """(`cfg` with the K of `shard_of`, which is the largest if nothing fits; its stages; why K is not 1)."""
+    among = devices if cfg.shard else math.gcd(devices, host or devices)
+    fit = fitting(cfg, sizes, among, quantised=not stages)
+    if cfg.shard and cfg.shard not in fit:
+        raise ConfigError(f"shard={cfg.shard} does not divide {devices} devices and the weights: use one of {fit}")
+    choices, why = [cfg.shard] if cfg.shard else fit, ""
+    for k in choices:
+        one, uses = dataclasses.replace(cfg, shard=k), []
+        for stage in stages or stages_of(cfg):
+            uses.append(use := use_of(stage, one, sizes, devices, card))
+            if use.total + SLACK * use.activations > room(card) and k < choices[-1]:
+                why = why or f"with whole weights {stage} would take about {_gb(use.total)} of {_gb(room(card))} GB"
+                break
+        else:
+            said = f"shard={k}: frozen weights lie over {k} devices each and are gathered where they are used; {why}"
+            return one, tuple(uses), said if why else ""
+    raise AssertionError("the last choice is never left")
 
 
-def _kernels(run: iteration.Stages, state: TrainState, frozen: Frozen) -> tuple[Any, Any]:
-    """The merged and the quantised kernels, in shapes."""
-    kernels = jax.eval_shape(run.merged, state, frozen)
-    return kernels, jax.eval_shape(run.quantised, kernels, frozen)
-
-
-def _rollout(
-    stage: str, how: Stage, mine: int, images: int, cfg: Config, sizes: Sizes, devices: int, part: str = ""
-) -> Work:
-    """`images` images for each of a device's `mine` prompts, one block of prompts per call; the `part` of a branch that
-    it is, if there is one: its preview, or the rest from the preview's states."""
-    run = iteration.stages(sizes.model, sizes.score, learn.make_optimizer(cfg), cfg)
-    kernels, low = _kernels(run, blank(cfg, sizes), sizes.frozen)
-    if stage != "explore" and how.precision == "bf16":
-        low = None
-    together = block_shape(how.chunk, mine, images)[0]
-    keep_path = stage == "regenerate" and cfg.of_steps
-    branch = branched(sizes.model, cfg) if part else None
-    statics = {"model": sizes.model, "score": sizes.score, "stage": how, "branch": branch, "keep_path": keep_path}
-    given = batch(sizes.prompts, together), keys(together, images)
-    begin = states(cfg, sizes, together, images) if part == "rest" else None
-    program = jaxpr.trace(functools.partial(rolled, **statics), kernels, low, sizes.frozen, *given, begin)
-    return Work(stage, cfg, sizes, devices, program, mine // together, 1, how.precision, kernels, low)
-
-
-def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
-    """A measurement's preview and full rollouts, one prompt per call: the larger memory, the work of all."""
-    prompts, (preview, full) = -(-cfg.watch.prompts // devices), guards.rollouts(cfg)
-    rolls = [("explore", preview, "preview"), ("watch", full, "")] + [("watch", full, "rest")] * (
-        cfg.branch is not None
-    )
-    held, uses = states(cfg, sizes, prompts, cfg.candidates), []
-    for name, how, part in rolls:
-        one = _rollout(name, how, 1, cfg.candidates, cfg, sizes, devices, part)
-        uses.append(_use(one._replace(calls=prompts, every=cfg.watch.every, held=held), card))
-    largest = max(uses, key=lambda use: use.total)
-    flops = sum((use.flops for use in uses), Counter())
-    return largest._replace(stage="watch", flops=flops, seconds=sum(use.seconds for use in uses))
-
-
-def _evaluation(cfg: Config, sizes: Sizes, devices: int) -> Work:
-    """All of a device's fixed prompts in one call, including the rewards that are not trained on."""
-    mine = evaluate.prompts_each(cfg.evaluate, cfg.evaluate.prompts, devices)
-    frozen = sizes.frozen._replace(rewards={**sizes.frozen.rewards, **sizes.towers})
-
-    def drawn(adapter: Params, frozen: Frozen, prompts: Prompts, keys: Any) -> Any:
-        statics = {"model": sizes.model, "score": sizes.judged, "stage": evaluate.rollout_of(cfg.evaluate)}
-        return evaluate.draw(lora.policy(frozen.base, adapter, cfg.lora), frozen, prompts, keys, **statics)
-
-    prompts = batch(Prompts(sizes.prompts.cond, sizes.captions), mine)
-    program = jaxpr.trace(drawn, blank(cfg, sizes).ema, frozen, prompts, keys(mine, cfg.evaluate.images))
-    return Work("evaluate", cfg, sizes, devices, program, every=cfg.evaluate.every)
-
-
-def _use(work: Work, card: Card) -> Use:
-    stage, cfg, sizes, devices = work.stage, work.cfg, work.sizes, work.devices
-    flops = Counter({dtype: n * work.calls * devices for dtype, n in jaxpr.flops(work.program).items()})
-    text = nbytes(sizes.text) if stage == "encode" or not cfg.encode_ahead else 0
-    made = nbytes(work.low) if stage == "quantise" else 0  # its result is not an activation
-    return Use(
-        stage=stage,
-        weights=nbytes((sizes.frozen, sizes.towers)) + text,
-        adapters=nbytes(blank(cfg, sizes)),
-        merged=nbytes(work.kernels),
-        quantised=nbytes(work.low),
-        activations=jaxpr.peak(work.program) + nbytes(work.held) - made,
-        flops=flops,
-        seconds=seconds(flops, card, devices) / (EMULATED if work.precision.endswith("_emulated") else 1),
-        every=work.every,
-    )
+def fitting(cfg: Config, sizes: Sizes, devices: int, quantised: bool = True) -> list[int]:
+    """Every K that divides the devices and the axes along which base, text encoders and quantised kernels are cut."""
+    low = kernels(cfg, sizes)[1] if quantised else None
+    return sharding.shards_that_fit(sharding.cuts((sizes.frozen.base, sizes.text, low)).values(), devices)
 
 
 def spent(uses: Sequence[Use]) -> float:
@@ -243,41 +159,36 @@ def spent(uses: Sequence[Use]) -> float:
     return sum(use.seconds / use.every for use in uses)
 
 
-def seconds(flops: Counter[str], card: Card, devices: int = 1) -> float:
-    """Time of these FLOPs at FRACTION of the peak of `devices` cards."""
-    return sum(n / RATES.get(dtype, 1.0) for dtype, n in flops.items()) / (FRACTION * card.peak * 1e12 * devices)
-
-
-def device_card() -> Card | None:
-    """The first device as a card, with the memory that JAX can reserve on it and the peak of the card of that name.
-
-    None on a CPU, and for a GPU that is not in CARDS.
-    """
-    device = jax.local_devices()[0]
-    known = [card for name, card in CARDS.items() if name.rpartition(" ")[0] in device.device_kind]
-    most = (device.memory_stats() or {}).get("bytes_limit")
-    return known[0]._replace(memory=most / USABLE / 2**30) if known and most else None
-
-
-def check_fits(cfg: Config, devices: int, most: float) -> None:
-    """ConfigError, with the plan's numbers and what to change, if a stage cannot fit into `most` bytes per device.
-
-    The plan can overestimate activations by a share of CAUTION, so a stage may exceed `most` by that.
-    """
-    sizes, card = read(cfg, devices), Card(most / USABLE / 2**30, 1, 0.0)
-    for use in uses_of(cfg, sizes, devices, card):
-        if use.total - CAUTION * use.activations > most:
-            raise ConfigError(f"this GPU is too small: {advise(use, cfg, sizes, devices, card)}; see --mode=plan")
+def waiting(uses: Sequence[Use], link: Link) -> float:
+    """Seconds of an iteration in which devices wait for each other's weights, if no gather runs beside a product."""
+    return sum(transfer(use.received, link) / use.every for use in uses)
 
 
 # --- advice ---------------------------------------------------------------------------------------------------------
 
 
 def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> str:
-    """The first of `remedies`, applied one after another, with which the stage fits; else other ways to save memory."""
-    changes: dict[str, str] = {}
+    """What to change so that a stage fits that does not; if nothing makes it fit, other ways to save memory."""
     need = f"{use.stage} does not fit: {_gb(use.total)} of {_gb(room(card))} GB; "
+    changes, use = remedied(use, cfg, sizes, devices, card)
+    if use.total <= room(card):
+        return f"{need}it fits ({_gb(use.total)} GB) with {' '.join(f'--config.{k}={v}' for k, v in changes.items())}"
+    towers = {**sizes.frozen.rewards, **sizes.towers}
+    less = "".join(f", reward (without {name}: -{_gb(nbytes(x))} GB)" for name, x in towers.items() if nbytes(x))
+    even = "".join(f" with --config.{k}={v}" for k, v in changes.items() if k == "encode_ahead")
+    return (
+        f"{need}without activations it takes {_gb(use.total - use.activations)} GB{even}. Use a larger card, or lower "
+        f"lora.rank={cfg.lora.rank}{less}"
+    )
+
+
+def remedied(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> tuple[dict[str, str], Use]:
+    """(the first of `remedies`, applied one after another, with which the stage fits, or all that could help; the stage
+    with them)."""
+    changes: dict[str, str] = {}
     for field, value in remedies(use.stage, cfg):
+        if use.total <= room(card):
+            break
         if field.endswith(("chunk", "micro_batch")) and use.total - use.activations > room(card):
             break  # fewer samples at a time cannot help
         try:
@@ -286,17 +197,7 @@ def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> str
         except ConfigError:  # this size does not divide
             continue
         changes[field] = value
-        if use.total <= room(card):
-            return (
-                f"{need}it fits ({_gb(use.total)} GB) with {' '.join(f'--config.{k}={v}' for k, v in changes.items())}"
-            )
-    towers = {**sizes.frozen.rewards, **sizes.towers}
-    less = "".join(f", reward (without {name}: -{_gb(nbytes(x))} GB)" for name, x in towers.items() if nbytes(x))
-    even = "".join(f" with --config.{k}={v}" for k, v in changes.items() if k == "encode_ahead")
-    return (
-        f"{need}without activations it takes {_gb(use.total - use.activations)} GB{even}. Use a larger card, or lower "
-        f"lora.rank={cfg.lora.rank}{less}"
-    )
+    return changes, use
 
 
 def remedies(stage: str, cfg: Config) -> Iterator[tuple[str, str]]:
@@ -327,6 +228,11 @@ NO_PLUGIN = (
     f"activations: there is no CUDA plugin here ({' or '.join(jaxpr.CUDA)}), so they are those of unfused attention "
     "and of f32 products: more than on a GPU"
 )
+GATHERING = (
+    "gathering: "
+    + ", ".join(f"{name} at {link.share:.0%} of {link.rate} GB/s" for name, link in LINKS.items())
+    + " each way, assumed; added in full, the worst case: XLA runs a part of it beside the products"
+)
 HEADER = f"{'GB a device':<12}{'weights':>9}{'LoRA':>7}{'merged':>8}{'quantised':>11}{'activations':>13}{'total':>8}"
 
 
@@ -353,14 +259,36 @@ def report(p: Plan) -> list[str]:
         *(_row(use, room(card)) for use in p.uses),
         f"an iteration: {each:,.3g} s, {p.cfg.iterations} of them {p.cfg.iterations * each / 3600:,.3g} h",
         *(f"{u.stage}: at the start and every {u.every} iterations; an iteration's time has its share" for u in rare),
+        *_network(p),
         "",
         f"seconds: at {FRACTION:.0%} of the bf16 peak, float32 at 1/16, TF32 at half of it; emulated NVFP4 is not "
         f"faster: bf16's time / {EMULATED}; an H100 took 1.1 (flux), 1.3 (sd35), 1.7 times as long (sana)",
+        *((GATHERING,) if shards(p.cfg) > 1 else ()),
         "activations: an estimate from the traced program; no library workspaces",
         *(() if jaxpr.as_on_gpus() else (NO_PLUGIN,)),
         *p.sizes.notes,
         *(p.advice or (f"fits {p.card}",)),
     ]
+
+
+def _network(p: Plan) -> list[str]:
+    """Over how many devices frozen weights lie, and what gathering them adds to an iteration, a line a link."""
+    if shards(p.cfg) == 1:
+        return []
+    each = spent(p.uses)
+
+    def line(name: str, link: Link) -> str:
+        more = waiting(p.uses, link)
+        most = [use for use in p.uses if transfer(use.received, link) / use.every > 0.01 * more]
+        stages = ", ".join(f"{use.stage} {_more(transfer(use.received, link), use.seconds)}" for use in most)
+        return f"gathering over {name}: an iteration {_more(more, each)}: {stages}"
+
+    first = p.why or f"shard={p.cfg.shard}: frozen weights lie over {p.cfg.shard} devices each"
+    return [first, *(line(name, link) for name, link in LINKS.items())]
+
+
+def _more(extra: float, seconds: float) -> str:
+    return f"+{extra:,.{0 if extra >= 10 else 1 if extra >= 1 else 2}f} s ({extra / max(seconds, 1e-9):.0%})"
 
 
 def _covered(model: Model, precision: str | None) -> list[str]:

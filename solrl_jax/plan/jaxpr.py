@@ -1,4 +1,4 @@
-"""FLOPs and live memory of a traced program, from its jaxpr alone: nothing is compiled, nothing is allocated.
+"""FLOPs, live memory and network traffic of a traced program, from its jaxpr: nothing is compiled or allocated.
 
 XLA's own cost analysis counts a loop's body once; here it counts once per trip. An unknown operation is refused
 (`CostError`): otherwise it would count as nothing.
@@ -61,14 +61,15 @@ def as_on_gpus() -> bool:
     return any(map(find_spec, CUDA))
 
 
-def trace(f: Callable[..., Any], *args: Any) -> Jaxpr:
-    """The jaxpr of f for arguments given as shapes (jax.ShapeDtypeStruct leaves), on one device of a mesh.
+def trace(f: Callable[..., Any], *args: Any, shards: int = 1) -> Jaxpr:
+    """The jaxpr of f for arguments given as shapes (jax.ShapeDtypeStruct leaves), on a mesh of `shards` devices over
+    which frozen weights lie in parts. Shapes are those of whole arrays.
 
     The device is a GPU if a CUDA plugin is installed: without one JAX cannot trace the fused attention. Otherwise it is
     a device of another kind, not this machine's CPU, whose products may have another dtype.
     """
     device = AbstractDevice("GPU", None, "gpu" if as_on_gpus() else "other")
-    mesh = AbstractMesh((1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+    mesh = AbstractMesh((1, shards), sharding.AXES, axis_types=(AxisType.Auto,) * 2, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         return jax.make_jaxpr(f)(*args).jaxpr
 
@@ -147,11 +148,34 @@ MULTIPLIES = re.compile(
 """Names of primitives that multiply matrices, or may do so internally."""
 
 
+# --- network --------------------------------------------------------------------------------------------------------
+
+
+SENT = {"all_gather": 1, "all_to_all": 1, "psum": 2, "pmax": 2, "pmin": 2}
+"""How often a device receives the other devices' parts of a result: a sum is reduced part by part, then gathered."""
+
+
+def received(jaxpr: Jaxpr, devices: int) -> int:
+    """Bytes that each of `devices` devices receives from the others; a loop's body counts once per trip."""
+    total = 0
+    for eqn, _, _ in _inlined(jaxpr, [Value(v.aval) for v in jaxpr.invars])[0]:
+        name, among = eqn.primitive.name, eqn.params.get("axis_name") or eqn.params.get("axes") or ()
+        if name in SENT:
+            total += SENT[name] * nbytes([v.aval for v in eqn.outvars]) * (devices - 1) // devices
+        elif name != "axis_index" and any(isinstance(axis, str) for axis in among):
+            raise CostError(
+                f"the plan cannot count the operation {name}, which moves data between devices: add it to SENT in "
+                "solrl_jax/plan/jaxpr.py"
+            )
+        total += eqn.params.get("length", 1) * max((received(body, devices) for body in _bodies(eqn)), default=0)
+    return total
+
+
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
 def peak(jaxpr: Jaxpr) -> int:
-    """The most bytes that are live at once, with the program's results and without its inputs.
+    """The most bytes that are live at once on a device, with the program's results and without its inputs.
 
     The program is walked in order. A result of FUSED needs no memory: its sources stay alive instead. It is stored when
     a product, a loop or another operation that needs an array reads it, or if it is at most half as large as its
@@ -249,6 +273,9 @@ def _inlined(jaxpr: Jaxpr, inputs: list[Value]) -> tuple[list[Step], list[Value]
     for eqn in jaxpr.eqns:
         _check(eqn)
         ins, called = _values(env, eqn.invars), _called(eqn)
+        if eqn.primitive.name == "shard_map" and called is not None:  # of what is split, a device holds its part
+            for v, inner in zip(ins, called.invars, strict=True):
+                v.bytes = min(v.bytes, nbytes(inner.aval))
         if called is None:
             outs = [Value(v.aval) for v in eqn.outvars]
             steps.append((eqn, ins, outs))

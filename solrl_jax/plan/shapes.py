@@ -31,13 +31,14 @@ class Sizes(NamedTuple):
     judged: Score  # the trained rewards, then the held-out ones
     captions: dict[str, PyTree]  # their tokens
     notes: tuple[str, ...]
+    training: bool = True  # whether there is a training's state
 
 
-def read(cfg: Config, devices: int) -> Sizes:
-    """Shapes and dtypes as `assemble` would load and place them."""
-    if cfg.prompts % devices:
+def read(cfg: Config, devices: int, *, training: bool = True) -> Sizes:
+    """Shapes and dtypes as `assemble` would load them. Without `training` prompts need not divide over the devices."""
+    if training and cfg.prompts % devices:
         raise ConfigError(f"prompts={cfg.prompts} do not divide over {devices} devices: use a multiple of {devices}")
-    module, mine = assemble.model_module(cfg), cfg.prompts // devices
+    module, mine = assemble.model_module(cfg), -(-cfg.prompts // devices)
     model = module.make(cfg.model)
     base, vae, text = module.shapes(cfg.model)
     paths, notes = rewards.parse_paths(cfg.reward_paths), []
@@ -69,6 +70,7 @@ def read(cfg: Config, devices: int) -> Sizes:
         judged=Score(tuple(found[name][0] for name in everyone), tuple(weights[name] for name in everyone)),
         captions=captions,
         notes=tuple(notes),
+        training=training,
     )
 
 

@@ -66,17 +66,17 @@ def capability() -> float | None:
     return float(first.compute_capability) if first.platform == "gpu" else None
 
 
-def assemble(cfg: Config, devices: int | None = None) -> Parts:
-    """Read what training with `cfg` needs and replicate it on the first `devices` devices (all by default).
+def assemble(cfg: Config, devices: int | None = None, shard: int | None = None) -> Parts:
+    """Read what training with `cfg` needs and place it on the first `devices` devices (all by default).
 
-    Raises ConfigError, DataError or WeightsError.
+    `shard` is the K of the mesh if it is known already. Raises ConfigError, DataError or WeightsError.
     """
     use_compilation_cache()
     cfg = resolved(cfg, capability())
     check_rewards(cfg)
-    mesh = make_mesh(devices, cfg.shard, cfg.prompts)
+    mesh = make_mesh(devices, shard or shards(cfg, devices), cfg.prompts)
     check_divides(cfg, mesh.size)
-    check_shard(cfg, mesh.size, cfg.low_precision)
+    check_shard(cfg, mesh, cfg.low_precision)
     prompts = open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
     model = model_module(cfg).make(cfg.model)
     if cfg.low_precision:
@@ -91,8 +91,8 @@ def for_evaluation(cfg: Config, devices: int | None = None) -> Parts:
     """As `assemble`, for --mode=eval: checks that only matter for training are left out."""
     use_compilation_cache()
     check_rewards(cfg)
-    mesh = make_mesh(devices, cfg.shard)
-    check_shard(cfg, mesh.size)
+    mesh = make_mesh(devices, shards(cfg, devices, drawing=True))
+    check_shard(cfg, mesh)
     prompts = open_prompts(cfg, test=cfg.evaluate.prompts)
     model = model_module(cfg).make(cfg.model)
     return _placed(cfg, mesh, model, prompts, open_rewards(cfg, (*prompts.train, *prompts.test)))
@@ -102,8 +102,10 @@ def for_drawing(cfg: Config, devices: int | None = None) -> Parts:
     """As `assemble`, for --mode=sample: without prompt files and rewards."""
     use_compilation_cache()
     nothing = Judges(Score((), ()), Score((), ()), {})
-    mesh, model = make_mesh(devices, cfg.shard), model_module(cfg).make(cfg.model)
-    check_shard(cfg, mesh.size)
+    unscored = dataclasses.replace(cfg, reward="", evaluate=dataclasses.replace(cfg.evaluate, rewards=""))
+    mesh = make_mesh(devices, shards(unscored, devices, drawing=True))
+    check_shard(cfg, mesh)
+    model = model_module(cfg).make(cfg.model)
     return _placed(cfg, mesh, model, data.PromptSet((), (), 0, 0), nothing)
 
 
@@ -187,10 +189,11 @@ def check_divides(cfg: Config, devices: int) -> None:
         rollout.block_shape(stage.chunk, cfg.prompts // devices, images)
 
 
-def check_shard(cfg: Config, devices: int, precision: str | None = None) -> None:
-    """ConfigError unless `shard` divides each axis along which frozen weights are cut, those of kernels in a low
+def check_shard(cfg: Config, mesh: Mesh, precision: str | None = None) -> None:
+    """ConfigError unless the mesh's K divides each axis along which frozen weights are cut, those of kernels in a low
     `precision` too. Reads the folder's configs."""
-    if cfg.shard == 1:
+    shard = mesh.shape[sharding.FSDP]
+    if shard == 1:
         return
     module = model_module(cfg)
     base, _, text = module.shapes(cfg.model)
@@ -199,9 +202,9 @@ def check_shard(cfg: Config, devices: int, precision: str | None = None) -> None
         rule = quant.rule_of(module.make(cfg.model).quant_rules, precision)
         cut |= {f"{path}, quantised": s[2] for path, s in quant.chosen(base, rule).items() if len(s) == 3}
     for path, length in cut.items():
-        if length % cfg.shard:
-            fits = sharding.shards_that_fit(cut.values(), devices)
-            raise ConfigError(f"shard={cfg.shard} does not divide an axis of {path} ({length}): use one of {fits}")
+        if length % shard:
+            fits = sharding.shards_that_fit(cut.values(), mesh.size)
+            raise ConfigError(f"shard={shard} does not divide an axis of {path} ({length}): use one of {fits}")
 
 
 def converted(cfg: Config) -> Path | None:
@@ -235,6 +238,20 @@ def make_mesh(devices: int | None, shard: int = 1, prompts: int = 0) -> Mesh:
     except ValueError as e:
         raise ConfigError(str(e)) from None
     return mesh
+
+
+def shards(cfg: Config, devices: int | None, drawing: bool = False) -> int:
+    """config.shard; where it is 0 (auto), what the plan chooses for this machine. Prints why it is not 1.
+
+    ConfigError, before any weight is read, if even then the training, or a `drawing` of pictures, does not fit.
+    """
+    from solrl_jax import plan  # which plans what this module assembles
+
+    stages, host = plan.DRAWING if drawing else (), jax.local_device_count()
+    shard, said = plan.shard_of(cfg, devices or jax.device_count(), plan.memory_limit(), host=host, stages=stages)
+    for line in said:
+        print(line)
+    return shard
 
 
 def model_module(cfg: Config) -> types.ModuleType:
