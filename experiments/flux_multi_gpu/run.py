@@ -45,7 +45,12 @@ from solrl_jax.config import Config
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 
-PIPELINED: Options = {"xla_gpu_enable_pipelined_all_gather": True}
+RENAMED = jax.__version_info__ >= (0, 11)  # the option, which takes a mode since
+PIPELINED: Options = (
+    {"xla_gpu_pipeline_all_gather": "COLLECTIVE_PIPELINING_MODE_ON"}
+    if RENAMED
+    else {"xla_gpu_enable_pipelined_all_gather": True}
+)
 FORMS: dict[str, tuple[bool, Options | None]] = {
     "parts": (True, None),
     "parts, pipelined": (True, PIPELINED),
