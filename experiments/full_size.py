@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
     assemble.use_compilation_cache()
     words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
     named = config.load(args.config, {"prompts": str(args.prompts), **words})
-    mesh = assemble.make_mesh(args.devices, named.shard, named.prompts)
+    mesh = assemble.make_mesh(args.devices, max(1, named.shard), named.prompts)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
