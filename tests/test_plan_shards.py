@@ -88,21 +88,22 @@ X = jax.ShapeDtypeStruct((256,), jnp.float32)
 
 
 def test_received_bytes_of_collectives():
-    """Of [8, 8] f32 over four: gathered, exchanged 3/4 of it; a sum twice that; five times in a loop."""
+    """Of [8, 8] f32 over four: gathered, exchanged, scattered 3/4 of it; a sum twice that; five times in a loop."""
 
     def f(x):
         def on_device(x):
             def step(total, _):
                 y = jax.lax.all_gather(x, sharding.FSDP, tiled=True)  # [8, 8]
                 z = jax.lax.all_to_all(x, sharding.FSDP, split_axis=1, concat_axis=0, tiled=True)  # [8, 2]
-                return total + jax.lax.psum(y, sharding.AXES) + jnp.sum(z), None
+                w = jax.lax.psum_scatter(y, sharding.FSDP, tiled=True)  # [2, 8]; what a gather is in a gradient
+                return total + jax.lax.psum(y, sharding.AXES) + jnp.sum(z) + jnp.sum(w), None
 
             return jax.lax.scan(step, jnp.zeros((8, 8)), None, length=5)[0]
 
         return sharding.over_data(on_device, (sharding.SPLIT,), sharding.WHOLE)(x)
 
     x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
-    assert jaxpr.received(jaxpr.trace(f, x, shards=4), 4) == 5 * (256 + 64 + 2 * 256) * 3 // 4
+    assert jaxpr.received(jaxpr.trace(f, x, shards=4), 4) == 5 * (256 + 64 + 2 * 256 + 256) * 3 // 4
     assert jaxpr.received(jaxpr.trace(f, x), 1) == 0
 
     def shifted(x):
