@@ -32,6 +32,7 @@ from solrl_jax.config import Config
 from solrl_jax.learn import gradients, init_state, learn, make_optimizer
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
+from solrl_jax.run.encode import encoded
 from solrl_jax.structs import Frozen, Prompts, PyTree, Rollout, Variables
 
 Options = Mapping[str, Any]
@@ -151,7 +152,7 @@ def peaks(mesh: Mesh) -> list[float]:
 class Bench:
     """Everything that an iteration takes, drawn at random on the mesh; `figures` is what was measured.
 
-    The base and the text encoders lie over `fsdp` of the mesh. `written` is called after every figure. `flop`
+    The base and the text encoders are sharded over `fsdp` of the mesh. `written` is called after every figure. `flop`
     is of one picture by part of the work, for rates; 0: no rates.
     """
 
@@ -208,12 +209,7 @@ class Bench:
         """Text encoders, which then leave; sets `prompts`. Each device encodes its own."""
         where = sharding.weights(self.sizes.text)
         text, tokens = self.drawn(self.sizes.text, where), self.drawn(self.sizes.tokens, sharding.SPLIT)
-        model = self.sizes.model
-
-        @jax.jit
-        def encode(text, tokens):
-            return sharding.over_data(model.encode, (where, sharding.SPLIT), sharding.SPLIT)(text, tokens)
-
+        encode = jax.jit(functools.partial(encoded, model=self.sizes.model))
         seconds, compiling = timed(lambda: encode(text, tokens), self.repeat)
         self.note(f"encode {self.cfg.prompts} prompts", seconds, compile=compiling)
         self.prompts = Prompts(encode(text, tokens), self.drawn(self.sizes.prompts.tokens, sharding.SPLIT))
@@ -355,7 +351,7 @@ def main(argv: list[str] | None = None) -> None:
     assemble.use_compilation_cache()
     words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
     named = config.load(args.config, {"prompts": str(args.prompts), **words})
-    mesh = assemble.make_mesh(args.devices, named.shard, named.prompts)
+    mesh = assemble.make_mesh(args.devices, max(1, named.shard), named.prompts)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())

@@ -299,7 +299,9 @@ class Config(Checked):
     save_every: int = 20  # iterations between checkpoints; 0: only when the run ends or is stopped
     keep: int = 3  # checkpoints
     wandb: str = ""  # "project" or "entity/project" of Weights & Biases, which gets the metrics too; pip install wandb
-    shard: int = 0  # devices of one host over which frozen weights lie, gathered at use; 0: auto, as few as will do
+    shard: int = (
+        0  # devices over which frozen weights are sharded, gathered at use; 0: the fewest with which the plan fits
+    )
     encode_ahead: int = 0  # iterations encoded together, then the text encoders leave the device; 0: they stay
     staged: bool = True  # stages jitted separately (progress, stage times); False: one jit of the whole iteration_step
 

@@ -192,9 +192,14 @@ def gradients(
             sums.append(metrics)
         return jax.lax.psum((grads, sums), sharding.AXES)
 
-    whole, split = sharding.WHOLE, sharding.SPLIT
-    specs = whole, sharding.weights(frozen.base), whole, whole, *[split] * 4
-    run = sharding.over_data(on_device, specs, whole)
+    specs = (
+        sharding.WHOLE,  # the trained policy
+        sharding.weights(frozen.base),
+        sharding.WHOLE,  # the fixed policies
+        sharding.WHOLE,  # the phase
+        *[sharding.SPLIT] * 4,  # a device's conditioning, keys, samples and advantages
+    )
+    run = sharding.over_data(on_device, specs, sharding.WHOLE)
     fixed = fixed_policies(state, began, names)
     grads, sums = run(state.lora, frozen.base, fixed, phase, cond, keys, samples, advantage)
     count = keys.size * cfg.times

@@ -1,10 +1,14 @@
 """The mesh, where arrays lie on it, and how frozen weights are gathered where they are used.
 
 Its axes are `data` and `fsdp`. Every device takes its own prompts, so prompts are split over both. The base, its merged
-and quantised kernels and the text encoders lie over the K devices of `fsdp`, which belong to one host: of each kernel
-of a stack [L, in, out] a device holds a part of every layer. They are frozen, so nothing is reduced: a Linear gathers
-its kernel inside the layers' scan, in the precision in which it is used, and again in the backward pass (`at_use`).
-LoRA sets, moments, VAE and rewards are whole on every device. K = 1: all weights are whole.
+and quantised kernels and the text encoders are sharded over the K devices of `fsdp`, which belong to one host: of each
+kernel of a stack [L, in, out] a device holds a part of every layer. They are frozen, so nothing is reduced: a Linear
+gathers its kernel inside the layers' scan, in the precision in which it is used, and again in the backward pass
+(`at_use`). A stack of one layer, SD3.5's last block, has no loop of its own: it is gathered where it is called. LoRA
+sets, moments, VAE and rewards are whole on every device. K = 1: all weights are whole.
+
+In float32 all numbers are those of whole weights, bit for bit on CPUs; in bfloat16 they differ by rounding, for a row
+of a modulation is rounded before it is sent (tests/test_fsdp.py).
 """
 
 import functools
@@ -23,22 +27,22 @@ DATA, FSDP = "data", "fsdp"
 AXES = (DATA, FSDP)
 SPLIT, WHOLE = P(AXES), P()
 BY_INPUT, BY_OUTPUT = P(None, FSDP), P(None, None, FSDP)
-"""A stack's kernels [L, in, out] in parts."""
+"""A stack's kernels [L, in, out] in parts. (Codes are [L, out, in]: of these BY_INPUT's axis 1 is the output.)"""
 MODULATION = re.compile(r"norm\w*/linear/kernel$")
-"""Kernels that lie by output. A modulation has one row per picture: its results are exchanged (`exchanged`) instead of
-its weights, which are a quarter of FLUX's."""
+"""Kernels in parts by output. A modulation has one row per picture, so its results are usually fewer numbers than its
+weights, a quarter of FLUX's, and are exchanged instead (`at_use`)."""
 _KERNEL = re.compile(r"(^|/)kernel(/|$)")
 
 
 def make_mesh(devices: int | None = None, shard: int = 1) -> Mesh:
-    """A mesh of the first `devices` devices (all of them by default), frozen weights over `shard` neighbours each."""
+    """A mesh of the first `devices` devices (default: all), frozen weights sharded over `shard` neighbours each."""
     found = jax.devices()
     count = len(found) if devices is None else devices
     if not 1 <= count <= len(found):
         raise ValueError(f"{count} devices asked for, {len(found)} found: choose between 1 and {len(found)}")
     if shard < 1 or count % shard:
         fits = [k for k in range(1, count + 1) if count % k == 0]
-        raise ValueError(f"shard={shard} does not divide {count} devices: use one of {fits}")
+        raise ValueError(f"shard={shard} does not divide {count} devices: use one of {fits}, or other --devices")
     auto = jax.sharding.AxisType.Auto
     return jax.make_mesh((count // shard, shard), AXES, devices=found[:count], axis_types=(auto, auto))
 
@@ -71,7 +75,7 @@ def over_data(f: Callable, specs: tuple, out_specs: Any) -> Callable:
 
 
 def over_parts(f: Callable, specs: tuple, out_specs: Any) -> Callable:
-    """`over_data` if weights lie over several devices; else `f` itself, which then needs no mesh."""
+    """`over_data` if weights are sharded; else `f` itself, which then needs no mesh."""
     return over_data(f, specs, out_specs) if shards() > 1 else f
 
 
@@ -185,9 +189,10 @@ def placed(
 
 
 def at_use(
-    product: Callable[..., jax.Array], parts: Sequence[jax.Array], kernel: Any, whole: tuple[int, int]
+    product: Callable[..., jax.Array], xs: Sequence[jax.Array], kernel: Any, whole: tuple[int, int]
 ) -> jax.Array:
-    """product(parts, kernel) of rows [*batch, in]. The kernel is `whole` [in, out]; this device may hold a part of it.
+    """product(xs, kernel) of rows [*batch, in], in pieces `xs` along the last axis. The kernel is `whole` [in, out];
+    this device may hold a part of it.
 
     The devices' parts are gathered; or, if that is fewer numbers, the results are exchanged. What is gathered is not
     kept for the backward pass, which gathers it again (tests/test_fsdp_compiled.py::test_gradient). `kernel` has a
@@ -195,19 +200,19 @@ def at_use(
     """
     cut = cut_axis(tuple(kernel.shape), whole)
     if cut is None:
-        return product(parts, kernel)
-    rows = math.prod(parts[0].shape[:-1]) * shards()
+        return product(xs, kernel)
+    rows = math.prod(xs[0].shape[:-1]) * shards()
     if cut == 1 and rows * sum(whole) < math.prod(whole):
-        return exchanged(product, parts, kernel)
+        return exchanged(product, xs, kernel)
     axis = cut if isinstance(kernel, jax.Array) else 1 - cut
 
-    def gathered(parts: Sequence[jax.Array], kernel: Any) -> jax.Array:
+    def gathered(xs: Sequence[jax.Array], kernel: Any) -> jax.Array:
         def all_of(x: jax.Array) -> jax.Array:  # a quantised kernel's scales of the whole have no axis to gather
             return jax.lax.all_gather(x, FSDP, axis=axis, tiled=True) if x.ndim == 2 else x
 
-        return product(parts, jax.tree.map(all_of, kernel))
+        return product(xs, jax.tree.map(all_of, kernel))
 
-    return jax.checkpoint(gathered, prevent_cse=False)(parts, kernel)
+    return jax.checkpoint(gathered, prevent_cse=False)(xs, kernel)
 
 
 def cut_axis(held: tuple[int, ...], whole: tuple[int, int]) -> int | None:
@@ -223,8 +228,8 @@ def cut_axis(held: tuple[int, ...], whole: tuple[int, int]) -> int | None:
     raise ValueError(f"a kernel of shape {held} where the network needs {whole}, or a part of it ({shards()} devices)")
 
 
-def exchanged(product: Callable[..., jax.Array], parts: Sequence[jax.Array], kernel: Any) -> jax.Array:
+def exchanged(product: Callable[..., jax.Array], xs: Sequence[jax.Array], kernel: Any) -> jax.Array:
     """The product of all devices' rows with this device's outputs; then each device gets its rows, with all outputs."""
-    rows = [jax.lax.all_gather(x, FSDP, tiled=True) for x in parts]
+    rows = [jax.lax.all_gather(x, FSDP, tiled=True) for x in xs]
     y = product(rows, kernel)
     return jax.lax.all_to_all(y, FSDP, split_axis=0, concat_axis=y.ndim - 1, tiled=True)

@@ -98,6 +98,17 @@ def test_weights_that_a_run_would_not_find_are_told(cfg, tmp_path, monkeypatch):
     assert fixes(path="org/flux") == ["fetch org/flux: hf download org/flux, or let a run do it"]
 
 
+def test_prompts_and_shards_over_devices(cfg, tmp_path):
+    def found(devices, **changes):
+        changed = dataclasses.replace(cfg, **changes)
+        return [(x.text, x.fix) for x in doctor.examine(doctor.division, changed, tmp_path, devices)]
+
+    assert found(2) == found(2, shard=2) == [("4 prompts over 2 devices", "")]
+    assert found(1) == [("4 prompts over 1 device", "")]
+    ((_, fix),) = found(2, shard=4)
+    assert fix == "shard=4 does not divide 2 devices: use one of [1, 2], or other --devices"
+
+
 def test_no_reward_and_no_model(tmp_path, capsys):
     code, _, todo = told(config.Config(), tmp_path, capsys)
     assert code == 1 and any("no model is given" in line for line in todo)

@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.faults import run as faults
-from solrl_jax import config, iteration, quant, sharding, train
+from solrl_jax import config, iteration, quant, recipes, sharding, train
 from solrl_jax.config import Stage
 from solrl_jax.quant import calibrate
-from solrl_jax.run import assemble
+from solrl_jax.run import assemble, checkpoint, evaluate
 from solrl_jax.structs import QuantRule, leaves_by_path
 from tests import nano, nano_sana, nano_sd35
 from tests.nano import begun, numbers, parts_of, statics_of
@@ -190,10 +190,50 @@ def test_one_program_of_the_whole_iteration(folder):
 @pytest.mark.slow
 def test_a_run_goes_on_with_weights_in_parts_and_back(folder, tmp_path):
     """Iterations 1 and 4 of 4 with whole weights, 2 and 3 with weights over two devices: all that an unbroken run has,
-    to the bit."""
-    cfg = nano.build(folder, evaluate=config.Evaluate(every=0))
+    to the bit, evaluations and measured previews too; and a sample's pictures."""
+    watch = config.Watch(every=2, prompts=2)
+    cfg = nano.build(folder, evaluate=config.Evaluate(every=2, prompts=4, steps=2, grid=2, chunk=4), watch=watch)
     train.train(config.override(cfg, iterations=4), tmp_path / "whole", devices=2)
     for iterations, shard in ((1, 1), (3, 2), (4, 1)):
         then = config.override(cfg, iterations=iterations, shard=shard)
         train.train(then, tmp_path / "parts", resume=iterations > 1, devices=2)
     assert faults.same(tmp_path / "parts", tmp_path / "whole")
+    files, place = [], checkpoint.folder(tmp_path / "whole", 4)
+    for shard in (1, 2):
+        out, some = tmp_path / f"shard{shard}", config.override(cfg, shard=shard)
+        evaluate.run_sample(some, out, prompts=nano.PROMPTS[:2], place=place, lora_file=None, devices=2)
+        files.append([file.read_bytes() for file in sorted(out.rglob("*.png"))])
+    assert files[0] == files[1] and len(files[0]) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*recipes.FAMILIES, *recipes.METHODS])
+def test_every_family_and_method(folder, name):
+    """A step of it, traced with weights over two devices: no kernel is used without its other part."""
+    cfg = dataclasses.replace(recipes.family(nano.build(folder), name), shard=2)
+    parts = parts_of(cfg, 2)
+    with jax.set_mesh(parts.mesh):
+        state, prompts, _ = begun(parts)
+        step = functools.partial(iteration.iteration_step, **dict(zip(nano.STATICS, statics_of(parts), strict=True)))
+        new, metrics = jax.eval_shape(step, state, parts.frozen, prompts)
+    assert jax.tree.structure(new) == jax.tree.structure(state) and "loss" in metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["norm1.linear", "timestep_embedder.linear_1"])
+def test_the_gradient_of_an_adapted_modulation(folder, target):
+    """A LoRA where results are exchanged, or before: its gradient goes through all devices' rows."""
+    found = []
+    for shard in (1, 2):
+        cfg = nano.build(folder, lora=config.Lora(rank=4, alpha=8.0, targets=(target,)), shard=shard)
+        parts = parts_of(cfg, 2)
+        run = iteration.stages(*statics_of(parts))
+        with jax.set_mesh(parts.mesh):
+            state, prompts, keys = begun(parts)
+            keys = sharding.split(keys, parts.mesh)
+            full = jax.jit(run.regenerate)(jax.jit(run.merged)(state, parts.frozen), None, parts.frozen, prompts, keys)
+            full = jax.tree.map(lambda x: x[:, :4], full)
+            found.append(jax.jit(run.learn)(state, parts.frozen, prompts.cond, full)[0])
+    one, other = (numbers(new.moments) for new in found)
+    assert np.abs(one).max() > 0
+    np.testing.assert_allclose(other, one, rtol=0, atol=1e-5 * np.abs(one).max())

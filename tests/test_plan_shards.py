@@ -88,21 +88,22 @@ X = jax.ShapeDtypeStruct((256,), jnp.float32)
 
 
 def test_received_bytes_of_collectives():
-    """Of [8, 8] f32 over four: gathered, exchanged 3/4 of it; a sum twice that; five times in a loop."""
+    """Of [8, 8] f32 over four: gathered, exchanged, scattered 3/4 of it; a sum twice that; five times in a loop."""
 
     def f(x):
         def on_device(x):
             def step(total, _):
                 y = jax.lax.all_gather(x, sharding.FSDP, tiled=True)  # [8, 8]
                 z = jax.lax.all_to_all(x, sharding.FSDP, split_axis=1, concat_axis=0, tiled=True)  # [8, 2]
-                return total + jax.lax.psum(y, sharding.AXES) + jnp.sum(z), None
+                w = jax.lax.psum_scatter(y, sharding.FSDP, tiled=True)  # [2, 8]; what a gather is in a gradient
+                return total + jax.lax.psum(y, sharding.AXES) + jnp.sum(z) + jnp.sum(w), None
 
             return jax.lax.scan(step, jnp.zeros((8, 8)), None, length=5)[0]
 
         return sharding.over_data(on_device, (sharding.SPLIT,), sharding.WHOLE)(x)
 
     x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
-    assert jaxpr.received(jaxpr.trace(f, x, shards=4), 4) == 5 * (256 + 64 + 2 * 256) * 3 // 4
+    assert jaxpr.received(jaxpr.trace(f, x, shards=4), 4) == 5 * (256 + 64 + 2 * 256 + 256) * 3 // 4
     assert jaxpr.received(jaxpr.trace(f, x), 1) == 0
 
     def shifted(x):
@@ -164,7 +165,7 @@ def test_the_least_shard_that_fits_is_chosen(cfg, uses, short):
     assert plan.shard_of(cfg, 4, 1e12) == plan.shard_of(cfg, 4, None) == (1, [])
     for limit, host, k in ((two, 0, 2), (two - 1, 0, 4), (two - 1, 2, 2)):  # on a host of two, two are the most
         chosen, (said,) = plan.shard_of(cfg, 4, limit, host=host)
-        assert chosen == k and said.startswith(f"shard={k}: frozen weights lie over {k} devices each")
+        assert chosen == k and said.startswith(f"shard={k}: frozen weights are sharded over {k} devices")
         assert f"with whole weights encode would take about {plan._gb(uses[1]['encode'].total)} of" in said
     assert plan.shard_of(dataclasses.replace(cfg, shard=4), 4, 1e12, host=2) == (4, [])  # as was asked for
 
@@ -218,7 +219,7 @@ def test_drawing_is_planned_by_itself(cfg, monkeypatch, capsys):
     assert whole[0].adapters == 2 * jaxpr.nbytes(shapes.blank(cfg, sizes).ema)
     monkeypatch.setattr(plan, "memory_limit", lambda: float(most({use.stage: use for use in whole}) - 1))
     assemble.for_evaluation(cfg, 4)
-    assert "shard=2: frozen weights lie over 2 devices each" in capsys.readouterr().out
+    assert "shard=2: frozen weights are sharded over 2 devices" in capsys.readouterr().out
     assemble.for_drawing(cfg, 4)
     assert placed == [2, 1] and capsys.readouterr().out == ""
     monkeypatch.setattr(plan, "memory_limit", lambda: 2e5)
@@ -235,7 +236,7 @@ def test_a_run_says_its_shard_and_keeps_auto(cfg, tmp_path, monkeypatch, capsys)
     once = config.override(emulated, iterations="1")
     monkeypatch.setattr(plan, "memory_limit", lambda: 6.4e5)  # quantising takes 6.7e5
     assert train.train(once, tmp_path / "run", devices=4) == 0
-    assert "shard=2: frozen weights lie over 2 devices each" in capsys.readouterr().out
+    assert "shard=2: frozen weights are sharded over 2 devices" in capsys.readouterr().out
     place = checkpoint.find(tmp_path / "run")[0]
     assert checkpoint.load_config(tmp_path / "run").shard == checkpoint.load_config(place).shard == 0
     monkeypatch.setattr(plan, "memory_limit", lambda: None)
@@ -251,7 +252,7 @@ def test_the_report_prices_each_link(cfg, uses):
     p = plan.Plan(dataclasses.replace(cfg, shard=2), 4, "RTX 4090 24GB", shapes.read(cfg, 4), (), ())
     use = plan.Use("explore", 0, 0, 0, 0, 0, jaxpr.Counter(), 10.0, 1, 360_000_000_000)
     lines = plan._network(p._replace(uses=(use, use._replace(stage="encode", received=10))))
-    assert lines[0] == "shard=2: frozen weights lie over 2 devices each"
+    assert lines[0] == "shard=2: frozen weights are sharded over 2 devices"
     assert lines[1] == "gathering over NVLink: an iteration +1.0 s (5%): explore +1.0 s (10%)"
     assert lines[3] == "gathering over PCIe 4 x16: an iteration +14 s (70%): explore +14 s (141%)"
     assert len(lines) == 1 + len(plan.LINKS) and plan._network(p._replace(cfg=cfg)) == []

@@ -2,7 +2,7 @@
 
 The stages are traced as they run (`iteration.Stages`, the encoders), with one device's share of the prompts, so a
 change of the code changes the plan. Memory is everything on a device while a stage runs. Weights, LoRA sets and
-moments, merged and quantised kernels are counted from their shapes; of frozen weights that lie over K devices, one's
+moments, merged and quantised kernels are counted from their shapes; of frozen weights sharded over K devices, one's
 part. Activations, with the stage's results and a backward pass's residuals, are `jaxpr.peak` of its program. The
 watch's measurement and the evaluation are stages too, once in many iterations. Not counted: workspaces of libraries,
 copies, padding and reordering by XLA, fragmentation, and the runtime's own few hundred MB. Seconds are FLOPs at a
@@ -47,7 +47,7 @@ from solrl_jax.plan.cards import (
 )
 from solrl_jax.plan.jaxpr import nbytes
 from solrl_jax.plan.shapes import Sizes, batch, blank, parameters, read, with_configs
-from solrl_jax.plan.stages import Use, kernels, shards, stages_of, use_of, uses_of
+from solrl_jax.plan.stages import Use, kernels, planned_shard, stages_of, use_of, uses_of
 from solrl_jax.quant import coverage
 from solrl_jax.run import assemble
 from solrl_jax.structs import Model
@@ -85,7 +85,7 @@ class Plan(NamedTuple):
     sizes: Sizes
     uses: tuple[Use, ...]
     advice: tuple[str, ...]  # for the stages that do not fit
-    why: str = ""  # why frozen weights lie over several devices, if the plan chose so
+    why: str = ""  # why frozen weights are sharded, if the plan chose so
 
 
 def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
@@ -98,7 +98,7 @@ def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
     return Plan(cfg, devices, card, sizes, uses, tuple(advice), why)
 
 
-# --- over how many devices the frozen weights lie -------------------------------------------------------------------
+# --- over how many devices frozen weights are sharded ---------------------------------------------------------------
 
 
 DRAWING = ("encode", "evaluate")
@@ -117,7 +117,7 @@ def shard_of(
     DRAWING, or those of a training.
     """
     if most is None:
-        return shards(cfg), []
+        return planned_shard(cfg), []
     sizes, card = read(cfg, devices, training=not stages), card_with(most)
     cfg, uses, why = chosen(cfg, sizes, devices, card, host=host, stages=stages)
     for use in uses:
@@ -133,7 +133,9 @@ def chosen(
     among = devices if cfg.shard else math.gcd(devices, host or devices)
     fit = fitting(cfg, sizes, among, quantised=not stages)
     if cfg.shard and cfg.shard not in fit:
-        raise ConfigError(f"shard={cfg.shard} does not divide {devices} devices and the weights: use one of {fit}")
+        raise ConfigError(
+            f"shard={cfg.shard} does not divide {devices} devices and the weights: use one of {fit}, or other --devices"
+        )
     choices, why = [cfg.shard] if cfg.shard else fit, ""
     for k in choices:
         one, uses = dataclasses.replace(cfg, shard=k), []
@@ -143,7 +145,7 @@ def chosen(
                 why = why or f"with whole weights {stage} would take about {_gb(use.total)} of {_gb(room(card))} GB"
                 break
         else:
-            said = f"shard={k}: frozen weights lie over {k} devices each and are gathered where they are used; {why}"
+            said = f"shard={k}: frozen weights are sharded over {k} devices and gathered where they are used; {why}"
             return one, tuple(uses), said if why else ""
     raise AssertionError("the last choice is never left")
 
@@ -176,9 +178,11 @@ def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> str
     towers = {**sizes.frozen.rewards, **sizes.towers}
     less = "".join(f", reward (without {name}: -{_gb(nbytes(x))} GB)" for name, x in towers.items() if nbytes(x))
     even = "".join(f" with --config.{k}={v}" for k, v in changes.items() if k == "encode_ahead")
+    most = fitting(cfg, sizes, devices)[-1]
+    shared = f"--config.shard={most}, " if 0 < cfg.shard < most else "more cards (--devices), "
     return (
-        f"{need}without activations it takes {_gb(use.total - use.activations)} GB{even}. Use a larger card, or lower "
-        f"lora.rank={cfg.lora.rank}{less}"
+        f"{need}without activations it takes {_gb(use.total - use.activations)} GB{even}. "
+        f"Use {shared}a larger card, or lower lora.rank={cfg.lora.rank}{less}"
     )
 
 
@@ -263,7 +267,7 @@ def report(p: Plan) -> list[str]:
         "",
         f"seconds: at {FRACTION:.0%} of the bf16 peak, float32 at 1/16, TF32 at half of it; emulated NVFP4 is not "
         f"faster: bf16's time / {EMULATED}; an H100 took 1.1 (flux), 1.3 (sd35), 1.7 times as long (sana)",
-        *((GATHERING,) if shards(p.cfg) > 1 else ()),
+        *((GATHERING,) if planned_shard(p.cfg) > 1 else ()),
         "activations: an estimate from the traced program; no library workspaces",
         *(() if jaxpr.as_on_gpus() else (NO_PLUGIN,)),
         *p.sizes.notes,
@@ -272,8 +276,8 @@ def report(p: Plan) -> list[str]:
 
 
 def _network(p: Plan) -> list[str]:
-    """Over how many devices frozen weights lie, and what gathering them adds to an iteration, a line a link."""
-    if shards(p.cfg) == 1:
+    """Over how many devices frozen weights are sharded, and what gathering them adds to an iteration, a line a link."""
+    if planned_shard(p.cfg) == 1:
         return []
     each = spent(p.uses)
 
@@ -283,7 +287,7 @@ def _network(p: Plan) -> list[str]:
         stages = ", ".join(f"{use.stage} {_more(transfer(use.received, link), use.seconds)}" for use in most)
         return f"gathering over {name}: an iteration {_more(more, each)}: {stages}"
 
-    first = p.why or f"shard={p.cfg.shard}: frozen weights lie over {p.cfg.shard} devices each"
+    first = p.why or f"shard={p.cfg.shard}: frozen weights are sharded over {p.cfg.shard} devices"
     return [first, *(line(name, link) for name, link in LINKS.items())]
 
 

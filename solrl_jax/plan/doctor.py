@@ -129,8 +129,9 @@ def precision(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
 
 
 def division(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
-    mesh = assemble.make_mesh(devices, cfg.prompts)
+    mesh = assemble.make_mesh(devices, max(1, cfg.shard), cfg.prompts)
     assemble.check_divides(cfg, mesh.size)
+    assemble.check_shard(cfg, mesh, assemble.resolved(cfg, assemble.capability()).low_precision)
     yield Finding(f"{cfg.prompts} prompts over {mesh.size} device{'s' * (mesh.size > 1)}")
 
 

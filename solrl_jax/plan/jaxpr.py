@@ -151,17 +151,23 @@ MULTIPLIES = re.compile(
 # --- network --------------------------------------------------------------------------------------------------------
 
 
-SENT = {"all_gather": 1, "all_to_all": 1, "psum": 2, "pmax": 2, "pmin": 2}
-"""How often a device receives the other devices' parts of a result: a sum is reduced part by part, then gathered."""
+SENT = {"all_gather": 1, "all_to_all": 1, "reduce_scatter": 1, "psum": 2, "pmax": 2, "pmin": 2}
+"""How often a device receives the other devices' parts of a whole array, which is the result, or what reduce_scatter is
+given: a sum is reduced part by part, then gathered."""
 
 
 def received(jaxpr: Jaxpr, devices: int) -> int:
-    """Bytes that each of `devices` devices receives from the others; a loop's body counts once per trip."""
+    """Bytes that each of `devices` devices receives from the others; a loop's body counts once per trip.
+
+    `devices` are those that share frozen weights. A LoRA's gradient, which all devices add up, counts as if these alone
+    added it up.
+    """
     total = 0
     for eqn, _, _ in _inlined(jaxpr, [Value(v.aval) for v in jaxpr.invars])[0]:
         name, among = eqn.primitive.name, eqn.params.get("axis_name") or eqn.params.get("axes") or ()
         if name in SENT:
-            total += SENT[name] * nbytes([v.aval for v in eqn.outvars]) * (devices - 1) // devices
+            whole = eqn.invars if name == "reduce_scatter" else eqn.outvars
+            total += SENT[name] * nbytes([v.aval for v in whole]) * (devices - 1) // devices
         elif name != "axis_index" and any(isinstance(axis, str) for axis in among):
             raise CostError(
                 f"the plan cannot count the operation {name}, which moves data between devices: add it to SENT in "

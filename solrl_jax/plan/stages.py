@@ -20,6 +20,7 @@ from solrl_jax.plan.jaxpr import nbytes
 from solrl_jax.plan.shapes import Sizes, batch, blank, keys, samples, states
 from solrl_jax.rollout import block_shape, branched, rolled
 from solrl_jax.run import evaluate, guards
+from solrl_jax.run.encode import encoded
 from solrl_jax.structs import Frozen, Params, Prompts
 
 
@@ -54,7 +55,7 @@ def uses_of(cfg: Config, sizes: Sizes, devices: int, card: Card) -> tuple[Use, .
     return tuple(use_of(stage, cfg, sizes, devices, card) for stage in stages_of(cfg))
 
 
-def shards(cfg: Config) -> int:
+def planned_shard(cfg: Config) -> int:
     """K of config.shard; 1 before it is chosen."""
     return max(1, cfg.shard)
 
@@ -88,7 +89,7 @@ class Work(NamedTuple):
 
 
 def _work(stage: str, cfg: Config, sizes: Sizes, devices: int) -> Work:
-    model, frozen, mine, k = sizes.model, sizes.frozen, -(-cfg.prompts // devices), shards(cfg)
+    model, frozen, mine, k = sizes.model, sizes.frozen, -(-cfg.prompts // devices), planned_shard(cfg)
     run, state = iteration.stages(model, sizes.score, learn.make_optimizer(cfg), cfg), blank(cfg, sizes)
     for name, how, images in cfg.stages():
         if name == stage:
@@ -98,12 +99,8 @@ def _work(stage: str, cfg: Config, sizes: Sizes, devices: int) -> Work:
             branch = "preview" if stage == "explore" else "rest"
             return _rollout(stage, how, mine, images, cfg, sizes, devices, branch)._replace(held=stay)
     if stage == "encode":
-        each = sharding.weights(sizes.text), sharding.SPLIT
-        program = jaxpr.trace(
-            lambda *x: sharding.over_data(model.encode, each, sharding.SPLIT)(*x),
-            *(sizes.text, batch(sizes.tokens, mine * k)),
-            shards=k,
-        )
+        run_encoders = functools.partial(encoded, model=model)
+        program = jaxpr.trace(run_encoders, sizes.text, batch(sizes.tokens, mine * k), shards=k)
         return Work(stage, cfg, sizes, devices, program)
     if stage == "learn":
         stay = samples(cfg, sizes, mine, cfg.kept)
@@ -134,7 +131,7 @@ def _rollout(
     merged, low = kernels(cfg, sizes)
     if stage != "explore" and how.precision == "bf16":
         low = None
-    together, k = block_shape(how.chunk, mine, images)[0], shards(cfg)
+    together, k = block_shape(how.chunk, mine, images)[0], planned_shard(cfg)
     keep_path = stage == "regenerate" and cfg.of_steps
     branch = branched(sizes.model, cfg) if part else None
     statics = {"model": sizes.model, "score": sizes.score, "stage": how, "branch": branch, "keep_path": keep_path}
@@ -161,7 +158,7 @@ def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
 
 def _evaluation(cfg: Config, sizes: Sizes, devices: int) -> Work:
     """All of a device's fixed prompts in one call, including the rewards that are not trained on."""
-    mine = evaluate.prompts_each(cfg.evaluate, cfg.evaluate.prompts, devices) * shards(cfg)
+    mine = evaluate.prompts_each(cfg.evaluate, cfg.evaluate.prompts, devices) * planned_shard(cfg)
     frozen = sizes.frozen._replace(rewards={**sizes.frozen.rewards, **sizes.towers})
 
     def drawn(adapter: Params, frozen: Frozen, prompts: Prompts, keys: Any) -> Any:
@@ -170,12 +167,12 @@ def _evaluation(cfg: Config, sizes: Sizes, devices: int) -> Work:
 
     prompts = batch(Prompts(sizes.prompts.cond, sizes.captions), mine)
     given = blank(cfg, sizes).ema, frozen, prompts, keys(mine, cfg.evaluate.images)
-    program = jaxpr.trace(drawn, *given, shards=shards(cfg))
+    program = jaxpr.trace(drawn, *given, shards=planned_shard(cfg))
     return Work("evaluate", cfg, sizes, devices, program, every=cfg.evaluate.every)
 
 
 def _use(work: Work, card: Card) -> Use:
-    stage, cfg, sizes, devices, k = work.stage, work.cfg, work.sizes, work.devices, shards(work.cfg)
+    stage, cfg, sizes, devices, k = work.stage, work.cfg, work.sizes, work.devices, planned_shard(work.cfg)
     flops = Counter({dtype: n * work.calls * devices for dtype, n in jaxpr.flops(work.program).items()})
     text = held(sizes.text, k) if stage == "encode" or not cfg.encode_ahead else 0
     made = held(work.low, k) if stage == "quantise" else 0  # its result is not an activation

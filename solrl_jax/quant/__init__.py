@@ -85,7 +85,7 @@ def quantise(
 ) -> Fp8 | Nvfp4:
     """A kernel [*layers, in, out] in a precision of LOW, else Unsupported; `unit` and `parts` are of FP8's inputs.
 
-    `largest`: max|W| of the kernel [in, out] that this is a part of; by default it is this one's.
+    `largest`: max|W| of the kernel of which this one [in, out] is a device's part; by default, of `kernel` itself.
     """
     _known(precision, LOW, "one that kernels are quantised to")
     if precision == "fp8":

@@ -85,7 +85,7 @@ def quantise(
 ) -> Fp8:
     """One scale per kernel (each layer of a stack is a kernel): the least power of two with which it fits.
 
-    `largest`: max|W| of the kernel [in, out] that this is a part of; by default it is this one's.
+    `largest`: max|W| of the kernel of which this one [in, out] is a device's part; by default, of `kernel` itself.
 
     `parts`: the sizes in which the contracted axis comes to the product; empty for one. ValueError if they are not it.
 
@@ -93,6 +93,7 @@ def quantise(
     (tests/test_compiled.py::test_quantising_turns_the_codes_alone).
     """
     if kernel.ndim > 2:
+        assert largest is None  # of one kernel
         return jax.lax.map(lambda k: quantise(k, unit, parts), kernel)
     if sum(parts or kernel.shape[:1]) != kernel.shape[0]:
         raise ValueError(f"parts {tuple(parts)} of a kernel with {kernel.shape[0]} inputs: they have to add up to it")

@@ -175,12 +175,13 @@ def quantise(
 ) -> Nvfp4:
     """One global scale per kernel (each layer of a stack is a kernel); `sweep` as in `_encode_blocks`, () is NVIDIA's.
 
-    `largest`: max|W| of the kernel [in, out] that this is a part of; by default it is this one's.
+    `largest`: max|W| of the kernel of which this one [in, out] is a device's part; by default, of `kernel` itself.
 
     Without `row_major`, XLA first transposes the whole stack of bf16 kernels; with it, only the codes and scales
     (tests/test_compiled.py::test_quantising_turns_the_codes_alone).
     """
     if kernel.ndim > 2:  # one layer at a time: on CPUs, all at once would take twice the memory (tests/test_quant.py)
+        assert largest is None  # of one kernel
         return lax.map(lambda k: quantise(k, native, sweep), kernel)
     _check(kernel.shape[0])
     w = row_major(kernel).astype(jnp.float32)

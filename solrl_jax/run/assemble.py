@@ -74,7 +74,7 @@ def assemble(cfg: Config, devices: int | None = None, shard: int | None = None) 
     use_compilation_cache()
     cfg = resolved(cfg, capability())
     check_rewards(cfg)
-    mesh = make_mesh(devices, shard or shards(cfg, devices), cfg.prompts)
+    mesh = make_mesh(devices, shard or chosen_shard(cfg, devices), cfg.prompts)
     check_divides(cfg, mesh.size)
     check_shard(cfg, mesh, cfg.low_precision)
     prompts = open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
@@ -91,11 +91,11 @@ def for_evaluation(cfg: Config, devices: int | None = None) -> Parts:
     """As `assemble`, for --mode=eval: checks that only matter for training are left out."""
     use_compilation_cache()
     check_rewards(cfg)
-    mesh = make_mesh(devices, shards(cfg, devices, drawing=True))
+    mesh = make_mesh(devices, chosen_shard(cfg, devices, drawing=True))
     check_shard(cfg, mesh)
     prompts = open_prompts(cfg, test=cfg.evaluate.prompts)
     model = model_module(cfg).make(cfg.model)
-    return _placed(cfg, mesh, model, prompts, open_rewards(cfg, (*prompts.train, *prompts.test)))
+    return _told(_placed(cfg, mesh, model, prompts, open_rewards(cfg, (*prompts.train, *prompts.test))))
 
 
 def for_drawing(cfg: Config, devices: int | None = None) -> Parts:
@@ -103,10 +103,17 @@ def for_drawing(cfg: Config, devices: int | None = None) -> Parts:
     use_compilation_cache()
     nothing = Judges(Score((), ()), Score((), ()), {})
     unscored = dataclasses.replace(cfg, reward="", evaluate=dataclasses.replace(cfg.evaluate, rewards=""))
-    mesh = make_mesh(devices, shards(unscored, devices, drawing=True))
+    mesh = make_mesh(devices, chosen_shard(unscored, devices, drawing=True))
     check_shard(cfg, mesh)
     model = model_module(cfg).make(cfg.model)
-    return _placed(cfg, mesh, model, data.PromptSet((), (), 0, 0), nothing)
+    return _told(_placed(cfg, mesh, model, data.PromptSet((), (), 0, 0), nothing))
+
+
+def _told(parts: Parts) -> Parts:
+    """`parts`, after printing what a training's log says in its `notes`."""
+    for line in network(parts):
+        print(line)
+    return parts
 
 
 class Judges(NamedTuple):
@@ -240,7 +247,7 @@ def make_mesh(devices: int | None, shard: int = 1, prompts: int = 0) -> Mesh:
     return mesh
 
 
-def shards(cfg: Config, devices: int | None, drawing: bool = False) -> int:
+def chosen_shard(cfg: Config, devices: int | None, drawing: bool = False) -> int:
     """config.shard; where it is 0 (auto), what the plan chooses for this machine. Prints why it is not 1.
 
     ConfigError, before any weight is read, if even then the training, or a `drawing` of pictures, does not fit.

@@ -28,7 +28,7 @@ class Conditioner:
     def __init__(self, model: Model, params: Params, mesh: Mesh, *, group: int, stay: bool):
         self.model, self.mesh, self.group, self.stay = model, mesh, group + -group % mesh.size, stay
         self.params = sharding.place(params, mesh) if stay else params
-        self.encode = jax.jit(functools.partial(_encoded, model=model))
+        self.encode = jax.jit(functools.partial(encoded, model=model))
         self.kept: dict[str, PyTree] = {}  # most recently used last
         self.most = MOST
 
@@ -60,7 +60,7 @@ class Conditioner:
             jax.tree.map(lambda x: x.delete(), params)
 
 
-def _encoded(params: Params, tokens: PyTree, *, model: Model) -> PyTree:
+def encoded(params: Params, tokens: PyTree, *, model: Model) -> PyTree:
     """Each device encodes its own prompts."""
     specs = sharding.weights(params), sharding.SPLIT
     return sharding.over_data(model.encode, specs, sharding.SPLIT)(params, tokens)
