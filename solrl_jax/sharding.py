@@ -7,8 +7,8 @@ gathers its kernel inside the layers' scan, in the precision in which it is used
 (`at_use`). A stack of one layer, SD3.5's last block, has no loop of its own: it is gathered where it is called. LoRA
 sets, moments, VAE and rewards are whole on every device. K = 1: all weights are whole.
 
-In float32 all numbers are those of whole weights, bit for bit on CPUs; in bfloat16 they differ by rounding, for a row
-of a modulation is rounded before it is sent (tests/test_fsdp.py).
+In float32 all numbers are those of whole weights, bit for bit where a product's sums do not depend on its number of
+rows; in bfloat16 they differ by rounding, for a row of a modulation is rounded before it is sent (tests/test_fsdp.py).
 """
 
 import functools

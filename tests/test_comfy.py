@@ -317,6 +317,7 @@ def narrow(monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "narrow")
 def test_diffusers_draws_our_pictures(tmp_path):
     """The committed small world in f32, three Euler steps: our policy, and its ComfyUI file in diffusers."""

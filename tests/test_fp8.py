@@ -68,6 +68,7 @@ def test_a_row_does_not_depend_on_its_batch():
         np.testing.assert_array_equal(alone, whole[i])
 
 
+@pytest.mark.slow
 def test_stacks_and_parts():
     """A stacked kernel is its layers' kernels; inputs in parts are the inputs put together, in every precision."""
     w = jax.random.normal(jax.random.key(0), (3, 64, 32))

@@ -96,6 +96,7 @@ def test_when_it_is_due():
             Watch(**change)
 
 
+@pytest.mark.slow
 def test_a_preview_like_the_full_rollout_ranks_like_it(toy):
     """As many steps, same solver: Spearman, overlap and contrast are 1; on two devices two prompts at a time."""
     cfg = config.override(toy, **{"watch.prompts": "3", "candidates": "8", "kept": "4", "explore.chunk": "8"})

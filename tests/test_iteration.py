@@ -150,6 +150,7 @@ def stages_on(parts):
         )
 
 
+@pytest.mark.slow
 def test_four_devices_equal_one(four):
     """Rewards to 1e-5, the same kept samples, the same update to 1e-5."""
     one, many = (stages_on(p) for p in four)
@@ -222,6 +223,7 @@ def test_coverage_of_nano(folder):
         coverage.check(parts_of(nano.build(folder)).model._replace(quant_rules=rules), "nvfp4_emulated", 0.9)
 
 
+@pytest.mark.slow
 def test_many_runs_as_one_program(folder):
     """A leading axis over the state trains several settings at once: the same as one by one."""
     parts = parts_of(nano.build(folder))

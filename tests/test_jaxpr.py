@@ -93,6 +93,7 @@ def summed(x):
     return jax.lax.reduce(x, 0.0, lambda a, b: a + 2 * b, (0,))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not jaxpr.as_on_gpus(), reason="native NVFP4 is traced as f32 where no CUDA plugin is installed")
 def test_native_nvfp4_counts(tmp_path):
     """As many FLOPs as where it is emulated in bf16, and four times as fast as those."""

@@ -42,7 +42,9 @@ def rolled(parts):
     return state, samples, prompts, policy_variables(kernels, None, parts.frozen)
 
 
-@pytest.mark.parametrize("name", ["flow_grpo", "flow_grpo_fast", "dance_grpo"])
+@pytest.mark.parametrize(
+    "name", ["flow_grpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flow_grpo_fast", "dance_grpo"))]
+)
 def test_paths_are_the_steps_that_were_taken(folder, name):
     """x' = mean + std z with the sample's own noise; DanceGRPO's samples of a prompt begin alike."""
     parts = parts_of(build(folder, name))

@@ -70,6 +70,7 @@ def test_the_pages_reward_on_the_devices_and_on_the_host(toy, tmp_path):
     np.testing.assert_allclose(last["reward/mean"], parts[0] + 0.5 * parts[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_host_reward_is_the_same_as_on_the_devices(toy, folder):
     """Each picture with its own prompt, over two devices, in blocks; selection and training follow."""
     (folder / "same.py").write_text(

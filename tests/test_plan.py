@@ -180,6 +180,7 @@ def sizes_with(planned, stage, **changes):
     return plan.use_of(stage, cfg, plan._like(planned.sizes, cfg, planned.cfg), 1, plan.CARDS["H100 80GB"])
 
 
+@pytest.mark.slow
 def test_a_branch_has_its_own_steps_and_states(planned):
     """5 steps and 4 for 6 and 10; the kept candidates' states, x and one x0hat each, lie beside both rollouts."""
     cfg, stages = planned.cfg, by_stage(planned)
@@ -217,6 +218,7 @@ def test_seconds():
     assert cards.seconds(jaxpr.Counter({"float32": 989 * 10**12}), card) == pytest.approx(2 / 0.6)
 
 
+@pytest.mark.slow
 def test_emulation_and_devices_change_seconds_not_work(planned):
     bf16, low = (
         sizes_with(planned, "explore", explore=Stage(steps=6, precision=p)) for p in ("bf16", "nvfp4_emulated")

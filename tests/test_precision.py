@@ -38,6 +38,7 @@ def test_float32_is_float32(name, reward, tmp_path):
     assert found["learn"]["float32 highest"] > 1e14 and found["quantise"]["float32 highest"] > 1e10
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not jaxpr.as_on_gpus(), reason="traced as for a CPU, where bf16 products give float32")
 @pytest.mark.parametrize(("name", "reward"), MODELS)
 def test_bfloat16_asks_for_nothing(name, reward, tmp_path):

@@ -39,7 +39,8 @@ def step_of(parts):
     return functools.partial(iteration.iteration_step, **dict(zip(STATICS, statics_of(parts), strict=True)))
 
 
-@pytest.mark.parametrize("solver", ["dpm2", pytest.param("euler", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("solver", ["dpm2", "euler"])
 def test_two_bf16_halves_are_one_solve(folder, solver):
     """Preview and rest in one precision are the combined table's solve, to the bit on a CPU; and the preview's rewards
     are those of a rollout that keeps no state."""

@@ -118,8 +118,9 @@ def test_files_that_do_not_fit(tmp_path, change, words):
         lora_files.load(file, BASE, sana.KEYS, CFG)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("targets", [sana.LORA_TARGETS, pytest.param(ALL, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("targets", [sana.LORA_TARGETS, ALL])
 def test_diffusers_draws_our_pictures(tmp_path, targets):
     """Three Euler steps in f32: our policy, and the file of it at scale 1 in diffusers."""
     cfg = nano_sana.model(nano_sana.write(tmp_path / "sana"))

@@ -145,6 +145,7 @@ def run(nano_dir):
     return nano_dir / "run"
 
 
+@pytest.mark.slow
 def test_an_iteration(run):
     """Every factor moves; the file in diffusers' names, the card and the report are there, ComfyUI's layout is not."""
     for name in ("report.html", "current/pytorch_lora_weights.safetensors", "model_card.md"):

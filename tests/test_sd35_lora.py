@@ -167,6 +167,7 @@ def test_attn2_of_medium_on_large(tmp_path):
 # --- diffusers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_diffusers_draws_our_pictures(tmp_path):
     """Three Euler steps in f32: our policy, and the file of it at scale 1 in diffusers."""

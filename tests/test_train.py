@@ -343,6 +343,7 @@ def test_what_is_held_out_of_a_file_is_evaluated_and_never_trained_on(toy, tmp_p
         train.train(config.override(toy, **{"evaluate.held_out": "4"}), tmp_path / "other", devices=1)
 
 
+@pytest.mark.slow
 def test_one_prompt_is_a_dataset(toy, tmp_path):
     (tmp_path / "prompts.txt").write_text("the only one")
     few = {"prompts": "1", "evaluate.prompts": "1", "evaluate.grid": "1", "iterations": "2", "learn.micro_batch": "1"}
@@ -480,6 +481,7 @@ def test_report_is_one_readable_file(toy, tmp_path):
             assert f"{kept.shown.scores[name][0]:.4f}" in page
 
 
+@pytest.mark.slow
 def test_a_run_of_format_1_goes_on_evaluates_and_exports(toy, tmp_path, monkeypatch, capsys):
     """Written by the version before checkpoints had a format: two iterations, after which it had fallen back to BF16.
     Its third and fourth are what that version made of them."""
