@@ -1,6 +1,6 @@
 """Which GPUs a FLUX trains on, by the plan: how many, at which setting, and what gathering the weights costs.
 
-    python -m experiments.cards.run --out=experiments/cards/results/flux.json                # no GPU, some minutes
+    python -m experiments.cards.run --out=experiments/cards/results/flux.json                # no GPU, 15 minutes
     python -m experiments.cards.run --config=tiny --cases=1 --out=/tmp/cards.json            # the path in short
 
 Nothing is measured: memory and seconds are the plan's (`--mode=plan`). A case is planned as the config is, with as few
