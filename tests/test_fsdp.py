@@ -233,7 +233,7 @@ def test_a_run_goes_on_with_weights_in_parts_and_back(folder, tmp_path):
     """Iterations 1 and 4 of 4 with whole weights, 2 and 3 with weights over two devices: all that an unbroken run has,
     to the bit, evaluations and measured previews too; and a sample's pictures."""
     watch = config.Watch(every=2, prompts=2)
-    cfg = nano.build(folder, evaluate=config.Evaluate(every=2, prompts=4, steps=2, grid=2, chunk=4), watch=watch)
+    cfg = nano.build(folder, evaluate=config.Evaluate(every=1, prompts=4, steps=2, grid=2, chunk=4), watch=watch)
     train.train(config.override(cfg, iterations=4), tmp_path / "whole", devices=2)
     for iterations, shard in ((1, 1), (3, 2), (4, 1)):
         then = config.override(cfg, iterations=iterations, shard=shard)
