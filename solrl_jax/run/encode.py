@@ -32,7 +32,7 @@ class Conditioner:
         self, model: Model, params: Params, mesh: Mesh, *, group: int, stay: bool, negative: str | None = None
     ):
         self.model, self.mesh, self.group, self.stay = model, mesh, group + -group % mesh.size, stay
-        self.constant = () if negative is None else (negative,)
+        self.constant: tuple[str, ...] = () if negative is None else (negative,)
         self.params = sharding.place(params, mesh) if stay else params
         self.encode = jax.jit(functools.partial(_encoded, model=model))
         self.kept: dict[str, PyTree] = {}  # most recently used last
