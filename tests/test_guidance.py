@@ -250,11 +250,12 @@ def toy(monkeypatch, tmp_path):
 
 
 def test_a_run_evaluates_with_it_and_trains_without(toy, tmp_path):
-    found = {}
+    found, said = {}, "evaluations are at guidance {}, also the base's; its own is 3: --mode=eval shows it there too"
     for w in (1.0, 2.5):
         cfg = config.override(toy, iterations=1, **{"evaluate.guidance": w})
         train.train(cfg, tmp_path / f"w{w}", devices=1)
         found[w] = metrics_of(tmp_path / f"w{w}")
+        assert said.format(f"{w:g}") in json.loads((tmp_path / f"w{w}/starts.json").read_text())[0]["notes"]
     assert guidance.evaluated(toy) == 1
     for number, line in found[2.5].items():
         for name, value in line.items():
@@ -358,6 +359,7 @@ def command(root, tmp_path, monkeypatch, capsys):
 
     def run(name, *words):
         build = {"flux": nano.build, "sana": nano_sana.build, "sd35": nano_sd35.build}[name]
+        (root / f"{name}-run").mkdir(exist_ok=True)
         made = build(root / f"{name}-run", evaluate=Evaluate(prompts=4, steps=2, grid=2, chunk=4, solver="euler"))
         monkeypatch.setattr(config, "load", lambda spec, overrides: config.override(made, **overrides))
         with flagsaver.flagsaver():

@@ -279,8 +279,8 @@ def use_compilation_cache() -> None:
 
 
 def notes(parts: Parts) -> list[str]:
-    """The first lines of a run: quantised layers, numbers of prompts, prompts that are cut, weights that the network
-    carries, how a CPU multiplies."""
+    """The first lines of a run: quantised layers, numbers of prompts, prompts that are cut, guidance of evaluations,
+    weights that the network carries, how a CPU multiplies."""
     p = parts.prompts
     precision = parts.cfg.low_precision
     low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
@@ -290,6 +290,11 @@ def notes(parts: Parts) -> list[str]:
     for name, texts in data.cut((*p.train, *p.test), parts.model.tokenize).items():
         out.append(
             f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
+        )
+    w, own = guidance.evaluated(parts.cfg), parts.model.guided
+    if parts.cfg.evaluate.every and own not in (1, w):
+        out.append(
+            f"evaluations are at guidance {w:g}, also the base's; its own is {own:g}: --mode=eval shows it there too"
         )
     return low + out + network(parts) + device.notes()
 
