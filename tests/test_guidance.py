@@ -249,6 +249,7 @@ def toy(monkeypatch, tmp_path):
     return test_train.world(monkeypatch, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_with_it_and_trains_without(toy, tmp_path):
     found, said = {}, "evaluations are at guidance {}, also the base's; its own is 3: --mode=eval shows it there too"
     for w in (1.0, 2.5):
@@ -305,6 +306,9 @@ def test_the_table_shows_the_base_at_its_own_weight(toy, tmp_path, capsys):
         cfg = config.override(toy, **{"evaluate.guidance": w})
         evaluate.run_eval(cfg, tmp_path / "eval", place=at, lora_file=None, devices=1)
         tables[w, at] = [line for line in capsys.readouterr().out.splitlines()[:-1] if line]
+    with flagsaver.flagsaver():  # by the run's own config
+        assert main.main(main.parse(["x", "--devices=1", "--mode=eval", f"--run_dir={run}", "--guidance=3"])) == 0
+    assert [line for line in capsys.readouterr().out.splitlines()[:-1] if line] == tables[3.0, place]
     heads = [" ".join(table[0].split()) for table in tables.values()]
     assert heads == [
         "reward base policy base w=3",
@@ -362,6 +366,7 @@ def command(root, tmp_path, monkeypatch, capsys):
         (root / f"{name}-run").mkdir(exist_ok=True)
         made = build(root / f"{name}-run", evaluate=Evaluate(prompts=4, steps=2, grid=2, chunk=4, solver="euler"))
         monkeypatch.setattr(config, "load", lambda spec, overrides: config.override(made, **overrides))
+        capsys.readouterr()  # what building said
         with flagsaver.flagsaver():
             code = main.main(main.parse(["x", "--config=nano", "--devices=1", *words]))
         out, err = capsys.readouterr()
