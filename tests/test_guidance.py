@@ -250,13 +250,16 @@ def toy(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_evaluates_with_it_and_trains_without(toy, tmp_path):
+def test_a_run_evaluates_with_it_and_trains_without(toy, tmp_path, monkeypatch):
+    titles, write = [], pictures.write_grid
+    monkeypatch.setattr(pictures, "write_grid", lambda *given: titles.append([*given[2]]) or write(*given))
     found, said = {}, "evaluations are at guidance {}, also the base's; its own is 3: --mode=eval shows it there too"
     for w in (1.0, 2.5):
         cfg = config.override(toy, iterations=1, **{"evaluate.guidance": w})
         train.train(cfg, tmp_path / f"w{w}", devices=1)
         found[w] = metrics_of(tmp_path / f"w{w}")
         assert said.format(f"{w:g}") in json.loads((tmp_path / f"w{w}/starts.json").read_text())[0]["notes"]
+    assert titles == [["base"], ["base", "iteration 1"], ["base w=2.5"], ["base w=2.5", "iteration 1 w=2.5"]]
     assert guidance.evaluated(toy) == 1
     for number, line in found[2.5].items():
         for name, value in line.items():
