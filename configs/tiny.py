@@ -30,6 +30,7 @@ def base(reward: str) -> Config:
             size=32,  # 512
             text_tokens=24,  # 128
             remat=False,  # True
+            guidance="cfg",  # auto: its guidance input was trained at 1 alone, and with empty captions
             min_dim=0,  # 1000, with which nothing here would be quantised
             min_quantised_flops=0.9,
         ),

@@ -77,6 +77,8 @@ class Model(Checked):
     text_tokens: int = 128
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the networks' products; float32 is never TF32
     vae_dtype: Literal["bfloat16", "float32"] = "float32"  # of the decoder's products; an H100's float32 peak is 1/15
+    # auto: the network's own kind of guidance (structs.Model); cfg: the classifier-free one, also for a FLUX.
+    guidance: Literal["auto", "cfg"] = "auto"
     remat: bool = True  # recompute blocks in the backward pass, except what `remat_keeps` names
     remat_keeps: tuple[str, ...] = ()  # some of "attention", "qkv", "mlp": faster, with more memory
     min_dim: int = 1000  # quantise only Linears with max(in, out) above this
@@ -110,6 +112,7 @@ class Stage(Checked):
     window_within: int = 0
     shift: float = 0.0  # of equally spaced sigmas (sampler.shifted); 0: the model's own sigmas
     shared_noise: bool = False  # a prompt's samples all begin with the same noise
+    guidance: float = 1.0  # w of v_neg + w (v_pos - v_neg), 1: none (solrl_jax.guidance)
 
     def rules(self) -> None:
         _require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
@@ -121,6 +124,7 @@ class Stage(Checked):
             f"eta={self.eta}: {self.solver} takes {takes if most else '0 only, it solves the ODE'}",
         )
         _require(0 <= self.shift < math.inf, f"shift={self.shift}: 0 (the model's sigmas) or a positive number")
+        _require(1 <= self.guidance < math.inf, f"guidance={self.guidance}: 1 (none) or a finite number above it")
         _require(
             not self.shared_noise or self.stochastic,
             f"shared_noise=true with solver={self.solver}, eta={self.eta}: all samples of a prompt would be the same",
@@ -239,6 +243,7 @@ class Evaluate(Checked):
     rewards: str = ""  # held-out rewards, scored and never trained on: "shapes" or "pickscore,hpsv2"
     grid: int = 8  # prompts in the picture grid
     chunk: int = 24
+    guidance: float = dataclasses.field(default=0.0, repr=False)  # 0: the rollouts', regenerate.guidance; 1: none
 
     def rules(self) -> None:
         _require(self.every >= 0, f"evaluate.every={self.every}: 0 (never) or more")
@@ -251,6 +256,10 @@ class Evaluate(Checked):
             f"{_divisors(self.images)}, or {self.images} or more",
         )
         _require(1 <= self.grid <= self.prompts, f"evaluate.grid={self.grid}: 1 to evaluate.prompts={self.prompts}")
+        _require(
+            self.guidance == 0 or 1 <= self.guidance < math.inf,
+            f"evaluate.guidance={self.guidance}: 1 (none) or a finite number above it, or 0 (regenerate.guidance)",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +334,12 @@ class Config(Checked):
             len(self._low()) < 2,
             f"the rollouts run in {' and in '.join(self._low())}: kernels are quantised once, name one low precision",
         )
+        for name, stage, _ in self.stages():
+            _require(
+                stage.guidance == 1,
+                f"{name}.guidance={stage.guidance:g}: the rollouts of a training are not guided yet: leave it at 1; "
+                "evaluate.guidance is that of its evaluation",
+            )
         self._check_branch()
         self._check_algorithm()
         u, t, m = self.learn.updates, self.times, self.learn.micro_batch

@@ -7,9 +7,10 @@ a defect and shows its traceback.
 
 import dataclasses
 import errno
+import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -34,6 +35,7 @@ class Command:
     prompts: str | None = None
     images: str | None = None
     card: str = ""
+    negative: str | None = None
 
 
 def train(c: Command) -> int:
@@ -45,14 +47,16 @@ def train(c: Command) -> int:
 def evaluate(c: Command) -> int:
     from solrl_jax.run import evaluate
 
-    return evaluate.run_eval(c.cfg, c.run, place=c.place, lora_file=c.lora, devices=c.devices)
+    how = {"place": c.place, "lora_file": c.lora, "devices": c.devices, "negative": c.negative}
+    return evaluate.run_eval(c.cfg, c.run, **how)
 
 
 def sample(c: Command) -> int:
     from solrl_jax.run import data, evaluate
 
     texts = ([c.prompt] if c.prompt else []) + (list(data.read_file(c.prompts)[0]) if c.prompts else [])
-    return evaluate.run_sample(c.cfg, c.run, prompts=texts, place=c.place, lora_file=c.lora, devices=c.devices)
+    how = {"place": c.place, "lora_file": c.lora, "devices": c.devices, "negative": c.negative}
+    return evaluate.run_sample(c.cfg, c.run, prompts=texts, **how)
 
 
 def score(c: Command) -> int:
@@ -153,6 +157,10 @@ flags.DEFINE_string(
     'file of {"file": ..., "prompt": ...}; else same as --config.prompt_files: a folder with train.txt and test.txt, '
     "or with train_metadata.jsonl and test_metadata.jsonl, or one .txt or .jsonl file",
 )
+flags.DEFINE_float(
+    "guidance", None, "eval, sample: the weight w of guidance, 1 for none, instead of --config.evaluate.guidance"
+)
+flags.DEFINE_string("negative", None, "eval, sample: the text that guidance leads away from (default: the empty one)")
 flags.DEFINE_string("images", None, "score: the folder of the pictures, .png, .jpg, .jpeg or .webp")
 flags.DEFINE_string(
     "checkpoint",
@@ -216,6 +224,7 @@ def command(words: Sequence[str]) -> Command:
     short = FLAGS.prompts if FLAGS.mode not in ("sample", "score") else None
     if short and overrides.setdefault("prompt_files", short) != short:
         raise ConfigError("--prompts and --config.prompt_files differ: give one of them")
+    overrides |= _guidance(overrides)
     run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
     if run is not None and run.exists() and not run.is_dir():
         raise ConfigError(f"--run_dir={run} is a file: give a new folder or the folder of a run")
@@ -245,7 +254,24 @@ def command(words: Sequence[str]) -> Command:
         prompts=FLAGS.prompts,
         images=FLAGS.images,
         card=FLAGS.card,
+        negative=FLAGS.negative,
     )
+
+
+def _guidance(overrides: Mapping[str, str]) -> dict[str, str]:
+    """The override that --guidance is short for. ConfigError if it is not a weight, or not for this mode."""
+    w = FLAGS.guidance
+    for name, value in (("guidance", w), ("negative", FLAGS.negative)):
+        if value is not None and FLAGS.mode not in ("eval", "sample"):
+            fix = "" if name == "negative" else "; the evaluation of a run takes --config.evaluate.guidance"
+            raise ConfigError(f"--{name} is for --mode=sample and --mode=eval{fix}")
+    if w is None:
+        return {}
+    if not 1 <= w < math.inf:
+        raise ConfigError(f"--guidance={w:g}: give 1 (none) or a finite number above it")
+    if "evaluate.guidance" in overrides:
+        raise ConfigError("--guidance and --config.evaluate.guidance are both given: give one of them")
+    return {"evaluate.guidance": str(w)}
 
 
 def _place(run: Path | None) -> Path | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from solrl_jax import algos, lora, quant, sampler, sharding
+from solrl_jax import algos, guidance, lora, quant, sampler, sharding
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.keys import NOISE, STEPS, WINDOW, sample_key
 from solrl_jax.rewards import Score, eight_bit, own, score_images, score_on_host
@@ -100,7 +100,7 @@ def rollout(
     """
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, seeds: Seeds):
-        velocity = velocity_of(variables, prompts.cond, seeds, model)
+        velocity = velocity_of(variables, prompts.cond, seeds, model, stage.guidance, frozen.negative)
         if branch is None:
             x0, path = trajectory(velocity, seeds, model=model, stage=stage, keep_path=keep_path)
             kept = None
@@ -138,20 +138,27 @@ class Seeds(NamedTuple):
 
 
 def integrate(
-    variables: Variables, cond: PyTree, keys: Key[Array, "p n"], *, model: Model, stage: Stage
+    variables: Variables, cond: PyTree, keys: Key[Array, "p n"], *, model: Model, stage: Stage, negative: PyTree = None
 ) -> Float[Array, "B h w c"]:
-    """From each key's noise to its latents, all p x n = B samples as one batch; cond leaves [p, ...]."""
+    """From each key's noise to its latents, all p x n = B samples as one batch; cond leaves [p, ...], negative's
+    [1, ...]."""
     seeds = Seeds(keys, keys)
-    return trajectory(velocity_of(variables, cond, seeds, model), seeds, model=model, stage=stage)[0]
+    velocity = velocity_of(variables, cond, seeds, model, stage.guidance, negative)
+    return trajectory(velocity, seeds, model=model, stage=stage)[0]
 
 
 Velocity = Callable[[Array, Array], Array]
 
 
-def velocity_of(variables: Variables, cond: PyTree, seeds: Seeds, model: Model) -> Velocity:
-    """velocity(x [B, ...], sigma [B]) of a policy for a block of p prompts x n samples; cond leaves [p, ...]."""
+def velocity_of(
+    variables: Variables, cond: PyTree, seeds: Seeds, model: Model, w: float = 1.0, negative: PyTree = None
+) -> Velocity:
+    """velocity(x [B, ...], sigma [B]) of a policy, at guidance w, for a block of p prompts x n samples; cond leaves
+    [p, ...], negative's [1, ...]."""
     cond = jax.tree.map(lambda c: jnp.repeat(c, seeds.own.shape[1], axis=0), model.prepare(variables, cond))
-    return lambda x, sigma: model.velocity(variables, x, sigma, cond)
+    away = model.prepare(variables, negative) if guidance.doubles(model, w) else None
+    rows, velocity = guidance.conditioned(model, cond, away, w), guidance.velocity(model, w)
+    return lambda x, sigma: velocity(variables, x, sigma, rows)
 
 
 def trajectory(
@@ -241,7 +248,7 @@ def by_block(block: Callable[..., PyTree], chunk: int) -> Callable[..., PyTree]:
 
     def run(variables: Variables, frozen: Frozen, prompts: Prompts, keys: PyTree) -> PyTree:
         rest: Any = sharding.WHOLE
-        held = Frozen(sharding.weights(frozen.base), rest, rest)
+        held = Frozen(sharding.weights(frozen.base), rest, rest, rest)
         specs = sharding.weights(variables), held, sharding.SPLIT, sharding.SPLIT
         return sharding.over_data(on_device, specs, sharding.SPLIT)(variables, frozen, prompts, keys)
 
@@ -263,11 +270,11 @@ def block_shape(chunk: int, prompts: int, images: int) -> tuple[int, int]:
 
 
 def sample(
-    variables: Variables, cond: PyTree, keys: Key[Array, "P n"], *, model: Model, stage: Stage
+    variables: Variables, cond: PyTree, keys: Key[Array, "P n"], *, model: Model, stage: Stage, negative: PyTree = None
 ) -> Float[Array, "P n h w c"]:
-    """Latents of P x n samples, without decoding or scoring."""
+    """Latents of P x n samples, without decoding or scoring; negative's leaves [1, ...]."""
 
-    def block(variables: Variables, _: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
-        return integrate(variables, prompts.cond, keys, model=model, stage=stage)
+    def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
+        return integrate(variables, prompts.cond, keys, model=model, stage=stage, negative=frozen.negative)
 
-    return by_block(block, stage.chunk)(variables, Frozen({}, {}, {}), Prompts(cond, {}), keys)
+    return by_block(block, stage.chunk)(variables, Frozen({}, {}, {}, negative), Prompts(cond, {}), keys)

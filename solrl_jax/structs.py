@@ -7,7 +7,7 @@ sigma is in [0, 1] and 1 is pure noise: x_t = (1 - t) x0 + t eps, v = eps - x0.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Int, Key, UInt8
@@ -54,7 +54,9 @@ class Model(NamedTuple):
     the network that depends on neither x nor sigma, computed once per rollout;
     velocity(variables, x, sigma, cond) -> f32 like x, for x f32 [B, h, w, c], sigma f32 [B] and cond leaves [B, ...];
     largest(variables, x, sigma, cond) -> {Linear's path: the largest |input| that it sees in this call, f32 []};
-    decode(vae_params, latents) -> images f32 [B, H, W, 3] in [0, 1]; init(key) -> a fresh base.
+    decode(vae_params, latents) -> images f32 [B, H, W, 3] in [0, 1]; init(key) -> a fresh base;
+    guidance: how the model is guided (solrl_jax.guidance); of "embedded", `velocity` takes the weights from the leaf
+    "guidance" [B] of cond, and 1 without it; guided: the weight that its pipeline or its card names.
     """
 
     name: str
@@ -73,6 +75,8 @@ class Model(NamedTuple):
     comfy: tuple = ()  # lora_files.Fused table: the modules of ComfyUI's LoRA files; empty: no such files
     native: tuple = ()  # a weights.Rule table of other module names that LoRA files may use
     prepare: Callable[[Variables, PyTree], PyTree] = lambda variables, cond: cond
+    guidance: Literal["cfg", "embedded", "none"] = "none"
+    guided: float = 1.0
 
 
 class QuantRule(NamedTuple):
@@ -118,11 +122,15 @@ class Prompts(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """Everything that no update touches: base weights, VAE, and the towers of the trained rewards by name."""
+    """Everything that no update touches: base weights, VAE, and the towers of the trained rewards by name.
+
+    `negative` is the conditioning of the negative prompt, leaves [1, ...]; None where no stage is guided by it.
+    """
 
     base: Params
     vae: Params
     rewards: Mapping[str, Params]
+    negative: PyTree = None
 
 
 class Hyper(NamedTuple):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 
-from solrl_jax import disk, iteration, learn, plan, report, sharding
+from solrl_jax import disk, guidance, iteration, learn, plan, report, sharding
 from solrl_jax.config import Config, ConfigError, to_json
 from solrl_jax.keys import calibration_key
 from solrl_jax.quant import calibrate
@@ -274,7 +274,7 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
 
 def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
     """The base's pictures for the config's evaluation; drawn again if the file's are for another one."""
-    file, how = run / "grids" / "base.npz", repr(parts.cfg.evaluate)
+    file, how = run / "grids" / "base.npz", evaluate.settings(parts.cfg)
     kept = disk.readable(pictures.load, file, said := [])
     for line in said:
         out.say(line)
@@ -283,7 +283,8 @@ def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
     out.between("evaluate", 0.0)
     zeros = jax.tree.map(lambda x: x * 0, state.ema)  # placed like the EMA: one compiled program draws both
     _, shown = evaluate.evaluate(parts, zeros)
-    grid = pictures.write_grid(run / "grids" / "000000.png", shown.prompts, {"base": shown.images})
+    title = guidance.titled("base", guidance.evaluated(parts.cfg))
+    grid = pictures.write_grid(run / "grids" / "000000.png", shown.prompts, {title: shown.images})
     out.say(f"first pictures: {grid}")
     pictures.save(file, shown, 0, how)
     return shown
@@ -295,10 +296,11 @@ def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown 
     times: dict[str, float] = {}
     with iteration.clock(times, "time/evaluate"):
         metrics, shown = evaluate.evaluate(parts, state.ema)
-    number = int(state.iteration)
+    number, w = int(state.iteration), guidance.evaluated(parts.cfg)
     columns = ({} if base is None else {"base": base.images}) | {f"iteration {number}": shown.images}
+    columns = {guidance.titled(title, w): images for title, images in columns.items()}
     pictures.write_grid(run / "grids" / f"{number:06d}.png", shown.prompts, columns)
-    pictures.save(run / "grids" / "last.npz", shown, number, repr(parts.cfg.evaluate))
+    pictures.save(run / "grids" / "last.npz", shown, number, evaluate.settings(parts.cfg))
     return metrics | ({} if base is None else evaluate.gains(base, shown, parts.score)) | times
 
 

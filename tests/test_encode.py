@@ -18,7 +18,7 @@ class Seen(types.SimpleNamespace):
     """What was asked of the model: each call's prompts, and how often `encode` was traced."""
 
 
-def made(stay: bool, devices: int = 2, group: int = 3) -> tuple[Seen, Conditioner]:
+def made(stay: bool, devices: int = 2, group: int = 3, negative: str | None = None) -> tuple[Seen, Conditioner]:
     """Tokens are the prompt's number; conditioning is table[number] in bf16, and its first entry squared."""
     seen, table = Seen(calls=[], traces=0), np.arange(40, dtype=np.float32).reshape(10, 4) / 8
 
@@ -39,7 +39,8 @@ def made(stay: bool, devices: int = 2, group: int = 3) -> tuple[Seen, Conditione
     nothing["quant_rules"] = structs.QuantRules(structs.QuantRule((), 0), structs.QuantRule((), 0))
     fields = {k: v for k, v in nothing.items() if k not in structs.Model._field_defaults}
     model = structs.Model(**fields | {"tokenize": tokenize, "encode": encode})
-    return seen, Conditioner(model, {"table": table}, sharding.make_mesh(devices), group=group, stay=stay)
+    how = {"group": group, "stay": stay, "negative": negative}
+    return seen, Conditioner(model, {"table": table}, sharding.make_mesh(devices), **how)
 
 
 @pytest.mark.parametrize("stay", [True, False])
@@ -96,3 +97,20 @@ def test_what_comes_next_is_not_forgotten(monkeypatch):
     assert asked == list(range(10))
     conditioner(PROMPTS[:2])  # as an evaluation does, without naming what comes
     assert len(conditioner.kept) == 6
+
+
+@pytest.mark.parametrize("stay", [True, False])
+def test_the_negative_prompt_is_encoded_with_the_first_and_stays(stay, monkeypatch):
+    """One row, whole on every device, of the same numbers as in a batch; MOST does not count it out."""
+    monkeypatch.setattr(encode, "MOST", 2)
+    seen, conditioner = made(stay, devices=2, group=2, negative=PROMPTS[9])
+    for i in range(0, 8, 2):
+        conditioner(PROMPTS[i : i + 2], PROMPTS[i + 2 : i + 4])
+    asked = [p for call in seen.calls for p in call]
+    assert seen.calls[2] == [PROMPTS[9], PROMPTS[9]] and asked.count(PROMPTS[9]) == 2  # once, in a call filled up
+    row = conditioner.negative()
+    assert sum(map(len, seen.calls)) == len(asked)
+    np.testing.assert_array_equal(row["text"].astype(np.float32), np.arange(36, 40, dtype=np.float32)[None] / 8)
+    assert row["pooled"].shape == (1, 1) and row["text"].sharding.is_fully_replicated
+    _, alone = made(stay, negative=PROMPTS[9])
+    np.testing.assert_array_equal(alone.negative()["pooled"], row["pooled"])  # also before the first prompts

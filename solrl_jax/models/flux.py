@@ -289,8 +289,8 @@ def shift_of(tokens: int, schedule: Schedule) -> float:
 def make(cfg: config.Model, folder: Path) -> Model:
     """The pure functions of the pipeline `cfg.path`, from the configs in its `folder`.
 
-    Conditioning: {"text" [G, L, Dt], "pooled" [G, Dp]}. The guidance embedding is always 1.0; no classifier-free
-    guidance.
+    Conditioning: {"text" [G, L, Dt], "pooled" [G, Dp]}, and for FLUX.1-dev, if it is guided, "guidance" [G], which is
+    otherwise 1. FLUX.1-schnell takes none. With `cfg.guidance` "cfg" both are guided by a negative conditioning.
     """
     hub.check_pipeline(folder, PIPELINES)
     flux = FluxConfig.read(folder / "transformer")
@@ -309,7 +309,8 @@ def make(cfg: config.Model, folder: Path) -> Model:
 
     def run(variables: Variables, x: Array, sigma: Array, cond: PyTree, **how: Any) -> Any:
         folders.check_latents(x, shape)  # the table of positions is made for this shape
-        given = pack(x).astype(dtype), cond["text"], cond["pooled"], sigma, jnp.ones_like(sigma)
+        guided = cond["guidance"] if "guidance" in cond else jnp.ones_like(sigma)
+        given = pack(x).astype(dtype), cond["text"], cond["pooled"], sigma, guided
         return network.apply(variables, *given, tuple(map(jnp.asarray, rope)), **how)
 
     def velocity(variables: Variables, x: Array, sigma: Array, cond: PyTree) -> Array:
@@ -324,6 +325,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
         return network.init(key, x, text, pooled, one, one, tuple(map(jnp.asarray, rope)))["params"]
 
     clip, t5 = folders.text_modules(folder, ENCODERS, dtype).values()
+    kind = "cfg" if cfg.guidance == "cfg" else "embedded" if flux.guidance_embeds else "none"
 
     def encode(params: Params, ids: PyTree) -> PyTree:
         read = cast(text.ClipOutput, clip.apply({"params": params["clip"]}, ids["clip"]))
@@ -344,6 +346,8 @@ def make(cfg: config.Model, folder: Path) -> Model:
         quant_rules=quant_rules(flux, cfg.min_dim),
         keys=KEYS,
         comfy=COMFY,
+        guidance=kind,
+        guided=3.5 if kind == "embedded" else 1.0,
     )
 
 

@@ -260,7 +260,7 @@ def make(cfg: config.Model, folder: Path) -> Model:
     """The pure functions of the pipeline `cfg.path`, from the configs in its `folder`.
 
     Conditioning: {"text" [G, L, Dt], "length" int [G]}; `prepare` returns {"kv" [G, layers, L, 2 D], "length"}. Prompts
-    are made lower case, and no instruction is put before them. No classifier-free guidance.
+    are made lower case, and no instruction is put before them. Guidance is classifier-free.
     """
     hub.check_pipeline(folder, PIPELINES)
     sana = SanaConfig.read(folder / "transformer")
@@ -314,6 +314,8 @@ def make(cfg: config.Model, folder: Path) -> Model:
         keys=KEYS,
         native=NATIVE[0].keys,
         prepare=prepare,
+        guidance="cfg",
+        guided=4.5,
     )
 
 

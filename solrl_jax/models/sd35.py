@@ -195,7 +195,7 @@ def _check_widths(folder: Path, cfg: Sd35Config, vae_cfg: vae.VaeConfig, encoder
 def make(cfg: config.Model, folder: Path) -> Model:
     """The pure functions of the pipeline `cfg.path`, from the configs in its `folder`.
 
-    Conditioning: {"text" [G, 77 + text_tokens, Dt], "pooled" [G, Dp]}. No classifier-free guidance.
+    Conditioning: {"text" [G, 77 + text_tokens, Dt], "pooled" [G, Dp]}. Guidance is classifier-free.
     """
     hub.check_pipeline(folder, PIPELINES)
     sd35 = Sd35Config.read(folder / "transformer")
@@ -248,6 +248,8 @@ def make(cfg: config.Model, folder: Path) -> Model:
         quant_rules=QuantRules(QuantRule(NVFP4_SKIP, cfg.min_dim), QuantRule(FP8_SKIP, 0)),
         keys=keys(sd35),
         comfy=comfy(sd35),
+        guidance="cfg",
+        guided=4.5 if sd35.dual_attention_layers else 3.5,  # Medium, which alone has them, and Large: their cards
     )
 
 

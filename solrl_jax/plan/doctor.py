@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 
-from solrl_jax import device, plan, rewards, weights
+from solrl_jax import device, guidance, plan, rewards, weights
 from solrl_jax.config import FOLDER, Config, ConfigError
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
@@ -139,6 +139,7 @@ def model(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     """The model's configs and weight files; a file's header says how long the file must be."""
     where, module = cfg.model.path, assemble.model_module(cfg)
     made = module.make(cfg.model)
+    guidance.check(cfg, made)
     base = jax.eval_shape(made.init, jax.random.key(0))
     name = f"{cfg.model.name}, {shapes.parameters(base):,} parameters"
     if (folder := assemble.converted(cfg)) is not None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from solrl_jax import learn, rewards, sampler
+from solrl_jax import guidance, learn, rewards, sampler
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import Score, own
 from solrl_jax.run import assemble
@@ -40,6 +40,7 @@ def read(cfg: Config, devices: int, *, training: bool = True) -> Sizes:
         raise ConfigError(f"prompts={cfg.prompts} do not divide over {devices} devices: use a multiple of {devices}")
     module, mine = assemble.model_module(cfg), -(-cfg.prompts // devices)
     model = module.make(cfg.model)
+    guidance.check(cfg, model)
     base, vae, text = module.shapes(cfg.model)
     paths, notes = rewards.parse_paths(cfg.reward_paths), []
     wanted, found = rewards.parse(cfg.reward), {}

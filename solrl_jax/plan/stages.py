@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import PartitionSpec as P
 
-from solrl_jax import iteration, learn, lora, sharding
+from solrl_jax import guidance, iteration, learn, lora, sharding
 from solrl_jax.config import Config, Stage
 from solrl_jax.plan import jaxpr
 from solrl_jax.plan.cards import EMULATED, Card, seconds
@@ -157,12 +157,15 @@ def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
 
 
 def _evaluation(cfg: Config, sizes: Sizes, devices: int) -> Work:
-    """All of a device's fixed prompts in one call, including the rewards that are not trained on."""
+    """All of a device's fixed prompts in one call, including the rewards that are not trained on, and the rows of the
+    negative conditioning if it is guided by one."""
     mine = evaluate.prompts_each(cfg.evaluate, cfg.evaluate.prompts, devices) * planned_shard(cfg)
-    frozen = sizes.frozen._replace(rewards={**sizes.frozen.rewards, **sizes.towers})
+    stage = evaluate.rollout_of(cfg)
+    negative = batch(sizes.prompts.cond, 1) if guidance.doubles(sizes.model, stage.guidance) else None
+    frozen = sizes.frozen._replace(rewards={**sizes.frozen.rewards, **sizes.towers}, negative=negative)
 
     def drawn(adapter: Params, frozen: Frozen, prompts: Prompts, keys: Any) -> Any:
-        statics = {"model": sizes.model, "score": sizes.judged, "stage": evaluate.rollout_of(cfg.evaluate)}
+        statics = {"model": sizes.model, "score": sizes.judged, "stage": stage}
         return evaluate.draw(lora.policy(frozen.base, adapter, cfg.lora), frozen, prompts, keys, **statics)
 
     prompts = batch(Prompts(sizes.prompts.cond, sizes.captions), mine)

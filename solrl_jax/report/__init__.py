@@ -189,8 +189,8 @@ def compared(runs: Sequence[Run], names: Sequence[str]) -> list[Html]:
     apart = [n for n, values in bases.items() if values and max(values) - min(values) > 1e-2 * max(map(abs, values))]
     if apart:
         said.append(
-            f"The base's {', '.join(apart)} differs between the runs: prompts, seeds, steps or the base itself "
-            "differ (see Setup). Compare each run's change, not its last value."
+            f"The base's {', '.join(apart)} differs between the runs: prompts, seeds, steps, guidance or the base "
+            "itself differ (see Setup). Compare each run's change, not its last value."
         )
     return [tag("p", line, class_="note") for line in said]
 

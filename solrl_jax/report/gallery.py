@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from solrl_jax import disk
+from solrl_jax import disk, guidance
 from solrl_jax.report import plot
 from solrl_jax.report.markup import Html, join, tag
 from solrl_jax.report.run import Run
@@ -97,12 +97,15 @@ def row(shelf: Shelf, g: int, anchor: str, several: bool) -> Html:
     """One prompt: the base, then the runs with a last evaluation; with `several` runs, each with its line style."""
     prompt = shelf.base.prompts[g]
     before = scores_of(shelf.base, g)
-    cells = [("base", shelf.base.images[g], [tag("b", "base")], "before training", score_list(before, {}, {}))]
+    some = next(iter(shelf.runs.values()))
+    when = guidance.titled("before training", some.guidance)
+    cells = [("base", shelf.base.images[g], [tag("b", "base")], when, score_list(before, {}, {}))]
     for i, run in shelf.runs.items():
         if run.last is not None and comparable(run):
             title = tag("b", *([plot.swatch(i), " "] if several else []), run.name)
             scores = score_list(scores_of(run.last.shown, g), before, run.weights)
-            cells.append((run.name, run.last.shown.images[g], [title], f"iteration {run.last.iteration}", scores))
+            when = guidance.titled(f"iteration {run.last.iteration}", run.guidance)
+            cells.append((run.name, run.last.shown.images[g], [title], when, scores))
     figures = []
     for c, (name, image, title, when, scores) in enumerate(cells):
         beside = [f"{anchor}-{k}" if 0 <= k < len(cells) else None for k in (c - 1, c + 1)]

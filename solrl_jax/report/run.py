@@ -51,6 +51,12 @@ class Run(NamedTuple):
         return ", ".join(f"{name} {precision}" for name, precision in found if precision) or "—"
 
     @property
+    def guidance(self) -> float:
+        """The weight of guidance in its evaluations; 1 in those of older versions."""
+        found = (self.values.get(f"{name}.guidance") for name in ("evaluate", "regenerate"))
+        return next((float(w) for w in found if drawable(w) and w), 1.0)
+
+    @property
     def devices(self) -> str:
         """ "2 x NVIDIA H100 80GB HBM3", for all starts."""
         found = [f"{start.get('devices')} x {start.get('device')}" for start in self.starts]
@@ -178,6 +184,8 @@ def told(run: Run) -> list[str]:
         said.append("No iteration is finished: there is nothing to plot yet.")
     elif run.cfg and run.iterations < run.cfg.iterations:
         said.append(f"It has finished {run.iterations} of {run.cfg.iterations} iterations.")
+    if run.guidance != 1:
+        said.append(f"Its evaluations, also the base's, are at guidance {run.guidance:g}; its training is at 1.")
     if not any(name.startswith(EVAL) for line in run.lines for name in line):
         said.append("It has no evaluation: there are no rewards before and after.")
     lost: dict[str, list[int]] = {}

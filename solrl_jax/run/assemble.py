@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import device, learn, quant, rewards, rollout, sharding
+from solrl_jax import device, guidance, learn, quant, rewards, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.models import MODELS
 from solrl_jax.quant import coverage
@@ -79,34 +79,40 @@ def assemble(cfg: Config, devices: int | None = None, shard: int | None = None) 
     check_shard(cfg, mesh, cfg.low_precision)
     prompts = open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
     model = model_module(cfg).make(cfg.model)
+    guidance.check(cfg, model)
     if cfg.low_precision:
         coverage.check(model, cfg.low_precision, cfg.model.min_quantised_flops)
     judges = open_rewards(cfg, (*prompts.train, *prompts.test))
     if not cfg.staged and judges.score.on_host:
         raise ConfigError(f"staged=false, but reward {judges.score.on_host[0].name} runs on the host: set staged=true")
-    return _placed(cfg, mesh, model, prompts, judges)
+    return _placed(cfg, mesh, model, prompts, judges, guidance.text_of(cfg, model) if cfg.evaluate.every else None)
 
 
-def for_evaluation(cfg: Config, devices: int | None = None) -> Parts:
-    """As `assemble`, for --mode=eval: checks that only matter for training are left out."""
+def for_evaluation(cfg: Config, devices: int | None = None, negative: str | None = None) -> Parts:
+    """As `assemble`, for --mode=eval: checks that only matter for training are left out. `negative` is --negative."""
     use_compilation_cache()
     check_rewards(cfg)
     mesh = make_mesh(devices, chosen_shard(cfg, devices, drawing=True))
     check_shard(cfg, mesh)
     prompts = open_prompts(cfg, test=cfg.evaluate.prompts)
     model = model_module(cfg).make(cfg.model)
-    return _told(_placed(cfg, mesh, model, prompts, open_rewards(cfg, (*prompts.train, *prompts.test))))
+    guidance.check(cfg, model, negative)
+    judges = open_rewards(cfg, (*prompts.train, *prompts.test))
+    text = (negative or "") if model.guidance == "cfg" else None  # also for the base at its own w (evaluate.at_own)
+    return _told(_placed(cfg, mesh, model, prompts, judges, text))
 
 
-def for_drawing(cfg: Config, devices: int | None = None) -> Parts:
-    """As `assemble`, for --mode=sample: without prompt files and rewards."""
+def for_drawing(cfg: Config, devices: int | None = None, negative: str | None = None) -> Parts:
+    """As `assemble`, for --mode=sample: without prompt files and rewards. `negative` is --negative."""
     use_compilation_cache()
     nothing = Judges(Score((), ()), Score((), ()), {})
     unscored = dataclasses.replace(cfg, reward="", evaluate=dataclasses.replace(cfg.evaluate, rewards=""))
     mesh = make_mesh(devices, chosen_shard(unscored, devices, drawing=True))
     check_shard(cfg, mesh)
     model = model_module(cfg).make(cfg.model)
-    return _told(_placed(cfg, mesh, model, data.PromptSet((), (), 0, 0), nothing))
+    guidance.check(cfg, model, negative)
+    text = guidance.text_of(cfg, model, negative)
+    return _told(_placed(cfg, mesh, model, data.PromptSet((), (), 0, 0), nothing, text))
 
 
 def _told(parts: Parts) -> Parts:
@@ -170,8 +176,13 @@ def open_weights(cfg: Config, mesh: Mesh) -> convert.Trees:
     return module.load(cfg.model, in_parts, whole)
 
 
-def _placed(cfg: Config, mesh: Mesh, model: Model, prompts: data.PromptSet, judges: Judges) -> Parts:
-    """Read the large weights and build `Parts`. This comes last, after everything that may find an error."""
+def _placed(
+    cfg: Config, mesh: Mesh, model: Model, prompts: data.PromptSet, judges: Judges, negative: str | None
+) -> Parts:
+    """Read the large weights and build `Parts`. This comes last, after everything that may find an error.
+
+    `negative` is the text that classifier-free guidance leads away from; None if nothing is guided.
+    """
     base, vae, text = open_weights(cfg, mesh)
     trained = {name: tower for name, tower in judges.towers.items() if name in judges.score.names}
     held_out = {name: tower for name, tower in judges.towers.items() if name not in trained}
@@ -179,7 +190,7 @@ def _placed(cfg: Config, mesh: Mesh, model: Model, prompts: data.PromptSet, judg
         cfg=cfg,
         mesh=mesh,
         model=model,
-        text=Conditioner(model, text, mesh, group=cfg.prompts, stay=not cfg.encode_ahead),
+        text=Conditioner(model, text, mesh, group=cfg.prompts, stay=not cfg.encode_ahead, negative=negative),
         optimizer=learn.make_optimizer(cfg),
         score=judges.score,
         judged=judges.judged,
@@ -275,8 +286,8 @@ def use_compilation_cache() -> None:
 
 
 def notes(parts: Parts) -> list[str]:
-    """The first lines of a run: quantised layers, numbers of prompts, prompts that are cut, weights that the network
-    carries, how a CPU multiplies."""
+    """The first lines of a run: quantised layers, numbers of prompts, prompts that are cut, guidance of evaluations,
+    weights that the network carries, how a CPU multiplies."""
     p = parts.prompts
     precision = parts.cfg.low_precision
     low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
@@ -286,6 +297,11 @@ def notes(parts: Parts) -> list[str]:
     for name, texts in data.cut((*p.train, *p.test), parts.model.tokenize).items():
         out.append(
             f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
+        )
+    w, own = guidance.evaluated(parts.cfg), parts.model.guided
+    if parts.cfg.evaluate.every and own not in (1, w):
+        out.append(
+            f"evaluations are at guidance {w:g}, also the base's; its own is {own:g}: --mode=eval shows it there too"
         )
     return low + out + network(parts) + device.notes()
 

@@ -23,10 +23,16 @@ class Conditioner:
     9.5 GB) when a prompt is new, and deleted after encoding, so pass the prompts of the next calls as `ahead`. The
     encoders always get `group` prompts, a multiple of the devices, so that a prompt's numbers do not depend on the
     other prompts of its batch.
+
+    The conditioning of `negative`, the text that guidance leads away from, is encoded with the first prompts and never
+    dropped; None where there is no such guidance.
     """
 
-    def __init__(self, model: Model, params: Params, mesh: Mesh, *, group: int, stay: bool):
+    def __init__(
+        self, model: Model, params: Params, mesh: Mesh, *, group: int, stay: bool, negative: str | None = None
+    ):
         self.model, self.mesh, self.group, self.stay = model, mesh, group + -group % mesh.size, stay
+        self.constant: tuple[str, ...] = () if negative is None else (negative,)
         self.params = sharding.place(params, mesh) if stay else params
         self.encode = jax.jit(functools.partial(encoded, model=model))
         self.kept: dict[str, PyTree] = {}  # most recently used last
@@ -35,10 +41,17 @@ class Conditioner:
     def __call__(self, prompts: Sequence[str], ahead: Sequence[str] = ()) -> PyTree:
         """P is a multiple of the devices. If a prompt of `prompts` is new, `ahead` is encoded too."""
         if any(prompt not in self.kept for prompt in prompts):
-            self._encode([p for p in dict.fromkeys((*prompts, *ahead)) if p not in self.kept])
+            self._encode([p for p in dict.fromkeys((*prompts, *ahead, *self.constant)) if p not in self.kept])
         found = [self.kept[prompt] for prompt in prompts]
-        self._forget(dict.fromkeys((*prompts, *reversed(ahead))))
+        self._forget(dict.fromkeys((*prompts, *reversed(ahead), *self.constant)))
         return sharding.split(jax.tree.map(lambda *rows: np.stack(rows), *found), self.mesh)
+
+    def negative(self) -> PyTree:
+        """The conditioning of the negative text, leaves [1, ...], whole on every device."""
+        (text,) = self.constant
+        if text not in self.kept:
+            self._encode([text])
+        return sharding.replicate(jax.tree.map(lambda row: np.asarray(row)[None], self.kept[text]), self.mesh)
 
     def _forget(self, named: Iterable[str]) -> None:
         """Mark `named` as most recently used, in this order, and drop the least recently used others."""

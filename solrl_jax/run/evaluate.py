@@ -4,6 +4,7 @@ Evaluation draws fixed prompts from fixed keys, both pure functions of cfg.seed,
 difference. The base is drawn with a LoRA of zeros: this is exactly the base, without a second program.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 from PIL import Image
 
-from solrl_jax import lora, rollout, sharding
+from solrl_jax import guidance, lora, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Evaluate, Stage
 from solrl_jax.keys import evaluation_keys
 from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
@@ -36,7 +37,8 @@ def draw(
     """8-bit pictures of P prompts, one per key, and their scores by the rewards that run on the devices."""
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
-        images = model.decode(frozen.vae, rollout.integrate(variables, prompts.cond, keys, model=model, stage=stage))
+        how = {"model": model, "stage": stage, "negative": frozen.negative}
+        images = model.decode(frozen.vae, rollout.integrate(variables, prompts.cond, keys, **how))
         return eight_bit(images), score_images(score, frozen.rewards, images, prompts.tokens)[1]
 
     return rollout.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
@@ -60,18 +62,20 @@ def pictures(
     Picture i has the key of place `first` + i. Fewer than `groups` prompts are padded, so that all calls of a series
     have one shape and compile once.
     """
-    cfg, devices = parts.cfg.evaluate, parts.mesh.size
+    cfg, devices, stage = parts.cfg.evaluate, parts.mesh.size, rollout_of(parts.cfg)
     count = devices * prompts_each(cfg, max(groups or 0, len(prompts)), devices)
     padded = [*prompts, *[prompts[-1]] * (count - len(prompts))]
     keys = evaluation_keys(parts.cfg.seed, first, count * cfg.images)
+    given = assemble.encode(parts, padded, score)
+    negative = parts.text.negative() if guidance.doubles(parts.model, stage.guidance) else None
     images, scores = _draw(
         lora.policy(parts.frozen.base, adapter, parts.cfg.lora),
-        parts.frozen._replace(rewards={**parts.frozen.rewards, **parts.towers}),
-        assemble.encode(parts, padded, score),
+        parts.frozen._replace(rewards={**parts.frozen.rewards, **parts.towers}, negative=negative),
+        given,
         sharding.split(keys.reshape(count, cfg.images), parts.mesh),
         model=parts.model,
         score=score,
-        stage=rollout_of(cfg),
+        stage=stage,
     )
     images, scores = jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], (images, scores))
     return Pictures(images, {**scores, **score_on_host(score, images, prompts)[1]})
@@ -83,8 +87,14 @@ def prompts_each(cfg: Evaluate, prompts: int, devices: int) -> int:
     return -(-prompts // (together * devices)) * together
 
 
-def rollout_of(cfg: Evaluate) -> Stage:
-    return Stage(cfg.steps, cfg.solver, "bf16", cfg.chunk)
+def rollout_of(cfg: Config) -> Stage:
+    how = cfg.evaluate
+    return Stage(how.steps, how.solver, "bf16", how.chunk, guidance=guidance.evaluated(cfg))
+
+
+def settings(cfg: Config) -> str:
+    """Everything but the policy that the pictures of an evaluation depend on."""
+    return guidance.titled(repr(cfg.evaluate), guidance.evaluated(cfg))
 
 
 def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:
@@ -132,34 +142,63 @@ def fixed_prompts(parts: Parts) -> list[str]:
 # --- modes ----------------------------------------------------------------------------------------------------------
 
 
-def run_eval(cfg: Config, run: Path, *, place: Path | None, lora_file: Path | None, devices: int | None) -> int:
-    """--mode=eval: every reward of base and policy on the fixed prompts, as a table, and their grid."""
-    parts = assemble.for_evaluation(cfg, devices)
-    name = str(lora_file or place or "")
+def run_eval(
+    cfg: Config,
+    run: Path,
+    *,
+    place: Path | None,
+    lora_file: Path | None,
+    devices: int | None,
+    negative: str | None = None,
+) -> int:
+    """--mode=eval: every reward of base and policy on the fixed prompts, as a table, and their grid.
+
+    Beside a policy, the base is also shown at its own weight of guidance, if that is another one.
+    """
+    parts = assemble.for_evaluation(cfg, devices, negative)
+    name, w, own = str(lora_file or place or ""), guidance.evaluated(cfg), parts.model.guided
     with jax.set_mesh(parts.mesh):
-        policies = {"base": assemble.adapter(parts, None, None)}
-        policies |= {"policy": assemble.adapter(parts, place, lora_file)} if name else {}
-        found = {title: evaluate(parts, adapter) for title, adapter in policies.items()}
+        base = assemble.adapter(parts, None, None)
+        found = {guidance.titled("base", w): evaluate(parts, base)}
+        if name:
+            policy = evaluate(parts, assemble.adapter(parts, place, lora_file))
+            found |= {guidance.titled("policy", w): policy}
+            found |= {guidance.titled("base", own): evaluate(at_own(parts), base)} if own != w else {}
     print("  ".join([f"{'reward':24}", *(f"{title:>10}" for title in found)]))
-    for key in found["base"][0]:
-        print(
-            "  ".join(
-                [f"{key.removeprefix('eval_reward_'):24}", *(f"{metrics[key]:10.4f}" for metrics, _ in found.values())]
-            )
-        )
+    first, shown = next(iter(found.values()))
+    for key in first:
+        numbers = (f"{metrics[key]:{max(10, len(title))}.4f}" for title, (metrics, _) in found.items())
+        print("  ".join([f"{key.removeprefix('eval_reward_'):24}", *numbers]))
     columns = {title: shown.images for title, (_, shown) in found.items()}
-    grid = write_grid(run / "eval.png", found["base"][1].prompts, columns)
+    grid = write_grid(run / "eval.png", shown.prompts, columns)
     print(f"policy: {name or 'the base model'}; pictures: {grid}")
     return 0
 
 
+def at_own(parts: Parts) -> Parts:
+    """`parts` that evaluate at the model's own weight of guidance, in chunks of half the size: a call has twice the
+    rows, and no more memory."""
+    how = parts.cfg.evaluate
+    half = max(1, how.chunk // 2)
+    fits = half if half >= how.images else max(n for n in range(1, half + 1) if how.images % n == 0)
+    how = dataclasses.replace(how, guidance=parts.model.guided, chunk=fits)
+    return parts._replace(cfg=dataclasses.replace(parts.cfg, evaluate=how))
+
+
 def run_sample(
-    cfg: Config, run: Path, *, prompts: Sequence[str], place: Path | None, lora_file: Path | None, devices: int | None
+    cfg: Config,
+    run: Path,
+    *,
+    prompts: Sequence[str],
+    place: Path | None,
+    lora_file: Path | None,
+    devices: int | None,
+    negative: str | None = None,
 ) -> int:
     """--mode=sample: cfg.evaluate.images pictures of each prompt as PNG files in <run>/samples."""
     if not prompts:
         raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
-    parts = assemble.for_drawing(cfg, devices)
+    parts = assemble.for_drawing(cfg, devices, negative)
     folder = run / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     each = cfg.evaluate.images

@@ -4,7 +4,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from solrl_jax import disk
+from solrl_jax import disk, guidance
 from solrl_jax.config import Config, Lora, Stage
 
 PACKAGES = ("jax", "flax", "optax")
@@ -47,7 +47,7 @@ def write(folder: Path, cfg: Config, iterations: int, updates: int, targets: tup
 
 def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) -> dict[str, str]:
     """The rows of the card's table."""
-    learn = cfg.learn
+    learn, w = cfg.learn, guidance.evaluated(cfg)
     return {
         "base": f"`{cfg.model.path}` (model {cfg.model.name}{_other_weights(cfg)}), whose licence this LoRA is under",
         "family": f"{family(cfg)}: {_rollouts(cfg)}",
@@ -58,6 +58,7 @@ def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) 
         f"seed {cfg.seed}; every value is in config.json of the run",
         "LoRA": f"{_lora(cfg.lora)}, on {', '.join(targets)}",
         "pictures in training": f"{cfg.model.size} px, guidance 1.0 (no classifier-free guidance)",
+        **({"pictures in its evaluations": f"guidance {w:g}"} if w != 1 else {}),
         "made with": ", ".join(
             [*(f"{p} {metadata.version(p)}" for p in PACKAGES), f"Python {platform.python_version()}"]
         ),
