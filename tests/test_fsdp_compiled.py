@@ -52,8 +52,8 @@ def moved(text: str) -> list[Moved]:
             arrays = [
                 _BYTES[t] * math.prod(map(int, d.split(","))) for t, d in re.findall(r"(\w+)\[([\d,]+)\]", result)
             ]
-            # What starts has its operands and its results; of a gather the results are the larger.
-            total = sum(sorted(arrays)[len(arrays) // 2 :]) if start else sum(arrays)
+            # What starts has its operands, then its results.
+            total = sum(arrays[len(arrays) // 2 :]) if start else sum(arrays)
             found.append(Moved(kind, total, int(trips.get(name, 0))))
     return found
 
@@ -112,7 +112,7 @@ def test_forward(cards, precision):
             layers[trips] += size
     width, each = 3072, 1 if precision == "fp8" else 2
     double, single = (8 + 16) * width**2, (3 + 4 + 5) * width**2  # of q, k, v, out and the MLPs
-    assert layers[2] == pytest.approx(each * double, rel=0.02) and layers[3] == pytest.approx(each * single, rel=0.02)
+    assert layers[2] == pytest.approx(each * double, rel=0.01) and layers[3] == pytest.approx(each * single, rel=0.01)
     # Without modulations' exchange they would be gathered too: 12 and 3 width^2 more.
     memory, whole = program.memory_analysis(), sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variables))
     unread = sum(x.size * 2 for p, x in _leaves(variables["params"]) if precision == "fp8" and _quantised(variables, p))
@@ -214,8 +214,9 @@ def test_stages_of_the_public_models(name):
             assert not sent
             continue
         gathers = [m for m in sent if m.kind != "all-reduce"]
-        assert gathers and all(m.trips for m in gathers), stage
-        # A stack of one layer has no loop: SD3.5's last block is gathered in the loop of steps or of micro-batches.
+        # A stack of one layer has no loop: SD3.5's last block is gathered in the loop of steps or of micro-batches, and
+        # quantised in none.
+        assert gathers and all(m.trips or (1 in layers and stage == "quantise") for m in gathers), stage
         alone = sum(m.bytes for m in gathers if m.trips not in layers)
         assert alone == 0 if 1 not in layers else alone < 3 * last, (stage, alone)
         given = [
