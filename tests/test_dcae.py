@@ -12,7 +12,8 @@ from oracle import error, randomise
 
 from solrl_jax import device, weights
 from solrl_jax.models import dcae, public, vae
-from solrl_jax.models.layers import DepthwiseConv, linear_attention
+from solrl_jax.models.convolutions import DepthwiseConv
+from solrl_jax.models.layers import linear_attention
 from tests import nano_sana
 from tests.test_flux import rewrite
 
