@@ -75,7 +75,10 @@ def test_a_weight_of_1_is_the_program_without_guidance(kind):
 
     def plain(cond, keys):  # what `rollout.velocity_of` was before there was guidance
         twice = jax.tree.map(lambda c: jnp.repeat(c, 2, axis=0), model.prepare({}, cond))
-        velocity = lambda x, sigma: model.velocity({}, x, sigma, twice)  # noqa: E731
+
+        def velocity(x, sigma):
+            return model.velocity({}, x, sigma, twice)
+
         return rollout.trajectory(velocity, rollout.Seeds(keys, keys), model=model, stage=stage)[0]
 
     def ours(cond, keys):
