@@ -169,8 +169,9 @@ class Bench:
         self.sizes = shapes.read(cfg, 1)
         self.flop: Mapping[str, float] = {"forward": 0.0, "decode": 0.0}
         self.optimizer = make_optimizer(cfg)
-        base, vae, towers = self.sizes.frozen
-        self.frozen = Frozen(self.drawn(base, sharding.weights(base)), self.drawn(vae), self.drawn(towers))
+        sizes = self.sizes.frozen
+        base = self.drawn(sizes.base, sharding.weights(sizes.base))
+        self.frozen = Frozen(base, self.drawn(sizes.vae), self.drawn(sizes.rewards))
         self.statics = {"model": self.sizes.model, "optimizer": self.optimizer, "cfg": cfg}
 
     def resize(self, cfg: Config) -> None:
