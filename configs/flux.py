@@ -58,7 +58,7 @@ def base(reward: str) -> Config:
             clip_norm=1.0,
             ema_max=0.9,
         ),
-        evaluate=Evaluate(every=20, prompts=128, steps=28, solver="dpm2", grid=8, chunk=16),
+        evaluate=Evaluate(every=20, prompts=128, steps=28, solver="dpm2", grid=8, chunk=16, own=True),
         iterations=300,
         seed=42,
         save_every=5,  # iterations are long

@@ -59,7 +59,7 @@ def large(reward: str) -> Config:
             clip_norm=0.002,
             ema_max=0.9,
         ),
-        evaluate=Evaluate(every=20, prompts=128, steps=40, solver="dpm2", grid=8, chunk=16),
+        evaluate=Evaluate(every=20, prompts=128, steps=40, solver="dpm2", grid=8, chunk=16, own=True),
         iterations=300,
         seed=42,
         save_every=5,  # iterations are long

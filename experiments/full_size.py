@@ -171,7 +171,7 @@ class Bench:
         self.optimizer = make_optimizer(cfg)
         sizes = self.sizes.frozen
         base = self.drawn(sizes.base, sharding.weights(sizes.base))
-        self.frozen = Frozen(base, self.drawn(sizes.vae), self.drawn(sizes.rewards))
+        self.frozen = Frozen(base, self.drawn(sizes.vae), self.drawn(sizes.rewards), self.drawn(sizes.negative))
         self.statics = {"model": self.sizes.model, "optimizer": self.optimizer, "cfg": cfg}
 
     def resize(self, cfg: Config) -> None:

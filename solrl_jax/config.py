@@ -45,6 +45,14 @@ def _require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+WEIGHT = "1 (none) or a finite number above it"
+
+
+def _is_weight(w: float) -> bool:
+    """Whether it is a weight of guidance, or 0, which stands for another field's."""
+    return w == 0 or 1 <= w < math.inf
+
+
 class Checked:
     """A dataclass that is checked on creation: each value by its field's type, then all by the class's `rules`.
 
@@ -112,7 +120,8 @@ class Stage(Checked):
     window_within: int = 0
     shift: float = 0.0  # of equally spaced sigmas (sampler.shifted); 0: the model's own sigmas
     shared_noise: bool = False  # a prompt's samples all begin with the same noise
-    guidance: float = 1.0  # w of v_neg + w (v_pos - v_neg), 1: none (solrl_jax.guidance)
+    # w of v_neg + w (v_pos - v_neg), 1: none (solrl_jax.guidance); 0: in explore regenerate's, in regenerate none.
+    guidance: float = 0.0
 
     def rules(self) -> None:
         _require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
@@ -124,7 +133,7 @@ class Stage(Checked):
             f"eta={self.eta}: {self.solver} takes {takes if most else '0 only, it solves the ODE'}",
         )
         _require(0 <= self.shift < math.inf, f"shift={self.shift}: 0 (the model's sigmas) or a positive number")
-        _require(1 <= self.guidance < math.inf, f"guidance={self.guidance}: 1 (none) or a finite number above it")
+        _require(_is_weight(self.guidance), f"guidance={self.guidance}: {WEIGHT}, or 0 (the rollouts' own)")
         _require(
             not self.shared_noise or self.stochastic,
             f"shared_noise=true with solver={self.solver}, eta={self.eta}: all samples of a prompt would be the same",
@@ -192,6 +201,8 @@ class Learn(Checked):
     learning_rate: float = 3e-4
     kl_weight: float = 1e-4
     reference_every: int = 1  # m: every m-th micro-batch has the reference, at m times the KL's weight
+    guidance: float = 0.0  # of the policies that are compared; 0: regenerate's, for what drew is then what learns
+    kl_guidance: float = 0.0  # of the reference; 0: learn.guidance
     lag_weight: float = 1.0  # AWM: weight of the distance to the old policy
     clip_range: float = 1e-4  # AWM, GRPO: a sample's probability ratio is not pushed beyond 1 -+ this
     strength: float = 1.0  # NFT: beta of v+ and v-
@@ -216,6 +227,9 @@ class Learn(Checked):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"learn.{name}={value}: give a finite number, 0 or more")
         _require(0 < self.clip_norm < math.inf, f"learn.clip_norm={self.clip_norm}: give a positive number")
+        for name, other in (("guidance", "regenerate.guidance"), ("kl_guidance", "learn.guidance")):
+            w = getattr(self, name)
+            _require(_is_weight(w), f"learn.{name}={w}: {WEIGHT}, or 0 ({other})")
         _require(self.ema_max < 1, f"learn.ema_max={self.ema_max}: 0 (no average) up to below 1")
         _require(self.clip_range > 0, f"learn.clip_range={self.clip_range}: a positive number, such as 1e-4")
         _require(self.first_time >= 0, f"learn.first_time={self.first_time}: 0 or more")
@@ -244,6 +258,7 @@ class Evaluate(Checked):
     grid: int = 8  # prompts in the picture grid
     chunk: int = 24
     guidance: float = dataclasses.field(default=0.0, repr=False)  # 0: the rollouts', regenerate.guidance; 1: none
+    own: bool = dataclasses.field(default=False, repr=False)  # the base is drawn once at its own guidance too
 
     def rules(self) -> None:
         _require(self.every >= 0, f"evaluate.every={self.every}: 0 (never) or more")
@@ -257,8 +272,8 @@ class Evaluate(Checked):
         )
         _require(1 <= self.grid <= self.prompts, f"evaluate.grid={self.grid}: 1 to evaluate.prompts={self.prompts}")
         _require(
-            self.guidance == 0 or 1 <= self.guidance < math.inf,
-            f"evaluate.guidance={self.guidance}: 1 (none) or a finite number above it, or 0 (regenerate.guidance)",
+            _is_weight(self.guidance),
+            f"evaluate.guidance={self.guidance}: {WEIGHT}, or 0 (regenerate.guidance)",
         )
 
 
@@ -334,12 +349,6 @@ class Config(Checked):
             len(self._low()) < 2,
             f"the rollouts run in {' and in '.join(self._low())}: kernels are quantised once, name one low precision",
         )
-        for name, stage, _ in self.stages():
-            _require(
-                stage.guidance == 1,
-                f"{name}.guidance={stage.guidance:g}: the rollouts of a training are not guided yet: leave it at 1; "
-                "evaluate.guidance is that of its evaluation",
-            )
         self._check_branch()
         self._check_algorithm()
         u, t, m = self.learn.updates, self.times, self.learn.micro_batch
@@ -452,14 +461,21 @@ class Config(Checked):
     def _low(self) -> list[str]:
         return sorted({stage.precision for _, stage, _ in self.stages()} - {"bf16"})
 
+    @property
+    def preview(self) -> Stage | None:
+        """`explore` with its weight of guidance, regenerate's where it has none of its own."""
+        if self.explore is None:
+            return None
+        return dataclasses.replace(self.explore, guidance=self.explore.guidance or self.regenerate.guidance)
+
     def stages(self) -> list[tuple[str, Stage, int]]:
         """(name, stage, images per prompt) of the rollouts, in order; `steps` counts the steps taken."""
-        if self.explore is None:
+        if self.preview is None:
             return [("regenerate", self.regenerate, self.candidates)]
         rest = self.regenerate
         if self.branch is not None:
             rest = dataclasses.replace(rest, steps=self.branch.steps)
-        return [("explore", self.explore, self.candidates), ("regenerate", rest, self.kept)]
+        return [("explore", self.preview, self.candidates), ("regenerate", rest, self.kept)]
 
 
 def last_time(steps: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from solrl_jax import algos, lora, sampler, sharding
+from solrl_jax import algos, guidance, lora, sampler, sharding
 from solrl_jax.algos import Sample, Schedule
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.keys import ORDER, POINTS, sample_key, split_seed
@@ -165,21 +165,20 @@ def gradients(
     # Without the second term, an iteration with m updates would give its i-th one the same phase every time.
     phase = (state.updates + state.updates // every) % every
 
-    def on_device(current, base, fixed, phase, cond, keys, samples, advantage):
+    def on_device(current, base, fixed, phase, negative, cond, keys, samples, advantage):
         size, count = samples_at_a_time(cfg, keys.size), micro_batches(cfg, keys.size)
         groups, pieces = by_group(keys, samples, advantage, size), count * size // keys.size
 
         def added(names: tuple[str, ...], total: Params, which: Int[Array, "M"]):
             objective = functools.partial(summed_loss, names=names, hyper=hyper, model=model, cfg=cfg)
             gradient = jax.value_and_grad(objective, has_aux=True)
-            policies = [fixed[name] for name in names]
-            others = jax.tree.map(lambda *x: jnp.stack(x), *policies) if names else {}
+            others = [stacked([fixed[name] for name in group]) for _, group in by_guidance(names, cfg)]
 
             def one_micro(total, number):
                 group = jax.tree.map(lambda x: x[number // pieces], groups)
                 owner, *micro = jax.tree.map(lambda x: x[number % pieces], points(*group))
                 own = jax.tree.map(lambda c: c[owner], cond)
-                (_, metrics), grads = gradient(current, base, others, own, *micro)
+                (_, metrics), grads = gradient(current, base, others, own, negative, *micro)
                 return jax.tree.map(jnp.add, total, grads), metrics
 
             total, metrics = jax.lax.scan(one_micro, total, which)
@@ -197,11 +196,12 @@ def gradients(
         sharding.weights(frozen.base),
         sharding.WHOLE,  # the fixed policies
         sharding.WHOLE,  # the phase
+        sharding.WHOLE,  # the negative conditioning
         *[sharding.SPLIT] * 4,  # a device's conditioning, keys, samples and advantages
     )
     run = sharding.over_data(on_device, specs, sharding.WHOLE)
     fixed = fixed_policies(state, began, names)
-    grads, sums = run(state.lora, frozen.base, fixed, phase, cond, keys, samples, advantage)
+    grads, sums = run(state.lora, frozen.base, fixed, phase, frozen.negative, cond, keys, samples, advantage)
     count = keys.size * cfg.times
     metrics = means(sums, (count // every, count - count // every)[: len(turns)])
     return jax.tree.map(lambda x: x / count, grads), metrics
@@ -235,11 +235,26 @@ def fixed_policies(state: TrainState, began: TrainState, names: Sequence[str]) -
     return {name: policies[name] for name in names}
 
 
+def by_guidance(names: Sequence[str], cfg: Config) -> list[tuple[float, tuple[str, ...]]]:
+    """The named policies in groups of one weight of guidance, which go through the network as one batch."""
+    w = guidance.weights(cfg)
+    found: dict[float, list[str]] = {}
+    for name in names:
+        found.setdefault(w.kl if name == "reference" else w.learn, []).append(name)
+    return [(w, tuple(group)) for w, group in found.items()]
+
+
+def stacked(policies: Sequence[Params]) -> Params:
+    """Adapters with a leading axis over the policies."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *policies)
+
+
 def summed_loss(
     current: Params,
     base: Params,
-    fixed: Params,
+    fixed: Sequence[Params],
     cond: PyTree,
+    negative: PyTree,
     points: Any,
     advantage: Float[Array, "B"],
     *,
@@ -248,17 +263,23 @@ def summed_loss(
     model: Model,
     cfg: Config,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss and its metrics, summed over B points; `cond` leaves [B, ...].
+    """The loss and its metrics, summed over B points; `cond` leaves [B, ...], `negative`'s [1, ...].
 
-    The `fixed` policies, stacked in the order of `names`, go through the network as one batch.
+    The `fixed` policies are stacked in the groups of `by_guidance(names)`. Of a guided velocity both rows have the
+    policy's LoRA, and the current one's gradient goes through both.
     """
     algorithm = algos.find(cfg.learn.algorithm)
 
-    def velocity(adapter: Params) -> Array:
-        return model.velocity(lora.policy(base, adapter, cfg.lora), points.x_t, points.t, cond)
+    def velocity(adapter: Params, w: float) -> Array:
+        rows = guidance.conditioned(model, cond, negative, w)
+        variables = lora.policy(base, adapter, cfg.lora)
+        return guidance.velocity(model, w)(variables, points.x_t, points.t, rows)
 
-    others = jax.lax.stop_gradient(jax.vmap(velocity)(fixed)) if names else ()
-    v = Velocities(velocity(current), **dict(zip(names, others, strict=True)))
+    others: dict[str, Array] = {}
+    for (w, group), adapters in zip(by_guidance(names, cfg), fixed, strict=True):
+        found = jax.lax.stop_gradient(jax.vmap(functools.partial(velocity, w=w))(adapters))
+        others |= dict(zip(group, found, strict=True))
+    v = Velocities(velocity(current, guidance.weights(cfg).learn), **others)
     loss, metrics = algorithm.loss(v, points, advantage, hyper, cfg.learn)
     return jnp.sum(loss), jax.tree.map(jnp.sum, {"loss": loss, **metrics})
 

@@ -100,7 +100,7 @@ def rollout(
     """
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, seeds: Seeds):
-        velocity = velocity_of(variables, prompts.cond, seeds, model, stage.guidance, frozen.negative)
+        velocity = velocity_of(variables, prompts.cond, seeds, model, stage, frozen.negative)
         if branch is None:
             x0, path = trajectory(velocity, seeds, model=model, stage=stage, keep_path=keep_path)
             kept = None
@@ -143,7 +143,7 @@ def integrate(
     """From each key's noise to its latents, all p x n = B samples as one batch; cond leaves [p, ...], negative's
     [1, ...]."""
     seeds = Seeds(keys, keys)
-    velocity = velocity_of(variables, cond, seeds, model, stage.guidance, negative)
+    velocity = velocity_of(variables, cond, seeds, model, stage, negative)
     return trajectory(velocity, seeds, model=model, stage=stage)[0]
 
 
@@ -151,10 +151,11 @@ Velocity = Callable[[Array, Array], Array]
 
 
 def velocity_of(
-    variables: Variables, cond: PyTree, seeds: Seeds, model: Model, w: float = 1.0, negative: PyTree = None
+    variables: Variables, cond: PyTree, seeds: Seeds, model: Model, stage: Stage, negative: PyTree = None
 ) -> Velocity:
-    """velocity(x [B, ...], sigma [B]) of a policy, at guidance w, for a block of p prompts x n samples; cond leaves
-    [p, ...], negative's [1, ...]."""
+    """velocity(x [B, ...], sigma [B]) of a policy, at the stage's guidance, for a block of p prompts x n samples; cond
+    leaves [p, ...], negative's [1, ...]."""
+    w = guidance.of(stage)
     cond = jax.tree.map(lambda c: jnp.repeat(c, seeds.own.shape[1], axis=0), model.prepare(variables, cond))
     away = model.prepare(variables, negative) if guidance.doubles(model, w) else None
     rows, velocity = guidance.conditioned(model, cond, away, w), guidance.velocity(model, w)

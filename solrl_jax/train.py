@@ -165,21 +165,26 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
 
 
 def ready(parts: Parts) -> Parts:
-    """`parts` with the units of FP8's inputs, if a stage runs in FP8. The base measures them on the run's first
-    prompts, encoded with all prompts of the text encoders' first call, so that a resumed run finds the same units.
+    """`parts` with the negative conditioning, if the training is guided by one, and the units of FP8's inputs, if a
+    stage runs in FP8. The base measures the units on the run's first prompts, encoded with all prompts of the text
+    encoders' first call, so that a resumed run finds the same ones.
     """
     cfg, there = parts.cfg, parts.prompts.train
     low = [stage for _, stage, _ in cfg.stages() if stage.precision == "fp8"]
+    cond = None
+    if low:
+        some = data.batch(there, cfg.seed, 0, min(calibrate.PROMPTS, len(there)))
+        padded = [*some, *[some[-1]] * (-len(some) % parts.mesh.size)]
+        first, ahead = drawn(parts, 0)
+        cond = jax.tree.map(lambda c: c[: len(some)], jax.device_get(parts.text(padded, [*first, *ahead])))
+    if guidance.trains_doubled(cfg, parts.model):
+        parts = parts._replace(frozen=parts.frozen._replace(negative=parts.text.negative()))
     if not low:
         return parts
-    some = data.batch(there, cfg.seed, 0, min(calibrate.PROMPTS, len(there)))
-    padded = [*some, *[some[-1]] * (-len(some) % parts.mesh.size)]
-    first, ahead = drawn(parts, 0)
-    cond = jax.tree.map(lambda c: c[: len(some)], jax.device_get(parts.text(padded, [*first, *ahead])))
     variables, key = {"params": parts.frozen.base}, calibration_key(cfg.seed)
+    given = sharding.replicate(cond, parts.mesh), key, low, parts.frozen.negative
     try:
-        units = calibrated(parts.model, variables, sharding.replicate(cond, parts.mesh), key, low)
-        return parts._replace(model=units)
+        return parts._replace(model=calibrated(parts.model, variables, *given))
     except FloatingPointError as e:
         raise TrainError(f"FP8 cannot be calibrated: {e}; see whether the weights are whole") from None
 
@@ -260,7 +265,7 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
     cfg = parts.cfg
     shown = _base(parts, state, run, out) if cfg.evaluate.every else None
     before = next((line for line in read(run / "metrics.jsonl") if line["iteration"] == 0), {})
-    metrics = {} if shown is None else evaluate.averages(shown, parts.score)
+    metrics = {} if shown is None else evaluate.averages(shown, parts.score) | _at_own(parts, run, out)
     for name, value in before.items():
         if name != "iteration" and (shown is None or name.startswith("watch/")):
             metrics[name] = math.nan if value is None else value
@@ -278,16 +283,37 @@ def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
     kept = disk.readable(pictures.load, file, said := [])
     for line in said:
         out.say(line)
-    if kept is not None and kept.how == how:
+    missing = guidance.own(parts.cfg, parts.model) and not (run / "grids" / "base_own.npz").exists()
+    if kept is not None and kept.how == how and not missing:
         return kept.shown
     out.between("evaluate", 0.0)
     zeros = jax.tree.map(lambda x: x * 0, state.ema)  # placed like the EMA: one compiled program draws both
     _, shown = evaluate.evaluate(parts, zeros)
-    title = guidance.titled("base", guidance.evaluated(parts.cfg))
-    grid = pictures.write_grid(run / "grids" / "000000.png", shown.prompts, {title: shown.images})
+    columns = {guidance.titled("base", guidance.evaluated(parts.cfg)): shown.images}
+    if own := guidance.own(parts.cfg, parts.model):
+        better = evaluate.at_own(parts)
+        _, other = evaluate.evaluate(better, zeros)
+        columns[guidance.titled("base", own)] = other.images
+        pictures.save(run / "grids" / "base_own.npz", other, 0, evaluate.settings(better.cfg))
+    grid = pictures.write_grid(run / "grids" / "000000.png", shown.prompts, columns)
     out.say(f"first pictures: {grid}")
     pictures.save(file, shown, 0, how)
     return shown
+
+
+def _at_own(parts: Parts, run: Path, out: Log) -> Metrics:
+    """{"eval_own/guidance": the base's own weight, "eval_own/<name>": its rewards there} of the pictures that `_base`
+    drew; {} if it drew none."""
+    if (own := guidance.own(parts.cfg, parts.model)) is None:
+        return {}
+    kept = disk.readable(pictures.load, run / "grids" / "base_own.npz", said := [])
+    for line in said:
+        out.say(line)
+    if kept is None:
+        return {}
+    means = evaluate.averages(kept.shown, parts.score)
+    named = {f"eval_own/{name.removeprefix('eval_reward_')}": value for name, value in means.items()}
+    return {"eval_own/guidance": own, **named}
 
 
 def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown | None) -> dict[str, float]:

@@ -243,6 +243,7 @@ def test_sol_rl_on_flux_field_by_field():
         "learn.reference_every": 4,
         "evaluate.prompts": 128,
         "evaluate.chunk": 16,
+        "evaluate.own": True,
         "save_every": 5,
         "encode_ahead": 20,
     }

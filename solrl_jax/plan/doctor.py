@@ -140,6 +140,8 @@ def model(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     where, module = cfg.model.path, assemble.model_module(cfg)
     made = module.make(cfg.model)
     guidance.check(cfg, made)
+    for line in guidance.told(cfg, made):
+        yield Finding(line)
     base = jax.eval_shape(made.init, jax.random.key(0))
     name = f"{cfg.model.name}, {shapes.parameters(base):,} parameters"
     if (folder := assemble.converted(cfg)) is not None:

@@ -41,6 +41,8 @@ def read(cfg: Config, devices: int, *, training: bool = True) -> Sizes:
     module, mine = assemble.model_module(cfg), -(-cfg.prompts // devices)
     model = module.make(cfg.model)
     guidance.check(cfg, model)
+    if training:
+        guidance.check_training(cfg, model)
     base, vae, text = module.shapes(cfg.model)
     paths, notes = rewards.parse_paths(cfg.reward_paths), []
     wanted, found = rewards.parse(cfg.reward), {}
@@ -60,14 +62,16 @@ def read(cfg: Config, devices: int, *, training: bool = True) -> Sizes:
     everyone = [*trained, *(name for name in found if name not in trained)]
     captions = {name: batch(found[name][2], mine) for name in everyone}
     tokens = module.token_shapes(cfg.model, mine)
+    cond = jax.eval_shape(model.encode, text, tokens)
+    negative = batch(cond, 1) if training and guidance.trains_doubled(cfg, model) else None
     return Sizes(
         model=model,
         score=Score(tuple(found[name][0] for name in trained), tuple(wanted[name] for name in trained)),
-        frozen=Frozen(base, vae, {name: found[name][1] for name in trained}),
+        frozen=Frozen(base, vae, {name: found[name][1] for name in trained}, negative),
         towers={name: params for name, (_, params, _) in found.items() if name not in trained},
         text=text,
         tokens=tokens,
-        prompts=Prompts(jax.eval_shape(model.encode, text, tokens), {name: captions[name] for name in trained}),
+        prompts=Prompts(cond, {name: captions[name] for name in trained}),
         judged=Score(tuple(found[name][0] for name in everyone), tuple(weights[name] for name in everyone)),
         captions=captions,
         notes=tuple(notes),

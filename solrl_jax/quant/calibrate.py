@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from solrl_jax import rollout, sharding
+from solrl_jax import guidance, rollout, sharding
 from solrl_jax.config import Stage
 from solrl_jax.quant import fp8, rule_of
 from solrl_jax.structs import Model, PyTree, QuantRule, Variables
@@ -18,8 +18,16 @@ PROMPTS = 8
 """Prompts, one picture each, on which units are measured."""
 
 
-def calibrated(model: Model, variables: Variables, cond: PyTree, key: Key[Array, ""], stages: Sequence[Stage]) -> Model:
-    """`model` with units in its FP8 rule, from a rollout of each stage for each of the G prompts of `cond`.
+def calibrated(
+    model: Model,
+    variables: Variables,
+    cond: PyTree,
+    key: Key[Array, ""],
+    stages: Sequence[Stage],
+    negative: PyTree = None,
+) -> Model:
+    """`model` with units in its FP8 rule, from a rollout of each stage for each of the G prompts of `cond`. Of a guided
+    stage the rows of `negative`, leaves [1, ...], count too.
 
     Units are powers of two with room above the largest input seen (fp8.unit_of). They are reproducible, because they
     are constants of the compiled program. Raises FloatingPointError if an input is not finite.
@@ -28,7 +36,7 @@ def calibrated(model: Model, variables: Variables, cond: PyTree, key: Key[Array,
     largest: dict[str, float] = {}
     for stage in stages:
         program = jax.jit(functools.partial(seen, model=model, stage=stage))  # weights are arguments, not constants
-        for path, value in over_steps(*program(variables, cond, keys)).items():
+        for path, value in over_steps(*program(variables, cond, keys, negative)).items():
             largest[path] = max(largest.get(path, 0.0), value)
     rule = rule_of(model.quant_rules, "fp8")
     units = tuple(sorted((path, fp8.unit_of(value)) for path, value in largest.items()))
@@ -55,7 +63,7 @@ def saturating(rule: QuantRule, largest: Mapping[str, float], kernels: Collectio
 
 
 def seen(
-    variables: Variables, cond: PyTree, keys: Key[Array, "G"], *, model: Model, stage: Stage
+    variables: Variables, cond: PyTree, keys: Key[Array, "G"], negative: PyTree = None, *, model: Model, stage: Stage
 ) -> tuple[Float[Array, "N"], dict[str, Float[Array, "N"]]]:
     """For each step of the stage's rollout, its sigma (the first sample's) and the largest |input| of every Linear.
 
@@ -64,21 +72,28 @@ def seen(
 
     whole = sharding.WHOLE
     measure = sharding.over_parts(
-        functools.partial(_seen, model=model, stage=stage), (sharding.weights(variables), whole, whole), whole
+        functools.partial(_seen, model=model, stage=stage), (sharding.weights(variables), whole, whole, whole), whole
     )
-    return measure(variables, cond, keys)
+    return measure(variables, cond, keys, negative)
 
 
 def _seen(
-    variables: Variables, cond: PyTree, keys: Key[Array, "G"], *, model: Model, stage: Stage
+    variables: Variables, cond: PyTree, keys: Key[Array, "G"], negative: PyTree, *, model: Model, stage: Stage
 ) -> tuple[Float[Array, "N"], dict[str, Float[Array, "N"]]]:
+    w = guidance.of(stage)
+    rows = guidance.conditioned(model, cond, negative, w)
+
     def velocity(x: Array, sigma: Array) -> Array:
-        return model.velocity(variables, x, sigma, cond)
+        return guidance.velocity(model, w)(variables, x, sigma, rows)
+
+    def largest(at: tuple[Array, Array]) -> dict[str, Array]:
+        x, sigma = guidance.twice(model, w, at)
+        return model.largest(variables, x, sigma, rows)
 
     seeds = rollout.Seeds(keys[:, None], keys[:, None])
     _, states, steps, _ = rollout.solved(velocity, seeds, model=model, stage=stage, keep_path=True)
     assert states is not None
     sigmas = jnp.asarray(steps.sigma, jnp.float32).reshape(len(states), -1)
     sigmas = jnp.broadcast_to(sigmas, states.shape[:2])
-    found = jax.lax.map(lambda at: model.largest(variables, at[0], at[1], cond), (states, sigmas))
+    found = jax.lax.map(largest, (states, sigmas))
     return sigmas[:, 0], found

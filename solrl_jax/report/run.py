@@ -53,8 +53,12 @@ class Run(NamedTuple):
     @property
     def guidance(self) -> float:
         """The weight of guidance in its evaluations; 1 in those of older versions."""
-        found = (self.values.get(f"{name}.guidance") for name in ("evaluate", "regenerate"))
-        return next((float(w) for w in found if drawable(w) and w), 1.0)
+        return self.weight("evaluate.guidance") or self.weight("regenerate.guidance") or 1.0
+
+    def weight(self, name: str) -> float:
+        """The config's value of that name; 0 if it has none."""
+        value: Any = self.values.get(name)
+        return float(value) if drawable(value) else 0.0
 
     @property
     def devices(self) -> str:
@@ -184,8 +188,7 @@ def told(run: Run) -> list[str]:
         said.append("No iteration is finished: there is nothing to plot yet.")
     elif run.cfg and run.iterations < run.cfg.iterations:
         said.append(f"It has finished {run.iterations} of {run.cfg.iterations} iterations.")
-    if run.guidance != 1:
-        said.append(f"Its evaluations, also the base's, are at guidance {run.guidance:g}; its training is at 1.")
+    said += _guidance(run)
     if not any(name.startswith(EVAL) for line in run.lines for name in line):
         said.append("It has no evaluation: there are no rewards before and after.")
     lost: dict[str, list[int]] = {}
@@ -195,6 +198,28 @@ def told(run: Run) -> list[str]:
     for name, where in lost.items():
         some = ", ".join(map(str, where[:5])) + (" and more" if len(where) > 5 else "")
         said.append(f"{name} is not a finite number in {len(where)} of {len(run.lines)} lines (iteration {some}).")
+    return said
+
+
+def _guidance(run: Run) -> list[str]:
+    """The weights of guidance of its evaluations and its training, and what the base reaches at its own."""
+    said, drawn = [], run.weight("regenerate.guidance") or 1.0
+    learnt = run.weight("learn.guidance") or drawn
+    stages = {"the rollouts": drawn, "the loss": learnt, "its reference": run.weight("learn.kl_guidance") or learnt}
+    if run.guidance != 1 or set(stages.values()) != {1.0}:
+        trained = ", ".join(f"{name} at {w:g}" for name, w in stages.items())
+        if len(set(stages.values())) == 1:
+            trained = f"all of it at {drawn:g}"
+        said.append(f"Its evaluations, also the base's, are at guidance {run.guidance:g}; its training: {trained}.")
+    first = next((line for line in run.lines if drawable(line.get("eval_own/guidance"))), None)
+    if first is not None:
+        found = {name: first.get(name) for name in ("eval_own/guidance", "eval_own/avg", "eval_reward_avg")}
+        if all(drawable(value) for value in found.values()):
+            w, own, base = found.values()
+            said.append(
+                f"At its own guidance, {w:g}, the base alone has an average reward of {own:.4g}; at that of the "
+                f"evaluations, {run.guidance:g}, it has {base:.4g}, and gains are measured from there."
+            )
     return said
 
 

@@ -80,12 +80,13 @@ def assemble(cfg: Config, devices: int | None = None, shard: int | None = None) 
     prompts = open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
     model = model_module(cfg).make(cfg.model)
     guidance.check(cfg, model)
+    guidance.check_training(cfg, model)
     if cfg.low_precision:
         coverage.check(model, cfg.low_precision, cfg.model.min_quantised_flops)
     judges = open_rewards(cfg, (*prompts.train, *prompts.test))
     if not cfg.staged and judges.score.on_host:
         raise ConfigError(f"staged=false, but reward {judges.score.on_host[0].name} runs on the host: set staged=true")
-    return _placed(cfg, mesh, model, prompts, judges, guidance.text_of(cfg, model) if cfg.evaluate.every else None)
+    return _placed(cfg, mesh, model, prompts, judges, guidance.text_of_training(cfg, model))
 
 
 def for_evaluation(cfg: Config, devices: int | None = None, negative: str | None = None) -> Parts:
@@ -286,8 +287,8 @@ def use_compilation_cache() -> None:
 
 
 def notes(parts: Parts) -> list[str]:
-    """The first lines of a run: quantised layers, numbers of prompts, prompts that are cut, guidance of evaluations,
-    weights that the network carries, how a CPU multiplies."""
+    """The first lines of a run: quantised layers, numbers of prompts, prompts that are cut, guidance, weights that the
+    network carries, how a CPU multiplies."""
     p = parts.prompts
     precision = parts.cfg.low_precision
     low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
@@ -298,12 +299,7 @@ def notes(parts: Parts) -> list[str]:
         out.append(
             f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
         )
-    w, own = guidance.evaluated(parts.cfg), parts.model.guided
-    if parts.cfg.evaluate.every and own not in (1, w):
-        out.append(
-            f"evaluations are at guidance {w:g}, also the base's; its own is {own:g}: --mode=eval shows it there too"
-        )
-    return low + out + network(parts) + device.notes()
+    return low + out + guidance.told(parts.cfg, parts.model) + network(parts) + device.notes()
 
 
 def network(parts: Parts) -> list[str]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Key
 
-from solrl_jax import quant, rewards, rollout, sharding
+from solrl_jax import guidance, quant, rewards, rollout, sharding
 from solrl_jax.config import Config, Stage
 from solrl_jax.iteration import stages
 from solrl_jax.keys import sample_keys
@@ -44,7 +44,10 @@ def alarms(lines: Sequence[Line], cfg: Config) -> dict[str, str]:
     trained = [line for line in lines if line.get("loss") is not None]
     found = {"collapsed": _collapsed(trained), "ranks": _badly_ranked(lines, cfg), "saturated": _saturating(lines, cfg)}
     if not cfg.of_steps:  # there kl_div is the KL of a step's means
-        found |= {"kl_div": _far(trained, "kl_div", "base"), "old": _far(trained, "old_deviate", "old policy")}
+        w = guidance.weights(cfg)
+        if w.kl == w.learn:  # otherwise kl_div begins at the distance of the guided base from the plain one
+            found |= {"kl_div": _far(trained, "kl_div", "base")}
+        found |= {"old": _far(trained, "old_deviate", "old policy")}
     return {kind: f"warning: {text}" for kind, text in found.items() if text}
 
 
@@ -210,7 +213,8 @@ def _saturated(
     variables = rollout.policy_variables(kernels, None, parts.frozen)
     some = jax.device_get(jax.tree.map(lambda x: x[:few], prompts.cond))
     try:
-        largest = calibrate.over_steps(*seen(variables, *sharding.replicate((some, keys[:few, 0]), parts.mesh)))
+        given = sharding.replicate((some, keys[:few, 0]), parts.mesh)
+        largest = calibrate.over_steps(*seen(variables, *given, parts.frozen.negative))
     except FloatingPointError:
         return {"watch/saturated": math.nan, "watch/saturation": math.nan}
     found = calibrate.saturating(rule, largest, quant.chosen(parts.frozen.base, rule))
@@ -247,10 +251,11 @@ def _programs(model: Model, score: Score, optimizer: optax.GradientTransformatio
 
 def rollouts(cfg: Config) -> tuple[Stage, Stage]:
     """Preview and full rollout of a measurement: the stages' own, in a chunk that fits both and divides N."""
-    assert cfg.explore is not None
-    smallest = min(cfg.explore.chunk, cfg.regenerate.chunk)
+    preview = cfg.preview
+    assert preview is not None
+    smallest = min(preview.chunk, cfg.regenerate.chunk)
     chunk = max(size for size in range(1, min(smallest, cfg.candidates) + 1) if cfg.candidates % size == 0)
-    return dataclasses.replace(cfg.explore, chunk=chunk), dataclasses.replace(cfg.regenerate, chunk=chunk)
+    return dataclasses.replace(preview, chunk=chunk), dataclasses.replace(cfg.regenerate, chunk=chunk)
 
 
 def judged(state: TrainState, metrics: Mapping[str, float], cfg: Config) -> TrainState:

@@ -57,7 +57,7 @@ def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) 
         "learning": f"{learn.algorithm}, rate {learn.learning_rate:g}, KL weight {learn.kl_weight:g}, "
         f"seed {cfg.seed}; every value is in config.json of the run",
         "LoRA": f"{_lora(cfg.lora)}, on {', '.join(targets)}",
-        "pictures in training": f"{cfg.model.size} px, guidance 1.0 (no classifier-free guidance)",
+        "pictures in training": f"{cfg.model.size} px, {_guidance(cfg)}",
         **({"pictures in its evaluations": f"guidance {w:g}"} if w != 1 else {}),
         "made with": ", ".join(
             [*(f"{p} {metadata.version(p)}" for p in PACKAGES), f"Python {platform.python_version()}"]
@@ -67,6 +67,21 @@ def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) 
 
 def _other_weights(cfg: Config) -> str:
     return f", its network with the weights of `{cfg.model.weights}`" if cfg.model.weights else ""
+
+
+def _guidance(cfg: Config) -> str:
+    """The weights of guidance of rollouts, loss and reference, as far as they differ."""
+    w = guidance.weights(cfg)
+    if set(w) == {1.0}:
+        return "guidance 1.0 (no classifier-free guidance)"
+    text = f"guidance {w.regenerate:g}"
+    for name, value, other in (
+        ("previews", w.explore, w.regenerate),
+        ("in the loss", w.learn, w.regenerate),
+        ("of the reference", w.kl, w.learn),
+    ):
+        text += f", {value:g} {name}" if value != other else ""
+    return text
 
 
 def _rollouts(cfg: Config) -> str:
