@@ -234,17 +234,9 @@ def run_supervised(bench: Bench, cfg: Config, iterations: int) -> None:
 
 
 def run_guidance(bench: Bench, weights: Sequence[float] = (1.5, 2.0, 3.0)) -> None:
-    parts = bench.opened.parts
-    empty = parts.text([""])
     nothing = lab.base_adapter(bench.opened)
     for weight in weights:
-        found = {}
-        for split, (_, prompts) in bench.opened.held_out.items():
-            both = {
-                "caption": prompts.cond,
-                "empty": jax.tree.map(lambda e, c: jnp.broadcast_to(e, c.shape), empty, prompts.cond),
-            }
-            found[split] = bench.measure(nothing, split, model=lab.guided(parts.model, weight), cond=both)
+        found = {split: bench.measure(nothing, split, w=weight) for split in lab.SPLITS}
         bench.say("guidance", weight)
         bench.write(f"guidance_{weight:g}", f"{OTHERS['guidance']}, weight {weight:g}", found)
 

@@ -8,6 +8,7 @@
 These are the functions of `python -m solrl_jax.main --config=tiny` with the same keys, plus a leading axis.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -43,10 +44,11 @@ class World(NamedTuple):
 def open_world(cfg: Config, captions: int = 500) -> World:
     """Everything that runs of `cfg` share, and the first `captions` captions of each held-out split.
 
-    FP8 is calibrated where a stage of `cfg` runs in it. Call this and the functions below under
-    `jax.set_mesh(sharding.make_mesh(1))`.
+    FP8 is calibrated where a stage of `cfg` runs in it. The empty caption is the negative conditioning. Call this and
+    the functions below under `jax.set_mesh(sharding.make_mesh(1))`.
     """
     parts = train.ready(assemble.assemble(cfg, 1))
+    parts = parts._replace(frozen=parts.frozen._replace(negative=parts.text([""])))
 
     def encoded(captions: Sequence[str]) -> Prompts:
         prompts = assemble.encode(parts, captions, parts.judged)
@@ -125,27 +127,26 @@ def measure(
     split: str,
     images: int = 4,
     *,
-    model: Model | None = None,
-    cond: PyTree = None,
     stage: Stage = FULL,
     seed: int = 0,
+    w: float = 1.0,
 ) -> dict[str, Float[np.ndarray, "R P n"]]:
-    """exact, share of facts and clipscore of R adapters (leaves [R, ...]) on a split's captions x fixed seeds.
+    """exact, share of facts and clipscore of R adapters (leaves [R, ...]) on a split's captions x fixed seeds, with
+    classifier-free guidance of weight w.
 
     Also `spread`: the mean absolute difference, in 8-bit levels, between two pictures of one caption.
     """
     captions, prompts = world.held_out[split]
     keys = jax.random.split(jax.random.key(seed), (len(captions), images))
-    prompts = prompts if cond is None else prompts._replace(cond=cond)
     found = [
         _measure(
             jax.tree.map(operator.itemgetter(r), adapters),
             world.parts.frozen,
             prompts,
             keys,
-            model=model or world.parts.model,
+            model=world.parts.model._replace(guidance="cfg"),
             reward=world.parts.score.rewards[0],
-            stage=stage,
+            stage=dataclasses.replace(stage, guidance=w),
             lora_cfg=world.parts.cfg.lora,
         )
         for r in range(jax.tree.leaves(adapters)[0].shape[0])
@@ -168,7 +169,8 @@ def _measure(
     variables = {"params": lora.graft(frozen.base, lora.merged_kernels(frozen.base, adapter, lora_cfg))}
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]) -> dict[str, Array]:
-        images = model.decode(frozen.vae, rollout.integrate(variables, prompts.cond, keys, model=model, stage=stage))
+        how = {"model": model, "stage": stage, "negative": frozen.negative}
+        images = model.decode(frozen.vae, rollout.integrate(variables, prompts.cond, keys, **how))
         verdict = shapes.judge(images, prompts.tokens[FACTS])
         rows = images.reshape(*keys.shape, -1)
         apart = jnp.abs(rows[:, :, None] - rows[:, None]).mean(-1).sum((1, 2)) / (keys.shape[1] * (keys.shape[1] - 1))
@@ -182,16 +184,6 @@ def _measure(
     _, together = rollout.block_shape(stage.chunk, *keys.shape)
     assert together == keys.shape[1], "a block must hold all pictures of a caption, to compute their spread"
     return rollout.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
-
-
-def guided(model: Model, weight: float) -> Model:
-    """Classifier-free guidance: v = v_empty + weight (v_caption - v_empty); cond is {"caption": ..., "empty": ...}."""
-
-    def velocity(variables: Variables, x: Array, sigma: Array, cond: Mapping[str, PyTree]) -> Array:
-        toward, away = (model.velocity(variables, x, sigma, cond[which]) for which in ("caption", "empty"))
-        return away + weight * (toward - away)
-
-    return model._replace(velocity=velocity)
 
 
 def interval(gain: Float[np.ndarray, "P"], draws: int = 10_000) -> list[float]:
