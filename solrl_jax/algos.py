@@ -1,4 +1,4 @@
-"""Advantages and policy losses: DiffusionNFT, AWM, Flow-GRPO, DanceGRPO (algorithms.md sections 2 to 5).
+"""Advantages and policy losses: DiffusionNFT, AWM, V-GRPO, Flow-GRPO, DanceGRPO (algorithms.md sections 2 to 5).
 
 An `Algorithm`, found by its name (`find`), is two functions and what they need. points(key, sample, schedule, times,
 cfg) gives the points at which one sample's velocities are computed, leaves [T, ...]. loss(velocities, points,
@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from solrl_jax import sampler
@@ -25,13 +26,15 @@ Loss = tuple[Float[Array, "B"], Metrics]
 class Algorithm(NamedTuple):
     """`fixed(cfg)`: the fields of Velocities that the loss reads besides `current`; none of them gets a gradient.
 
-    `rolls_out`: whether the old policy, which lags behind, or the current one makes the samples.
+    `rolls_out`: whether the old policy, which lags behind, or the current one makes the samples. `whole`: the loss
+    takes whole samples, velocities and points with leaves [S, T, ...] and advantages [S], and gives f32 [S, T].
     """
 
     points: Callable[..., Any]
-    loss: Callable[..., Loss]
+    loss: Callable[..., tuple[Array, Metrics]]
     fixed: Callable[[Learn], tuple[str, ...]]
     rolls_out: Literal["old", "current"]
+    whole: bool = False
 
 
 class Sample(NamedTuple):
@@ -49,8 +52,8 @@ class Schedule(NamedTuple):
 
 
 def find(name: str) -> Algorithm:
-    """The algorithm of that name: nft, awm, flow_grpo or dance_grpo."""
-    return {"nft": NFT, "awm": AWM, "flow_grpo": FLOW_GRPO, "dance_grpo": DANCE_GRPO}[name]
+    """The algorithm of that name: nft, awm, vgrpo, flow_grpo or dance_grpo."""
+    return {"nft": NFT, "awm": AWM, "vgrpo": VGRPO, "flow_grpo": FLOW_GRPO, "dance_grpo": DANCE_GRPO}[name]
 
 
 # --- advantages and decays ------------------------------------------------------------------------------------------
@@ -74,7 +77,9 @@ def advantages(reward: Float[Array, "P K"], spread: str = "all") -> Float[Array,
 
 
 def shape_advantage(a: Float[Array, "*B"], clip: float, mode: str) -> Float[Array, "*B"]:
-    """Clip to +-clip, then the variant of DiffusionNFT's `adv_mode`."""
+    """Clip to +-clip, then the variant of DiffusionNFT's `adv_mode`; "soft" is V-GRPO's clip tanh(A / clip)."""
+    if mode == "soft":
+        return clip * jnp.tanh(a / clip)
     a = jnp.clip(a, -clip, clip)
     if mode == "all":
         return a
@@ -186,6 +191,55 @@ def awm_log_prob(error: Float[Array, "B"], t: Float[Array, "B"], power: float = 
     return -t / power * ((error + 1e-10) ** power - 1e-10**power)
 
 
+# --- V-GRPO ---------------------------------------------------------------------------------------------------------
+
+
+def vgrpo_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, times: int, cfg: Learn) -> Points:
+    """One of the N rollout times from each of T adjacent ranges, with fresh noise. Leaves [T, ...].
+
+    The first N mod T ranges have one time more. With learn.shared_points, as published, all samples of a prompt have
+    the same key here, so the same times and noise.
+    """
+    key_t, key_eps = jax.random.split(key)
+    begin, width = vgrpo_ranges(schedule.sigmas.shape[0], times)
+    within = jnp.floor(jax.random.uniform(key_t, (times,)) * jnp.asarray(width, jnp.float32)).astype(jnp.int32)
+    index = jnp.asarray(begin) + jnp.minimum(within, jnp.asarray(width - 1))
+    return _noised(key_eps, sample.x0, schedule.sigmas[index])
+
+
+def vgrpo_ranges(steps: int, times: int) -> tuple[np.ndarray, np.ndarray]:
+    """(first index, length) of each of T ranges of N times: for N = 10, T = 4 they begin at 0, 3, 6, 8."""
+    width = np.full(times, steps // times, np.int32) + (np.arange(times) < steps % times).astype(np.int32)
+    return np.cumsum(width, dtype=np.int32) - width, width
+
+
+def vgrpo_loss(
+    v: Velocities, points: Points, advantage: Float[Array, "S"], hyper: Hyper, cfg: Learn
+) -> tuple[Float[Array, "S T"], Metrics]:
+    """V-GRPO (arXiv 2604.23380, Eq. 14 to 17), of whole samples: velocities and points [S, T, ...], advantages [S].
+
+    L = mean over a sample's T points of the error of the implied x0 as DiffusionNFT weighs it, ratio = exp(L_b - L),
+    loss = max(-A ratio, -A clip(ratio, 1 -+ c)) + kl_weight mean (t (v - v_b))^2, b: the policy when the iteration
+    began. The mean is inside the exponent: a sample has one ratio. With one update a rollout the ratio is 1, and the
+    gradient is DiffusionNFT's with old = current.
+    """
+    chex.assert_equal_shape([v.current, points.x_t, points.x0])
+    chex.assert_equal_shape_prefix([points.t, advantage], 1)
+    shape = points.t.shape
+
+    def log_prob(velocity: Float[Array, "S T h w c"]) -> Float[Array, "S"]:
+        flat = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), (velocity, points))
+        return -jnp.mean(_matching(*flat).reshape(shape), axis=1)
+
+    policy, metrics = _clipped(log_prob, v, shape_advantage(advantage, cfg.advantage_clip, cfg.advantage_mode), hyper)
+    metrics["policy_loss"] = policy
+    if v.behaviour is not None:
+        moved = jnp.mean((v.current - v.behaviour) ** 2, axis=(2, 3, 4)) * points.t**2
+        metrics["old_deviate"] = jnp.mean(moved, axis=1)
+        policy = policy + hyper.kl_weight * metrics["old_deviate"]
+    return jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], shape), (policy, metrics))
+
+
 # --- Flow-GRPO and DanceGRPO ----------------------------------------------------------------------------------------
 
 
@@ -286,5 +340,6 @@ def _mean(x: Float[Array, "B h w c"]) -> Float[Array, "B"]:
 
 NFT = Algorithm(nft_points, nft_loss, lambda cfg: ("old", *penalised(cfg)), "old")
 AWM = Algorithm(awm_points, awm_loss, lambda cfg: ("old", *penalised(cfg), *several(cfg)), "current")
+VGRPO = Algorithm(vgrpo_points, vgrpo_loss, several, "current", whole=True)
 FLOW_GRPO = Algorithm(flow_grpo_points, flow_grpo_loss, lambda cfg: (*several(cfg), *penalised(cfg)), "current")
 DANCE_GRPO = Algorithm(dance_grpo_points, dance_grpo_loss, several, "current")

@@ -192,9 +192,10 @@ class Lora(Checked):
 class Learn(Checked):
     """The policy update (algorithms.md 2 to 6). `micro_batch` counts (sample, time) points per forward pass."""
 
-    algorithm: Literal["nft", "awm", "flow_grpo", "dance_grpo"] = "nft"
+    algorithm: Literal["nft", "awm", "vgrpo", "flow_grpo", "dance_grpo"] = "nft"
     timestep_fraction: float = 0.6
     first_time: int = 0  # AWM: number of the first rollout time that is trained
+    shared_points: bool = False  # all samples of a prompt have the same times and noise: not for a GRPO's steps
     updates: int = 1  # optimiser steps per pass over the kept samples
     epochs: int = 1  # passes over the kept samples, each with fresh times and noise
     micro_batch: int = 12
@@ -208,7 +209,7 @@ class Learn(Checked):
     strength: float = 1.0  # NFT: beta of v+ and v-
     advantage_spread: Literal["all", "prompt", "prompt_unbiased"] = "all"  # the rewards whose std divides an advantage
     advantage_clip: float = 5.0
-    advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary"] = "all"
+    advantage_mode: Literal["all", "positive_only", "negative_only", "one_only", "binary", "soft"] = "all"
     clip_norm: float = 1.0
     weight_decay: float = 1e-4
     old_wait: float = 0.0  # old <- c old + (1 - c) current, c = min(old_ramp * (updates - old_wait), old_max)
@@ -425,7 +426,14 @@ class Config(Checked):
                 f"learn.algorithm=awm trains {t} times of {steps}, one of each stratum of those from number {first} "
                 f"to {last - 1}: use learn.timestep_fraction={max(0, last - first) / steps:g} or less, or more steps",
             )
+        if name == "vgrpo":
+            self._check_vgrpo()
         if self.of_steps:
+            _require(
+                not self.learn.shared_points,
+                f"learn.shared_points=true: learn.algorithm={name} learns from the steps that were taken, not from new "
+                "points: set it to false",
+            )
             _require(
                 stage.trainable > 0,
                 f"learn.algorithm={name} needs the probability of a step, which solver={stage.solver} with "
@@ -441,6 +449,20 @@ class Config(Checked):
                 f"regenerate.precision={stage.precision}: learn.algorithm={name} takes the ratio of the trained policy "
                 "to the one that drew the samples, which would be another network: use bf16",
             )
+
+    def _check_vgrpo(self) -> None:
+        """Check that a micro-batch has whole samples, and that a penalty has a policy to be the distance from."""
+        t, m = self.times, self.learn.micro_batch
+        _require(
+            m % t == 0,
+            f"learn.micro_batch={m}: learn.algorithm=vgrpo takes the ratio of a whole sample, which has {t} times: use "
+            f"a multiple of {t}",
+        )
+        _require(
+            not self.learn.kl_weight or self.learn.updates * self.learn.epochs > 1,
+            f"learn.kl_weight={self.learn.kl_weight:g}: learn.algorithm=vgrpo takes the distance from the policy when "
+            "the iteration began, which with one update is 0: set it to 0, or learn.updates=2 or more",
+        )
 
     @property
     def of_steps(self) -> bool:

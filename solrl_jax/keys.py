@@ -10,6 +10,7 @@
 | first step of its window | its key, WINDOW |
 | which of an epoch's updates takes it | its key, ORDER, epoch |
 | its trained times and their noise | its key, POINTS, epoch |
+| those of all samples of a prompt, if they share them | state's key, iteration, SHARED, epoch; split into [P] |
 | pictures of an evaluation | seed's key, EVALUATION, place of the picture |
 | pictures that FP8 is calibrated on | seed's key, CALIBRATION; split |
 
@@ -22,7 +23,7 @@ from jaxtyping import Array, Int, Key
 
 from solrl_jax.structs import TrainState
 
-SAMPLES, SELECTION = range(2)
+SAMPLES, SELECTION, SHARED = range(3)
 """Purposes of an iteration's key."""
 NOISE, ORDER, POINTS, STEPS, WINDOW = range(5)
 """Purposes of a sample's key."""
@@ -44,6 +45,11 @@ def sample_keys(state: TrainState, prompts: int, candidates: int) -> Key[Array, 
 def selection_key(state: TrainState) -> Key[Array, ""]:
     """The key of the coming iteration's selection by chance."""
     return _of_iteration(state, SELECTION)
+
+
+def shared_point_keys(state: TrainState, epoch: Int[Array, ""], prompts: int) -> Key[Array, "P"]:
+    """The keys of the points that all samples of a prompt share in an epoch of the iteration."""
+    return jax.random.split(jax.random.fold_in(_of_iteration(state, SHARED), epoch), prompts)
 
 
 def _of_iteration(state: TrainState, purpose: int) -> Key[Array, ""]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from solrl_jax import algos, guidance, lora, sampler, sharding
 from solrl_jax.algos import Sample, Schedule
 from solrl_jax.config import Config, ConfigError
-from solrl_jax.keys import ORDER, POINTS, sample_key, split_seed
+from solrl_jax.keys import ORDER, POINTS, sample_key, shared_point_keys, split_seed
 from solrl_jax.rollout import sigmas_of
 from solrl_jax.selection import take
 from solrl_jax.structs import (
@@ -71,7 +71,7 @@ def learn(
 
     def update(state: TrainState, which: tuple[Array, Array]):
         epoch, index = which
-        keys = jax.vmap(jax.vmap(lambda k: sample_key(k, POINTS, epoch)))(samples.keys)
+        keys = point_keys(state, samples.keys, epoch, cfg)
         made = Sample(x0, samples.path)
         batch = jax.tree.map(lambda x: take(x, index), (keys, made, advantage))
         grads, metrics = gradients(state, began, frozen, cond, *batch, model=model, cfg=cfg)
@@ -89,6 +89,13 @@ def learn(
         # In the first update both policies are the same: the deviation is the rounding of the two programs.
         metrics["ratio/noise"] = metrics["ratio/deviation"][0]
     return state, {**jax.tree.map(jnp.mean, metrics), "skipped": jnp.sum(metrics["skipped"]), "old_decay": decay}
+
+
+def point_keys(state: TrainState, keys: Key[Array, "P K"], epoch: Int[Array, ""], cfg: Config) -> Key[Array, "P K"]:
+    """The key of each sample's points in an epoch; with learn.shared_points it is its prompt's."""
+    if not cfg.learn.shared_points:
+        return jax.vmap(jax.vmap(lambda k: sample_key(k, POINTS, epoch)))(keys)
+    return jnp.broadcast_to(shared_point_keys(state, epoch, keys.shape[0])[:, None], keys.shape)
 
 
 def dealt(keys: Key[Array, "P K"], reward: Float[Array, "P K"], epoch: int, updates: int) -> Int[Array, "U P k"]:
@@ -280,6 +287,9 @@ def summed_loss(
         found = jax.lax.stop_gradient(jax.vmap(functools.partial(velocity, w=w))(adapters))
         others |= dict(zip(group, found, strict=True))
     v = Velocities(velocity(current, guidance.weights(cfg).learn), **others)
+    if algorithm.whole:
+        v, points = jax.tree.map(lambda x: x.reshape((-1, cfg.times, *x.shape[1:])), (v, points))
+        advantage = advantage[:: cfg.times]
     loss, metrics = algorithm.loss(v, points, advantage, hyper, cfg.learn)
     return jnp.sum(loss), jax.tree.map(jnp.sum, {"loss": loss, **metrics})
 

@@ -86,8 +86,17 @@ def awm(cfg: Config) -> Config:
     return _method(cfg, stage, replace(learn, lag_weight=1.0, old_ramp=1e-3, old_max=0.3, clip_norm=1.0))
 
 
+def vgrpo(cfg: Config) -> Config:
+    """The model's own ODE; the ratio of a sample's errors at 4 points, which the samples of a prompt share. The values
+    for FLUX are from digests of the paper (docs/methods.md)."""
+    fraction = min(1.0, 4 / cfg.regenerate.steps)
+    learn = grpo(cfg, algorithm="vgrpo", timestep_fraction=fraction, clip_range=1e-2)
+    learn = replace(learn, advantage_spread="prompt", shared_points=True)
+    return _method(cfg, cfg.regenerate, learn)
+
+
 def grpo(cfg: Config, **values: Any) -> Learn:
-    """What Flow-GRPO and DanceGRPO have in common: two or more updates, no KL, no lagging old policy."""
+    """What Flow-GRPO, DanceGRPO and V-GRPO have in common: two or more updates, no KL, no lagging old policy."""
     common = {"updates": max(2, cfg.learn.updates), "kl_weight": 0.0, "old_max": 0.0, "clip_norm": 1.0}
     return replace(cfg.learn, **common, **values)
 
@@ -103,7 +112,7 @@ def _method(cfg: Config, stage: Stage, learn: Learn) -> Config:
 
 
 FAMILIES = {f.__name__: f for f in (sol_rl, branch, naive_scaling, naive_quant, diffusionnft)}
-METHODS = {f.__name__: f for f in (flow_grpo, flow_grpo_fast, dance_grpo, awm)}
+METHODS = {f.__name__: f for f in (flow_grpo, flow_grpo_fast, dance_grpo, awm, vgrpo)}
 NAMES = (*FAMILIES, *METHODS, *ALIASES)
 
 

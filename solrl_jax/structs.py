@@ -209,7 +209,7 @@ class Velocities(NamedTuple):
     `reference` the base.
     """
 
-    current: Float[Array, "B h w c"]
-    old: Float[Array, "B h w c"] | None = None
-    reference: Float[Array, "B h w c"] | None = None
-    behaviour: Float[Array, "B h w c"] | None = None
+    current: Float[Array, "*B h w c"]
+    old: Float[Array, "*B h w c"] | None = None
+    reference: Float[Array, "*B h w c"] | None = None
+    behaviour: Float[Array, "*B h w c"] | None = None

@@ -294,3 +294,91 @@ def test_times_that_are_trained_golden():
     """algorithms.md 10.9: T of the published runs."""
     for fraction, n, t in ((0.99, 10, 9), (0.99, 25, 24), (0.99, 6, 5), (0.6, 10, 6), (0.4, 10, 4)):
         assert Config(regenerate=Stage(steps=n), learn=Learn(timestep_fraction=fraction, micro_batch=t)).times == t
+
+
+# --- V-GRPO ---------------------------------------------------------------------------------------------------------
+
+
+def shared_points():
+    """Two samples of one prompt at two shared points, 2 numbers each: (points, velocities of the iteration's begin)."""
+    x0, eps = np.array([[1, -1], [0.5, 0.5]]), np.array([[0.2, -0.4], [-1, 0.6]])
+    t = np.array([0.75, 0.25])
+    x_t = (1 - t[:, None]) * x0[:, None] + t[:, None] * eps
+    np.testing.assert_allclose(x_t, [[[0.4, -0.55], [0.5, -0.6]], [[0.275, -0.175], [0.125, 0.525]]])
+    old = np.array([[[-0.5, 0.4], [-1.6, 1.2]], [[-0.1, -0.6], [-1.2, 0.3]]])
+
+    def picture(x):
+        return jnp.asarray(x.reshape(2, 2, 1, 2, 1), jnp.float32)
+
+    clean = np.broadcast_to(x0[:, None], x_t.shape)
+    return Points(picture(x_t), jnp.asarray(np.broadcast_to(t, (2, 2)), jnp.float32), picture(clean)), picture(old)
+
+
+DELTA = np.array([[[-0.1, 0.05], [-0.1, 0.1]], [[0.05, -0.1], [0.1, -0.05]]]).reshape(2, 2, 1, 2, 1)
+
+
+def test_vgrpo_golden():
+    """Errors, ratios, losses and gradient of the worked example in the formulas' specification, section 5.4."""
+    points, old = shared_points()
+    v = old + jnp.asarray(DELTA, jnp.float32)
+    a = algos.advantages(jnp.array([[2.0, 1.0]]), "prompt")[0]
+    np.testing.assert_allclose(a, [0.9998, -0.9998], rtol=1e-5)
+    np.testing.assert_allclose(algos.shape_advantage(a, 3.0, "soft"), [0.9643589, -0.9643589], rtol=1e-6)
+    cfg = Learn(algorithm="vgrpo", advantage_mode="soft", advantage_clip=3.0)
+
+    def loss(v, behaviour, **changes):
+        h = hyper(**{"kl_weight": 0.0, **changes})
+        return algos.vgrpo_loss(Velocities(v, behaviour=behaviour), points, a, h, cfg)
+
+    flat = jax.tree.map(lambda x: x.reshape((4, *x.shape[2:])), points)
+    errors = [algos._matching(x.reshape(4, 1, 2, 1), flat).reshape(2, 2) for x in (old, v)]
+    np.testing.assert_allclose(errors[0], [[0.195, 0.1], [0.195, 0.065]], rtol=1e-5)
+    np.testing.assert_allclose(errors[1], [[0.1339286, 0.075], [0.1708333, 0.0829545]], rtol=1e-5)
+    found, metrics = loss(v, old, clip_range=0.2)
+    assert found.shape == (2, 2) and float(found.mean()) == pytest.approx(-0.0197039, abs=1e-7)
+    np.testing.assert_allclose(metrics["ratio/deviation"][:, 0], [0.0439752, 0.0031109], atol=1e-7)
+    assert float(loss(v, old, clip_range=0.01)[0].mean()) == pytest.approx(-0.0033218, abs=1e-7)
+    moved = loss(v, old, clip_range=0.2, kl_weight=1.0)[0] - found
+    assert float(moved.mean()) == pytest.approx(0.0020117, abs=1e-7)  # the mean over elements
+    expect = [[0.2169808, -0.1446538, 0.0602724, -0.0602724], [-0.1446538, -0.2169808, -0.0723269, -0.0482179]]
+    for behaviour in (None, old):
+        grad = jax.grad(lambda v: loss(v, behaviour)[0].mean())(old)  # noqa: B023
+        np.testing.assert_allclose(grad.reshape(2, 4), expect, rtol=1e-5)
+
+
+def test_one_step_of_vgrpo_is_nft_without_lag():
+    """At v = v_old, whatever NFT's beta."""
+    points, old = shared_points()
+    a, flat = jnp.array([0.7, -1.2]), jax.tree.map(lambda x: x.reshape((4, *x.shape[2:])), points)
+
+    def ours(v):
+        return algos.vgrpo_loss(Velocities(v), points, a, hyper(kl_weight=0.0), Learn(algorithm="vgrpo"))[0].sum()
+
+    def nft(v):
+        v, v_old = v.reshape(4, 1, 2, 1), old.reshape(4, 1, 2, 1)
+        h = hyper(strength=0.1, kl_weight=0.0)
+        return algos.nft_loss(Velocities(v, v_old), flat, jnp.repeat(a, 2), h, Learn())[0].sum()
+
+    np.testing.assert_allclose(jax.grad(ours)(old), jax.grad(nft)(old), rtol=2e-5)
+
+
+def test_vgrpos_ranges_take_every_time():
+    for steps, times, expect in (
+        (10, 4, [0, 3, 6, 8]),
+        (6, 3, [0, 2, 4]),
+        (5, 5, [0, 1, 2, 3, 4]),
+        (14, 4, [0, 4, 8, 11]),
+    ):
+        begin, width = algos.vgrpo_ranges(steps, times)
+        assert begin.tolist() == expect and int(width.sum()) == steps and begin[-1] + width[-1] == steps
+    schedule, sample = (
+        algos.Schedule(jnp.asarray(np.linspace(1, 0.1, 10), jnp.float32)),
+        algos.Sample(jnp.zeros((1, 1, 1))),
+    )
+    seen = set()
+    for i in range(40):
+        t = algos.vgrpo_points(jax.random.key(i), sample, schedule, 4, Learn()).t
+        index = np.round((1 - np.asarray(t)) * 10).astype(int)
+        assert all(b <= k < b + w for k, b, w in zip(index, *algos.vgrpo_ranges(10, 4), strict=True))
+        seen |= set(index.tolist())
+    assert seen == set(range(10))

@@ -68,7 +68,7 @@ def test_what_cannot_run_is_refused_with_its_mend(change, message):
         (Model, {"size": "512"}, r"^model.size='512': needs int$"),
         (Model, {"path": None}, r"^model.path=None: needs str$"),
         (Model, {"remat_keeps": "mlp"}, r"^model.remat_keeps='mlp': needs a tuple of str$"),
-        (Learn, {"algorithm": "ppo"}, r"^learn.algorithm='ppo': use one of nft, awm, flow_grpo, dance_grpo$"),
+        (Learn, {"algorithm": "ppo"}, r"^learn.algorithm='ppo': use one of nft, awm, vgrpo, flow_grpo, dance_grpo$"),
         (Learn, {"advantage_spread": "none"}, r"^learn.advantage_spread='none': use one of all, prompt, "),
         (Learn, {"advantage_mode": "top"}, r"^learn.advantage_mode='top': use one of all, positive_only, "),
         (Learn, {"learning_rate": 10**400}, r"^learn.learning_rate=1000+: needs float$"),
@@ -272,7 +272,7 @@ def test_the_default_is_a_branch(name, reward):
 def test_recipes_have_the_names_of_the_original():
     made = {recipe: config.load(f"flux:{recipe}") for recipe in FLUX}
     assert made["sol_rl_clipscore"] == config.load("flux:sol_rl")
-    assert len(set(made.values())) == 36 and len(made) == 40  # an alias is another's
+    assert len(set(made.values())) == 40 and len(made) == 44  # an alias is another's
     for recipe, cfg in made.items():
         assert cfg == config.load(f"flux:flux1_{recipe}") and recipe.endswith(f"_{cfg.reward}") and cfg.name == "flux"
     assert {n: recipes.describe(made[f"{n}_hpsv2"]) for n in recipes.NAMES} == {
@@ -285,6 +285,7 @@ def test_recipes_have_the_names_of_the_original():
         "flow_grpo_fast": "roll out 24 x 6 steps bf16 cps, keep 24",
         "dance_grpo": "roll out 24 x 12 steps bf16 dance, keep 24",
         "awm": "roll out 24 x 14 steps bf16 sa_solver, keep 24",
+        "vgrpo": "roll out 24 x 10 steps bf16, keep 24",
         "compile": "roll out 96 x 10 steps bf16, keep 24",
     }
 
@@ -299,7 +300,7 @@ def test_recipes_have_the_names_of_the_original():
         (
             "solrl",
             r"did you mean sol_rl\? use FAMILY_REWARD, of sol_rl, branch, naive_scaling, naive_quant, diffusionnft, "
-            r"flow_grpo, flow_grpo_fast, dance_grpo, awm, compile",
+            r"flow_grpo, flow_grpo_fast, dance_grpo, awm, vgrpo, compile",
         ),
         ("hpsv2", r"and clipscore, pickscore, hpsv2, imagereward \(--config=flux:help lists them\)"),
         ("_hpsv2", r"no such recipe"),
@@ -322,7 +323,7 @@ def test_help_has_every_recipe_in_one_line():
     assert all("; the same as naive_scaling" in line for line in lines if line.startswith("  compile_"))
     for reward in ("clipscore", "pickscore", "hpsv2", "imagereward"):
         assert not any(f"{reward} is not here yet" in line for line in lines)
-    assert sum(line.startswith("  ") and line[2] != " " for line in recipes.help_lines("tiny")) == 20
+    assert sum(line.startswith("  ") and line[2] != " " for line in recipes.help_lines("tiny")) == 22
     with pytest.raises(
         ConfigError, match=r"--config=nothing: there is no configs/nothing.py; use one of .*flux, .*tiny"
     ):

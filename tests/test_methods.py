@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from solrl_jax import algos, config, iteration, recipes, sampler, train
+from solrl_jax import algos, config, iteration, learn, recipes, sampler, train
 from solrl_jax.config import ConfigError, Stage
 from solrl_jax.keys import STEPS, sample_key, sample_keys
 from solrl_jax.rollout import policy_variables, sigmas_of
@@ -18,7 +18,7 @@ from tests.test_iteration import folder, whole
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 __all__ = ["folder"]  # fixtures
-SMALL = {"flow_grpo": 3, "flow_grpo_fast": 4, "dance_grpo": 4, "awm": 5}
+SMALL = {"flow_grpo": 3, "flow_grpo_fast": 4, "dance_grpo": 4, "awm": 5, "vgrpo": 5}
 """Steps of a rollout here."""
 
 
@@ -26,7 +26,7 @@ def build(folder, name: str, **changes):
     """nano by that method, with fewer steps."""
     cfg = recipes.family(nano.build(folder), name)
     stage = {"steps": str(SMALL[name])} | ({"window": "2", "window_within": "3"} if cfg.regenerate.window else {})
-    fraction = {"flow_grpo": "0.7", "dance_grpo": "0.5", "awm": "0.4", "flow_grpo_fast": "0.5"}[name]
+    fraction = {"flow_grpo": "0.7", "dance_grpo": "0.5", "awm": "0.4", "flow_grpo_fast": "0.5", "vgrpo": "0.4"}[name]
     words = {f"regenerate.{k}": v for k, v in stage.items()} | {"learn.timestep_fraction": fraction}
     return config.override(cfg, **{**words, "learn.micro_batch": "2", **changes})
 
@@ -82,7 +82,11 @@ def test_paths_are_the_steps_that_were_taken(folder, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["awm", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flow_grpo", "flow_grpo_fast", "dance_grpo"))]
+    "name",
+    [
+        *("awm", "vgrpo"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("flow_grpo", "flow_grpo_fast", "dance_grpo")),
+    ],
 )
 def test_a_method_learns_one_iteration(folder, name):
     """In f32 the ratio before the first update is 1 within 1e-6; the update is the same on four devices."""
@@ -103,6 +107,27 @@ def test_a_method_learns_one_iteration(folder, name):
         found.append((new, metrics))
     if len(found) > 1:
         np.testing.assert_allclose(numbers(found[0][0].lora), numbers(found[1][0].lora), atol=2e-5)
+
+
+def test_the_samples_of_a_prompt_share_their_points(folder):
+    """Times and noise, in every update of an epoch and on any number of devices; another epoch has others."""
+    cfg = build(folder, "vgrpo")
+    parts = parts_of(cfg)
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+    keys = sample_keys(state, 3, 4)
+    own = config.override(cfg, **{"learn.shared_points": "false"})
+    shared, other = (jax.random.key_data(learn.point_keys(state, keys, jnp.int32(e), cfg)) for e in (0, 1))
+    alone = jax.random.key_data(learn.point_keys(state, keys, jnp.int32(0), own))
+    assert len(np.unique(shared.reshape(12, -1), axis=0)) == 3 and (shared == shared[:, :1]).all()
+    assert len(np.unique(alone.reshape(12, -1), axis=0)) == 12 and not (shared == other).all()
+    made = algos.Sample(jnp.zeros((2, 8, 8, 4)))
+    schedule = learn.schedule_of(parts.model, cfg)
+    points = jax.vmap(lambda k, x: algos.vgrpo_points(k, x, schedule, cfg.times, cfg.learn))(
+        learn.point_keys(state, keys, jnp.int32(0), cfg)[0, :2], made
+    )
+    np.testing.assert_array_equal(points.t[0], points.t[1])
+    np.testing.assert_array_equal(points.x_t[0], points.x_t[1])  # of equal samples
 
 
 def test_one_update_needs_no_second_pass(folder):
@@ -154,6 +179,17 @@ def test_a_clip_range_within_the_noise_is_refused():
         ("awm", {"learn.first_time": "12"}, r"first_time=12: .* trains times of 14 steps below number 12, use a lower"),
         ("awm", {"learn.clip_range": "0"}, r"learn.clip_range=0.0: a positive number"),
         ("awm", {"learn.lag_weight": "-1"}, r"learn.lag_weight=-1.0: give a finite number, 0 or more"),
+        ("vgrpo", {"learn.micro_batch": "2"}, r"micro_batch=2: .*vgrpo takes the ratio of a whole sample, which has 4"),
+        (
+            "vgrpo",
+            {"learn.kl_weight": "0.3", "learn.updates": "1"},
+            r"kl_weight=0.3: .*with one update is 0: set it to",
+        ),
+        (
+            "flow_grpo",
+            {"learn.shared_points": "true"},
+            r"flow_grpo learns from the steps that were taken, not from new",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_with_the_reason(name, change, message):
@@ -176,7 +212,7 @@ def test_the_methods_as_published():
         for name, cfg in made.items():
             assert cfg.explore is None and cfg.candidates == cfg.kept and cfg.selection == "all", name
             assert cfg.lora == config.load(model).lora and cfg.prompts == config.load(model).prompts
-        assert [made[n].times for n in made] == [5, 3, 6, 6]
+        assert [made[n].times for n in made] == [5, 3, 6, 6, 4]
     flux = {name: config.load(f"flux:{name}") for name in recipes.METHODS}
     chunk = {"precision": "bf16", "chunk": 24}
     assert flux["flow_grpo"].regenerate == Stage(6, "sde", **chunk, eta=0.9)
@@ -186,7 +222,9 @@ def test_the_methods_as_published():
     learns = {n: dataclasses.astuple(c.learn)[:2] for n, c in flux.items()}
     assert learns["awm"] == ("awm", 0.43) and learns["dance_grpo"] == ("dance_grpo", 0.5)
     assert {n: (c.learn.updates, c.learn.clip_range) for n, c in flux.items()} == {
-        **{"flow_grpo": (2, 1e-4), "flow_grpo_fast": (2, 1e-5), "dance_grpo": (2, 1e-4), "awm": (1, 1.0)}
+        **{"flow_grpo": (2, 1e-4), "flow_grpo_fast": (2, 1e-5), "dance_grpo": (2, 1e-4), "awm": (1, 1.0)},
+        "vgrpo": (2, 1e-2),
     }
     assert (flux["awm"].learn.old_max, flux["awm"].learn.kl_weight, flux["awm"].learn.lag_weight) == (0.3, 1e-3, 1.0)
-    assert [flux[n].learn.micro_batch for n in flux] == [10, 12, 12, 12]
+    assert [flux[n].learn.micro_batch for n in flux] == [10, 12, 12, 12, 12]
+    assert flux["vgrpo"].learn.shared_points and flux["vgrpo"].regenerate == config.load("flux:sol_rl").regenerate

@@ -38,6 +38,7 @@ ARMS = {
     "awm": Arm("awm", COMMON, about="8 of 8, SA-Solver of 14 steps"),
     "flow_grpo": Arm("flow_grpo", COMMON, about="8 of 8, SDE of 6 steps"),
     "dance_grpo": Arm("dance_grpo", COMMON, about="8 of 8, SDE of 12 steps, one noise a prompt"),
+    "vgrpo": Arm("vgrpo", COMMON, about="8 of 8, dpm2, 4 shared points, one ratio a sample"),
     "branch": Arm(
         "branch", COMMON, about="explore 24 x 5 steps in low precision, 8 go on from step 3 with 4 more in BF16"
     ),
