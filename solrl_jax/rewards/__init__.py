@@ -34,7 +34,7 @@ class Score(NamedTuple):
         return tuple(reward for reward in self.rewards if reward.host is not None)
 
 
-REWARDS = ("clipscore", "hpsv2", "imagereward", "pickscore", "shapes")
+REWARDS = ("clipscore", "hpsv2", "imagereward", "ocr", "ocr_strict", "pickscore", "shapes")
 """Each is a file of this folder with `make(path, dtype) -> (Reward, params)`."""
 
 

@@ -51,7 +51,7 @@ def find(name: str) -> Own:
     if not callable(found):
         rule = "a function make(path, dtype), or HOST = True and a function score(images, prompts)"
         raise ConfigError(f"reward {name!r}: {_place(module)} defines no function {wanted}: it needs {rule}")
-    make = functools.partial(_on_host if host else _on_device, name, found)
+    make = functools.partial(on_host if host else _on_device, name, found)
     return Own(make, functools.partial(_shapes, make))
 
 
@@ -192,19 +192,22 @@ def _takes_rows(function: Callable, before: int) -> Literal["by name", "by place
 # --- on the host ----------------------------------------------------------------------------------------------------
 
 
-def _on_host(name: str, function: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params]:
+def places(prompts: Sequence[str]) -> Int[np.ndarray, "G"]:
+    """The tokens of a reward that runs on the host: where in the batch a prompt is, whichever device scores it."""
+    return np.arange(len(prompts), dtype=np.int32)
+
+
+def on_host(
+    name: str, function: Callable, path: str | None, dtype: Any, tokenize: Callable[..., PyTree] = places
+) -> tuple[Reward, Params]:
+    """The reward that calls `function`; `tokenize` gives `places`, and ValueError for prompts that it cannot read."""
     if path is not None:
         raise ConfigError(f"reward {name!r} runs on the host and reads no path ({path!r}): remove it from reward_paths")
-    return Reward(name, places, nowhere, function), {}
+    return Reward(name, tokenize, nowhere, function), {}
 
 
 def nowhere(params: Params, images: Array, tokens: PyTree) -> Float[Array, "B"]:
     raise ConfigError("a reward that runs on the host cannot be part of a jitted program: set staged=true")
-
-
-def places(prompts: Sequence[str]) -> Int[np.ndarray, "G"]:
-    """The tokens of a reward that runs on the host: where in the batch a prompt is, whichever device scores it."""
-    return np.arange(len(prompts), dtype=np.int32)
 
 
 def ask(reward: Reward, images: UInt8[np.ndarray, "B H W 3"], rows: Sequence[Row]) -> Float[np.ndarray, "B"]:
