@@ -154,7 +154,7 @@ def test_drawn_text_is_read():
 
 
 def test_scores_of_drawn_text():
-    """Through the same call as in a run: eight bits, several pictures a prompt, one with another text, one with none."""
+    """Through the same call as in a run: eight bits, pictures with the text, another and none."""
     pytest.importorskip("rapidocr")
     mix, _ = rewards.load_rewards("ocr:1,ocr_strict:0.5", {})
     rows = [{"prompt": 'a sign that says "SALE"'}, {"prompt": "a sign", "text": "SALE TODAY"}]
