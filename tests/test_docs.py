@@ -91,7 +91,8 @@ def small(cfg: Config) -> Config:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, cache):
-    """The current folder: DIR and prompts with both splits and three pictures, their captions in FILE, own rewards."""
+    """The current folder: DIR and prompts with both splits and three pictures, their captions in FILE, prompts for ocr
+    in signs.jsonl, own rewards."""
     before = set(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -104,6 +105,8 @@ def place(tmp_path, monkeypatch, cache):
         for i in range(3):
             pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
+    signs = [json.dumps({"prompt": f'a sign that says "{text}"'}) for text in ("OPEN", "SALE", "42", "Hello", "Exit")]
+    (tmp_path / "signs.jsonl").write_text("\n".join(signs))
     (tmp_path / "FILE").write_text("\n".join(texts[:3]) + "\n")
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     for file, text in own_rewards().items():

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from solrl_jax import config, iteration, main, rewards, rollout, sharding, train
 from solrl_jax.plan import shapes
 from solrl_jax.rewards import own
-from solrl_jax.run import assemble
+from solrl_jax.run import assemble, data, evaluate
 from solrl_jax.structs import Reward, Rollout
 from tests.test_train import TOY, compiled, load, metrics_of  # noqa: F401 - `compiled` is used by its name
 
@@ -282,12 +282,12 @@ def test_the_pages_counting_reward_scores_pictures_by_their_rows(folder, capsys)
     assert found == [score for *_, score in cases]
 
 
-def test_a_run_gives_every_picture_its_row(toy, folder):
-    """In both stages, in measurements of the preview and in evaluations; a reward on the devices reads rows too."""
+@pytest.fixture
+def rowed(toy, folder):
+    """The toy run by two rewards that are each prompt's number "n": one on the host, one on the devices."""
     lines = [json.dumps({"prompt": f"prompt {i}", "n": i, "tag": {"of": [i]}}) for i in range(7)]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
     (folder / "rowed.py").write_text(
-        "import numpy as np\nfrom solrl_jax.structs import Reward\n"
         "HOST, calls = True, []\n"
         "def score(images, prompts, rows):\n"
         "    calls.append(len(rows))\n"
@@ -300,9 +300,32 @@ def test_a_run_gives_every_picture_its_row(toy, folder):
         "def score(params, images, tokens):\n    return tokens.repeat(len(images) // len(tokens))\n"
         "def make(path, dtype):\n    return Reward('x', tokenize, score), {}\n"
     )
-    mix = config.override(toy, reward="rowed.score,tokened.make", prompt_files="prompts.jsonl", iterations=1)
-    mix = config.override(mix, **{"watch.every": 1, "evaluate.every": 1})
-    assert train.train(mix, folder / "run", devices=2) == 0
+    return config.override(toy, reward="rowed.score,tokened.make", prompt_files="prompts.jsonl")
+
+
+def test_every_picture_has_its_row(rowed):
+    """In the blocks of a stage, by two devices, and in evaluations; a reward on the devices reads rows too."""
+    parts = assemble.assemble(rowed, 2)
+    statics = {"model": TOY, "score": parts.score, "optimizer": parts.optimizer, "cfg": parts.cfg}
+    texts = data.batch(parts.prompts.train, 0, 5, 4)
+    with jax.set_mesh(parts.mesh):
+        staged, state = iteration.Staged(**statics), assemble.fresh(parts)
+        prompts, rows = assemble.encode(parts, texts, parts.score), parts.prompts.rows_of(texts)
+        keys, _ = staged.jit["draw"](state)
+        rest = staged.jit["merged"](state, parts.frozen), None, parts.frozen
+        found = staged._by_prompt("regenerate", rest, (prompts, keys), {}, lambda *_: None, rows=rows)
+        _, shown = evaluate.evaluate(parts, jax.tree.map(lambda x: x * 0, state.ema))
+    np.testing.assert_array_equal(found.parts["rowed.score"], [[int(text[-1])] * 4 for text in texts])
+    np.testing.assert_array_equal(found.parts["tokened.make"], found.parts["rowed.score"])
+    assert shown.means["rowed.score"].tolist() == [int(text[-1]) for text in evaluate.fixed_prompts(parts)]
+    np.testing.assert_array_equal(shown.means["rowed.score"], shown.means["tokened.make"])
+
+
+@pytest.mark.slow
+def test_a_run_gives_every_picture_its_row(rowed, folder):
+    """In both stages, in measurements of the preview and in evaluations."""
+    every = config.override(rowed, iterations=1, **{"watch.every": 1, "evaluate.every": 1})
+    assert train.train(every, folder / "run", devices=2) == 0
     for line in metrics_of(folder / "run").values():
         for name in ("explore/reward_{}", "reward/{}", "eval_reward_{}"):
             one, two = (line.get(name.format(each)) for each in ("rowed.score", "tokened.make"))
