@@ -1,6 +1,7 @@
 """The OCR rewards: the formula's golden values, and pictures with drawn text where the reader is installed."""
 
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -189,3 +190,12 @@ def test_a_reader_that_fails_is_no_score(monkeypatch):
         monkeypatch.setattr(ocr, "_engine", lambda reader=reader: reader)
         with pytest.raises(own.RewardError, match=f"reward ocr failed: {message}"):
             rewards.score_on_host(mix, np.zeros((1, 1, 32, 32, 3), np.uint8), rows_of('"a"'))
+
+
+def test_the_reader_is_given_blue_green_red(monkeypatch):
+    """As rapidocr takes arrays; a red word on green is of other brightness otherwise."""
+    seen = []
+    monkeypatch.setattr(ocr, "_engine", lambda: lambda picture: seen.append(picture) or shown_nothing)
+    shown_nothing = types.SimpleNamespace(txts=None)
+    assert ocr.read(np.broadcast_to(np.array([200, 100, 0], np.uint8), (2, 8, 8, 3))) == ["", ""]
+    assert all(picture[0, 0].tolist() == [0, 100, 200] and picture.flags.c_contiguous for picture in seen)
