@@ -108,6 +108,7 @@ def test_a_run_names_such_a_prompt_before_it_reads_weights(tmp_path, monkeypatch
 def test_without_the_reader_one_line_says_what_to_install(monkeypatch, name):
     for missing in ("rapidocr", "onnxruntime"):
         with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "onnxruntime", types.ModuleType("onnxruntime"))
             patch.setitem(sys.modules, missing, None)
             with pytest.raises(
                 config.ConfigError, match=rf"reward {name} needs a reader .*{missing}.*pip install"
