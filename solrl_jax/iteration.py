@@ -18,7 +18,7 @@ import collections
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -41,6 +41,7 @@ from solrl_jax.structs import (
     Prompts,
     PyTree,
     Rollout,
+    Row,
     TrainState,
 )
 
@@ -130,25 +131,34 @@ class Staged:
         prompts: Prompts,
         times: dict[str, float],
         between: Callable[[str, float], None] = lambda stage, share: None,
+        rows: Sequence[Row] = (),
     ) -> tuple[TrainState, Metrics]:
-        """One iteration. `times` receives seconds per stage; `between(stage, share done)` runs between host calls."""
+        """One iteration. `times` receives seconds per stage; `between(stage, share done)` runs between host calls.
+
+        `rows` are the prompts' rows, for rewards that run on the host. ValueError if these lack them.
+        """
+        if self.score.on_host and len(rows) != self.cfg.prompts:
+            name = self.score.on_host[0].name
+            raise ValueError(
+                f"{len(rows)} rows of {self.cfg.prompts} prompts for reward {name} on the host: pass rows="
+            )
         check_hyper(state.hyper, self.cfg)
         keys, chance = self.jit["draw"](state)
         with clock(times, "quantise"):
             kernels = self.jit["merged"](state, frozen)
             low = jax.block_until_ready(self.jit["quantised"](kernels, frozen))
         if self.cfg.explore is None:
-            full = self._by_prompt("regenerate", (kernels, low, frozen), (prompts, keys), times, between)
+            full = self._by_prompt("regenerate", (kernels, low, frozen), (prompts, keys), times, between, rows=rows)
             with clock(times, "select"):
                 samples, metrics = jax.block_until_ready(self.jit["select_samples"](full, chance))
             del full  # frees the candidates that are not kept
         else:
             given = prompts, keys
-            preview, chosen = self._by_prompt("explore", (kernels, low, frozen), given, times, between, chance)
+            preview, chosen = self._by_prompt("explore", (kernels, low, frozen), given, times, between, chance, rows)
             if self.cfg.regenerate.precision == "bf16":
                 low = None  # the quantised kernels leave the device
             given = prompts, chosen.keys, chosen.state
-            samples = self._by_prompt("regenerate", (kernels, low, frozen), given, times, between)
+            samples = self._by_prompt("regenerate", (kernels, low, frozen), given, times, between, rows=rows)
             metrics = self.jit["compare"](preview, chosen, samples)
             del preview, chosen, given
         del kernels, low
@@ -157,7 +167,9 @@ class Staged:
         between("learn", 1.0)
         return state, {**metrics, **learnt}
 
-    def _by_prompt(self, name: str, rest, given: tuple, times, between, chance: Array | None = None) -> Any:
+    def _by_prompt(
+        self, name: str, rest, given: tuple, times, between, chance: Array | None = None, rows: Sequence[Row] = ()
+    ) -> Any:
         """Run a stage block by block: in each call a device takes as many of its prompts as a chunk holds.
 
         `given` are the prompts, keys and states. With `chance` the kept are selected block by block, which counts as
@@ -182,7 +194,7 @@ class Staged:
         def done(i: int, found: Any) -> Any:
             if self.score.on_host:
                 found, tokens = found
-                found = kept(with_host(jax.block_until_ready(found), self.score, tokens), i)
+                found = kept(with_host(jax.block_until_ready(found), self.score, tokens, rows), i)
             found = jax.block_until_ready(found)
             between(name, (i + together) / mine)
             return found

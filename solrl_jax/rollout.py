@@ -1,7 +1,7 @@
 """Keys to samples: the ODE or SDE, a block at a time, decoded and scored."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from solrl_jax import algos, guidance, lora, quant, sampler, sharding
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.keys import NOISE, STEPS, WINDOW, sample_key
-from solrl_jax.rewards import Score, eight_bit, own, score_images, score_on_host
+from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
 from solrl_jax.sampler import Carry
 from solrl_jax.structs import (
     Frozen,
@@ -22,6 +22,7 @@ from solrl_jax.structs import (
     Prompts,
     PyTree,
     Rollout,
+    Row,
     TrainState,
     Variables,
 )
@@ -116,12 +117,15 @@ def rollout(
     return Rollout(keys, *by_block(block, stage.chunk)(variables, frozen, prompts, Seeds(begin, keys, state)))
 
 
-def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree]) -> Rollout:
-    """Add the rewards that run on the host: pictures are copied there, scores come back. Not for jit."""
+def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree], rows: Sequence[Row]) -> Rollout:
+    """Add the rewards that run on the host: pictures are copied there, scores come back. Not for jit.
+
+    `rows` are of the batch that was encoded; the tokens say which of its prompts this block has.
+    """
     if rollout.images is None:
         return rollout
-    texts = own.from_bytes(np.asarray(tokens[score.on_host[0].name]))
-    found = score_on_host(score, np.asarray(rollout.images), texts)
+    mine = [rows[place] for place in np.asarray(tokens[score.on_host[0].name])]
+    found = score_on_host(score, np.asarray(rollout.images), mine)
     total, parts = jax.device_put(found, rollout.reward.sharding)
     return rollout._replace(reward=rollout.reward + total, parts={**rollout.parts, **parts}, images=None)
 

@@ -23,6 +23,8 @@ Latents = Float[Array, "B h w c"]
 Images = Float[Array, "B H W 3"]
 PerSample = Float[Array, "B"]
 Keys = Key[Array, "*batch"]
+Row = dict[str, Any]
+"""What is known of a prompt, on the host only: its line of a JSON-lines file, at least {"prompt": text}."""
 
 
 class WeightsError(ValueError):
@@ -106,12 +108,14 @@ class Reward(NamedTuple):
     score(params, images f32 [B, H, W, 3], tokens [G, ...]) -> f32 [B].
     B is a multiple of G and image i belongs to prompt i // (B // G), so that a prompt is encoded once per group.
     `host`, if given, is called on the host instead of `score`: host(images u8 [B, H, W, 3], B prompts) -> [B].
+    Its tokens are then each prompt's place in the batch, i32 [G].
+    `tokenize` and `host` may have one more parameter: the rows of the prompts (rewards.own.with_rows).
     """
 
     name: str
-    tokenize: Callable[[Sequence[str]], PyTree]
+    tokenize: Callable[..., PyTree]
     score: Callable[[Params, Array, PyTree], Array]
-    host: Callable[[Any, Sequence[str]], Any] | None = None
+    host: Callable[..., Any] | None = None
 
 
 class Prompts(NamedTuple):

@@ -241,7 +241,11 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
             if stop.is_set() and stage != "learn":  # learn is the last stage: the iteration finishes
                 raise Stopped
 
-        return lambda state, prompts, times: staged(state, parts.frozen, prompts, times, between)
+        def in_stages(state: TrainState, prompts: Prompts, times: dict[str, float]) -> tuple[TrainState, dict]:
+            rows = parts.prompts.rows_of(drawn(parts, int(state.iteration))[0])
+            return staged(state, parts.frozen, prompts, times, between, rows)
+
+        return in_stages
     whole = jax.jit(iteration.iteration_step, static_argnames=tuple(statics))
 
     def step(state: TrainState, prompts: Prompts, times: dict[str, float]) -> tuple[TrainState, dict]:

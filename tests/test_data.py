@@ -22,7 +22,8 @@ def test_a_file_is_both_splits_and_drops_are_counted(tmp_path):
 def test_a_folder_has_two_splits(tmp_path):
     (tmp_path / "train.txt").write_text("a\nb\nb\n")
     (tmp_path / "test.txt").write_text("c\n\n")
-    assert data.read(tmp_path) == data.PromptSet(("a", "b"), ("c",), 1, 1)
+    rows = {text: {"prompt": text} for text in "abc"}
+    assert data.read(tmp_path) == data.PromptSet(("a", "b"), ("c",), 1, 1, rows)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_an_escape_in_text_is_no_zero_byte(tmp_path):
     """A .txt file has no escapes: these are the six characters. A NUL itself is a zero byte there."""
     file = tmp_path / "p.txt"
     file.write_bytes(rb"a\u0000b")
-    assert data.read_file(file) == (("a\\u0000b",), 0, 0)
+    assert data.read_file(file) == ({"a\\u0000b": {"prompt": "a\\u0000b"}}, 0, 0)
     file.write_bytes(b"one\ntwo\0\n")
     with pytest.raises(data.DataError, match=r"p.txt, line 2: holds a zero byte \(is it UTF-16\?\); save it as UTF-8"):
         data.read_file(file)
@@ -73,14 +74,58 @@ def test_a_folder_without_its_files(tmp_path):
 def test_json_lines_as_one_file_as_a_folder_and_beside_text(tmp_path):
     train = tmp_path / "train_metadata.jsonl"
     train.write_text(
-        '{"tag": "x", "prompt": " a cat "}\r\n\n{"prompt": "a \\u00e9 dog"}\n{"prompt": "a cat"}\n{"prompt": ""}\n'
+        '{"tag": "x", "prompt": " a cat "}\r\n\n{"prompt": "a \\u00e9 dog"}\n{"prompt": "a cat", "tag": "x"}\n'
+        '{"prompt": ""}\n'
     )
-    both = data.PromptSet(("a cat", "a é dog"), ("a cat", "a é dog"), 2, 1)
+    rows = {"a cat": {"tag": "x", "prompt": "a cat"}, "a é dog": {"prompt": "a é dog"}}
+    both = data.PromptSet(("a cat", "a é dog"), ("a cat", "a é dog"), 2, 1, rows)
     assert data.read(train) == both
-    (tmp_path / "test_metadata.jsonl").write_text('{"prompt": "a test"}')
-    assert data.read(tmp_path) == both._replace(test=("a test",))
+    (tmp_path / "test_metadata.jsonl").write_text('{"prompt": "a test", "include": [{"class": "cat", "count": 2}]}')
+    one = {"prompt": "a test", "include": [{"class": "cat", "count": 2}]}
+    assert data.read(tmp_path) == both._replace(test=("a test",), rows=rows | {"a test": one})
     (tmp_path / "train.txt").write_text("from text\n")  # where both are, the text is read
-    assert data.read(tmp_path) == data.PromptSet(("from text",), ("a test",), 0, 0)
+    text = {"from text": {"prompt": "from text"}, "a test": one}
+    assert data.read(tmp_path) == data.PromptSet(("from text",), ("a test",), 0, 0, text)
+
+
+def test_rows_are_found_by_their_prompts(tmp_path):
+    """Of both parts of a split that is made; a text of no file has its prompt alone."""
+    file = tmp_path / "p.jsonl"
+    file.write_text("".join(f'{{"prompt": "p{i}", "n": {i}, "rewards": ["ocr"]}}\n' for i in range(9)))
+    found = data.read(file, 3, 1)
+    assert found.rows_of([found.test[2], found.train[0]]) == [
+        {"prompt": text, "n": int(text[1:]), "rewards": ["ocr"]} for text in (found.test[2], found.train[0])
+    ]
+    assert found.rows_of(["q"]) == data.PromptSet((), (), 0, 0).rows_of(["q"]) == [{"prompt": "q"}]
+    (tmp_path / "p.txt").write_text("a\na\n")
+    assert data.read_captions(tmp_path / "p.txt") == [{"prompt": "a"}, {"prompt": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (
+            '{"prompt": "a", "tag": "x"}\n{"prompt": "b"}\n{"prompt": " a", "tag": "y"}\n',
+            '{"prompt": "c"}',
+            r"train_metadata.jsonl, line 3: the prompt 'a' of .*train_metadata.jsonl, line 1, with another 'tag': ",
+        ),
+        (
+            '{"prompt": "a", "n": [1]}\n{"prompt": "a", "n": [1], "of": 2}\n',
+            '{"prompt": "c"}',
+            r"train_metadata.jsonl, line 2: the prompt 'a' of .*, line 1, with another 'of': equal prompts",
+        ),
+        (
+            '{"prompt": "a"}\n{"prompt": "b", "n": 1}\n',
+            '{"prompt": "c"}\n{"prompt": "b", "n": 2}',
+            r"test_metadata.jsonl, line 2: the prompt 'b' of .*train_metadata.jsonl, line 2, with another 'n': equal",
+        ),
+    ],
+)
+def test_rows_that_contradict_each_other_name_both_lines(tmp_path, train, test, message):
+    (tmp_path / "train_metadata.jsonl").write_text(train)
+    (tmp_path / "test_metadata.jsonl").write_text(test)
+    with pytest.raises(data.DataError, match=message):
+        data.read(tmp_path)
 
 
 @pytest.mark.parametrize(

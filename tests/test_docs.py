@@ -91,7 +91,8 @@ def small(cfg: Config) -> Config:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch, cache):
-    """The current folder: DIR and prompts with both splits and three pictures, their captions in FILE, own rewards."""
+    """The current folder: DIR and prompts with both splits and three pictures, their captions in FILE, prompts for ocr
+    in signs.jsonl, own rewards."""
     before = set(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -104,6 +105,8 @@ def place(tmp_path, monkeypatch, cache):
         for i in range(3):
             pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
+    signs = [json.dumps({"prompt": f'a sign that says "{text}"'}) for text in ("OPEN", "SALE", "42", "Hello", "Exit")]
+    (tmp_path / "signs.jsonl").write_text("\n".join(signs))
     (tmp_path / "FILE").write_text("\n".join(texts[:3]) + "\n")
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     for file, text in own_rewards().items():
@@ -116,8 +119,8 @@ def place(tmp_path, monkeypatch, cache):
 
 def own_rewards() -> dict[str, str]:
     """{file: text} of the Python blocks of docs/rewards.md, under the names that its text gives them."""
-    device, host = (text for language, text in documents.blocks("docs/rewards.md") if language == "python")
-    return {"my_reward.py": device, "my_rules.py": host}
+    device, host, counts = (text for language, text in documents.blocks("docs/rewards.md") if language == "python")
+    return {"my_reward.py": device, "my_rules.py": host, "my_counts.py": counts}
 
 
 def ours(*words: str) -> int:
@@ -342,7 +345,7 @@ def test_blocks_are_bash_that_is_run_and_python_that_is_run():
     assert {language for found in languages.values() for language in found} == {"bash", "python", ""}
     python = {page: found.count("python") for page, found in languages.items() if "python" in found}
     # Run by tests/test_own.py; above, with the page; below.
-    assert python == {"docs/rewards.md": 2, "docs/flux.md": 1, "README.md": 1}
+    assert python == {"docs/rewards.md": 3, "docs/flux.md": 1, "README.md": 1}
     drawn = [text for page in PAGES for language, text in documents.blocks(page) if not language]
     assert not any(re.search(r"^\s*(\$|python|pip|hf) ", text, re.M) for text in drawn)
     assert len(OURS) > 25 and len(LAB) > 12 and len(REST) > 5

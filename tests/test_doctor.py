@@ -66,6 +66,25 @@ def test_everything_that_is_wrong_is_told_at_once(cfg, tmp_path, capsys):
     assert any("holds no diffusion_pytorch_model.safetensors" in line for line in told(broken, tmp_path, capsys)[2])
 
 
+def test_rewards_are_asked_whether_they_can_read_the_prompts(cfg, tmp_path):
+    """Those of the run, with their rows; without any, as far as a reward of this folder is read at all."""
+    pytest.importorskip("rapidocr")
+    asked = dataclasses.replace(cfg, reward="ocr", prompt_files=str(tmp_path / "p.jsonl"))
+
+    def told(lines):
+        (tmp_path / "p.jsonl").write_text(lines)
+        (found,) = doctor.judges(asked, tmp_path, None)
+        return found
+
+    assert told('{"prompt": "a poster", "text": "SALE"}\n{"prompt": "a sign: \\"A\\""}') == (
+        "reward ocr: on the host",
+        "",
+        False,
+    )
+    assert "reward ocr cannot read a prompt: 'a poster' asks for no text" in told('{"prompt": "a poster"}').fix
+    assert told("\n") == ("reward ocr: on the host", "", False)  # that there is no prompt is another finding
+
+
 def test_weights_that_a_run_would_not_find_are_told(cfg, tmp_path, monkeypatch):
     """model.weights that is not there; a damaged converted folder; a name of which only configs were fetched."""
     import shutil

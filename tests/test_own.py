@@ -1,5 +1,7 @@
-"""Rewards of the user's own: docs/rewards.md's two, on the devices and on the host; what can be wrong with one."""
+"""Rewards of the user's own: those of docs/rewards.md, on the devices and on the host; what can be wrong with one."""
 
+import csv
+import json
 import re
 import sys
 import types
@@ -8,15 +10,18 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
+from PIL import Image, ImageDraw
 
-from solrl_jax import config, iteration, rewards, train
+from solrl_jax import config, iteration, main, rewards, rollout, sharding, train
 from solrl_jax.plan import shapes
 from solrl_jax.rewards import own
-from solrl_jax.run import assemble
+from solrl_jax.run import assemble, data, evaluate
+from solrl_jax.structs import Reward, Rollout
 from tests.test_train import TOY, compiled, load, metrics_of  # noqa: F401 - `compiled` is used by its name
 
 PAGE = (Path(__file__).parent.parent / "docs/rewards.md").read_text(encoding="utf-8")
-DEVICE, HOST = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+DEVICE, HOST, COUNTS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 
 
 @pytest.fixture
@@ -27,6 +32,7 @@ def folder(tmp_path, monkeypatch):
     before = set(sys.modules)
     (tmp_path / "my_reward.py").write_text(DEVICE)
     (tmp_path / "my_rules.py").write_text(HOST)
+    (tmp_path / "my_counts.py").write_text(COUNTS)
     yield tmp_path
     for name in set(sys.modules) - before:
         if name.split(".")[0] in {file.stem for file in tmp_path.iterdir()}:
@@ -57,6 +63,7 @@ def toy(folder, monkeypatch):
 
 def test_the_pages_examples_are_short():
     assert len(DEVICE.strip().splitlines()) <= 15 and len(HOST.strip().splitlines()) <= 15
+    assert len([line for line in COUNTS.splitlines() if line]) <= 20
 
 
 @pytest.mark.slow
@@ -174,11 +181,180 @@ def test_a_device_reward_of_a_wrong_shape_is_not_broadcast(folder):
         rewards.score_images(mix, params, images, rewards.tokenize(mix, ["a", "b"]))
 
 
-def test_prompts_travel_as_bytes():
-    texts = ["", "a cat", "чёрный кот", "\N{CAT FACE}"]
-    assert own.from_bytes(own.to_bytes(texts)) == texts
-    with pytest.raises(ValueError, match="5000 bytes, more than 4096"):
-        own.to_bytes(["x" * 5000])
+@pytest.mark.parametrize(("devices", "shard"), [(1, 1), (2, 1), (4, 2)])
+def test_each_block_has_its_own_prompts_on_the_host(devices, shard):
+    """The texts themselves, of any length, and their rows, whichever devices the prompts of a block are on."""
+    texts = ["", "a cat", "чёрный кот", "\N{CAT FACE}", "x" * 5000, "a\0b", "6", "7"]
+    rows = [{"prompt": text, "n": i} for i, text in enumerate(texts)]
+    seen = []
+
+    def host(images, prompts, rows):
+        seen.extend(zip(images[:, 0, 0, 0].tolist(), prompts, rows, strict=True))
+        return images[:, 0, 0, 0]
+
+    mix = rewards.Score((Reward("x", own.places, own.nowhere, host),), (2.0,))
+    pixels = np.broadcast_to(np.arange(8, dtype=np.uint8)[:, None, None, None, None], (8, 2, 2, 2, 3))
+    mesh = sharding.make_mesh(devices, shard)
+    with jax.set_mesh(mesh):
+        tokens, images = sharding.split((rewards.tokenize(mix, texts, rows), pixels), mesh)
+        zeros = sharding.split(np.zeros((8, 2), np.float32), mesh)
+        blocks = []
+        for i in range(8 // devices):
+            some, shown, zero = sharding.block((tokens, images, zeros), i, 1)
+            rolled = Rollout(None, None, zero, {}, images=shown)
+            blocks.append(rollout.with_host(rolled, mix, some, rows)._replace(keys=zero))
+        found = sharding.joined(tuple(blocks))
+    np.testing.assert_array_equal(found.reward, 2 * np.arange(8.0)[:, None].repeat(2, 1))
+    assert [(text, row) for _, text, row in seen] == [(texts[i], rows[i]) for i, _, _ in seen]
+    assert sorted(i for i, _, _ in seen) == [i for i in range(8) for _ in range(2)]
+
+
+WAYS = {
+    "def score(images, prompts): pass": None,
+    "def score(images, prompts, rows): pass": "rows",
+    "def score(images, prompts, about): pass": "rows",
+    "def score(images, prompts, about, /): pass": "rows",
+    "def score(images, prompts, *, rows): pass": "rows",
+    "def score(images, prompts, rows=None): pass": "rows",
+    "def score(images, prompts, scale=2, rows=()): pass": "rows",
+    "def score(images, prompts, scale=2): pass": None,
+    "def score(images, prompts, *, scale=2): pass": None,
+    "def score(*both, **more): pass": None,
+    "class Made:\n  def __call__(self, images, prompts, rows): pass\nscore = Made()": "rows",
+    "import functools\nscore = functools.partial(lambda rows, images, prompts: None, ())": None,
+    "score = max": None,
+}
+
+
+@pytest.mark.parametrize("text", WAYS)
+def test_which_functions_are_given_rows(text):
+    """A function of two parameters works as it did, also one with options of its own."""
+    scope = {}
+    exec(text, scope)
+    assert (own._takes_rows(scope["score"], 2) is not None) == (WAYS[text] is not None)
+
+
+def test_what_a_function_writes_into_its_rows_is_gone():
+    rows, seen = [{"prompt": "a", "include": [{"count": 2}]}] * 2, []
+
+    def spoils(images, prompts, rows):
+        seen.append([row["include"][0].pop("count") for row in rows])
+        rows.clear()
+        return [0.0] * len(images)
+
+    reward = Reward("x", own.places, own.nowhere, spoils)
+    for _ in range(2):
+        own.ask(reward, np.zeros((2, 4, 4, 3), np.uint8), rows)
+    assert seen == [[2, 2], [2, 2]] and rows[0]["include"] == [{"count": 2}]
+
+
+def things(*what):
+    """A picture with one red or blue disc after the other."""
+    image = Image.new("RGB", (96, 96), "white")
+    for i, ink in enumerate(what):
+        left, top = 4 + 30 * (i % 3), 4 + 30 * (i // 3)
+        ImageDraw.Draw(image).ellipse((left, top, left + 24, top + 24), fill={"red": "#d2322d", "blue": "#2d5ac8"}[ink])
+    return image
+
+
+def test_the_pages_counting_reward_scores_pictures_by_their_rows(folder, capsys):
+    """In --mode=score; equal prompts have rows of their own there, for each line is of one picture."""
+    two = [{"class": "disc", "count": 2, "color": "red"}]
+    both = [*two, {"class": "disc", "count": 1, "color": "blue"}]
+    cases = [
+        ("a.png", things("red", "red"), two, 1.0),
+        ("b.png", things("red"), two, 0.5),
+        ("c.png", things("red", "red", "blue"), both, 1.0),
+        ("d.png", things("red", "red"), both, 0.5),
+        ("e.png", things("red", "red", "red", "red", "blue"), both, 0.5),
+    ]
+    (folder / "pictures").mkdir()
+    lines = []
+    for name, image, include, _ in cases:
+        image.save(folder / "pictures" / name)
+        lines.append(json.dumps({"file": name, "prompt": "two discs", "include": include}))
+    (folder / "p.jsonl").write_text("\n".join(lines))
+    words = ("--mode=score", "--run_dir=out", "--prompts=p.jsonl", "--images=pictures")
+    with flagsaver.flagsaver(config=None):
+        assert main.main(main.parse(["solrl_jax", *words, "--config.reward=my_counts.counting"])) == 0
+    with (folder / "out/scores.csv").open(newline="") as f:
+        found = [float(line["my_counts.counting"]) for line in csv.DictReader(f)]
+    assert found == [score for *_, score in cases]
+
+
+@pytest.fixture
+def rowed(toy, folder):
+    """The toy run by two rewards that are each prompt's number "n": one on the host, one on the devices."""
+    lines = [json.dumps({"prompt": f"prompt {i}", "n": i, "tag": {"of": [i]}}) for i in range(7)]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    (folder / "rowed.py").write_text(
+        "HOST, calls = True, []\n"
+        "def score(images, prompts, rows):\n"
+        "    calls.append(len(rows))\n"
+        "    assert [f'prompt {row[\"n\"]}' for row in rows] == [row['prompt'] for row in rows] == prompts\n"
+        "    return [row['tag']['of'][0] for row in rows]\n"
+    )
+    (folder / "tokened.py").write_text(
+        "import numpy as np\nfrom solrl_jax.structs import Reward\n"
+        "def tokenize(prompts, rows):\n    return np.array([row['n'] for row in rows], np.float32)\n"
+        "def score(params, images, tokens):\n    return tokens.repeat(len(images) // len(tokens))\n"
+        "def make(path, dtype):\n    return Reward('x', tokenize, score), {}\n"
+    )
+    return config.override(toy, reward="rowed.score,tokened.make", prompt_files="prompts.jsonl")
+
+
+def test_every_picture_has_its_row(rowed):
+    """In the blocks of a stage, by two devices, and in evaluations; a reward on the devices reads rows too."""
+    parts = assemble.assemble(rowed, 2)
+    statics = {"model": TOY, "score": parts.score, "optimizer": parts.optimizer, "cfg": parts.cfg}
+    texts = data.batch(parts.prompts.train, 0, 5, 4)
+    with jax.set_mesh(parts.mesh):
+        staged, state = iteration.Staged(**statics), assemble.fresh(parts)
+        prompts, rows = assemble.encode(parts, texts, parts.score), parts.prompts.rows_of(texts)
+        keys, _ = staged.jit["draw"](state)
+        rest = staged.jit["merged"](state, parts.frozen), None, parts.frozen
+        found = staged._by_prompt("regenerate", rest, (prompts, keys), {}, lambda *_: None, rows=rows)
+        _, shown = evaluate.evaluate(parts, jax.tree.map(lambda x: x * 0, state.ema))
+    np.testing.assert_array_equal(found.parts["rowed.score"], [[int(text[-1])] * 4 for text in texts])
+    np.testing.assert_array_equal(found.parts["tokened.make"], found.parts["rowed.score"])
+    assert shown.means["rowed.score"].tolist() == [int(text[-1]) for text in evaluate.fixed_prompts(parts)]
+    np.testing.assert_array_equal(shown.means["rowed.score"], shown.means["tokened.make"])
+
+
+@pytest.mark.slow
+def test_a_run_gives_every_picture_its_row(rowed, folder):
+    """In both stages, in measurements of the preview and in evaluations."""
+    every = config.override(rowed, iterations=1, **{"watch.every": 1, "evaluate.every": 1})
+    assert train.train(every, folder / "run", devices=2) == 0
+    for line in metrics_of(folder / "run").values():
+        for name in ("explore/reward_{}", "reward/{}", "eval_reward_{}"):
+            one, two = (line.get(name.format(each)) for each in ("rowed.score", "tokened.make"))
+            assert one == two and (one is None or one > 0)
+    assert "eval_reward_rowed.score" in metrics_of(folder / "run")[0]
+    assert set(sys.modules["rowed"].calls) == {8, 4, 6}
+
+
+def test_a_device_reward_that_needs_a_row_is_left_out_of_the_plan(folder):
+    (folder / "tokened.py").write_text(
+        "from solrl_jax.structs import Reward\n"
+        "def tokenize(prompts, rows):\n    return [row['n'] for row in rows]\n"
+        "def make(path, dtype):\n    return Reward('x', tokenize, None), {}\n"
+    )
+    found = shapes.read(config.override(config.load("tiny"), reward="clipscore,tokened.make"), 1)
+    (note,) = (note for note in found.notes if "tokened" in note)
+    assert note.startswith("reward tokened.make is not counted: its tokenize cannot read an empty prompt without other")
+    assert "KeyError: 'n'" in note and found.score.names == ("clipscore",)
+
+
+def test_stages_need_the_rows_of_a_host_reward(toy):
+    parts = assemble.assemble(config.override(toy, reward="my_rules.contrast"), 1)
+    statics = {"model": TOY, "score": parts.score, "optimizer": parts.optimizer, "cfg": parts.cfg}
+    with (
+        jax.set_mesh(parts.mesh),
+        pytest.raises(ValueError, match=r"0 rows of 4 prompts for reward my_rules\.contrast"),
+    ):
+        prompts = assemble.encode(parts, ["a"] * 4, parts.score)
+        iteration.Staged(**statics)(assemble.fresh(parts), parts.frozen, prompts, {})
 
 
 def test_the_plan_counts_them_and_paths_reach_them(folder):
@@ -196,6 +372,6 @@ def test_they_score_pictures_on_disk(folder):
 
     mix, params = rewards.load_rewards("my_reward.brightness,my_rules.contrast", {})
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    found = score.score_arrays(mix, params, images, ["a", "b", "c"])
+    found = score.score_arrays(mix, params, images, [{"prompt": text} for text in "abc"])
     np.testing.assert_allclose(found["my_reward.brightness"], images.mean((1, 2, 3)) / 255, rtol=1e-5)
     np.testing.assert_allclose(found["my_rules.contrast"], images.std((1, 2, 3)) / 255, rtol=1e-5)

@@ -30,16 +30,22 @@ def least(lines: list[str]) -> dict[str, str]:
     return found
 
 
+def lines_of(file: str) -> list[str]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines())
+    return [line for line in lines if line]
+
+
 def test_dependencies_are_those_of_requirements():
     """By name and version. Only JAX differs: the package asks for the plain one, its extras for a kind of device."""
-    lines = (line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines())
     project = PROJECT["project"]
     asked = least(project["dependencies"])
-    assert asked == least([line for line in lines if line])
+    assert asked == least(lines_of("requirements.txt"))
     assert not any(each.extras or each.marker for each in map(Requirement, project["dependencies"]))
-    for extra, names in project["optional-dependencies"].items():
+    extras = dict(project["optional-dependencies"])
+    assert least(extras.pop("ocr")) == least(lines_of("requirements-ocr.txt"))
+    for extra, names in extras.items():
         assert names == [f"jax[{extra}]{asked['jax']}"]
-    assert set(project["optional-dependencies"]) == {"cuda12", "cuda13", "tpu"}
+    assert set(extras) == {"cuda12", "cuda13", "tpu"}
 
 
 def test_every_package_is_listed():

@@ -129,5 +129,5 @@ def test_what_is_wrong_is_one_line(command, pictures, tmp_path, words, message):
 
 
 def test_long_prompts_are_shortened_in_the_table_only():
-    rows = score.table([score.Picture("a.png", "x" * 60, (1, 1))], {"nice": np.ones(1, np.float32)})
+    rows = score.table([score.Picture("a.png", {"prompt": "x" * 60}, (1, 1))], {"nice": np.ones(1, np.float32)})
     assert "x" * 37 + "...  " in rows[1] and len({len(row) for row in rows}) == 1

@@ -182,14 +182,23 @@ def tokenizers(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]
 
 
 def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
-    """Load each reward and free it again; a run would only find an error after reading the model's weights."""
+    """Load each reward and free it again; a run would only find an error after reading the model's weights.
+
+    Whether it can read the run's prompts is looked at, too, if there are such: the next check says what is wrong.
+    """
+    try:
+        asked = assemble.open_prompts(cfg)
+    except (ConfigError, DataError):
+        asked = None
     names = dict.fromkeys(assemble.reward_names(cfg))
     if not rewards.parse(cfg.reward):
         yield Finding("no reward to train on", f"give --config.reward, of {', '.join(rewards.REWARDS)}")
     for name in names:
         try:
             score, params = rewards.load_rewards(name, rewards.parse_paths(cfg.reward_paths), cfg.reward_dtype)
-            rewards.tokenize(score, ["a red circle"])
+            texts = ["a red circle"] if asked is None else [*asked.train, *asked.test]
+            if asked is not None or not score.on_host:
+                rewards.tokenize(score, texts, None if asked is None else asked.rows_of(texts))
         except (ConfigError, WeightsError) as e:
             yield Finding(f"reward {name}: see below", f"reward {name}: {e}")
             continue

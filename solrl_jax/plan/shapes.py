@@ -52,7 +52,11 @@ def read(cfg: Config, devices: int, *, training: bool = True) -> Sizes:
         if shapes is None:
             notes.append(f"reward {name} is not counted: rewards/{name}.py defines no shapes(path)")
             continue
-        found[name] = shapes(paths.get(name), cfg.reward_dtype)
+        try:
+            found[name] = shapes(paths.get(name), cfg.reward_dtype)
+        except own.RewardError as e:
+            notes.append(f"reward {name} is not counted: {e}")
+            continue
         path, public = paths.get(name), getattr(reward, "HUB_ID", "another model")
         if not own.is_own(name) and jax.tree.leaves(found[name][1]) and path != public and hub.here(path) is None:
             what = f"nothing is at reward_paths={name}={path or '...'}"

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 
 from solrl_jax.config import ConfigError
 from solrl_jax.rewards import own
-from solrl_jax.structs import Params, PyTree, Reward
+from solrl_jax.structs import Params, PyTree, Reward, Row
 from solrl_jax.weights import WeightsError
 
 
@@ -34,7 +34,7 @@ class Score(NamedTuple):
         return tuple(reward for reward in self.rewards if reward.host is not None)
 
 
-REWARDS = ("clipscore", "hpsv2", "imagereward", "pickscore", "shapes")
+REWARDS = ("clipscore", "hpsv2", "imagereward", "ocr", "ocr_strict", "pickscore", "shapes")
 """Each is a file of this folder with `make(path, dtype) -> (Reward, params)`."""
 
 
@@ -114,12 +114,16 @@ def load_rewards(mixture: str, paths: Mapping[str, str], dtype: str = "float32")
     return Score(tuple(rewards), tuple(weights.values())), params
 
 
-def tokenize(score: Score, prompts: Sequence[str]) -> dict[str, PyTree]:
-    """{reward name: its tokens, leaves [G, ...]}. A caption that a reward cannot read raises ConfigError."""
+def tokenize(score: Score, prompts: Sequence[str], rows: Sequence[Row] | None = None) -> dict[str, PyTree]:
+    """{reward name: its tokens, leaves [G, ...]}; without `rows` a prompt's row is {"prompt": text}.
+
+    A caption or a row that a reward cannot read raises ConfigError.
+    """
     tokens: dict[str, PyTree] = {}
+    rows = [{"prompt": prompt} for prompt in prompts] if rows is None else rows
     for reward in score.rewards:
         try:
-            tokens[reward.name] = reward.tokenize(prompts)
+            tokens[reward.name] = own.with_rows(reward.tokenize, prompts, rows=rows)
         except ValueError as e:
             raise ConfigError(f"reward {reward.name} cannot read a prompt: {e}") from e
     return tokens
@@ -146,10 +150,10 @@ def eight_bit(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
 
 
 def score_on_host(
-    score: Score, images: UInt8[np.ndarray, "P n H W 3"], prompts: Sequence[str]
+    score: Score, images: UInt8[np.ndarray, "P n H W 3"], rows: Sequence[Row]
 ) -> tuple[Float[np.ndarray, "P n"], dict[str, Float[np.ndarray, "P n"]]]:
-    """Weighted sum and parts of the rewards that run on the host alone. Raises own.RewardError."""
-    shape, each = images.shape[:2], [prompt for prompt in prompts for _ in range(images.shape[1])]
+    """Weighted sum and parts of the rewards that run on the host alone, of P prompts' rows. Raises own.RewardError."""
+    shape, each = images.shape[:2], [row for row in rows for _ in range(images.shape[1])]
     flat, total, parts = images.reshape((-1, *images.shape[2:])), np.zeros(shape, np.float32), {}
     for weight, reward in zip(score.weights, score.rewards, strict=True):
         if reward.host is not None:

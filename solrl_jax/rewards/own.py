@@ -3,27 +3,28 @@
 A module defines `make(path, dtype) -> (Reward, params)`, like the rewards of this folder, which runs on the devices. Or
 it sets `HOST = True` and defines `score(images, prompts) -> one number per picture`, plain Python that is called on the
 host between the staged calls. In the form `module.function`, the function replaces `make` or `score`.
+
+A host function, and a Reward's `tokenize`, gets the prompts' rows too if it has a parameter for them (`with_rows`).
 """
 
+import copy
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
 import traceback
 import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from solrl_jax.config import ConfigError
-from solrl_jax.structs import Params, PyTree, Reward
-
-LONGEST = 4096
-"""The most bytes of a prompt that are passed to a host function."""
+from solrl_jax.structs import Params, PyTree, Reward, Row
 
 
 class RewardError(ValueError):
@@ -50,7 +51,7 @@ def find(name: str) -> Own:
     if not callable(found):
         rule = "a function make(path, dtype), or HOST = True and a function score(images, prompts)"
         raise ConfigError(f"reward {name!r}: {_place(module)} defines no function {wanted}: it needs {rule}")
-    make = functools.partial(_on_host if host else _on_device, name, found)
+    make = functools.partial(on_host if host else _on_device, name, found)
     return Own(make, functools.partial(_shapes, make))
 
 
@@ -145,46 +146,77 @@ def _score(name: str, score: Callable, params: Params, images: Array, tokens: Py
 
 
 def _shapes(make: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params, PyTree]:
-    """The reward, its weights and one prompt's tokens, the last two as ShapeDtypeStructs."""
+    """The reward, its weights and one prompt's tokens, the last two as ShapeDtypeStructs.
+
+    RewardError if it cannot read an empty prompt, whose row has no other field.
+    """
     reward, params = make(path, plain(dtype))
-    return reward, *jax.eval_shape(lambda: (params, reward.tokenize([""])))
+
+    def tokens() -> PyTree:
+        try:
+            return with_rows(reward.tokenize, [""], rows=[{"prompt": ""}])
+        except Exception as e:  # whatever a user's function raises
+            raise RewardError(f"its tokenize cannot read an empty prompt without other fields: {_raised(e)}") from e
+
+    return reward, *jax.eval_shape(lambda: (params, tokens()))
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def with_rows(function: Callable, *given: Any, rows: Sequence[Row]) -> Any:
+    """function(*given), or with copies of `rows` as one more argument, if it has a parameter that is named `rows` or
+    one more positional parameter without a default."""
+    how = _takes_rows(function, len(given))
+    if how is None:
+        return function(*given)
+    copies = [copy.deepcopy(row) for row in rows]  # what a function writes into them is gone after the call
+    return function(*given, rows=copies) if how == "by name" else function(*given, copies)
+
+
+@functools.lru_cache
+def _takes_rows(function: Callable, before: int) -> Literal["by name", "by place"] | None:
+    """How a function is given rows behind its first `before` arguments."""
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some builtins have no signature
+        return None
+    only = inspect.Parameter.POSITIONAL_ONLY
+    if any(p.name == "rows" and p.kind != only for p in parameters[before:]):
+        return "by name"
+    places = [p for p in parameters if p.kind in (only, inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    more = places[before] if len(places) > before else None
+    return "by place" if more is not None and (more.name == "rows" or more.default is more.empty) else None
 
 
 # --- on the host ----------------------------------------------------------------------------------------------------
 
 
-def _on_host(name: str, function: Callable, path: str | None, dtype: Any) -> tuple[Reward, Params]:
+def places(prompts: Sequence[str]) -> Int[np.ndarray, "G"]:
+    """The tokens of a reward that runs on the host: where in the batch a prompt is, whichever device scores it."""
+    return np.arange(len(prompts), dtype=np.int32)
+
+
+def on_host(
+    name: str, function: Callable, path: str | None, dtype: Any, tokenize: Callable[..., PyTree] = places
+) -> tuple[Reward, Params]:
+    """The reward that calls `function`; `tokenize` gives `places`, and ValueError for prompts that it cannot read."""
     if path is not None:
         raise ConfigError(f"reward {name!r} runs on the host and reads no path ({path!r}): remove it from reward_paths")
-    return Reward(name, to_bytes, _nowhere, function), {}
+    return Reward(name, tokenize, nowhere, function), {}
 
 
-def _nowhere(params: Params, images: Array, tokens: PyTree) -> Float[Array, "B"]:
+def nowhere(params: Params, images: Array, tokens: PyTree) -> Float[Array, "B"]:
     raise ConfigError("a reward that runs on the host cannot be part of a jitted program: set staged=true")
 
 
-def to_bytes(prompts: Sequence[str]) -> UInt8[np.ndarray, "G L"]:
-    """Prompts as UTF-8, padded with zeros, so that they can be a reward's tokens. ValueError if one is too long."""
-    coded = [prompt.encode() for prompt in prompts]
-    for text in coded:
-        if len(text) > LONGEST:
-            raise ValueError(
-                f"{len(text)} bytes, more than {LONGEST} for the host: {text[:40].decode(errors='ignore')!r}..."
-            )
-    rows = b"".join(text.ljust(LONGEST, b"\0") for text in coded)
-    return np.frombuffer(rows, np.uint8).reshape(-1, LONGEST)
-
-
-def from_bytes(rows: UInt8[np.ndarray, "G L"]) -> list[str]:
-    return [row.tobytes().rstrip(b"\0").decode() for row in rows]
-
-
-def ask(reward: Reward, images: UInt8[np.ndarray, "B H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, "B"]:
-    """A host reward's scores of B pictures with one prompt each. RewardError unless it gives B finite numbers."""
+def ask(reward: Reward, images: UInt8[np.ndarray, "B H W 3"], rows: Sequence[Row]) -> Float[np.ndarray, "B"]:
+    """A host reward's scores of B pictures with one row each. RewardError unless it gives B finite numbers."""
     assert reward.host is not None
+    prompts = [row["prompt"] for row in rows]
     rule = f"it must return {len(images)} finite numbers, one per picture"
     try:
-        found = reward.host(images.copy(), list(prompts))
+        found = with_rows(reward.host, images.copy(), list(prompts), rows=rows)
     except Exception as e:  # whatever a user's function raises
         raise RewardError(f"reward {reward.name} failed: {_raised(e)}") from e
     try:

@@ -83,7 +83,7 @@ def assemble(cfg: Config, devices: int | None = None, shard: int | None = None) 
     guidance.check_training(cfg, model)
     if cfg.low_precision:
         coverage.check(model, cfg.low_precision, cfg.model.min_quantised_flops)
-    judges = open_rewards(cfg, (*prompts.train, *prompts.test))
+    judges = open_rewards(cfg, prompts)
     if not cfg.staged and judges.score.on_host:
         raise ConfigError(f"staged=false, but reward {judges.score.on_host[0].name} runs on the host: set staged=true")
     return _placed(cfg, mesh, model, prompts, judges, guidance.text_of_training(cfg, model))
@@ -98,7 +98,7 @@ def for_evaluation(cfg: Config, devices: int | None = None, negative: str | None
     prompts = open_prompts(cfg, test=cfg.evaluate.prompts)
     model = model_module(cfg).make(cfg.model)
     guidance.check(cfg, model, negative)
-    judges = open_rewards(cfg, (*prompts.train, *prompts.test))
+    judges = open_rewards(cfg, prompts)
     text = (negative or "") if model.guidance == "cfg" else None  # also for the base at its own w (evaluate.at_own)
     return _told(_placed(cfg, mesh, model, prompts, judges, text))
 
@@ -131,18 +131,19 @@ class Judges(NamedTuple):
     towers: dict[str, Params]
 
 
-def open_rewards(cfg: Config, prompts: Sequence[str] = ()) -> Judges:
+def open_rewards(cfg: Config, prompts: data.PromptSet | None = None) -> Judges:
     """Load the rewards that `cfg` names; a reward that is both trained on and held out counts as trained on.
 
-    Raises ConfigError if a reward cannot read one of `prompts`, WeightsError if weights cannot be used.
+    Raises ConfigError if a reward cannot read one of `prompts` or its row, WeightsError if weights cannot be used.
     """
     paths = rewards.parse_paths(cfg.reward_paths)
     score, towers = rewards.load_rewards(cfg.reward, paths, cfg.reward_dtype)
     names = ",".join(rewards.held_out(cfg.reward, cfg.evaluate.rewards))
     held_out, more = rewards.load_rewards(names, paths, cfg.reward_dtype)
     judged = Score(score.rewards + held_out.rewards, score.weights + held_out.weights)
-    if prompts:  # finds prompts that a reward cannot read before the large weights are read
-        rewards.tokenize(judged, prompts)
+    if prompts is not None:  # finds prompts that a reward cannot read before the large weights are read
+        texts = (*prompts.train, *prompts.test)
+        rewards.tokenize(judged, texts, prompts.rows_of(texts))
     return Judges(score, judged, {**towers, **more})
 
 
@@ -318,7 +319,8 @@ def network(parts: Parts) -> list[str]:
 
 def encode(parts: Parts, prompts: Sequence[str], score: Score, ahead: Sequence[str] = ()) -> Prompts:
     """Conditioning and reward tokens of P prompts, split over the devices; P is a multiple of the device count."""
-    return Prompts(parts.text(prompts, ahead), sharding.split(rewards.tokenize(score, prompts), parts.mesh))
+    tokens = rewards.tokenize(score, prompts, parts.prompts.rows_of(prompts))
+    return Prompts(parts.text(prompts, ahead), sharding.split(tokens, parts.mesh))
 
 
 def fresh(parts: Parts) -> TrainState:

@@ -1,17 +1,20 @@
 """Prompts: reads text or JSON-lines files, makes batches.
 
 A batch is a pure function of (seed, step), and a held-out split of the seed, so a resumed run draws the same prompts.
+A line of a JSON-lines file is the row of its prompt: it travels beside the prompt, on the host, to the rewards.
 """
 
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from solrl_jax.config import ConfigError
+from solrl_jax.structs import Row
 
 
 class DataError(ValueError):
@@ -19,12 +22,20 @@ class DataError(ValueError):
 
 
 class PromptSet(NamedTuple):
-    """Distinct, stripped prompts in file order, and the numbers of blank and of repeated lines, which are dropped."""
+    """Distinct, stripped prompts in file order, and the numbers of blank and of repeated lines, which are dropped.
+
+    `rows` has the row of every prompt, of both splits.
+    """
 
     train: tuple[str, ...]
     test: tuple[str, ...]
     blank: int
     repeated: int
+    rows: Mapping[str, Row] = MappingProxyType({})
+
+    def rows_of(self, prompts: Sequence[str]) -> list[Row]:
+        """The row of each prompt; of one that is in no file, {"prompt": text}, as of a text file's."""
+        return [self.rows.get(prompt, {"prompt": prompt}) for prompt in prompts]
 
 
 SPLIT = 0x5B117  # used with the seed, so that the split is independent of the epochs' permutations
@@ -38,21 +49,26 @@ def read(path: str | Path, held_out: int = 0, seed: int = 0) -> PromptSet:
     """Read a folder (see LAYOUT; .txt is preferred), or one file, which then serves as both splits.
 
     With `held_out`, so many prompts of the one file are the test split. Raises DataError if a file is missing, not
-    UTF-8, not in the layout of `read_file` or without prompts, and if no prompt is left to train on.
+    UTF-8, not in the layout of `read_file` or without prompts, if equal prompts have different rows, and if no prompt
+    is left to train on.
     """
     path = Path(path)
     if not path.is_dir():
-        prompts, blank, repeated = read_file(path)
+        found, blank, repeated = _numbered(path)
+        prompts, rows = tuple(found), {prompt: row for prompt, (row, _) in found.items()}
         if held_out >= len(prompts):
             count = len(prompts)
             raise DataError(
                 f"evaluate.held_out={held_out}: {path} has {count} distinct prompts, leave some to train on"
             )
-        return PromptSet(*split_off(prompts, held_out, seed), blank, repeated)
-    train, test = read_file(_split(path, "train")), read_file(_split(path, "test"))
+        return PromptSet(*split_off(prompts, held_out, seed), blank, repeated, rows)
+    train, test = _numbered(_split(path, "train")), _numbered(_split(path, "test"))
     if held_out:
         raise DataError(f"evaluate.held_out={held_out}: {path} has a test split; set it to 0, or give one file")
-    return PromptSet(train[0], test[0], train[1] + test[1], train[2] + test[2])
+    for prompt in train[0].keys() & test[0].keys():
+        _agree(prompt, train[0][prompt], test[0][prompt])
+    rows = {prompt: row for prompt, (row, _) in (*train[0].items(), *test[0].items())}
+    return PromptSet(tuple(train[0]), tuple(test[0]), train[1] + test[1], train[2] + test[2], rows)
 
 
 def split_off(prompts: tuple[str, ...], held_out: int, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -72,17 +88,46 @@ def _split(folder: Path, split: str) -> Path:
     raise DataError(f"{folder} holds neither {names[0]} nor {names[1]}: give {LAYOUT}")
 
 
-def read_file(file: str | Path) -> tuple[tuple[str, ...], int, int]:
-    """(prompts, blank lines, repeated lines) of one UTF-8 file: one prompt per line, in .jsonl as {"prompt": ...}."""
-    file = Path(file)
-    texts = _lines(file, LAYOUT)
-    if file.suffix == ".jsonl":
-        texts = [_text(text, file, number) if text else "" for number, text in enumerate(texts, 1)]
-    prompts = dict.fromkeys(t for t in texts if t)  # distinct, in order
-    if not prompts:
+def read_file(file: str | Path) -> tuple[dict[str, Row], int, int]:
+    """({prompt: its row}, blank lines, repeated lines) of one UTF-8 file: one prompt per line, in .jsonl as
+    {"prompt": ...}. A row is the object of a line, with its prompt stripped; of a text file it is {"prompt": text}."""
+    found, blank, repeated = _numbered(Path(file))
+    return {prompt: row for prompt, (row, _) in found.items()}, blank, repeated
+
+
+Numbered = dict[str, tuple[Row, str]]
+"""{prompt: (its row, "FILE, line N")}, in file order."""
+
+
+def _numbered(file: Path) -> tuple[Numbered, int, int]:
+    """`read_file`, with the place of each row."""
+    texts, blank, repeated = _lines(file, LAYOUT), 0, 0
+    found: Numbered = {}
+    for number, text in enumerate(texts, 1):
+        row = _row(text, file, number) if text and file.suffix == ".jsonl" else {"prompt": text}
+        prompt, here = row["prompt"], (row, f"{file}, line {number}")
+        if not prompt:
+            blank += number < len(texts)  # an empty text after the last newline is not a line
+        elif prompt in found:
+            _agree(prompt, found[prompt], here)
+            repeated += 1
+        else:
+            found[prompt] = here
+    if not found:
         raise DataError(f"{file} holds no prompts ({_nothing(texts)}): write one per line")
-    blank = sum(not t for t in texts[:-1])  # an empty text after the last newline is not a line
-    return tuple(prompts), blank, sum(map(bool, texts)) - len(prompts)
+    return found, blank, repeated
+
+
+def _agree(prompt: str, one: tuple[Row, str], two: tuple[Row, str]) -> None:
+    """DataError, which names both lines, unless equal prompts have equal rows: a row is looked up by its prompt."""
+    (first, there), (second, here) = one, two
+    if first != second:
+        shared = first.keys() & second.keys()
+        other = next(name for name in {**first, **second} if name not in shared or first[name] != second[name])
+        raise DataError(
+            f"{here}: the prompt {prompt!r:.60} of {there}, with another {other!r:.40}: equal prompts need equal rows; "
+            "make the rows equal, or word one of the prompts differently"
+        )
 
 
 CAPTIONS = (
@@ -90,8 +135,9 @@ CAPTIONS = (
 )
 
 
-def read_captions(file: str | Path) -> list[tuple[str, str]]:
-    """[(file name of a picture, "" in a text file; its prompt)], one per line, in order, with repetitions.
+def read_captions(file: str | Path) -> list[Row]:
+    """The row of a picture per line, in order, with repetitions: {"prompt": ...}, of a .jsonl file with "file" and all
+    other fields of its object.
 
     Raises DataError as `read_file`, and for a blank line, after which pictures would get the wrong prompts.
     """
@@ -104,9 +150,8 @@ def read_captions(file: str | Path) -> list[tuple[str, str]]:
     if "" in texts:
         raise DataError(f"{file}, line {texts.index('') + 1}: is blank; write the prompt of a picture on every line")
     if file.suffix != ".jsonl":
-        return [("", text) for text in texts]
-    numbered = list(enumerate(texts, 1))
-    return [(_text(text, file, i, "file"), _text(text, file, i)) for i, text in numbered]
+        return [{"prompt": text} for text in texts]
+    return [_row(text, file, number, ("file", "prompt")) for number, text in enumerate(texts, 1)]
 
 
 def _lines(file: Path, layout: str) -> list[str]:
@@ -136,9 +181,9 @@ def _decode(line: bytes, file: Path, number: int) -> str:
     return text
 
 
-def _text(line: str, file: Path, number: int, field: str = "prompt") -> str:
-    """The text `field` of a line of JSON, stripped; other fields are ignored."""
-    rule = f'a line is an object with a text as "{field}"'
+def _row(line: str, file: Path, number: int, texts: Sequence[str] = ("prompt",)) -> Row:
+    """The object of a line of JSON, whose fields `texts` are texts; these are stripped."""
+    rule = f'a line is an object with a text as "{texts[0]}"'
     try:
         found = json.loads(line)
     except json.JSONDecodeError as e:
@@ -147,6 +192,12 @@ def _text(line: str, file: Path, number: int, field: str = "prompt") -> str:
         raise DataError(f"{file}, line {number}: JSON nested too deep; {rule}") from None
     if not isinstance(found, dict):
         raise DataError(f"{file}, line {number}: a JSON {type(found).__name__}; {rule}")
+    return found | {field: _text(found, field, file, number) for field in texts}
+
+
+def _text(found: Row, field: str, file: Path, number: int) -> str:
+    """The text `field` of a line's object, stripped."""
+    rule = f'a line is an object with a text as "{field}"'
     if not isinstance(found.get(field), str):
         what = f'no "{field}", it has {", ".join(found) or "nothing":.80}'
         what = f'its "{field}" is {json.dumps(found[field]):.40}' if field in found else what

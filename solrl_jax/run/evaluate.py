@@ -78,7 +78,7 @@ def pictures(
         stage=stage,
     )
     images, scores = jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], (images, scores))
-    return Pictures(images, {**scores, **score_on_host(score, images, prompts)[1]})
+    return Pictures(images, {**scores, **score_on_host(score, images, parts.prompts.rows_of(prompts))[1]})
 
 
 def prompts_each(cfg: Evaluate, prompts: int, devices: int) -> int:

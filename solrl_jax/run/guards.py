@@ -171,7 +171,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     devices, train = parts.mesh.size, parts.prompts.train
     count = min(-(-cfg.watch.prompts // devices), len(train) // devices) * devices  # all there are, if fewer
     batch = data.batch(train, cfg.seed, 0, max(count, cfg.prompts))[:count]
-    prompts = assemble.encode(parts, batch, parts.score)
+    prompts, rows = assemble.encode(parts, batch, parts.score), parts.prompts.rows_of(batch)
     keys = sample_keys(state, count, cfg.candidates)
     programs = _programs(parts.model, parts.score, parts.optimizer, cfg)
     kernels = programs.merged(state, parts.frozen)
@@ -184,7 +184,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
         for i in range(count // devices):
             group, *start = sharding.block((prompts, keys, state), i, 1)
             rolled = program(kernels, low, parts.frozen, group, *start)
-            rolled = rollout.with_host(rolled, parts.score, group.tokens)
+            rolled = rollout.with_host(rolled, parts.score, group.tokens, rows)
             found.append(jax.block_until_ready(rolled._replace(keys=None, x0=None)))
         return sharding.joined(tuple(found))
 

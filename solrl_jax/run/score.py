@@ -15,7 +15,7 @@ from solrl_jax import rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import Score, own
 from solrl_jax.run import assemble, data
-from solrl_jax.structs import Params
+from solrl_jax.structs import Params, Row
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -26,8 +26,12 @@ class PictureError(ValueError):
 
 class Picture(NamedTuple):
     name: str  # relative to the folder of the pictures
-    prompt: str
+    row: Row  # its prompt, and the other fields of its line
     size: tuple[int, int]  # width, height
+
+    @property
+    def prompt(self) -> str:
+        return self.row["prompt"]
 
 
 def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None, devices: int | None) -> int:
@@ -58,14 +62,14 @@ def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def pair(captions: Sequence[tuple[str, str]], folder: Path, file: str) -> list[Picture]:
-    """Pair pictures with prompts: the pictures that `captions` names, or else all of the folder, sorted by name.
+def pair(captions: Sequence[Row], folder: Path, file: str) -> list[Picture]:
+    """Pair pictures with rows: the pictures that `captions` names, or else all of the folder, sorted by name.
 
     Every picture is decoded here, so that a broken one is found before scoring starts. Raises PictureError.
     """
     if not folder.is_dir():
         raise PictureError(f"--images={folder} is not a folder: give the folder of the pictures")
-    names = [name for name, _ in captions if name] or pictures_in(folder)
+    names = [row["file"] for row in captions if row.get("file")] or pictures_in(folder)
     if not names:
         raise PictureError(f"--images={folder} holds no picture: give a folder of {', '.join(ENDINGS)}")
     if len(names) != len(captions):
@@ -73,8 +77,7 @@ def pair(captions: Sequence[tuple[str, str]], folder: Path, file: str) -> list[P
             f"{file} has {len(captions)} prompts and {folder} {len(names)} pictures: write one line per picture, in "
             'the order of their names, or a .jsonl file of {"file": ..., "prompt": ...}'
         )
-    pairs = zip(names, (prompt for _, prompt in captions), strict=True)
-    return [Picture(name, prompt, read(folder / name).shape[1::-1]) for name, prompt in pairs]
+    return [Picture(name, row, read(folder / name).shape[1::-1]) for name, row in zip(names, captions, strict=True)]
 
 
 def pictures_in(folder: Path) -> list[str]:
@@ -113,7 +116,8 @@ def score_files(
     Raises ConfigError if a reward cannot read a prompt or pictures of some size.
     """
     scores = {name: np.zeros(len(pictures), np.float32) for name in score.names}
-    rewards.tokenize(score, [p.prompt for p in pictures])  # finds unreadable prompts before the first chunk
+    # Finds unreadable prompts before the first chunk.
+    rewards.tokenize(score, [p.prompt for p in pictures], [p.row for p in pictures])
     for size in dict.fromkeys(p.size for p in pictures):
         places = [i for i, p in enumerate(pictures) if p.size == size]
         together = min(chunk, len(places))
@@ -121,20 +125,20 @@ def score_files(
             some = places[start : start + together]
             full = [*some, *[some[-1]] * (together - len(some))]  # one shape, compiled once
             images = np.stack([read(folder / pictures[i].name) for i in full])
-            for name, values in score_arrays(score, towers, images, [pictures[i].prompt for i in full]).items():
+            for name, values in score_arrays(score, towers, images, [pictures[i].row for i in full]).items():
                 scores[name][some] = values[: len(some)]
     return scores
 
 
 def score_arrays(
-    score: Score, towers: dict[str, Params], images: UInt8[np.ndarray, "B H W 3"], prompts: Sequence[str]
+    score: Score, towers: dict[str, Params], images: UInt8[np.ndarray, "B H W 3"], rows: Sequence[Row]
 ) -> dict[str, Float[np.ndarray, "B"]]:
-    """Each reward's scores of B pictures with one prompt each. Raises ConfigError as `score_files`."""
-    tokens, floats = rewards.tokenize(score, prompts), images.astype(np.float32) / 255
+    """Each reward's scores of B pictures with one row each. Raises ConfigError as `score_files`."""
+    tokens, floats = rewards.tokenize(score, [row["prompt"] for row in rows], rows), images.astype(np.float32) / 255
     found = {}
     for reward in score.rewards:
         if reward.host is not None:
-            found[reward.name] = own.ask(reward, images, prompts)
+            found[reward.name] = own.ask(reward, images, rows)
             continue
         try:
             found[reward.name] = np.asarray(_jitted(reward.score)(towers[reward.name], floats, tokens[reward.name]))
