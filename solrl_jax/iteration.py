@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from solrl_jax import sharding
+from solrl_jax import mixture, sharding
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.keys import sample_keys, selection_key
 from solrl_jax.learn import check_hyper, learn
@@ -107,7 +107,7 @@ def stages(model: Model, score: Score, optimizer: optax.GradientTransformation, 
         regenerate=functools.partial(roll, stage=cfg.regenerate, keep_path=cfg.of_steps),
         select_keys=functools.partial(select_keys, cfg=cfg),
         select_samples=functools.partial(select_samples, cfg=cfg),
-        compare=compare,
+        compare=functools.partial(compare, cfg=cfg),
         learn=functools.partial(learn, model=model, optimizer=optimizer, cfg=cfg),
     )
 
@@ -222,7 +222,7 @@ def draw(state: TrainState, prompts: int, *, cfg: Config) -> tuple[Key[Array, "P
 
 def keep(found: Rollout, chance: Float[Array, "P N"], *, cfg: Config) -> Rollout:
     """The kept samples of each prompt, best first."""
-    index = select(found.reward, cfg.kept, cfg.selection, chance)
+    index = select(mixture.worth(found, cfg), cfg.kept, cfg.selection, chance)
     return jax.tree.map(lambda x: take(x, index), found)
 
 
@@ -234,13 +234,13 @@ def select_keys(preview: Rollout, chance: Float[Array, "P N"], *, cfg: Config) -
 def select_samples(full: Rollout, chance: Float[Array, "P N"], *, cfg: Config) -> tuple[Rollout, Metrics]:
     """The samples kept of one stage's candidates, and the reward metrics of both."""
     samples = keep(full, chance, cfg=cfg)
-    return samples, reward_metrics(full, samples)
+    return samples, reward_metrics(full, samples) | mixture.metrics(samples, cfg)
 
 
-def compare(preview: Rollout, chosen: Rollout, samples: Rollout) -> Metrics:
+def compare(preview: Rollout, chosen: Rollout, samples: Rollout, *, cfg: Config) -> Metrics:
     """Does the preview rank as the full rollout does? Spearman within each prompt, over the kept samples."""
-    agreement = jnp.mean(spearman(chosen.reward, samples.reward))
-    return {**reward_metrics(preview, samples), "rank/spearman": agreement}
+    agreement = jnp.mean(spearman(mixture.worth(chosen, cfg), mixture.worth(samples, cfg)))
+    return {**reward_metrics(preview, samples), **mixture.metrics(samples, cfg), "rank/spearman": agreement}
 
 
 def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key
 
-from solrl_jax import algos, guidance, lora, sampler, sharding
+from solrl_jax import algos, guidance, lora, mixture, sampler, sharding
 from solrl_jax.algos import Sample, Schedule
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.keys import ORDER, POINTS, sample_key, shared_point_keys, split_seed
@@ -64,7 +64,7 @@ def learn(
     """
     chex.assert_tree_shape_prefix(samples, samples.keys.shape)
     chex.assert_tree_shape_prefix(cond, samples.keys.shape[:1])
-    advantage = algos.advantages(samples.reward, cfg.learn.advantage_spread)
+    advantage, worth = mixture.advantages(samples, cfg), mixture.worth(samples, cfg)
     epochs, updates = cfg.learn.epochs, cfg.learn.updates
     began, x0 = state, samples.x0
     assert x0 is not None  # these are samples, not a branch's preview
@@ -79,7 +79,7 @@ def learn(
         return state, {**metrics, "grad_norm": norm, "skipped": (state.skipped > 0).astype(F32)}
 
     epoch_of = jnp.repeat(jnp.arange(epochs), updates)
-    index = jnp.concatenate([dealt(samples.keys, samples.reward, e, updates) for e in range(epochs)])
+    index = jnp.concatenate([dealt(samples.keys, worth, e, updates) for e in range(epochs)])
     state, metrics = jax.lax.scan(update, state, (epoch_of, index))
     hyper = state.hyper
     decay = algos.old_decay(state.updates, hyper.old_wait, hyper.old_ramp, hyper.old_max)
@@ -98,14 +98,14 @@ def point_keys(state: TrainState, keys: Key[Array, "P K"], epoch: Int[Array, ""]
     return jnp.broadcast_to(shared_point_keys(state, epoch, keys.shape[0])[:, None], keys.shape)
 
 
-def dealt(keys: Key[Array, "P K"], reward: Float[Array, "P K"], epoch: int, updates: int) -> Int[Array, "U P k"]:
+def dealt(keys: Key[Array, "P K"], worth: Float[Array, "P K"], epoch: int, updates: int) -> Int[Array, "U P k"]:
     """The K / updates samples that each update takes of every prompt, no sample twice.
 
     A stratum is `updates` neighbours in the prompt's order of rewards. An update takes one of each at random, so it
     has good and bad samples of a prompt, whose advantages nearly cancel. (The original shuffles all samples together.)
     """
     prompts, kept = keys.shape
-    order = jnp.argsort(reward, axis=-1, stable=True)
+    order = jnp.argsort(worth, axis=-1, stable=True)
     chance = jax.vmap(jax.vmap(lambda k: jax.random.uniform(sample_key(k, ORDER, epoch))))(keys)
     strata, chance = (x.reshape(prompts, kept // updates, updates) for x in (order, take(chance, order)))
     return jnp.moveaxis(jnp.take_along_axis(strata, jnp.argsort(chance, axis=-1), axis=-1), -1, 0)

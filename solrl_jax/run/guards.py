@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Key
 
-from solrl_jax import guidance, quant, rewards, rollout, sharding
+from solrl_jax import guidance, mixture, quant, rewards, rollout, sharding
 from solrl_jax.config import Config, Stage
 from solrl_jax.iteration import stages
 from solrl_jax.keys import sample_keys
@@ -35,6 +35,8 @@ COLLAPSED = 0.5
 """Share of prompts whose kept samples all have one reward."""
 FAR = 0.2
 """Mean squared distance of velocities (about 1 themselves) from the base's or the old policy's."""
+UNEQUAL = 5.0
+"""How many times larger than another's the weighted spread of a summed reward may be."""
 GROWTH = 10.0
 """Factor by which a distance of FAR / 100 or more may grow in RECENT iterations."""
 
@@ -48,7 +50,27 @@ def alarms(lines: Sequence[Line], cfg: Config) -> dict[str, str]:
         if w.kl == w.learn:  # otherwise kl_div begins at the distance of the guided base from the plain one
             found |= {"kl_div": _far(trained, "kl_div", "base")}
         found |= {"old": _far(trained, "old_deviate", "old policy")}
+    found["scales"] = _unequal(trained, cfg)
     return {kind: f"warning: {text}" for kind, text in found.items() if text}
+
+
+def _unequal(lines: Sequence[Line], cfg: Config) -> str:
+    """Whether one reward of a raw sum decides alone, by the first iteration's spreads within prompts."""
+    if cfg.reward_rule != "sum" or not lines:
+        return ""
+    weights = rewards.weights(cfg.reward)
+    says = {name: abs(w) * (lines[0].get(f"reward_std/{name}") or 0.0) for name, w in weights.items()}
+    says = {name: value for name, value in says.items() if value > 0}
+    if len(says) < 2 or max(says.values()) <= UNEQUAL * min(says.values()):
+        return ""
+    most, least = max(says, key=says.__getitem__), min(says, key=says.__getitem__)
+    even = ",".join(
+        f"{name}:{math.copysign(1, weights[name]) * abs(weights[name]) / x:.3g}" for name, x in says.items()
+    )
+    return (
+        f"of the sum of rewards {most} decides: weight times spread within a prompt is {says[most]:.3g}, that of "
+        f"{least} {says[least]:.3g}; set reward_rule=gdpo, or weights over the spreads, such as reward={even}"
+    )
 
 
 def falling(lines: Sequence[Line], cfg: Config) -> list[str]:
@@ -194,7 +216,8 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     truths = {"": roll(programs.full, low)}
     if cfg.branch is not None:
         truths = {"": roll(programs.finish, low, preview.state), "noise_": truths[""]}
-    found = {at: fidelity(preview.reward, truth.reward, cfg.kept) for at, truth in truths.items()}
+    guess = mixture.worth(preview, cfg)
+    found = {at: fidelity(guess, mixture.worth(truth, cfg), cfg.kept) for at, truth in truths.items()}
     ranks = {f"watch/{at}{name}": float(jnp.mean(x)) for at, each in found.items() for name, x in each.items()}
     return ranks | saturated
 

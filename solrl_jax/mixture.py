@@ -1,0 +1,82 @@
+"""By what the samples of a prompt are compared and learnt from, where there are several rewards (config.reward_rule).
+
+    "sum"   R = sum_k w_k R_k on the rewards' own scales, as published for the methods here; the largest scale decides.
+    "gdpo"  S = sum_k w_k z_k, where z_k is the advantage of reward k alone, and the advantages are S whitened over the
+            batch (GDPO, arXiv 2601.05242). Weights then weigh, whatever the scales are.
+
+Selection, the strata of updates and the measures of ranks all take the same `worth`. With one reward both rules give
+one order, and the first is used.
+"""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from solrl_jax import algos, rewards
+from solrl_jax.config import Config
+from solrl_jax.structs import Rollout
+
+Parts = Mapping[str, Float[Array, "P K"]]
+
+
+def combined(parts: Parts, weights: Mapping[str, float], spread: str) -> Float[Array, "P K"]:
+    """S = sum_k w_k z_k of the rewards' parts; `spread` says which std a z is divided by (algos.advantages)."""
+    total = jnp.zeros_like(next(iter(parts.values())))
+    for name, part in parts.items():
+        total = total + weights[name] * algos.advantages(part, spread)
+    return total
+
+
+def whitened(score: Float[Array, "P K"]) -> Float[Array, "P K"]:
+    """(S - mean) / (std + 1e-4) over the batch; the mean of S is 0 already, up to rounding."""
+    return (score - jnp.mean(score)) / (jnp.std(score) + 1e-4)
+
+
+def by_parts(cfg: Config) -> bool:
+    """Whether rewards are normalised one by one: by the rule, and because there are several."""
+    return cfg.reward_rule == "gdpo" and len(rewards.weights(cfg.reward)) > 1
+
+
+def worth(found: Rollout, cfg: Config) -> Float[Array, "P K"]:
+    """What a prompt's samples are ordered by."""
+    if not by_parts(cfg):
+        return found.reward
+    return combined(found.parts, rewards.weights(cfg.reward), cfg.learn.advantage_spread)
+
+
+def advantages(samples: Rollout, cfg: Config) -> Float[Array, "P K"]:
+    """A of the kept samples, before `algos.shape_advantage`."""
+    if not by_parts(cfg):
+        return algos.advantages(samples.reward, cfg.learn.advantage_spread)
+    return whitened(worth(samples, cfg))
+
+
+def metrics(samples: Rollout, cfg: Config) -> dict[str, Float[Array, ""]]:
+    """Of each of several rewards over the kept samples; {} for one.
+
+    reward_std/<k>, zero_std/<k>: mean std within a prompt, and the share of prompts with one value. share/<k>: its part
+    of sum |w z| (gdpo) or of sum |w| std (sum), what it has to say in the order. corr/<k>: its mean correlation with
+    the worth within a prompt. advantage/std, with gdpo: of S before whitening.
+    """
+    if len(samples.parts) < 2:
+        return {}
+    weights, score = rewards.weights(cfg.reward), worth(samples, cfg)
+    std = {name: jnp.std(part, axis=-1) for name, part in samples.parts.items()}
+    alone = {name: algos.advantages(part, cfg.learn.advantage_spread) for name, part in samples.parts.items()}
+    says = {name: jnp.mean(jnp.abs(z)) if by_parts(cfg) else jnp.mean(std[name]) for name, z in alone.items()}
+    says = {name: abs(weights[name]) * value for name, value in says.items()}
+    everything = sum(says.values(), jnp.float32(0))
+    out = {f"reward_std/{name}": jnp.mean(x) for name, x in std.items()}
+    for name, part in samples.parts.items():
+        out[f"zero_std/{name}"] = jnp.mean(jnp.all(part == part[:, :1], axis=-1).astype(jnp.float32))
+        out[f"share/{name}"] = says[name] / jnp.where(everything > 0, everything, 1.0)
+        out[f"corr/{name}"] = jnp.mean(_correlation(part, score))
+    return out | ({"advantage/std": jnp.std(score)} if by_parts(cfg) else {})
+
+
+def _correlation(a: Float[Array, "P K"], b: Float[Array, "P K"]) -> Float[Array, "P"]:
+    """Within each prompt; 0 where one side is constant."""
+    a, b = (x - jnp.mean(x, axis=-1, keepdims=True) for x in (a, b))
+    norm = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
+    return jnp.where(norm > 0, jnp.sum(a * b, axis=-1) / jnp.where(norm > 0, norm, 1.0), 0.0)
