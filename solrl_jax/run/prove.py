@@ -7,9 +7,9 @@ against ours (prove_picture.py). The JSON is written after each part, so an erro
 """
 
 import dataclasses
-import functools
 import json
 import math
+import os
 import platform
 import subprocess
 import tempfile
@@ -18,18 +18,15 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from solrl_jax import disk, iteration, learn, plan, rollout, sharding, train
-from solrl_jax.config import FOLDER, Branch, Config, ConfigError, Evaluate, Learn, Stage, Watch, to_json
-from solrl_jax.plan import jaxpr, shapes
-from solrl_jax.plan.cards import seconds
+from solrl_jax import disk, plan, sharding, train
+from solrl_jax.config import BRANCHES, FOLDER, Branch, Config, ConfigError, Evaluate, Learn, Watch, to_json
 from solrl_jax.plan.doctor import PACKAGES
 from solrl_jax.quant import coverage
-from solrl_jax.run import assemble, convert, guards, prove_picture
+from solrl_jax.run import assemble, convert, guards, prove_diffusers, prove_picture, prove_stages
 from solrl_jax.run.assemble import Parts
 from solrl_jax.weights import hub
 
@@ -61,22 +58,21 @@ def run_prove(
 
     Raises ConfigError, DataError or WeightsError before any large file is read, TrainError if a device fails.
     """
-    if out.is_dir() or out.suffix != ".json":
-        raise ConfigError(f"--out={out}: give a file that ends in .json, as in --out=prove.json")
+    check_out(out)
     given, want = cfg, prove_picture.asked(cfg, prompt)
     kept = None if reference is None else prove_picture.stored(reference, want)
-    why_not = "" if reference else prove_picture.absent(cfg)
+    why_not = "" if reference else prove_diffusers.absent(cfg)
     forms = ranked_forms(cfg)
     with tempfile.TemporaryDirectory() as folder:
         if not cfg.prompt_files:
             file = Path(folder) / "prompts.txt"
             file.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
             cfg = dataclasses.replace(cfg, prompt_files=str(file))
-        parts = assemble.assemble(one_prompt_each(cfg, devices or jax.device_count()), devices)
+        parts = assemble.assemble(prove_stages.one_prompt_each(cfg, devices or jax.device_count()), devices)
     found: dict[str, Any] = {"format": FORMAT, **facts(given, parts), "weights": files(given)}
     with jax.set_mesh(parts.mesh):
         work: dict[str, Callable[[], dict[str, Any]]] = {
-            "stages": lambda: stages(train.ready(parts)),
+            "stages": lambda: prove_stages.measured(train.ready(parts)),
             "ranks": lambda: ranks(parts, forms),
             "picture": lambda: prove_picture.run(parts, want, kept, why_not, out.with_suffix(".safetensors")),
         }
@@ -97,6 +93,15 @@ def run_prove(
     return 1 if found["picture"].get("passed") is False else 0
 
 
+def check_out(out: Path) -> None:
+    """ConfigError unless `out` can become a .json file."""
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if out.is_dir() or out.suffix != ".json":
+        raise ConfigError(f"--out={out}: give a file that ends in .json, as in --out=prove.json")
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ConfigError(f"--out={out}: {place} is not a folder that can be written to: give another file")
+
+
 def write(out: Path, found: Mapping[str, Any]) -> None:
     """As JSON, with null for numbers that are not finite."""
 
@@ -105,11 +110,8 @@ def write(out: Path, found: Mapping[str, Any]) -> None:
             return {k: finite(v) for k, v in x.items()}
         return None if isinstance(x, float) and not math.isfinite(x) else x
 
-    try:
-        with disk.whole(out) as f:
-            f.write((json.dumps(finite(found), indent=1, allow_nan=False) + "\n").encode())
-    except PermissionError as e:
-        raise ConfigError(f"--out={out} cannot be written ({e.strerror}): give another file") from None
+    with disk.whole(out) as f:
+        f.write((json.dumps(finite(found), indent=1, allow_nan=False) + "\n").encode())
 
 
 # --- what was run ---------------------------------------------------------------------------------------------------
@@ -130,8 +132,20 @@ def facts(cfg: Config, parts: Parts) -> dict[str, Any]:
             "shard": parts.mesh.shape[sharding.FSDP],
             "bytes": plan.memory_limit(),
         },
-        "config": json.loads(to_json(cfg)),
+        "config": _told(json.loads(to_json(cfg))),
     }
+
+
+def _told(value: Any) -> Any:
+    """A config's values for others: of an absolute path its last part."""
+    if isinstance(value, dict):
+        return {k: _told(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_told(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    name, sign, path = value.rpartition("=")  # "clipscore=/a/folder"
+    return f"{name}{sign}{Path(path).name}" if Path(path).is_absolute() else value
 
 
 def _version(name: str) -> str | None:
@@ -172,109 +186,6 @@ def files(cfg: Config) -> dict[str, Any]:
     return {name(f): {"bytes": f.stat().st_size, "sha256": convert.digest(f)} for f in found}
 
 
-# --- stages ---------------------------------------------------------------------------------------------------------
-
-
-def one_prompt_each(cfg: Config, devices: int) -> Config:
-    """`cfg` in one iteration of one prompt a device, without watch and evaluation.
-
-    The chunks and the micro-batch are the largest that divide this, up to the config's own.
-    """
-    one, most = dataclasses.replace, max(1, cfg.learn.micro_batch)
-    smaller = {name: one(stage, chunk=min(stage.chunk, images)) for name, stage, images in cfg.stages()}
-    if cfg.branch is not None:
-        smaller["regenerate"] = one(smaller["regenerate"], steps=cfg.regenerate.steps)
-    smaller |= {"prompts": devices, "iterations": 1, "watch": Watch(every=0), "evaluate": Evaluate(every=0)}
-    for size in range(most, 0, -1):
-        for every in dict.fromkeys((cfg.learn.reference_every, 1)):
-            how = one(cfg.learn, micro_batch=size, reference_every=every)
-            try:
-                made = one(cfg, learn=how, **smaller)
-                learn.micro_batches(made, made.kept // made.learn.updates)
-                return made
-            except ConfigError:
-                continue
-    return one(cfg, **smaller)  # whose error names what is wrong
-
-
-class Row(NamedTuple):
-    """Of a stage: seconds, those of the first time with compiling, the plan's; bytes on the device with the most at
-    its end since the process began, whether this stage took more than those before it, and the plan's bytes."""
-
-    seconds: float
-    first_seconds: float
-    planned_seconds: float | None
-    peak_bytes: int | None
-    rose: bool | None
-    planned_bytes: int | None
-
-
-def stages(parts: Parts) -> dict[str, Any]:
-    """Encode and an iteration, twice: memory of the first time, seconds of the second. And one decode of a chunk."""
-    cfg, card = dataclasses.replace(parts.cfg, shard=parts.mesh.shape[sharding.FSDP]), plan.device_card()
-    sizes = shapes.read(cfg, parts.mesh.size)
-    uses = {u.stage: u for u in plan.uses_of(cfg, sizes, parts.mesh.size, card or plan.CARDS["H100 80GB"])}
-    times, peaks = ({}, {}), {"begin": peak()}
-    texts, state = parts.prompts.train[: cfg.prompts], assemble.fresh(parts)
-    staged = iteration.Staged(model=parts.model, score=parts.score, optimizer=parts.optimizer, cfg=parts.cfg)
-    plain, seen = dict(staged.jit), {name: _noting(f, name, peaks) for name, f in staged.jit.items()}
-    for each, programs in zip(times, (seen, plain), strict=True):
-        parts.text.kept.clear()  # else nothing is encoded
-        with iteration.clock(each, "encode"):
-            prompts = jax.block_until_ready(assemble.encode(parts, texts, parts.score))
-        peaks.setdefault("encode", peak())
-        staged.jit = programs
-        staged(state, parts.frozen, prompts, each)
-    rows, before = {}, peaks.pop("begin")
-    for name, use in uses.items():
-        most = peaks[name]
-        rose = None if most is None or before is None else most > before
-        planned = None if card is None else use.seconds
-        rows[name] = Row(times[1][name], times[0][name], planned, most, rose, use.total)._asdict()
-        before = most
-    return {
-        "ran": True,
-        "prompts": cfg.prompts,
-        "candidates": cfg.candidates,
-        "kept": cfg.kept,
-        "of": {"micro_batch": cfg.learn.micro_batch, **{n: dataclasses.asdict(s) for n, s, _ in cfg.stages()}},
-        "memory": "measured" if before is not None else f"unknown: a {jax.devices()[0].platform} does not tell",
-        "time": "planned" if card is not None else "not planned: this device is not a card that the plan knows",
-        "stages": rows,
-        "decode": decode(parts, card),
-    }
-
-
-def peak() -> int | None:
-    """The most bytes in use since the process began, of the device with the most; None if they do not tell."""
-    found = [(d.memory_stats() or {}).get("peak_bytes_in_use") for d in jax.local_devices()]
-    return None if None in found else max(x for x in found if x is not None)
-
-
-def _noting(program: Callable[..., Any], name: str, peaks: dict[str, int | None]) -> Callable[..., Any]:
-    """`program`, after which the peak is noted under its stage."""
-
-    def run(*args: Any) -> Any:
-        found = jax.block_until_ready(program(*args))
-        peaks["quantise" if name in ("merged", "quantised") else name] = peak()
-        return found
-
-    return run
-
-
-def decode(parts: Parts, card: plan.Card | None) -> dict[str, Any]:
-    """Seconds of one decode of regenerate's chunk of pictures, on each device the same."""
-    count, vae = parts.cfg.regenerate.chunk, parts.frozen.vae
-    keys = jax.random.split(jax.random.key(parts.cfg.seed), count)
-    x0, run = sharding.replicate(rollout.noises(parts.model, keys), parts.mesh), jax.jit(parts.model.decode)
-    jax.block_until_ready(run(vae, x0))
-    times: dict[str, float] = {}
-    with iteration.clock(times, "decode"):
-        jax.block_until_ready(run(vae, x0))
-    work = jaxpr.flops(jaxpr.trace(parts.model.decode, vae, x0))
-    return {"pictures": count, **times, "planned_seconds": None if card is None else seconds(work, card)}
-
-
 # --- ranks ----------------------------------------------------------------------------------------------------------
 
 
@@ -286,9 +197,9 @@ def ranked_forms(cfg: Config) -> dict[str, Config]:
         raise ConfigError(f"candidates={cfg.candidates}: previews of 4 or more are ranked")
     assemble.check_rewards(cfg)
     one, kept = dataclasses.replace, max(2, count // 8 * 2)
-    plain: dict[str, Any] = {"eta": 0.0, "window": 0, "window_within": 0, "shared_noise": False, "shift": 0.0}
-    if cfg.regenerate.stochastic:
-        plain["solver"] = "dpm2"
+    ode = cfg.regenerate if cfg.regenerate.solver in BRANCHES else one(cfg.regenerate, solver="dpm2", shift=0.0)
+    plain: dict[str, Any] = {"eta": 0.0, "window": 0, "window_within": 0, "shared_noise": False}
+    plain |= {"solver": ode.solver, "shift": ode.shift}  # a branch is one solve
     low, full = one(cfg.explore or cfg.regenerate, **plain), one(cfg.regenerate, **plain)
     low = one(low, precision="auto" if low.precision == "bf16" else low.precision)
     size = max(n for n in range(1, min(low.chunk, full.chunk, count) + 1) if count % n == 0)
@@ -301,7 +212,9 @@ def ranked_forms(cfg: Config) -> dict[str, Config]:
     steps, branch = BRANCH
     forms = {
         f"restart {RESTART[0]}+{RESTART[1]}": base,
-        f"branch {steps}@{branch.after}+{branch.steps}": one(base, explore=one(base.explore, steps=steps), branch=branch),
+        f"branch {steps}@{branch.after}+{branch.steps}": one(
+            base, explore=one(base.explore, steps=steps), branch=branch
+        ),
     }
     model = assemble.model_module(cfg).make(cfg.model)
     coverage.check(model, base.explore.precision, cfg.model.min_quantised_flops)
@@ -311,15 +224,17 @@ def ranked_forms(cfg: Config) -> dict[str, Config]:
 def ranks(parts: Parts, forms: Mapping[str, Config]) -> dict[str, Any]:
     """Spearman, overlap of the best and kept contrast of the previews, the mean over the prompts."""
     state, found, first = assemble.fresh(parts), {}, next(iter(forms.values()))
+    devices, there = parts.mesh.size, len(parts.prompts.train)
+    count = min(-(-PROMPTS // devices), there // devices) * devices  # all there are, if fewer
+    same = {"prompts": count, "prompt_files": parts.cfg.prompt_files, "shard": parts.cfg.shard}
     for name, cfg in forms.items():
-        cfg = dataclasses.replace(cfg, prompt_files=parts.cfg.prompt_files, shard=parts.cfg.shard)
+        cfg = dataclasses.replace(cfg, **same)
         each = guards.measured(train.ready(parts._replace(cfg=cfg)), state)
         found[name] = {key.removeprefix("watch/"): value for key, value in each.items()}
     assert first.explore is not None
-    devices, there = parts.mesh.size, len(parts.prompts.train)
     return {
         "ran": True,
-        "prompts": min(-(-PROMPTS // devices), there // devices) * devices,
+        "prompts": count,
         "candidates": first.candidates,
         "kept": first.kept,
         "reward": first.reward,
@@ -337,9 +252,10 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
     rank = found["ranks"]
     yield f"previews in {rank['precision']}, {rank['prompts']} prompts x {rank['candidates']}, by {rank['reward']}:"
     for name, each in rank["forms"].items():
-        yield f"  {name:16}Spearman {each['spearman']:.3f}, overlap {each['overlap']:.3f}, contrast {each['kept_contrast']:.3f}"
+        told = (f"{what.replace('_', ' ')} {each[what]:.3f}" for what in ("spearman", "overlap", "kept_contrast"))
+        yield f"  {name:16}{', '.join(told)}"
         if "noise_spearman" in each:
-            yield f"    of the full rollouts from the noise: Spearman {each['noise_spearman']:.3f}"
+            yield f"    of the full rollouts from the noise: spearman {each['noise_spearman']:.3f}"
     run = found["stages"]
     yield f"{run['prompts']} prompts; memory {run['memory']}; time {run['time']}"
     yield f"  {'stage':12}{'seconds':>9}{'plan':>9}{'peak GB':>9}{'plan':>9}"
@@ -355,8 +271,5 @@ def _picture(picture: Mapping[str, Any]) -> Iterator[str]:
         return
     yield f"picture: {'within' if picture['passed'] else 'OUT OF'} its bounds, against {picture['against']['by']}"
     for w, each in picture["differences"].items():
-        bound = each["bound"]
-        yield (
-            f"  guidance {w}: latents {each['latents_relative_rms']:.2e} (at most {bound['latents_relative_rms']:.2e}), "
-            f"picture {each['picture_mean']:.3f} of 255 (at most {bound['picture_mean']:.3f})"
-        )
+        (rms, most), (mean, levels) = ((each[x], each["bound"][x]) for x in ("latents_relative_rms", "picture_mean"))
+        yield f"  guidance {w}: latents {rms:.2e} (at most {most:.2e}), picture {mean:.3f} of 255 (at most {levels:.3f})"
