@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import sys
-import types
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -11,62 +12,263 @@ import pytest
 from absl.testing import flagsaver
 from safetensors.numpy import save_file
 
-from solrl_jax import config, main, plan
-from solrl_jax.config import ConfigError, Stage
+from solrl_jax import config, main
 from solrl_jax.quant import coverage
-from solrl_jax.run import assemble, prove, prove_picture
+from solrl_jax.run import assemble, prove, prove_diffusers, prove_picture, prove_stages
 from tests import nano, nano_sana, nano_sd35, test_train
 from tests.test_train import compiled  # noqa: F401 - small programs are compiled once
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 BUILD = {"flux": nano.build, "sd35": nano_sd35.build, "sana": nano_sana.build}
+OWN = {"flux": "3.5", "sd35": "4.5", "sana": "4.5"}
+PROMPT = "--prompt=a small blue square"
 
 
-# --- the command, on a toy ------------------------------------------------------------------------------------------
+def started(made, monkeypatch, capsys):
+    """command(*words) -> (exit code, output, error) of --mode=prove with the config `made`."""
+    monkeypatch.setattr(config, "load", lambda spec, overrides: config.override(made, **overrides))
+
+    def run(*words):
+        capsys.readouterr()
+        with flagsaver.flagsaver():
+            code = main.main(main.parse(["x", "--config=x", "--mode=prove", "--devices=1", *words]))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def picture_alone(monkeypatch):
+    """The other parts, which compile most of the programs, are left out."""
+    monkeypatch.setattr(prove_stages, "measured", lambda parts: {"ran": True, "prompts": 1, **NOTHING})
+    ranks = {"precision": "bf16", "prompts": 0, "candidates": 0, "reward": "none", "forms": {}}
+    monkeypatch.setattr(prove, "ranks", lambda parts, forms: dict(ranks))
+
+
+NOTHING = {"memory": "unknown", "time": "unknown", "stages": {}}
+
+
+def read(file):
+    return json.loads(Path(file).read_text())
+
+
+# --- on a toy -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path, capsys):
-    """command(*words) -> (exit code, output, error) on test_train's toy, guided, whose folder names a scheduler."""
+def toy(monkeypatch, tmp_path, capsys):
+    """The command on test_train's toy, guided; its folder has a scheduler and files for weights."""
     monkeypatch.chdir(tmp_path)
-    model = test_train.TOY._replace(guidance="cfg", guided=3.0)
-    monkeypatch.setattr(test_train, "TOY", model)
-    made = test_train.world(monkeypatch, tmp_path)
-    folder = tmp_path / "toy"
-    for part in ("transformer", "vae", "text_encoder"):
+    monkeypatch.setattr(test_train, "TOY", test_train.TOY._replace(guidance="cfg", guided=3.0))
+    made, folder = test_train.world(monkeypatch, tmp_path), tmp_path / "toy"
+    for part, stem in (("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
         (folder / part).mkdir(parents=True)
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
         save_file({"x": np.zeros(3, np.float32)}, folder / part / f"{stem}.safetensors")
+    (folder / "text_encoder").mkdir()
+    save_file({"x": np.zeros(3, np.float32)}, folder / "text_encoder/model.safetensors")
     (folder / "scheduler").mkdir()
-    file = folder / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler"}))
+    kind = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(kind))
     module = assemble.model_module(made)
     module.shapes = lambda cfg: jax.eval_shape(lambda: test_train.load(cfg, lambda path, x: x.read(...), None))
     module.token_shapes = lambda cfg, count: jax.ShapeDtypeStruct((count, 12), np.int32)
     monkeypatch.setattr(assemble, "model_module", lambda cfg: module)
     monkeypatch.setattr(coverage, "check", lambda *_: None)  # the toy has no Linear
-    made = dataclasses.replace(made, model=dataclasses.replace(made.model, path=str(folder), dtype="float32"))
-    monkeypatch.setattr(config, "load", lambda spec, overrides: config.override(made, **overrides))
-
-    def run(*words):
-        with flagsaver.flagsaver():
-            code = main.main(main.parse(["x", "--config=toy", "--mode=prove", "--devices=1", *words]))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    model = dataclasses.replace(made.model, path=str(folder), dtype="float32")
+    return started(dataclasses.replace(made, model=model), monkeypatch, capsys)
 
 
-def test_the_json(command, tmp_path):
-    code, out, err = command("--out=a/p.json")
+def test_the_json_has_every_part(toy, tmp_path, monkeypatch):
+    """Diffusers has no toy, which is said and is no pass; what is stored serves a second command."""
+    code, out, err = toy("--out=a/p.json", PROMPT)
     assert code == 0, err
-    found = json.loads((tmp_path / "a/p.json").read_text())
-    print(json.dumps(found, indent=1))
-    print(out)
-    import cProfile, pstats
+    found = read("a/p.json")
+    assert found["format"] == 1 and {"date", "commit", "versions", "device", "config"} < found.keys()
+    assert found["versions"]["jax"] == jax.__version__ and found["device"] | {"bytes": None} == found["device"]
+    assert found["device"]["platform"] == "cpu" and found["config"]["model"]["path"] == "toy"
+    assert str(tmp_path) not in Path("a/p.json").read_text()
+    files = found["weights"]
+    assert len(files) == 3 and all(len(x["sha256"]) == 64 and x["bytes"] > 0 for x in files.values())
 
-    p = cProfile.Profile()
-    p.enable()
-    command()
-    p.disable()
-    pstats.Stats(p).sort_stats("cumulative").print_stats(70)
-    assert 0
+    run = found["stages"]
+    assert list(run["stages"]) == ["encode", "quantise", "explore", "regenerate", "learn"]
+    for name, row in run["stages"].items():
+        assert 0 < row["seconds"] < row["first_seconds"], name  # the first time it is compiled
+        assert row["peak_bytes"] is row["rose"] is row["planned_seconds"] is None and row["planned_bytes"] > 0
+    assert (run["prompts"], run["candidates"], run["kept"]) == (1, 4, 2) and run["decode"]["decode"] > 0
+    assert run["memory"] == "unknown: a cpu does not tell" and run["time"].startswith("not planned: this device")
+
+    rank = found["ranks"]
+    assert (rank["prompts"], rank["candidates"], rank["kept"]) == (7, 4, 2)  # of 8 asked for, 7 are there
+    assert rank["precision"] == "nvfp4_emulated" and list(rank["forms"]) == ["restart 6+10", "branch 5@3+4"]
+    restart, branch = rank["forms"].values()
+    assert restart.keys() == {"spearman", "overlap", "kept_contrast"} and branch.keys() > restart.keys()
+    assert branch["spearman"] == 1 and -1 <= restart["spearman"] <= 1
+
+    picture = found["picture"]
+    assert picture["ran"] is False and "passed" not in picture and "a toy is not known here" in picture["why"]
+    assert picture["asked"]["guidance"] == [1.0, 3.0] and picture["asked"]["prompt"] == "a small blue square"
+    assert "picture: NOT COMPARED: how diffusers draws with a toy" in out and "a/p.json: post it" in out
+    assert all(f"\n  {name} " in out for name in (*run["stages"], *rank["forms"]))
+
+    picture_alone(monkeypatch)
+    code, out, err = toy("--reference=a/p.json", PROMPT, "--out=again.json")
+    again = read("again.json")["picture"]
+    assert code == 0 and again["passed"] and again["against"]["by"] == "solrl_jax", err
+    assert again["noise_largest"] == 0 and not Path("again.safetensors").exists()
+    for w in ("1", "3"):
+        each = again["differences"][w]
+        assert each["latents_relative_rms"] == each["picture_largest"] == 0 and each["picture_psnr"] is None
+        assert each["bound"] == {"latents_relative_rms": 1e-3, "picture_mean": 0.5}
+    assert again["differences"]["1"]["latents_largest_value"] != again["differences"]["3"]["latents_largest_value"]
+
+    load = test_train.load
+    monkeypatch.setattr(assemble.model_module(None), "load", lambda *a: perturbed(load(*a)))
+    code, out, _ = toy("--reference=a/p.safetensors", PROMPT)
+    assert code == 1 and "picture: OUT OF its bounds, against solrl_jax" in out
+    assert not any(x["passed"] for x in read("prove.json")["picture"]["differences"].values())
+
+
+def perturbed(trees):
+    """The first kernel of the base, a tenth larger."""
+    base, *rest = trees
+    leaves, form = jax.tree.flatten(base)
+    first = next(i for i, x in enumerate(leaves) if x.ndim > 1)
+    leaves[first] = leaves[first] * 1.1
+    return form.unflatten(leaves), *rest
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reference=nowhere.safetensors"], "--reference=nowhere.safetensors is not a file: give the .safetensors"),
+        (["--reference=prompts.txt"], "is not a file that --mode=prove wrote (SafetensorError"),
+        (["--reference=toy/vae/diffusion_pytorch_model.safetensors"], "is not a file that --mode=prove wrote ("),
+        (["--reference=other.safetensors"], "of another picture: prompt is 'a fox' there and 'a small blue square'"),
+        (["--out=here"], "--out=here: give a file that ends in .json, as in --out=prove.json"),
+        (["--out=prompts.txt/p.json"], "prompts.txt is not a folder that can be written to"),
+        (["--config.reward="], "reward is empty: name what to train on"),
+        (["--config.candidates=2"], "candidates=2: previews of 4 or more are ranked"),
+        (["--lora=x"], "--lora with --mode=prove, which draws with the base alone: leave it out"),
+        (["--checkpoint=best"], "--checkpoint with --mode=prove"),
+        (["--guidance=2"], "--guidance is for --mode=sample and --mode=eval"),
+        (["--mode=plan", "--reference=x"], "--reference is for --mode=prove"),
+    ],
+)
+def test_what_is_refused(toy, monkeypatch, words, message):
+    """In one line, before weights are read; nothing is written."""
+    monkeypatch.setattr(assemble, "open_weights", None)
+    drawn = prove_diffusers.Drawn(np.zeros((4, 4, 1), np.float32), np.zeros((4, 4, 3), np.uint8))
+    cfg = config.load("x", {})
+    want = prove_picture.asked(cfg, "a fox")
+    source = prove_diffusers.Source({"by": "x"}, {1.0: drawn, 3.0: drawn})
+    prove_picture.store(Path("other.safetensors"), want, source, drawn.latents)
+    code, _, err = toy(PROMPT, *words)
+    assert code == 2 and err.startswith("error: ") and message in err and len(err.splitlines()) == 1, err
+    assert not list(Path().glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("regenerate.steps", 7), ("model.size", 64), ("seed", 7), ("model.text_tokens", 4)],
+)
+def test_a_reference_of_another_picture(toy, field, value):
+    cfg = config.load("x", {})
+    drawn = prove_diffusers.Drawn(np.zeros((4, 4, 1), np.float32), np.zeros((4, 4, 3), np.uint8))
+    source, file = prove_diffusers.Source({"by": "x"}, {1.0: drawn, 3.0: drawn}), Path("r.safetensors")
+    prove_picture.store(file, prove_picture.asked(cfg, "a fox"), source, drawn.latents)
+    assert prove_picture.stored(file, prove_picture.asked(cfg, "a fox")).source.told == {"by": "x"}
+    other = prove_picture.asked(config.override(cfg, **{field: value}), "a fox")
+    name = field.rpartition(".")[2]
+    with pytest.raises(config.ConfigError, match=f"of another picture: {name} is .* there and {value} here: ask for"):
+        prove_picture.stored(file, other)
+    with pytest.raises(config.ConfigError, match="parameters is 256 there and 1 here"):
+        prove_picture.stored(file, prove_picture.asked(cfg, "a fox") | {"parameters": 1})
+
+
+# --- beside diffusers -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("prove")
+
+
+@pytest.fixture
+def pipeline(root, monkeypatch, capsys, tmp_path):
+    """pipeline(name, **changes) -> the command on the nano pipeline of that name."""
+    monkeypatch.chdir(tmp_path)
+
+    def of(name, **changes):
+        (root / name).mkdir(exist_ok=True)
+        return started(BUILD[name](root / name, **changes), monkeypatch, capsys)
+
+    return of
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_flux_beside_diffusers(pipeline, monkeypatch):
+    """Within 1e-4 in float32; a kernel a tenth larger is found; without diffusers nothing passes but a stored picture."""
+    picture_alone(monkeypatch)
+    command = pipeline("flux")
+    code, out, err = command(PROMPT)
+    found = read("prove.json")["picture"]
+    assert code == 0 and found["passed"] and found["stored"] == "prove.safetensors, diffusers'", err
+    assert found["against"]["dtype"] == found["ours"]["dtype"] == "float32"
+    check_close(found, ["1", "3.5"])
+
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    code, out, _ = command(PROMPT, "--out=without.json")
+    without = read("without.json")["picture"]
+    assert code == 0 and without["ran"] is False and "passed" not in without and "differences" not in without
+    assert "torch and diffusers are not both here (no diffusers): pip install" in without["why"]
+    assert "picture: NOT COMPARED: torch and diffusers are not both here" in out
+    code, _, _ = command(PROMPT, "--out=stored.json", "--reference=prove.json")
+    stored = read("stored.json")["picture"]
+    assert code == 0 and stored["against"] == found["against"]
+    check_close(stored, ["1", "3.5"])
+
+    monkeypatch.setattr(assemble, "open_weights", lambda *a, f=assemble.open_weights: perturbed(f(*a)))
+    code, out, _ = command(PROMPT, "--out=wrong.json", "--reference=prove.json")
+    wrong = read("wrong.json")["picture"]
+    assert code == 1 and wrong["passed"] is False and "picture: OUT OF its bounds, against diffusers" in out
+    assert all(each["latents_relative_rms"] > 2e-3 for each in wrong["differences"].values())
+
+
+def check_close(picture, weights):
+    assert list(picture["differences"]) == weights
+    for each in picture["differences"].values():
+        assert each["latents_relative_rms"] < 1e-4 and each["picture_largest"] <= 1
+        assert each["latents_largest"] < 1e-4 * each["latents_largest_value"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", ["flux", "sd35", "sana"])
+def test_a_whole_command(pipeline, monkeypatch, name, tmp_path):
+    """All of it on a small pipeline, in float32; then the picture in bfloat16, and of a wrong weight."""
+    command = pipeline(name)
+    code, out, err = command(PROMPT)
+    found = read("prove.json")
+    assert code == 0, err
+    check_close(found["picture"], ["1", OWN[name]])
+    assert [found[part]["ran"] for part in ("stages", "ranks", "picture")] == [True] * 3
+    assert list(found["stages"]["stages"]) == ["encode", "quantise", "explore", "regenerate", "learn"]
+    assert (found["ranks"]["prompts"], found["ranks"]["candidates"], found["ranks"]["kept"]) == (8, 8, 2)
+    for form in found["ranks"]["forms"].values():
+        assert all(math.isfinite(x) for x in form.values()) and 0.2 < form["spearman"] <= 1
+
+    picture_alone(monkeypatch)
+    low = "--config.model.dtype=bfloat16", "--config.model.vae_dtype=bfloat16"
+    code, _, err = command(PROMPT, "--out=bf16.json", *low)
+    rounded = read("bf16.json")["picture"]
+    assert code == 0 and rounded["passed"], err
+    for each in rounded["differences"].values():
+        alone, bound = each["bf16_alone"], each["bound"]
+        assert 1e-3 < each["latents_relative_rms"] < bound["latents_relative_rms"] < 0.1
+        assert bound["latents_relative_rms"] == pytest.approx(5e-3 + 3 * alone["latents_relative_rms"])
+        assert bound["picture_mean"] == pytest.approx(0.5 + 3 * alone["picture_mean"])
+        assert each["ours_in_float32"]["latents_relative_rms"] < each["bound"]["latents_relative_rms"]
+
+    monkeypatch.setattr(assemble, "open_weights", lambda *a, f=assemble.open_weights: perturbed(f(*a)))
+    code, out, _ = command(PROMPT, "--out=wrong.json")
+    assert code == 1 and "picture: OUT OF its bounds, against diffusers" in out

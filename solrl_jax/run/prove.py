@@ -271,5 +271,5 @@ def _picture(picture: Mapping[str, Any]) -> Iterator[str]:
         return
     yield f"picture: {'within' if picture['passed'] else 'OUT OF'} its bounds, against {picture['against']['by']}"
     for w, each in picture["differences"].items():
-        (rms, most), (mean, levels) = ((each[x], each["bound"][x]) for x in ("latents_relative_rms", "picture_mean"))
-        yield f"  guidance {w}: latents {rms:.2e} (at most {most:.2e}), picture {mean:.3f} of 255 (at most {levels:.3f})"
+        (rms, most), (mean, level) = ((each[x], each["bound"][x]) for x in ("latents_relative_rms", "picture_mean"))
+        yield f"  guidance {w}: latents {rms:.2e} (at most {most:.2e}), picture {mean:.3f} of 255 (at most {level:.3f})"

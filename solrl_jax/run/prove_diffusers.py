@@ -96,7 +96,10 @@ def drawn(parts: Parts, want: Mapping[str, Any], noise: Float[np.ndarray, "h w c
     count = sum(x.size for x in jax.tree.leaves((parts.frozen.base, parts.frozen.vae, parts.text.params)))
     place = room_for(torch, count)
     folder = hub.pipeline(parts.cfg.model.path)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(place, torch.float32)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(place)
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    if strange := {x.dtype for part in networks for x in part.parameters()} - {torch.float32}:
+        raise RuntimeError(f"diffusers {diffusers.__version__} loads {strange} for float32: update diffusers")
     pipe.set_progress_bar_config(disable=True)
     told = {"by": "diffusers", "version": diffusers.__version__, "torch": torch.__version__, "device": place}
     told |= {"dtype": "float32", "vae_dtype": "float32", "scheduler": _exact_times(pipe)}

@@ -63,10 +63,18 @@ def asked(cfg: Config, prompt: str) -> dict[str, Any]:
         "size": cfg.model.size,
         "text_tokens": cfg.model.text_tokens,
         "steps": cfg.regenerate.steps,
-        "solver": SOLVERS[weights.read_json(_folder(cfg) / "scheduler" / NAME)["_class_name"]],
+        "solver": solver_of(_folder(cfg)),
         "guided_by": model.guidance,
         "guidance": list(dict.fromkeys([1.0, model.guided])),
     }
+
+
+def solver_of(folder: Path) -> str:
+    """Ours for the scheduler of a pipeline's folder."""
+    name = weights.read_json(folder / "scheduler" / NAME).get("_class_name")
+    if name not in SOLVERS:
+        raise ConfigError(f"{folder} names the scheduler {name}: --mode=prove takes steps as {', '.join(SOLVERS)}")
+    return SOLVERS[name]
 
 
 def _folder(cfg: Config) -> Path:
