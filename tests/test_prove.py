@@ -13,6 +13,7 @@ from absl.testing import flagsaver
 from safetensors.numpy import save_file
 
 from solrl_jax import config, main
+from solrl_jax.plan import shapes
 from solrl_jax.quant import coverage
 from solrl_jax.run import assemble, prove, prove_diffusers, prove_picture, prove_stages
 from tests import nano, nano_sana, nano_sd35, test_train
@@ -41,7 +42,7 @@ def picture_alone(monkeypatch):
     """The other parts, which compile most of the programs, are left out."""
     monkeypatch.setattr(prove_stages, "measured", lambda parts: {"ran": True, "prompts": 1, **NOTHING})
     ranks = {"precision": "bf16", "prompts": 0, "candidates": 0, "reward": "none", "forms": {}}
-    monkeypatch.setattr(prove, "ranks", lambda parts, forms: dict(ranks))
+    monkeypatch.setattr(prove, "ranks", lambda parts, cfg: dict(ranks))
 
 
 NOTHING = {"memory": "unknown", "time": "unknown", "stages": {}}
@@ -185,6 +186,39 @@ def test_a_reference_of_another_picture(toy, field, value):
         prove_picture.stored(file, prove_picture.asked(cfg, "a fox") | {"parameters": 1})
 
 
+@pytest.mark.parametrize(
+    ("name", "prompts", "chunks"),
+    [("flux", 8, (24, 24)), ("flux", 7, (24, 6)), ("flux:flow_grpo", 8, (24, 24)), ("tiny:diffusionnft", 8, (8, 8))],
+)
+def test_the_ranked_forms_of_a_config(name, prompts, chunks, tmp_path, monkeypatch):
+    """Of any family; the chunks stay as large as they divide."""
+    monkeypatch.setattr(coverage, "check", lambda *_: None)
+    given = shapes.with_configs(config.load(name), tmp_path)
+    for cfg, steps in zip((forms := prove.ranked_forms(given, prompts)).values(), (6, 5), strict=True):
+        assert cfg.explore is not None and (cfg.explore.steps, cfg.regenerate.steps) == (steps, 10)
+        assert cfg.explore.precision == "nvfp4_emulated" and cfg.regenerate.precision == "bf16"
+        assert not cfg.explore.stochastic and not cfg.regenerate.stochastic and cfg.explore.solver == "dpm2"
+        assert (cfg.explore.chunk, cfg.regenerate.chunk) == chunks
+        assert cfg.kept == cfg.candidates // 4
+    assert [cfg.branch for cfg in forms.values()] == [None, config.Branch(3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "points", "reference"),
+    [("flux", 12, 4), ("sd35", 6, 4), ("sana", None, None), ("tiny:flow_grpo", None, None)],
+)
+def test_one_prompt_of_a_config(name, points, reference):
+    """All that a stage takes at a time stays, if one prompt divides into it."""
+    given = config.load(name)
+    for devices in (1, 8):
+        cfg = prove_stages.one_prompt_each(given, devices)
+        assert (cfg.prompts, cfg.candidates, cfg.kept) == (devices, given.candidates, given.kept)
+        assert [stage for _, stage, _ in cfg.stages()] == [stage for _, stage, _ in given.stages()]
+        assert cfg.branch == given.branch and cfg.learn.algorithm == given.learn.algorithm
+        if points:
+            assert (cfg.learn.micro_batch, cfg.learn.reference_every) == (points, reference)
+
+
 # --- beside diffusers -----------------------------------------------------------------------------------------------
 
 
@@ -207,7 +241,7 @@ def pipeline(root, monkeypatch, capsys, tmp_path):
 
 @pytest.mark.usefixtures("one_thread")
 def test_flux_beside_diffusers(pipeline, monkeypatch):
-    """Within 1e-4 in float32; a kernel a tenth larger is found; without diffusers nothing passes but a stored picture."""
+    """Within 1e-4 in float32; a wrong kernel is found; without diffusers only a stored picture can pass."""
     picture_alone(monkeypatch)
     command = pipeline("flux")
     code, out, err = command(PROMPT)

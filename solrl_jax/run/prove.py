@@ -62,7 +62,7 @@ def run_prove(
     given, want = cfg, prove_picture.asked(cfg, prompt)
     kept = None if reference is None else prove_picture.stored(reference, want)
     why_not = "" if reference else prove_diffusers.absent(cfg)
-    forms = ranked_forms(cfg)
+    ranked_forms(cfg)
     with tempfile.TemporaryDirectory() as folder:
         if not cfg.prompt_files:
             file = Path(folder) / "prompts.txt"
@@ -73,7 +73,7 @@ def run_prove(
     with jax.set_mesh(parts.mesh):
         work: dict[str, Callable[[], dict[str, Any]]] = {
             "stages": lambda: prove_stages.measured(train.ready(parts)),
-            "ranks": lambda: ranks(parts, forms),
+            "ranks": lambda: ranks(parts, given),
             "picture": lambda: prove_picture.run(parts, want, kept, why_not, out.with_suffix(".safetensors")),
         }
         for name in work:
@@ -189,7 +189,7 @@ def files(cfg: Config) -> dict[str, Any]:
 # --- ranks ----------------------------------------------------------------------------------------------------------
 
 
-def ranked_forms(cfg: Config) -> dict[str, Config]:
+def ranked_forms(cfg: Config, prompts: int = PROMPTS) -> dict[str, Config]:
     """The two forms of the method with cfg's model, reward, solver and chunks, in the device's low precision if `cfg`
     has none. Raises ConfigError if previews of this config cannot be ranked."""
     count = min(CANDIDATES, cfg.candidates)
@@ -197,16 +197,18 @@ def ranked_forms(cfg: Config) -> dict[str, Config]:
         raise ConfigError(f"candidates={cfg.candidates}: previews of 4 or more are ranked")
     assemble.check_rewards(cfg)
     one, kept = dataclasses.replace, max(2, count // 8 * 2)
-    ode = cfg.regenerate if cfg.regenerate.solver in BRANCHES else one(cfg.regenerate, solver="dpm2", shift=0.0)
+    solver, shift = cfg.regenerate.solver, cfg.regenerate.shift
+    solver, shift = (solver, shift) if solver in BRANCHES else ("dpm2", 0.0)
     plain: dict[str, Any] = {"eta": 0.0, "window": 0, "window_within": 0, "shared_noise": False}
-    plain |= {"solver": ode.solver, "shift": ode.shift}  # a branch is one solve
+    plain |= {"solver": solver, "shift": shift}  # a branch is one solve
     low, full = one(cfg.explore or cfg.regenerate, **plain), one(cfg.regenerate, **plain)
     low = one(low, precision="auto" if low.precision == "bf16" else low.precision)
     size = max(n for n in range(1, min(low.chunk, full.chunk, count) + 1) if count % n == 0)
-    rest = max(n for n in range(1, size + 1) if kept % n == 0)
+    whole = [n for n in range(kept, size + 1, kept) if prompts % (n // kept) == 0]  # whole prompts in a chunk
+    rest = max(n for n in (*range(1, size + 1), *whole) if n in whole or kept % n == 0)
     low, full = one(low, steps=RESTART[0], chunk=size), one(full, steps=RESTART[1], chunk=rest, precision="bf16")
-    shared = {"prompts": PROMPTS, "candidates": count, "kept": kept, "selection": "best_worst", "iterations": 1}
-    shared |= {"learn": Learn(micro_batch=1), "watch": Watch(every=1, prompts=PROMPTS), "evaluate": Evaluate(every=0)}
+    shared = {"prompts": prompts, "candidates": count, "kept": kept, "selection": "best_worst", "iterations": 1}
+    shared |= {"learn": Learn(micro_batch=1), "watch": Watch(every=1, prompts=prompts), "evaluate": Evaluate(every=0)}
     base = assemble.resolved(one(cfg, explore=low, regenerate=full, branch=None, **shared), assemble.capability())
     assert base.explore is not None
     steps, branch = BRANCH
@@ -221,14 +223,13 @@ def ranked_forms(cfg: Config) -> dict[str, Config]:
     return forms
 
 
-def ranks(parts: Parts, forms: Mapping[str, Config]) -> dict[str, Any]:
-    """Spearman, overlap of the best and kept contrast of the previews, the mean over the prompts."""
-    state, found, first = assemble.fresh(parts), {}, next(iter(forms.values()))
+def ranks(parts: Parts, cfg: Config) -> dict[str, Any]:
+    """Spearman, overlap of the best and kept contrast of the previews of `cfg`'s forms, the mean over the prompts."""
     devices, there = parts.mesh.size, len(parts.prompts.train)
     count = min(-(-PROMPTS // devices), there // devices) * devices  # all there are, if fewer
-    same = {"prompts": count, "prompt_files": parts.cfg.prompt_files, "shard": parts.cfg.shard}
+    state, found, forms = assemble.fresh(parts), {}, ranked_forms(cfg, count)
+    first = next(iter(forms.values()))
     for name, cfg in forms.items():
-        cfg = dataclasses.replace(cfg, **same)
         each = guards.measured(train.ready(parts._replace(cfg=cfg)), state)
         found[name] = {key.removeprefix("watch/"): value for key, value in each.items()}
     assert first.explore is not None
