@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from absl.testing import flagsaver
 from safetensors.numpy import save_file
 
-from solrl_jax import config, main
+from solrl_jax import config, main, plan
 from solrl_jax.plan import shapes
 from solrl_jax.quant import coverage
 from solrl_jax.run import assemble, prove, prove_diffusers, prove_picture, prove_stages
@@ -217,6 +219,83 @@ def test_one_prompt_of_a_config(name, points, reference):
         assert cfg.branch == given.branch and cfg.learn.algorithm == given.learn.algorithm
         if points:
             assert (cfg.learn.micro_batch, cfg.learn.reference_every) == (points, reference)
+
+
+def test_a_peak_is_a_stages_own_if_it_rose(monkeypatch):
+    """Devices tell the most since the process began; the one with the most counts, and a silent one hides all."""
+    use = plan.Use("", 1, 2, 3, 4, 5, Counter(), 7.0)
+    uses, peaks = dict.fromkeys(("encode", "explore", "learn"), use), {"encode": 10, "explore": 30, "learn": 30}
+    times = dict.fromkeys(uses, 9.0), dict.fromkeys(uses, 8.0)
+    found = prove_stages.rows(uses, times, {"begin": 5, **peaks}, timed=True)
+    assert [row.rose for row in found.values()] == [True, True, False]
+    assert found["explore"] == prove_stages.Row(8.0, 9.0, 7.0, 30, True, 15)
+    found = prove_stages.rows(uses, times, {"begin": None, **dict.fromkeys(peaks)}, timed=False)
+    assert found["learn"] == prove_stages.Row(8.0, 9.0, None, None, None, 15)
+    for sizes, most in (((3, 5), 5), ((3, None), None), ((0,), 0)):
+        devices = [FakeDevice(None if x is None else {"peak_bytes_in_use": x}) for x in sizes]
+        monkeypatch.setattr(jax, "local_devices", lambda devices=devices: devices)
+        assert prove_stages.peak() == most
+
+
+class FakeDevice:
+    def __init__(self, stats):
+        self.memory_stats = lambda: stats
+
+
+def test_what_fails_keeps_what_was_measured(toy, monkeypatch):
+    """diffusers that fails is no pass, and exit code 1; without memory for it, it did not run; a device's error ends."""
+
+    def raised(error):
+        def fail(*given):
+            raise error
+
+        return fail
+
+    picture_alone(monkeypatch)
+    monkeypatch.setitem(prove_diffusers.CALLS, "toy", None)
+    for error, code, why in (
+        (RuntimeError("no such file\nas x"), 1, "diffusers' pipeline failed (RuntimeError: no such file)"),
+        (prove_diffusers.NoRoom("59 GB"), 0, "59 GB"),
+    ):
+        monkeypatch.setattr(prove_diffusers, "drawn", raised(error))
+        found, out, err = toy(PROMPT)
+        picture = read("prove.json")["picture"]
+        assert found == code and picture["ran"] is False and picture["why"] == why, err
+        assert f"picture: NOT COMPARED: {why}" in out and picture.get("passed") in (False, None)
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: of 3 GB")
+    monkeypatch.setattr(prove, "ranks", raised(full))
+    code, _, err = toy(PROMPT, "--out=full.json")
+    assert code == 2 and err.startswith("error: ranks: the device's memory is full (RESOURCE_EXHAUSTED: of 3 GB)")
+    assert "full.json has what was measured before it" in err
+    assert [read("full.json")[part]["ran"] for part in ("stages", "ranks", "picture")] == [True, False, False]
+
+
+def test_room_for_a_pipeline(monkeypatch):
+    """torch's GPU if it has 4.8 bytes for each parameter and a GB, else the host, else the sizes are told."""
+
+    class Torch:
+        cuda = SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (40e9, 80e9))
+
+    for parameters, host, place in ((8e9, 1e9, "cuda"), (8.2e9, 41e9, "cpu"), (12e9, math.inf, "cpu")):
+        monkeypatch.setattr(prove_diffusers, "host_memory", lambda host=host: host)
+        assert prove_diffusers.room_for(Torch, int(parameters)) == place
+    monkeypatch.setattr(prove_diffusers, "host_memory", lambda: 50e9)
+    with pytest.raises(
+        prove_diffusers.NoRoom, match="take about 59 GB, 50 GB of the host's memory are free: run it on"
+    ):
+        prove_diffusers.room_for(Torch, int(12e9))
+    monkeypatch.undo()
+    assert 1e6 < prove_diffusers.host_memory() < 1e15
+
+
+def test_what_a_pipeline_is_not_asked(toy, monkeypatch):
+    """Other weights than its folder's."""
+    cfg = config.override(config.load("x", {}), **{"model.name": "flux"})
+    assert prove_diffusers.absent(cfg) == ""
+    other = config.override(cfg, **{"model.weights": "w.safetensors"})
+    assert "model.weights=w.safetensors are not the folder's" in prove_diffusers.absent(other)
+    Path("toy/weights.json").write_text("{}")
+    assert "toy is converted, which diffusers cannot read" in prove_diffusers.absent(cfg)
 
 
 # --- beside diffusers -----------------------------------------------------------------------------------------------

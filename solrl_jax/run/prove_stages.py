@@ -1,7 +1,7 @@
 """Seconds and memory of a run's stages, measured in one iteration, beside the plan's: a part of --mode=prove."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,9 @@ from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.plan.cards import seconds
 from solrl_jax.run import assemble
 from solrl_jax.run.assemble import Parts
+
+BEGIN = "begin"
+"""The peak before the first stage."""
 
 
 def one_prompt_each(cfg: Config, devices: int) -> Config:
@@ -53,7 +56,7 @@ def measured(parts: Parts) -> dict[str, Any]:
     cfg, card = dataclasses.replace(parts.cfg, shard=parts.mesh.shape[sharding.FSDP]), plan.device_card()
     sizes = shapes.read(cfg, parts.mesh.size)
     uses = {u.stage: u for u in plan.uses_of(cfg, sizes, parts.mesh.size, card or plan.CARDS["H100 80GB"])}
-    times, peaks = ({}, {}), {"begin": peak()}
+    times, peaks = ({}, {}), {BEGIN: peak()}
     texts, state = parts.prompts.train[: cfg.prompts], assemble.fresh(parts)
     staged = iteration.Staged(model=parts.model, score=parts.score, optimizer=parts.optimizer, cfg=parts.cfg)
     plain, seen = dict(staged.jit), {name: _noting(f, name, peaks) for name, f in staged.jit.items()}
@@ -64,24 +67,34 @@ def measured(parts: Parts) -> dict[str, Any]:
         peaks.setdefault("encode", peak())
         staged.jit = programs
         staged(state, parts.frozen, prompts, each)
-    rows, before = {}, peaks.pop("begin")
-    for name, use in uses.items():
-        most = peaks[name]
-        rose = None if most is None or before is None else most > before
-        planned = None if card is None else use.seconds
-        rows[name] = Row(times[1][name], times[0][name], planned, most, rose, use.total)._asdict()
-        before = most
     return {
         "ran": True,
         "prompts": cfg.prompts,
         "candidates": cfg.candidates,
         "kept": cfg.kept,
         "of": {"micro_batch": cfg.learn.micro_batch, **{n: dataclasses.asdict(s) for n, s, _ in cfg.stages()}},
-        "memory": "measured" if before is not None else f"unknown: a {jax.devices()[0].platform} does not tell",
+        "memory": "measured" if peaks[BEGIN] is not None else f"unknown: a {jax.devices()[0].platform} does not tell",
         "time": "planned" if card is not None else "not planned: this device is not a card that the plan knows",
-        "stages": rows,
+        "stages": {name: row._asdict() for name, row in rows(uses, times, peaks, timed=card is not None).items()},
         "decode": decode(parts, card),
     }
+
+
+def rows(
+    uses: Mapping[str, plan.Use],
+    times: tuple[Mapping[str, float], Mapping[str, float]],
+    peaks: Mapping[str, int | None],
+    timed: bool,
+) -> dict[str, Row]:
+    """A row of each planned stage, in the order in which they ran; without the plan's seconds unless `timed`."""
+    found, before = {}, peaks[BEGIN]
+    for name, use in uses.items():
+        most = peaks[name]
+        rose = None if most is None or before is None else most > before
+        planned = use.seconds if timed else None
+        found[name] = Row(times[1][name], times[0][name], planned, most, rose, use.total)
+        before = most
+    return found
 
 
 def peak() -> int | None:
