@@ -1,8 +1,10 @@
 """--mode=prove: its JSON, the picture beside diffusers' and beside a stored one, and what it refuses."""
 
 import dataclasses
+import functools
 import json
 import math
+import shutil
 import sys
 from collections import Counter
 from pathlib import Path
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 from safetensors.numpy import save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from solrl_jax import config, main, plan
 from solrl_jax.plan import shapes
@@ -131,12 +135,12 @@ def test_the_json_has_every_part(toy, tmp_path, monkeypatch):
     assert not any(x["passed"] for x in read("prove.json")["picture"]["differences"].values())
 
 
-def perturbed(trees):
+def perturbed(trees, by=1.1):
     """The first kernel of the base, a tenth larger."""
     base, *rest = trees
     leaves, form = jax.tree.flatten(base)
     first = next(i for i, x in enumerate(leaves) if x.ndim > 1)
-    leaves[first] = leaves[first] * 1.1
+    leaves[first] = leaves[first] * by
     return form.unflatten(leaves), *rest
 
 
@@ -243,7 +247,7 @@ class FakeDevice:
 
 
 def test_what_fails_keeps_what_was_measured(toy, monkeypatch):
-    """diffusers that fails is no pass, and exit code 1; without memory for it, it did not run; a device's error ends."""
+    """diffusers that fails is exit code 1; without memory for it, it did not run; a device's error ends all."""
 
     def raised(error):
         def fail(*given):
@@ -345,6 +349,33 @@ def test_flux_beside_diffusers(pipeline, monkeypatch):
     wrong = read("wrong.json")["picture"]
     assert code == 1 and wrong["passed"] is False and "picture: OUT OF its bounds, against diffusers" in out
     assert all(each["latents_relative_rms"] > 2e-3 for each in wrong["differences"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_weights_that_are_in_bfloat16(pipeline, monkeypatch, root):
+    """Nothing is rounded when they are read: ours in float32 is held to the bound of float32, and finds a fault that
+    the bound of bfloat16 does not see."""
+    picture_alone(monkeypatch)
+    command = pipeline("flux")
+    shutil.copytree(root / "flux/pipeline", "pipeline")
+    for file in Path("pipeline").rglob("*.safetensors"):
+        save_torch({name: x.bfloat16() for name, x in load_torch(file).items()}, file, {"format": "pt"})
+    low = "--config.model.path=pipeline", "--config.model.dtype=bfloat16", "--config.model.vae_dtype=bfloat16"
+    code, out, err = command(PROMPT, *low)
+    found = read("prove.json")["picture"]
+    assert code == 0 and out.count("    ours in float32: latents ") == 2, err
+    for each in found["differences"].values():
+        exact, rms = each["ours_in_float32"], each["latents_relative_rms"]
+        assert exact["latents_relative_rms"] < 1e-4 < 1e-3 < rms and exact["picture_largest"] <= 1
+        assert exact["bound"] == {"latents_relative_rms": 1e-3, "picture_mean": 0.5}
+        assert each["bf16_alone"]["latents_relative_rms"] == pytest.approx(rms, rel=0.02)
+    fault = functools.partial(perturbed, by=1.05)
+    monkeypatch.setattr(assemble, "open_weights", lambda *a, f=assemble.open_weights: fault(f(*a)))
+    code, _, _ = command(PROMPT, *low, "--out=wrong.json")
+    wrong = read("wrong.json")["picture"]["differences"].values()
+    assert code == 1 and [each["passed"] for each in wrong] == [True] * 2
+    assert [each["ours_in_float32"]["passed"] for each in wrong] == [False] * 2
 
 
 def check_close(picture, weights):

@@ -270,7 +270,15 @@ def _picture(picture: Mapping[str, Any]) -> Iterator[str]:
     if not picture["ran"]:
         yield f"picture: NOT COMPARED: {picture['why']}"
         return
-    yield f"picture: {'within' if picture['passed'] else 'OUT OF'} its bounds, against {picture['against']['by']}"
+    yield f"picture: {_within(picture['passed'])} its bounds, against {picture['against']['by']}"
     for w, each in picture["differences"].items():
         (rms, most), (mean, level) = ((each[x], each["bound"][x]) for x in ("latents_relative_rms", "picture_mean"))
+        exact = each["ours_in_float32"] or {}
         yield f"  guidance {w}: latents {rms:.2e} (at most {most:.2e}), picture {mean:.3f} of 255 (at most {level:.3f})"
+        if "passed" in exact:
+            rms, mean = exact["latents_relative_rms"], exact["picture_mean"]
+            yield f"    ours in float32: latents {rms:.2e}, picture {mean:.3f}, {_within(exact['passed'])} its bounds"
+
+
+def _within(passed: bool) -> str:
+    return "within" if passed else "OUT OF"
