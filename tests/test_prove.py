@@ -46,7 +46,7 @@ def started(made, monkeypatch, capsys):
 
 def picture_alone(monkeypatch):
     """The other parts, which compile most of the programs, are left out."""
-    monkeypatch.setattr(prove_stages, "measured", lambda parts: {"ran": True, "prompts": 1, **NOTHING})
+    monkeypatch.setattr(prove_stages, "measured", lambda parts, plans: {"ran": True, "prompts": 1, **NOTHING})
     ranks = {"precision": "bf16", "prompts": 0, "candidates": 0, "reward": "none", "forms": {}}
     monkeypatch.setattr(prove, "ranks", lambda parts, cfg: dict(ranks))
 
@@ -101,7 +101,7 @@ def test_the_json_has_every_part(toy, tmp_path, monkeypatch):
     for name, row in run["stages"].items():
         assert 0 < row["seconds"] < row["first_seconds"], name  # the first time it is compiled
         assert row["peak_bytes"] is row["rose"] is row["planned_seconds"] is None and row["planned_bytes"] > 0
-    assert (run["prompts"], run["candidates"], run["kept"]) == (1, 4, 2) and run["decode"]["decode"] > 0
+    assert (run["prompts"], run["candidates"], run["kept"]) == (1, 4, 2) and run["decode"]["seconds"] > 0
     assert run["memory"] == "unknown: a cpu does not tell" and run["time"].startswith("not planned: this device")
 
     rank = found["ranks"]
@@ -142,6 +142,20 @@ def perturbed(trees, by=1.1):
     first = next(i for i, x in enumerate(leaves) if x.ndim > 1)
     leaves[first] = leaves[first] * by
     return form.unflatten(leaves), *rest
+
+
+@pytest.mark.slow
+def test_on_several_devices(toy, monkeypatch):
+    """A prompt a device; the picture is the same, also with the base in parts."""
+    code, _, err = toy(PROMPT, "--devices=2", "--config.prompts=4")
+    found = read("prove.json")
+    assert code == 0 and found["device"]["count"] == found["stages"]["prompts"] == 2, err
+    assert found["ranks"]["prompts"] == 6  # of 7, as many as divide
+    picture_alone(monkeypatch)
+    for words in (["--devices=1"], ["--devices=4", "--config.shard=2"]):
+        code, _, err = toy(PROMPT, *words, "--reference=prove.json", "--out=other.json")
+        again = read("other.json")["picture"]
+        assert code == 0 and all(x["latents_relative_rms"] < 1e-6 for x in again["differences"].values()), err
 
 
 @pytest.mark.parametrize(
@@ -391,7 +405,7 @@ def check_close(picture, weights):
 def test_a_whole_command(pipeline, monkeypatch, name, tmp_path):
     """All of it on a small pipeline, in float32; then the picture in bfloat16, and of a wrong weight."""
     command = pipeline(name)
-    code, out, err = command(PROMPT)
+    code, out, err = command(PROMPT, "--config.prompt_files=")  # the built-in ones
     found = read("prove.json")
     assert code == 0, err
     check_close(found["picture"], ["1", OWN[name]])

@@ -69,10 +69,11 @@ def run_prove(
             file.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
             cfg = dataclasses.replace(cfg, prompt_files=str(file))
         parts = assemble.assemble(prove_stages.one_prompt_each(cfg, devices or jax.device_count()), devices)
+    plans = prove_stages.planned(parts)
     found: dict[str, Any] = {"format": FORMAT, **facts(given, parts), "weights": files(given)}
     with jax.set_mesh(parts.mesh):
         work: dict[str, Callable[[], dict[str, Any]]] = {
-            "stages": lambda: prove_stages.measured(train.ready(parts)),
+            "stages": lambda: prove_stages.measured(train.ready(parts), plans),
             "ranks": lambda: ranks(parts, given),
             "picture": lambda: prove_picture.run(parts, want, kept, why_not, out.with_suffix(".safetensors")),
         }

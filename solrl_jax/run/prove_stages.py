@@ -51,14 +51,36 @@ class Row(NamedTuple):
     planned_bytes: int | None
 
 
-def measured(parts: Parts) -> dict[str, Any]:
-    """Encode and an iteration, twice: memory of the first time, seconds of the second. And one decode of a chunk."""
+class Planned(NamedTuple):
+    """The plan of each stage and of one decode of regenerate's chunk; `timed`: its seconds are of this device."""
+
+    uses: dict[str, plan.Use]
+    decode: float
+    timed: bool
+
+
+def planned(parts: Parts) -> Planned:
+    """Not under the run's mesh: the plan is traced on one of its own."""
     cfg, card = dataclasses.replace(parts.cfg, shard=parts.mesh.shape[sharding.FSDP]), plan.device_card()
-    sizes = shapes.read(cfg, parts.mesh.size)
-    uses = {u.stage: u for u in plan.uses_of(cfg, sizes, parts.mesh.size, card or plan.CARDS["H100 80GB"])}
-    times, peaks = ({}, {}), {BEGIN: peak()}
+    sizes, of = shapes.read(cfg, parts.mesh.size), card or plan.CARDS["H100 80GB"]
+    uses = {use.stage: use for use in plan.uses_of(cfg, sizes, parts.mesh.size, of)}
+    noise = jax.eval_shape(lambda: rollout.noises(parts.model, jax.random.split(jax.random.key(0), _together(parts))))
+    work = jaxpr.flops(jaxpr.trace(parts.model.decode, sizes.frozen.vae, noise))
+    return Planned(uses, seconds(work, of), card is not None)
+
+
+def _together(parts: Parts) -> int:
+    return parts.cfg.regenerate.chunk
+
+
+def measured(parts: Parts, plans: Planned) -> dict[str, Any]:
+    """Encode and an iteration, twice: memory of the first time, seconds of the second. And one decode of a chunk.
+
+    Call it under the mesh.
+    """
+    cfg, times, peaks = parts.cfg, ({}, {}), {BEGIN: peak()}
     texts, state = parts.prompts.train[: cfg.prompts], assemble.fresh(parts)
-    staged = iteration.Staged(model=parts.model, score=parts.score, optimizer=parts.optimizer, cfg=parts.cfg)
+    staged = iteration.Staged(model=parts.model, score=parts.score, optimizer=parts.optimizer, cfg=cfg)
     plain, seen = dict(staged.jit), {name: _noting(f, name, peaks) for name, f in staged.jit.items()}
     for each, programs in zip(times, (seen, plain), strict=True):
         parts.text.kept.clear()  # else nothing is encoded
@@ -74,9 +96,9 @@ def measured(parts: Parts) -> dict[str, Any]:
         "kept": cfg.kept,
         "of": {"micro_batch": cfg.learn.micro_batch, **{n: dataclasses.asdict(s) for n, s, _ in cfg.stages()}},
         "memory": "measured" if peaks[BEGIN] is not None else f"unknown: a {jax.devices()[0].platform} does not tell",
-        "time": "planned" if card is not None else "not planned: this device is not a card that the plan knows",
-        "stages": {name: row._asdict() for name, row in rows(uses, times, peaks, timed=card is not None).items()},
-        "decode": decode(parts, card),
+        "time": "planned" if plans.timed else "not planned: this device is not a card that the plan knows",
+        "stages": {name: row._asdict() for name, row in rows(plans.uses, times, peaks, timed=plans.timed).items()},
+        "decode": {**decode(parts), "planned_seconds": plans.decode if plans.timed else None},
     }
 
 
@@ -114,14 +136,13 @@ def _noting(program: Callable[..., Any], name: str, peaks: dict[str, int | None]
     return run
 
 
-def decode(parts: Parts, card: plan.Card | None) -> dict[str, Any]:
+def decode(parts: Parts) -> dict[str, Any]:
     """Seconds of one decode of regenerate's chunk of pictures, on each device the same."""
-    count, vae = parts.cfg.regenerate.chunk, parts.frozen.vae
+    count, vae = _together(parts), parts.frozen.vae
     keys = jax.random.split(jax.random.key(parts.cfg.seed), count)
     x0, run = sharding.replicate(rollout.noises(parts.model, keys), parts.mesh), jax.jit(parts.model.decode)
     jax.block_until_ready(run(vae, x0))
     times: dict[str, float] = {}
-    with iteration.clock(times, "decode"):
+    with iteration.clock(times, "seconds"):
         jax.block_until_ready(run(vae, x0))
-    work = jaxpr.flops(jaxpr.trace(parts.model.decode, vae, x0))
-    return {"pictures": count, **times, "planned_seconds": None if card is None else seconds(work, card)}
+    return {"pictures": count, **times}
