@@ -36,6 +36,8 @@ class Command:
     images: str | None = None
     card: str = ""
     negative: str | None = None
+    out: str | None = None
+    reference: Path | None = None
 
 
 def train(c: Command) -> int:
@@ -93,6 +95,13 @@ def doctor(c: Command) -> int:
     return doctor.run_doctor(c.cfg, c.run, devices=c.devices)
 
 
+def prove(c: Command) -> int:
+    from solrl_jax.run import prove
+
+    out = Path(c.out or "prove.json")
+    return prove.run_prove(c.cfg, out, prompt=c.prompt, reference=c.reference, devices=c.devices)
+
+
 def _on_cpu() -> None:
     """Use no GPU memory, so that a training run beside this one keeps it. Call it before JAX makes its first array."""
     import jax
@@ -129,6 +138,7 @@ MODES: dict[str, Callable[[Command], int]] = {
     "convert": convert,
     "plan": plan,
     "doctor": doctor,
+    "prove": prove,
 }
 
 flags.DEFINE_string(
@@ -143,13 +153,19 @@ flags.DEFINE_enum(
     "train; eval: rewards of a policy; sample: pictures of --prompt; score: rewards of the pictures in --images; "
     "export: LoRA files; convert: the weights of --config.model.path to --run_dir, in a form that loads faster; "
     "plan: memory and time of a run on --card; doctor: whether a run can start here, and what to do if not; "
+    "prove: a picture beside diffusers' own, ranks of previews, memory and time, as a JSON to post; "
     "report: report.html of --run_dir, or of --runs side by side",
 )
 flags.DEFINE_string("run_dir", None, "directory of the run (default: runs/<config>-<time>)")
 flags.DEFINE_list("runs", None, "report: directories of runs to compare, RUN,RUN")
-flags.DEFINE_string("out", None, "report: the file (default: report.html in --run_dir, or here for --runs)")
+flags.DEFINE_string(
+    "out",
+    None,
+    "report: the file (default: report.html in --run_dir, or here for --runs); prove: the file (default: prove.json)",
+)
+flags.DEFINE_string("reference", None, "prove: the picture of an earlier --out, to compare with instead of diffusers'")
 flags.DEFINE_bool("resume", False, "train: continue from the newest undamaged checkpoint of --run_dir")
-flags.DEFINE_string("prompt", None, "sample: one prompt")
+flags.DEFINE_string("prompt", None, "sample, prove: one prompt")
 flags.DEFINE_string(
     "prompts",
     None,
@@ -225,6 +241,7 @@ def command(words: Sequence[str]) -> Command:
     if short and overrides.setdefault("prompt_files", short) != short:
         raise ConfigError("--prompts and --config.prompt_files differ: give one of them")
     overrides |= _guidance(overrides)
+    _check_prove()
     run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
     if run is not None and run.exists() and not run.is_dir():
         raise ConfigError(f"--run_dir={run} is a file: give a new folder or the folder of a run")
@@ -255,6 +272,8 @@ def command(words: Sequence[str]) -> Command:
         images=FLAGS.images,
         card=FLAGS.card,
         negative=FLAGS.negative,
+        out=FLAGS.out,
+        reference=Path(FLAGS.reference) if FLAGS.reference else None,
     )
 
 
@@ -274,10 +293,21 @@ def _guidance(overrides: Mapping[str, str]) -> dict[str, str]:
     return {"evaluate.guidance": str(w)}
 
 
+def _check_prove() -> None:
+    """ConfigError for --reference of another mode, and for a policy's flags with --mode=prove, which is of the base."""
+    if FLAGS.mode != "prove":
+        if FLAGS.reference is not None:
+            raise ConfigError("--reference is for --mode=prove")
+        return
+    for name in ("lora", "checkpoint"):
+        if FLAGS[name].value is not None:
+            raise ConfigError(f"--{name} with --mode=prove, which draws with the base alone: leave it out")
+
+
 def _place(run: Path | None) -> Path | None:
     """The checkpoint for eval, sample and export: --checkpoint, else the newest of an existing run, else None."""
     inside = run is not None and (run / "config.json").exists()
-    if FLAGS.mode in ("train", "plan", "score", "doctor") or FLAGS.lora or not (FLAGS.checkpoint or inside):
+    if FLAGS.mode in ("train", "plan", "score", "doctor", "prove") or FLAGS.lora or not (FLAGS.checkpoint or inside):
         return None
     if FLAGS.checkpoint == "best" and run is None:
         raise ConfigError("--checkpoint=best needs --run_dir, the directory of the run")
