@@ -447,6 +447,17 @@ def test_what_is_refused(command, monkeypatch, name, words, message):
     assert code == 2 and err.startswith("error: ") and message in err and len(err.splitlines()) == 1, err
 
 
+def test_a_negative_text_that_is_cut_is_told(toy, capsys, monkeypatch, tmp_path):
+    """By the text encoder's name; one that fits is not."""
+    monkeypatch.setattr(evaluate, "pictures", lambda *given, **how: evaluate.Pictures(np.zeros((1, 1, 2, 2, 3)), {}))
+    monkeypatch.setattr(evaluate, "_save", lambda *given: None)
+    for negative, said in (("blurred", False), ("blurred " * 60, True)):
+        cfg = config.override(toy, **{"evaluate.guidance": 2.0})
+        how = {"place": None, "lora_file": None, "devices": 1, "negative": negative}
+        evaluate.run_sample(cfg, tmp_path, prompts=["x"], **how)
+        assert ("--negative is longer than" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("mode", ["train", "eval", "sample", "doctor"])
 def test_a_model_that_takes_none_refuses(command, monkeypatch, mode):
     monkeypatch.setattr(assemble, "open_weights", None)

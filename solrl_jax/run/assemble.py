@@ -100,7 +100,7 @@ def for_evaluation(cfg: Config, devices: int | None = None, negative: str | None
     guidance.check(cfg, model, negative)
     judges = open_rewards(cfg, prompts)
     text = (negative or "") if model.guidance == "cfg" else None  # also for the base at its own w (evaluate.at_own)
-    return _told(_placed(cfg, mesh, model, prompts, judges, text))
+    return _told(_placed(cfg, mesh, model, prompts, judges, text), negative)
 
 
 def for_drawing(cfg: Config, devices: int | None = None, negative: str | None = None) -> Parts:
@@ -113,11 +113,13 @@ def for_drawing(cfg: Config, devices: int | None = None, negative: str | None = 
     model = model_module(cfg).make(cfg.model)
     guidance.check(cfg, model, negative)
     text = guidance.text_of(cfg, model, negative)
-    return _told(_placed(cfg, mesh, model, data.PromptSet((), (), 0, 0), nothing, text))
+    return _told(_placed(cfg, mesh, model, data.PromptSet((), (), 0, 0), nothing, text), negative)
 
 
-def _told(parts: Parts) -> Parts:
-    """`parts`, after printing what a training's log says in its `notes`."""
+def _told(parts: Parts, negative: str | None) -> Parts:
+    """`parts`, after printing what a training's log says in its `notes`, and whether --negative is cut."""
+    for name in data.cut((negative,), parts.model.tokenize) if negative else ():
+        print(f"--negative is longer than {name or 'the text encoder'} reads and is cut")
     for line in network(parts):
         print(line)
     return parts
