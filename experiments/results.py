@@ -81,6 +81,8 @@ def cell(f: dict[str, Any], digits: int = 3) -> str:
         return f"{value:.{digits}f} ± {error:.{digits}f}"
     alone = spread is None and 0 < abs(value) < 10**-digits
     text = f"{value:.3g}" if alone else f"{value:.{digits}f}"
+    if isinstance(spread, float):
+        return text
     if isinstance(spread, dict):
         parts = [_numbers(spread["interval"], digits)] if "interval" in spread else []
         return " ".join([text, *parts]) + (f" ({_numbers(spread['seeds'], digits)[1:-1]})" if "seeds" in spread else "")
@@ -123,10 +125,10 @@ def settings(file: Path, columns: list[str]) -> str:
 
 
 def _crossed(found: dict[str, dict[str, Any]], columns: list[str]) -> str:
-    columns, titles = zip(*((c.partition(" = ")[0], c.partition(" = ")[2] or c) for c in columns), strict=True)
+    names, titles = zip(*((c.partition(" = ")[0], c.partition(" = ")[2] or c) for c in columns), strict=True)
     rows = [f"| | {' | '.join(titles)} |", "|---" * (len(columns) + 1) + "|"]
     for label, figures in found.items():
-        cells = [cell(figures[c]) if c in figures else "" for c in columns]
+        cells = [cell(figures[c]) if c in figures else "" for c in names]
         rows.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(rows)
 

@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         def say(*what: object) -> None:
             print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
 
-        bench = methods.Bench(calibrated, seeds, measure, base, 0.0, 1, 0, args.out, say)
+        bench = methods.Bench(calibrated, seeds, measure, base, 0.0, 1, 0, 0, args.out, say)
         say(f"{len(programs)} programs for {', '.join(names)}")
         known: dict[config.Config, dict[str, dict]] = {}
         for n, some in cfgs.items():

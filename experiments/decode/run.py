@@ -118,9 +118,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict]:
             compiled = program.compile()
         calls[form] = functools.partial(compiled, params, latents)
         pictures[form] = jax.block_until_ready(calls[form]())
-        figures[f"{form}: temporary memory"] = results.figure(
-            compiled.memory_analysis().temp_size_in_bytes / 1e9, "GB", 1
-        )
+        memory: Any = compiled.memory_analysis()
+        figures[f"{form}: temporary memory"] = results.figure(memory.temp_size_in_bytes / 1e9, "GB", 1)
     first = next(iter(calls))
     seconds = in_turns(calls, args.repeat)
     for form, found in seconds.items():

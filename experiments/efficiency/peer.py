@@ -19,18 +19,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import jax
 import torch
+from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 from experiments import results
 from solrl_jax import config
 from solrl_jax.plan import shapes
 
 CLASSES = {
-    "flux": diffusers.FluxTransformer2DModel,
-    "sd35": diffusers.SD3Transformer2DModel,
-    "sana": diffusers.SanaTransformer2DModel,
+    "flux": FluxTransformer2DModel,
+    "sd35": SD3Transformer2DModel,
+    "sana": SanaTransformer2DModel,
 }
 """By the name of our model module."""
 PRECISIONS = ("bf16", "fp8")
@@ -79,7 +81,11 @@ def inputs(cfg: config.Config, model: Any, batch: int, place: str) -> dict[str, 
 
 def quantised(model: torch.nn.Module) -> None:
     """The blocks' Linears in FP8, in place: kernels and inputs with a scale a row."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    from torchao.quantization import (  # pyright: ignore[reportMissingImports]
+        Float8DynamicActivationFloat8WeightConfig,
+        PerRow,
+        quantize_,
+    )
 
     def of_a_block(module: torch.nn.Module, name: str) -> bool:
         modulation = any(part in name for part in (".norm.", ".norm1.", ".norm1_context."))
@@ -127,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     figures: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         cfg = shapes.with_configs(config.load(f"{args.model}:sol_rl"), folder)
-        model = network(cfg, Path(cfg.model.path), place)
+        model: Any = network(cfg, Path(cfg.model.path), place)
         given = inputs(cfg, model, args.batch, place)
         for precision in wanted:
             if precision == "fp8":

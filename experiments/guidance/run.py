@@ -115,7 +115,7 @@ def run(opened, name, cfg: Config, seeds, iterations: int, measure, base: Mappin
     """Train every seed at every KL weight as one program, measure, and write the way's file."""
     runs = list(itertools.product(KL_WEIGHTS, seeds))
     learns = [{"kl_weight": kl} for kl, _ in runs]
-    each = [seed for _, seed in runs]
+    each = [int(seed) for _, seed in runs]
     states, program = lab.begin(opened, cfg, learns, each), lab.program(opened, cfg, opened.parts.score)
     rows, began = lab.picks(opened, cfg, each, 0, iterations), time.perf_counter()
     states, metrics = jax.block_until_ready(program(states, opened.table, opened.parts.frozen, rows))

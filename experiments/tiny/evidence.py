@@ -142,7 +142,8 @@ def supervised(opened: lab.World, cfg: Config, seeds: Sequence[int], iterations:
         def velocity(x, t):
             return parts.model.velocity(lora.policy(base, adapter, cfg.lora), x, t, batch["cond"])
 
-        return pretrain.flow_matching(velocity, x0, *jax.random.split(key), pretrain.shift(parts.model))
+        key_t, key_eps = jax.random.split(key)
+        return pretrain.flow_matching(velocity, x0, key_t, key_eps, pretrain.shift(parts.model))
 
     def update(state: TrainState, pool, base, weights):
         pick, key = jax.random.split(jax.random.fold_in(state.key, state.updates))

@@ -209,9 +209,9 @@ def fit(loss, params, pool, *, steps: int, batch: int, rate: float, seed: int, l
 
 def train_vae(pool, steps: int, batch: int, seed: int):
     """Train with L1 + L2 and a small KL term; then set shift and scale from the latents' mean and deviation."""
-    cfg = vae.VaeConfig(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in VAE.items() if k in vae.VaeConfig.__dataclass_fields__}
-    )
+    known = [(k, v) for k, v in VAE.items() if k in vae.VaeConfig.__dataclass_fields__]
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known}
+    cfg = vae.VaeConfig(**fields)
     encoder, decoder = vae.Encoder(cfg, jnp.float32), vae.Decoder(cfg, jnp.float32)
     k1, k2 = jax.random.split(jax.random.key(seed))
     side = SIZE // cfg.factor
@@ -222,16 +222,19 @@ def train_vae(pool, steps: int, batch: int, seed: int):
 
     def loss(params, batch, key):
         x = pictures(batch) * 2 - 1
-        mean, logvar = jnp.split(encoder.apply({"params": params["encoder"]}, x), 2, axis=-1)
+        moments: Any = encoder.apply({"params": params["encoder"]}, x)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
         logvar = jnp.clip(logvar, -30, 20)
         z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
-        error = decoder.apply({"params": params["decoder"]}, z) - x
+        drawn: Any = decoder.apply({"params": params["decoder"]}, z)
+        error = drawn - x
         kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
         return jnp.mean(jnp.abs(error)) + jnp.mean(error**2) + 1e-4 * kl
 
     params = fit(loss, params, pool, steps=steps, batch=batch, rate=2e-3, seed=seed, label="vae")
     sample = jax.tree.map(lambda x: jnp.asarray(x[:2048]), pool)
-    mean, _ = jnp.split(encoder.apply({"params": params["encoder"]}, pictures(sample) * 2 - 1), 2, axis=-1)
+    moments: Any = encoder.apply({"params": params["encoder"]}, pictures(sample) * 2 - 1)
+    mean, _ = jnp.split(moments, 2, axis=-1)
     return params, {**VAE, "scaling_factor": float(1 / jnp.std(mean)), "shift_factor": float(jnp.mean(mean))}
 
 
@@ -312,7 +315,8 @@ def train_clip(folder: Path, pipeline: Path, vae_params, pool, steps: int, batch
     def loss(params, batch, key):
         both = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), batch)  # [n, 2, ...]: a scene and its mutation
         pixels = preprocess.standardise(soften(pictures(both), key), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
-        image, words = tower.apply({"params": params}, pixels, both["tokens"])
+        found: Any = tower.apply({"params": params}, pixels, both["tokens"])
+        image, words = found
         same = jnp.all(both["tokens"][:, None] == both["tokens"][None], axis=-1) & ~jnp.eye(len(pixels), dtype=bool)
         scale = jnp.exp(jnp.minimum(params["logit_scale"], np.log(100.0)))
         logits = jnp.where(same, -1e9, scale * image @ words.T)

@@ -26,11 +26,11 @@ from solrl_jax.selection import fidelity
 from solrl_jax.structs import PyTree
 from solrl_jax.weights import lora_files
 
-PRECISIONS = {"BF16": "bf16", "FP8": "fp8", "NVFP4": "nvfp4_emulated"}
-PREVIEWS = {f"{name}, {steps} steps": (p, steps) for name, p in PRECISIONS.items() for steps in (2, 4, 6, 8)} | {
-    f"{name}, 10 steps": (PRECISIONS[name], 10) for name in ("FP8", "NVFP4")
-}
-FULL = ("bf16", 10)
+PRECISIONS: dict[str, config.Precision] = {"BF16": "bf16", "FP8": "fp8", "NVFP4": "nvfp4_emulated"}
+PREVIEWS: dict[str, tuple[config.Precision, int]] = {
+    f"{name}, {steps} steps": (p, steps) for name, p in PRECISIONS.items() for steps in (2, 4, 6, 8)
+} | {f"{name}, 10 steps": (PRECISIONS[name], 10) for name in ("FP8", "NVFP4")}
+FULL: tuple[config.Precision, int] = ("bf16", 10)
 NAMES = {"spearman": "Spearman", "kept_contrast": "kept contrast"}
 
 

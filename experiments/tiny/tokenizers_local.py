@@ -78,7 +78,7 @@ def write_t5_tokenizer(folder: str | Path, texts: Iterable[str]) -> int:
     Pieces are the words between spaces (without punctuation at their ends), scored by the logarithm of their share, and
     single characters, cheap enough only where no word fits. Returns how many ids there are.
     """
-    from transformers import T5TokenizerFast
+    from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     texts = list(texts)
     words = Counter(word.strip(string.punctuation) for text in texts for word in text.split())

@@ -97,7 +97,7 @@ def _laid_out(attributes: np.ndarray, stated: np.ndarray, chance: np.ndarray) ->
     return Scenes(attributes, stated, chance, radius, centre.astype(np.float32))
 
 
-def _between(low: np.ndarray, high: np.ndarray, chance: np.ndarray) -> np.ndarray:
+def _between(low: np.ndarray | float, high: np.ndarray | float, chance: np.ndarray) -> np.ndarray:
     return low + chance * (high - low)
 
 

@@ -7,7 +7,7 @@ so that their standard deviation is about one.
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 import flax.linen as nn
 import jax
@@ -278,8 +278,16 @@ VAE_ALIASES = (  # the attention's spelling in old diffusers
 )
 
 
+@overload
 def load_vae(
-    folder: str | Path, dtype: Any = jnp.bfloat16, encoder: bool = False, place: Place | None = None
+    folder: str | Path, dtype: Any = ..., *, encoder: Literal[True], place: Place | None = None
+) -> tuple[Encoder, Params]: ...
+@overload
+def load_vae(
+    folder: str | Path, dtype: Any = ..., *, encoder: Literal[False] = False, place: Place | None = None
+) -> tuple[Decoder, Params]: ...
+def load_vae(
+    folder: str | Path, dtype: Any = jnp.bfloat16, *, encoder: bool = False, place: Place | None = None
 ) -> tuple[Decoder | Encoder, Params]:
     """Module and parameters (in `dtype`; numpy, or the results of `place`) of a folder in diffusers' layout.
 
