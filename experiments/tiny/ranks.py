@@ -28,8 +28,9 @@ from solrl_jax.weights import lora_files
 
 PRECISIONS: dict[str, config.Precision] = {"BF16": "bf16", "FP8": "fp8", "NVFP4": "nvfp4_emulated"}
 PREVIEWS: dict[str, tuple[config.Precision, int]] = {
-    f"{name}, {steps} steps": (p, steps) for name, p in PRECISIONS.items() for steps in (2, 4, 6, 8)
-} | {f"{name}, 10 steps": (PRECISIONS[name], 10) for name in ("FP8", "NVFP4")}
+    **{f"{name}, {steps} steps": (p, steps) for name, p in PRECISIONS.items() for steps in (2, 4, 6, 8)},
+    **{f"{name}, 10 steps": (PRECISIONS[name], 10) for name in ("FP8", "NVFP4")},
+}
 FULL: tuple[config.Precision, int] = ("bf16", 10)
 NAMES = {"spearman": "Spearman", "kept_contrast": "kept contrast"}
 
