@@ -37,31 +37,50 @@ class Fused(NamedTuple):
     swapped: bool = False  # its two halves of rows are in the opposite order
 
 
-def save(file: str | Path, lora: Params, keys: Sequence[Rule], cfg: Lora) -> None:
+def save(
+    file: str | Path,
+    lora: Params,
+    keys: Sequence[Rule],
+    cfg: Lora,
+    *,
+    under: Params | None = None,
+    said: Mapping[str, Any] | None = None,
+) -> None:
     """Write one safetensors file that `pipe.load_lora_weights` reads at scale 1.
 
     alpha / R is folded into lora_B, because older readers ignore alpha (models.md section 10). The metadata has rank
-    and alpha.
+    and alpha, and `said`. `under`: a set, already `scaled`, whose product is added: its factors come first in every
+    module that it adapts, and ranks add there.
     """
-    tensors = {}
-    for leaf, name, part, x in _public(scaled(lora, cfg), keys):
-        x = x.T[..., None, None] if leaf.layout == "pointwise" else x.T
-        tensors[f"transformer.{name}.lora_{part}.weight"] = x
-    _write(file, tensors, cfg)
+    factors = _factors(lora, keys, cfg, under)
+    leaves = (leaf for x in (lora, under or {}) for _, leaf in _modules(x, keys) if leaf.layout == "pointwise")
+    pointwise = {name for leaf in leaves for name in _module_names(leaf)}
+    tensors = {
+        f"transformer.{name}.lora_{part}.weight": x[..., None, None] if name in pointwise else x
+        for name, pair in factors.items()
+        for part, x in pair.items()
+    }
+    _write(file, tensors, _made(factors, cfg, under, said))
 
 
 def save_fused(
-    file: str | Path, lora: Params, base: Params, keys: Sequence[Rule], fused: Sequence[Fused], cfg: Lora
+    file: str | Path,
+    lora: Params,
+    base: Params,
+    keys: Sequence[Rule],
+    fused: Sequence[Fused],
+    cfg: Lora,
+    *,
+    under: Params | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> None:
     """The same policy in ComfyUI's layout, for strength 1; only the shapes of `base` are used.
 
     A fused module stacks the down factors of its adapted parts; its up factor has their up factors as blocks on the
     diagonal, and zeros elsewhere. alpha is the module's rank, so that the readers' alpha / rank is 1.
     """
-    factors: dict[str, dict[str, np.ndarray]] = {}
-    for _, name, part, x in _public(scaled(lora, cfg), keys):
-        factors.setdefault(name, {})[part] = x.T
-    sizes = _sizes(_linears(base, keys))
+    factors = _factors(lora, keys, cfg, under)
+    made, sizes = _made(factors, cfg, under, said), _sizes(_linears(base, keys))
     tensors: dict[str, np.ndarray] = {}
     for module in _layers(fused, sizes):
         parts = [(sizes[p][1], factors.pop(p, None)) for p in module.parts]
@@ -71,7 +90,36 @@ def save_fused(
             tensors[its.alpha] = np.array(len(down), np.float32)
     if factors:
         raise WeightsError(f"the model's table has no ComfyUI name for {', '.join(sorted(factors)[:4])}")
-    _write(file, tensors, cfg)
+    _write(file, tensors, made)
+
+
+def _factors(lora: Params, keys: Sequence[Rule], cfg: Lora, under: Params | None) -> dict[str, dict[str, np.ndarray]]:
+    """{checkpoint module name: {A [R, in], B [out, R]}} of `lora`, with those of `under` before its own.
+
+    Of `under`, components whose column of B is zero add nothing and are left out: those of layers and of parts of a
+    Linear that its files do not have.
+    """
+    found = _by_name(scaled(lora, cfg), keys)
+    for name, pair in _by_name(under or {}, keys).items():
+        if (used := pair["B"].any(axis=0)).any():
+            both = ({"A": pair["A"][used], "B": pair["B"][:, used]}, *([found[name]] if name in found else []))
+            found[name] = {part: np.concatenate([x[part] for x in both], axis=part == "B") for part in "AB"}
+    return found
+
+
+def _by_name(lora: Params, keys: Sequence[Rule]) -> dict[str, dict[str, np.ndarray]]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for _, name, part, x in _public(lora, keys):
+        found.setdefault(name, {})[part] = x.T
+    return found
+
+
+def _made(
+    factors: Mapping[str, Tensors], cfg: Lora, under: Params | None, said: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the metadata says of a file: its rank is the largest of its modules."""
+    rank = max(len(pair["A"]) for pair in factors.values()) if under else cfg.rank
+    return {"rank": rank, "alpha": float(rank) if under else cfg.alpha, "folded": True, **(said or {})}
 
 
 def _blocks(parts: Sequence[tuple[int, Tensors | None]]) -> tuple[np.ndarray, np.ndarray]:
@@ -86,10 +134,9 @@ def _blocks(parts: Sequence[tuple[int, Tensors | None]]) -> tuple[np.ndarray, np
     return down, up
 
 
-def _write(file: str | Path, tensors: Mapping[str, np.ndarray], cfg: Lora) -> None:
-    made = json.dumps({"rank": cfg.rank, "alpha": cfg.alpha, "folded": True})
+def _write(file: str | Path, tensors: Tensors, made: Mapping[str, Any]) -> None:
     in_rows = {key: np.asarray(x, order="C") for key, x in tensors.items()}  # safetensors writes other orders wrongly
-    content = safetensors_bytes(in_rows, metadata={"format": "pt", "solrl_jax": made})
+    content = safetensors_bytes(in_rows, metadata={"format": "pt", "solrl_jax": json.dumps(made)})
     with disk.whole(Path(file)) as f:  # save_file creates files that only their owner can read
         f.write(content)
 
@@ -108,6 +155,8 @@ def load(
     cfg: Lora,
     fused: Sequence[Fused] = (),
     native: Sequence[Rule] = (),
+    *,
+    whole: bool = False,
 ) -> Loaded:
     """The set in a file, with the file's own ranks and for the Linears that it names.
 
@@ -115,9 +164,14 @@ def load(
     table `native`. Layers of a stack that the file does not have, and ranks below the stack's largest, become zeros. B
     is divided by cfg's alpha / R, so that `scaled` gives the file's policy at the scale that it states (else 1). Only
     the shapes of `base` are used. WeightsError if a name fits no Linear, one factor of a pair is missing, a shape
-    differs, or the file is more than a LoRA.
+    differs, or the file is more than a LoRA; if `whole`, also for keys of text encoders, which are else left out.
     """
     found = _read(_inside(Path(file)))
+    if whole and found.text:
+        raise WeightsError(
+            f"{found.file} adapts text encoders too ({len(found.text)} keys, as {found.text[0]}), which cannot be "
+            "folded into the model: give a LoRA of the transformer alone"
+        )
     tables = [_linears(base, table) for table in (keys, native) if table]
     linears = max(tables, key=lambda those: len({found.prefix + name for name in _sizes(those)} & found.named()))
     sizes = _sizes(linears)
@@ -133,6 +187,23 @@ def load(
     if not adapter:
         raise WeightsError(f"{found.file} adds nothing to the model: every up factor is zero")
     return Loaded(adapter, (_coverage(linears, pairs), *found.left_out()))
+
+
+def sources(place: Path) -> list[Path]:
+    """The LoRA file of a folder, or a file itself; and PEFT's description if it is there, which has the scale."""
+    file = _inside(place)
+    beside = file.with_name(peft_config.NAME)
+    return [file, beside] if beside.is_file() else [file]
+
+
+def made(file: Path) -> dict[str, Any]:
+    """What this package said of a file that it wrote (`save`); {} of others."""
+    try:
+        with safe_open(_inside(file), "numpy") as f:
+            found = json.loads((f.metadata() or {}).get("solrl_jax", "{}"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _inside(place: Path) -> Path:
@@ -217,12 +288,25 @@ def _problems(tensors: Tensors, present: Mapping[Fused, _Names], sizes: Mapping[
         shapes[keys.up] = (sum(sizes[part][1] for part in module.parts), rank)
         if keys.alpha in tensors:
             shapes[keys.alpha] = (1,) * tensors[keys.alpha].ndim
-    unused = [f"unused {key}" for key in tensors if key not in shapes]
-    return [*missing, *unused] + [
+    unused = {
+        key: next((form for end, form in _FORMS.items() if end in key), "") for key in tensors if key not in shapes
+    }
+    forms = [f"unused {key}, which is of a {form}" for key, form in unused.items() if form]
+    return [*forms, *missing, *(f"unused {key}" for key, form in unused.items() if not form)] + [
         f"{key} has shape {tensors[key].shape}, not {shape}"
         for key, shape in shapes.items()
         if key in tensors and tensors[key].shape != shape
     ]
+
+
+_FORMS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr"}
+_FORMS |= {
+    ".oft_": "OFT",
+    ".lora_mid": "LoCon with a core",
+    ".diff": "full difference",
+    ".lora_B.bias": "LoRA of biases",
+}
+"""Parts of keys by which more than a LoRA is recognised."""
 
 
 def _coverage(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
