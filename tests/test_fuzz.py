@@ -22,7 +22,7 @@ from solrl_jax.config import ConfigError
 from solrl_jax.run import data
 from solrl_jax.run.data import DataError
 from solrl_jax.structs import WeightsError
-from solrl_jax.weights import lora_files, torch_file
+from solrl_jax.weights import lora_content, torch_file
 
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -91,7 +91,7 @@ def test_damaged_safetensors(tmp_path, content):
     file.write_bytes(content)
     found = careful(lambda: read_all(file), WeightsError)
     assert found is None or all(a == b for a, b in found.values())
-    careful(lambda: lora_files._read(file), WeightsError)
+    careful(lambda: lora_content.read(file), WeightsError)
 
 
 NUMBER = st.one_of(st.integers(-3, 10), st.sampled_from([2**31, 2**40, 2**62, 2**64, -(2**63)]))

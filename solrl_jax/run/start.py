@@ -20,7 +20,7 @@ from solrl_jax import config, lora
 from solrl_jax.config import Lora
 from solrl_jax.run.manifest import CheckpointError
 from solrl_jax.structs import Model, Params, leaves_by_path
-from solrl_jax.weights import WeightsError, lora_files
+from solrl_jax.weights import WeightsError, lora_content, lora_files
 
 ONLY_NEW = "only_new"
 """Subfolder for the part that a run has trained, without the LoRAs that it began from."""
@@ -117,7 +117,7 @@ def notes(start: Start | None, new: Lora) -> list[str]:
 def origins(entries: Sequence[str]) -> tuple[Origin, ...]:
     """What model.lora names, as it is now. WeightsError if a file is not there."""
     return tuple(
-        Origin(file, scale, {f.name: _digest(f) for f in lora_files.sources(Path(file))})
+        Origin(file, scale, {f.name: _digest(f) for f in lora_content.sources(Path(file))})
         for file, scale in map(config.lora_entry, entries)
     )
 
@@ -147,7 +147,7 @@ def check_same(place: Path, recorded: Sequence[Mapping[str, Any]], entries: Sequ
 
 def check_held_once(file: Path, start: Start) -> None:
     """WeightsError if `file` is an export that holds one of `start`'s LoRAs, which would then count twice."""
-    held = lora_files.made(file).get("holds")
+    held = lora_content.made(file).get("holds")
     if twice := set(start.digests) & set(held if isinstance(held, list) else []):
         name = next(o.file for o in start.origins if twice & set(o.sha256.values()))
         raise WeightsError(
