@@ -1,26 +1,40 @@
 """Beginning from LoRAs: what is folded into the base, what is exported, which files a checkpoint is used with."""
 
-import dataclasses
+import functools
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import error
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+)
+from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
-from solrl_jax import config, lora, sharding, train
+from solrl_jax import config, lora, sampler, sharding, train
 from solrl_jax.config import ConfigError, Lora
-from solrl_jax.run import assemble, evaluate, export, start
+from solrl_jax.plan import doctor
+from solrl_jax.run import assemble, convert, evaluate, export, start
 from solrl_jax.run.checkpoint import CheckpointError
 from solrl_jax.structs import leaves_by_path
 from solrl_jax.weights import WeightsError, lora_content, lora_files
+from tests import nano, nano_sana, nano_sd35
 from tests.test_lora import drawn as with_b
 from tests.test_lora_files import FAMILIES, drawn, patterns, peft_folder
+from tests.test_sana import HOW, steps_of
 from tests.test_train import TOY, compiled, interrupt_at, metrics_of, toy  # noqa: F401 - fixtures
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 NEW = Lora(rank=4, alpha=8.0)
 FILE = "pytorch_lora_weights.safetensors"
@@ -67,6 +81,12 @@ def family(request):
     return FAMILIES[request.param]()
 
 
+def error(ours, theirs):
+    """Largest difference over largest value."""
+    a, b = (np.asarray(x.detach() if hasattr(x, "detach") else x, np.float64) for x in (ours, theirs))
+    return np.abs(a - b).max() / np.abs(b).max()
+
+
 def model_of(family):
     keys, comfy, native = family.tables
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), family.base)
@@ -106,14 +126,12 @@ def second_file(family, folder):
 
 @pytest.mark.usefixtures("one_thread")
 def test_folded_is_the_adapter_unmerged(family, tmp_path):
-    """Its own targets, ranks and alphas; B = 0 of a fresh LoRA on top leaves it as it is."""
+    """With the file's own targets, ranks and alphas."""
     found = begun(family, peft_folder(family, tmp_path)[0])
     base = folded(family, found)
     wanted = family.policy({"params": family.base, "lora": found.adapter})
     assert error(family.ours(base), wanted) < 2e-6
     assert error(family.ours(family.base), wanted) > 0.05
-    fresh = lora.init(jax.random.key(0), base, family.lora_targets, NEW)
-    np.testing.assert_array_equal(family.policy(lora.policy(base, fresh, NEW)), family.policy({"params": base}))
 
 
 def test_two_files_with_scales(family, tmp_path):
@@ -187,16 +205,16 @@ def test_diffusers_reads_the_product_and_the_new_part(family, tmp_path):
 
     product = family.make()
     product.load_lora_adapter(tmp_path / "out", prefix="transformer", weight_name=FILE)
-    assert error(family.theirs(product), np.asarray(ours)) < family.tolerance
+    assert error(family.theirs(product), ours) < family.tolerance
 
     both = family.make()
     both.load_lora_adapter(first.parent, prefix=None, weight_name=FILE, adapter_name="first")
     both.load_lora_adapter(tmp_path / "out/only_new", prefix="transformer", weight_name=FILE, adapter_name="new")
     both.set_adapters(["first", "new"], [0.7, 1.0])
-    assert error(family.theirs(both), np.asarray(ours)) < family.tolerance
-    assert error(family.ours(base), np.asarray(ours)) > 0.05  # neither part is small
+    assert error(family.theirs(both), ours) < family.tolerance
+    assert error(family.ours(base), ours) > 0.05  # neither part is small
     alone = lora_files.load(tmp_path / "out/only_new", family.base, family.tables[0], NEW).adapter
-    assert error(family.policy(lora.policy(family.base, alone, NEW)), np.asarray(ours)) > 0.05
+    assert error(family.policy(lora.policy(family.base, alone, NEW)), ours) > 0.05
 
     ranks = {key: x.shape[1] for key, x in load_file(file).items() if key.endswith("lora_B.weight")}
     own, theirs = (load_file(x) for x in (tmp_path / "out/only_new" / FILE, first))
@@ -216,22 +234,19 @@ def test_comfyuis_form_holds_the_same(tmp_path, name):
     new = with_b(lora.init(jax.random.key(1), family.base, family.lora_targets, NEW), 0.2)
     model, out = model_of(family), tmp_path / "out"
     export.write_lora(out, new, model, NEW, "run", found)
-    once = Lora(1, 1.0)
-    for one, other in ((FILE, "comfyui/run.safetensors"),) * 1 + (
-        (f"only_new/{FILE}", "only_new/comfyui/run_only_new.safetensors"),
-    ):
-        sets = [lora_files.load(out / x, family.base, model.keys, once, model.comfy).adapter for x in (one, other)]
-        a, b = (lora.merged_kernels(family.base, x, once) for x in sets)
-        assert a.keys() == b.keys()
-        for path in a:
-            np.testing.assert_allclose(a[path], b[path], atol=1e-6, err_msg=path)
-    product = lora.merged_kernels(family.base, sets[0], once)
-    assert product.keys() == {p.removesuffix("a") + "kernel" for p in leaves_by_path(new) if p.endswith("/a")}
-    whole = lora_files.load(out / FILE, family.base, model.keys, once).adapter
-    kernels = lora.merged_kernels(family.base, whole, once)
-    wanted = lora.merged_kernels(folded(family, found), new, NEW)
-    for path in wanted:
-        np.testing.assert_allclose(kernels[path], wanted[path], atol=3e-6, err_msg=path)
+    once, kernels = Lora(1, 1.0), {}
+    names = (FILE, "comfyui/run.safetensors", f"only_new/{FILE}", "only_new/comfyui/run_only_new.safetensors")
+    for name in names:
+        adapter = lora_files.load(out / name, family.base, model.keys, once, model.comfy).adapter
+        kernels[name] = lora.merged_kernels(family.base, adapter, once)
+    adapted = {path.removesuffix("a") + "kernel" for path in leaves_by_path(new) if path.endswith("/a")}
+    assert kernels[names[2]].keys() == kernels[names[3]].keys() == adapted <= kernels[FILE].keys()
+    for one, other in (names[:2], names[2:]):
+        assert kernels[one].keys() == kernels[other].keys()
+        for path, kernel in kernels[one].items():
+            np.testing.assert_allclose(kernel, kernels[other][path], atol=1e-6, err_msg=path)
+    for path, wanted in lora.merged_kernels(folded(family, found), new, NEW).items():
+        np.testing.assert_allclose(kernels[FILE][path], wanted, atol=3e-6, err_msg=path)
 
 
 # --- what cannot be folded ----------------------------------------------------------------------------------------
@@ -248,10 +263,6 @@ def whole(flux, tmp_path):
     flux_file = first_file(flux, tmp_path / "whole")
     found = load_file(flux_file)
     return {f"transformer.{key}": x for key, x in found.items()}
-
-
-def changed(**more):
-    return lambda tensors: tensors | more
 
 
 def in_kohyas_names(tensors, end):
@@ -319,14 +330,14 @@ def test_a_file_that_is_not_there(flux, tmp_path):
 
 
 def test_a_sum_that_overflows(flux, tmp_path):
-    entry = f"{first_file(flux, tmp_path)}:1e29"
-    flux_small = dataclasses.replace
-    del flux_small
-    found = begun(flux, entry)
-    adapter = {k: v for k, v in found.adapter.items()}
-    big = jax.tree.map(lambda x: np.where(x == 0, x, np.float32(1e30)), adapter)
+    found = begun(flux, first_file(flux, tmp_path))
+    huge = jax.tree.map(lambda x: np.where(x == 0, x, np.float32(1e30)), found.adapter)
     with pytest.raises(WeightsError, match=r"/kernel is not finite with .*: lower the scale"):
-        folded(flux, found._replace(adapter=big))
+        folded(flux, found._replace(adapter=huge))
+    pair = {"A": np.ones((1, 48), np.float32), "B": np.full((48, 1), 1e20, np.float32)}
+    save_file({f"{Q}.lora_{x}.weight": factor for x, factor in pair.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match=r"a factor of \S+ is not finite at scale 1e\+29"):
+        begun(flux, f"{tmp_path}/x.safetensors:1e29")
 
 
 @pytest.mark.parametrize("family_name", ["sd35", "sana"])
@@ -460,14 +471,16 @@ def test_every_mode_draws_base_and_lora(toy, from_style, tmp_path, capsys):  # n
         evaluate.run_eval(cfg, tmp_path / "eval", **{"place": None, "lora_file": None, "devices": 1} | how)
         return [line.split() for line in capsys.readouterr().out.splitlines()]
 
+    def column(lines, i):
+        return {line[0]: line[i] for line in lines if line[0] in ("bright", "dark")}
+
     bare = config.override(from_style, **{"model.lora": ""})
     of_run = table(from_style, place=place)
     assert any("folded into the base:" in " ".join(line) for line in of_run)
-    policy = {line[0]: line[2] for line in of_run if line[0] in ("bright", "dark")}
-    base = {line[0]: line[1] for line in of_run if line[0] in ("bright", "dark")}
+    base, policy = column(of_run, 1), column(of_run, 2)
     for cfg, file in ((bare, run), (from_style, run / "only_new")):
-        assert {line[0]: line[2] for line in table(cfg, lora_file=file) if line[0] in policy} == policy
-    assert {line[0]: line[2] for line in table(bare, lora_file=tmp_path / "loras") if line[0] in policy} != policy
+        assert column(table(cfg, lora_file=file), 2) == policy
+    assert column(table(bare, lora_file=tmp_path / "loras/style.safetensors"), 2) != policy
     assert policy["bright"] != base["bright"] and len(policy) == 2
 
     evaluate.run_sample(from_style, tmp_path / "one", prompts=["a"], place=place, lora_file=None, devices=1)
@@ -477,7 +490,9 @@ def test_every_mode_draws_base_and_lora(toy, from_style, tmp_path, capsys):  # n
 
     assert export.export(from_style, tmp_path / "out", place=place, devices=1) == 0
     for name in (FILE, f"only_new/{FILE}", f"current/{FILE}", f"current/only_new/{FILE}"):
-        assert (tmp_path / "out" / name).read_bytes() == (run / name).read_bytes()
+        one, two = (load_file(x / name) for x in (tmp_path / "out", run))
+        assert one.keys() == two.keys() and all(np.array_equal(x, two[key]) for key, x in one.items())
+        assert lora_content.made(tmp_path / "out" / name) == lora_content.made(run / name)
     assert "began from" in (tmp_path / "out/model_card.md").read_text()
 
 
@@ -514,3 +529,137 @@ def test_bad_input_is_found_before_the_weights_are_read(from_style, tmp_path, mo
     with pytest.raises(WeightsError, match=r"is not a LoRA of this model(.|\n)*unused transformer.to_k.lora_A.weight"):
         train.train(cfg, tmp_path / "run", devices=1)
     assert not (tmp_path / "run").exists()
+
+
+# --- whole pipelines --------------------------------------------------------------------------------------------------
+
+
+def peft_file(transformer, targets, folder):
+    """diffusers' own file for a pipeline's transformer."""
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=targets))
+    drawn(transformer).save_lora_adapter(folder)
+    transformer.delete_adapters("default")
+    return folder / FILE
+
+
+NANOS = {
+    "flux": (nano, FluxTransformer2DModel, "pipeline", ["to_q", "to_v", "proj_mlp", "ff.net.2"]),
+    "sd35": (nano_sd35, SD3Transformer2DModel, "sd35", ["attn.to_q", "ff.net.2", "attn.add_k_proj"]),
+    "sana": (nano_sana, SanaTransformer2DModel, "sana", ["attn1.to_q", "attn2.to_v", "conv_point"]),
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    @functools.cache
+    def of(name):
+        module, kind, folder, targets = NANOS[name]
+        root = tmp_path_factory.mktemp(name)
+        cfg = module.build(root)
+        file = peft_file(kind.from_pretrained(root / folder / "transformer"), targets, root / "loras")
+        return cfg, config.override(cfg, **{"model.lora": f"{file}:0.3"})
+
+    return of
+
+
+def test_convert_and_doctor(built, tmp_path, capsys):
+    """Converting writes the base alone; the doctor says what is folded in, or why it cannot be."""
+    cfg, begun_from = built("flux")
+    with pytest.raises(ConfigError, match=r"^model.lora=\S+:0.3 is folded in when a run reads its weights"):
+        convert.convert(assemble.model_module(cfg), begun_from.model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    found = list(doctor.examine(doctor.model, begun_from, tmp_path, 1))
+    assert not any(x.fix for x in found)
+    assert [x.text.startswith("folded into the base: ") for x in found].count(True) == 1
+    other = config.override(cfg, **{"model.lora": str(tmp_path / "none.safetensors")})
+    *_, last = doctor.examine(doctor.model, other, tmp_path, 1)
+    assert "none.safetensors does not exist" in last.fix
+
+
+def test_a_converted_folder(built, tmp_path):
+    cfg, begun_from = built("flux")
+    convert.convert(assemble.model_module(cfg), cfg.model, tmp_path / "out")
+    moved = config.override(begun_from, **{"model.path": tmp_path / "out"})
+    found = (assemble.for_drawing(x, 1).frozen.base for x in (begun_from, moved))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.parametrize("name", NANOS)
+@pytest.mark.parametrize("shard", [1, 2])
+def test_what_assemble_reads(built, name, shard):
+    """base + LoRA, each kernel where the base's is."""
+    cfg, begun_from = built(name)
+    mesh = sharding.make_mesh(2, shard)
+    module = assemble.model_module(cfg)
+    model = module.make(cfg.model)
+    found = start.read(begun_from.model, model)
+    base = start.fold(assemble.open_weights(cfg, mesh)[0], found, mesh)
+    plain, kernels = leaves_by_path(assemble.open_weights(cfg, mesh)[0]), leaves_by_path(base)
+    factors = leaves_by_path(found.adapter)
+    for path, w in plain.items():
+        at = path.removesuffix("kernel")
+        add = np.float64(factors[f"{at}a"]) @ np.float64(factors[f"{at}b"]) if f"{at}a" in factors else 0
+        np.testing.assert_allclose(kernels[path], np.asarray(w, np.float64) + add, atol=2e-6, err_msg=path)
+        assert kernels[path].sharding == w.sharding
+    assert len(factors) >= 6
+    parts = assemble.for_drawing(config.override(begun_from, shard=shard), 2)
+    jax.tree.map(np.testing.assert_array_equal, parts.frozen.base, base)
+
+
+def ours(parts, x1, adapter):
+    """Three Euler steps in float32."""
+
+    @jax.jit
+    def draw(variables, cond, vae):
+        once = model.prepare(variables, cond)
+        velocity = lambda x, sigma: model.velocity(variables, x, sigma, once)  # noqa: E731
+        return model.decode(vae, sampler.sample(velocity, x1, sampler.table(model.sigmas(3), "euler")))
+
+    model = parts.model
+    with jax.set_mesh(parts.mesh):
+        policy = lora.policy(parts.frozen.base, adapter, parts.cfg.lora)
+        return np.asarray(draw(policy, parts.text(nano.PROMPTS[:2]), parts.frozen.vae))
+
+
+def theirs(name, cfg, x1):
+    """(pipeline of the original base, its pictures as a function)."""
+    pipe = DiffusionPipeline.from_pretrained(cfg.model.path, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.tensor(np.asarray(x1)).permute(0, 3, 1, 2)
+    how = {"num_inference_steps": 3, "output_type": "np", "guidance_scale": 1.0}
+    if name == "sana":
+        how |= HOW | steps_of(pipe, 3)
+    else:
+        how |= {"height": cfg.model.size, "width": cfg.model.size, "max_sequence_length": cfg.model.text_tokens}
+    if name == "flux":
+        noise = FluxPipeline._pack_latents(noise, 2, noise.shape[1], *noise.shape[2:])
+    return pipe, lambda: pipe(nano.PROMPTS[:2], latents=noise, **how).images
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", NANOS)
+def test_diffusers_draws_our_pictures(built, name, tmp_path):
+    """The exported product on the original base; and the first LoRA and only_new/ beside each other."""
+    cfg, begun_from = built(name)
+    parts = assemble.for_drawing(begun_from, 1)
+    x1 = jax.vmap(parts.model.noise)(jax.random.split(jax.random.key(3), 2))
+    shapes = lora.init(jax.random.key(1), parts.frozen.base, parts.model.lora_targets, cfg.lora)
+    new = with_b(shapes, 0.1)
+    export.write_lora(tmp_path, new, parts.model, cfg.lora, "run", parts.begun)
+    pictures = ours(parts, x1, new)
+
+    pipe, draw = theirs(name, cfg, x1)
+    bare = draw()
+    pipe.load_lora_weights(tmp_path, weight_name=FILE)
+    assert np.abs(draw() - pictures).max() < 1e-4
+    pipe.unload_lora_weights()
+    assert np.abs(draw() - bare).max() < 1e-6
+    first, scale = config.lora_entry(begun_from.model.lora[0])
+    how = {"prefix": None, "weight_name": FILE, "adapter_name": "first"}
+    pipe.transformer.load_lora_adapter(Path(first).parent, **how)
+    pipe.load_lora_weights(tmp_path / "only_new", weight_name=FILE, adapter_name="new")
+    pipe.set_adapters(["first", "new"], [scale, 1.0])
+    assert np.abs(draw() - pictures).max() < 1e-4
+    assert np.abs(bare - pictures).max() > 10 / 255
+    assert np.abs(ours(parts, x1, jax.tree.map(lambda x: x * 0, new)) - pictures).max() > 10 / 255
