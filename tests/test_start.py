@@ -460,6 +460,19 @@ def test_other_files_than_a_checkpoints_are_refused(toy, from_style, tmp_path, c
     assert not out.exists()
 
 
+def test_the_description_of_a_peft_folder_counts(tmp_path):
+    """adapter_config.json has the scale: another one is another LoRA."""
+    folder = style(tmp_path / "peft", name="adapter_model.safetensors").parent
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 6}))
+    cfg, two = config.Model(lora=(str(folder),)), start.origins((str(folder),))
+    up = load_file(folder / "adapter_model.safetensors")["transformer.to_q.lora_B.weight"]
+    np.testing.assert_allclose(start.read(cfg, TOY).adapter["to_q"]["b"], 2 * up.T)
+    start.check_same(folder, [x._asdict() for x in two], cfg.lora)
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 3}))
+    with pytest.raises(CheckpointError, match=r"adapts a base with other LoRAs folded in"):
+        start.check_same(folder, [x._asdict() for x in two], cfg.lora)
+
+
 def test_every_mode_draws_base_and_lora(toy, from_style, tmp_path, capsys):  # noqa: F811
     """A checkpoint, its product on the original base, its new part on base + LoRA: the same rewards and pictures."""
     run = tmp_path / "run"
@@ -585,11 +598,10 @@ def test_a_converted_folder(built, tmp_path):
 
 
 @pytest.mark.parametrize("name", NANOS)
-@pytest.mark.parametrize("shard", [1, 2])
-def test_what_assemble_reads(built, name, shard):
-    """base + LoRA, each kernel where the base's is."""
+def test_what_assemble_reads(built, name):
+    """base + LoRA, each kernel where the base's is, in parts on two devices."""
     cfg, begun_from = built(name)
-    mesh = sharding.make_mesh(2, shard)
+    mesh = sharding.make_mesh(2, 2)
     module = assemble.model_module(cfg)
     model = module.make(cfg.model)
     found = start.read(begun_from.model, model)
@@ -602,7 +614,7 @@ def test_what_assemble_reads(built, name, shard):
         np.testing.assert_allclose(kernels[path], np.asarray(w, np.float64) + add, atol=2e-6, err_msg=path)
         assert kernels[path].sharding == w.sharding
     assert len(factors) >= 6
-    parts = assemble.for_drawing(config.override(begun_from, shard=shard), 2)
+    parts = assemble.for_drawing(config.override(begun_from, shard=2), 2)
     jax.tree.map(np.testing.assert_array_equal, parts.frozen.base, base)
 
 

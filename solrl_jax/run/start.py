@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import config, lora
+from solrl_jax import config, lora, sharding
 from solrl_jax.config import Lora
 from solrl_jax.run.manifest import CheckpointError
 from solrl_jax.structs import Model, Params, leaves_by_path
@@ -91,7 +91,8 @@ def fold(base: Params, start: Start | None, mesh: Mesh) -> Params:
     found = lora.folded(base, start.adapter, mesh)
     kernels = leaves_by_path(found)
     adapted = [f"{path.removesuffix('/a')}/kernel" for path in leaves_by_path(start.adapter) if path.endswith("/a")]
-    finite = jax.device_get([jnp.isfinite(kernels[path]).all() for path in adapted])
+    finite = jax.jit(lambda xs: [jnp.isfinite(x).all() for x in xs], out_shardings=NamedSharding(mesh, sharding.WHOLE))
+    finite = jax.device_get(finite([kernels[path] for path in adapted]))
     for path, fine in zip(adapted, finite, strict=True):
         if not fine:
             files = ", ".join(origin.file for origin in start.origins)
