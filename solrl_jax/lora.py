@@ -147,8 +147,8 @@ def _layers(w: jax.Array, a: jax.Array, b: jax.Array, *, where: P) -> jax.Array:
         return _merged(w, a, b, where)
 
     def one(i: jax.Array, w: jax.Array) -> jax.Array:
-        layer = (jax.lax.dynamic_slice_in_dim(x, i, 1) for x in (w, a, b))
-        return jax.lax.dynamic_update_slice_in_dim(w, _merged(*layer, where), i, 0)
+        its, down, up = (jax.lax.dynamic_slice_in_dim(x, i, 1) for x in (w, a, b))
+        return jax.lax.dynamic_update_slice_in_dim(w, _merged(its, down, up, where), i, 0)
 
     return jax.lax.fori_loop(0, w.shape[0], one, w)
 

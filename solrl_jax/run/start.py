@@ -34,8 +34,8 @@ class Origin(NamedTuple):
     sha256: Mapping[str, str]
 
     def __str__(self) -> str:
-        sums = ", ".join(f"SHA-256 {x[:12]}..." for x in [*self.sha256.values()][:1])
-        return f"{self.file} (scale {self.scale:g}, {sums})"
+        first = next(iter(self.sha256.values()), "")
+        return f"{self.file} (scale {self.scale:g}, SHA-256 {first[:12]}...)"
 
 
 class Start(NamedTuple):
