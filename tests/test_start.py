@@ -210,7 +210,7 @@ def test_a_stack_is_folded_where_it_lies(shard):
         program = fold.lower(w, a, b, where=sharding.BY_INPUT).compile(device.XLA_GPU)
     memory, layer = program.memory_analysis(), inside * outside // shard
     assert memory.alias_size_in_bytes == 2 * layers * layer
-    assert memory.temp_size_in_bytes < 1.5 * 4 * layer
+    assert memory.temp_size_in_bytes < 10 * layer  # of a float32 stack it would be 4 * 38
     assert not re.search(r"all-gather|all-reduce|all-to-all|collective", program.as_text())
 
 
