@@ -700,3 +700,22 @@ def test_diffusers_draws_our_pictures(built, name, tmp_path):
     assert np.abs(draw() - pictures).max() < 1e-4
     assert np.abs(bare - pictures).max() > 10 / 255
     assert np.abs(ours(parts, x1, jax.tree.map(lambda x: x * 0, new)) - pictures).max() > 10 / 255
+
+
+@pytest.mark.slow
+def test_a_run_on_real_parts(built, tmp_path):
+    """NVFP4 rollouts of base + LoRA; resumed bit for bit; the exported product draws on the original base what the run
+    evaluated last."""
+    cfg, begun_from = built("flux")
+    train.train(begun_from, tmp_path / "whole", devices=1)
+    train.train(config.override(begun_from, iterations=1), tmp_path / "parts", devices=1)
+    train.train(begun_from, tmp_path / "parts", resume=True, devices=1)
+    assert metrics_of(tmp_path / "whole")[2] == metrics_of(tmp_path / "parts")[2]
+    for name in (FILE, f"only_new/{FILE}", "comfyui/nano.safetensors", "only_new/comfyui/nano_only_new.safetensors"):
+        one, other = (load_file(tmp_path / run / name) for run in ("whole", "parts"))
+        assert one.keys() == other.keys() and all(np.array_equal(x, other[key]) for key, x in one.items())
+    parts = assemble.for_evaluation(cfg, 1)
+    with jax.set_mesh(parts.mesh):
+        found, _ = evaluate.evaluate(parts, assemble.adapter(parts, None, tmp_path / "whole"))
+    last = metrics_of(tmp_path / "whole")[2]["eval_reward_clipscore"]
+    np.testing.assert_allclose(found["eval_reward_clipscore"], last, rtol=1e-4)
