@@ -80,6 +80,7 @@ class Model(Checked):
     name: str = "flux"
     path: str = ""
     weights: str = ""  # the network's weights, if not the folder's: a file, or org/name/file
+    lora: tuple[str, ...] = ()  # LoRAs that are folded into the base, in order: FILE or FILE:scale (run/start.py)
     shift: float = 0.0  # of equally spaced sigmas (sampler.shifted), 1: unchanged; 0: the pipeline's own sigmas
     size: int = 512
     text_tokens: int = 128
@@ -93,6 +94,8 @@ class Model(Checked):
     min_quantised_flops: float = 0.0  # a run whose rule covers a smaller share of the blocks' FLOPs stops
 
     def rules(self) -> None:
+        for entry in self.lora:
+            lora_entry(entry)
         _require(self.size > 0, f"model.size={self.size}: give pixels, 1 or more")
         strange = sorted(set(self.remat_keeps) - {"attention", "qkv", "mlp"})
         _require(not strange, f"model.remat_keeps={','.join(self.remat_keeps)}: use some of attention, qkv, mlp")
@@ -101,6 +104,25 @@ class Model(Checked):
         )
         _require(self.text_tokens > 0, f"model.text_tokens={self.text_tokens}: give 1 or more")
         _require(0 <= self.min_quantised_flops <= 1, "model.min_quantised_flops is a share, 0 to 1")
+
+
+def lora_entry(text: str) -> tuple[str, float]:
+    """(file or folder, scale) of an entry of model.lora, "FILE" or "FILE:scale". What is after the last colon is the
+    scale, unless it goes on as a path does, as in C:\\x and a:b.safetensors. ConfigError if it is no number, or 0."""
+    file, _, scale = text.rpartition(":")
+    if not file or "/" in scale or "\\" in scale or scale.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")):
+        _require(text.strip() not in ("", ":"), f"model.lora={text!r}: give a LoRA file, FILE or FILE:scale")
+        return text, 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    _require(
+        0 < abs(number) < 1e30,
+        f"model.lora={text}: {scale!r} is no scale; give a finite number other than 0, as in {file}:0.8. A folder with "
+        f"a colon in its name needs a scale too: {text}:1",
+    )
+    return file, number
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from solrl_jax import sharding
@@ -108,6 +110,47 @@ def _merged(w: Any, a: Any, b: Any, where: P) -> jax.Array:
         return add(w, a, b)
     specs = (where, where, sharding.WHOLE) if where == sharding.BY_INPUT else (where, sharding.WHOLE, where)
     return sharding.over_parts(add, specs, where)(w, a, b)
+
+
+def joined(sets: Sequence[Params]) -> Params:
+    """One set that adds what all `sets`, already `scaled`, add: A = [A1 | A2 | ..], B = [B1; B2; ..]. Ranks add where
+    several adapt a module. On the host."""
+    by_path = [leaves_by_path(x) for x in sets]
+    out: dict[str, Any] = {}
+    for path in dict.fromkeys(path for leaves in by_path for path in leaves):
+        factors = [np.asarray(leaves[path]) for leaves in by_path if path in leaves]
+        put(out, path, np.concatenate(factors, axis=-1 if path.endswith("/a") else -2))
+    return out
+
+
+def folded(base: Params, lora: Params, mesh: Mesh) -> Params:
+    """The base with W + A B, summed in f32 and rounded once, in place of each adapted kernel W; `lora` is `scaled`.
+
+    For good, not for a rollout: the memory of W is used again (W is donated), a stack takes the room of one layer more,
+    and each kernel stays where and in parts as it lies on `mesh`.
+    """
+    check(base, lora)
+    kernels, factors = leaves_by_path(base), leaves_by_path(lora)
+    done = {}
+    with jax.set_mesh(mesh):
+        for path in (p.removesuffix("/a") for p in factors if p.endswith("/a")):
+            w = kernels[f"{path}/kernel"]
+            a, b = sharding.replicate((factors[f"{path}/a"], factors[f"{path}/b"]), mesh)
+            fold = jax.jit(_layers, static_argnames="where", donate_argnums=0, out_shardings=w.sharding)
+            done[f"{path}/kernel"] = fold(w, a, b, where=sharding.spec(f"{path}/kernel", w.ndim))
+    return graft(base, done)
+
+
+def _layers(w: jax.Array, a: jax.Array, b: jax.Array, *, where: P) -> jax.Array:
+    """`_merged`, in place and a layer of a stack at a time: A B of a whole stack of FLUX takes 7 GB."""
+    if w.ndim != 3:
+        return _merged(w, a, b, where)
+
+    def one(i: jax.Array, w: jax.Array) -> jax.Array:
+        its, down, up = (jax.lax.dynamic_slice_in_dim(x, i, 1) for x in (w, a, b))
+        return jax.lax.dynamic_update_slice_in_dim(w, _merged(its, down, up, where), i, 0)
+
+    return jax.lax.fori_loop(0, w.shape[0], one, w)
 
 
 def graft(base: Params, kernels: Mapping[str, jax.Array]) -> Params:

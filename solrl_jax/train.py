@@ -120,7 +120,7 @@ def restored(place: Path, cfg: Config, devices: int | None, shard: int) -> Train
 def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.Event) -> TrainState:
     """Iterate to the end or to a signal; the last finished iteration is on disk when this returns or raises."""
     cfg, first, done, score = parts.cfg, int(state.iteration), int(state.iteration), None
-    with checkpoint.Saver(run, cfg) as saver:
+    with checkpoint.Saver(run, cfg, parts.begun.origins if parts.begun else ()) as saver:
         try:
             base, seen = beginning(parts, state, run, out)
             state = guards.judged(state, seen, cfg) if done == 0 else state
@@ -365,7 +365,7 @@ def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
             f"stopped after iteration {done} of {total}, saved; go on with: {again(run, parts.mesh.size)}", flush=True
         )
         return
-    file = export.deliver(run, state, parts.model, parts.cfg)
+    file = export.deliver(run, state, parts.model, parts.cfg, parts.begun)
     page = reported(run)
     print(
         f"done: the LoRA is {file}, the average that was evaluated (the policy as it ended: {run / export.CURRENT}), "

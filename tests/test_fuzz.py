@@ -9,6 +9,7 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from safetensors.numpy import save
 
 from solrl_jax import config, weights
 from solrl_jax.config import ConfigError
-from solrl_jax.run import data
+from solrl_jax.run import data, start
 from solrl_jax.run.data import DataError
 from solrl_jax.structs import WeightsError
-from solrl_jax.weights import lora_files, torch_file
+from solrl_jax.weights import lora_content, torch_file
+from tests import test_train
 
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -91,7 +93,37 @@ def test_damaged_safetensors(tmp_path, content):
     file.write_bytes(content)
     found = careful(lambda: read_all(file), WeightsError)
     assert found is None or all(a == b for a, b in found.values())
-    careful(lambda: lora_files._read(file), WeightsError)
+    careful(lambda: lora_content.read(file), WeightsError)
+
+
+PAIR = {"transformer.to_q.lora_A.weight": np.ones((2, 4), np.float32)}
+PAIR |= {"transformer.to_q.lora_B.weight": np.ones((6, 2), np.float32), "transformer.to_q.alpha": np.float32([2])}
+
+
+@QUICK
+@given(damaged(save(PAIR, {"solrl_jax": '{"holds": ["00"]}'})), st.sampled_from(["", ":0.5", ":1e29", ":-3"]))
+def test_damaged_loras_to_begin_from(tmp_path, content, scale):
+    """Our error, or a finite set for the model's one Linear."""
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(content)
+    model = test_train.TOY._replace(init=lambda key: {"to_q": {"kernel": jnp.zeros((4, 6))}})
+    found = careful(lambda: start.read(config.Model(lora=(f"{file}{scale}",)), model), WeightsError)
+    if found is not None:
+        assert found.adapter["to_q"]["b"].shape == (2, 6) and found.origins[0].sha256.keys() == {"x.safetensors"}
+        assert all(np.isfinite(x).all() for x in found.adapter["to_q"].values())
+
+
+@QUICK
+@given(st.text(st.sampled_from("ab/:\\.0159-+e "), max_size=12))
+def test_any_entry_of_a_lora(text):
+    """A file and a finite scale that is not 0, which together are the entry; or ConfigError."""
+    try:
+        file, scale = config.lora_entry(text)
+    except ConfigError as e:
+        assert f"model.lora={text}" in str(e) or f"model.lora={text!r}" in str(e)
+    else:
+        assert file and np.isfinite(scale) and scale
+        assert text == file or (text.startswith(f"{file}:") and float(text.removeprefix(f"{file}:")) == scale)
 
 
 NUMBER = st.one_of(st.integers(-3, 10), st.sampled_from([2**31, 2**40, 2**62, 2**64, -(2**63)]))

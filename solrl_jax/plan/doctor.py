@@ -21,7 +21,7 @@ from solrl_jax import device, guidance, plan, rewards, weights
 from solrl_jax.config import FOLDER, Config, ConfigError
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
-from solrl_jax.run import assemble, checkpoint, convert
+from solrl_jax.run import assemble, checkpoint, convert, start
 from solrl_jax.run.data import DataError
 from solrl_jax.run.log import duration
 from solrl_jax.structs import WeightsError
@@ -152,6 +152,8 @@ def model(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         yield Finding(f"{name}: {where} is not complete in the hub's cache", fix)
     else:
         yield from files(cfg, folder, name)
+    for line in start.notes(start.read(cfg.model, made), cfg.lora):
+        yield Finding(line)
     low = assemble.resolved(cfg, assemble.capability()).low_precision
     if low:
         coverage.check(made, low, cfg.model.min_quantised_flops)

@@ -20,8 +20,9 @@ from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.models import MODELS
 from solrl_jax.quant import coverage
 from solrl_jax.rewards import Score
-from solrl_jax.run import checkpoint, convert, data
+from solrl_jax.run import checkpoint, convert, data, start
 from solrl_jax.run.encode import Conditioner
+from solrl_jax.run.start import Start
 from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState, leaves_by_path
 from solrl_jax.weights import Source, lora_files
 
@@ -42,6 +43,7 @@ class Parts(NamedTuple):
     frozen: Frozen  # with the trained rewards' towers
     towers: dict[str, Params]  # the held-out rewards' towers
     prompts: data.PromptSet
+    begun: Start | None = None  # the LoRAs that are folded into the base
 
 
 def resolved(cfg: Config, capability: float | None) -> Config:
@@ -120,7 +122,7 @@ def _told(parts: Parts, negative: str | None) -> Parts:
     """`parts`, after printing what a training's log says in its `notes`, and whether --negative is cut."""
     for name in data.cut((negative,), parts.model.tokenize) if negative else ():
         print(f"--negative is longer than {name or 'the text encoder'} reads and is cut")
-    for line in network(parts):
+    for line in (*start.notes(parts.begun, parts.cfg.lora), *network(parts)):
         print(line)
     return parts
 
@@ -187,7 +189,9 @@ def _placed(
 
     `negative` is the text that classifier-free guidance leads away from; None if nothing is guided.
     """
+    begun = start.read(cfg.model, model)  # a LoRA that does not fit is found before gigabytes are read
     base, vae, text = open_weights(cfg, mesh)
+    base = start.fold(base, begun, mesh)
     trained = {name: tower for name, tower in judges.towers.items() if name in judges.score.names}
     held_out = {name: tower for name, tower in judges.towers.items() if name not in trained}
     return Parts(
@@ -201,6 +205,7 @@ def _placed(
         frozen=Frozen(base, vae, sharding.replicate(trained, mesh)),
         towers=sharding.replicate(held_out, mesh),
         prompts=prompts,
+        begun=begun,
     )
 
 
@@ -290,8 +295,8 @@ def use_compilation_cache() -> None:
 
 
 def notes(parts: Parts) -> list[str]:
-    """The first lines of a run: quantised layers, numbers of prompts, prompts that are cut, guidance, weights that the
-    network carries, how a CPU multiplies."""
+    """The first lines of a run: LoRAs in the base, quantised layers, numbers of prompts, prompts that are cut, guidance,
+    weights that the network carries, how a CPU multiplies."""
     p = parts.prompts
     precision = parts.cfg.low_precision
     low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
@@ -302,7 +307,14 @@ def notes(parts: Parts) -> list[str]:
         out.append(
             f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
         )
-    return low + out + guidance.told(parts.cfg, parts.model) + network(parts) + device.notes()
+    return (
+        start.notes(parts.begun, parts.cfg.lora)
+        + low
+        + out
+        + guidance.told(parts.cfg, parts.model)
+        + network(parts)
+        + device.notes()
+    )
 
 
 def network(parts: Parts) -> list[str]:
@@ -356,6 +368,8 @@ def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
         found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
     else:
         model = parts.model
+        if parts.begun is not None:
+            start.check_held_once(lora_file, parts.begun)
         found, said = lora_files.load(
             lora_file, parts.frozen.base, model.keys, parts.cfg.lora, model.comfy, model.native
         )

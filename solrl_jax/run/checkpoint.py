@@ -29,7 +29,7 @@ import numpy as np
 
 from solrl_jax import config, disk
 from solrl_jax.config import Config
-from solrl_jax.run import log, manifest
+from solrl_jax.run import log, manifest, start
 from solrl_jax.run.manifest import FORMAT, CheckpointError, damage, describe, hashes
 from solrl_jax.structs import PyTree, TrainState
 
@@ -43,6 +43,7 @@ CHANGEABLE = (
     *("name", "iterations", "save_every", "keep", "encode_ahead", "shard", "wandb"),
     *(f"evaluate.{f.name}" for f in dataclasses.fields(config.Evaluate) if f.name != "held_out"),
     *("model.path", "reward_paths", "prompt_files"),  # folders may move; their content is not compared
+    "model.lora",  # here by content (start.check_same)
 )
 """Fields that a resumed run may change. The training prompts depend on evaluate.held_out, so it is not one of them."""
 WATCHING = ("watch.every", "watch.prompts")
@@ -68,8 +69,8 @@ class Saver:
     `save` returns at once. The error of a save is raised by the next `save` or when the context ends.
     """
 
-    def __init__(self, run: Path, cfg: Config):
-        self.run, self.cfg = run, cfg
+    def __init__(self, run: Path, cfg: Config, begun: Sequence[start.Origin] = ()):
+        self.run, self.cfg, self.begun = run, cfg, begun
         self.last, _ = latest(run)  # the newest step that is whole or being written
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
@@ -103,7 +104,7 @@ class Saver:
         before, step = self.pending, int(state.iteration)
         if step != self.last:
             self.last = step
-            self.pending = self.thread.submit(write, self.run, step, state, self.cfg, score)
+            self.pending = self.thread.submit(write, self.run, step, state, self.cfg, score, self.begun)
         if before is not None:
             before.result()
 
@@ -114,15 +115,18 @@ class Saver:
             pending.result()
 
 
-def write(run: Path, step: int, state: PyTree, cfg: Config, score: float | None = None) -> Path:
-    """Write one checkpoint: orbax, config, manifest. Then delete older ones (`_drop_older`).
+def write(
+    run: Path, step: int, state: PyTree, cfg: Config, score: float | None = None, begun: Sequence[start.Origin] = ()
+) -> Path:
+    """Write one checkpoint: orbax, config, manifest. Then delete older ones (`_drop_older`). `begun`: the LoRAs in the
+    base, for the manifest.
 
     Raises CheckpointError (full disk, no permission, a lost device) after removing the new folder; earlier steps are
     not touched. Threads of orbax that still write may leave files, which have no manifest and do not count.
     """
     place = folder(run, step)
     try:
-        _write(place, step, state, cfg, score)
+        _write(place, step, state, cfg, score, begun)
     except (OSError, ValueError, jax.errors.JaxRuntimeError) as e:  # tensorstore reports a full disk as a ValueError
         why = cause(e)
     else:
@@ -134,7 +138,9 @@ def write(run: Path, step: int, state: PyTree, cfg: Config, score: float | None 
     raise CheckpointError(f"checkpoint {place} could not be written: {why}. {_intact(run)}")
 
 
-def _write(place: Path, step: int, state: PyTree, cfg: Config, score: float | None) -> None:
+def _write(
+    place: Path, step: int, state: PyTree, cfg: Config, score: float | None, begun: Sequence[start.Origin]
+) -> None:
     shutil.rmtree(place, ignore_errors=True)  # a damaged or unfinished save of the same step
     place.mkdir(parents=True)
     needed, free = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), shutil.disk_usage(place).free
@@ -145,6 +151,7 @@ def _write(place: Path, step: int, state: PyTree, cfg: Config, score: float | No
     save_tree(place / "state", state)
     replace(place / "config.json", config.to_json(cfg))
     made = {"format": FORMAT, "step": step, "score": score, "tree": describe(state), "files": hashes(place)}
+    made |= {"lora": [origin._asdict() for origin in begun]} if begun else {}
     replace(place / "manifest.json", json.dumps(made, indent=1))
     _sync(place)
 
@@ -333,6 +340,7 @@ def restore(place: Path, like: TrainState, cfg: Config) -> TrainState:
     or if the saved config differs from `cfg` in a field that is not in CHANGEABLE. The message names what differs.
     """
     found = manifest.usable(place)
+    start.check_same(place, found["lora"], cfg.model.lora)
     if changed := forbidden(load_config(place), cfg):
         raise CheckpointError(
             f"checkpoint {place} belongs to another config: {changed}. Go on with its own, or start a new run"
@@ -350,11 +358,19 @@ def restore_fields(place: Path, like: Mapping[str, PyTree], cfg: Config, same: t
     CheckpointError as `restore` does; of the config, only fields whose names start with one of `same` must be equal.
     """
     found = manifest.usable(place)
+    start.check_same(place, found["lora"], cfg.model.lora)
     if changed := _differences(load_config(place), cfg, lambda field: not field.startswith(same)):
         raise CheckpointError(f"checkpoint {place} belongs to another config: {changed}. Use its own")
     saved = {k: v for k, v in found["tree"].items() if k.partition("/")[0] in like}
     manifest.compare(saved, describe(like), place)
     return _read(place, like)
+
+
+def check_start(place: Path | None, cfg: Config) -> None:
+    """CheckpointError unless the checkpoint, if there is one, adapts a base with the LoRAs of `cfg`; before the base is
+    read."""
+    if place is not None:
+        start.check_same(place, manifest.usable(place)["lora"], cfg.model.lora)
 
 
 def _read(place: Path, like: Mapping[str, PyTree]) -> dict[str, PyTree]:

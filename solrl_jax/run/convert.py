@@ -68,6 +68,10 @@ def convert(module: Any, cfg: Model, out: Path) -> None:
     Raises ConfigError if `out` is not empty, WeightsError if it cannot be written (full disk); if possible before
     weights are downloaded or read.
     """
+    if cfg.lora:
+        raise ConfigError(
+            f"model.lora={','.join(cfg.lora)} is folded in when a run reads its weights: convert without it"
+        )
     with _said(out):
         if out.is_dir() and any(out.iterdir()):
             raise ConfigError(f"--run_dir={out} is not empty: give a new folder for the converted weights")

@@ -18,7 +18,7 @@ from solrl_jax import guidance, lora, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Evaluate, Stage
 from solrl_jax.keys import evaluation_keys
 from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
-from solrl_jax.run import assemble, data
+from solrl_jax.run import assemble, checkpoint, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.pictures import Shown, write_grid
 from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
@@ -94,7 +94,8 @@ def rollout_of(cfg: Config) -> Stage:
 
 def settings(cfg: Config) -> str:
     """Everything but the policy that the pictures of an evaluation depend on."""
-    return guidance.titled(repr(cfg.evaluate), guidance.evaluated(cfg))
+    begun = f", {cfg.model.lora}" if cfg.model.lora else ""
+    return guidance.titled(repr(cfg.evaluate), guidance.evaluated(cfg)) + begun
 
 
 def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:
@@ -155,6 +156,7 @@ def run_eval(
 
     Beside a policy, the base is also shown at its own weight of guidance, if that is another one.
     """
+    checkpoint.check_start(place, cfg)
     parts = assemble.for_evaluation(cfg, devices, negative)
     name, w, own = str(lora_file or place or ""), guidance.evaluated(cfg), parts.model.guided
     with jax.set_mesh(parts.mesh):
@@ -198,6 +200,7 @@ def run_sample(
     """--mode=sample: cfg.evaluate.images pictures of each prompt as PNG files in <run>/samples."""
     if not prompts:
         raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
+    checkpoint.check_start(place, cfg)
     parts = assemble.for_drawing(cfg, devices, negative)
     folder = run / "samples"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,14 @@
 """--mode=export: the LoRA files of a run, for diffusers and ComfyUI, with their model card."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from solrl_jax import lora
 from solrl_jax.config import Config, ConfigError, Lora
-from solrl_jax.run import assemble, checkpoint, model_card
+from solrl_jax.run import assemble, checkpoint, model_card, start
+from solrl_jax.run.start import ONLY_NEW, Start
 from solrl_jax.structs import Model, Params, TrainState
 from solrl_jax.weights import lora_files
 
@@ -14,26 +16,39 @@ CURRENT = "current"
 """Subfolder for the LoRA files of the trained policy itself, not of its running average."""
 
 
-def deliver(folder: Path, state: TrainState, model: Model, cfg: Config) -> Path:
+def deliver(folder: Path, state: TrainState, model: Model, cfg: Config, begun: Start | None = None) -> Path:
     """Write the running average of the policy (evaluations use it), the policy itself in current/, and a model card.
 
-    Both are written for diffusers and ComfyUI. Sol-RL saves both, DiffusionNFT and Flow-GRPO only the average.
+    Both are written for diffusers and ComfyUI. Sol-RL saves both, DiffusionNFT and Flow-GRPO only the average. `begun`:
+    the LoRAs in the base, as for `write_lora`.
     """
-    file = write_lora(folder, state.ema, model, cfg.lora, cfg.name)
-    write_lora(folder / CURRENT, state.lora, model, cfg.lora, cfg.name)
+    file = write_lora(folder, state.ema, model, cfg.lora, cfg.name, begun)
+    write_lora(folder / CURRENT, state.lora, model, cfg.lora, cfg.name, begun)
     targets = cfg.lora.targets or model.lora_targets
     comfy = comfy_name(cfg.name) if model.comfy else ""
-    model_card.write(folder, cfg, int(state.iteration), int(state.updates), targets, comfy)
+    model_card.write(folder, cfg, int(state.iteration), int(state.updates), targets, comfy, begun)
     return file
 
 
-def write_lora(folder: Path, adapter: Params, model: Model, how: Lora, name: str) -> Path:
-    """pytorch_lora_weights.safetensors, and comfyui/<name>.safetensors if the model has a ComfyUI layout."""
+def write_lora(folder: Path, adapter: Params, model: Model, how: Lora, name: str, begun: Start | None = None) -> Path:
+    """pytorch_lora_weights.safetensors, and comfyui/<name>.safetensors if the model has a ComfyUI layout.
+
+    If the base has LoRAs in it, the files hold the product of these and of the adapter, for the original base; those in
+    only_new/ hold the adapter alone, for the base that it was trained on. Their metadata says which LoRAs these are.
+    """
+    if begun is None:
+        return _write(folder, adapter, model, how, name)
+    _write(folder / ONLY_NEW, adapter, model, how, f"{name or 'lora'}_{ONLY_NEW}", said={"on": begun.digests})
+    return _write(folder, adapter, model, how, name, under=begun.adapter, said={"holds": begun.digests})
+
+
+def _write(folder: Path, adapter: Params, model: Model, how: Lora, name: str, **more: Any) -> Path:
+    """Both files; `more` is for lora_files.save."""
     file = folder / "pytorch_lora_weights.safetensors"
-    lora_files.save(file, adapter, model.keys, how)
+    lora_files.save(file, adapter, model.keys, how, **more)
     if model.comfy:
         base = jax.eval_shape(model.init, jax.random.key(0))
-        lora_files.save_fused(folder / comfy_name(name), adapter, base, model.keys, model.comfy, how)
+        lora_files.save_fused(folder / comfy_name(name), adapter, base, model.keys, model.comfy, how, **more)
     return file
 
 
@@ -63,6 +78,7 @@ def export(
     like = assemble.blank(cfg, model, assemble.make_mesh(devices))
     fields = {name: getattr(like, name) for name in ("lora", "ema", "iteration", "updates")}
     state = like._replace(**checkpoint.restore_fields(place, fields, cfg, assemble.INFERENCE))
-    file = deliver(run, state, model, checkpoint.load_config(place))  # the card describes the run, not the flags
+    begun = start.read(cfg.model, model)
+    file = deliver(run, state, model, checkpoint.load_config(place), begun)  # the card describes the run, not the flags
     print(f"{place}: LoRA of the running average in {file}, the policy as it was then in {run / CURRENT}")
     return 0

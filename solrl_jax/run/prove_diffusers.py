@@ -49,6 +49,8 @@ def absent(cfg: Config) -> str:
         return f"model.path={cfg.model.path} is converted, which diffusers cannot read: give the public folder"
     if cfg.model.weights:
         return f"model.weights={cfg.model.weights} are not the folder's, which diffusers reads: leave it empty"
+    if cfg.model.lora:
+        return f"model.lora={','.join(cfg.model.lora)} is in our base and not in the folder: leave it empty"
     return ""
 
 

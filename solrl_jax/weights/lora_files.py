@@ -11,20 +11,20 @@ Both are read. diffusers' names are also read without "transformer." (a transfor
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as safetensors_bytes
 
 from solrl_jax import disk
 from solrl_jax.config import Lora
 from solrl_jax.lora import put, scaled
 from solrl_jax.structs import Params, leaves_by_path
-from solrl_jax.weights import Leaf, Rule, WeightsError, groups, matrix, needed, peft_config, torch_file
+from solrl_jax.weights import Leaf, Rule, WeightsError, groups, needed
+from solrl_jax.weights.lora_content import COMFY, Content, Names, inside, read
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -37,41 +37,89 @@ class Fused(NamedTuple):
     swapped: bool = False  # its two halves of rows are in the opposite order
 
 
-def save(file: str | Path, lora: Params, keys: Sequence[Rule], cfg: Lora) -> None:
+def save(
+    file: str | Path,
+    lora: Params,
+    keys: Sequence[Rule],
+    cfg: Lora,
+    *,
+    under: Params | None = None,
+    said: Mapping[str, Any] | None = None,
+) -> None:
     """Write one safetensors file that `pipe.load_lora_weights` reads at scale 1.
 
     alpha / R is folded into lora_B, because older readers ignore alpha (models.md section 10). The metadata has rank
-    and alpha.
+    and alpha, and `said`. `under`: a set, already `scaled`, whose product is added: its factors come first in every
+    module that it adapts, and ranks add there.
     """
-    tensors = {}
-    for leaf, name, part, x in _public(scaled(lora, cfg), keys):
-        x = x.T[..., None, None] if leaf.layout == "pointwise" else x.T
-        tensors[f"transformer.{name}.lora_{part}.weight"] = x
-    _write(file, tensors, cfg)
+    factors = _factors(lora, keys, cfg, under)
+    leaves = (leaf for x in (lora, under or {}) for _, leaf in _modules(x, keys) if leaf.layout == "pointwise")
+    pointwise = {name for leaf in leaves for name in _module_names(leaf)}
+    tensors = {
+        f"transformer.{name}.lora_{part}.weight": x[..., None, None] if name in pointwise else x
+        for name, pair in factors.items()
+        for part, x in pair.items()
+    }
+    _write(file, tensors, _made(factors, cfg, under, said))
 
 
 def save_fused(
-    file: str | Path, lora: Params, base: Params, keys: Sequence[Rule], fused: Sequence[Fused], cfg: Lora
+    file: str | Path,
+    lora: Params,
+    base: Params,
+    keys: Sequence[Rule],
+    fused: Sequence[Fused],
+    cfg: Lora,
+    *,
+    under: Params | None = None,
+    said: Mapping[str, Any] | None = None,
 ) -> None:
     """The same policy in ComfyUI's layout, for strength 1; only the shapes of `base` are used.
 
     A fused module stacks the down factors of its adapted parts; its up factor has their up factors as blocks on the
     diagonal, and zeros elsewhere. alpha is the module's rank, so that the readers' alpha / rank is 1.
     """
-    factors: dict[str, dict[str, np.ndarray]] = {}
-    for _, name, part, x in _public(scaled(lora, cfg), keys):
-        factors.setdefault(name, {})[part] = x.T
-    sizes = _sizes(_linears(base, keys))
+    factors = _factors(lora, keys, cfg, under)
+    made, sizes = _made(factors, cfg, under, said), _sizes(_linears(base, keys))
     tensors: dict[str, np.ndarray] = {}
     for module in _layers(fused, sizes):
         parts = [(sizes[p][1], factors.pop(p, None)) for p in module.parts]
         if any(pair for _, pair in parts):
-            (down, up), its = _blocks(parts), _Names.of(module.name, COMFY)
+            (down, up), its = _blocks(parts), Names.of(module.name, COMFY)
             tensors[its.down], tensors[its.up] = down, _swap(up) if module.swapped else up
             tensors[its.alpha] = np.array(len(down), np.float32)
     if factors:
         raise WeightsError(f"the model's table has no ComfyUI name for {', '.join(sorted(factors)[:4])}")
-    _write(file, tensors, cfg)
+    _write(file, tensors, made)
+
+
+def _factors(lora: Params, keys: Sequence[Rule], cfg: Lora, under: Params | None) -> dict[str, dict[str, np.ndarray]]:
+    """{checkpoint module name: {A [R, in], B [out, R]}} of `lora`, with those of `under` before its own.
+
+    Of `under`, components whose column of B is zero add nothing and are left out: those of layers and of parts of a
+    Linear that its files do not have.
+    """
+    found = _by_name(scaled(lora, cfg), keys)
+    for name, pair in _by_name(under or {}, keys).items():
+        if (used := pair["B"].any(axis=0)).any():
+            both = ({"A": pair["A"][used], "B": pair["B"][:, used]}, *([found[name]] if name in found else []))
+            found[name] = {part: np.concatenate([x[part] for x in both], axis=int(part == "B")) for part in "AB"}
+    return found
+
+
+def _by_name(lora: Params, keys: Sequence[Rule]) -> dict[str, dict[str, np.ndarray]]:
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for _, name, part, x in _public(lora, keys):
+        found.setdefault(name, {})[part] = x.T
+    return found
+
+
+def _made(
+    factors: Mapping[str, Tensors], cfg: Lora, under: Params | None, said: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What the metadata says of a file: its rank is the largest of its modules."""
+    rank = max(len(pair["A"]) for pair in factors.values()) if under else cfg.rank
+    return {"rank": rank, "alpha": float(rank) if under else cfg.alpha, "folded": True, **(said or {})}
 
 
 def _blocks(parts: Sequence[tuple[int, Tensors | None]]) -> tuple[np.ndarray, np.ndarray]:
@@ -86,10 +134,9 @@ def _blocks(parts: Sequence[tuple[int, Tensors | None]]) -> tuple[np.ndarray, np
     return down, up
 
 
-def _write(file: str | Path, tensors: Mapping[str, np.ndarray], cfg: Lora) -> None:
-    made = json.dumps({"rank": cfg.rank, "alpha": cfg.alpha, "folded": True})
+def _write(file: str | Path, tensors: Tensors, made: Mapping[str, Any]) -> None:
     in_rows = {key: np.asarray(x, order="C") for key, x in tensors.items()}  # safetensors writes other orders wrongly
-    content = safetensors_bytes(in_rows, metadata={"format": "pt", "solrl_jax": made})
+    content = safetensors_bytes(in_rows, metadata={"format": "pt", "solrl_jax": json.dumps(made)})
     with disk.whole(Path(file)) as f:  # save_file creates files that only their owner can read
         f.write(content)
 
@@ -108,6 +155,8 @@ def load(
     cfg: Lora,
     fused: Sequence[Fused] = (),
     native: Sequence[Rule] = (),
+    *,
+    whole: bool = False,
 ) -> Loaded:
     """The set in a file, with the file's own ranks and for the Linears that it names.
 
@@ -115,14 +164,19 @@ def load(
     table `native`. Layers of a stack that the file does not have, and ranks below the stack's largest, become zeros. B
     is divided by cfg's alpha / R, so that `scaled` gives the file's policy at the scale that it states (else 1). Only
     the shapes of `base` are used. WeightsError if a name fits no Linear, one factor of a pair is missing, a shape
-    differs, or the file is more than a LoRA.
+    differs, or the file is more than a LoRA; if `whole`, also for keys of text encoders, which are else left out.
     """
-    found = _read(_inside(Path(file)))
+    found = read(inside(Path(file)))
+    if whole and found.text:
+        raise WeightsError(
+            f"{found.file} adapts text encoders too ({len(found.text)} keys, as {found.text[0]}), which cannot be "
+            "folded into the model: give a LoRA of the transformer alone"
+        )
     tables = [_linears(base, table) for table in (keys, native) if table]
     linears = max(tables, key=lambda those: len({found.prefix + name for name in _sizes(those)} & found.named()))
     sizes = _sizes(linears)
     layout = _layers(fused, sizes) if found.prefix == COMFY else [Fused(name, (name,)) for name in sizes]
-    names = {module: _Names.of(module.name, found.prefix) for module in layout}
+    names = {module: Names.of(module.name, found.prefix) for module in layout}
     present = {module: its for module, its in names.items() if {its.down, its.up} & found.tensors.keys()}
     _check(found, present, sizes)
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -135,58 +189,7 @@ def load(
     return Loaded(adapter, (_coverage(linears, pairs), *found.left_out()))
 
 
-def _inside(place: Path) -> Path:
-    """The LoRA file of a folder; a file itself."""
-    if not place.is_dir():
-        return place
-    names = [f"{stem}.{end}" for end in ("safetensors", "bin") for stem in ("pytorch_lora_weights", "adapter_model")]
-    if not (files := [place / name for name in names if (place / name).is_file()]):
-        raise WeightsError(f"{place} holds no LoRA file: none of {', '.join(names)} is there")
-    return files[0]
-
-
-COMFY, DIFFUSERS = "lora_unet_", "transformer."
-
-
-class _Names(NamedTuple):
-    """The keys of one module in a file, in `_spelt`'s spelling."""
-
-    down: str
-    up: str
-    alpha: str
-
-    @classmethod
-    def of(cls, name: str, prefix: str) -> "_Names":
-        ends = ("lora_down.weight", "lora_up.weight") if prefix == COMFY else ("lora_A.weight", "lora_B.weight")
-        return cls(*(f"{prefix}{name}.{end}" for end in (*ends, "alpha")))
-
-
-class _Content(NamedTuple):
-    """A file: its tensors in one spelling, the prefix of its names, its stated scale, the keys that are not read."""
-
-    file: Path
-    prefix: str
-    tensors: dict[str, np.ndarray]
-    adapter: peft_config.Adapter | None
-    text: tuple[str, ...]  # keys of text encoders
-
-    def named(self) -> set[str]:
-        """The names of the modules, with the prefix."""
-        return {key.split(".lora_")[0] for key in self.tensors}
-
-    def scale(self, name: str, its: _Names, rank: int) -> float:
-        """The scale of B: from the description, else alpha / rank, else 1."""
-        if self.adapter is not None:
-            return self.adapter.scale(name, rank)
-        return self.tensors[its.alpha].item() / rank if its.alpha in self.tensors else 1.0
-
-    def left_out(self) -> list[str]:
-        if not self.text:
-            return []
-        return [f"{len(self.text)} keys of text encoders are left out ({self.text[0]}, ...): those do not change"]
-
-
-def _check(found: _Content, present: Mapping[Fused, _Names], sizes: Mapping[str, tuple[int, int]]) -> None:
+def _check(found: Content, present: Mapping[Fused, Names], sizes: Mapping[str, tuple[int, int]]) -> None:
     """WeightsError that lists what does not fit in a file."""
     empty = f"it has only keys of a text encoder ({found.text[0]})" if found.text else "it is empty"
     problems = _problems(found.tensors, present, sizes) if found.tensors else [empty]
@@ -206,7 +209,7 @@ def _check(found: _Content, present: Mapping[Fused, _Names], sizes: Mapping[str,
         )
 
 
-def _problems(tensors: Tensors, present: Mapping[Fused, _Names], sizes: Mapping[str, tuple[int, int]]) -> list[str]:
+def _problems(tensors: Tensors, present: Mapping[Fused, Names], sizes: Mapping[str, tuple[int, int]]) -> list[str]:
     """Incomplete pairs, wrong shapes, and keys that are not the model's."""
     missing, shapes = [], {}
     for module, keys in present.items():
@@ -217,12 +220,29 @@ def _problems(tensors: Tensors, present: Mapping[Fused, _Names], sizes: Mapping[
         shapes[keys.up] = (sum(sizes[part][1] for part in module.parts), rank)
         if keys.alpha in tensors:
             shapes[keys.alpha] = (1,) * tensors[keys.alpha].ndim
-    unused = [f"unused {key}" for key in tensors if key not in shapes]
-    return [*missing, *unused] + [
+    unused = {key: _form(key) for key in tensors if key not in shapes}
+    more = [f"unused {key}, which is of a {form}" for key, form in unused.items() if form]
+    return [*more, *missing, *(f"unused {key}" for key, form in unused.items() if not form)] + [
         f"{key} has shape {tensors[key].shape}, not {shape}"
         for key, shape in shapes.items()
         if key in tensors and tensors[key].shape != shape
     ]
+
+
+_FORMS = {
+    "DoRA": r"\.(dora_scale|lora_magnitude_vector)\b",
+    "LoHa": r"\.hada_",
+    "LoKr": r"\.lokr_",
+    "OFT": r"\.oft_",
+    "LoCon with a core": r"\.lora_mid\b",
+    "full difference": r"\.diff(_b)?$",
+    "bias": r"\.bias$",
+}
+"""Keys by which more than a LoRA is recognised."""
+
+
+def _form(key: str) -> str:
+    return next((form for form, pattern in _FORMS.items() if re.search(pattern, key)), "")
 
 
 def _coverage(linears: Sequence[Leaf], pairs: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> str:
@@ -317,63 +337,6 @@ def _layers(fused: Sequence[Fused], modules: Collection[str]) -> Iterator[Fused]
             yield Fused(name, tuple(parts), rule.swapped)
             if name == rule.name:
                 break
-
-
-def _read(file: Path) -> _Content:
-    """Read a file, safetensors or torch's pickle, with any content."""
-    if not file.is_file():
-        raise WeightsError(f"{file} does not exist: give a LoRA .safetensors file or the folder that holds it")
-    try:
-        if torch_file.is_checkpoint(file):
-            tensors, metadata = torch_file.read(file), {}
-        else:
-            with safe_open(file, "numpy") as f:
-                tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except SafetensorError as e:
-        raise WeightsError(f"{file} is not a complete safetensors file ({e})") from e
-    except OSError as e:
-        raise WeightsError(f"{file} cannot be read: {e.strerror or e}") from e
-    text = tuple(key for key in tensors if _TEXT.match(key))
-    spelt = _respelt(file, [key for key in tensors if key not in text])
-    prefixes = (COMFY, DIFFUSERS, peft_config.PREFIX)
-    prefix = next((p for p in prefixes if any(key.startswith(p) for key in spelt)), "")
-    by_key = {key: tensors[own].reshape(matrix(tensors[own].shape)) for key, own in spelt.items()}
-    return _Content(file, prefix, by_key, _described(file, prefix, metadata), text)
-
-
-_TEXT = re.compile(r"text_encoders?(_\d)?\.|lora_te\d?_")
-
-
-def _described(file: Path, prefix: str, metadata: Mapping[str, str]) -> peft_config.Adapter | None:
-    if (stated := metadata.get("lora_adapter_metadata")) is not None:
-        return peft_config.of_metadata(file, stated)
-    return peft_config.of_folder(file) if prefix == peft_config.PREFIX or file.stem == "adapter_model" else None
-
-
-def _respelt(file: Path, keys: Iterable[str]) -> dict[str, str]:
-    """{a key in our spelling: the file's}; WeightsError if two keys are the same."""
-    found: dict[str, str] = {}
-    for key in keys:
-        if (same := found.setdefault(_spelt(key), key)) != key:
-            raise WeightsError(f"{file}: {same} and {key} are one factor of two adapters: give a file with one of them")
-    return found
-
-
-def _spelt(key: str) -> str:
-    """The key in our spelling.
-
-    lora_A and lora_B are also called down and up, with an adapter's name after them or a dot instead of "_". ComfyUI
-    also reads and writes the dotted names of its own modules: diffusion_model.<a.b.c>.lora_A.weight.
-    """
-    if not (match := re.fullmatch(r"(.+?)\.(?:lora[_.](A|B|down|up)(?:\.[^.]+)?\.weight|alpha)", key)):
-        return key
-    name, half = match.groups()
-    if name.startswith("diffusion_model."):
-        name = COMFY + name.removeprefix("diffusion_model.").replace(".", "_")
-    if half is None:
-        return f"{name}.alpha"
-    down, up = ("down", "up") if name.startswith(COMFY) else ("A", "B")
-    return f"{name}.lora_{down if half in ('A', 'down') else up}.weight"
 
 
 def _modules(tree: Params, keys: Sequence[Rule]) -> Iterator[tuple[str, Leaf]]:

@@ -15,6 +15,7 @@ from solrl_jax.weights import WeightsError, read_json
 
 PREFIX = "base_model.model."
 """The prefix of every name in a file of PEFT."""
+NAME = "adapter_config.json"
 
 _READ = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "bias", "init_lora_weights")
 _OF_TRAINING = ("lora_dropout", "inference_mode", "runtime_config", "eva_config", "ensure_weight_tying")
@@ -48,7 +49,7 @@ def _pattern(patterns: Mapping[str, Any], name: str) -> str:
 
 def of_folder(file: Path) -> Adapter:
     """The adapter_config.json beside `file`."""
-    beside = file.with_name("adapter_config.json")
+    beside = file.with_name(NAME)
     if not beside.is_file():
         raise WeightsError(f"{file} is an adapter of PEFT, whose scale is in adapter_config.json: put it beside it")
     return _adapter(str(beside), read_json(beside))
