@@ -295,8 +295,8 @@ def use_compilation_cache() -> None:
 
 
 def notes(parts: Parts) -> list[str]:
-    """The first lines of a run: LoRAs in the base, quantised layers, numbers of prompts, prompts that are cut, guidance,
-    weights that the network carries, how a CPU multiplies."""
+    """The first lines of a run: LoRAs in the base, quantised layers, numbers of prompts, prompts that are cut,
+    guidance, weights that the network carries, how a CPU multiplies."""
     p = parts.prompts
     precision = parts.cfg.low_precision
     low = coverage.report(coverage.uses(parts.model, precision), precision) if precision else []
