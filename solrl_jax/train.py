@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
@@ -33,7 +34,7 @@ from solrl_jax.run.assemble import Parts
 from solrl_jax.run.guards import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.run.log import Log, finite, open_log, read, wandb
 from solrl_jax.run.pictures import Shown
-from solrl_jax.structs import Prompts, TrainState
+from solrl_jax.structs import Prompts, Row, TrainState
 
 Metrics = dict[str, float]
 SKIPS = 3
@@ -130,9 +131,9 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                 if low and int(state.fallen_back):
                     step, low = stepper(parts._replace(cfg=guards.in_bf16(cfg)), out, stop), False
                     out.say(f"exploring in bf16 from iteration {done + 1} on")
-                prompts = encoded(parts, done, times := {})
+                batch = encoded(parts, done, times := {})
                 try:
-                    new, metrics = iterate(parts, state, prompts, step, times)
+                    new, metrics = iterate(parts, state, batch, step, times)
                 except Stopped:
                     break
                 number = int(new.iteration)
@@ -154,7 +155,7 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                         out.say(warning)
                 if cfg.save_every and done % cfg.save_every == 0:
                     saver.save(state, score)
-                check_skipped(parts, state, prompts, metrics)
+                check_skipped(parts, state, batch.prompts, metrics)
         except jax.errors.JaxRuntimeError as e:
             raise TrainError(f"iteration {done + 1}: {device_error(e)}") from e
         finally:
@@ -197,21 +198,29 @@ def drawn(parts: Parts, done: int) -> tuple[list[str], list[str]]:
     return found[: cfg.prompts], found[cfg.prompts :]
 
 
-def encoded(parts: Parts, done: int, times: dict[str, float]) -> Prompts:
-    """The encoded prompts of the iteration after `done`; `drawn` says which are encoded with them."""
+class Batch(NamedTuple):
+    """An iteration's prompts, encoded, and their rows."""
+
+    prompts: Prompts
+    rows: list[Row]
+
+
+def encoded(parts: Parts, done: int, times: dict[str, float]) -> Batch:
+    """The prompts of the iteration after `done`; `drawn` says which are encoded with them."""
     with iteration.clock(times, "encode"):
-        batch, ahead = drawn(parts, done)
-        return jax.block_until_ready(assemble.encode(parts, batch, parts.score, ahead))
+        texts, ahead = drawn(parts, done)
+        prompts = jax.block_until_ready(assemble.encode(parts, texts, parts.score, ahead))
+        return Batch(prompts, parts.prompts.rows_of(texts))
 
 
 def iterate(
-    parts: Parts, state: TrainState, prompts: Prompts, step: "Step", times: dict[str, float]
+    parts: Parts, state: TrainState, batch: Batch, step: "Step", times: dict[str, float]
 ) -> tuple[TrainState, Metrics]:
     """One iteration's state and metrics, which include `times`. Raises TrainError if a reward is not finite, Stopped
     if a signal came between two stages."""
-    new, metrics = step(state, prompts, times)
+    new, metrics = step(state, batch, times)
     numbers, number = {name: float(value) for name, value in jax.device_get(metrics).items()}, int(new.iteration)
-    check_rewards(numbers, number, functools.partial(not_finite, parts, state, prompts))
+    check_rewards(numbers, number, functools.partial(not_finite, parts, state, batch.prompts))
     if number == 1:  # only at the start: a later iteration near the limit does not stop a run
         check_ratio(numbers, number, parts.cfg.learn.clip_range)
     return new, numbers | {f"time/{name}": seconds for name, seconds in times.items()}
@@ -227,11 +236,11 @@ def check_skipped(parts: Parts, state: TrainState, prompts: Prompts, metrics: Me
         )
 
 
-Step = Callable[[TrainState, Prompts, dict[str, float]], tuple[TrainState, dict]]
+Step = Callable[[TrainState, Batch, dict[str, float]], tuple[TrainState, dict]]
 
 
 def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
-    """(state, prompts, times) -> (state, metrics): staged, with progress and stops between stages, or one program."""
+    """(state, batch, times) -> (state, metrics): staged, with progress and stops between stages, or one program."""
     statics = {"model": parts.model, "score": parts.score, "optimizer": parts.optimizer, "cfg": parts.cfg}
     if parts.cfg.staged:
         staged = iteration.Staged(**statics)
@@ -241,17 +250,13 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
             if stop.is_set() and stage != "learn":  # learn is the last stage: the iteration finishes
                 raise Stopped
 
-        def in_stages(state: TrainState, prompts: Prompts, times: dict[str, float]) -> tuple[TrainState, dict]:
-            rows = parts.prompts.rows_of(drawn(parts, int(state.iteration))[0])
-            return staged(state, parts.frozen, prompts, times, between, rows)
-
-        return in_stages
+        return lambda state, batch, times: staged(state, parts.frozen, batch.prompts, times, between, batch.rows)
     whole = jax.jit(iteration.iteration_step, static_argnames=tuple(statics))
 
-    def step(state: TrainState, prompts: Prompts, times: dict[str, float]) -> tuple[TrainState, dict]:
+    def step(state: TrainState, batch: Batch, times: dict[str, float]) -> tuple[TrainState, dict]:
         learn.check_hyper(state.hyper, parts.cfg)
         with iteration.clock(times, "step"):
-            return jax.block_until_ready(whole(state, parts.frozen, prompts, **statics))
+            return jax.block_until_ready(whole(state, parts.frozen, batch.prompts, **statics))
 
     return step
 
