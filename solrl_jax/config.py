@@ -369,6 +369,15 @@ class Config(Checked):
             self.kept > 1 or self.learn.advantage_spread != "prompt_unbiased",
             f"kept={self.kept}: learn.advantage_spread=prompt_unbiased takes the spread of 2 or more",
         )
+        _require(
+            self.reward_rule == "sum"
+            or "," not in self.reward
+            or self.explore is None
+            or self.learn.advantage_spread != "all",
+            "learn.advantage_spread=all with reward_rule=gdpo: a prompt's candidates are compared before those of the "
+            "next prompts are drawn, so the spread over all of them is not known: use prompt, as published, or "
+            "prompt_unbiased",
+        )
         _require(self.iterations >= 0, f"iterations={self.iterations}: 0 or more")
         _require(self.encode_ahead >= 0, f"encode_ahead={self.encode_ahead}: 0 (the text encoders stay) or more")
         _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
