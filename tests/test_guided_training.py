@@ -367,11 +367,13 @@ def test_the_base_at_its_own_weight_is_drawn_again(toy, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiles")
 def test_weights_in_parts_give_a_guided_training_the_same_bits(tmp_path):
     """The network over 2 devices, its negative conditioning whole on each."""
     found = []
     for shard in (1, 2):
         words = {"model.guidance": "cfg", "regenerate.guidance": 2.5, "learn.guidance": 1, "learn.kl_guidance": 2.5}
+        words |= {"explore": "none", "candidates": 4}
         parts = train.ready(nano.parts_of(config.override(nano.build(tmp_path, shard=shard), **words), 2))
         with jax.set_mesh(parts.mesh):
             state, prompts, _ = nano.begun(parts)
