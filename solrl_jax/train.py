@@ -287,7 +287,7 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
 
 
 def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> dict[str, Shown]:
-    """"base": the base's pictures for the config's evaluation, and "base_own": those at its own weight of guidance, if
+    """ "base": the base's pictures for the config's evaluation, and "base_own": those at its own weight of guidance, if
     the config asks for them. They are drawn again if the file's are for another evaluation."""
     wanted = {"base": parts} | ({"base_own": evaluate.at_own(parts)} if guidance.own(parts.cfg, parts.model) else {})
     how, found = {name: evaluate.settings(each.cfg) for name, each in wanted.items()}, {}

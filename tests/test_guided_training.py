@@ -14,8 +14,8 @@ from solrl_jax import algos, config, guidance, iteration, learn, lora, plan, rol
 from solrl_jax.config import Branch, Config, ConfigError, Learn, Lora, Stage
 from solrl_jax.models import sd35
 from solrl_jax.plan import jaxpr, shapes
-from solrl_jax.report import run as reports
 from solrl_jax.quant import calibrate
+from solrl_jax.report import run as reports
 from solrl_jax.run import assemble, checkpoint, guards, model_card, pictures
 from solrl_jax.run.encode import Conditioner
 from solrl_jax.structs import Hyper, Points
@@ -399,9 +399,7 @@ def test_the_report_names_each_weight():
         return reports._guidance(reports.Run("r", None, dict(config.values(cfg)), cfg, [], [], None, None, []))
 
     assert told() == [] == told(explore=1, regenerate=1)
-    assert told(regenerate=4) == [
-        "Its evaluations, also the base's, are at guidance 4; its training: all of it at 4."
-    ]
+    assert told(regenerate=4) == ["Its evaluations, also the base's, are at guidance 4; its training: all of it at 4."]
     (said,) = told(explore=1, regenerate=4)
     assert said.endswith("its training: the previews at 1, the rollouts at 4, the loss at 4, its reference at 4.")
     (said,) = told(regenerate=4, algorithm="flow_grpo")  # which has no previews

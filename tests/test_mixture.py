@@ -92,7 +92,9 @@ def test_a_prompt_is_compared_as_it_is_beside_others():
     for spread in ("prompt", "prompt_unbiased"):
         cfg = of("gdpo", spread=spread)
         np.testing.assert_array_equal(mixture.worth(first, cfg), mixture.worth(found, cfg)[:1])
-    with pytest.raises(config.ConfigError, match=r"^learn\.advantage_spread=all with reward_rule=gdpo: .* use prompt, as"):
+    with pytest.raises(
+        config.ConfigError, match=r"^learn\.advantage_spread=all with reward_rule=gdpo: .* use prompt, "
+    ):
         of("gdpo", spread="all")
     for cfg in (of("gdpo", "clipscore", "all"), of("sum", spread="all")):
         np.testing.assert_array_equal(mixture.worth(first, cfg), mixture.worth(found, cfg)[:1])

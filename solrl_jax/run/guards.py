@@ -67,7 +67,8 @@ def _unequal(lines: Sequence[Line], cfg: Config) -> str:
     even = ",".join(f"{name}:{weights[name] / x:.3g}" for name, x in says.items())
     return (
         f"of the sum of rewards {most} decides: weight times spread within a prompt is {says[most]:.3g}, that of "
-        f"{least} {says[least]:.3g}; set reward_rule=gdpo and learn.advantage_spread=prompt, or weights over the spreads, such as reward={even}"
+        f"{least} {says[least]:.3g}; set reward_rule=gdpo and learn.advantage_spread=prompt, or weights over the "
+        f"spreads, such as reward={even}"
     )
 
 
@@ -341,8 +342,8 @@ def not_finite(parts: Parts, state: TrainState, prompts: Prompts) -> str:
         return ""
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     return (
-        f"not finite are {', '.join(bad[:3])}{more}: look at those weights (conditioning and negative are the text encoders'; of a "
-        "damaged lora or old delete the newest checkpoint and go on from the one before)"
+        f"not finite are {', '.join(bad[:3])}{more}: look at those weights (conditioning and negative are the text "
+        "encoders'; of a damaged lora or old delete the newest checkpoint and go on from the one before)"
     )
 
 
