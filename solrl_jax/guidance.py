@@ -67,7 +67,7 @@ def velocity(model: Model, w: float) -> Guided:
 
 
 def of(stage: Stage) -> float:
-    """The w of a stage by itself; one of 0, which names no other, has none."""
+    """The w of a stage; 1, none, where its field is 0, not given."""
     return stage.guidance or 1.0
 
 
