@@ -222,7 +222,7 @@ class Learn(Checked):
     epochs: int = 1  # passes over the kept samples, each with fresh times and noise
     micro_batch: int = 12
     learning_rate: float = 3e-4
-    kl_weight: float = 1e-4
+    kl_weight: float = 1e-4  # of the distance from the base; V-GRPO: from the policy when the iteration began
     reference_every: int = 1  # m: every m-th micro-batch has the reference, at m times the KL's weight
     guidance: float = 0.0  # of the policies that are compared; 0: regenerate's, for what drew is then what learns
     kl_guidance: float = 0.0  # of the reference; 0: learn.guidance
@@ -390,6 +390,15 @@ class Config(Checked):
         _require(
             self.kept > 1 or self.learn.advantage_spread != "prompt_unbiased",
             f"kept={self.kept}: learn.advantage_spread=prompt_unbiased takes the spread of 2 or more",
+        )
+        _require(
+            self.reward_rule == "sum"
+            or "," not in self.reward
+            or self.explore is None
+            or self.learn.advantage_spread != "all",
+            "learn.advantage_spread=all with reward_rule=gdpo: a prompt's candidates are compared before those of the "
+            "next prompts are drawn, so the spread over all of them is not known: use prompt, as published, or "
+            "prompt_unbiased",
         )
         _require(self.iterations >= 0, f"iterations={self.iterations}: 0 or more")
         _require(self.encode_ahead >= 0, f"encode_ahead={self.encode_ahead}: 0 (the text encoders stay) or more")

@@ -8,6 +8,7 @@ How a model is guided is its `Model.guidance`:
 v is linear in the network's output, so a solver's table holds for it as it stands.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from solrl_jax import algos
+from solrl_jax import algos, config
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.structs import Model, PyTree, Variables
 
@@ -66,7 +67,7 @@ def velocity(model: Model, w: float) -> Guided:
 
 
 def of(stage: Stage) -> float:
-    """The w of a stage by itself; one of 0, which names no other, has none."""
+    """The w of a stage; 1, none, where its field is 0, not given."""
     return stage.guidance or 1.0
 
 
@@ -77,6 +78,10 @@ class Weights(NamedTuple):
     regenerate: float
     learn: float
     kl: float
+
+
+FIELDS = ("explore.guidance", "regenerate.guidance", "learn.guidance", "learn.kl_guidance")
+"""The config's field of each of Weights."""
 
 
 def weights(cfg: Config) -> Weights:
@@ -95,9 +100,10 @@ def check_training(cfg: Config, model: Model) -> list[str]:
     drawn without guidance, to the guided base (CRD, arXiv 2603.14128).
     """
     w, learn = weights(cfg), cfg.learn
-    for name, value in _named(w, cfg).items():
-        if value != 1:
-            _require_guidance(model, f"{name}={value:g}")
+    given = dict(config.values(cfg))
+    for name in _named(w, cfg):
+        if given[name] > 1:
+            _require_guidance(model, f"{name}={given[name]:g}")
     _check_preview(w, cfg, model)
     given = f"learn.guidance={w.learn:g} with regenerate.guidance={w.regenerate:g}"
     if w.learn != w.regenerate:
@@ -144,9 +150,9 @@ def told(cfg: Config, model: Model) -> list[str]:
 
 
 def _named(w: Weights, cfg: Config) -> dict[str, float]:
-    """Each w by the name of its field."""
-    named = {"regenerate.guidance": w.regenerate, "learn.guidance": w.learn, "learn.kl_guidance": w.kl}
-    return named if cfg.explore is None else {"explore.guidance": w.explore, **named}
+    """Each w by the name of its field; that of the preview only if there is one."""
+    named = dict(zip(FIELDS, w, strict=True))
+    return {name: value for name, value in named.items() if cfg.explore is not None or name != FIELDS[0]}
 
 
 def _check_preview(w: Weights, cfg: Config, model: Model) -> None:
@@ -165,12 +171,19 @@ def _check_reference(w: Weights, cfg: Config, model: Model) -> list[str]:
     if w.kl == w.learn:
         return []
     given, weight = f"learn.kl_guidance={w.kl:g} with learn.guidance={w.learn:g}", cfg.learn.kl_weight
-    if "reference" not in algos.find(cfg.learn.algorithm).fixed(cfg.learn):
+    name = f"learn.algorithm={cfg.learn.algorithm}"
+    if "reference" not in algos.find(cfg.learn.algorithm).fixed(dataclasses.replace(cfg.learn, kl_weight=1.0)):
+        raise ConfigError(f"{given} has no effect: {name} has no reference: leave learn.kl_guidance out")
+    if not weight:
         raise ConfigError(f"{given} has no effect, for no reference is computed: give learn.kl_weight, such as 0.1")
     if w.learn != 1 and model.guidance == "cfg":
         raise ConfigError(
             f"{given}: the penalty would be that of a change of guidance, not of the policy: give both the same, or "
             "learn.guidance=1"
+        )
+    if cfg.of_steps and model.guidance == "cfg":
+        raise ConfigError(
+            f"{given}: {name} compares the means of a step that was drawn, which have one guidance: give both the same"
         )
     if w.learn != 1 or weight >= 0.01:
         return []
@@ -216,7 +229,7 @@ def check(cfg: Config, model: Model, negative: str | None = None) -> None:
     """ConfigError unless the model can be evaluated at the config's w, with the text of --negative if it is given."""
     w = evaluated(cfg)
     if w != 1:
-        _require_guidance(model, f"evaluate.guidance={w:g}")
+        _require_guidance(model, f"{'evaluate' if cfg.evaluate.guidance else 'regenerate'}.guidance={w:g}")
     if negative is None:
         return
     given = f"--negative={negative!r}"

@@ -272,57 +272,48 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
     the device fails in its first minutes.
     """
     cfg = parts.cfg
-    shown = _base(parts, state, run, out) if cfg.evaluate.every else None
+    shown = _base(parts, state, run, out) if cfg.evaluate.every else {}
+    base, own = shown.get("base"), shown.get("base_own")
     before = next((line for line in read(run / "metrics.jsonl") if line["iteration"] == 0), {})
-    metrics = {} if shown is None else evaluate.averages(shown, parts.score) | _at_own(parts, run, out)
+    metrics = {} if base is None else evaluate.averages(base, parts.score)
+    if own is not None:
+        means = evaluate.averages(own, parts.score)
+        metrics |= {f"eval_own/{name.removeprefix('eval_reward_')}": value for name, value in means.items()}
+        metrics["eval_own/guidance"] = parts.model.guided
     for name, value in before.items():
-        if name != "iteration" and (shown is None or name.startswith("watch/")):
+        if name != "iteration" and (base is None or name.startswith("watch/")):
             metrics[name] = math.nan if value is None else value
     if int(state.iteration) == 0 and guards.due(cfg, 0):
         out.between("watch", 0.0)
         metrics |= guards.measured(parts, state)
     if metrics and finite(metrics) != {k: v for k, v in before.items() if k != "iteration"}:
         out.write(0, metrics)
-    return shown, metrics
+    return base, metrics
 
 
-def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> Shown:
-    """The base's pictures for the config's evaluation; drawn again if the file's are for another one."""
-    file, how = run / "grids" / "base.npz", evaluate.settings(parts.cfg)
-    kept = disk.readable(pictures.load, file, said := [])
-    for line in said:
-        out.say(line)
-    missing = guidance.own(parts.cfg, parts.model) and not (run / "grids" / "base_own.npz").exists()
-    if kept is not None and kept.how == how and not missing:
-        return kept.shown
+def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> dict[str, Shown]:
+    """ "base": the base's pictures for the config's evaluation, and "base_own": those at its own weight of guidance, if
+    the config asks for them. They are drawn again if the file's are for another evaluation."""
+    wanted = {"base": parts} | ({"base_own": evaluate.at_own(parts)} if guidance.own(parts.cfg, parts.model) else {})
+    how, found = {name: evaluate.settings(each.cfg) for name, each in wanted.items()}, {}
+    for name in wanted:
+        kept = disk.readable(pictures.load, run / "grids" / f"{name}.npz", said := [])
+        for line in said:
+            out.say(line)
+        if kept is not None and kept.how == how[name]:
+            found[name] = kept.shown
+    if found.keys() == wanted.keys():
+        return found
     out.between("evaluate", 0.0)
     zeros = jax.tree.map(lambda x: x * 0, state.ema)  # placed like the EMA: one compiled program draws both
-    _, shown = evaluate.evaluate(parts, zeros)
-    columns = {guidance.titled("base", guidance.evaluated(parts.cfg)): shown.images}
-    if own := guidance.own(parts.cfg, parts.model):
-        better = evaluate.at_own(parts)
-        _, other = evaluate.evaluate(better, zeros)
-        columns[guidance.titled("base", own)] = other.images
-        pictures.save(run / "grids" / "base_own.npz", other, 0, evaluate.settings(better.cfg))
-    grid = pictures.write_grid(run / "grids" / "000000.png", shown.prompts, columns)
+    drawn = {name: evaluate.evaluate(each, zeros)[1] for name, each in wanted.items() if name not in found}
+    found = {name: (found | drawn)[name] for name in wanted}
+    columns = {guidance.titled("base", guidance.evaluated(wanted[name].cfg)): x.images for name, x in found.items()}
+    grid = pictures.write_grid(run / "grids" / "000000.png", found["base"].prompts, columns)
     out.say(f"first pictures: {grid}")
-    pictures.save(file, shown, 0, how)
-    return shown
-
-
-def _at_own(parts: Parts, run: Path, out: Log) -> Metrics:
-    """{"eval_own/guidance": the base's own weight, "eval_own/<name>": its rewards there} of the pictures that `_base`
-    drew; {} if it drew none."""
-    if (own := guidance.own(parts.cfg, parts.model)) is None:
-        return {}
-    kept = disk.readable(pictures.load, run / "grids" / "base_own.npz", said := [])
-    for line in said:
-        out.say(line)
-    if kept is None:
-        return {}
-    means = evaluate.averages(kept.shown, parts.score)
-    named = {f"eval_own/{name.removeprefix('eval_reward_')}": value for name, value in means.items()}
-    return {"eval_own/guidance": own, **named}
+    for name, shown in drawn.items():
+        pictures.save(run / "grids" / f"{name}.npz", shown, 0, how[name])
+    return found
 
 
 def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown | None) -> dict[str, float]:

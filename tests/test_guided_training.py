@@ -10,12 +10,13 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from solrl_jax import algos, config, guidance, learn, lora, plan, rollout, sharding, train
+from solrl_jax import algos, config, guidance, iteration, learn, lora, plan, rollout, sharding, train
 from solrl_jax.config import Branch, Config, ConfigError, Learn, Lora, Stage
 from solrl_jax.models import sd35
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import calibrate
-from solrl_jax.run import assemble, guards, model_card
+from solrl_jax.report import run as reports
+from solrl_jax.run import assemble, checkpoint, guards, model_card, pictures
 from solrl_jax.run.encode import Conditioner
 from solrl_jax.structs import Hyper, Points
 from solrl_jax.weights import lora_files
@@ -111,6 +112,15 @@ def test_what_is_warned_of(given, message):
         ),
         ({"regenerate": 4, "loss": 1, "advantage_mode": "one_only"}, "learn.advantage_mode=one_only: guided samples"),
         (
+            {"kl": 4, "algorithm": "vgrpo", "kl_weight": 0.1, "updates": 2},
+            "learn.kl_guidance=4 with learn.guidance=1 has no effect: learn.algorithm=vgrpo has no reference",
+        ),
+        ({"kl": 4, "algorithm": "dance_grpo", "kl_weight": 0.1}, "learn.algorithm=dance_grpo has no reference"),
+        (
+            {"kl": 4, "algorithm": "flow_grpo", "kl_weight": 0.1},
+            "learn.algorithm=flow_grpo compares the means of a step",
+        ),
+        (
             {"explore": 1, "regenerate": 4, "branch": Branch()},
             "explore.guidance=1 with regenerate.guidance=4: a branch",
         ),
@@ -132,6 +142,34 @@ def test_an_embedded_weight_is_free_of_some_rules():
             guidance.check_training(weighed(**given), linear("none"))
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"regenerate": 4}, "regenerate.guidance"),
+        ({"explore": 4}, "explore.guidance"),
+        ({"loss": 4}, "learn.guidance"),
+        ({"kl": 4}, "learn.kl_guidance"),
+    ],
+)
+def test_the_weight_that_was_given_is_named(given, name):
+    """Not one that follows it: the user would not find it in the command."""
+    with pytest.raises(ConfigError, match=f"^{name}=4: this toy takes no guidance"):
+        guidance.check_training(weighed(**given), linear("none"))
+    if name == "regenerate.guidance":  # of which an evaluation takes its own
+        with pytest.raises(ConfigError, match=f"^{name}=4: this toy takes no guidance"):
+            guidance.check(weighed(**given), linear("none"))
+
+
+def test_a_run_of_a_version_that_wrote_1_goes_on():
+    """1 and 0, which is not given, are the same training; any other difference is one."""
+    written = weighed(explore=1, regenerate=1)
+    assert checkpoint.forbidden(written, weighed()) == "" == checkpoint.forbidden(weighed(), written)
+    assert checkpoint.forbidden(weighed(regenerate=4), weighed(explore=4, regenerate=4, loss=4)) == ""
+    changed = checkpoint.forbidden(written, weighed(regenerate=4))
+    assert changed == "explore.guidance is 1.0 there and 0.0 here; regenerate.guidance is 1.0 there and 4.0 here"
+    assert checkpoint.forbidden(weighed(explore=3), weighed()) != ""
+
+
 @pytest.mark.parametrize("name", ["explore.guidance", "regenerate.guidance", "learn.guidance", "learn.kl_guidance"])
 @pytest.mark.parametrize("value", ["0.5", "-1", "nan", "inf"])
 def test_no_weight_below_1(name, value):
@@ -151,14 +189,12 @@ def toy(monkeypatch, tmp_path):
 
 def program(cfg):
     """The whole iteration's operations."""
-    from solrl_jax.iteration import iteration_step
-
     parts = train.ready(assemble.assemble(cfg, 1))
     statics = {"model": parts.model, "score": parts.score, "optimizer": parts.optimizer, "cfg": cfg}
     with jax.set_mesh(parts.mesh):
         state = assemble.fresh(parts)
         prompts = assemble.encode(parts, [f"prompt {i}" for i in range(cfg.prompts)], parts.score)
-        return str(jax.make_jaxpr(functools.partial(iteration_step, **statics))(state, parts.frozen, prompts))
+        return str(jax.make_jaxpr(functools.partial(iteration.iteration_step, **statics))(state, parts.frozen, prompts))
 
 
 def test_a_weight_of_1_is_the_program_without_guidance(toy):
@@ -308,6 +344,70 @@ def test_a_guided_run(toy, tmp_path):
     assert "512 px, guidance 2.5 |" in card
 
 
+def test_the_base_at_its_own_weight_is_drawn_again(toy, tmp_path):
+    """If its pictures are damaged, lost or of another evaluation, like those that it is compared with."""
+    cfg, said = config.override(toy, **{"evaluate.own": "true"}), []
+    parts, file = train.ready(assemble.assemble(cfg, 1)), tmp_path / "grids/base_own.npz"
+    out = train.Log(lambda iteration, metrics: {}, lambda stage, share: None, said.append)
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+        _, first = train.beginning(parts, state, tmp_path, out)
+        assert first["eval_own/guidance"] == 3.0 and first["eval_own/avg"] != first["eval_reward_avg"]
+        kept = pictures.load(file)
+        other = kept.shown._replace(means={name: x + 1 for name, x in kept.shown.means.items()})
+        for spoil in (
+            lambda: file.write_bytes(b"no pictures"),
+            file.unlink,
+            lambda: pictures.save(file, other, 0, kept.how.replace("steps=3", "steps=2")),
+        ):
+            spoil()
+            _, again = train.beginning(parts, state, tmp_path, out)
+            assert again == first
+            assert pictures.load(file).how == kept.how
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compiles")
+def test_weights_in_parts_give_a_guided_training_the_same_bits(tmp_path):
+    """The network over 2 devices, its negative conditioning whole on each."""
+    found = []
+    for shard in (1, 2):
+        words = {"model.guidance": "cfg", "regenerate.guidance": 2.5, "learn.guidance": 1, "learn.kl_guidance": 2.5}
+        words |= {"explore": "none", "candidates": 4}
+        parts = train.ready(nano.parts_of(config.override(nano.build(tmp_path, shard=shard), **words), 2))
+        with jax.set_mesh(parts.mesh):
+            state, prompts, _ = nano.begun(parts)
+            statics = dict(zip(nano.STATICS, nano.statics_of(parts), strict=True))
+            found.append(jax.jit(functools.partial(iteration.iteration_step, **statics))(state, parts.frozen, prompts))
+    np.testing.assert_array_equal(nano.numbers(found[0][0].lora), nano.numbers(found[1][0].lora))
+    assert {k: float(v) for k, v in found[0][1].items()} == {k: float(v) for k, v in found[1][1].items()}
+
+
+def test_a_negative_conditioning_that_is_not_finite_is_named(toy):
+    parts = train.ready(assemble.assemble(config.override(toy, **{"regenerate.guidance": 2}), 1))
+    with jax.set_mesh(parts.mesh):
+        state, prompts = assemble.fresh(parts), assemble.encode(parts, ["prompt 1"] * toy.prompts, parts.score)
+        assert guards.not_finite(parts, state, prompts) == ""
+        broken = jax.tree.map(lambda x: x * jnp.nan, parts.frozen.negative)
+        spoilt = parts._replace(frozen=parts.frozen._replace(negative=broken))
+        assert "not finite are negative" in guards.not_finite(spoilt, state, prompts)
+
+
+def test_the_report_names_each_weight():
+    def told(**given):
+        cfg = weighed(**given)
+        return reports._guidance(reports.Run("r", None, dict(config.values(cfg)), cfg, [], [], None, None, []))
+
+    assert told() == [] == told(explore=1, regenerate=1)
+    assert told(regenerate=4) == ["Its evaluations, also the base's, are at guidance 4; its training: all of it at 4."]
+    (said,) = told(explore=1, regenerate=4)
+    assert said.endswith("its training: the previews at 1, the rollouts at 4, the loss at 4, its reference at 4.")
+    (said,) = told(regenerate=4, algorithm="flow_grpo")  # which has no previews
+    assert said.endswith("all of it at 4.")
+    (said,) = told(kl=4)
+    assert said.endswith("the previews at 1, the rollouts at 1, the loss at 1, its reference at 4.")
+
+
 def test_the_model_card_names_each_weight():
     def pictures(**given):
         return model_card.facts(weighed(**given), 1, 1, ("to_q",))["pictures in training"]
@@ -317,6 +417,12 @@ def test_the_model_card_names_each_weight():
     assert pictures(regenerate=4, loss=1) == "512 px, guidance 4, 1 in the loss"
     assert pictures(explore=1, regenerate=4) == "512 px, guidance 4, 1 previews"
     assert pictures(kl=4) == "512 px, guidance 1, 4 of the reference"
+    for cfg, w in (
+        (weighed(), None),
+        (weighed(regenerate=4), "guidance 4"),
+        (config.override(weighed(regenerate=4), **{"evaluate.guidance": 1}), "guidance 1"),
+    ):
+        assert model_card.facts(cfg, 1, 1, ("to_q",)).get("pictures in its evaluations") == w
 
 
 def test_the_alarm_of_the_distance_is_not_for_a_guided_reference():

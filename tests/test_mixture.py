@@ -84,6 +84,24 @@ def test_a_reward_that_is_constant_says_nothing():
     assert np.isfinite(list(map(float, metrics.values()))).all()
 
 
+def test_a_prompt_is_compared_as_it_is_beside_others():
+    """The candidates of a block of prompts are compared before the next are drawn: no number of another prompt counts,
+    or stages run from the host would keep other samples than one program."""
+    found = rolled(pickscore=PICK, imagereward=IR)
+    first = jax.tree.map(lambda x: x[:1], found)
+    for spread in ("prompt", "prompt_unbiased"):
+        cfg = of("gdpo", spread=spread)
+        np.testing.assert_array_equal(mixture.worth(first, cfg), mixture.worth(found, cfg)[:1])
+    with pytest.raises(
+        config.ConfigError, match=r"^learn\.advantage_spread=all with reward_rule=gdpo: .* use prompt, "
+    ):
+        of("gdpo", spread="all")
+    for cfg in (of("gdpo", "clipscore", "all"), of("sum", spread="all")):
+        np.testing.assert_array_equal(mixture.worth(first, cfg), mixture.worth(found, cfg)[:1])
+    alone = Config(reward="a,b", reward_rule="gdpo", explore=None)  # all samples are there when they are compared
+    assert alone.learn.advantage_spread == "all"
+
+
 @pytest.mark.parametrize("rule", ["sum", "gdpo"])
 def test_selection_strata_ranks_and_advantages_take_one_order(rule):
     words = {"learn.micro_batch": "6", "explore.chunk": "4", "regenerate.chunk": "2"}

@@ -35,7 +35,7 @@ FAMILIES = (
     Family("Reward of the kept samples", ("reward/mean", "reward/max", "reward/min"), "reward", apart=False),
     Family("Spread of rewards within a prompt", ("reward_std_mean", "reward/range"), "reward"),
     Family("Spread of each reward within a prompt", ("reward_std/",), "reward", apart=False),
-    Family("What each reward says in the order", ("share/",), "share", apart=False),
+    Family("Share of each reward in the order of a prompt's samples", ("share/",), "share", apart=False),
     Family("Does the preview rank as the real thing does?", ("rank/",), "Spearman", "1: the same order"),
     Family("Distance from the base and from the old policy", ("kl_div", "old_deviate"), "mean square"),
     Family("Ratio of probabilities", ("ratio/deviation", "ratio/clipped"), "|ratio - 1|, share"),

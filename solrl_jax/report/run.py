@@ -205,7 +205,8 @@ def _guidance(run: Run) -> list[str]:
     """The weights of guidance of its evaluations and its training, and what the base reaches at its own."""
     said, drawn = [], run.weight("regenerate.guidance") or 1.0
     learnt = run.weight("learn.guidance") or drawn
-    stages = {"the rollouts": drawn, "the loss": learnt, "its reference": run.weight("learn.kl_guidance") or learnt}
+    stages = {"the previews": run.weight("explore.guidance") or drawn} if "explore.steps" in run.values else {}
+    stages |= {"the rollouts": drawn, "the loss": learnt, "its reference": run.weight("learn.kl_guidance") or learnt}
     if run.guidance != 1 or set(stages.values()) != {1.0}:
         trained = ", ".join(f"{name} at {w:g}" for name, w in stages.items())
         if len(set(stages.values())) == 1:

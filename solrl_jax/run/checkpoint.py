@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from solrl_jax import config, disk
+from solrl_jax import config, disk, guidance
 from solrl_jax.config import Config
 from solrl_jax.run import log, manifest, start
 from solrl_jax.run.manifest import FORMAT, CheckpointError, damage, describe, hashes
@@ -396,6 +396,8 @@ def _had_fallen_back(place: Path, like: Any) -> Any:
 def forbidden(saved: Config, cfg: Config) -> str:
     """The fields that differ and may not on --resume, as "explore.steps is 6 there and 4 here; ..."; "" if none."""
     free = CHANGEABLE if saved.watch.fall_back or cfg.watch.fall_back else (*CHANGEABLE, *WATCHING)
+    if guidance.weights(saved) == guidance.weights(cfg):  # one that is not given may be what the other gives
+        free = (*free, *guidance.FIELDS)
     return _differences(saved, cfg, lambda field: field in free)
 
 

@@ -64,12 +64,11 @@ def _unequal(lines: Sequence[Line], cfg: Config) -> str:
     if len(says) < 2 or max(says.values()) <= UNEQUAL * min(says.values()):
         return ""
     most, least = max(says, key=says.__getitem__), min(says, key=says.__getitem__)
-    even = ",".join(
-        f"{name}:{math.copysign(1, weights[name]) * abs(weights[name]) / x:.3g}" for name, x in says.items()
-    )
+    even = ",".join(f"{name}:{weights[name] / x:.3g}" for name, x in says.items())
     return (
         f"of the sum of rewards {most} decides: weight times spread within a prompt is {says[most]:.3g}, that of "
-        f"{least} {says[least]:.3g}; set reward_rule=gdpo, or weights over the spreads, such as reward={even}"
+        f"{least} {says[least]:.3g}; set reward_rule=gdpo and learn.advantage_spread=prompt, or weights over the "
+        f"spreads, such as reward={even}"
     )
 
 
@@ -336,15 +335,15 @@ def not_finite(parts: Parts, state: TrainState, prompts: Prompts) -> str:
     """Which of an iteration's input arrays have NaN or infinite values, and what to do; "" if none."""
     frozen = parts.frozen
     trees = {"network": frozen.base, "vae": frozen.vae, "rewards": frozen.rewards, "conditioning": prompts.cond}
-    trees |= {"lora": state.lora, "old": state.old}
+    trees |= {"negative": frozen.negative, "lora": state.lora, "old": state.old}
     floats = {k: x for k, x in leaves_by_path(trees).items() if jnp.issubdtype(x.dtype, jnp.floating)}
     bad = [k for k, x in floats.items() if not bool(jnp.isfinite(x.astype(jnp.float32)).all())]
     if not bad:
         return ""
     more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
     return (
-        f"not finite are {', '.join(bad[:3])}{more}: look at those weights (conditioning is the text encoders'; of a "
-        "damaged lora or old delete the newest checkpoint and go on from the one before)"
+        f"not finite are {', '.join(bad[:3])}{more}: look at those weights (conditioning and negative are the text "
+        "encoders'; of a damaged lora or old delete the newest checkpoint and go on from the one before)"
     )
 
 

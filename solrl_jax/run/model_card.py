@@ -69,7 +69,7 @@ def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) 
         f"seed {cfg.seed}; every value is in config.json of the run",
         "LoRA": f"{_lora(cfg.lora)}, on {', '.join(targets)}",
         "pictures in training": f"{cfg.model.size} px, {_guidance(cfg)}",
-        **({"pictures in its evaluations": f"guidance {w:g}"} if w != 1 else {}),
+        **({"pictures in its evaluations": f"guidance {w:g}"} if {w, *guidance.weights(cfg)} != {1.0} else {}),
         "made with": ", ".join(
             [*(f"{p} {metadata.version(p)}" for p in PACKAGES), f"Python {platform.python_version()}"]
         ),
