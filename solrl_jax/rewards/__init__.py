@@ -130,14 +130,13 @@ def tokenize(
     tokens: dict[str, PyTree] = {}
     rows = [{"prompt": prompt} for prompt in prompts] if rows is None else rows
     for reward in score.rewards:
-        mine = range(len(prompts))
-        if reward.host is not None and reward.name in asked:
-            mine, tokens[reward.name] = np.flatnonzero(asked[reward.name]), own.places(prompts)
-            if not len(mine):
-                continue
         try:
-            found = own.with_rows(reward.tokenize, [prompts[i] for i in mine], rows=[rows[i] for i in mine])
-            tokens.setdefault(reward.name, found)
+            if reward.host is None or reward.name not in asked:
+                tokens[reward.name] = own.with_rows(reward.tokenize, prompts, rows=rows)
+                continue
+            tokens[reward.name] = own.places(prompts)
+            if mine := _asking(reward.name, asked, len(rows)):
+                own.with_rows(reward.tokenize, [prompts[i] for i in mine], rows=[rows[i] for i in mine])
         except ValueError as e:
             raise ConfigError(f"reward {reward.name} cannot read a prompt: {e}") from e
     return tokens
@@ -179,11 +178,16 @@ def score_on_host(
     total = np.zeros(shape, np.float32)
     for weight, reward in zip(score.weights, score.rewards, strict=True):
         if reward.host is not None:
-            mine = np.flatnonzero(asked[reward.name]) if reward.name in asked else np.arange(len(rows))
+            mine = _asking(reward.name, asked, len(rows))
             parts[reward.name] = part = np.zeros(shape, np.float32)
-            if len(mine):
+            if mine:
                 flat = images[mine].reshape((-1, *images.shape[2:]))
                 each = [rows[i] for i in mine for _ in range(shape[1])]
                 part[mine] = own.ask(reward, flat, each).reshape((-1, shape[1]))
             total = total + np.float32(weight) * part
     return total, parts
+
+
+def _asking(name: str, asked: Asked, count: int) -> list[int]:
+    """The places, of `count`, of the prompts that ask for a reward."""
+    return [i for i in range(count) if name not in asked or asked[name][i]]
