@@ -89,7 +89,7 @@ def mean_asked(x: Float[Array, "P *K"], asked: Float[Array, "P K"] | None) -> Fl
     """The mean over the prompts that ask for a reward, all of them without `asked`; 0 if none does."""
     if asked is None:
         return jnp.mean(x)
-    there = asked.reshape((len(asked), -1))[:, : x[0].size].reshape(x.shape)
+    there = jnp.broadcast_to(asked[:, 0] if x.ndim == 1 else asked[:, :1], x.shape)
     return jnp.sum(x * there) / jnp.maximum(jnp.sum(there), 1.0)
 
 

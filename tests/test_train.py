@@ -453,11 +453,11 @@ def asking(texts):
     return {name: [names is None or name in names for names in named] for name in ("bright", "dark", "plain")}
 
 
-@pytest.mark.parametrize("staged", ["true", pytest.param("false", marks=pytest.mark.slow)])
-def test_prompts_name_their_rewards(toy, tmp_path, capsys, staged):
+@pytest.mark.parametrize(("staged", "devices"), [("true", 1), pytest.param("false", 2, marks=pytest.mark.slow)])
+def test_prompts_name_their_rewards(toy, tmp_path, capsys, staged, devices):
     """Two prompts an iteration: what none of them asks for has no metrics there, and nothing is not finite."""
     run, cfg = tmp_path / "run", config.override(naming(toy, tmp_path), prompts=2, iterations=4, seed=3, staged=staged)
-    train.train(cfg, run, devices=1)
+    train.train(cfg, run, devices=devices)
     said = capsys.readouterr().out
     assert "5 of 7 training prompts ask for bright" in said and "4 of 7 training prompts ask for dark" in said
     found, texts, absent = metrics_of(run), [f"prompt {i}" for i in range(7)], 0

@@ -129,7 +129,8 @@ def gains(base: Shown, now: Shown, score: Score) -> dict[str, float]:
     Gains are taken prompt by prompt, so that differences between prompts do not count. Without rewards that fewer than
     two prompts ask for.
     """
-    before, after, asked = _with_total(base, score), _with_total(now, score), _asked(now, score)
+    before, after = (_with_total(shown._replace(asked=now.asked), score) for shown in (base, now))
+    asked = _asked(now, score)
     each = {name: (after[name] - before[name])[asked[name]] for name in after if name in before}
     each = {name: x for name, x in each.items() if len(x) > 1}
     means = {f"eval_gain/{name}": float(x.mean()) for name, x in each.items()}
