@@ -59,16 +59,23 @@ def find(name: str) -> Algorithm:
 # --- advantages and decays ------------------------------------------------------------------------------------------
 
 
-def advantages(reward: Float[Array, "P K"], spread: str = "all") -> Float[Array, "P K"]:
+def advantages(
+    reward: Float[Array, "P K"], spread: str = "all", asked: Float[Array, "P K"] | None = None
+) -> Float[Array, "P K"]:
     """A = (R - mean of its prompt) / (std + eps); `spread` says which std (algorithms.md 1.6 and 5).
 
     "all": over all rewards; "prompt": over the prompt's rewards; both population std, eps 1e-4. "prompt_unbiased": over
-    the prompt's rewards, divided by K - 1, eps 1e-8 (DanceGRPO's); needs K >= 2.
+    the prompt's rewards, divided by K - 1, eps 1e-8 (DanceGRPO's); needs K >= 2. Prompts whose `asked` is 0 have A = 0
+    and no part in the std over all.
     """
     away = reward - reward[..., :1]  # exactly 0 for equal rewards: DanceGRPO's eps is smaller than their rounding error
     away = away - jnp.mean(away, axis=-1, keepdims=True)
+    there = None
+    if asked is not None:
+        away = jnp.where(asked > 0, away, 0.0)
+        there = (asked > 0) | ~jnp.any(asked > 0)  # the std of nothing would be NaN
     if spread == "all":
-        return away / (jnp.std(reward) + 1e-4)
+        return away / (jnp.std(reward, where=there) + 1e-4)
     if spread == "prompt":
         return away / (jnp.std(reward, axis=-1, keepdims=True) + 1e-4)
     if spread == "prompt_unbiased":

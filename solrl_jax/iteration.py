@@ -244,7 +244,10 @@ def compare(preview: Rollout, chosen: Rollout, samples: Rollout, *, cfg: Config)
 
 
 def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:
-    """Reward metrics by the original's names, over the kept samples except for `explore/*`."""
+    """Reward metrics by the original's names, over the kept samples except for `explore/*`.
+
+    Those of one reward are over the prompts that ask for it; asked/<k> is their share of all, if prompts name rewards.
+    """
     r = samples.reward
     std = jnp.std(r, axis=-1)
     out = {
@@ -255,11 +258,13 @@ def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:
         "reward_std_mean": jnp.mean(std),
         "zero_std_ratio": jnp.mean((jnp.max(r, axis=-1) == jnp.min(r, axis=-1)).astype(F32)),
     }
-    out |= {f"reward/{name}": jnp.mean(part) for name, part in samples.parts.items()}
+    mean, asked = mixture.mean_asked, samples.asked
+    out |= {f"reward/{name}": mean(part, asked.get(name)) for name, part in samples.parts.items()}
+    out |= {f"asked/{name}": jnp.mean(one[:, 0]) for name, one in asked.items()}
     if preview is not None:
         out["explore/reward_mean"] = jnp.mean(preview.reward)
         out["explore/reward_std_mean"] = jnp.mean(jnp.std(preview.reward, axis=-1))
-        out |= {f"explore/reward_{name}": jnp.mean(part) for name, part in preview.parts.items()}
+        out |= {f"explore/reward_{n}": mean(part, preview.asked.get(n)) for n, part in preview.parts.items()}
     return out
 
 

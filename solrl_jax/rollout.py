@@ -110,8 +110,9 @@ def rollout(
             path = None
         images = model.decode(frozen.vae, x0)
         shown = eight_bit(images) if score.on_host else None
-        scores = score_images(score, frozen.rewards, images, prompts.tokens)
-        return x0 if kept is None else None, *scores, path, kept, shown
+        asked = {name: jnp.repeat(one, seeds.own.shape[1]) for name, one in prompts.asked.items()}
+        scores = score_images(score, frozen.rewards, images, prompts.tokens, asked)
+        return x0 if kept is None else None, *scores, path, kept, shown, asked
 
     begin = jnp.broadcast_to(keys[:, :1], keys.shape) if stage.shared_noise else keys
     return Rollout(keys, *by_block(block, stage.chunk)(variables, frozen, prompts, Seeds(begin, keys, state)))
@@ -125,7 +126,8 @@ def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree], rows
     if rollout.images is None:
         return rollout
     mine = [rows[place] for place in np.asarray(tokens[score.on_host[0].name])]
-    found = score_on_host(score, np.asarray(rollout.images), mine)
+    asked = {name: np.asarray(one)[:, 0] for name, one in rollout.asked.items()}
+    found = score_on_host(score, np.asarray(rollout.images), mine, asked)
     total, parts = jax.device_put(found, rollout.reward.sharding)
     return rollout._replace(reward=rollout.reward + total, parts={**rollout.parts, **parts}, images=None)
 

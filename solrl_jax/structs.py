@@ -119,10 +119,15 @@ class Reward(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """P prompts as the step takes them: conditioning and each reward's tokens, all with leaves [P, ...]."""
+    """P prompts as the step takes them: conditioning and each reward's tokens, all with leaves [P, ...].
+
+    `asked` is 1 where a prompt asks for a reward and 0 elsewhere; {} if no prompt of the run's files names its rewards
+    (rewards.bound).
+    """
 
     cond: PyTree
     tokens: Mapping[str, PyTree]
+    asked: Mapping[str, Float[Array, "P"]] = {}
 
 
 class Frozen(NamedTuple):
@@ -177,7 +182,7 @@ class Rollout(NamedTuple):
 
     A branch's preview has the solver's `state` instead of `x0`; the kept candidates continue from it. `path` is set for
     algorithms that learn from a sampler's steps. `images`, 8 bits, are set only if rewards run on the host, until
-    these have seen them.
+    these have seen them. `asked` is the prompts', for each sample; parts are 0 where it is 0.
     """
 
     keys: Key[Array, "P K"]
@@ -187,6 +192,7 @@ class Rollout(NamedTuple):
     path: Path | None = None
     state: Carry | None = None
     images: UInt8[Array, "P K H W 3"] | None = None
+    asked: Mapping[str, Float[Array, "P K"]] = {}
 
 
 class Points(NamedTuple):

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import jax
 
-from solrl_jax import disk, guidance, iteration, learn, plan, report, sharding
+from solrl_jax import disk, guidance, iteration, learn, mixture, plan, report, sharding
 from solrl_jax.config import Config, ConfigError, to_json
 from solrl_jax.keys import calibration_key
 from solrl_jax.quant import calibrate
@@ -219,7 +219,8 @@ def iterate(
     """One iteration's state and metrics, which include `times`. Raises TrainError if a reward is not finite, Stopped
     if a signal came between two stages."""
     new, metrics = step(state, batch, times)
-    numbers, number = {name: float(value) for name, value in jax.device_get(metrics).items()}, int(new.iteration)
+    numbers = mixture.known({name: float(value) for name, value in jax.device_get(metrics).items()})
+    number = int(new.iteration)
     check_rewards(numbers, number, functools.partial(not_finite, parts, state, batch.prompts))
     if number == 1:  # only at the start: a later iteration near the limit does not stop a run
         check_ratio(numbers, number, parts.cfg.learn.clip_range)

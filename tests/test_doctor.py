@@ -1,6 +1,7 @@
 """--mode=doctor: what is whole is said to be, and everything that is not is named at once with what to do."""
 
 import dataclasses
+import json
 import types
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def test_everything_that_is_wrong_is_told_at_once(cfg, tmp_path, capsys):
     assert any(line.startswith("ok    tokenizers") for line in lines)  # what is right is still said
     file.unlink()
     assert any("holds no diffusion_pytorch_model.safetensors" in line for line in told(broken, tmp_path, capsys)[2])
+
+
+def test_prompts_that_ask_for_what_is_not_configured(cfg, tmp_path):
+    rows = [{"prompt": f"a red circle {i}"} for i in range(cfg.prompts)]
+    rows[1]["rewards"] = ["hpsv2"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = dataclasses.replace(cfg, prompt_files=str(tmp_path / "p.jsonl"))
+    with pytest.raises(config.ConfigError, match="'a red circle 1' asks for reward 'hpsv2', which is not configured"):
+        list(doctor.prompts(named, tmp_path, None))
+    (found,) = doctor.judges(named, tmp_path, None)
+    assert not found.fix
 
 
 def test_rewards_are_asked_whether_they_can_read_the_prompts(cfg, tmp_path):

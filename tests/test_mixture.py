@@ -22,6 +22,13 @@ def rolled(weights=(1.0, 1.0), **parts) -> Rollout:
     return Rollout(jax.random.split(jax.random.key(0), total.shape), None, total, parts)
 
 
+def tagged(**asked) -> Rollout:
+    """PICK and IR, of which each prompt asks for those with a 1; parts are 0 in the others, as rollouts give them."""
+    has = {k: np.repeat(np.array(x, np.float32)[:, None], 4, axis=1) for k, x in asked.items()}
+    found = rolled(pickscore=PICK * has["pickscore"], imagereward=IR * has["imagereward"])
+    return found._replace(asked={name: jnp.asarray(x) for name, x in has.items()})
+
+
 def of(rule: str, reward="pickscore,imagereward", spread="prompt") -> Config:
     return Config(reward=reward, reward_rule=rule, learn=Learn(advantage_spread=spread))
 
@@ -150,3 +157,68 @@ def test_a_reward_that_decides_alone_is_told(rule, spreads, said):
 def test_every_rule_is_named():
     with pytest.raises(config.ConfigError, match=r"--config\.reward_rule=mean: use one of sum, gdpo"):
         config.override(Config(), reward_rule="mean")
+
+
+# --- prompts that name their rewards ---------------------------------------------------------------------------------
+
+TAGGED_S = [S[0], [-1.06336, -0.53168, 1.59504, 0]]
+TAGGED_A = [[-1.06802, -0.71333, 2.03042, -0.24907], [-0.78643, -0.39322, 1.17965, 0]]
+
+
+def test_golden_of_a_prompt_that_asks_for_one_reward():
+    """The second prompt asks for pickscore only: nothing of its S is imagereward's."""
+    found = tagged(pickscore=[1, 1], imagereward=[1, 0])
+    score = mixture.worth(found, of("gdpo"))
+    np.testing.assert_allclose(score, TAGGED_S, atol=2e-5)
+    np.testing.assert_allclose(mixture.advantages(found, of("gdpo")), TAGGED_A, atol=2e-5)
+    np.testing.assert_allclose(np.std(score, axis=-1), [1.633, 0.995], atol=1e-3)
+    np.testing.assert_allclose(mixture.worth(found, of("sum"))[1], PICK[1], rtol=1e-6)
+
+
+def test_the_std_over_all_is_over_the_prompts_that_ask():
+    """A prompt that does not ask for imagereward does not change how the other one is normalised."""
+    z = mixture.worth(tagged(pickscore=[1, 1], imagereward=[1, 0]), of("gdpo", spread="all"))
+    pick, ir = (np.asarray(x) - np.mean(x, axis=-1, keepdims=True) for x in (PICK, IR))
+    expect = pick / (np.std(PICK) + 1e-4) + ir / (np.std(IR[0]) + 1e-4) * [[1], [0]]
+    np.testing.assert_allclose(z, expect, rtol=1e-4, atol=1e-5)
+    nobody = mixture.worth(tagged(pickscore=[1, 1], imagereward=[0, 0]), of("gdpo", spread="all"))
+    np.testing.assert_allclose(nobody, pick / (np.std(PICK) + 1e-4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["sum", "gdpo"])
+@pytest.mark.parametrize("spread", ["all", "prompt", "prompt_unbiased"])
+def test_a_mask_of_ones_changes_no_number(rule, spread):
+    cfg = of(rule, spread=spread)
+    plain, ones = rolled(pickscore=PICK, imagereward=IR), tagged(pickscore=[1, 1], imagereward=[1, 1])
+    np.testing.assert_allclose(mixture.worth(ones, cfg), mixture.worth(plain, cfg), rtol=1e-6)
+    found, expect = (mixture.metrics(x, cfg) | iteration.reward_metrics(x, x) for x in (ones, plain))
+    assert found.keys() - expect.keys() == {"asked/pickscore", "asked/imagereward"}
+    assert {k: float(found[k]) for k in expect} == pytest.approx({k: float(v) for k, v in expect.items()}, rel=1e-5)
+
+
+def test_metrics_are_of_the_prompts_that_ask():
+    """And those of a reward that no prompt asks for are left out on the host: there is no mean of nothing."""
+    found, cfg = tagged(pickscore=[1, 1], imagereward=[1, 0]), of("gdpo")
+    metrics = {k: float(v) for k, v in (mixture.metrics(found, cfg) | iteration.reward_metrics(found, found)).items()}
+    assert metrics["reward/imagereward"] == metrics["explore/reward_imagereward"] == pytest.approx(np.mean(IR[0]))
+    assert metrics["reward_std/imagereward"] == pytest.approx(np.std(IR[0])) and metrics["zero_std/imagereward"] == 0
+    assert metrics["reward_std/pickscore"] == pytest.approx(np.std(PICK, axis=-1).mean(), rel=1e-5)
+    assert metrics["corr/imagereward"] == pytest.approx(np.corrcoef(IR[0], S[0])[0, 1], abs=1e-4)
+    assert (metrics["asked/pickscore"], metrics["asked/imagereward"]) == (1, 0.5) and mixture.known(metrics) == metrics
+    none = tagged(pickscore=[1, 1], imagereward=[0, 0])
+    metrics = {k: float(v) for k, v in (mixture.metrics(none, cfg) | iteration.reward_metrics(none, none)).items()}
+    assert np.isfinite(list(metrics.values())).all()
+    left = {f"{k}imagereward" for k in mixture.OF_PARTS}
+    assert metrics.keys() - mixture.known(metrics).keys() == left and len(left) == 6
+    assert metrics["share/pickscore"] == 1
+
+
+@pytest.mark.parametrize(("asked", "said"), [((0.75, 0.5), True), ((0.5, 0.5), False)])
+def test_rewards_that_no_prompt_sums_are_not_compared(asked, said):
+    """By the first spread of each, which may be of different iterations."""
+    shares = {f"asked/{name}": x for name, x in zip(("pickscore", "imagereward"), asked, strict=True)}
+    lines = [{"iteration": i, "loss": 1.0, **shares} for i in (1, 2, 3)]
+    lines[0] |= {"reward_std/pickscore": 0.02}
+    lines[1] |= {"reward_std/pickscore": 9.0, "reward_std/imagereward": 0.5}
+    assert ("scales" in guards.alarms(lines, of("sum"))) == said
+    assert "scales" not in guards.alarms(lines[:1], of("sum"))

@@ -413,7 +413,7 @@ def test_a_whole_command(pipeline, monkeypatch, name, tmp_path):
     assert list(found["stages"]["stages"]) == ["encode", "quantise", "explore", "regenerate", "learn"]
     assert (found["ranks"]["prompts"], found["ranks"]["candidates"], found["ranks"]["kept"]) == (8, 8, 2)
     for form in found["ranks"]["forms"].values():
-        assert all(math.isfinite(x) for x in form.values()) and 0.2 < form["spearman"] <= 1
+        assert all(math.isfinite(x) for x in form.values()) and 0 < form["spearman"] <= 1  # of random weights
 
     picture_alone(monkeypatch)
     low = "--config.model.dtype=bfloat16", "--config.model.vae_dtype=bfloat16"

@@ -84,6 +84,24 @@ def test_a_jsonl_names_its_pictures_and_a_config_its_rewards(command, pictures, 
     np.testing.assert_allclose([float(line["clipscore"]) for line in found], wanted, rtol=1e-5)
 
 
+def test_a_line_names_its_rewards(command, pictures, tmp_path):
+    """A host reward sees the pictures that ask for it; other cells are empty, and means are over those that ask."""
+    (tmp_path / "seen.py").write_text(
+        "HOST = True\n\ndef a(images, prompts):\n    assert 'x' not in prompts\n    return list(map(len, prompts))\n\n"
+        "def b(images, prompts):\n    return [0.5] * len(prompts)\n"
+    )
+    rows = [{"file": name, "prompt": p} for name, p in zip(pictures, ("x", "four", "sixsix"), strict=True)]
+    rows[0]["rewards"], rows[1]["rewards"] = ["seen.b"], ["seen.a"]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = "--prompts=p.jsonl", "--images=pictures"
+    code, out, err = command("--config.reward=seen.a,seen.b", *words)
+    assert (code, err) == (0, "")
+    assert [(line["seen.a"], line["seen.b"]) for line in lines(tmp_path)] == [("", "0.5"), ("4", ""), ("6", "0.5")]
+    assert out.splitlines()[-2].split() == ["mean", "5.0000", "0.5000"]
+    code, _, err = command("--config.reward=seen.b", *words)
+    assert code == 2 and "the prompt 'four' asks for reward 'seen.a', which is not configured" in err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -436,6 +436,62 @@ def test_a_mix_is_trained_on_with_its_parts_and_others_are_only_watched(toy, tmp
     assert rewards.held_out(mix.reward, mix.evaluate.rewards) == {"plain": 1.0}
 
 
+NAMED = ["bright"], ["bright"], ["bright"], ["dark"], ["dark"], ["bright", "dark", "plain"], None
+
+
+def naming(cfg, folder):
+    """The toy config whose prompts name the NAMED rewards; `plain`, held out, is named by one."""
+    rows = [{"prompt": f"prompt {i}"} | ({"rewards": names} if names else {}) for i, names in enumerate(NAMED)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = {"prompt_files": str(folder / "prompts.jsonl"), "reward": "bright:1,dark:0.5", "reward_rule": "gdpo"}
+    words |= {"evaluate.rewards": "plain", "evaluate.prompts": "7"}
+    return config.override(cfg, **words)
+
+
+def asking(texts):
+    named = [NAMED[int(text.split()[1])] for text in texts]
+    return {name: [names is None or name in names for names in named] for name in ("bright", "dark", "plain")}
+
+
+@pytest.mark.parametrize(("staged", "devices"), [("true", 1), pytest.param("false", 2, marks=pytest.mark.slow)])
+def test_prompts_name_their_rewards(toy, tmp_path, capsys, staged, devices):
+    """Two prompts an iteration: what none of them asks for has no metrics there, and nothing is not finite."""
+    run, cfg = tmp_path / "run", config.override(naming(toy, tmp_path), prompts=2, iterations=4, seed=3, staged=staged)
+    train.train(cfg, run, devices=devices)
+    said = capsys.readouterr().out
+    assert "5 of 7 training prompts ask for bright" in said and "4 of 7 training prompts ask for dark" in said
+    found, texts, absent = metrics_of(run), [f"prompt {i}" for i in range(7)], 0
+    for number in range(1, 5):
+        asked, line = asking(data.batch(texts, cfg.seed, number - 1, 2)), found[number]
+        total = 0.0
+        for name, weight in (("bright", 1), ("dark", 0.5)):
+            assert line[f"asked/{name}"] == np.mean(asked[name])
+            assert (f"reward/{name}" in line) == (f"corr/{name}" in line) == any(asked[name])
+            total += weight * line[f"asked/{name}"] * line.get(f"reward/{name}", 0)
+            absent += not any(asked[name])
+        assert line["reward/mean"] == pytest.approx(total, rel=1e-5)
+        assert None not in line.values() and line["skipped"] == 0
+    assert absent
+    last = pictures.load(run / "grids/last.npz")
+    assert last is not None
+    asked, means = asking(data.batch(texts, cfg.seed, 0, 7)), last.shown.means
+    for name in ("bright", "dark", "plain"):
+        assert found[4][f"eval_reward_{name}"] == pytest.approx(means[name][asked[name]].mean())
+    each = asked["bright"] * means["bright"] + 0.5 * (asked["dark"] * means["dark"])
+    assert found[4]["eval_reward_avg"] == pytest.approx(each.mean())
+    assert "not finite" not in (run / "report.html").read_text()
+
+
+def test_rewards_that_prompts_name_are_found_when_a_run_begins(toy, tmp_path):
+    for words, message in (
+        ({"evaluate.rewards": ""}, r"'prompt 5' asks for reward 'plain', which is not configured \(reward=bright,dark"),
+        ({"reward_rule": "sum"}, "'prompt 0' asks for some of the rewards only, and learn.advantage_spread=all"),
+    ):
+        with pytest.raises(config.ConfigError, match=message):
+            train.train(config.override(naming(toy, tmp_path), **words), tmp_path / "run", devices=1)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("step", "told"), [(-0.25, True), (0.0, False)])
 def test_a_held_out_reward_that_falls_is_told_in_the_log_and_in_the_report(
     toy, tmp_path, monkeypatch, capsys, step, told

@@ -21,6 +21,7 @@ from solrl_jax import device, guidance, plan, rewards, weights
 from solrl_jax.config import FOLDER, Config, ConfigError
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
+from solrl_jax.rewards.bound import Bound
 from solrl_jax.run import assemble, checkpoint, convert, start
 from solrl_jax.run.data import DataError
 from solrl_jax.run.log import duration
@@ -190,8 +191,9 @@ def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     """
     try:
         asked = assemble.open_prompts(cfg)
+        binding = assemble.binding(cfg, asked)
     except (ConfigError, DataError):
-        asked = None
+        asked, binding = None, Bound()
     names = dict.fromkeys(assemble.reward_names(cfg))
     if not rewards.parse(cfg.reward):
         yield Finding("no reward to train on", f"give --config.reward, of {', '.join(rewards.REWARDS)}")
@@ -200,7 +202,8 @@ def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
             score, params = rewards.load_rewards(name, rewards.parse_paths(cfg.reward_paths), cfg.reward_dtype)
             texts = ["a red circle"] if asked is None else [*asked.train, *asked.test]
             if asked is not None or not score.on_host:
-                rewards.tokenize(score, texts, None if asked is None else asked.rows_of(texts))
+                rows = None if asked is None else asked.rows_of(texts)
+                rewards.tokenize(score, texts, rows, binding.masks(score.names, rows or ()))
         except (ConfigError, WeightsError) as e:
             yield Finding(f"reward {name}: see below", f"reward {name}: {e}")
             continue
@@ -210,6 +213,7 @@ def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
 
 def prompts(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     found = assemble.open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
+    assemble.check_binding(cfg, found)
     dropped = f" ({found.repeated} repeated and {found.blank} blank lines dropped)" * bool(found.repeated + found.blank)
     yield Finding(f"{len(found.train)} training prompts, {len(found.test)} test prompts{dropped}")
 

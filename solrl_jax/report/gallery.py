@@ -115,7 +115,8 @@ def row(shelf: Shelf, g: int, anchor: str, several: bool) -> Html:
 
 
 def scores_of(shown: pictures.Shown, g: int) -> dict[str, float]:
-    return {name: float(values[g]) for name, values in shown.scores.items()}
+    """The scores of picture `g` by the rewards that its prompt asks for."""
+    return {n: float(values[g]) for n, values in shown.scores.items() if n not in shown.asked or shown.asked[n][g]}
 
 
 def figure(

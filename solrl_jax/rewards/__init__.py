@@ -7,6 +7,7 @@ The weighted sum is on the rewards' raw scales (algorithms.md 1.6); the parts st
 import importlib
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -33,6 +34,10 @@ class Score(NamedTuple):
     def on_host(self) -> tuple[Reward, ...]:
         return tuple(reward for reward in self.rewards if reward.host is not None)
 
+
+Asked = Mapping[str, Float[np.ndarray, "P"]]
+"""1 where a prompt asks for a reward, else 0; all prompts ask for one that is not there (bound.Bound.masks)."""
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 REWARDS = ("clipscore", "hpsv2", "imagereward", "ocr", "ocr_strict", "pickscore", "shapes")
 """Each is a file of this folder with `make(path, dtype) -> (Reward, params)`."""
@@ -114,32 +119,45 @@ def load_rewards(mixture: str, paths: Mapping[str, str], dtype: str = "float32")
     return Score(tuple(rewards), tuple(weights.values())), params
 
 
-def tokenize(score: Score, prompts: Sequence[str], rows: Sequence[Row] | None = None) -> dict[str, PyTree]:
+def tokenize(
+    score: Score, prompts: Sequence[str], rows: Sequence[Row] | None = None, asked: Asked = NONE
+) -> dict[str, PyTree]:
     """{reward name: its tokens, leaves [G, ...]}; without `rows` a prompt's row is {"prompt": text}.
 
-    A caption or a row that a reward cannot read raises ConfigError.
+    A caption or a row that a reward cannot read raises ConfigError; with `asked`, a reward on the host has to read only
+    the prompts that ask for it.
     """
     tokens: dict[str, PyTree] = {}
     rows = [{"prompt": prompt} for prompt in prompts] if rows is None else rows
     for reward in score.rewards:
         try:
-            tokens[reward.name] = own.with_rows(reward.tokenize, prompts, rows=rows)
+            if reward.host is None or reward.name not in asked:
+                tokens[reward.name] = own.with_rows(reward.tokenize, prompts, rows=rows)
+                continue
+            tokens[reward.name] = own.places(prompts)
+            if mine := _asking(reward.name, asked, len(rows)):
+                own.with_rows(reward.tokenize, [prompts[i] for i in mine], rows=[rows[i] for i in mine])
         except ValueError as e:
             raise ConfigError(f"reward {reward.name} cannot read a prompt: {e}") from e
     return tokens
 
 
 def score_images(
-    score: Score, params: Mapping[str, Params], images: Float[Array, "B H W C"], tokens: Mapping[str, Any]
+    score: Score,
+    params: Mapping[str, Params],
+    images: Float[Array, "B H W C"],
+    tokens: Mapping[str, Any],
+    asked: Mapping[str, Float[Array, "B"]] = NONE,
 ) -> tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]:
     """Weighted sum and parts of B images of G prompts (token leaves [G, ...]); image i is of prompt i // (B // G).
 
-    Without the rewards that run on the host, which `score_on_host` adds.
+    Without the rewards that run on the host, which `score_on_host` adds. Parts are 0 where `asked` is.
     """
     parts, total = {}, jnp.zeros(images.shape[0])
     for weight, r in zip(score.weights, score.rewards, strict=True):
         if r.host is None:
-            parts[r.name] = r.score(params[r.name], images, tokens[r.name])
+            part = r.score(params[r.name], images, tokens[r.name])
+            parts[r.name] = jnp.where(asked[r.name] > 0, part, 0.0) if r.name in asked else part
             total = total + weight * parts[r.name]
     return total, parts
 
@@ -150,13 +168,26 @@ def eight_bit(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
 
 
 def score_on_host(
-    score: Score, images: UInt8[np.ndarray, "P n H W 3"], rows: Sequence[Row]
+    score: Score, images: UInt8[np.ndarray, "P n H W 3"], rows: Sequence[Row], asked: Asked = NONE
 ) -> tuple[Float[np.ndarray, "P n"], dict[str, Float[np.ndarray, "P n"]]]:
-    """Weighted sum and parts of the rewards that run on the host alone, of P prompts' rows. Raises own.RewardError."""
-    shape, each = images.shape[:2], [row for row in rows for _ in range(images.shape[1])]
-    flat, total, parts = images.reshape((-1, *images.shape[2:])), np.zeros(shape, np.float32), {}
+    """Weighted sum and parts of the rewards that run on the host alone, of P prompts' rows. Raises own.RewardError.
+
+    A reward sees the pictures of the prompts that ask for it only; its part is 0 in the others.
+    """
+    shape, parts = images.shape[:2], {}
+    total = np.zeros(shape, np.float32)
     for weight, reward in zip(score.weights, score.rewards, strict=True):
         if reward.host is not None:
-            parts[reward.name] = own.ask(reward, flat, each).reshape(shape)
-            total = total + np.float32(weight) * parts[reward.name]
+            mine = _asking(reward.name, asked, len(rows))
+            parts[reward.name] = part = np.zeros(shape, np.float32)
+            if mine:
+                flat = images[mine].reshape((-1, *images.shape[2:]))
+                each = [rows[i] for i in mine for _ in range(shape[1])]
+                part[mine] = own.ask(reward, flat, each).reshape((-1, shape[1]))
+            total = total + np.float32(weight) * part
     return total, parts
+
+
+def _asking(name: str, asked: Asked, count: int) -> list[int]:
+    """The places, of `count`, of the prompts that ask for a reward."""
+    return [i for i in range(count) if name not in asked or asked[name][i]]

@@ -19,7 +19,8 @@ from solrl_jax import device, guidance, learn, quant, rewards, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.models import MODELS
 from solrl_jax.quant import coverage
-from solrl_jax.rewards import Score
+from solrl_jax.rewards import Score, bound
+from solrl_jax.rewards.bound import Bound
 from solrl_jax.run import checkpoint, convert, data, start
 from solrl_jax.run.encode import Conditioner
 from solrl_jax.run.start import Start
@@ -44,6 +45,7 @@ class Parts(NamedTuple):
     towers: dict[str, Params]  # the held-out rewards' towers
     prompts: data.PromptSet
     begun: Start | None = None  # the LoRAs that are folded into the base
+    bound: Bound = Bound()  # which rewards a prompt asks for
 
 
 def resolved(cfg: Config, capability: float | None) -> Config:
@@ -80,6 +82,7 @@ def assemble(cfg: Config, devices: int | None = None, shard: int | None = None) 
     check_divides(cfg, mesh.size)
     check_shard(cfg, mesh, cfg.low_precision)
     prompts = open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
+    check_binding(cfg, prompts)
     model = model_module(cfg).make(cfg.model)
     guidance.check(cfg, model)
     guidance.check_training(cfg, model)
@@ -128,18 +131,34 @@ def _told(parts: Parts, negative: str | None) -> Parts:
 
 
 class Judges(NamedTuple):
-    """`score`: the trained rewards; `judged`: these and the held-out ones; `towers`: the weights of all by name."""
+    """`score`: the trained rewards; `judged`: these and the held-out ones; `towers`: the weights of all by name;
+    `bound`: which of them a prompt asks for."""
 
     score: Score
     judged: Score
     towers: dict[str, Params]
+    bound: Bound = Bound()
+
+
+def binding(cfg: Config, prompts: data.PromptSet) -> Bound:
+    """Which rewards the prompts ask for. ConfigError if one names a reward that `cfg` does not."""
+    held_out = rewards.held_out(cfg.reward, cfg.evaluate.rewards)
+    return bound.read(prompts.rows.values(), rewards.parse(cfg.reward), held_out)
+
+
+def check_binding(cfg: Config, prompts: data.PromptSet) -> None:
+    """ConfigError if the prompts ask for rewards that are not configured, or in a way that cannot be trained on."""
+    trained = tuple(rewards.parse(cfg.reward))
+    bound.check_training(binding(cfg, prompts), prompts.rows_of(prompts.train), trained, cfg)
 
 
 def open_rewards(cfg: Config, prompts: data.PromptSet | None = None) -> Judges:
     """Load the rewards that `cfg` names; a reward that is both trained on and held out counts as trained on.
 
-    Raises ConfigError if a reward cannot read one of `prompts` or its row, WeightsError if weights cannot be used.
+    Raises ConfigError if one of `prompts` asks for a reward that is not configured, or if a reward cannot read one that
+    asks for it, or its row; WeightsError if weights cannot be used.
     """
+    asked = Bound() if prompts is None else binding(cfg, prompts)
     paths = rewards.parse_paths(cfg.reward_paths)
     score, towers = rewards.load_rewards(cfg.reward, paths, cfg.reward_dtype)
     names = ",".join(rewards.held_out(cfg.reward, cfg.evaluate.rewards))
@@ -147,8 +166,9 @@ def open_rewards(cfg: Config, prompts: data.PromptSet | None = None) -> Judges:
     judged = Score(score.rewards + held_out.rewards, score.weights + held_out.weights)
     if prompts is not None:  # finds prompts that a reward cannot read before the large weights are read
         texts = (*prompts.train, *prompts.test)
-        rewards.tokenize(judged, texts, prompts.rows_of(texts))
-    return Judges(score, judged, {**towers, **more})
+        rows = prompts.rows_of(texts)
+        rewards.tokenize(judged, texts, rows, asked.masks(judged.names, rows))
+    return Judges(score, judged, {**towers, **more}, asked)
 
 
 def open_prompts(cfg: Config, *, train: int = 0, test: int = 0) -> data.PromptSet:
@@ -206,6 +226,7 @@ def _placed(
         towers=sharding.replicate(held_out, mesh),
         prompts=prompts,
         begun=begun,
+        bound=judges.bound,
     )
 
 
@@ -307,6 +328,7 @@ def notes(parts: Parts) -> list[str]:
         out.append(
             f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
         )
+    out += bound.notes(parts.bound, p.rows_of(p.train), parts.judged.names)
     return (
         start.notes(parts.begun, parts.cfg.lora)
         + low
@@ -332,9 +354,12 @@ def network(parts: Parts) -> list[str]:
 
 
 def encode(parts: Parts, prompts: Sequence[str], score: Score, ahead: Sequence[str] = ()) -> Prompts:
-    """Conditioning and reward tokens of P prompts, split over the devices; P is a multiple of the device count."""
-    tokens = rewards.tokenize(score, prompts, parts.prompts.rows_of(prompts))
-    return Prompts(parts.text(prompts, ahead), sharding.split(tokens, parts.mesh))
+    """P prompts split over the devices: conditioning, reward tokens and which rewards they ask for; P is a multiple of
+    the device count."""
+    rows = parts.prompts.rows_of(prompts)
+    asked = parts.bound.masks(score.names, rows)
+    tokens = rewards.tokenize(score, prompts, rows, asked)
+    return Prompts(parts.text(prompts, ahead), *sharding.split((tokens, asked), parts.mesh))
 
 
 def fresh(parts: Parts) -> TrainState:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from solrl_jax.config import ConfigError
+from solrl_jax.rewards.bound import FIELD
 from solrl_jax.structs import Row
 
 
@@ -192,6 +193,12 @@ def _row(line: str, file: Path, number: int, texts: Sequence[str] = ("prompt",))
         raise DataError(f"{file}, line {number}: JSON nested too deep; {rule}") from None
     if not isinstance(found, dict):
         raise DataError(f"{file}, line {number}: a JSON {type(found).__name__}; {rule}")
+    named = found.get(FIELD, [""])
+    if not isinstance(named, list) or not named or not all(isinstance(name, str) for name in named):
+        raise DataError(
+            f'{file}, line {number}: its "{FIELD}" is {json.dumps(named):.40}: give a list of the names of the rewards '
+            f'that the prompt is scored by, as in ["ocr"], or leave it out for all'
+        )
     return found | {field: _text(found, field, file, number) for field in texts}
 
 

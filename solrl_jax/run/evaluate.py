@@ -48,7 +48,8 @@ _draw = jax.jit(draw, static_argnames=("model", "score", "stage"))
 
 
 class Pictures(NamedTuple):
-    """8-bit pictures [prompts, images per prompt, H, W, 3] and each reward's scores [prompts, images per prompt]."""
+    """8-bit pictures [prompts, images per prompt, H, W, 3] and each reward's scores [prompts, images per prompt]; of
+    rewards that a prompt does not ask for these mean nothing."""
 
     images: UInt8[np.ndarray, "P n H W 3"]
     scores: dict[str, Float[np.ndarray, "P n"]]
@@ -78,7 +79,8 @@ def pictures(
         stage=stage,
     )
     images, scores = jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], (images, scores))
-    return Pictures(images, {**scores, **score_on_host(score, images, parts.prompts.rows_of(prompts))[1]})
+    rows = parts.prompts.rows_of(prompts)
+    return Pictures(images, {**scores, **score_on_host(score, images, rows, parts.bound.masks(score.names, rows))[1]})
 
 
 def prompts_each(cfg: Evaluate, prompts: int, devices: int) -> int:
@@ -106,34 +108,49 @@ def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:
     means = {name: found.scores[name].mean(1) for name in parts.judged.names}
     grid = slice(cfg.evaluate.grid)
     scores = {name: found.scores[name][grid, 0] for name in parts.judged.names}
-    shown = Shown(prompts[grid], found.images[grid, 0], scores, means)
+    asked = parts.bound.masks(parts.judged.names, parts.prompts.rows_of(prompts))
+    shown = Shown(prompts[grid], found.images[grid, 0], scores, means, asked)
     return averages(shown, parts.score), shown
 
 
 def averages(shown: Shown, score: Score) -> dict[str, float]:
-    """{"eval_reward_<name>": mean over the fixed prompts}.
+    """{"eval_reward_<name>": mean over the fixed prompts that ask for it}, without rewards that none asks for.
 
-    "eval_reward_avg" is the weighted sum of the trained rewards, under the name that the original gives it.
+    "eval_reward_avg" is the weighted sum of the trained rewards that a prompt asks for, under the name that the
+    original gives it.
     """
-    return {f"eval_reward_{name}": float(x.mean()) for name, x in _with_total(shown.means, score).items()}
+    asked = _asked(shown, score)
+    each = {name: x[asked[name]] for name, x in _with_total(shown, score).items()}
+    return {f"eval_reward_{name}": float(x.mean()) for name, x in each.items() if len(x)}
 
 
 def gains(base: Shown, now: Shown, score: Score) -> dict[str, float]:
     """{"eval_gain/<name>": the mean gain over the base, "eval_gain_error/<name>": its standard error}, also of "avg".
 
-    Gains are taken prompt by prompt, so that differences between prompts do not count; {} for fewer than two prompts.
+    Gains are taken prompt by prompt, so that differences between prompts do not count. Without rewards that fewer than
+    two prompts ask for.
     """
-    before, after = _with_total(base.means, score), _with_total(now.means, score)
-    each = {name: after[name] - before[name] for name in after if name in before and len(after[name]) > 1}
+    before, after = (_with_total(shown._replace(asked=now.asked), score) for shown in (base, now))
+    asked = _asked(now, score)
+    each = {name: (after[name] - before[name])[asked[name]] for name in after if name in before}
+    each = {name: x for name, x in each.items() if len(x) > 1}
     means = {f"eval_gain/{name}": float(x.mean()) for name, x in each.items()}
     return means | {f"eval_gain_error/{name}": float(x.std(ddof=1) / len(x) ** 0.5) for name, x in each.items()}
 
 
-def _with_total(means: dict[str, np.ndarray], score: Score) -> dict[str, np.ndarray]:
-    """`means` and, as "avg", the weighted sum of the trained rewards."""
+def _with_total(shown: Shown, score: Score) -> dict[str, np.ndarray]:
+    """The means by prompt and, as "avg", the weighted sum of the trained rewards that a prompt asks for."""
+    means, asked = shown.means, _asked(shown, score)
     if not means:
         return {}
-    return means | {"avg": np.sum([w * means[n] for n, w in zip(score.names, score.weights, strict=True)], axis=0)}
+    weighted = [w * np.where(asked[n], means[n], 0) for n, w in zip(score.names, score.weights, strict=True)]
+    return means | {"avg": np.sum(weighted, axis=0)}
+
+
+def _asked(shown: Shown, score: Score) -> dict[str, np.ndarray]:
+    """Which prompts ask for a reward; for "avg", which ask for any trained one."""
+    found = {name: shown.asked.get(name, np.ones(len(x))) > 0 for name, x in shown.means.items()}
+    return found | ({"avg": np.any([found[name] for name in score.names], axis=0)} if found else {})
 
 
 def fixed_prompts(parts: Parts) -> list[str]:

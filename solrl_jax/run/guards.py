@@ -55,15 +55,20 @@ def alarms(lines: Sequence[Line], cfg: Config) -> dict[str, str]:
 
 
 def _unequal(lines: Sequence[Line], cfg: Config) -> str:
-    """Whether one reward of a raw sum decides alone, by the first iteration's spreads within prompts."""
+    """Whether one reward of a raw sum decides alone, by the first spreads within prompts: those of the first iteration,
+    or of a later one if no prompt of that asks for the reward."""
     if cfg.reward_rule != "sum" or not lines:
         return ""
     weights = rewards.weights(cfg.reward)
-    says = {name: abs(w) * (lines[0].get(f"reward_std/{name}") or 0.0) for name, w in weights.items()}
+    found = {name: [x for line in lines if (x := line.get(f"reward_std/{name}")) is not None] for name in weights}
+    says = {name: abs(w) * found[name][0] for name, w in weights.items() if found[name]}
     says = {name: value for name, value in says.items() if value > 0}
     if len(says) < 2 or max(says.values()) <= UNEQUAL * min(says.values()):
         return ""
     most, least = max(says, key=says.__getitem__), min(says, key=says.__getitem__)
+    together = (line.get(f"asked/{most}", 1.0) + line.get(f"asked/{least}", 1.0) for line in lines)
+    if max(together) < 1 + 1e-6:  # they may never be in one sum
+        return ""
     even = ",".join(f"{name}:{weights[name] / x:.3g}" for name, x in says.items())
     return (
         f"of the sum of rewards {most} decides: weight times spread within a prompt is {says[most]:.3g}, that of "

@@ -18,12 +18,14 @@ from solrl_jax import disk
 
 class Shown(NamedTuple):
     """G prompts, one 8-bit picture of each, and its raw score by every reward, trained or held out; NaN if not finite.
-    `means` has, for all P evaluated prompts, the mean over the pictures of a prompt."""
+    `means` has, for all P evaluated prompts, the mean over the pictures of a prompt. `asked`, of the P prompts, is 0
+    where a prompt does not ask for a reward, whose scores there mean nothing; {} if all ask for all."""
 
     prompts: list[str]
     images: UInt8[np.ndarray, "G H W 3"]
     scores: dict[str, Float[np.ndarray, "G"]]
     means: dict[str, Float[np.ndarray, "P"]]
+    asked: dict[str, Float[np.ndarray, "P"]] = {}  # noqa: RUF012 - never written to
 
 
 def save(file: Path, shown: Shown, iteration: int, how: str) -> None:
@@ -32,6 +34,7 @@ def save(file: Path, shown: Shown, iteration: int, how: str) -> None:
     means = np.array(list(shown.means.values()), np.float32)
     # Text as JSON's bytes: NumPy's strings lose zero characters at their end.
     names = {"rewards": list(shown.scores), "means": list(shown.means)}
+    names |= {"asked": {name: one.tolist() for name, one in shown.asked.items()}}
     text = json.dumps({"prompts": shown.prompts, **names, "iteration": iteration, "how": how})
     arrays = {"images": shown.images, "scores": table, "means": means}
     with disk.whole(file) as f:
@@ -62,7 +65,10 @@ def load(file: Path) -> Kept | None:
             raise ValueError(f"its pictures are {images.dtype}{list(images.shape)}")
         if len(told["prompts"]) != len(images):
             raise ValueError(f"it has {len(told['prompts'])} prompts for {len(images)} pictures")
-        return Kept(Shown(told["prompts"], images, scores, means), told["iteration"], told["how"])
+        asked = {name: np.array(one, np.float32) for name, one in told.get("asked", {}).items()}
+        if any(one.shape != saved["means"].shape[1:] for one in asked.values()):
+            raise ValueError("it does not say of each prompt which rewards it asks for")
+        return Kept(Shown(told["prompts"], images, scores, means, asked), told["iteration"], told["how"])
 
 
 _CAPTION, _HEAD, _GAP = 180, 24, 6  # pixels: width of the captions, height of the titles, space between pictures

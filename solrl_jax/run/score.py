@@ -13,7 +13,7 @@ from PIL import Image
 
 from solrl_jax import rewards
 from solrl_jax.config import Config, ConfigError
-from solrl_jax.rewards import Score, own
+from solrl_jax.rewards import NONE, Asked, Score, bound, own
 from solrl_jax.run import assemble, data
 from solrl_jax.structs import Params, Row
 
@@ -50,10 +50,13 @@ def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None
     assemble.use_compilation_cache()
     found = pair(data.read_captions(prompts), folder, prompts)
     left = len(set(pictures_in(folder)) - {p.name for p in found})
-    _, judged, towers = assemble.open_rewards(cfg)
-    scores = score_files(judged, jax.device_put(towers), found, folder, cfg.evaluate.chunk)
-    print("\n".join(table(found, scores)))
-    print(f"scores: {write_csv(run / 'scores.csv', found, scores)}")
+    held_out = rewards.held_out(cfg.reward, cfg.evaluate.rewards)
+    binding = bound.read([p.row for p in found], rewards.parse(cfg.reward), held_out)
+    judges = assemble.open_rewards(cfg)
+    asked = binding.masks(judges.judged.names, [p.row for p in found])
+    scores = score_files(judges.judged, jax.device_put(judges.towers), found, folder, cfg.evaluate.chunk, asked)
+    print("\n".join(table(found, scores, asked)))
+    print(f"scores: {write_csv(run / 'scores.csv', found, scores, asked)}")
     if left:
         print(f"{left} pictures of {folder} are not named in {prompts} and were not scored")
     return 0
@@ -109,15 +112,21 @@ def read(file: Path) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def score_files(
-    score: Score, towers: dict[str, Params], pictures: Sequence[Picture], folder: Path, chunk: int
+    score: Score,
+    towers: dict[str, Params],
+    pictures: Sequence[Picture],
+    folder: Path,
+    chunk: int,
+    asked: Asked = NONE,
 ) -> dict[str, Float[np.ndarray, "n"]]:
-    """Each reward's scores of n pictures; a batch has at most `chunk` pictures, all of one size.
+    """Each reward's scores of n pictures; a batch has at most `chunk` pictures, all of one size. Of rewards that a
+    picture's prompt does not ask for they mean nothing.
 
     Raises ConfigError if a reward cannot read a prompt or pictures of some size.
     """
     scores = {name: np.zeros(len(pictures), np.float32) for name in score.names}
     # Finds unreadable prompts before the first chunk.
-    rewards.tokenize(score, [p.prompt for p in pictures], [p.row for p in pictures])
+    rewards.tokenize(score, [p.prompt for p in pictures], [p.row for p in pictures], asked)
     for size in dict.fromkeys(p.size for p in pictures):
         places = [i for i, p in enumerate(pictures) if p.size == size]
         together = min(chunk, len(places))
@@ -125,20 +134,24 @@ def score_files(
             some = places[start : start + together]
             full = [*some, *[some[-1]] * (together - len(some))]  # one shape, compiled once
             images = np.stack([read(folder / pictures[i].name) for i in full])
-            for name, values in score_arrays(score, towers, images, [pictures[i].row for i in full]).items():
+            rows, mine = [pictures[i].row for i in full], {name: one[full] for name, one in asked.items()}
+            for name, values in score_arrays(score, towers, images, rows, mine).items():
                 scores[name][some] = values[: len(some)]
     return scores
 
 
 def score_arrays(
-    score: Score, towers: dict[str, Params], images: UInt8[np.ndarray, "B H W 3"], rows: Sequence[Row]
+    score: Score,
+    towers: dict[str, Params],
+    images: UInt8[np.ndarray, "B H W 3"],
+    rows: Sequence[Row],
+    asked: Asked = NONE,
 ) -> dict[str, Float[np.ndarray, "B"]]:
     """Each reward's scores of B pictures with one row each. Raises ConfigError as `score_files`."""
-    tokens, floats = rewards.tokenize(score, [row["prompt"] for row in rows], rows), images.astype(np.float32) / 255
-    found = {}
+    tokens, floats = rewards.tokenize(score, [r["prompt"] for r in rows], rows, asked), images.astype(np.float32) / 255
+    found = {name: x[:, 0] for name, x in rewards.score_on_host(score, images[:, None], rows, asked)[1].items()}
     for reward in score.rewards:
         if reward.host is not None:
-            found[reward.name] = own.ask(reward, images, rows)
             continue
         try:
             found[reward.name] = np.asarray(_jitted(reward.score)(towers[reward.name], floats, tokens[reward.name]))
@@ -156,8 +169,8 @@ _jitted = functools.lru_cache(jax.jit)
 # --- results --------------------------------------------------------------------------------------------------------
 
 
-def table(pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]]) -> list[str]:
-    """A header, one line per picture, and the means."""
+def table(pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]], asked: Asked = NONE) -> list[str]:
+    """A header, one line per picture, and the means; a reward's are of the pictures whose prompts ask for it."""
     width = max(len("picture"), *(len(p.name) for p in pictures))
     prompts = [p.prompt if len(p.prompt) <= 40 else f"{p.prompt[:37]}..." for p in pictures]
     room = max(len("prompt"), *map(len, prompts))
@@ -166,20 +179,28 @@ def table(pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]]
         padded = (f"{cell:>{max(10, len(reward))}}" for cell, reward in zip(cells, scores, strict=True))
         return "  ".join([f"{name:{width}}", f"{prompt:{room}}", *padded])
 
-    rows = zip(pictures, prompts, zip(*scores.values(), strict=True), strict=True)
+    means = {name: values[asked[name] > 0] if name in asked else values for name, values in scores.items()}
     return [
         line("picture", "prompt", list(scores)),
-        *(line(p.name, prompt, [f"{value:.4f}" for value in values]) for p, prompt, values in rows),
-        line("mean", "", [f"{values.mean():.4f}" for values in scores.values()]),
+        *(line(p.name, prompts[i], cells(scores, asked, i, ".4f")) for i, p in enumerate(pictures)),
+        line("mean", "", [f"{values.mean():.4f}" if len(values) else "" for values in means.values()]),
     ]
 
 
-def write_csv(file: Path, pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]]) -> Path:
-    """A header "file,prompt,<reward>..." and one line per picture, with all digits of float32; no means."""
+def cells(scores: dict[str, Float[np.ndarray, "n"]], asked: Asked, i: int, digits: str) -> list[str]:
+    """Picture i's scores as texts; empty for a reward that its prompt does not ask for."""
+    return [f"{x[i]:{digits}}" if name not in asked or asked[name][i] else "" for name, x in scores.items()]
+
+
+def write_csv(
+    file: Path, pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]], asked: Asked = NONE
+) -> Path:
+    """A header "file,prompt,<reward>..." and one line per picture, with all digits of float32; no means. The cell of a
+    reward that the picture's prompt does not ask for is empty."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w", encoding="utf-8", newline="") as f:
         out = csv.writer(f)
         out.writerow(["file", "prompt", *scores])
         for i, picture in enumerate(pictures):
-            out.writerow([picture.name, picture.prompt, *(f"{values[i]:.9g}" for values in scores.values())])
+            out.writerow([picture.name, picture.prompt, *cells(scores, asked, i, ".9g")])
     return file

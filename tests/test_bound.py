@@ -1,0 +1,132 @@
+"""Prompts that name their rewards: which ask for what, who is asked, and what is refused."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from solrl_jax import config, rewards
+from solrl_jax.config import Config, ConfigError, Learn
+from solrl_jax.rewards import bound, ocr, own
+from solrl_jax.run import assemble, data, evaluate
+from solrl_jax.run.pictures import Shown, load, save
+from solrl_jax.structs import Reward
+
+SIGN, BOTH, CAT = (
+    {"prompt": 'a sign "OPEN"', "rewards": ["ocr"]},
+    {"prompt": 'a cup "TEA"', "rewards": ["ocr", "pickscore", "hpsv2"]},
+    {"prompt": "a cat"},
+)
+DOG = {"prompt": "a dog", "rewards": ["pickscore"]}
+
+
+def test_who_asks_for_what():
+    """Without the field: for all. A held-out reward is for all prompts, unless one of them names it."""
+    found = bound.read([SIGN, BOTH, CAT, DOG], ["ocr", "pickscore"], ["hpsv2", "ocr_strict"])
+    masks = found.masks(["ocr", "pickscore", "hpsv2", "ocr_strict"], [SIGN, BOTH, CAT, DOG])
+    assert {name: mask.tolist() for name, mask in masks.items()} == {
+        "ocr": [1, 1, 1, 0],
+        "pickscore": [0, 1, 1, 1],
+        "hpsv2": [0, 1, 1, 0],
+        "ocr_strict": [1, 1, 1, 1],
+    }
+    nothing = bound.read([CAT, {"prompt": "b", "text": "x"}], ["ocr"], [])
+    assert nothing == bound.Bound() and nothing.masks(["ocr"], [CAT]) == {}
+    assert bound.notes(found, [SIGN, BOTH, CAT, DOG], ["ocr", "ocr_strict"]) == ["3 of 4 training prompts ask for ocr"]
+
+
+@pytest.mark.parametrize("value", ['"ocr"', "[]", "null", "[1]", '["ocr", null]', '{"ocr": 1}'])
+def test_the_field_is_a_list_of_names(tmp_path, value):
+    lines = [{"file": "x", "prompt": "a"}, {"file": "y", "prompt": "b", "rewards": json.loads(value)}]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for read in (data.read, data.read_captions):
+        with pytest.raises(data.DataError, match=r'p.jsonl, line 2: its "rewards" is .*: give a list of the names'):
+            read(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([BOTH], {}, r"'a cup \"TEA\"' asks for reward 'hpsv2', which is not configured \(reward=ocr,pickscore, eval"),
+        ([SIGN], {}, "no training prompt asks for reward pickscore, which is trained on"),
+        ([CAT, {"prompt": "x", "rewards": ["hpsv2"]}], {"evaluate.rewards": "hpsv2"}, "'x' asks for no reward that is "
+         "trained on, only for hpsv2: name one of ocr, pickscore"),
+        ([SIGN, CAT], {}, r"asks for some of the rewards only, and learn.advantage_spread=all .* set reward_rule=gdpo"),
+        ([SIGN, CAT], {"reward_rule": "gdpo"}, None),
+        ([SIGN, CAT], {"learn.advantage_spread": "prompt"}, None),
+        ([BOTH, CAT, {"prompt": "y", "rewards": ["ocr", "pickscore"]}], {"evaluate.rewards": "hpsv2"}, None),
+        ([CAT], {}, None),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_on_is_refused(rows, changes, message):
+    """Sums over different rewards under one std: only with the raw sum, and only if a prompt lacks a trained one."""
+    cfg = config.override(Config(reward="ocr,pickscore", learn=Learn(advantage_spread="all")), **changes)
+    texts = tuple(row["prompt"] for row in rows)
+    prompts = data.PromptSet(texts, texts, 0, 0, {row["prompt"]: row for row in rows})
+    if message is None:
+        return assemble.check_binding(cfg, prompts)
+    with pytest.raises(ConfigError, match=message):
+        assemble.check_binding(cfg, prompts)
+
+
+def test_only_prompts_that_ask_must_be_readable_on_the_host():
+    mix = rewards.Score((ocr.shapes(None, "float32")[0], Reward("x", own.places, own.nowhere)), (1.0, 1.0))
+    rows = [CAT, SIGN, DOG]
+    texts = [row["prompt"] for row in rows]
+    tokens = rewards.tokenize(mix, texts, rows, {"ocr": np.array([0, 1, 0], np.float32)})
+    assert tokens["ocr"].tolist() == tokens["x"].tolist() == [0, 1, 2]
+    nobody = rewards.tokenize(mix, texts, rows, {"ocr": np.zeros(3, np.float32)})
+    assert nobody["ocr"].tolist() == [0, 1, 2]
+    for asked in ({"ocr": np.array([1, 1, 0], np.float32)}, {}):
+        with pytest.raises(ConfigError, match="reward ocr cannot read a prompt: 'a cat' asks for no text"):
+            rewards.tokenize(mix, texts, rows, asked)
+
+
+def test_a_host_reward_sees_the_pictures_of_prompts_that_ask():
+    seen = []
+
+    def host(images, prompts, rows):
+        seen.append((images[:, 0, 0, 0].tolist(), prompts, [row["prompt"] for row in rows]))
+        return images[:, 0, 0, 0] + 1
+
+    mix = rewards.Score((Reward("x", own.places, own.nowhere, host),), (0.5,))
+    images = np.broadcast_to(np.arange(6, dtype=np.uint8).reshape(3, 2, 1, 1, 1), (3, 2, 4, 4, 3))
+    total, parts = rewards.score_on_host(mix, images, [SIGN, CAT, BOTH], {"x": np.array([1, 0, 1], np.float32)})
+    assert seen == [([0, 1, 4, 5], [x["prompt"] for x in (SIGN, SIGN, BOTH, BOTH)], seen[0][1])]
+    assert parts["x"].tolist() == [[1, 2], [0, 0], [5, 6]] and total.tolist() == [[0.5, 1], [0, 0], [2.5, 3]]
+    total, parts = rewards.score_on_host(mix, images, [SIGN, CAT, BOTH], {"x": np.zeros(3, np.float32)})
+    assert len(seen) == 1 and not parts["x"].any() and not total.any()
+
+
+def test_a_device_reward_has_no_part_where_it_is_not_asked():
+    """Not even one that is not a number there."""
+    nan = Reward("n", own.places, lambda params, images, tokens: jnp.log(images.mean((1, 2, 3)) - 0.5))
+    mix, levels = rewards.Score((nan,), (2.0,)), jnp.array([0.75, 1.5, 0.25])
+    images = jnp.broadcast_to(levels[:, None, None, None], (3, 2, 2, 3))
+    total, parts = rewards.score_images(mix, {"n": {}}, images, {"n": np.arange(3)}, {"n": jnp.array([1.0, 1.0, 0.0])})
+    np.testing.assert_allclose(parts["n"], [np.log(0.25), 0, 0], atol=1e-6)
+    np.testing.assert_allclose(total, 2 * parts["n"])
+
+
+def test_evaluations_are_over_the_prompts_that_ask(tmp_path):
+    """Means, gains and their errors by reward, and the average of each prompt's own rewards."""
+    mix = rewards.Score(tuple(Reward(n, own.places, own.nowhere) for n in "ab"), (1.0, 0.5))
+    asked = {n: np.array(x, np.float32) for n, x in {"a": [1, 1, 0], "b": [1, 0, 1], "c": [0, 0, 0]}.items()}
+
+    def shown(**means):
+        means = {n: np.array(x, np.float32) for n, x in means.items()}
+        images = np.zeros((2, 4, 4, 3), np.uint8)
+        return Shown(["p", "q"], images, {n: x[:2] for n, x in means.items()}, means, asked)
+
+    before = shown(a=[1, 2, 90], b=[4, 90, 8], c=[90, 90, 90])
+    after = shown(a=[2, 4, 70], b=[5, 70, 10], c=[70, 70, 70])
+    assert evaluate.averages(before, mix) == {"eval_reward_a": 1.5, "eval_reward_b": 6, "eval_reward_avg": 3}
+    gains = evaluate.gains(before, after, mix)
+    assert {n: x for n, x in gains.items() if "error" not in n} == pytest.approx(
+        {"eval_gain/a": 1.5, "eval_gain/b": 1.5, "eval_gain/avg": 1.5}
+    )
+    assert gains["eval_gain_error/a"] == pytest.approx(0.5)
+    save(tmp_path / "x.npz", after, 3, "how")
+    kept = load(tmp_path / "x.npz")
+    assert kept is not None and evaluate.averages(kept.shown, mix) == evaluate.averages(after, mix)
