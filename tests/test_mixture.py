@@ -30,7 +30,8 @@ def tagged(**asked) -> Rollout:
 
 
 def of(rule: str, reward="pickscore,imagereward", spread="prompt") -> Config:
-    return Config(reward=reward, reward_rule=rule, learn=Learn(advantage_spread=spread))
+    explored = {"explore": None} if spread == "all" else {}  # gdpo over all prompts: without a preview alone
+    return Config(reward=reward, reward_rule=rule, learn=Learn(advantage_spread=spread), **explored)
 
 
 def test_golden():
