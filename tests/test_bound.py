@@ -52,7 +52,7 @@ def test_the_field_is_a_list_of_names(tmp_path, value):
         ([SIGN], {}, "no training prompt asks for reward pickscore, which is trained on"),
         ([CAT, {"prompt": "x", "rewards": ["hpsv2"]}], {"evaluate.rewards": "hpsv2"}, "'x' asks for no reward that is "
          "trained on, only for hpsv2: name one of ocr, pickscore"),
-        ([SIGN, CAT], {}, r"asks for some of the rewards only, and learn.advantage_spread=all .* set reward_rule=gdpo"),
+        ([SIGN, CAT], {}, r"asks for some of the rewards only, and learn.advantage_spread=all .* set learn.adv"),
         ([SIGN, CAT], {"reward_rule": "gdpo", "learn.advantage_spread": "prompt"}, None),
         ([SIGN, CAT], {"reward_rule": "gdpo", "explore": "none"}, None),
         ([SIGN, CAT], {"learn.advantage_spread": "prompt"}, None),

@@ -103,7 +103,7 @@ def test_a_prompt_is_compared_as_it_is_beside_others():
     with pytest.raises(
         config.ConfigError, match=r"^learn\.advantage_spread=all with reward_rule=gdpo: .* use prompt, "
     ):
-        of("gdpo", spread="all")
+        Config(reward="a,b", reward_rule="gdpo")
     for cfg in (of("gdpo", "clipscore", "all"), of("sum", spread="all")):
         np.testing.assert_array_equal(mixture.worth(first, cfg), mixture.worth(found, cfg)[:1])
     alone = Config(reward="a,b", reward_rule="gdpo", explore=None)  # all samples are there when they are compared

@@ -69,7 +69,7 @@ def check_training(bound: Bound, rows: Collection[Row], trained: Sequence[str], 
     if partial is not None and cfg.reward_rule == "sum" and cfg.learn.advantage_spread == "all":
         raise ConfigError(
             f"the prompt {partial['prompt']!r:.60} asks for some of the rewards only, and learn.advantage_spread=all "
-            "divides the sums of all prompts by one std, whatever their rewards' scales: set reward_rule=gdpo, or "
+            "divides the sums of all prompts by one std, whatever their rewards' scales: set "
             "learn.advantage_spread=prompt"
         )
 
