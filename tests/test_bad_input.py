@@ -176,7 +176,7 @@ def test_damaged_files_are_named(command, file, damage, words):
         ({"learn.timestep_fraction": "1.5"}, "learn.timestep_fraction=1.5: above 0, at most 1"),
         ({"learn.timestep_fraction": "0.1"}, "no time of 3 steps is trained, raise it"),
         ({"learn.ema_max": "1"}, "learn.ema_max=1.0: 0 (no average) up to below 1"),
-        ({"learn.algorithm": "ppo"}, "learn.algorithm=ppo: use one of nft, awm, flow_grpo, dance_grpo"),
+        ({"learn.algorithm": "ppo"}, "learn.algorithm=ppo: use one of nft, awm, vgrpo, flow_grpo, dance_grpo"),
         ({"learn.algorithm": "dance_grpo"}, "learn.algorithm=dance_grpo needs the probability of a step"),
         ({"learn.beta": "1"}, "no field 'beta' in Learn"),
         ({"learn": "1"}, "learn=1: set its fields, e.g. --config.learn.algorithm=..."),

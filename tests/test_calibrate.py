@@ -35,7 +35,7 @@ def with_fp8(parts, **changes):
 
 @pytest.fixture
 def given(monkeypatch):
-    """What `ready` gives `calibrated`, a call a time: (conditioning, key, stages)."""
+    """What `ready` gives `calibrated`, a call a time: (conditioning, key, stages, the negative conditioning)."""
     seen = []
     monkeypatch.setattr(train, "calibrated", lambda model, _, *rest: seen.append(rest) or model)
     return seen
@@ -71,11 +71,11 @@ def test_eight_prompts(parts, given, folder, prompts, there, devices):
     some = some._replace(prompts=parts.prompts._replace(train=parts.prompts.train[:there]))
     with jax.set_mesh(some.mesh):
         train.ready(some)
-    ((cond, _, stages),) = given
+    ((cond, _, stages, negative),) = given
     first = data.batch(some.prompts.train, cfg.seed, 0, min(8, there))
     expected = [jax.tree.map(np.asarray, text.kept[prompt]) for prompt in first]
     jax.tree.map(np.testing.assert_array_equal, cond, jax.tree.map(lambda *x: np.stack(x), *expected))
-    assert len(cond["pooled"]) == min(8, there) and stages == [FP8]
+    assert len(cond["pooled"]) == min(8, there) and stages == [FP8] and negative is None
     assert {*train.drawn(some, 0)[0], *train.drawn(some, 0)[1]} <= text.kept.keys()
 
 

@@ -302,6 +302,7 @@ def test_pictures_are_those_of_the_formula_on_any_number_of_devices(toy):
     assert np.abs(found[0].images[1, 1, ..., 0] - expect).max() <= 0.51
 
 
+@pytest.mark.slow
 def test_the_table_shows_the_base_at_its_own_weight(toy, tmp_path, capsys):
     """Beside a policy; in halved chunks, which changes no picture."""
     run = tmp_path / "run"
@@ -340,6 +341,7 @@ def test_a_chunk_of_half_the_size(chunk, images, half):
     assert (how.chunk, how.guidance) == (half, 4.0)
 
 
+@pytest.mark.slow
 def test_a_plan_counts_both_rows(tmp_path):
     """Forward passes of classifier-free guidance twice, and memory for them; an embedded weight costs nothing."""
     cfg = config.override(nano.build(tmp_path), **{"evaluate.steps": 4, "evaluate.prompts": 8})

@@ -159,6 +159,7 @@ def test_the_choice_of_micro_batches_does_not_depend_on_the_devices(folder):
         np.testing.assert_allclose(numbers(found[0]), numbers(found[1]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_the_reference_costs(folder):
     """A third of the forward passes belongs to it: m = 4 saves three quarters of that, no KL all of it.
 
@@ -175,6 +176,7 @@ def test_what_the_reference_costs(folder):
     assert 0.15 < 1 - none / whole < 0.25
 
 
+@pytest.mark.slow
 def test_without_a_weight_there_is_no_reference(folder):
     """The gradient is the one that a penalty of weight zero gives; kl_div is not measured."""
     zero, none = update_of(with_reference(folder, 1)), update_of(with_reference(folder, 4, 0.0))

@@ -124,7 +124,7 @@ def test_help_and_unknown_flags_answer_without_jax():
     assert found.returncode == 1 and "Unknown command line flag 'confg'. Did you mean: config" in found.stderr
 
 
-@pytest.mark.parametrize(("name", "recipes"), [("flux", 40), ("tiny", 20)])
+@pytest.mark.parametrize(("name", "recipes"), [("flux", 44), ("tiny", 22)])
 def test_recipes_are_listed_without_jax(name, recipes):
     found = shell("-X", "importtime", "-m", "solrl_jax.main", f"--config={name}:help")
     assert found.returncode == 0 and " jax\n" not in found.stderr

@@ -265,6 +265,7 @@ def test_a_watch_of_a_lowered_chunk_takes_what_that_takes(planned):
     assert eight.flops.total() == pytest.approx(2 * full.flops.total(), rel=1e-3)  # 4 prompts are 8 there
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_does_not_fit_is_refused_before_the_run(planned, monkeypatch):
     """2048 pictures at a time; with the chunk that does fit."""
     cfg = config.override(planned.cfg, **{"evaluate.chunk": "2048", "evaluate.images": "128"})

@@ -159,6 +159,7 @@ def test_seconds_of_links():
 # --- the choice -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_least_shard_that_fits_is_chosen(cfg, uses, short):
     whole, two, four = (most(uses[k]) for k in (1, 2, 4))
     assert whole > two > four
@@ -211,6 +212,7 @@ def test_a_run_takes_the_chosen_shard(cfg, uses, short, tmp_path, monkeypatch):
     assert found.value.args == (0, 4, 2)
 
 
+@pytest.mark.slow
 def test_drawing_is_planned_by_itself(cfg, monkeypatch, capsys):
     """Base and text encoders in parts, LoRA sets of the base and one policy; for samples there is no reward."""
     sizes, placed = shapes.read(cfg, 4, training=False), []

@@ -336,6 +336,7 @@ def pipeline(root, monkeypatch, capsys, tmp_path):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_flux_beside_diffusers(pipeline, monkeypatch):
     """Within 1e-4 in float32; a wrong kernel is found; without diffusers only a stored picture can pass."""

@@ -78,7 +78,7 @@ def test_an_entry_that_is_empty():
 # --- folded: FLUX, SD3.5, SANA ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["flux", pytest.param("sd35", marks=pytest.mark.slow), "sana"])
 def family(request):
     return FAMILIES[request.param]()
 
@@ -622,7 +622,7 @@ def test_a_converted_folder(built, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
-@pytest.mark.parametrize("name", NANOS)
+@pytest.mark.parametrize("name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd35", "sana"))])
 def test_what_assemble_reads(built, name):
     """base + LoRA, each kernel where the base's is, in parts on two devices."""
     cfg, begun_from = built(name)

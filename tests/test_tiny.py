@@ -57,6 +57,7 @@ def test_the_rule_covers_the_blocks():
     assert coverage.share(found, "flops", blocks=True) == 1.0 and coverage.share(found, "weights") > 0.9
 
 
+@pytest.mark.slow
 def test_the_judge_reads_drawings_and_reconstructions():
     figures = check.judge_figures(check.model_config(WORLD / "pipeline"), 2000)
     assert figures["judge exact on drawn pictures"]["value"] >= 0.99

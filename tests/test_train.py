@@ -444,7 +444,7 @@ def naming(cfg, folder):
     rows = [{"prompt": f"prompt {i}"} | ({"rewards": names} if names else {}) for i, names in enumerate(NAMED)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = {"prompt_files": str(folder / "prompts.jsonl"), "reward": "bright:1,dark:0.5", "reward_rule": "gdpo"}
-    words |= {"evaluate.rewards": "plain", "evaluate.prompts": "7"}
+    words |= {"evaluate.rewards": "plain", "evaluate.prompts": "7", "learn.advantage_spread": "prompt"}
     return config.override(cfg, **words)
 
 
@@ -485,7 +485,10 @@ def test_prompts_name_their_rewards(toy, tmp_path, capsys, staged, devices):
 def test_rewards_that_prompts_name_are_found_when_a_run_begins(toy, tmp_path):
     for words, message in (
         ({"evaluate.rewards": ""}, r"'prompt 5' asks for reward 'plain', which is not configured \(reward=bright,dark"),
-        ({"reward_rule": "sum"}, "'prompt 0' asks for some of the rewards only, and learn.advantage_spread=all"),
+        (
+            {"reward_rule": "sum", "learn.advantage_spread": "all"},
+            "'prompt 0' asks for some of the rewards only, and learn.advantage_spread=all",
+        ),
     ):
         with pytest.raises(config.ConfigError, match=message):
             train.train(config.override(naming(toy, tmp_path), **words), tmp_path / "run", devices=1)
