@@ -339,6 +339,9 @@ def test_a_chunk_of_half_the_size(chunk, images, half):
     parts = assemble.Parts(cfg, *[None] * 9)._replace(model=linear()._replace(guided=4.0))
     how = evaluate.at_own(parts).cfg.evaluate
     assert (how.chunk, how.guidance) == (half, 4.0)
+    guided = dataclasses.replace(cfg, evaluate=dataclasses.replace(cfg.evaluate, guidance=2.0))
+    same = parts._replace(model=parts.model._replace(guidance="embedded")), parts._replace(cfg=guided)
+    assert all(evaluate.at_own(each).cfg.evaluate.chunk == chunk for each in same)  # no more rows than before
 
 
 @pytest.mark.slow

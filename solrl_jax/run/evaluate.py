@@ -195,12 +195,13 @@ def run_eval(
 
 
 def at_own(parts: Parts) -> Parts:
-    """`parts` that evaluate at the model's own weight of guidance, in chunks of half the size: a call has twice the
-    rows, and no more memory."""
-    how = parts.cfg.evaluate
+    """`parts` that evaluate at the model's own weight of guidance; in chunks of half the size where a call then has
+    twice the rows, so that it takes no more memory."""
+    how, model = parts.cfg.evaluate, parts.model
     half = max(1, how.chunk // 2)
     fits = half if half >= how.images else max(n for n in range(1, half + 1) if how.images % n == 0)
-    how = dataclasses.replace(how, guidance=parts.model.guided, chunk=fits)
+    twice = guidance.doubles(model, model.guided) and not guidance.doubles(model, guidance.evaluated(parts.cfg))
+    how = dataclasses.replace(how, guidance=model.guided, chunk=fits if twice else how.chunk)
     return parts._replace(cfg=dataclasses.replace(parts.cfg, evaluate=how))
 
 
