@@ -41,7 +41,9 @@ def shapes_of(cfg: ZImageConfig):
     """The parameters without their arrays."""
     network, where = ZImageTransformer(cfg, jnp.float32), zimage.places(cfg, 1, 1, 32)
     given = jnp.zeros((1, 1, 4 * cfg.in_channels)), jnp.ones(1), jnp.ones(1, jnp.int32), where
-    return jax.eval_shape(lambda: network.init(jax.random.key(0), *given, jnp.zeros((1, 32, cfg.cap_feat_dim)))["params"])
+    return jax.eval_shape(
+        lambda: network.init(jax.random.key(0), *given, jnp.zeros((1, 32, cfg.cap_feat_dim)))["params"]
+    )
 
 
 def params_of(model: ZImageTransformer2DModel, cfg: ZImageConfig = SMALL, **how):
@@ -95,8 +97,9 @@ def test_transformer_from_shards(tmp_path, remat):
     assert all(np.array_equal(saved[key], files[key]) for key in saved.keys())  # noqa: SIM118
 
 
-@pytest.mark.parametrize("side", [(8, 16), (4, 6), (2, 2)])
-@pytest.mark.parametrize("lengths", [(32, 32), (64, 1), (5, 5)])
+@pytest.mark.parametrize(
+    ("side", "lengths"), [((8, 16), (64, 1)), ((8, 16), (32, 32)), ((2, 2), (5, 5)), ((2, 2), (33, 32))]
+)
 def test_lengths_and_sizes(side, lengths):
     """Images with and without learned padding; captions that are equal or not, padded or not."""
     model, given = nano_zimage.make_transformer(), inputs(SMALL, *side, lengths)
@@ -107,7 +110,9 @@ def test_what_is_behind_the_caption_is_not_seen():
     """Junk there changes nothing; the learned pads, and how many there are, do."""
     params, given = params_of(nano_zimage.make_transformer()), inputs(SMALL)
     plain = ours(params, given)
-    junk = given | {"text": jnp.where(jnp.arange(64)[None, :, None] < given["length"][:, None, None], given["text"], 7.0)}
+    junk = given | {
+        "text": jnp.where(jnp.arange(64)[None, :, None] < given["length"][:, None, None], given["text"], 7.0)
+    }
     np.testing.assert_array_equal(ours(params, junk), plain)
     other = ours({**params, "cap_pad_token": params["cap_pad_token"] + 1}, given)
     moved = np.abs(other - plain).max(axis=(1, 2, 3))
@@ -165,6 +170,7 @@ def test_bfloat16_stays_near():
     assert 1e-4 < error(found, theirs(model, given)) < 0.05
 
 
+@pytest.mark.slow
 def test_remat_keeps_the_gradient():
     params, given = params_of(nano_zimage.make_transformer()), inputs(SMALL)
     where, x = zimage.places(SMALL, 2, 3, 64), zimage.pack(given["x"])
@@ -181,7 +187,7 @@ def test_remat_keeps_the_gradient():
 # --- the caption, once per rollout ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["params", "lora", "quant"])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(x, marks=pytest.mark.slow) for x in ("params", "quant"))])
 def test_captions_once_a_rollout(folder, kind):
     """Captions refined beforehand, with each policy's own weights, give the same velocity."""
     model, (base, _, _) = zimage.make(nano_zimage.model(folder)), zimage.load(nano_zimage.model(folder))
@@ -231,8 +237,7 @@ def test_what_is_seen_of_every_linear(folder):
     model, (base, _, _) = zimage.make(nano_zimage.model(folder)), zimage.load(nano_zimage.model(folder))
     given = inputs(SMALL, 8, 8)
     seen = jax.jit(model.largest)({"params": base}, given["x"], given["sigma"], given)
-    kernels = {p for stack in ("layers", "noise_refiner", "context_refiner") for p in ("to_q", "to_out.0", "w2") if stack}
-    assert kernels and all(np.isfinite(x) and x > 0 for x in seen.values())
+    assert all(np.isfinite(x) and x > 0 for x in seen.values())
     chosen = {path.removesuffix("/kernel") for path in quant.chosen(base, model.quant_rules.fp8)}
     assert len(chosen) == 3 * 7 and chosen <= set(seen)
 
@@ -423,7 +428,9 @@ def test_made_and_loaded_in_its_dtype(folder):
 def test_files_of_another_dtype(folder, tmp_path):
     """Turbo's transformer is in float32, Z-Image's in bfloat16: the files' headers say so, and both load as asked."""
     half = Path(shutil.copytree(folder, tmp_path / "half"))
-    ZImageTransformer2DModel.from_pretrained(folder / "transformer").to(torch.bfloat16).save_pretrained(half / "transformer")
+    ZImageTransformer2DModel.from_pretrained(folder / "transformer").to(torch.bfloat16).save_pretrained(
+        half / "transformer"
+    )
     file = next(f for f in (half / "transformer").glob("*.safetensors") if len(f.name.split("-")) == 1)
     [f.unlink() for f in (half / "transformer").iterdir() if "-of-" in f.name or f.name.endswith("index.json")]
     kinds = {x.dtype for x in load_file(file).values()}
@@ -431,7 +438,9 @@ def test_files_of_another_dtype(folder, tmp_path):
     for dtype in ("float32", "bfloat16"):
         one, two = (zimage.load(nano_zimage.model(path, dtype=dtype))[0] for path in (folder, half))
         assert {x.dtype for x in jax.tree.leaves((one, two))} == {np.dtype(jnp.dtype(dtype))}
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8, atol=0), *jax.tree.map(np.float32, (one, two)))
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-8, atol=0), *jax.tree.map(np.float32, (one, two))
+        )
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------
@@ -448,7 +457,11 @@ NETWORK, SCHEDULER = "transformer/config.json", "scheduler/scheduler_config.json
 @pytest.mark.parametrize(
     ("file", "values", "words"),
     [
-        (NETWORK, {"_class_name": "FluxTransformer2DModel"}, "holds a FluxTransformer2DModel, not a ZImageTransformer2"),
+        (
+            NETWORK,
+            {"_class_name": "FluxTransformer2DModel"},
+            "holds a FluxTransformer2DModel, not a ZImageTransformer2",
+        ),
         (NETWORK, {"all_patch_size": [4]}, "all_patch_size is .4.: only 2 is known here"),
         (NETWORK, {"all_f_patch_size": [2]}, "all_f_patch_size is .2.: only 1 is known here"),
         (NETWORK, {"qk_norm": False}, "qk_norm is False: only True is known here"),

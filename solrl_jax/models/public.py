@@ -198,7 +198,7 @@ _ZIMAGE = {
         "head_dim": 128,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000,
+        "rope_theta": 1e6,
         "attention_bias": False,
         "use_sliding_window": False,
         "sliding_window": None,

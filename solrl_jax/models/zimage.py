@@ -80,9 +80,7 @@ class ZImageConfig:
         if len(self.axes_dims) != 3 or any(d % 2 for d in self.axes_dims):
             raise ValueError(f"axes_dims {self.axes_dims} are not three even numbers")
         if self.dim % self.n_heads or sum(self.axes_dims) != self.head_dim:
-            raise ValueError(
-                f"axes_dims {self.axes_dims} do not add up to dim {self.dim} over n_heads {self.n_heads}"
-            )
+            raise ValueError(f"axes_dims {self.axes_dims} do not add up to dim {self.dim} over n_heads {self.n_heads}")
         if len(self.axes_lens) != 3:
             raise ValueError(f"axes_lens {self.axes_lens} are not three numbers")
 
@@ -322,7 +320,10 @@ class ZImageTransformer(nn.Module):
         caption: Array | None = None,
     ) -> Float[Array, "B N C"]:
         cfg, dtype, (batch, tokens, channels) = self.cfg, self.dtype, x.shape
-        ropes = image_rope(where, length, tokens), caption_rope(where, batch, (text if caption is None else caption).shape[1])
+        ropes = (
+            image_rope(where, length, tokens),
+            caption_rope(where, batch, (text if caption is None else caption).shape[1]),
+        )
         cond = Time(cfg, dtype, name="t_embedder")(sigma)
         image = self._padded(Linear(cfg.dim, dtype=dtype, name="all_x_embedder.2-1")(x))
         how: Any = {"remat": self.remat, "keeps": self.keeps}
@@ -380,7 +381,10 @@ def make(cfg: config.Model, folder: Path) -> Model:
     grid = chosen(cfg.shift, own)
     network = ZImageTransformer(zimage, dtype, cfg.remat, cfg.remat_keeps)
     captions = Caption(zimage, dtype, cfg.remat, cfg.remat_keeps)
-    words, decoder = folders.text_modules(folder, ENCODERS, dtype)["qwen3"], vae.Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype))
+    words, decoder = (
+        folders.text_modules(folder, ENCODERS, dtype)["qwen3"],
+        vae.Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype)),
+    )
     where, shape = places(zimage, side // 2, side // 2, cfg.text_tokens), (side, side, zimage.in_channels)
 
     def run(variables: Variables, x: Array, sigma: Array, cond: PyTree, **how: Any) -> Any:
@@ -440,7 +444,8 @@ def check_sizes(cfg: config.Model, zimage: ZImageConfig, side: int) -> None:
     frames, *grid = zimage.axes_lens
     if cfg.text_tokens + 2 > frames:
         raise config.ConfigError(
-            f"model.text_tokens={cfg.text_tokens}: the network has {frames} frames (axes_lens): use {frames - 32} or less"
+            f"model.text_tokens={cfg.text_tokens}: the network has {frames} frames (axes_lens): use "
+            f"{(frames - 2) // MULTIPLE * MULTIPLE} or less"
         )
     if side > min(grid):
         raise config.ConfigError(
