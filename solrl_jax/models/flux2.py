@@ -6,6 +6,7 @@ patches, so a latent is a token.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +19,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, weights
-from solrl_jax.models import flux, folders, public, vae
+from solrl_jax.models import flux, folders, public, qwen3, vae
 from solrl_jax.models.flux import JointAttention, Rope, Scale, attend
+from solrl_jax.models.folders import Encoder
 from solrl_jax.models.layers import F32, Linear, inputs_seen, sinusoid, swiglu
 from solrl_jax.models.mmdit import Embedder, Modulation, gated, modulate, stack
 from solrl_jax.models.schedule import Grid, Schedule, chosen, empirical_mu, shifted
@@ -28,10 +30,20 @@ from solrl_jax.weights import Rule, hub
 from solrl_jax.weights.lora_files import Fused
 from solrl_jax.weights.options import Options
 
+PIPELINES = ("Flux2KleinPipeline",)
+PUBLIC = public.FLUX2
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "attn.to_out")
 # The modulation has one row per picture, the last projection gives 128 channels, and the text comes as the residual
 # stream of a language model, whose largest values are far from the rest.
 SKIP = ("x_embedder", "context_embedder", "time_guidance_embed", "modulation", "norm_out", r"^proj_out")
+ENCODERS = (
+    Encoder(
+        *("qwen", "text_encoder", "tokenizer", qwen3.Qwen3Config),
+        masked=True,
+        reads=(9, 18, 27),
+        template=qwen3.KLEIN,
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,9 +233,172 @@ def shift_of(steps: int, tokens: int, schedule: Schedule) -> float:
     return float(np.exp(empirical_mu(tokens, steps))) if schedule.use_dynamic_shifting else schedule.shift
 
 
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+@folders.made_once
+def make(cfg: config.Model, folder: Path) -> Model:
+    """The pure functions of the pipeline `cfg.path`, from the configs in its `folder`.
+
+    Conditioning: {"text" [G, 512, Dt]}; `prepare` returns {"context" [G, 512, D]}. Guidance is classifier-free, its
+    negative prompt empty by default; a model distilled to few steps takes none, unless `cfg.guidance` is "cfg".
+    """
+    hub.check_pipeline(folder, PIPELINES)
+    klein, vae_cfg = Flux2Config.read(folder / "transformer"), vae.Flux2VaeConfig.read(folder / "vae")
+    schedule, words = Schedule.read(folder / "scheduler"), qwen3.Qwen3Config.read(folder / "text_encoder")
+    _check_widths(folder, klein, vae_cfg, words)
+    qwen3.check_klein_tokens(cfg.text_tokens)
+    dtype, side = jnp.dtype(cfg.dtype), folders.latent_side(cfg.size, vae_cfg, patch=1)
+    tokens, shape = side**2, (side, side, vae_cfg.channels)
+    own = Grid(lambda steps: sigmas(steps, tokens, schedule), lambda steps: shift_of(steps, tokens, schedule))
+    grid = chosen(cfg.shift, own)
+    network, states = Flux2Transformer(klein, dtype, cfg.remat, cfg.remat_keeps), TextStates(klein, dtype)
+    (qwen,) = folders.text_modules(folder, ENCODERS, dtype).values()
+    rope, images = rope_table(klein, side, side, cfg.text_tokens), vae.Flux2Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype))
+    distilled = is_distilled(folder)
+
+    def run(variables: Variables, x: Array, sigma: Array, cond: PyTree, **how: Any) -> Any:
+        folders.check_latents(x, shape)  # the table of positions is made for this shape
+        given = x.reshape(x.shape[0], tokens, -1).astype(dtype), sigma, tuple(map(jnp.asarray, rope))
+        return network.apply(variables, *given, cond.get("text"), cond.get("context"), **how)
+
+    def velocity(variables: Variables, x: Array, sigma: Array, cond: PyTree) -> Array:
+        return jnp.asarray(run(variables, x, sigma, cond)).astype(F32).reshape(x.shape)
+
+    def largest(variables: Variables, x: Array, sigma: Array, cond: PyTree) -> dict[str, Array]:
+        return inputs_seen(run(variables, x, sigma, cond, mutable=["largest"])[1])
+
+    def prepare(variables: Variables, cond: PyTree) -> PyTree:
+        return {"context": states.apply(variables, cond["text"])}
+
+    def init(key: Key[Array, ""]) -> Params:
+        x, text = jnp.zeros((1, tokens, klein.in_channels)), jnp.zeros((1, cfg.text_tokens, klein.joint_attention_dim))
+        return network.init(key, x, jnp.ones(1), tuple(map(jnp.asarray, rope)), text)["params"]
+
+    def encode(params: Params, ids: PyTree) -> PyTree:
+        length = jnp.sum(ids["qwen"]["mask"], axis=-1)
+        return {"text": qwen.apply({"params": params["qwen"]}, ids["qwen"]["ids"], length)}
+
+    return Model(
+        name="flux2",
+        tokenize=functools.partial(folders.tokenize, str(folder), ENCODERS, cfg.text_tokens),
+        encode=encode,
+        noise=lambda key: jax.random.normal(key, shape),
+        sigmas=grid.sigmas,
+        shift=grid.shift,
+        velocity=velocity,
+        largest=largest,
+        decode=lambda params, latents: vae.decode(images, params, latents),
+        init=init,
+        lora_targets=LORA_TARGETS,
+        quant_rules=quant_rules(klein, cfg.min_dim),
+        keys=KEYS,
+        comfy=COMFY,
+        prepare=prepare,
+        guidance="none" if distilled and cfg.guidance != "cfg" else "cfg",
+        guided=1.0 if distilled else 4.0,
+        distilled=distilled,
+    )
+
+
+def is_distilled(folder: Path) -> bool:
+    """Whether a pipeline's model_index.json says so; the base's says nothing."""
+    file = folder / "model_index.json"
+    return file.is_file() and weights.read_json(file).get("is_distilled") is True
+
+
+def quant_rules(cfg: Flux2Config, min_dim: int) -> QuantRules:
+    """All Linears of the blocks. In FP8 the kernel of a single block's last Linear lies in two parts, of attention and
+    MLP."""
+    parts = (("single_transformer_blocks/attn/to_out", (cfg.width, cfg.hidden)),)
+    return QuantRules(QuantRule(SKIP, min_dim), QuantRule(SKIP, min_dim, parts=parts))
+
+
+def _check_widths(folder: Path, cfg: Flux2Config, vae_cfg: vae.Flux2VaeConfig, words: qwen3.Qwen3Config) -> None:
+    """WeightsError if the parts of a pipeline belong to different models."""
+    states = len(ENCODERS[0].reads)
+    found = {
+        f"{cfg.in_channels} channels, the VAE gives 4 x {vae_cfg.latent_channels}": cfg.in_channels == vae_cfg.channels,
+        f"text of {cfg.joint_attention_dim} (joint_attention_dim), Qwen3 gives {states} x {words.hidden_size}": (
+            cfg.joint_attention_dim == states * words.hidden_size
+        ),
+    }
+    folders.check_parts(folder, found)
+
+
+def load(
+    cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
+) -> tuple[Params, Params, Params]:
+    """(transformer, VAE decoder, text encoder {qwen}) of the folder, in the dtypes that `make`'s functions expect.
+
+    `place` reads each leaf of the transformer, `place_vae` of the decoder; the text encoder stays numpy.
+    """
+    base, decoder, encoders = parts(cfg, place, place_vae)
+    return base, decoder, encoders
+
+
+def parts(
+    cfg: config.Model,
+    place: weights.Place | None = None,
+    place_vae: weights.Place | None = None,
+    place_text: weights.Place | None = None,
+) -> Iterator[Params]:
+    """An iterator over what `load` returns; each part is read when it is asked for."""
+    return folders.parts(cfg, make(cfg), ENCODERS, place, place_vae, place_text)
+
+
+def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
+    """What `load` returns, as ShapeDtypeStructs, from the folder's configs alone."""
+    return folders.shapes(cfg, make(cfg), ENCODERS)
+
+
+def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
+    """What `tokenize` returns for that many prompts, as ShapeDtypeStructs."""
+    return folders.token_shapes(cfg, ENCODERS, prompts)
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
 _STACK = r"((?:single_)?transformer_blocks)/(.+)"
 KEYS = (
     Rule(_STACK + "/kernel", r"\1.{layer}.\2.weight", "linear"),
     Rule(_STACK + "/scale", r"\1.{layer}.\2.weight"),
     Rule(r"(.+)/kernel", r"\1.weight", "linear"),
+)
+
+# Black Forest Labs' module names, which ComfyUI and kohya's trainer use, and the Linears that each combines.
+_COMFY_BLOCKS = {
+    ("double_blocks_{layer}_", "transformer_blocks.{layer}."): {
+        "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+        "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+        "img_attn_proj": ("attn.to_out.0",),
+        "txt_attn_proj": ("attn.to_add_out",),
+        "img_mlp_0": ("ff.linear_in",),
+        "img_mlp_2": ("ff.linear_out",),
+        "txt_mlp_0": ("ff_context.linear_in",),
+        "txt_mlp_2": ("ff_context.linear_out",),
+    },
+    ("single_blocks_{layer}_", "single_transformer_blocks.{layer}."): {
+        "linear1": ("attn.to_qkv_mlp_proj",),
+        "linear2": ("attn.to_out",),
+    },
+    ("", ""): {
+        "img_in": ("x_embedder",),
+        "txt_in": ("context_embedder",),
+        "time_in_in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+        "time_in_out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+        "double_stream_modulation_img_lin": ("double_stream_modulation_img.linear",),
+        "double_stream_modulation_txt_lin": ("double_stream_modulation_txt.linear",),
+        "single_stream_modulation_lin": ("single_stream_modulation.linear",),
+        "final_layer_linear": ("proj_out",),
+    },
+}
+COMFY = (
+    *(
+        Fused(theirs + name, tuple(ours + part for part in parts))
+        for (theirs, ours), modules in _COMFY_BLOCKS.items()
+        for name, parts in modules.items()
+    ),
+    Fused("final_layer_adaLN_modulation_1", ("norm_out.linear",), swapped=True),  # order there: shift, scale
 )
