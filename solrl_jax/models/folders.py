@@ -46,7 +46,7 @@ class Naming(NamedTuple):
     droppable: tuple[str, ...]
 
 
-def latent_side(size: int, vae_cfg: vae.VaeConfig | dcae.DcaeConfig, patch: int = 2) -> int:
+def latent_side(size: int, vae_cfg: vae.VaeConfig | vae.Flux2VaeConfig | dcae.DcaeConfig, patch: int = 2) -> int:
     """Latents along a side of a picture of `size` pixels; ConfigError if they do not divide into patches."""
     if size % (patch * vae_cfg.factor):
         patches = f", {patch}x{patch} patches" if patch > 1 else ""
@@ -56,11 +56,30 @@ def latent_side(size: int, vae_cfg: vae.VaeConfig | dcae.DcaeConfig, patch: int 
     return size // vae_cfg.factor
 
 
-def decoder(folder: Path, dtype: Any) -> vae.Decoder | dcae.Decoder:
+class Half(NamedTuple):
+    """The decoding half of a kind of VAE: its config, its module, and what reads its weights."""
+
+    config: Any
+    module: Any
+    load: Callable[..., tuple[nn.Module, Params]]
+
+
+HALVES = {
+    "AutoencoderKLFlux2": Half(vae.Flux2VaeConfig, vae.Flux2Decoder, vae.load_flux2),
+    "AutoencoderDC": Half(dcae.DcaeConfig, dcae.Decoder, dcae.load),
+}
+"""By the class that vae/config.json names; every other name is left to AutoencoderKL's config, which refuses it."""
+
+
+def _half(folder: Path) -> Half:
+    name = weights.read_json(folder / "vae" / "config.json").get("_class_name")
+    return HALVES.get(name, Half(vae.VaeConfig, vae.Decoder, vae.load_vae))
+
+
+def decoder(folder: Path, dtype: Any) -> vae.Decoder | vae.Flux2Decoder | dcae.Decoder:
     """The VAE's decoder, of the class that the pipeline's vae/config.json names."""
-    if weights.read_json(folder / "vae" / "config.json").get("_class_name") == "AutoencoderDC":
-        return dcae.Decoder(dcae.DcaeConfig.read(folder / "vae"), dtype)
-    return vae.Decoder(vae.VaeConfig.read(folder / "vae"), dtype)
+    half = _half(folder)
+    return half.module(half.config.read(folder / "vae"), dtype)
 
 
 def check_parts(folder: Path, found: Mapping[str, bool]) -> None:
@@ -133,8 +152,7 @@ def parts(
     naming = next((x for x in namings if x.sign in files.keys()), Naming("", model.keys, (), ()))  # noqa: SIM118
     how = {"aliases": naming.aliases, "droppable": naming.droppable}
     yield weights.load(files, spec, naming.keys, dtype=dtype, place=place, **how)  # no variable keeps it alive
-    load = dcae.load if isinstance(decoder(folder, F32), dcae.Decoder) else vae.load_vae
-    yield load(folder / "vae", F32, place=place_vae)[1]
+    yield _half(folder).load(folder / "vae", F32, place=place_vae)[1]
     yield {e.name: _load(e, folder, dtype, place_text) for e in encoders}
 
 
@@ -159,7 +177,7 @@ def shapes(cfg: config.Model, model: Model, encoders: Encoders) -> tuple[Params,
     key, half = jax.random.key(0), decoder(folder, F32)
 
     def decoder_init(k: Key[Array, ""]) -> Params:
-        return half.init(k, jnp.zeros((1, 1, 1, half.cfg.latent_channels)))["params"]
+        return half.init(k, jnp.zeros((1, 1, 1, half.cfg.channels)))["params"]
 
     def typed(tree: PyTree, to: Any) -> PyTree:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, to), tree)

@@ -1,0 +1,106 @@
+"""FLUX.2-klein at a size that compiles in seconds, with random weights, as diffusers itself writes a pipeline's folder."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
+from oracle import randomise
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
+from solrl_jax.config import Config, Model, Stage
+from tests import nano
+
+TOKENS = 512
+SIZE = 16  # 4 x 4 tokens
+WORDS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
+{% if enable_thinking is defined and enable_thinking is false %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+TRANSFORMER = {
+    "in_channels": 16,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "joint_attention_dim": 48,
+    "axes_dims_rope": (4, 4, 4, 4),
+    "guidance_embeds": False,
+}
+VAE = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
+QWEN = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 28,  # the states after layers 9, 18 and 27 are read
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "rope_theta": 1e6,
+}
+
+
+def write_tokenizer(folder: Path) -> int:
+    """Qwen's kind, of the 256 bytes without merges. Returns how many tokens it has."""
+    letters = {letter: i for i, letter in enumerate(bytes_to_unicode().values())}
+    tokenizer = Qwen2Tokenizer(vocab=letters, merges=[], pad_token=WORDS[0], eos_token=WORDS[2])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(WORDS[1:3])})
+    tokenizer.add_tokens(list(WORDS[3:]))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def make_vae(**changes) -> AutoencoderKLFlux2:
+    """With statistics of its own: those of a new BatchNorm, 0 and 1, would hide an error."""
+    model = randomise(AutoencoderKLFlux2(**{**VAE, **changes}), 4)
+    generator = torch.Generator().manual_seed(7)
+    model.bn.running_mean.copy_(torch.randn(model.bn.running_mean.shape, generator=generator))
+    model.bn.running_var.copy_(0.5 + torch.rand(model.bn.running_var.shape, generator=generator))
+    return model
+
+
+def write(folder: Path, distilled: bool = False, **changes) -> Path:
+    """Write the pipeline, in small shards, into `folder`, and return it; `changes` are the transformer's."""
+    words = folder.with_name(f"{folder.name}-words")
+    count = write_tokenizer(words)
+    Flux2KleinPipeline(
+        tokenizer=Qwen2Tokenizer.from_pretrained(words),
+        text_encoder=randomise(Qwen3ForCausalLM(Qwen3Config(**QWEN, vocab_size=count)), 5),
+        vae=make_vae(),
+        transformer=randomise(Flux2Transformer2DModel(**{**TRANSFORMER, **changes}), 3),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        is_distilled=distilled,
+    ).save_pretrained(folder, max_shard_size="50KB")
+    if not distilled:  # the base's file does not name it
+        file = folder / "model_index.json"
+        index = json.loads(file.read_text())
+        file.write_text(json.dumps({name: value for name, value in index.items() if name != "is_distilled"}))
+    return folder
+
+
+def model(path: Path, **changes) -> Model:
+    fields = {"path": str(path), "size": SIZE, "text_tokens": TOKENS, "dtype": "float32", "remat": False, "min_dim": 0}
+    return Model(**{"name": "flux2", **fields, **changes})
+
+
+def build(folder: Path, **changes) -> Config:
+    """A config of one whole sol_rl iteration, guided at 4; `changes` replace its fields."""
+    if not (folder / "flux2").exists():
+        write(folder / "flux2")
+    cfg = nano.build(folder)  # for the reward's CLIP
+    fields = {"model": model(folder / "flux2"), "name": "nano-flux2", "reward_paths": cfg.reward_paths}
+    fields |= {"regenerate": Stage(3, chunk=4, guidance=4.0)}
+    return nano.build(folder, **{**fields, **changes})
