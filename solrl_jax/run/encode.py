@@ -39,7 +39,7 @@ class Conditioner:
         self.most, self.each = MOST, 0  # bytes of all, and of one; 0 before the first prompt
 
     def __call__(self, prompts: Sequence[str], ahead: Sequence[str] = ()) -> PyTree:
-        """P is a multiple of the devices. If a prompt of `prompts` is new, `ahead` is encoded too, as far as it fits."""
+        """P is a multiple of the devices. If a prompt of `prompts` is new, `ahead` is encoded too, if it fits."""
         named = dict.fromkeys((*prompts, *ahead, *self.constant))
         if any(prompt not in self.kept for prompt in prompts):
             self._encode(named, {*prompts, *self.constant})
