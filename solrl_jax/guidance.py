@@ -138,6 +138,11 @@ def told(cfg: Config, model: Model) -> list[str]:
     """What a run's log says of guidance: every w if one is not 1, warnings, and the w of its evaluations if the base's
     own is another one."""
     w, shown, said = weights(cfg), evaluated(cfg), []
+    if model.distilled:
+        said.append(
+            f"warning: this {model.name} was distilled to draw in few steps without guidance: training loses that ability, "
+            "as far as is known; the base model of its family is trained instead"
+        )
     if any(value != 1 for value in w):
         said.append("guidance: " + ", ".join(f"{name}={value:g}" for name, value in _named(w, cfg).items()))
     said += [f"warning: {line}" for line in check_training(cfg, model)]

@@ -88,6 +88,8 @@ def rope_options(file: Path, raw: Mapping[str, Any]) -> dict[str, float]:
         if not plain or set(given) - {"rope_type", "type", "rope_theta"}:
             raise weights.WeightsError(f"{file}: {key} is {given!r}: only rope_type 'default' is known here")
         found |= {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
+    if raw.get("rope_scaling") and raw.get("rope_parameters"):
+        raise weights.WeightsError(f"{file}: rope_scaling and rope_parameters are both given: remove rope_scaling")
     return found
 
 

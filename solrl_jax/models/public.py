@@ -231,3 +231,56 @@ SANA = {
     }
 }
 """{name on huggingface.co: {file: content}}, every file that determines the pipeline's shapes."""
+
+# --- Z-Image --------------------------------------------------------------------------------------------------------
+
+_ZIMAGE = {
+    "transformer/config.json": {
+        "_class_name": "ZImageTransformer2DModel",
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": 16,
+        "dim": 3840,
+        "n_layers": 30,
+        "n_refiner_layers": 2,
+        "n_heads": 30,
+        "n_kv_heads": 30,
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+        "cap_feat_dim": 2560,
+        "rope_theta": 256.0,
+        "t_scale": 1000.0,
+        "axes_dims": [32, 48, 48],
+        "axes_lens": [1536, 512, 512],
+    },
+    "vae/config.json": FLUX_DEV["vae/config.json"],
+    "text_encoder/config.json": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "sliding_window": None,
+    },
+    "scheduler/scheduler_config.json": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "use_dynamic_shifting": False,
+        "shift": 6.0,
+    },
+}
+ZIMAGE = {
+    "Tongyi-MAI/Z-Image": _ZIMAGE,
+    "Tongyi-MAI/Z-Image-Turbo": {
+        **_ZIMAGE,
+        "scheduler/scheduler_config.json": _ZIMAGE["scheduler/scheduler_config.json"] | {"shift": 3.0},
+    },
+}

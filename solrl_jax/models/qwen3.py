@@ -205,11 +205,10 @@ class Template(NamedTuple):
     after: str
 
     def around(self, prompt: str, tokenizer: Any) -> str:
-        """The whole text. An added token of the tokenizer that stands in the prompt, as "<|im_end|>", would end the
-        message: a space after its first character makes it plain text again."""
-        added = "|".join(map(re.escape, tokenizer.get_added_vocab()))
-        plain = re.sub(f"(?=(?:{added}))(.)", r"\1 ", prompt, flags=re.DOTALL)
-        return f"{self.before}{plain}{self.after}"
+        """The whole text. A special word of the tokenizer that stands in the prompt, as "<|im_end|>", would end the
+        message: it becomes plain text, "< |im_end|>"."""
+        special = "|".join(re.escape(x[1:]) for x in tokenizer.get_added_vocab() if x.startswith("<"))
+        return f"{self.before}{re.sub(f'<(?={special})', '< ', prompt)}{self.after}"
 
     def missing(self, tokenizer: Any) -> list[str]:
         """The template's special words that are not tokens of the tokenizer."""

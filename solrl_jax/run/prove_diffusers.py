@@ -99,6 +99,7 @@ CALLS: dict[str, Callable[[Any, Mapping[str, Any], float], Call]] = {
     "flux2": _flux2,
     "sd35": lambda pipe, want, w: Call({"guidance_scale": w}),
     "sana": _sana,
+    "zimage": lambda pipe, want, w: Call({"guidance_scale": w - 1}),  # pos + g (pos - neg): ours less one
 }
 """By model.name."""
 
