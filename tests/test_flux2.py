@@ -274,7 +274,7 @@ def test_pictures(folder, pipe, w):
         states, _ = pipe.encode_prompt(PROMPTS)
     assert error(cond["text"], states) < 1e-4 and error(away["text"], states[2:]) < 1e-4
     keys = jax.random.split(jax.random.key(3), (3, 1))
-    noise = torch.tensor(np.asarray(jax.vmap(model.noise)(keys[:, 0]))).permute(0, 3, 1, 2)
+    noise = torch.tensor(np.asarray(rollout.noises(model, keys[:, 0]))).permute(0, 3, 1, 2)
     assert noise.shape == (3, 16, 4, 4)
     how = {"height": 16, "width": 16, "num_inference_steps": 4, "guidance_scale": w}
     last = {}
