@@ -21,9 +21,9 @@ from tests.test_flux2 import SMALL, inputs, make_transformer, shapes_of, table_o
 
 CFG = Lora(rank=4, alpha=8.0)
 ALL = (*flux2.LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "linear_in", "linear_out")
-REST = ("x_embedder", "context_embedder", "linear_1", "linear_2", "double_stream_modulation_img.linear")
-REST += ("double_stream_modulation_txt.linear", "single_stream_modulation.linear", "proj_out")
-NORM_OUT = ("norm_out.linear",)
+REST = ("x_embedder", "context_embedder", "linear_1", "linear_2", "proj_out")
+MODULATION = ("double_stream_modulation_img.linear", "double_stream_modulation_txt.linear")
+MODULATION += ("single_stream_modulation.linear", "norm_out.linear")
 KLEIN = Flux2Config(**SMALL)
 BASE = weights.load(Held(make_transformer()), shapes_of(KLEIN), flux2.KEYS)
 GIVEN, TABLE = inputs(KLEIN, 3, 4, 5), table_of(KLEIN, 3, 4, 5)
@@ -117,17 +117,18 @@ def test_diffusers_has_our_velocity(tmp_path, velocity, layout, targets):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_norm_out_goes_out_in_diffusers_names(tmp_path, velocity, caplog):
-    """Its halves are in the other order in the original network. ComfyUI's file has them so; diffusers leaves that
-    module out, and reads its own layout in full."""
-    adapter, file, other = made(BASE, NORM_OUT), tmp_path / "x.safetensors", tmp_path / "y.safetensors"
+def test_modulation_goes_out_in_diffusers_names(tmp_path, velocity):
+    """diffusers reads it in its own layout, and leaves it out of ComfyUI's. There norm_out's halves are in the order
+    of the original network, shift and scale."""
+    adapter, file, other = made(BASE, MODULATION), tmp_path / "x.safetensors", tmp_path / "y.safetensors"
     lora_files.save(file, adapter, flux2.KEYS, CFG)
     assert error(velocity(adapter), in_diffusers(file)) < 3e-5
     lora_files.save_fused(other, adapter, BASE, flux2.KEYS, flux2.COMFY, CFG)
     up = load_file(other)["lora_unet_final_layer_adaLN_modulation_1.lora_up.weight"]
     scale, shift = np.split(load_file(file)["transformer.norm_out.linear.lora_B.weight"], 2)
     np.testing.assert_array_equal(up, np.concatenate([shift, scale]))
-    same(read(other), adapter, rtol=2e-7)
+    for written in (file, other):
+        same(read(written), adapter, rtol=2e-7)
     assert not Flux2KleinPipeline.lora_state_dict(str(other))
 
 
