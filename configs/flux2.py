@@ -61,8 +61,16 @@ def base(reward: str) -> Config:
 
 
 def small_card(reward: str) -> Config:
-    """The same on one card of 24 GB."""
-    return base(reward)
+    """The same on one card of 24 GB: fewer samples at a time, on which a loss and a rollout do not depend."""
+    cfg = base(reward)
+    assert cfg.explore is not None
+    return dataclasses.replace(
+        cfg,
+        explore=dataclasses.replace(cfg.explore, chunk=3),
+        regenerate=dataclasses.replace(cfg.regenerate, chunk=4),
+        learn=dataclasses.replace(cfg.learn, micro_batch=4),
+        evaluate=dataclasses.replace(cfg.evaluate, chunk=8),
+    )
 
 
 def base_9b(reward: str) -> Config:

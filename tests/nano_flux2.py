@@ -1,4 +1,4 @@
-"""FLUX.2-klein at a size that compiles in seconds, with random weights, as diffusers itself writes a pipeline's folder."""
+"""FLUX.2-klein at a size that compiles in seconds, with random weights, as diffusers itself writes its folder."""
 
 import json
 from pathlib import Path
@@ -6,30 +6,20 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Flux2Transformer2DModel
 from oracle import randomise
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+from transformers import Qwen2Tokenizer
 
 from solrl_jax.config import Config, Model, Stage
-from tests import nano
+from tests import nano, nano_qwen3
 
 TOKENS = 512
 SIZE = 16  # 4 x 4 tokens
-WORDS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-TEMPLATE = """{%- for message in messages %}<|im_start|>{{ message.role }}
-{{ message.content }}<|im_end|>
-{% endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
-{% if enable_thinking is defined and enable_thinking is false %}<think>
-
-</think>
-
-{% endif %}{% endif %}"""
 TRANSFORMER = {
     "in_channels": 16,
     "attention_head_dim": 16,
     "num_attention_heads": 2,
     "num_layers": 1,
     "num_single_layers": 2,
-    "joint_attention_dim": 48,
+    "joint_attention_dim": 3 * nano_qwen3.QWEN3["hidden_size"],
     "axes_dims_rope": (4, 4, 4, 4),
     "guidance_embeds": False,
 }
@@ -41,26 +31,7 @@ VAE = {
     "latent_channels": 4,
     "norm_num_groups": 4,
 }
-QWEN = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 28,  # the states after layers 9, 18 and 27 are read
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "rope_theta": 1e6,
-}
-
-
-def write_tokenizer(folder: Path) -> int:
-    """Qwen's kind, of the 256 bytes without merges. Returns how many tokens it has."""
-    letters = {letter: i for i, letter in enumerate(bytes_to_unicode().values())}
-    tokenizer = Qwen2Tokenizer(vocab=letters, merges=[], pad_token=WORDS[0], eos_token=WORDS[2])
-    tokenizer.add_special_tokens({"additional_special_tokens": list(WORDS[1:3])})
-    tokenizer.add_tokens(list(WORDS[3:]))
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return len(tokenizer)
+LAYERS = 28  # of the text encoder, whose states after 9, 18 and 27 are read
 
 
 def make_vae(**changes) -> AutoencoderKLFlux2:
@@ -75,10 +46,10 @@ def make_vae(**changes) -> AutoencoderKLFlux2:
 def write(folder: Path, distilled: bool = False, **changes) -> Path:
     """Write the pipeline, in small shards, into `folder`, and return it; `changes` are the transformer's."""
     words = folder.with_name(f"{folder.name}-words")
-    count = write_tokenizer(words)
+    count = nano_qwen3.write_tokenizer(words)
     Flux2KleinPipeline(
         tokenizer=Qwen2Tokenizer.from_pretrained(words),
-        text_encoder=randomise(Qwen3ForCausalLM(Qwen3Config(**QWEN, vocab_size=count)), 5),
+        text_encoder=nano_qwen3.make(count, whole=True, num_hidden_layers=LAYERS),
         vae=make_vae(),
         transformer=randomise(Flux2Transformer2DModel(**{**TRANSFORMER, **changes}), 3),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),

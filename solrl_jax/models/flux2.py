@@ -32,7 +32,10 @@ from solrl_jax.weights.options import Options
 
 PIPELINES = ("Flux2KleinPipeline",)
 PUBLIC = public.FLUX2
+# Those of diffusers' training script. "attn.to_out" is the single blocks', "to_out.0" the double blocks'.
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj", "attn.to_out")
+LORA_ALL = (*LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "linear_in", "linear_out")
+"""All Linears of the blocks, as kohya's trainer takes them: for config.lora.targets."""
 # The modulation has one row per picture, the last projection gives 128 channels, and the text comes as the residual
 # stream of a language model, whose largest values are far from the rest.
 SKIP = ("x_embedder", "context_embedder", "time_guidance_embed", "modulation", "norm_out", r"^proj_out")

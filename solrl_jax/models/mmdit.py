@@ -1,4 +1,5 @@
-"""What the blocks of FLUX, FLUX.2 and SD3.5 share: AdaLN modulation, gates, feed-forwards, embedders, equal layers as one scan.
+"""What the blocks of FLUX, FLUX.2 and SD3.5 share: AdaLN modulation, gates, feed-forwards, embedders, and equal layers
+as one scan.
 
 Modules have the checkpoint's own names. The residual stream is in the network's dtype; LayerNorm and modulation f32.
 """
