@@ -74,7 +74,7 @@ class Checked:
 class Model(Checked):
     """Which network, and its weights: `path` is a diffusers pipeline folder or a model of huggingface.co, "org/name".
 
-    `size` is in pixels, `text_tokens` counts tokens of T5 or Gemma.
+    `size` is in pixels, `text_tokens` counts tokens of T5, Gemma or Qwen3.
     """
 
     name: str = "flux"

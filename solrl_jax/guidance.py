@@ -138,6 +138,11 @@ def told(cfg: Config, model: Model) -> list[str]:
     """What a run's log says of guidance: every w if one is not 1, warnings, and the w of its evaluations if the base's
     own is another one."""
     w, shown, said = weights(cfg), evaluated(cfg), []
+    if model.distilled:
+        said.append(
+            f"warning: this {model.name} was distilled to draw in few steps without guidance: training loses that "
+            "ability; train the base model of its family if you need it"
+        )
     if any(value != 1 for value in w):
         said.append("guidance: " + ", ".join(f"{name}={value:g}" for name, value in _named(w, cfg).items()))
     said += [f"warning: {line}" for line in check_training(cfg, model)]
@@ -245,9 +250,10 @@ def check(cfg: Config, model: Model, negative: str | None = None) -> None:
 
 def _require_guidance(model: Model, given: str) -> None:
     if model.guidance == "none":
+        why = "it was distilled to draw without" if model.distilled else "it has no input for it, as FLUX.1-schnell"
         raise ConfigError(
-            f"{given}: this {model.name} takes no guidance (it has no input for it, as FLUX.1-schnell): leave it at 1, "
-            "or set model.guidance=cfg, classifier-free guidance, for which it was not made"
+            f"{given}: this {model.name} takes no guidance ({why}): leave it at 1, or set model.guidance=cfg, "
+            "classifier-free guidance, for which it was not made"
         )
 
 

@@ -100,10 +100,17 @@ def merged_kernels(base: Params, lora: Params, cfg: Lora) -> dict[str, jax.Array
     }
 
 
+WIDE = 2**31
+"""Bytes of a stack's A B in f32 above which it is merged a layer at a time: that of FLUX.2-klein's widest is 6.8 GB
+(tests/test_flux2_compiled.py::test_merging)."""
+
+
 def _merged(w: Any, a: Any, b: Any, where: P) -> jax.Array:
     """W + A B. Where W is a part, only A's rows or B's columns of that part are multiplied."""
 
     def add(w: Any, a: Any, b: Any) -> jax.Array:
+        if w.ndim == 3 and w.size * 4 > WIDE:
+            return jax.lax.map(lambda layer: add(*layer), (w, a, b))
         return (w.astype(jnp.float32) + jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)).astype(w.dtype)
 
     if w.ndim != 3:

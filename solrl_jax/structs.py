@@ -58,7 +58,8 @@ class Model(NamedTuple):
     largest(variables, x, sigma, cond) -> {Linear's path: the largest |input| that it sees in this call, f32 []};
     decode(vae_params, latents) -> images f32 [B, H, W, 3] in [0, 1]; init(key) -> a fresh base;
     guidance: how the model is guided (solrl_jax.guidance); of "embedded", `velocity` takes the weights from the leaf
-    "guidance" [B] of cond, and 1 without it; guided: the weight that its pipeline or its card names.
+    "guidance" [B] of cond, and 1 without it; guided: the weight that its pipeline or its card names;
+    distilled: it was distilled to draw in few steps without guidance, an ability that training loses.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Model(NamedTuple):
     prepare: Callable[[Variables, PyTree], PyTree] = lambda variables, cond: cond
     guidance: Literal["cfg", "embedded", "none"] = "none"
     guided: float = 1.0
+    distilled: bool = False
 
 
 class QuantRule(NamedTuple):

@@ -20,9 +20,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from experiments.tiny import pretrain
 from solrl_jax import weights
-from solrl_jax.models import folders, gemma2, sana, text
+from solrl_jax.models import folders, gemma2, qwen3, sana, text
 from solrl_jax.rewards import blip, clip_tower, preprocess
-from tests import nano, nano_sana, test_flux, test_gemma2, test_text
+from tests import nano, nano_qwen3, nano_sana, test_flux, test_gemma2, test_qwen3, test_text
 from tests.mutations import Case, by_config, compiled, rebuilt, transformers_config, write
 
 ACTIVATIONS = ["gelu", "relu"]
@@ -139,6 +139,29 @@ def old_gemma_case(folder):
     return case
 
 
+def qwen3_case(folder):
+    """The states that klein and Z-Image read, from a whole language model of klein's kind."""
+    model = nano_qwen3.make()
+    mask = np.arange(12)[None] < np.array(test_qwen3.COUNTS)[:, None]
+
+    def theirs(model):
+        ids, seen = torch.tensor(test_qwen3.IDS).long(), torch.tensor(mask).long()
+        how = {"output_hidden_states": True, "return_dict": True}
+        found = model(input_ids=ids, attention_mask=seen, **how).hidden_states
+        return [np.concatenate([found[i].numpy() for i in (2, -2)], axis=-1)]
+
+    def ours():
+        module, params = qwen3.load(folder, (2, -2), jnp.float32)
+        return [compiled(module)(params, (jnp.asarray(test_qwen3.IDS), jnp.array(test_qwen3.COUNTS)), {})]
+
+    ropes = [{"rope_type": "default", "rope_theta": 10.0}, {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}]
+    others = {"rope_parameters": ropes, "rope_scaling": [{"type": "linear", "factor": 4.0}, {"rope_type": "default"}]}
+    others |= {"layer_types": [["full_attention"] * 4 + ["sliding_attention"]], "sliding_window": [4, 64]}
+    others |= {"hidden_act": ACTIVATIONS, **{f"{x}_token_id": [1, 7] for x in ("bos", "eos", "pad")}}
+    raw = model.config.to_dict() | {"rope_scaling": None, "sliding_window": 4}
+    return encoder_case(folder, model, raw, qwen3.Qwen3Config.read, theirs, ours, others)
+
+
 def clip_case(folder):
     """A reward's CLIP, both towers of it in one file."""
     from tests.test_clipscore import write_clip
@@ -192,20 +215,26 @@ def tokenizer_case(folder, encoder, kind):
         count = nano_sana.write_tokenizer(folder / encoder.tokenizer)
         (folder / encoder.folder).mkdir()
         write(folder / encoder.folder, {**nano_sana.GEMMA, "vocab_size": count})
+    elif encoder.name == "qwen3":
+        count = nano_qwen3.write_tokenizer(folder / encoder.tokenizer)
+        (folder / encoder.folder).mkdir()
+        write(folder / encoder.folder, {**nano_qwen3.QWEN3, "vocab_size": count})
     else:
         pretrain.write_folders(folder, folder / "clip", nano.PROMPTS, nano.CONFIGS)
     file = folder / encoder.tokenizer / "tokenizer_config.json"
     raw = json.loads(file.read_text())
+    length = 60 if encoder.template else 12
+    words = [f"{encoder.template.before}{p}{encoder.template.after}" if encoder.template else p for p in PROMPTS]
 
     def ours():
-        found = folders.tokenize(str(folder), (encoder,), 12, PROMPTS)[encoder.name]
+        found = folders.tokenize(str(folder), (encoder,), length, PROMPTS)[encoder.name]
         return np.concatenate([found["ids"], found["mask"]], axis=-1) if encoder.masked else found
 
     def theirs(raw):
-        found = kind.from_pretrained(file.parent, **({"padding_side": "right"} if encoder.masked else {}))
-        length = found.model_max_length if encoder.name == "clip" else 12
-        how = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "np"}
-        read = found(PROMPTS, **how)
+        found = kind.from_pretrained(file.parent, **({"padding_side": "right"} if encoder.name == "gemma" else {}))
+        most = found.model_max_length if encoder.name == "clip" else length
+        how = {"padding": "max_length", "max_length": most, "truncation": True, "return_tensors": "np"}
+        read = found(words, **how)
         return np.concatenate([read.input_ids, read.attention_mask], axis=-1) if encoder.masked else read.input_ids
 
     others = {"padding_side": ["left"], "truncation_side": ["left"], "tokenizer_class": ["BertTokenizer"]}

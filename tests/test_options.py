@@ -5,13 +5,14 @@ import functools
 import logging
 
 import pytest
-from transformers import CLIPTokenizer, GemmaTokenizer, T5Tokenizer
+from transformers import CLIPTokenizer, GemmaTokenizer, Qwen2Tokenizer, T5Tokenizer
 
-from solrl_jax.models import dcae, flux, gemma2, public, sana, sd35, text, vae
+from solrl_jax.models import dcae, flux, gemma2, public, qwen3, sana, sd35, text, vae
 from solrl_jax.models.schedule import SanaSchedule, Schedule
 from solrl_jax.rewards import blip, clip_tower, preprocess
 from tests import cases_diffusers as diffusers
 from tests import cases_transformers as transformers
+from tests import test_qwen3
 from tests.mutations import NEW, examine, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,19 +21,23 @@ FLOW = functools.partial(diffusers.flow_case, model="flux"), functools.partial(d
 TOKENIZERS = [
     functools.partial(transformers.tokenizer_case, encoder=encoder, kind=kind)
     for encoder, kind in zip(
-        (*flux.ENCODERS, *sana.ENCODERS), (CLIPTokenizer, T5Tokenizer, GemmaTokenizer), strict=True
+        (*flux.ENCODERS, *sana.ENCODERS, test_qwen3.Z_IMAGE),
+        (CLIPTokenizer, T5Tokenizer, GemmaTokenizer, Qwen2Tokenizer),
+        strict=True,
     )
 ]
 CASES = {  # and some of what is taken
     "flux": (diffusers.flux_case, {"axes_dims_rope"}),
     "sd35": (diffusers.sd35_case, set()),
     "sana": (diffusers.sana_case, {"timestep_scale"}),
+    "zimage": (diffusers.zimage_case, {"rope_theta", "t_scale", "norm_eps", "axes_dims"}),
     "vae": (diffusers.vae_case, {"scaling_factor", "shift_factor", "norm_num_groups"}),
     "dcae": (diffusers.dcae_case, {"scaling_factor"}),
     "clip text": (transformers.clip_text_case, {"hidden_act", "layer_norm_eps", "eos_token_id"}),
     "t5": (transformers.t5_case, {"relative_attention_max_distance", "layer_norm_epsilon"}),
     "gemma2": (transformers.gemma_case, {"attn_logit_softcapping", "hidden_activation", "rope_parameters"}),
     "old gemma2": (transformers.old_gemma_case, {"rope_theta", "query_pre_attn_scalar", "rms_norm_eps"}),
+    "qwen3": (transformers.qwen3_case, {"hidden_act", "rms_norm_eps", "rope_parameters"}),
     "clip": (transformers.clip_case, {"text_config.hidden_act", "vision_config.layer_norm_eps"}),
     "flux's scheduler": (FLOW[0], {"base_shift", "max_shift", "max_image_seq_len"}),
     "sd35's scheduler": (FLOW[1], {"shift"}),
@@ -40,6 +45,7 @@ CASES = {  # and some of what is taken
     "clip's tokenizer": (TOKENIZERS[0], {"padding_side", "pad_token"}),
     "t5's tokenizer": (TOKENIZERS[1], {"padding_side", "truncation_side"}),
     "gemma's tokenizer": (TOKENIZERS[2], {"truncation_side"}),
+    "qwen3's tokenizer": (TOKENIZERS[3], {"truncation_side", "pad_token"}),
     "preprocessor": (transformers.preprocessor_case, {"image_mean", "image_std"}),
     "imagereward": (transformers.med_case, {"layer_norm_eps"}),
 }
@@ -53,7 +59,7 @@ def quiet():
     logging.disable(logging.NOTSET)
 
 
-SLOW = ("flux", "sd35", "vae", "dcae", "clip text", "gemma2", "old gemma2", "clip", "imagereward")
+SLOW = ("flux", "sd35", "zimage", "vae", "dcae", "clip text", "gemma2", "old gemma2", "qwen3", "clip", "imagereward")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in CASES])
@@ -145,6 +151,19 @@ PUBLIC = {
             **{"cache_implementation": "hybrid", "eos_token_id": [1, 107], "final_logit_softcapping": 30.0},
             **{"hidden_act": "gelu_pytorch_tanh", "initializer_range": 0.02, "max_position_embeddings": 8192},
             **{"pad_token_id": 0, "rope_theta": 10000.0, "use_cache": True, "sliding_window_size": 4096},
+        },
+    ),
+    "qwen3": (
+        qwen3.Qwen3Config,
+        {
+            **{"architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0},
+            **{"bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu"},
+            **{"hidden_size": 2560, "initializer_range": 0.02, "intermediate_size": 9728, "max_window_layers": 36},
+            **{"max_position_embeddings": 40960, "model_type": "qwen3", "num_attention_heads": 32},
+            **{"num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_scaling": None},
+            **{"rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "use_cache": True},
+            **{"torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_sliding_window": False},
+            **{"vocab_size": 151936, "layer_types": ["full_attention"] * 36},
         },
     ),
     "clip": (

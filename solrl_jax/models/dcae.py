@@ -88,6 +88,10 @@ class DcaeConfig:
         return 2 ** (len(self.decoder_block_out_channels) - 1)
 
     @property
+    def channels(self) -> int:
+        return self.latent_channels
+
+    @property
     def shift_factor(self) -> float:
         return 0.0
 

@@ -96,8 +96,13 @@ def rope_table(cfg: FluxConfig, height: int, width: int, tokens: int) -> tuple[n
     """
     rows, cols = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     image = np.stack([np.zeros_like(rows), rows, cols], axis=-1).reshape(-1, 3)
-    ids = np.concatenate([np.zeros((tokens, 3)), image]).astype(np.float64)
-    angles = [ids[:, i, None] * 10000.0 ** (-np.arange(0, d, 2) / d)[None, :] for i, d in enumerate(cfg.axes_dims_rope)]
+    return rotations(np.concatenate([np.zeros((tokens, 3)), image]), cfg.axes_dims_rope, 10000.0)
+
+
+def rotations(ids: np.ndarray, dims: Sequence[int], theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """The table of positions `ids` [S, axes]: each axis turns its `dims` of the channels, by powers of `theta`."""
+    ids = ids.astype(np.float64)
+    angles = [ids[:, i, None] * theta ** (-np.arange(0, d, 2) / d)[None, :] for i, d in enumerate(dims)]
     angle = np.repeat(np.concatenate(angles, axis=-1), 2, axis=-1)
     sign = np.where(np.arange(angle.shape[-1]) % 2, 1.0, -1.0)
     return np.cos(angle).astype(np.float32), (sign * np.sin(angle)).astype(np.float32)
@@ -162,29 +167,31 @@ class Scale(nn.Module):
 class JointAttention(nn.Module):
     """Attention over [text, image]; if `text` is None, over one stream that already holds both (single blocks)."""
 
-    cfg: FluxConfig
+    cfg: Any  # FluxConfig, or another network's with these fields
     dtype: Any
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array, text: Array | None, rope: Rope) -> Any:
         image = self._stream(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"))
         if text is None:
-            return rows(_attend(image, rope).reshape(x.shape))
+            return rows(attend(image, rope).reshape(x.shape))
         added = self._stream(text, ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k"))
         # Joined before the norms: their kernel reads both streams where they lie, and writes one array.
-        out = _attend([jnp.concatenate(pair, axis=1) for pair in zip(added, image, strict=True)], rope)
+        out = attend([jnp.concatenate(pair, axis=1) for pair in zip(added, image, strict=True)], rope)
         out, split = out.reshape((*out.shape[:2], -1)), text.shape[1]
-        image_out = Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="to_out.0")(out[:, split:])
-        return image_out, Linear(x.shape[-1], dtype=self.dtype, bias_after=True, name="to_add_out")(out[:, :split])
+        how = {"use_bias": self.use_bias, "dtype": self.dtype, "bias_after": True}
+        image_out = Linear(x.shape[-1], **how, name="to_out.0")(out[:, split:])
+        return image_out, Linear(x.shape[-1], **how, name="to_add_out")(out[:, :split])
 
     def _stream(self, x: Array, names: Sequence[str], norms: Sequence[str]) -> list[Array]:
         """q, k, v [B, S, H, d] and the scales of q's and k's norms."""
         width = self.cfg.attention_head_dim
         scales = [Scale((x.shape[1], width), name=name)() for name in norms]
-        return heads_of(x, names, self.cfg.num_attention_heads, width, self.dtype) + scales
+        return heads_of(x, names, self.cfg.num_attention_heads, width, self.dtype, self.use_bias) + scales
 
 
-def _attend(stream: Sequence[Array], rope: Rope) -> Float[Array, "B S H d"]:
+def attend(stream: Sequence[Array], rope: Rope) -> Float[Array, "B S H d"]:
     q, k, v, scale_q, scale_k = stream
     return attention(rotary_norm(q, scale_q, rope), rotary_norm(k, scale_k, rope), v)
 

@@ -1,4 +1,4 @@
-"""Folders in diffusers' layout with a transformer, a VAE and text encoders: FLUX's, SD3.5's and SANA's.
+"""Folders in diffusers' layout with a transformer, a VAE and text encoders.
 
 Each model file lists its encoders in a table of `Encoder`s. This file reads them, gives their shapes and tokenizes.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from solrl_jax import config, weights
-from solrl_jax.models import dcae, gemma2, text, vae
+from solrl_jax.models import dcae, gemma2, qwen3, text, vae
 from solrl_jax.models.layers import F32
 from solrl_jax.structs import Model, Params, PyTree
 from solrl_jax.weights import hub
@@ -27,9 +27,11 @@ class Encoder(NamedTuple):
     name: str
     folder: str
     tokenizer: str
-    config: type[text.ClipTextConfig] | type[text.T5Config] | type[gemma2.Gemma2Config]
+    config: type[text.ClipTextConfig] | type[text.T5Config] | type[gemma2.Gemma2Config] | type[qwen3.Qwen3Config]
     project: bool = False  # a CLIP whose pooled state is projected
     masked: bool = False  # the network needs a mask of its padding
+    reads: tuple[int, ...] = ()  # which of transformers' hidden_states a Qwen3 gives
+    template: qwen3.Template | None = None  # what is written around a prompt
 
 
 Encoders = tuple[Encoder, ...]
@@ -44,7 +46,7 @@ class Naming(NamedTuple):
     droppable: tuple[str, ...]
 
 
-def latent_side(size: int, vae_cfg: vae.VaeConfig | dcae.DcaeConfig, patch: int = 2) -> int:
+def latent_side(size: int, vae_cfg: vae.VaeConfig | vae.Flux2VaeConfig | dcae.DcaeConfig, patch: int = 2) -> int:
     """Latents along a side of a picture of `size` pixels; ConfigError if they do not divide into patches."""
     if size % (patch * vae_cfg.factor):
         patches = f", {patch}x{patch} patches" if patch > 1 else ""
@@ -54,11 +56,30 @@ def latent_side(size: int, vae_cfg: vae.VaeConfig | dcae.DcaeConfig, patch: int 
     return size // vae_cfg.factor
 
 
-def decoder(folder: Path, dtype: Any) -> vae.Decoder | dcae.Decoder:
+class Half(NamedTuple):
+    """The decoding half of a kind of VAE: its config, its module, and what reads its weights."""
+
+    config: Any
+    module: Any
+    load: Callable[..., tuple[nn.Module, Params]]
+
+
+HALVES = {
+    "AutoencoderKLFlux2": Half(vae.Flux2VaeConfig, vae.Flux2Decoder, vae.load_flux2),
+    "AutoencoderDC": Half(dcae.DcaeConfig, dcae.Decoder, dcae.load),
+}
+"""By the class that vae/config.json names; every other name is left to AutoencoderKL's config, which refuses it."""
+
+
+def _half(folder: Path) -> Half:
+    name = weights.read_json(folder / "vae" / "config.json").get("_class_name")
+    return HALVES.get(name, Half(vae.VaeConfig, vae.Decoder, vae.load_vae))
+
+
+def decoder(folder: Path, dtype: Any) -> vae.Decoder | vae.Flux2Decoder | dcae.Decoder:
     """The VAE's decoder, of the class that the pipeline's vae/config.json names."""
-    if weights.read_json(folder / "vae" / "config.json").get("_class_name") == "AutoencoderDC":
-        return dcae.Decoder(dcae.DcaeConfig.read(folder / "vae"), dtype)
-    return vae.Decoder(vae.VaeConfig.read(folder / "vae"), dtype)
+    half = _half(folder)
+    return half.module(half.config.read(folder / "vae"), dtype)
 
 
 def check_parts(folder: Path, found: Mapping[str, bool]) -> None:
@@ -104,6 +125,8 @@ def _module(encoder: Encoder, folder: Path, dtype: Any) -> nn.Module:
     cfg = encoder.config.read(folder / encoder.folder)
     if isinstance(cfg, text.ClipTextConfig):
         return text.ClipText(cfg, dtype, encoder.project)
+    if isinstance(cfg, qwen3.Qwen3Config):
+        return qwen3.Qwen3(cfg, qwen3.ends_of(cfg, encoder.reads), dtype)
     return text.T5Encoder(cfg, dtype) if isinstance(cfg, text.T5Config) else gemma2.Gemma2(cfg, dtype)
 
 
@@ -129,8 +152,7 @@ def parts(
     naming = next((x for x in namings if x.sign in files.keys()), Naming("", model.keys, (), ()))  # noqa: SIM118
     how = {"aliases": naming.aliases, "droppable": naming.droppable}
     yield weights.load(files, spec, naming.keys, dtype=dtype, place=place, **how)  # no variable keeps it alive
-    load = dcae.load if isinstance(decoder(folder, F32), dcae.Decoder) else vae.load_vae
-    yield load(folder / "vae", F32, place=place_vae)[1]
+    yield _half(folder).load(folder / "vae", F32, place=place_vae)[1]
     yield {e.name: _load(e, folder, dtype, place_text) for e in encoders}
 
 
@@ -144,6 +166,8 @@ def _load(encoder: Encoder, folder: Path, dtype: Any, place: weights.Place | Non
         return text.load_t5(folder / encoder.folder, dtype, place=place)[1]
     if encoder.config is gemma2.Gemma2Config:
         return gemma2.load(folder / encoder.folder, dtype, place=place)[1]
+    if encoder.config is qwen3.Qwen3Config:
+        return qwen3.load(folder / encoder.folder, encoder.reads, dtype, place=place)[1]
     return text.load_clip_text(folder / encoder.folder, dtype, encoder.project, place=place)[1]
 
 
@@ -153,7 +177,7 @@ def shapes(cfg: config.Model, model: Model, encoders: Encoders) -> tuple[Params,
     key, half = jax.random.key(0), decoder(folder, F32)
 
     def decoder_init(k: Key[Array, ""]) -> Params:
-        return half.init(k, jnp.zeros((1, 1, 1, half.cfg.latent_channels)))["params"]
+        return half.init(k, jnp.zeros((1, 1, 1, half.cfg.channels)))["params"]
 
     def typed(tree: PyTree, to: Any) -> PyTree:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, to), tree)
@@ -168,7 +192,7 @@ def shapes(cfg: config.Model, model: Model, encoders: Encoders) -> tuple[Params,
 
 
 def _blank(module: nn.Module) -> tuple[Array, ...]:
-    return gemma2.blank() if isinstance(module, gemma2.Gemma2) else (jnp.zeros((1, 2), jnp.int32),)
+    return gemma2.blank() if isinstance(module, gemma2.Gemma2 | qwen3.Qwen3) else (jnp.zeros((1, 2), jnp.int32),)
 
 
 def token_shapes(cfg: config.Model, encoders: Encoders, prompts: int) -> PyTree:
@@ -206,8 +230,9 @@ def _tokenizer(folder: Path, encoder: Encoder, digest: str) -> Any:
     where, cfg = text.require_tokenizer(folder / encoder.tokenizer), encoder.config.read(folder / encoder.folder)
     kind = getattr(transformers, _KINDS[encoder.config])  # the class in model_index.json; its own file may name another
     try:
-        # Only Gemma is masked. Its files say left, its pipeline says right. The others pad as their files say.
-        found = kind.from_pretrained(where, **({"padding_side": "right"} if encoder.masked else {}))
+        # Gemma's files say left, its pipeline says right. The others pad as their files say.
+        how = {"padding_side": "right"} if encoder.config is gemma2.Gemma2Config else {}
+        found = kind.from_pretrained(where, **how)
     except Exception as e:  # any kind: the files are the user's and the reader is transformers
         said = " ".join(str(e).split())[:200]
         raise weights.WeightsError(
@@ -217,6 +242,12 @@ def _tokenizer(folder: Path, encoder: Encoder, digest: str) -> Any:
         raise weights.WeightsError(f"{where} has {len(found)} tokens, its text encoder only {cfg.vocab_size}")
     if found.pad_token_id is None:
         raise weights.WeightsError(f"{Path(where) / 'tokenizer_config.json'}: pad_token is missing: download it again")
+    if encoder.masked and (side := found.padding_side) != "right":
+        raise weights.WeightsError(
+            f"{Path(where) / 'tokenizer_config.json'}: padding_side is {side!r}: only 'right' is known here"
+        )
+    if encoder.template and (missing := encoder.template.missing(found)):
+        raise weights.WeightsError(f"{where} has no token {missing[0]}, which the prompt's template needs")
     if isinstance(cfg, text.ClipTextConfig) and found.model_max_length != cfg.max_position_embeddings:
         raise weights.WeightsError(
             f"{Path(where) / 'tokenizer_config.json'}: model_max_length is {_length(found)}: its text encoder reads "
@@ -225,7 +256,12 @@ def _tokenizer(folder: Path, encoder: Encoder, digest: str) -> Any:
     return found
 
 
-_KINDS = {text.ClipTextConfig: "CLIPTokenizer", text.T5Config: "T5Tokenizer", gemma2.Gemma2Config: "GemmaTokenizer"}
+_KINDS = {
+    text.ClipTextConfig: "CLIPTokenizer",
+    text.T5Config: "T5Tokenizer",
+    gemma2.Gemma2Config: "GemmaTokenizer",
+    qwen3.Qwen3Config: "Qwen2Tokenizer",
+}
 
 
 def _length(tokenizer: Any) -> str:
@@ -236,13 +272,15 @@ def _length(tokenizer: Any) -> str:
 def tokenize(folder: str, encoders: Encoders, text_tokens: int, prompts: Sequence[str]) -> dict[str, PyTree]:
     """{name: int32 [G, L]}, padded and truncated to a CLIP's own length or to `text_tokens`.
 
+    A prompt is put in the encoder's template first; truncation can cut the template's end.
     For a masked encoder {"ids", "mask"}: the mask is the tokenizer's own, bool [G, L], False for padding.
     """
     pad = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
     found = {}
     for e, tokenizer in zip(encoders, tokenizers(folder, encoders), strict=True):
         length = tokenizer.model_max_length if e.config is text.ClipTextConfig else text_tokens
-        read = tokenizer(list(prompts), max_length=length, **pad)
+        words = [e.template.around(prompt, tokenizer) if e.template else prompt for prompt in prompts]
+        read = tokenizer(words, max_length=length, **pad)
         ids, mask = read["input_ids"].astype(np.int32), read["attention_mask"].astype(bool)
         found[e.name] = {"ids": ids, "mask": mask} if e.masked else ids
     return found

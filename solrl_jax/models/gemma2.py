@@ -51,7 +51,7 @@ class Gemma2Config:
         idle=(
             *("layer_types", "max_position_embeddings", "hidden_act", "final_logit_softcapping"),
             "sliding_window_size",
-            *("rope_scaling", "rope_parameters"),  # checked in _rope
+            *("rope_scaling", "rope_parameters"),  # checked in rope_options
         ),
     )
 
@@ -76,10 +76,10 @@ class Gemma2Config:
         raw = weights.read_json(Path(folder) / "config.json")
         if (kind := raw.get("model_type", "gemma2")) != "gemma2":
             raise weights.WeightsError(f"{folder} holds a {kind}, not a gemma2: give SANA's text encoder")
-        return weights.from_config(cls, folder, raw | _rope(Path(folder) / "config.json", raw))
+        return weights.from_config(cls, folder, raw | rope_options(Path(folder) / "config.json", raw))
 
 
-def _rope(file: Path, raw: Mapping[str, Any]) -> dict[str, float]:
+def rope_options(file: Path, raw: Mapping[str, Any]) -> dict[str, float]:
     """rope_theta if the file has it in an object; WeightsError for another kind of rotary positions."""
     found = {}
     for key in ("rope_scaling", "rope_parameters"):
@@ -88,6 +88,8 @@ def _rope(file: Path, raw: Mapping[str, Any]) -> dict[str, float]:
         if not plain or set(given) - {"rope_type", "type", "rope_theta"}:
             raise weights.WeightsError(f"{file}: {key} is {given!r}: only rope_type 'default' is known here")
         found |= {"rope_theta": given["rope_theta"]} if "rope_theta" in given else {}
+    if raw.get("rope_scaling") and raw.get("rope_parameters"):
+        raise weights.WeightsError(f"{file}: rope_scaling and rope_parameters are both given: remove rope_scaling")
     return found
 
 

@@ -318,6 +318,16 @@ def gelu_erf(x: Array) -> Array:
     return _rounded_once(functools.partial(jax.nn.gelu, approximate=False), x)
 
 
+def swiglu(y: Float[Array, "*batch two_M"]) -> Float[Array, "*batch M"]:
+    """SiLU(g) u of y = [g, u], in f32 and rounded once. The backward pass keeps only y."""
+
+    def f(y: Array) -> Array:
+        g, u = jnp.split(y.astype(F32), 2, axis=-1)
+        return (jax.nn.silu(g) * u).astype(y.dtype)
+
+    return jax.checkpoint(f, prevent_cse=False)(y)
+
+
 def _rounded_once(f: Callable[[Array], Array], x: Array) -> Array:
     """f(x); for bf16 x on CPUs, f is computed in f32 and rounded once.
 

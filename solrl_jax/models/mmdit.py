@@ -1,4 +1,5 @@
-"""What the blocks of FLUX and SD3.5 share: AdaLN modulation, gates, feed-forwards, embedders, equal layers as one scan.
+"""What the blocks of FLUX, FLUX.2 and SD3.5 share: AdaLN modulation, gates, feed-forwards, embedders, and equal layers
+as one scan.
 
 Modules have the checkpoint's own names. The residual stream is in the network's dtype; LayerNorm and modulation f32.
 """
@@ -20,10 +21,12 @@ class Modulation(nn.Module):
 
     chunks: int
     dtype: Any
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, cond: Float[Array, "B D"]) -> list[Float[Array, "B 1 D"]]:
-        y = Linear(self.chunks * cond.shape[-1], dtype=self.dtype, bias_after=True, name="linear")(jax.nn.silu(cond))
+        how = {"use_bias": self.use_bias, "dtype": self.dtype, "bias_after": True}
+        y = Linear(self.chunks * cond.shape[-1], **how, name="linear")(jax.nn.silu(cond))
         return jnp.split(y.astype(F32)[:, None, :], self.chunks, axis=-1)
 
 
@@ -55,13 +58,14 @@ class FeedForward(nn.Module):
 
 
 def heads_of(
-    x: Float[Array, "B S D"], names: Sequence[str], heads: int, width: int, dtype: Any
+    x: Float[Array, "B S D"], names: Sequence[str], heads: int, width: int, dtype: Any, use_bias: bool = True
 ) -> list[Float[Array, "B S H d"]]:
     """q, k and v: x through a Linear of each name (submodules of the calling module), as heads of `width` channels.
 
     q and k are normalised next, in a kernel that can add their bias; v goes straight into attention.
     """
-    found = [Linear(heads * width, dtype=dtype, bias_after=i < 2, name=name)(x) for i, name in enumerate(names)]
+    how = {"use_bias": use_bias, "dtype": dtype}
+    found = [Linear(heads * width, bias_after=i < 2, name=name, **how)(x) for i, name in enumerate(names)]
     return [checkpoint_name(y.reshape((*x.shape[:2], heads, width)), "qkv") for y in found]
 
 
@@ -70,11 +74,12 @@ class Embedder(nn.Module):
 
     width: int
     dtype: Any
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "B in"]) -> Float[Array, "B D"]:
-        y = Linear(self.width, dtype=self.dtype, name="linear_1")(x)
-        return Linear(self.width, dtype=self.dtype, name="linear_2")(jax.nn.silu(y))
+        y = Linear(self.width, self.use_bias, self.dtype, name="linear_1")(x)
+        return Linear(self.width, self.use_bias, self.dtype, name="linear_2")(jax.nn.silu(y))
 
 
 class Conditioning(nn.Module):

@@ -60,6 +60,73 @@ FLUX_DEV = {
 }
 FLUX = {"black-forest-labs/FLUX.1-dev": FLUX_DEV}
 
+# --- FLUX.2-klein ---------------------------------------------------------------------------------------------------
+
+_QWEN3_4B = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+_KLEIN_4B = {
+    "transformer/config.json": {
+        "_class_name": "Flux2Transformer2DModel",
+        "attention_head_dim": 128,
+        "axes_dims_rope": [32, 32, 32, 32],
+        "eps": 1e-6,
+        "guidance_embeds": False,
+        "in_channels": 128,
+        "joint_attention_dim": 7680,
+        "mlp_ratio": 3.0,
+        "num_attention_heads": 24,
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "out_channels": None,
+        "patch_size": 1,
+        "rope_theta": 2000,
+        "timestep_guidance_channels": 256,
+    },
+    "vae/config.json": {
+        "_class_name": "AutoencoderKLFlux2",
+        "latent_channels": 32,
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "mid_block_add_attention": True,
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+        "patch_size": [2, 2],
+        "batch_norm_eps": 1e-4,
+        "force_upcast": True,
+    },
+    "text_encoder/config.json": _QWEN3_4B,
+    "scheduler/scheduler_config.json": FLUX_DEV["scheduler/scheduler_config.json"],
+}
+_KLEIN_9B = _KLEIN_4B | {
+    "transformer/config.json": _KLEIN_4B["transformer/config.json"]
+    | {"num_attention_heads": 32, "num_layers": 8, "num_single_layers": 24, "joint_attention_dim": 12288},
+    "text_encoder/config.json": _QWEN3_4B
+    | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False},
+}
+_DISTILLED = {"model_index.json": {"_class_name": "Flux2KleinPipeline", "is_distilled": True}}
+FLUX2 = {
+    "black-forest-labs/FLUX.2-klein-base-4B": _KLEIN_4B,
+    "black-forest-labs/FLUX.2-klein-4B": _KLEIN_4B | _DISTILLED,
+    "black-forest-labs/FLUX.2-klein-base-9B": _KLEIN_9B,
+    "black-forest-labs/FLUX.2-klein-9B": _KLEIN_9B | _DISTILLED,
+}
+
 # --- Stable Diffusion 3.5 -------------------------------------------------------------------------------------------
 
 _CLIP = FLUX_DEV["text_encoder/config.json"]  # CLIP-L, as FLUX's
@@ -164,3 +231,41 @@ SANA = {
     }
 }
 """{name on huggingface.co: {file: content}}, every file that determines the pipeline's shapes."""
+
+# --- Z-Image --------------------------------------------------------------------------------------------------------
+
+_ZIMAGE = {
+    "transformer/config.json": {
+        "_class_name": "ZImageTransformer2DModel",
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": 16,
+        "dim": 3840,
+        "n_layers": 30,
+        "n_refiner_layers": 2,
+        "n_heads": 30,
+        "n_kv_heads": 30,
+        "norm_eps": 1e-5,
+        "qk_norm": True,
+        "cap_feat_dim": 2560,
+        "rope_theta": 256.0,
+        "t_scale": 1000.0,
+        "axes_dims": [32, 48, 48],
+        "axes_lens": [1536, 512, 512],
+    },
+    "vae/config.json": FLUX_DEV["vae/config.json"],
+    "text_encoder/config.json": _QWEN3_4B,
+    "scheduler/scheduler_config.json": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "use_dynamic_shifting": False,
+        "shift": 6.0,
+    },
+}
+ZIMAGE = {
+    "Tongyi-MAI/Z-Image": _ZIMAGE,
+    "Tongyi-MAI/Z-Image-Turbo": {
+        **_ZIMAGE,
+        "scheduler/scheduler_config.json": _ZIMAGE["scheduler/scheduler_config.json"] | {"shift": 3.0},
+    },
+}

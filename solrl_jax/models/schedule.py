@@ -85,6 +85,16 @@ class SanaSchedule:
         return weights.from_config(cls, folder, defaults | weights.read_json(Path(folder) / NAME), NAME)
 
 
+def empirical_mu(tokens: int, steps: int) -> float:
+    """FLUX.2's log of the shift: lines in the image's tokens, fitted at 10 and at 200 steps, and a line in the steps
+    between them. Beyond 4300 tokens that of 200 steps. (open_bases.md section 6.1)"""
+    at_200 = 0.00016927 * tokens + 0.45666666
+    if tokens > 4300:
+        return at_200
+    at_10 = 8.73809524e-05 * tokens + 1.89833333
+    return at_200 + (at_200 - at_10) / 190 * (steps - 200)
+
+
 def shifted(sigma: np.ndarray | float, shift: float) -> np.ndarray | float:
     """shift s / (1 + (shift - 1) s) for s in (0, 1]; 1 stays exactly 1."""
     return shift / (shift + (1 / sigma - 1))

@@ -1,10 +1,12 @@
-"""AutoencoderKL of FLUX and SD3.5: encoder and decoder, channels last (spec/models.md section 7.1).
+"""AutoencoderKL of FLUX and SD3.5: encoder and decoder, channels last (spec/models.md section 7.1). And FLUX.2's
+AutoencoderKLFlux2, its decoder alone (open_bases.md section 5).
 
 GroupNorm is f32, convolutions `dtype`. Outside this file latents are scaled: (z - shift) * scaling of the VAE's own z,
 so that their standard deviation is about one.
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, overload
@@ -67,18 +69,90 @@ class VaeConfig:
         """From config.json; another kind of autoencoder is refused by its class name."""
         raw = weights.read_config(folder, "AutoencoderKL")
         found = weights.from_config(cls, folder, raw)
-        for name in ("down_block_types", "up_block_types"):
-            if len(blocks := raw.get(name, ("diffusers' default",))) != len(found.block_out_channels):
-                raise weights.WeightsError(
-                    f"{Path(folder) / 'config.json'}: {name} has {len(blocks)} blocks, block_out_channels "
-                    f"{len(found.block_out_channels)}"
-                )
+        _check_blocks(folder, raw, found.block_out_channels, default=1)
         return found
 
     @property
     def factor(self) -> int:
         """Image pixels along one side of a latent."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Of the latents that `decode` takes."""
+        return self.latent_channels
+
+
+def _check_blocks(folder: str | Path, raw: Mapping[str, Any], widths: Sequence[int], default: int) -> None:
+    """WeightsError unless a VAE's lists of blocks are as long as that of their widths."""
+    for name in ("down_block_types", "up_block_types"):
+        if len(blocks := raw.get(name, ("diffusers' default",) * default)) != len(widths):
+            raise weights.WeightsError(
+                f"{Path(folder) / 'config.json'}: {name} has {len(blocks)} blocks, block_out_channels {len(widths)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Flux2VaeConfig:
+    """config.json of an AutoencoderKLFlux2; the defaults are diffusers' own for missing keys.
+
+    Its latents here are those of the flow: 2x2 patches of the VAE's own, normalised by the statistics in its file.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 32
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_block_out_channels: tuple[int, ...] = ()  # of the variant with a small decoder; else as the encoder's
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    use_post_quant_conv: bool = True
+    batch_norm_eps: float = 1e-4
+
+    options: ClassVar[Options] = Options(
+        "diffusers",
+        only={
+            "act_fn": ("silu",),
+            "down_block_types": ("DownEncoderBlock2D",),
+            "up_block_types": ("UpDecoderBlock2D",),
+            "patch_size": (2,),
+        },
+        idle=("sample_size", "force_upcast", "batch_norm_momentum", "use_quant_conv"),  # the last is the encoder's
+    )
+    scaling_factor: ClassVar[float] = 1.0
+    shift_factor: ClassVar[float] = 0.0
+
+    def __post_init__(self):
+        if len(self.decoder.block_out_channels) != len(self.block_out_channels):
+            raise ValueError(
+                f"decoder_block_out_channels {self.decoder_block_out_channels} are not as many as block_out_channels "
+                f"{self.block_out_channels}"
+            )
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Flux2VaeConfig":
+        """From config.json; another kind of autoencoder is refused by its class name."""
+        raw = weights.read_config(folder, "AutoencoderKLFlux2")
+        found = weights.from_config(cls, folder, raw)
+        _check_blocks(folder, raw, found.block_out_channels, default=4)
+        return found
+
+    @property
+    def decoder(self) -> VaeConfig:
+        """Of the network behind the statistics, the patches and the 1x1 convolution."""
+        names = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
+        same = {name: getattr(self, name) for name in (*names, "mid_block_add_attention")}
+        widths = self.decoder_block_out_channels or self.block_out_channels
+        return VaeConfig(**same, block_out_channels=widths, use_quant_conv=False, use_post_quant_conv=False)
+
+    @property
+    def factor(self) -> int:
+        return 2 * self.decoder.factor
+
+    @property
+    def channels(self) -> int:
+        return 4 * self.latent_channels
 
 
 def _norm(groups: int, name: str) -> nn.Module:
@@ -212,10 +286,40 @@ class Decoder(nn.Module):
         return _conv(cfg.out_channels, dtype, "conv_out")(x)
 
 
+class Statistics(nn.Module):
+    """A BatchNorm's mean and variance of each channel, f32 [C], as they lie in its file: nothing is trained."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        mean = self.param("running_mean", nn.initializers.zeros, (self.channels,), F32)
+        variance = self.param("running_var", nn.initializers.ones, (self.channels,), F32)
+        return jnp.asarray(mean).astype(F32), jnp.asarray(variance).astype(F32)
+
+
+class Flux2Decoder(nn.Module):
+    """Normalised 2x2 patches of z, channels (c, dy, dx) with c slowest -> x, about in [-1, 1]."""
+
+    cfg: Flux2VaeConfig
+    dtype: Any = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, patches: Float[Array, "B h w four_z"]) -> Float[Array, "B H W c"]:
+        cfg, (b, h, w, _) = self.cfg, patches.shape
+        mean, variance = (x.reshape(1, 1, 1, -1) for x in Statistics(cfg.channels, name="bn")())
+        z = patches.astype(F32) * jnp.sqrt(variance + cfg.batch_norm_eps) + mean
+        z = z.reshape(b, h, w, cfg.latent_channels, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+        z = z.reshape(b, 2 * h, 2 * w, cfg.latent_channels)
+        if cfg.use_post_quant_conv:
+            z = _conv(cfg.latent_channels, self.dtype, "post_quant_conv", size=1)(z)
+        return Decoder(cfg.decoder, self.dtype, name="decoder")(z)
+
+
 def decode(module: Any, params: Params, latents: Latents) -> Images:
     """Scaled latents -> images, f32 in [0, 1], at most TOGETHER pixels at a time (24 images of 512 px take 16 GB).
 
-    `module` is a `Decoder` of this file or of dcae.py.
+    `module` is a `Decoder` or `Flux2Decoder` of this file, or a `Decoder` of dcae.py.
     """
 
     def some(latents: Latents) -> Images:
@@ -276,6 +380,25 @@ VAE_ALIASES = (  # the attention's spelling in old diffusers
     *((rf"\.attentions\.0\.{old}\.", f".attentions.0.to_{old[0]}.") for old in ("query", "key", "value")),
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 )
+
+FLUX2_KEYS = (
+    *vae_rules("decoder", "decoder/"),
+    Rule("post_quant_conv/kernel", "post_quant_conv.weight", "conv"),
+    Rule("post_quant_conv/bias", "post_quant_conv.bias"),
+    Rule(r"bn/(running_mean|running_var)", r"bn.\1"),
+)
+
+
+def load_flux2(
+    folder: str | Path, dtype: Any = jnp.bfloat16, *, place: Place | None = None
+) -> tuple[Flux2Decoder, Params]:
+    """As `load_vae`, of an AutoencoderKLFlux2's decoder."""
+    cfg = Flux2VaeConfig.read(folder)
+    module = Flux2Decoder(cfg, dtype)
+    spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, 1, cfg.channels)))["params"]
+    files = weights.Files(folder, "diffusion_pytorch_model")
+    others = (r"encoder\..*", r"quant_conv\..*", r"bn\.num_batches_tracked")
+    return module, weights.load(files, spec, FLUX2_KEYS, dtype=dtype, droppable=others, place=place)
 
 
 @overload

@@ -78,6 +78,16 @@ def _flux(pipe: Any, want: Mapping[str, Any], w: float) -> Call:
     return Call(words, pack, lambda x: pipe._unpack_latents(x, side, side, pipe.vae_scale_factor))
 
 
+def _flux2(pipe: Any, want: Mapping[str, Any], w: float) -> Call:
+    """Its latents go in as [B, c, h, w] and come out as tokens; the negative prompt is always the empty one."""
+
+    def unpack(x: Any) -> Any:
+        side = math.isqrt(x.shape[1])
+        return x.transpose(1, 2).reshape(x.shape[0], -1, side, side)
+
+    return Call({"guidance_scale": w}, unpack=unpack)
+
+
 def _sana(pipe: Any, want: Mapping[str, Any], w: float) -> Call:
     """Without the instruction that SANA's pipeline puts before a prompt, as this package."""
     words = {"complex_human_instruction": None, "use_resolution_binning": False, "guidance_scale": w}
@@ -86,8 +96,10 @@ def _sana(pipe: Any, want: Mapping[str, Any], w: float) -> Call:
 
 CALLS: dict[str, Callable[[Any, Mapping[str, Any], float], Call]] = {
     "flux": _flux,
+    "flux2": _flux2,
     "sd35": lambda pipe, want, w: Call({"guidance_scale": w}),
     "sana": _sana,
+    "zimage": lambda pipe, want, w: Call({"guidance_scale": w - 1}),  # pos + g (pos - neg): ours less one
 }
 """By model.name."""
 
@@ -119,7 +131,7 @@ def _called(pipe: Any, want: Mapping[str, Any], w: float, x1: Any) -> Drawn:
         last.update(tensors)
         return {}
 
-    image = pipe(want["prompt"], callback_on_step_end=step, **words, **call.words).images[0]
+    image = pipe(prompt=want["prompt"], callback_on_step_end=step, **words, **call.words).images[0]
     latents = call.unpack(last["latents"])[0].permute(1, 2, 0).float().cpu().numpy()
     return Drawn(latents, np.round(np.clip(image, 0, 1) * 255).astype(np.uint8))
 

@@ -387,7 +387,7 @@ def from_config(cls, folder: str | Path, values: Mapping[str, Any] | None = None
         if value is None and isinstance(default, bool):
             raise WeightsError(f"{file}: {key} is null, not true or false: download it again")
         if value is not None or options.nullable(fields[key]):
-            given[key] = _as_tuple(value)
+            given[key] = float(value) if type(value) is int and isinstance(default, float) else _as_tuple(value)
     try:
         return cls(**given)
     except ValueError as e:
