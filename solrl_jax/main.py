@@ -8,8 +8,10 @@ a defect and shows its traceback.
 import dataclasses
 import errno
 import math
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -190,6 +192,9 @@ flags.DEFINE_string(
     "eval, sample, export: a LoRA file or its folder, of diffusers, PEFT or ComfyUI, instead of a checkpoint",
 )
 flags.DEFINE_integer("devices", None, "how many devices to use (default: all; plan: 1)", lower_bound=1)
+flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, to start several processes by hand, one per host")
+flags.DEFINE_integer("processes", None, "how many processes are started by hand", lower_bound=1)
+flags.DEFINE_integer("process", None, "the number of this process, from 0", lower_bound=0)
 flags.DEFINE_string("card", "H100 80GB", "plan: the GPU to plan for")
 
 
@@ -216,11 +221,7 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if FLAGS.mode == "report":
             return report(argv[1:])
-        asked = command(argv[1:])
-        from solrl_jax import device
-
-        device.setup()
-        return MODES[FLAGS.mode](asked)
+        return alone(argv[1:]) if not _several() else joined(argv[1:])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -230,6 +231,53 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"error: {e}", file=sys.stderr)
         return 2
+
+
+def alone(words: Sequence[str]) -> int:
+    """The mode, in one process."""
+    asked = command(words)
+    from solrl_jax import device
+
+    device.setup()
+    return MODES[FLAGS.mode](asked)
+
+
+def joined(words: Sequence[str]) -> int:
+    """The mode, in this one of several processes. An error that the others do not know ends the process at once."""
+    from solrl_jax import device, processes
+
+    if FLAGS.mode not in SEVERAL:
+        raise ConfigError(f"--mode={FLAGS.mode} runs in one process; {', '.join(SEVERAL)} run in several")
+    if FLAGS.devices is not None:
+        raise ConfigError(f"--devices={FLAGS.devices} with several processes, which use all: leave it out")
+    device.setup()
+    processes.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+    try:
+        asked = processes.together(lambda: command(words))
+        asked = dataclasses.replace(asked, run=Path(processes.agreed(lambda: str(asked.run))))
+        code = MODES[FLAGS.mode](asked)
+    except Exception as e:
+        print(f"process {processes.index()} of {processes.count()}: {type(e).__name__}: {e}", file=sys.stderr)
+        if processes.known(e):
+            raise
+        traceback.print_exc()
+        processes.leave(1)
+    return code
+
+
+SEVERAL = ("train", "eval", "sample", "score", "export")
+"""The modes that several processes run together."""
+
+
+def _several() -> bool:
+    """Whether this process is one of several. JAX is imported only if it may be."""
+    given = any(FLAGS[name].present for name in ("coordinator", "processes", "process"))
+    names = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_HOSTNAMES")
+    if not given and not any(name in os.environ for name in names):
+        return False
+    from solrl_jax import processes
+
+    return processes.asked(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
 
 
 def command(words: Sequence[str]) -> Command:

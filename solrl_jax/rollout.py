@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from solrl_jax import algos, guidance, lora, quant, sampler, sharding
+from solrl_jax import algos, guidance, lora, processes, quant, sampler, sharding
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.keys import NOISE, STEPS, WINDOW, sample_key
 from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
@@ -120,15 +120,16 @@ def rollout(
 
 def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree], rows: Sequence[Row]) -> Rollout:
     """Add the rewards that run on the host: pictures are copied there, scores come back. Not for jit.
+    A process sees the pictures of its own devices.
 
     `rows` are of the batch that was encoded; the tokens say which of its prompts this block has.
     """
     if rollout.images is None:
         return rollout
-    mine = [rows[place] for place in np.asarray(tokens[score.on_host[0].name])]
-    asked = {name: np.asarray(one)[:, 0] for name, one in rollout.asked.items()}
-    found = score_on_host(score, np.asarray(rollout.images), mine, asked)
-    total, parts = jax.device_put(found, rollout.reward.sharding)
+    places, images, asked = sharding.here((tokens[score.on_host[0].name], rollout.images, rollout.asked))
+    mine, asked = [rows[place] for place in places], {name: one[:, 0] for name, one in asked.items()}
+    found = processes.together(lambda: score_on_host(score, images, mine, asked))
+    total, parts = sharding.from_here(found, jax.sharding.get_mesh())
     return rollout._replace(reward=rollout.reward + total, parts={**rollout.parts, **parts}, images=None)
 
 

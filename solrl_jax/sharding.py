@@ -23,6 +23,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from solrl_jax import processes
+
 DATA, FSDP = "data", "fsdp"
 AXES = (DATA, FSDP)
 SPLIT, WHOLE = P(AXES), P()
@@ -107,13 +109,65 @@ def joined(blocks: tuple):
     return over_data(mine, (SPLIT,) * len(blocks), SPLIT)(*blocks)
 
 
+# --- between the host and the devices -------------------------------------------------------------------------------
+
+
 def replicate(tree, mesh: Mesh):
-    return jax.device_put(tree, NamedSharding(mesh, WHOLE))
+    """Whole on every device. Every process gives the same values."""
+    return jax.tree.map(functools.partial(_put, where=NamedSharding(mesh, WHOLE)), tree)
 
 
 def split(tree, mesh: Mesh):
-    """Split the leading axis over the devices."""
-    return jax.device_put(tree, NamedSharding(mesh, SPLIT))
+    """Split the leading axis over the devices. Every process gives the same values, whole."""
+    return jax.tree.map(functools.partial(_put, where=NamedSharding(mesh, SPLIT)), tree)
+
+
+def _put(x: Any, where: NamedSharding) -> jax.Array:
+    """jax.device_put. With several processes it would first send every array to all of them, to compare it."""
+    if processes.count() == 1:
+        return jax.device_put(x, where)
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.jit(lambda x: x, out_shardings=where)(x)
+    if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
+
+
+def fetch(tree):
+    """The whole arrays, in the memory of every host."""
+
+    def one(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        whole = NamedSharding(x.sharding.mesh, WHOLE)  # pyright: ignore[reportAttributeAccessIssue]
+        return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(x))
+
+    return jax.device_get(tree) if processes.count() == 1 else jax.tree.map(one, tree)
+
+
+def rows_here(count: int, mesh: Mesh) -> list[int]:
+    """Which of `count` rows lie on this process's devices, where rows are split."""
+    parts = NamedSharding(mesh, SPLIT).addressable_devices_indices_map((count,)).values()
+    return sorted(i for part in parts for i in range(count)[part[0]])  # pyright: ignore[reportOptionalSubscript]
+
+
+def here(tree):
+    """Of arrays that are split by rows: this process's rows, in their order, in the host's memory."""
+
+    def one(x: jax.Array) -> np.ndarray:
+        parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])
+
+    return jax.device_get(tree) if processes.count() == 1 else jax.tree.map(one, tree)
+
+
+def from_here(tree, mesh: Mesh):
+    """The inverse of `here`: every process gives its own rows."""
+    if processes.count() == 1:
+        return split(tree, mesh)
+    where = NamedSharding(mesh, SPLIT)
+    return jax.tree.map(functools.partial(jax.make_array_from_process_local_data, where), tree)
 
 
 # --- frozen weights in parts ----------------------------------------------------------------------------------------
@@ -162,8 +216,7 @@ def shards_that_fit(cut: Iterable[int], devices: int) -> list[int]:
 
 def place(tree: Any, mesh: Mesh) -> Any:
     """Frozen weights, from the host, on the devices; each gets only its part."""
-    where = jax.tree.map(lambda s: NamedSharding(mesh, s), weights(tree))
-    return jax.device_put(tree, where)
+    return jax.tree.map(lambda x, part: _put(x, NamedSharding(mesh, part)), tree, weights(tree))
 
 
 def placed(

@@ -5,6 +5,9 @@ stage is finished, the last finished iteration saved, and the exit code is 75 (s
 which tells a scheduler to use --resume. An error (a reward that raises or is not finite, three non-finite updates in a
 row, a lost device, a full disk): the last finished iteration is saved if possible, and the error is raised. An
 iteration is finished when its line is in metrics.jsonl, so a resumed run has every line.
+
+Of several processes the first one writes; a signal to one stops all after the same stage. Every iteration is saved: a
+lost process ends the others before Python could save.
 """
 
 import contextlib
@@ -14,6 +17,7 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +26,8 @@ from typing import NamedTuple
 
 import jax
 
-from solrl_jax import disk, guidance, iteration, learn, mixture, plan, report, sharding
-from solrl_jax.config import Config, ConfigError, to_json
+from solrl_jax import disk, guidance, iteration, learn, mixture, plan, processes, report, sharding
+from solrl_jax.config import Config, ConfigError, to_json, values
 from solrl_jax.keys import calibration_key
 from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
@@ -52,25 +56,33 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
     cfg = assemble.resolved(cfg, assemble.capability())
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={cfg.wandb} needs a package that is not here: pip install wandb")
-    place, said = start(run, resume)
+    place, said = processes.together(lambda: start(run, resume))
+    processes.same({"the checkpoint to go on from": str(place), **settings(cfg, run)})
     with contextlib.ExitStack() as stack:
         if resume:
-            stack.enter_context(checkpoint.alone(run))
+            processes.by_first(lambda: stack.enter_context(checkpoint.alone(run)))
         count, host = devices or jax.device_count(), jax.local_device_count()
         shard, why = plan.shard_of(cfg, count, plan.memory_limit(), host=host)
         state = None if place is None else restored(place, cfg, devices, shard)
-        parts = assemble.assemble(cfg, devices, shard)
+        parts = processes.together(lambda: assemble.assemble(cfg, devices, shard))
+        processes.same({"the content of prompt_files": data.digest(parts.prompts)})
         stack.enter_context(jax.set_mesh(parts.mesh))
         stop = stack.enter_context(signals())
         parts, state = ready(parts), state or assemble.fresh(parts)
-        run.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            stack.enter_context(checkpoint.alone(run))
-        checkpoint.replace(run / "config.json", to_json(cfg))
-        notes = begun(run, int(state.iteration), parts, assemble.notes(parts))
+        notes = assemble.notes(parts)
+
+        def opened() -> list[str]:
+            run.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                stack.enter_context(checkpoint.alone(run))
+            checkpoint.replace(run / "config.json", to_json(cfg))
+            return begun(run, int(state.iteration), parts, notes)
+
+        notes = processes.by_first(opened) or []
+        processes.together(lambda: check_shared(run))
         held_out = parts.judged.names[len(parts.score.names) :]
         judge = (*held_out, *parts.score.names)[0]
-        also = (wandb(run, cfg.wandb, json.loads(to_json(cfg))),) if cfg.wandb else ()
+        also = (wandb(run, cfg.wandb, json.loads(to_json(cfg))),) if cfg.wandb and processes.first() else ()
         with open_log(run, int(state.iteration), cfg.iterations, judge, also) as out:
             for line in (*said, *why, *notes):
                 out.say(line)
@@ -83,8 +95,22 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
             except Exception as e:
                 e.add_note(f"What was finished before is saved in {run}: --resume --run_dir={run} goes on from it.")
                 raise
-    finish(parts, state, run, bool(stop.is_set()))
+    processes.by_first(lambda: finish(parts, state, run, stop.agreed))
     return UNFINISHED if int(state.iteration) < cfg.iterations else 0
+
+
+def settings(cfg: Config, run: Path) -> dict[str, str]:
+    """What all processes must have in common to train together."""
+    fields = {name: repr(value) for name, value in values(cfg)}
+    return {"run_dir": str(run), "jax": jax.__version__, **fields}
+
+
+def check_shared(run: Path) -> None:
+    """ConfigError if this process does not see the folder that the first one made."""
+    if not (run / "config.json").exists():
+        raise ConfigError(
+            f"--run_dir={run} is not shared: process 0 made it, process {processes.index()} does not see it"
+        )
 
 
 def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> list[str]:
@@ -118,16 +144,17 @@ def restored(place: Path, cfg: Config, devices: int | None, shard: int) -> Train
     return checkpoint.restore(place, assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), mesh), cfg)
 
 
-def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.Event) -> TrainState:
+def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> TrainState:
     """Iterate to the end or to a signal; the last finished iteration is on disk when this returns or raises."""
     cfg, first, done, score = parts.cfg, int(state.iteration), int(state.iteration), None
+    every = cfg.save_every if processes.count() == 1 else 1
     with checkpoint.Saver(run, cfg, parts.begun.origins if parts.begun else ()) as saver:
         try:
             base, seen = beginning(parts, state, run, out)
             state = guards.judged(state, seen, cfg) if done == 0 else state
-            began, lines, said = time.perf_counter(), read(run / "metrics.jsonl"), {}
+            began, lines, said = time.perf_counter(), processes.agreed(lambda: read(run / "metrics.jsonl")), {}
             step, low = stepper(parts, out, stop), True
-            while done < cfg.iterations and not stop.is_set():
+            while done < cfg.iterations and not stop.asked():
                 if low and int(state.fallen_back):
                     step, low = stepper(parts._replace(cfg=guards.in_bf16(cfg)), out, stop), False
                     out.say(f"exploring in bf16 from iteration {done + 1} on")
@@ -143,7 +170,7 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                 if cfg.evaluate.every and (number % cfg.evaluate.every == 0 or number == cfg.iterations):
                     metrics |= evaluated(parts, new, run, out, base)
                 began, metrics["time/iteration"] = time.perf_counter(), time.perf_counter() - began
-                lines.append(line := out.write(number, metrics))
+                lines.append(line := processes.together(functools.partial(out.write, number, metrics)))
                 state, done, score = new, number, line.get("eval_reward_avg")
                 if metrics["skipped"]:
                     out.say(f"warning: iteration {done}: {metrics['skipped']:.0f} updates were not finite and skipped")
@@ -153,14 +180,15 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: threading.E
                 if "eval_reward_avg" in metrics:
                     for warning in guards.falling(lines, cfg):
                         out.say(warning)
-                if cfg.save_every and done % cfg.save_every == 0:
+                if every and done % every == 0:
                     saver.save(state, score)
-                check_skipped(parts, state, batch.prompts, metrics)
+                processes.together(functools.partial(check_skipped, parts, state, batch.prompts, metrics))
         except jax.errors.JaxRuntimeError as e:
             raise TrainError(f"iteration {done + 1}: {device_error(e)}") from e
         finally:
-            # A run that fails in its first iteration saves nothing; a run that is stopped there saves its state.
-            if done > first or stop.is_set():
+            # A run that fails in its first iteration saves nothing; a run that is stopped there saves its state. If
+            # one process fails alone, the others do not come here: what it finished before is saved already.
+            if (done > first or stop.agreed) and processes.known(sys.exception()):
                 saver.save(state, score)
     return state
 
@@ -177,7 +205,8 @@ def ready(parts: Parts) -> Parts:
         some = data.batch(there, cfg.seed, 0, min(calibrate.PROMPTS, len(there)))
         padded = [*some, *[some[-1]] * (-len(some) % parts.mesh.size)]
         first, ahead = drawn(parts, 0)
-        cond = jax.tree.map(lambda c: c[: len(some)], jax.device_get(parts.text(padded, [*first, *ahead])))
+        found = parts.text(padded, [*first, *ahead], batch=cfg.prompts)
+        cond = jax.tree.map(lambda c: c[: len(some)], sharding.fetch(found))
     if guidance.trains_doubled(cfg, parts.model):
         parts = parts._replace(frozen=parts.frozen._replace(negative=parts.text.negative()))
     if not low:
@@ -221,9 +250,13 @@ def iterate(
     new, metrics = step(state, batch, times)
     numbers = mixture.known({name: float(value) for name, value in jax.device_get(metrics).items()})
     number = int(new.iteration)
-    check_rewards(numbers, number, functools.partial(not_finite, parts, state, batch.prompts))
-    if number == 1:  # only at the start: a later iteration near the limit does not stop a run
-        check_ratio(numbers, number, parts.cfg.learn.clip_range)
+
+    def check() -> None:
+        check_rewards(numbers, number, functools.partial(not_finite, parts, state, batch.prompts))
+        if number == 1:  # only at the start: a later iteration near the limit does not stop a run
+            check_ratio(numbers, number, parts.cfg.learn.clip_range)
+
+    processes.together(check)
     return new, numbers | {f"time/{name}": seconds for name, seconds in times.items()}
 
 
@@ -240,7 +273,7 @@ def check_skipped(parts: Parts, state: TrainState, prompts: Prompts, metrics: Me
 Step = Callable[[TrainState, Batch, dict[str, float]], tuple[TrainState, dict]]
 
 
-def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
+def stepper(parts: Parts, out: Log, stop: "Stop") -> Step:
     """(state, batch, times) -> (state, metrics): staged, with progress and stops between stages, or one program."""
     statics = {"model": parts.model, "score": parts.score, "optimizer": parts.optimizer, "cfg": parts.cfg}
     if parts.cfg.staged:
@@ -248,7 +281,7 @@ def stepper(parts: Parts, out: Log, stop: threading.Event) -> Step:
 
         def between(stage: str, share: float) -> None:
             out.between(stage, share)
-            if stop.is_set() and stage != "learn":  # learn is the last stage: the iteration finishes
+            if stage != "learn" and stop.asked():  # learn is the last stage: the iteration finishes
                 raise Stopped
 
         return lambda state, batch, times: staged(state, parts.frozen, batch.prompts, times, between, batch.rows)
@@ -275,7 +308,8 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
     cfg = parts.cfg
     shown = _base(parts, state, run, out) if cfg.evaluate.every else {}
     base, own = shown.get("base"), shown.get("base_own")
-    before = next((line for line in read(run / "metrics.jsonl") if line["iteration"] == 0), {})
+    lines = processes.agreed(lambda: read(run / "metrics.jsonl"))
+    before = next((line for line in lines if line["iteration"] == 0), {})
     metrics = {} if base is None else evaluate.averages(base, parts.score)
     if own is not None:
         means = evaluate.averages(own, parts.score)
@@ -288,7 +322,7 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
         out.between("watch", 0.0)
         metrics |= guards.measured(parts, state)
     if metrics and finite(metrics) != {k: v for k, v in before.items() if k != "iteration"}:
-        out.write(0, metrics)
+        processes.together(lambda: out.write(0, metrics))
     return base, metrics
 
 
@@ -301,8 +335,8 @@ def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> dict[str, Sho
         kept = disk.readable(pictures.load, run / "grids" / f"{name}.npz", said := [])
         for line in said:
             out.say(line)
-        if kept is not None and kept.how == how[name]:
-            found[name] = kept.shown
+        if not processes.any_of(kept is None or kept.how != how[name]):
+            found[name] = kept.shown  # pyright: ignore[reportOptionalMemberAccess] - it is not None
     if found.keys() == wanted.keys():
         return found
     out.between("evaluate", 0.0)
@@ -310,10 +344,14 @@ def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> dict[str, Sho
     drawn = {name: evaluate.evaluate(each, zeros)[1] for name, each in wanted.items() if name not in found}
     found = {name: (found | drawn)[name] for name in wanted}
     columns = {guidance.titled("base", guidance.evaluated(wanted[name].cfg)): x.images for name, x in found.items()}
-    grid = pictures.write_grid(run / "grids" / "000000.png", found["base"].prompts, columns)
-    out.say(f"first pictures: {grid}")
-    for name, shown in drawn.items():
-        pictures.save(run / "grids" / f"{name}.npz", shown, 0, how[name])
+
+    def write() -> None:
+        grid = pictures.write_grid(run / "grids" / "000000.png", found["base"].prompts, columns)
+        out.say(f"first pictures: {grid}")
+        for name, shown in drawn.items():
+            pictures.save(run / "grids" / f"{name}.npz", shown, 0, how[name])
+
+    processes.by_first(write)
     return found
 
 
@@ -326,17 +364,33 @@ def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown 
     number, w = int(state.iteration), guidance.evaluated(parts.cfg)
     columns = ({} if base is None else {"base": base.images}) | {f"iteration {number}": shown.images}
     columns = {guidance.titled(title, w): images for title, images in columns.items()}
-    pictures.write_grid(run / "grids" / f"{number:06d}.png", shown.prompts, columns)
-    pictures.save(run / "grids" / "last.npz", shown, number, evaluate.settings(parts.cfg))
+
+    def write() -> None:
+        pictures.write_grid(run / "grids" / f"{number:06d}.png", shown.prompts, columns)
+        pictures.save(run / "grids" / "last.npz", shown, number, evaluate.settings(parts.cfg))
+
+    processes.by_first(write)
     return metrics | ({} if base is None else evaluate.gains(base, shown, parts.score)) | times
 
 
 # --- ends -----------------------------------------------------------------------------------------------------------
 
 
+class Stop:
+    """Whether the run is to stop: `event` is set by a signal to this process; `agreed`, if all have learnt of one."""
+
+    def __init__(self, event: threading.Event):
+        self.event, self.agreed = event, False
+
+    def asked(self) -> bool:
+        """`agreed`, after asking all processes. All must call it at the same stages."""
+        self.agreed = self.agreed or processes.any_of(self.event.is_set())
+        return self.agreed
+
+
 @contextlib.contextmanager
-def signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second signal ends the process at once, by the default handler."""
+def signals() -> Iterator[Stop]:
+    """SIGINT and SIGTERM set its event; a second signal ends the process at once, by the default handler."""
     stop, kinds = threading.Event(), (signal.SIGINT, signal.SIGTERM)
 
     def handler(number: int, frame: object) -> None:
@@ -347,7 +401,7 @@ def signals() -> Iterator[threading.Event]:
 
     before = {kind: signal.signal(kind, handler) for kind in kinds}
     try:
-        yield stop
+        yield Stop(stop)
     finally:
         for kind, old in before.items():
             signal.signal(kind, old)

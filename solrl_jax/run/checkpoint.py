@@ -6,6 +6,9 @@
 
 Orbax restores a flipped byte without an error, and its latest_step() may be a damaged step. So a checkpoint counts only
 if every file has the hash in its manifest.
+
+Of several processes all give their parts to orbax; the first one makes the folder and, when all have written, hashes.
+They meet in the thread that writes, on a channel of its own.
 """
 
 import concurrent.futures
@@ -27,7 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from solrl_jax import config, disk, guidance
+from solrl_jax import config, disk, guidance, processes
 from solrl_jax.config import Config
 from solrl_jax.run import log, manifest, start
 from solrl_jax.run.manifest import FORMAT, CheckpointError, damage, describe, hashes
@@ -76,7 +79,7 @@ class Saver:
         self.pending: concurrent.futures.Future | None = None
 
     def __enter__(self) -> "Saver":
-        clean(self.run)
+        processes.by_first(lambda: clean(self.run))
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
@@ -106,7 +109,7 @@ class Saver:
             self.last = step
             self.pending = self.thread.submit(write, self.run, step, state, self.cfg, score, self.begun)
         if before is not None:
-            before.result()
+            processes.together(before.result)
 
     def wait(self) -> None:
         """Wait until the last state given to `save` is on disk. Raises CheckpointError."""
@@ -127,20 +130,34 @@ def write(
     place = folder(run, step)
     try:
         _write(place, step, state, cfg, score, begun)
-    except (OSError, ValueError, jax.errors.JaxRuntimeError) as e:  # tensorstore reports a full disk as a ValueError
+    # Tensorstore reports a full disk as a ValueError.
+    except (OSError, ValueError, jax.errors.JaxRuntimeError, processes.ProcessError) as e:
         why = cause(e)
     else:
-        _drop_older(run, step, cfg.keep)
+        if processes.first():
+            _drop_older(run, step, cfg.keep)
         return place
     # Outside of the except block, so that orbax's unfinished writes are freed before our own message.
     gc.collect()
-    shutil.rmtree(place, ignore_errors=True)
+    if processes.first():
+        shutil.rmtree(place, ignore_errors=True)
     raise CheckpointError(f"checkpoint {place} could not be written: {why}. {_intact(run)}")
 
 
 def _write(
     place: Path, step: int, state: PyTree, cfg: Config, score: float | None, begun: Sequence[start.Origin]
 ) -> None:
+    processes.by_first(lambda: _make_room(place, state), CHANNEL)
+    processes.together(lambda: save_tree(place / "state", state), CHANNEL)
+    processes.by_first(lambda: _complete(place, step, state, cfg, score, begun), CHANNEL)
+
+
+CHANNEL = "checkpoint"
+"""Where the threads that write exchange what they found (processes.gathered)."""
+
+
+def _make_room(place: Path, state: PyTree) -> None:
+    """An empty folder. Raises OSError if the disk has not enough space."""
     shutil.rmtree(place, ignore_errors=True)  # a damaged or unfinished save of the same step
     place.mkdir(parents=True)
     needed, free = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)), shutil.disk_usage(place).free
@@ -148,7 +165,12 @@ def _write(
         raise OSError(
             errno.ENOSPC, f"no space left on the disk ({needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free)"
         )
-    save_tree(place / "state", state)
+
+
+def _complete(
+    place: Path, step: int, state: PyTree, cfg: Config, score: float | None, begun: Sequence[start.Origin]
+) -> None:
+    """Config and manifest, beside orbax's files."""
     replace(place / "config.json", config.to_json(cfg))
     made = {"format": FORMAT, "step": step, "score": score, "tree": describe(state), "files": hashes(place)}
     made |= {"lora": [origin._asdict() for origin in begun]} if begun else {}
@@ -160,7 +182,11 @@ def save_tree(place: Path, tree: PyTree) -> None:
     """Write `tree` with orbax; returns when it is on disk."""
     import orbax.checkpoint as ocp
 
-    with _quiet(), ocp.StandardCheckpointer() as writer:
+    # Named processes meet through JAX's runtime. Orbax's default is a program on the devices, which would cross those
+    # of the main thread.
+    named = set(range(processes.count())) if processes.count() > 1 else None
+    how = ocp.options.MultiprocessingOptions(active_processes=named)
+    with _quiet(), ocp.StandardCheckpointer(multiprocessing_options=how) as writer:
         writer.save(place.resolve(), tree)
         writer.wait_until_finished()
 

@@ -5,6 +5,7 @@ A line of a JSON-lines file is the row of its prompt: it travels beside the prom
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,12 @@ class PromptSet(NamedTuple):
     def rows_of(self, prompts: Sequence[str]) -> list[Row]:
         """The row of each prompt; of one that is in no file, {"prompt": text}, as of a text file's."""
         return [self.rows.get(prompt, {"prompt": prompt}) for prompt in prompts]
+
+
+def digest(prompts: PromptSet) -> str:
+    """It changes if any text, row or the order of them does."""
+    rows = [prompts.rows_of(texts) for texts in (prompts.train, prompts.test)]
+    return hashlib.sha256(json.dumps(rows, default=repr).encode()).hexdigest()[:16]
 
 
 SPLIT = 0x5B117  # used with the seed, so that the split is independent of the epochs' permutations

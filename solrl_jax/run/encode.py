@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from solrl_jax import sharding
+from solrl_jax import processes, sharding
 from solrl_jax.structs import Model, Params, PyTree
 
 MOST = 4 * 2**30
@@ -24,6 +24,8 @@ class Conditioner:
     as `ahead`: those that fit in MOST are encoded too. The encoders always get `group` prompts, a multiple of the
     devices, so that a prompt's numbers do not depend on the other prompts of its batch.
 
+    Of several processes each encodes and keeps the prompts of its own devices.
+
     The conditioning of `negative`, the text that guidance leads away from, is encoded with the first prompts and never
     dropped; None where there is no such guidance.
     """
@@ -31,22 +33,30 @@ class Conditioner:
     def __init__(
         self, model: Model, params: Params, mesh: Mesh, *, group: int, stay: bool, negative: str | None = None
     ):
-        self.model, self.mesh, self.group, self.stay = model, mesh, group + -group % mesh.size, stay
+        self.model, self.mesh, self.stay = model, mesh, stay
+        self.group = len(sharding.rows_here(group + -group % mesh.size, mesh))  # this process's share
         self.constant: tuple[str, ...] = () if negative is None else (negative,)
         self.params = sharding.place(params, mesh) if stay else params
         self.encode = jax.jit(functools.partial(encoded, model=model))
         self.kept: dict[str, PyTree] = {}  # most recently used last
         self.most, self.each = MOST, 0  # bytes of all, and of one; 0 before the first prompt
 
-    def __call__(self, prompts: Sequence[str], ahead: Sequence[str] = ()) -> PyTree:
-        """P is a multiple of the devices. If a prompt of `prompts` is new, `ahead` is encoded too, if it fits."""
+    def __call__(self, prompts: Sequence[str], ahead: Sequence[str] = (), batch: int = 0) -> PyTree:
+        """P is a multiple of the devices. If a prompt of `prompts` is new, `ahead` is encoded too, if it fits: later
+        calls' prompts, `batch` each (0: as many as now)."""
+        prompts, ahead = self._mine(prompts, len(prompts)), self._mine(ahead, batch or len(prompts))
         named = dict.fromkeys((*prompts, *ahead, *self.constant))
-        if any(prompt not in self.kept for prompt in prompts):
+        if processes.any_of(any(prompt not in self.kept for prompt in prompts)):
             self._encode(named, {*prompts, *self.constant})
         found = [self.kept[prompt] for prompt in prompts]
         self.most = max(self.most, len({*prompts, *self.constant} & self.kept.keys()) * self.each)
         self._forget(dict.fromkeys((*prompts, *reversed(ahead), *self.constant)))
-        return sharding.split(jax.tree.map(lambda *rows: np.stack(rows), *found), self.mesh)
+        return sharding.from_here(jax.tree.map(lambda *rows: np.stack(rows), *found), self.mesh)
+
+    def _mine(self, prompts: Sequence[str], batch: int) -> list[str]:
+        """Of calls with `batch` prompts each, the prompts of this process's devices."""
+        rows = sharding.rows_here(batch, self.mesh)
+        return [prompts[i + row] for i in range(0, len(prompts), batch) for row in rows if i + row < len(prompts)]
 
     def negative(self) -> PyTree:
         """The conditioning of the negative text, leaves [1, ...], whole on every device."""
@@ -64,15 +74,15 @@ class Conditioner:
     def _encode(self, named: Iterable[str], needed: set[str]) -> None:
         """Encode those of `named` that are not kept: all `needed` ones, and of the others the first that fit."""
         params = self.params if self.stay else sharding.place(self.params, self.mesh)
-        named = list(named)
-        while new := self._fitting(named, needed):
+        named, new = list(named), []
+        while processes.any_of(bool(new := self._fitting(named, needed))):
             some = new[: self.group]
-            tokens = self.model.tokenize([*some, *[some[-1]] * (self.group - len(some))])
+            tokens = self.model.tokenize([*some, *[(some or named)[-1]] * (self.group - len(some))])
             with jax.set_mesh(self.mesh):
-                rows = jax.device_get(self.encode(params, sharding.split(tokens, self.mesh)))
+                rows = sharding.here(self.encode(params, sharding.from_here(tokens, self.mesh)))
             # Copies: a row that is a view would keep the rows of all its call in memory.
             self.kept |= {prompt: jax.tree.map(lambda x, j=j: x[j].copy(), rows) for j, prompt in enumerate(some)}
-            self.each = sum(x.nbytes for x in jax.tree.leaves(self.kept[some[0]]))
+            self.each = sum(x[0].nbytes for x in jax.tree.leaves(rows))
         if not self.stay:
             jax.tree.map(lambda x: x.delete(), params)
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, UInt8
 from PIL import Image
 
-from solrl_jax import guidance, lora, rollout, sharding
+from solrl_jax import guidance, lora, processes, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Evaluate, Stage
 from solrl_jax.keys import evaluation_keys
 from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
@@ -78,9 +78,24 @@ def pictures(
         score=score,
         stage=stage,
     )
-    images, scores = jax.tree.map(lambda x: np.asarray(x)[: len(prompts)], (images, scores))
-    rows = parts.prompts.rows_of(prompts)
-    return Pictures(images, {**scores, **score_on_host(score, images, rows, parts.bound.masks(score.names, rows))[1]})
+    scores |= on_hosts(parts, score, images, prompts)
+    return Pictures(*jax.tree.map(lambda x: x[: len(prompts)], sharding.fetch((images, scores))))
+
+
+def on_hosts(parts: Parts, score: Score, images: Array, prompts: Sequence[str]) -> dict[str, Array]:
+    """Scores [P, n] of the rewards that run on the host; each process asks for the pictures of its own devices. Those
+    after the last of `prompts` are not asked for."""
+    if not score.on_host:
+        return {}
+    mine = sharding.rows_here(len(images), parts.mesh)
+    rows = parts.prompts.rows_of([prompts[i] for i in mine if i < len(prompts)])
+    shown, masks = sharding.here(images)[: len(rows)], parts.bound.masks(score.names, rows)
+    rest = np.zeros((len(mine) - len(rows), images.shape[1]), np.float32)
+
+    def ask() -> dict[str, Float[np.ndarray, "p n"]]:
+        return {name: np.concatenate([x, rest]) for name, x in score_on_host(score, shown, rows, masks)[1].items()}
+
+    return sharding.from_here(processes.together(ask), parts.mesh)
 
 
 def prompts_each(cfg: Evaluate, prompts: int, devices: int) -> int:

@@ -238,7 +238,7 @@ def _saturated(
     """
     rule, few = parts.model.quant_rules.fp8, min(len(keys), calibrate.PROMPTS)
     variables = rollout.policy_variables(kernels, None, parts.frozen)
-    some = jax.device_get(jax.tree.map(lambda x: x[:few], prompts.cond))
+    some = sharding.fetch(jax.tree.map(lambda x: x[:few], prompts.cond))
     try:
         given = sharding.replicate((some, keys[:few, 0]), parts.mesh)
         largest = calibrate.over_steps(*seen(variables, *given, parts.frozen.negative))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from solrl_jax import disk
+from solrl_jax import disk, processes
 
 Metrics = Mapping[str, float]
 Sink = Callable[[int, Metrics], None]
@@ -45,8 +45,12 @@ def open_log(
 ) -> Iterator[Log]:
     """Open all sinks of a run that has finished `done` iterations; the files' entries for later ones are removed.
 
-    The screen shows the last evaluation of the reward `judge`; `also` are further sinks.
+    The screen shows the last evaluation of the reward `judge`; `also` are further sinks. Of several processes the first
+    one writes; the others have no sinks.
     """
+    if not processes.first():
+        yield Log(as_line, lambda stage, share: None, lambda text: None)
+        return
     with contextlib.ExitStack() as stack:
         screen = stack.enter_context(contextlib.closing(Screen(done, total, judge)))
         sinks = (

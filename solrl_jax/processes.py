@@ -1,0 +1,176 @@
+"""Several processes of one run, on one host or on many: joining them, and what they agree on.
+
+Every process runs the same program on the same arguments. JAX's distributed runtime connects them: an array can lie over
+the devices of all. Files, the screen and logs belong to the `first` process alone. What one process alone finds out, a
+signal or an error, is told to all before the next program that needs all of them; otherwise they would wait in it.
+
+Texts are exchanged through the runtime's key-value store, which uses no device: it does not wait for a running program,
+and the thread that writes checkpoints may use it too (its own `channel`).
+"""
+
+import collections
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed  # JAX has no public name for the store; Orbax takes it from here too
+
+T = TypeVar("T")
+JOINING = 300
+"""Seconds that a process waits for the others when it starts."""
+HEARTBEAT = 30
+"""Seconds without a sign of life after which a process counts as lost, and all others end."""
+_LONGEST = 24 * 3600 * 1000
+"""Milliseconds of an exchange. A process that computes may be late by hours; a lost one is noticed by its heartbeat."""
+_rounds: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+
+
+class ProcessError(RuntimeError):
+    """The processes cannot start together, or another one failed; the message says which and why."""
+
+
+# --- joining --------------------------------------------------------------------------------------------------------
+
+
+def asked(coordinator: str | None, processes: int | None, process: int | None) -> bool:
+    """Whether this is one of several processes: by the flags, or by Slurm's, Open MPI's or a TPU slice's variables.
+
+    Raises ProcessError if the flags are incomplete.
+    """
+    flags = {"coordinator": coordinator, "processes": processes, "process": process}
+    if missing := [f"--{name}" for name, value in flags.items() if value is None]:
+        if len(missing) < len(flags):
+            raise ProcessError(
+                f"{' and '.join(missing)} missing: give --coordinator=HOST:PORT, --processes and --process"
+            )
+        tpus = len([host for host in os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",") if host])
+        tasks = max(int(os.environ.get(name) or 1) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+        # An interactive shell of Slurm has the number of tasks, but only a task that srun started has its own number.
+        return tpus > 1 or (tasks > 1 and ("SLURM_PROCID" in os.environ or "OMPI_COMM_WORLD_RANK" in os.environ))
+    assert coordinator is not None and processes is not None and process is not None
+    if not 0 <= process < processes:
+        raise ProcessError(f"--process={process} of --processes={processes}: number them from 0 to {processes - 1}")
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise ProcessError(f"--coordinator={coordinator}: give HOST:PORT, where process 0 runs and a free port there")
+    return True
+
+
+def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
+    """Connect this process to the others; call it before the first array. Then only the first one prints.
+
+    Without arguments JAX finds them out. Raises ProcessError if the others do not come within JOINING seconds.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator, processes, process, initialization_timeout=JOINING, heartbeat_timeout_seconds=HEARTBEAT
+        )
+    except (RuntimeError, ValueError) as e:  # JaxRuntimeError is a RuntimeError
+        where = coordinator or distributed.global_state.coordinator_address or "no address was found"
+        raise ProcessError(
+            f"the processes did not meet at the coordinator ({where}) within {JOINING} s: "
+            f"{(str(e) or type(e).__name__).splitlines()[0]}. Is process 0 running there, is the port free and open, and "
+            f"are as many processes started as were told?"
+        ) from e
+    if not first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process runs
+
+
+def leave(code: int) -> None:
+    """End this process at once: JAX's own way out waits for the others, which may wait for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def count() -> int:
+    return jax.process_count()
+
+
+def index() -> int:
+    return jax.process_index()
+
+
+def first() -> bool:
+    """Whether this process writes the files and prints."""
+    return index() == 0
+
+
+# --- agreeing -------------------------------------------------------------------------------------------------------
+
+
+def gathered(text: str, channel: str = "main") -> list[str]:
+    """The texts of all processes, in their order, on each. All must call it equally often on a `channel`.
+
+    The first one collects and hands out, so the store answers twice as many requests as there are processes.
+    """
+    if count() == 1:
+        return [text]
+    store: Any = distributed.global_state.client
+    number, here = next(_rounds[channel]), f"solrl_jax/{channel}"
+    store.key_value_set(f"{here}/{number}/{index()}", json.dumps(text))
+    if first():
+        each = [store.blocking_key_value_get(f"{here}/{number}/{i}", _LONGEST) for i in range(count())]
+        store.key_value_set(f"{here}/{number}/all", json.dumps([json.loads(x) for x in each]))
+        if number > 1:  # all have sent to the round before this one, so they have read the one before that
+            store.key_value_delete(f"{here}/{number - 2}/")
+    return json.loads(store.blocking_key_value_get(f"{here}/{number}/all", _LONGEST))
+
+
+def agreed(value: Callable[[], Any]) -> Any:
+    """What `value` gives on the first process, on all; it must be of JSON's kinds."""
+    if count() == 1:
+        return value()
+    return json.loads(gathered(json.dumps(together(value) if first() else together(lambda: None)))[0])
+
+
+def any_of(flag: bool, channel: str = "main") -> bool:
+    """Whether `flag` is true on any process."""
+    return flag if count() == 1 else "1" in gathered(str(int(flag)), channel)
+
+
+def together(act: Callable[[], T], channel: str = "main") -> T:
+    """act() on every process. If it raises on one, it raises on all: its own error there, ProcessError elsewhere.
+
+    For what a process does alone; `act` must not wait for other processes.
+    """
+    if count() == 1:
+        return act()
+    result, error = None, None
+    try:
+        result = act()
+    except Exception as e:
+        error = e
+    said = gathered("" if error is None else f"{type(error).__name__}: {error}", channel)
+    if error is not None:
+        error.known_to_all = True  # pyright: ignore[reportAttributeAccessIssue]
+        raise error
+    for i, text in enumerate(said):
+        if text:
+            raise ProcessError(f"process {i} failed: {text}")
+    return result  # pyright: ignore[reportReturnType] - act() returned it
+
+
+def by_first(act: Callable[[], T], channel: str = "main") -> T | None:
+    """act() on the first process, and None on the others; an error is raised on all."""
+    return together(act if first() else lambda: None, channel)
+
+
+def known(error: BaseException | None) -> bool:
+    """Whether all processes raise this error, so that they can still do something together."""
+    return count() == 1 or error is None or isinstance(error, ProcessError) or hasattr(error, "known_to_all")
+
+
+def same(values: Mapping[str, str]) -> None:
+    """Raises ProcessError, on all processes, that names the first of `values` in which they differ."""
+    each = [json.loads(text) for text in gathered(json.dumps(dict(values)))]
+    for name, value in each[0].items():
+        for i, other in enumerate(each):
+            if other.get(name) != value:
+                raise ProcessError(
+                    f"{name} is {value} in process 0 and {other.get(name)} in process {i}: start all processes alike"
+                )
