@@ -255,14 +255,22 @@ def joined(words: Sequence[str]) -> int:
     try:
         asked = processes.together(lambda: command(words))
         asked = dataclasses.replace(asked, run=Path(processes.agreed(lambda: str(asked.run))))
-        code = MODES[FLAGS.mode](asked)
+        if FLAGS.mode == "score":  # it uses one device
+            return processes.by_first(lambda: MODES["score"](asked)) or 0
+        return MODES[FLAGS.mode](asked)
+    except KeyboardInterrupt:
+        processes.leave(130)
+        raise
     except Exception as e:
-        print(f"process {processes.index()} of {processes.count()}: {type(e).__name__}: {e}", file=sys.stderr)
         if processes.known(e):
             raise
-        traceback.print_exc()
-        processes.leave(1)
-    return code
+        ours = type(e).__module__.startswith("solrl_jax.")
+        if not ours:
+            traceback.print_exc()
+        said = f"error: {e}" if ours else f"process {processes.index()} of {processes.count()} ends; the others follow"
+        print(said, file=sys.stderr)
+        processes.leave(2 if ours else 1)
+        raise
 
 
 SEVERAL = ("train", "eval", "sample", "score", "export")

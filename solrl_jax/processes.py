@@ -1,8 +1,9 @@
 """Several processes of one run, on one host or on many: joining them, and what they agree on.
 
-Every process runs the same program on the same arguments. JAX's distributed runtime connects them: an array can lie over
-the devices of all. Files, the screen and logs belong to the `first` process alone. What one process alone finds out, a
-signal or an error, is told to all before the next program that needs all of them; otherwise they would wait in it.
+Every process runs the same program on the same arguments. JAX's distributed runtime connects them: an array can be
+spread over the devices of all. Files, the screen and logs belong to the `first` process alone. What one process alone
+finds out, a signal or an error, is told to all before the next program that needs all of them; otherwise they would
+wait in it.
 
 Texts are exchanged through the runtime's key-value store, which uses no device: it does not wait for a running program,
 and the thread that writes checkpoints may use it too (its own `channel`).
@@ -27,6 +28,8 @@ HEARTBEAT = 30
 _LONGEST = 24 * 3600 * 1000
 """Milliseconds of an exchange. A process that computes may be late by hours; a lost one is noticed by its heartbeat."""
 _rounds: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+_KNOWN = "known_to_all_processes"
+"""An attribute of errors that all processes were told."""
 
 
 class ProcessError(RuntimeError):
@@ -73,8 +76,8 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         where = coordinator or distributed.global_state.coordinator_address or "no address was found"
         raise ProcessError(
             f"the processes did not meet at the coordinator ({where}) within {JOINING} s: "
-            f"{(str(e) or type(e).__name__).splitlines()[0]}. Is process 0 running there, is the port free and open, and "
-            f"are as many processes started as were told?"
+            f"{(str(e) or type(e).__name__).splitlines()[0]}. Is process 0 running there, is the port free and open, "
+            f"and are as many processes started as were told?"
         ) from e
     if not first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process runs
@@ -147,7 +150,7 @@ def together(act: Callable[[], T], channel: str = "main") -> T:
         error = e
     said = gathered("" if error is None else f"{type(error).__name__}: {error}", channel)
     if error is not None:
-        error.known_to_all = True  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(error, _KNOWN, True)
         raise error
     for i, text in enumerate(said):
         if text:
@@ -161,8 +164,13 @@ def by_first(act: Callable[[], T], channel: str = "main") -> T | None:
 
 
 def known(error: BaseException | None) -> bool:
-    """Whether all processes raise this error, so that they can still do something together."""
-    return count() == 1 or error is None or isinstance(error, ProcessError) or hasattr(error, "known_to_all")
+    """Whether all processes know of this error or of its cause, so that they can still do something together."""
+    return count() == 1 or error is None or isinstance(error, ProcessError) or _told(error)
+
+
+def _told(error: BaseException) -> bool:
+    cause = error.__cause__ or error.__context__
+    return hasattr(error, _KNOWN) or (cause is not None and known(cause))
 
 
 def same(values: Mapping[str, str]) -> None:

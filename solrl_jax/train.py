@@ -69,14 +69,14 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         stack.enter_context(jax.set_mesh(parts.mesh))
         stop = stack.enter_context(signals())
         parts, state = ready(parts), state or assemble.fresh(parts)
-        notes = assemble.notes(parts)
+        done, notes = int(state.iteration), assemble.notes(parts)
 
         def opened() -> list[str]:
             run.mkdir(parents=True, exist_ok=True)
             if not resume:
                 stack.enter_context(checkpoint.alone(run))
             checkpoint.replace(run / "config.json", to_json(cfg))
-            return begun(run, int(state.iteration), parts, notes)
+            return begun(run, done, parts, notes)
 
         notes = processes.by_first(opened) or []
         processes.together(lambda: check_shared(run))
@@ -88,7 +88,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 out.say(line)
             try:
                 state = loop(parts, state, run, out, stop)
-            except (TrainError, RewardError) as e:
+            except (TrainError, RewardError, processes.ProcessError) as e:
                 raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
             except checkpoint.CheckpointError:  # its message says what is saved
                 raise
@@ -109,7 +109,8 @@ def check_shared(run: Path) -> None:
     """ConfigError if this process does not see the folder that the first one made."""
     if not (run / "config.json").exists():
         raise ConfigError(
-            f"--run_dir={run} is not shared: process 0 made it, process {processes.index()} does not see it"
+            f"--run_dir={run} is not shared: process 0 made it and process {processes.index()} does not see it; give a "
+            "folder that all hosts have"
         )
 
 
@@ -444,4 +445,6 @@ def reported(run: Path) -> Path | None:
 def again(run: Path, devices: int) -> str:
     """The command that resumes a run on as many devices."""
     command = f"python -m solrl_jax.main --run_dir={run} --resume"
+    if processes.count() > 1:
+        return f"{command}, started in each process as before"
     return command if devices == jax.device_count() else f"{command} --devices={devices}"

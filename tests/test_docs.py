@@ -22,12 +22,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import yaml
 from absl.testing import flagsaver
 from packaging.requirements import Requirement
 from PIL import Image
 
 from experiments import results
-from solrl_jax import config, main, train
+from solrl_jax import config, main, processes, train
 from solrl_jax.config import Config
 from solrl_jax.run import data
 from tests import documents, nano, test_report
@@ -124,9 +125,10 @@ def own_rewards() -> dict[str, str]:
 
 
 def ours(*words: str) -> int:
-    """The exit code of python -m solrl_jax.main, on one device."""
+    """The exit code of python -m solrl_jax.main, on one device; several processes use all."""
+    several = any(word.startswith("--coordinator=") for word in words)
     with flagsaver.flagsaver():
-        return main.main(main.parse(["solrl_jax", "--devices=1", *words]))
+        return main.main(main.parse(["solrl_jax", *([] if several else ["--devices=1"]), *words]))
 
 
 def mode(command: Command) -> str:
@@ -149,6 +151,7 @@ def test_a_command_of_the_package(command, place, monkeypatch, capsys):
     for name in set(main.MODES) - set(QUICK):
         monkeypatch.setitem(main.MODES, name, lambda asked: seen.append((asked.cfg, asked.run)) or 0)
     monkeypatch.setattr(main, "_place", lambda run: None)  # checkpoints are what only a trained run has
+    monkeypatch.setattr(processes, "join", lambda *words: None)  # there is no other process to meet
     for name in ("RUN", "runs/a", "runs/b", "runs/mine"):
         test_report.write(place / name, test_report.metrics(), config.load("tiny"))
     if mode(command) == "doctor":
@@ -339,10 +342,25 @@ def test_a_command_that_is_run_elsewhere(command):
 # --- the rest of a page ---------------------------------------------------------------------------------------------
 
 
+def test_the_kubernetes_job():
+    """Valid YAML, whose command is one of ours."""
+    [text] = [text for language, text in documents.blocks("docs/hosts.md") if language == "yaml"]
+    job = yaml.safe_load(text)["spec"]
+    [pod] = job["template"]["spec"]["containers"]
+    words = pod["args"][0].replace("$JOB_COMPLETION_INDEX", "3").split()
+    flags = [word for word in words if word.startswith("--") and word != "--resume"]
+    assert words[:4] == ["exec", "python", "-m", "solrl_jax.main"] and job["completions"] == job["parallelism"] == 4
+    with flagsaver.flagsaver():
+        assert main.parse(["solrl_jax", *flags]) == ["solrl_jax"] and main.FLAGS.processes == 4
+        assert processes.asked(main.FLAGS.coordinator, 4, main.FLAGS.process)
+    codes = {rule["action"]: rule["onExitCodes"]["values"] for rule in job["podFailurePolicy"]["rules"]}
+    assert codes == {"Ignore": [train.UNFINISHED], "FailJob": [2]}
+
+
 def test_blocks_are_bash_that_is_run_and_python_that_is_run():
     """A block without a language is a drawing: no command hides in it."""
     languages = {page: [language for language, _ in documents.blocks(page)] for page in PAGES}
-    assert {language for found in languages.values() for language in found} == {"bash", "python", ""}
+    assert {language for found in languages.values() for language in found} == {"bash", "python", "yaml", ""}
     python = {page: found.count("python") for page, found in languages.items() if "python" in found}
     # Run by tests/test_own.py; above, with the page; below.
     assert python == {"docs/rewards.md": 3, "docs/flux.md": 1, "README.md": 1}

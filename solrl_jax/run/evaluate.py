@@ -5,6 +5,7 @@ difference. The base is drawn with a LoRA of zeros: this is exactly the base, wi
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -204,7 +205,7 @@ def run_eval(
         numbers = (f"{metrics[key]:{max(10, len(title))}.4f}" for title, (metrics, _) in found.items())
         print("  ".join([f"{key.removeprefix('eval_reward_'):24}", *numbers]))
     columns = {title: shown.images for title, (_, shown) in found.items()}
-    grid = write_grid(run / "eval.png", shown.prompts, columns)
+    grid = processes.by_first(lambda: write_grid(run / "eval.png", shown.prompts, columns))
     print(f"policy: {name or 'the base model'}; pictures: {grid}")
     return 0
 
@@ -236,7 +237,7 @@ def run_sample(
     checkpoint.check_start(place, cfg)
     parts = assemble.for_drawing(cfg, devices, negative)
     folder = run / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
+    processes.by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     each = cfg.evaluate.images
     group = (
         max(1, cfg.evaluate.chunk * parts.mesh.size // each)
@@ -248,7 +249,7 @@ def run_sample(
         for i in range(0, len(prompts), group):
             some = prompts[i : i + group]
             found = pictures(parts, adapter, some, score=Score((), ()), first=i * each, groups=group)
-            _save(found.images, some, i, folder)
+            processes.by_first(functools.partial(_save, found.images, some, i, folder))
     return 0
 
 

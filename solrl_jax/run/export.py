@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from solrl_jax import lora
+from solrl_jax import lora, processes
 from solrl_jax.config import Config, ConfigError, Lora
 from solrl_jax.run import assemble, checkpoint, model_card, start
 from solrl_jax.run.start import ONLY_NEW, Start
@@ -71,7 +71,8 @@ def export(
         as_it_is = Lora(rank=1, alpha=1.0)  # keeps the scale that the file states
         found, said = lora_files.load(lora_file, base, model.keys, as_it_is, model.comfy, model.native)
         rank = lora.rank(found)
-        file = write_lora(run, found, model, Lora(rank=rank, alpha=float(rank)), cfg.name)
+        as_read = Lora(rank=rank, alpha=float(rank))
+        file = processes.by_first(lambda: write_lora(run, found, model, as_read, cfg.name))
         print("\n".join(f"{lora_file}: {line}" for line in (*said, f"LoRA of rank {rank} in {file}, for scale 1")))
         return 0
     assert place is not None
@@ -79,6 +80,7 @@ def export(
     fields = {name: getattr(like, name) for name in ("lora", "ema", "iteration", "updates")}
     state = like._replace(**checkpoint.restore_fields(place, fields, cfg, assemble.INFERENCE))
     begun = start.read(cfg.model, model)
-    file = deliver(run, state, model, checkpoint.load_config(place), begun)  # the card describes the run, not the flags
+    there = checkpoint.load_config(place)  # the card describes the run, not the flags
+    file = processes.by_first(lambda: deliver(run, state, model, there, begun))
     print(f"{place}: LoRA of the running average in {file}, the policy as it was then in {run / CURRENT}")
     return 0
