@@ -14,8 +14,8 @@ NVFP4 quantises what the original quantises, of Large the image's MLPs: 22 % of 
 FLOPs; FP8 all of a block but its modulation. Medium is not in the paper: its values are Large's.
 On an H100, random weights, FP8, with the reference on every micro-batch: 75 s a prompt and iteration
 (experiments/branch); sol_rl 87 s, 52 GB (experiments/sd35_h100); learning is 39 of
-them instead of 46 since the reference has one of four (experiments/efficiency). The paper gives 427 s an iteration of 48 prompts on
-eight B200 with native FP4, 187 of them rollout.
+them instead of 46 since the reference has one of four (experiments/efficiency). The paper gives 427 s an iteration of
+48 prompts on eight B200 with native FP4, 187 of them rollout.
 """
 
 import dataclasses
