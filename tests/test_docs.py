@@ -312,7 +312,10 @@ def hub_command(command: Command) -> None:
     """The program is one of huggingface_hub's and takes such words; what it fetches is what a config names."""
     found = subprocess.run([Path(sys.executable).parent / "hf", *command.words[1:3], "--help"], capture_output=True)
     assert found.returncode == 0
-    names = {config.load("flux").model.path, *(pair.partition("=")[2] for pair in config.load("flux").reward_paths)}
+    names = {
+        *(config.load(name).model.path for name in ("flux", "flux2")),
+        *(pair.partition("=")[2] for pair in config.load("flux").reward_paths),
+    }
     assert command.words[1] == "auth" or command.words[2] in names
 
 
