@@ -14,6 +14,10 @@ from solrl_jax.run.encode import Conditioner
 PROMPTS = [f"prompt {i}" for i in range(10)]
 
 
+ROW = 4 * 2 + 4
+"""Bytes of a prompt's conditioning here: four bf16 numbers and a float32 one."""
+
+
 class Seen(types.SimpleNamespace):
     """What was asked of the model: each call's prompts, and how often `encode` was traced."""
 
@@ -71,7 +75,7 @@ def test_the_encoders_leave_unless_they_stay():
 
 
 def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr(encode, "MOST", 4)
+    monkeypatch.setattr(encode, "MOST", 5 * ROW - 1)  # four prompts
     seen, conditioner = made(stay=True, devices=1, group=2)
     for i in range(0, 10, 2):
         conditioner(PROMPTS[i : i + 2])
@@ -84,8 +88,8 @@ def test_memory_is_bounded(monkeypatch):
 
 
 def test_what_comes_next_is_not_forgotten(monkeypatch):
-    """Three iterations of 2 prompts are encoded together, MOST is 4: each is encoded once while they are drawn."""
-    monkeypatch.setattr(encode, "MOST", 4)
+    """Three iterations of 2 prompts are encoded together, 6 fit: each is encoded once while they are drawn."""
+    monkeypatch.setattr(encode, "MOST", 6 * ROW)
     seen, conditioner = made(stay=False, devices=1, group=2)
     drawn = [0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 8, 9]  # 2 and 3 come again while they are kept
     for i in range(0, 12, 2):
@@ -99,10 +103,68 @@ def test_what_comes_next_is_not_forgotten(monkeypatch):
     assert len(conditioner.kept) == 6
 
 
+def bytes_of(conditioner: Conditioner) -> int:
+    """Of all memory that the kept conditionings hold: none is a view of a larger array."""
+    leaves = jax.tree.leaves(conditioner.kept)
+    assert all(isinstance(x, np.ndarray) and x.base is None for x in leaves)
+    return sum(x.nbytes for x in leaves)
+
+
+def test_what_comes_next_is_encoded_as_far_as_it_fits(monkeypatch):
+    """Of 8 prompts ahead 3 fit beside the call's own 2 and the negative one; later the rest."""
+    monkeypatch.setattr(encode, "MOST", 6 * ROW)
+    seen, conditioner = made(stay=False, devices=1, group=1, negative=PROMPTS[9])
+    conditioner(PROMPTS[:2], PROMPTS[2:9])
+    assert [p for call in seen.calls for p in call] == [*PROMPTS[:5], PROMPTS[9]] and bytes_of(conditioner) == 6 * ROW
+    conditioner(PROMPTS[2:4], PROMPTS[4:9])
+    assert len(seen.calls) == 6
+    conditioner(PROMPTS[4:6], PROMPTS[6:9])
+    assert [p for call in seen.calls[6:] for p in call] == PROMPTS[5:9]
+    assert set(conditioner.kept) == set(PROMPTS[4:]) and bytes_of(conditioner) == 6 * ROW
+
+
+def test_old_prompts_make_room_before_new_ones_come(monkeypatch):
+    """Four prompts fit and are kept; four others are encoded one after another, and never are there more than five."""
+    monkeypatch.setattr(encode, "MOST", 4 * ROW)
+    _, conditioner = made(stay=True, devices=1, group=1)
+    conditioner(PROMPTS[:4])
+    held, tokenize = [], conditioner.model.tokenize
+    conditioner.model = conditioner.model._replace(tokenize=lambda p: held.append(bytes_of(conditioner)) or tokenize(p))
+    conditioner(PROMPTS[4:6], PROMPTS[6:10])
+    assert held == [4 * ROW] * 4 and set(conditioner.kept) == set(PROMPTS[4:8])
+
+
+def test_a_call_that_is_larger_than_what_fits(monkeypatch):
+    """Eight prompts a call, of which two are needed and three fit: the needed ones stay."""
+    monkeypatch.setattr(encode, "MOST", 3 * ROW)
+    seen, conditioner = made(stay=True, devices=1, group=8)
+    found = conditioner(PROMPTS[:2], PROMPTS[2:10])
+    assert len(seen.calls) == 1 and set(conditioner.kept) == set(PROMPTS[:3]) and bytes_of(conditioner) == 3 * ROW
+    np.testing.assert_array_equal(np.asarray(found["pooled"])[:, 0], [0, 0.25])
+
+
+def test_a_calls_own_prompts_always_fit(monkeypatch):
+    """Seven prompts, where two fit: they are kept, and then no more than these."""
+    monkeypatch.setattr(encode, "MOST", 2 * ROW)
+    seen, conditioner = made(stay=True, devices=1, group=2)
+    found = conditioner(PROMPTS[:7], PROMPTS[7:])
+    np.testing.assert_array_equal(np.asarray(found["pooled"])[:, 0], (np.arange(7) * 0.5) ** 2)
+    assert [p for call in seen.calls for p in call] == [*PROMPTS[:7], PROMPTS[6]]  # nothing of what comes next
+    assert bytes_of(conditioner) == 7 * ROW
+    conditioner(PROMPTS[7:])
+    assert bytes_of(conditioner) == 7 * ROW
+
+
+def test_what_the_bound_holds():
+    """Prompts of FLUX.1-dev at 128 tokens, of FLUX.2-klein-4B, and of Z-Image at 128."""
+    held = [encode.MOST // (2 * n) for n in (128 * 4096 + 768, 512 * 7680, 128 * 2560)]
+    assert held == [4090, 546, 6553]
+
+
 @pytest.mark.parametrize("stay", [True, False])
 def test_the_negative_prompt_is_encoded_with_the_first_and_stays(stay, monkeypatch):
-    """One row, whole on every device, of the same numbers as in a batch; MOST does not count it out."""
-    monkeypatch.setattr(encode, "MOST", 2)
+    """One row, whole on every device, of the same numbers as in a batch."""
+    monkeypatch.setattr(encode, "MOST", 5 * ROW)
     seen, conditioner = made(stay, devices=2, group=2, negative=PROMPTS[9])
     for i in range(0, 8, 2):
         conditioner(PROMPTS[i : i + 2], PROMPTS[i + 2 : i + 4])

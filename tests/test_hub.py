@@ -1,15 +1,17 @@
 """Models by folder or by name: what is asked of the hub, and that every way it fails ends in one line. No network."""
 
+import fnmatch
 import json
 from types import SimpleNamespace
 
 import huggingface_hub
+import jax
 import pytest
 from huggingface_hub import errors
 
 from solrl_jax import config
 from solrl_jax.config import ConfigError
-from solrl_jax.models import flux, public
+from solrl_jax.models import flux, flux2, public, zimage
 from solrl_jax.rewards import clipscore
 from solrl_jax.run import assemble
 from solrl_jax.weights import WeightsError, hub
@@ -293,6 +295,130 @@ def test_the_pipeline_of_another_model_is_named_with_its_config(tmp_path, monkey
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     with pytest.raises(WeightsError, match=rf"holds a {kind}, not a FluxPipeline: {fix}"):
         flux.make(config.Model(path=str(tmp_path)))
+
+
+KLEIN, Z_IMAGE = (next(iter(x.values())) for x in (public.FLUX2, public.ZIMAGE))
+WRONG = [  # (config, files, class of the pipeline, what is said with its model_index.json, and without)
+    (flux2, public.FLUX_DEV, "FluxPipeline", "not a Flux2KleinPipeline: use --config=flux", "FluxTransformer2DModel"),
+    (flux, KLEIN, "Flux2KleinPipeline", "not a FluxPipeline: use --config=flux2", "Flux2Transformer2DModel"),
+    (flux2, KLEIN, "Flux2Pipeline", "not a Flux2KleinPipeline: no config is for it, there are flux, flux2, ", ""),
+    (zimage, KLEIN, "Flux2KleinPipeline", "not a ZImagePipeline: use --config=flux2", "Flux2Transformer2DModel"),
+    (flux2, Z_IMAGE, "ZImagePipeline", "not a Flux2KleinPipeline: use --config=zimage", "ZImageTransformer2DModel"),
+]
+
+
+@pytest.mark.parametrize(("model", "files", "kind", "fix", "network"), WRONG)
+def test_the_folder_of_one_model_given_as_another(tmp_path, model, files, kind, fix, network):
+    """By the pipeline's class, and where there is no index by the network's."""
+    hub.write_configs(tmp_path, files)
+    cfg = config.Model(path=str(tmp_path), text_tokens=512)
+    if network:
+        with pytest.raises(WeightsError, match=rf"transformer holds a {network}, not a .*: use the config of that mod"):
+            model.make(cfg)
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(WeightsError, match=rf"holds a {kind}, {fix}"):
+        model.make(cfg)
+
+
+OPEN = {
+    "black-forest-labs/FLUX.2-klein-base-4B": (flux2, 3_875_544_576),
+    "black-forest-labs/FLUX.2-klein-4B": (flux2, 3_875_544_576),
+    "black-forest-labs/FLUX.2-klein-base-9B": (flux2, 9_078_581_248),
+    "black-forest-labs/FLUX.2-klein-9B": (flux2, 9_078_581_248),
+    "Tongyi-MAI/Z-Image": (zimage, 6_154_908_736),
+    "Tongyi-MAI/Z-Image-Turbo": (zimage, 6_154_908_736),
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_the_open_bases_by_their_public_configs(tmp_path, name):
+    """Each is known, of its public size, with the part of Qwen3 that it reads; a distilled one takes no guidance."""
+    module, count = OPEN[name]
+    hub.write_configs(tmp_path, module.PUBLIC[name])
+    cfg = config.Model(path=str(tmp_path), text_tokens=512)
+    base, _, text = (sum(x.size for x in jax.tree.leaves(tree)) for tree in module.shapes(cfg))
+    layers, width = (35, 2560) if module is zimage else (27, 4096 if "9B" in name else 2560)
+    each = {2560: 100_930_816, 4096: 192_946_432}[width]
+    assert (base, text) == (count, 151936 * width + layers * each)
+    assert module.make(cfg).guidance == ("cfg" if "base" in name or name == "Tongyi-MAI/Z-Image" else "none")
+
+
+REPOSITORY = {  # files of klein-base-9B: read here or not
+    "model_index.json": True,
+    "flux-2-klein-base-9b.safetensors": False,
+    "README.md": False,
+    "scheduler/scheduler_config.json": True,
+    "text_encoder/config.json": True,
+    "text_encoder/generation_config.json": True,
+    "text_encoder/model.safetensors.index.json": True,
+    **{f"text_encoder/model-0000{i}-of-00004.safetensors": True for i in (1, 2, 3, 4)},
+    **{f"tokenizer/{name}": True for name in ("merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json")},
+    "tokenizer/chat_template.jinja": False,  # the templates are in qwen3.py
+    "transformer/config.json": True,
+    "transformer/diffusion_pytorch_model.safetensors.index.json": True,
+    **{f"transformer/diffusion_pytorch_model-0000{i}-of-00002.safetensors": True for i in (1, 2)},
+    "vae/config.json": True,
+    "vae/diffusion_pytorch_model.safetensors": True,
+}
+PIECES = {
+    "_class_name": "Flux2KleinPipeline",
+    "is_distilled": True,
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+    "tokenizer": ["transformers", "Qwen2TokenizerFast"],
+    "transformer": ["diffusers", "Flux2Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLFlux2"],
+}
+
+
+def klein_cache(folder):
+    """The files of REPOSITORY that are read, empty but for configs and indices."""
+    for file in (name for name, read in REPOSITORY.items() if read):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+    hub.write_configs(folder, public.FLUX2["black-forest-labs/FLUX.2-klein-base-9B"] | {"model_index.json": PIECES})
+    for index in (name for name in REPOSITORY if name.endswith(".index.json")):
+        stem = index.removesuffix(".safetensors.index.json")
+        named = [name.rpartition("/")[2] for name in REPOSITORY if name.startswith(f"{stem}-")]
+        (folder / index).write_text(json.dumps({"weight_map": {str(i): name for i, name in enumerate(named)}}))
+    return folder
+
+
+def test_what_is_fetched_of_a_klein(asked, tmp_path):
+    """All shards and the tokenizer, not the single file in other names at the root."""
+    found = {file for file in REPOSITORY if any(fnmatch.fnmatch(file, pattern) for pattern in SMALL + HEAVY)}
+    assert found == {file for file, read in REPOSITORY.items() if read}
+    asked.local = klein_cache(tmp_path / "cached")
+    assert hub.pipeline(NAME) == asked.local and len(asked) == 1
+    assert flux2.is_distilled(asked.local)
+    assert {f.relative_to(asked.local).as_posix() for f in hub.read_of(asked.local)} == {
+        file for file, read in REPOSITORY.items() if read and file.endswith(".safetensors")
+    }
+
+
+@pytest.mark.parametrize("gone", [file for file, read in REPOSITORY.items() if read and "generation" not in file])
+def test_a_klein_that_was_cut_short_is_fetched(asked, tmp_path, gone):
+    """tokenizer.json alone is enough for a tokenizer, and so are vocab.json and merges.txt without it."""
+    asked.local = klein_cache(tmp_path / "cached")
+    (asked.local / gone).unlink()
+    spare = gone in ("tokenizer/merges.txt", "tokenizer/tokenizer.json", "tokenizer/vocab.json")
+    assert hub.pipeline(NAME) == (asked.local if spare else tmp_path / "fetched")
+
+
+@pytest.mark.parametrize("name", ["black-forest-labs/FLUX.2-klein-base-9B", "black-forest-labs/FLUX.2-klein-9B"])
+def test_a_gated_klein_without_access(monkeypatch, name):
+    def download(name, **how):
+        raise (
+            errors.LocalEntryNotFoundError("no") if how.get("local_files_only") else answer(errors.GatedRepoError, 403)
+        )
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    page = f"https://huggingface.co/{name}"
+    with pytest.raises(WeightsError) as raised:
+        flux2.make(config.Model(name="flux2", path=name, text_tokens=512))
+    assert str(raised.value) == (
+        f"{name} is behind a licence: accept the licence at {page} and run `hf auth login`, {FOLDER}"
+    )
 
 
 @pytest.mark.parametrize("kind", ["FluxPipeline", "FluxImg2ImgPipeline"])

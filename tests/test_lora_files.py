@@ -1,4 +1,4 @@
-"""LoRA files as peft and diffusers write them: read as they read them, for all three models; what is refused."""
+"""LoRA files as peft and diffusers write them: read as they read them, for all models; what is refused."""
 
 import json
 from types import SimpleNamespace
@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, SanaPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    Flux2KleinPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SanaPipeline,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+)
 from oracle import error, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -17,20 +24,22 @@ from safetensors.torch import load_file, save_file
 
 from solrl_jax import lora, weights
 from solrl_jax.config import Lora
-from solrl_jax.models import flux, sana, sd35
+from solrl_jax.models import flux, flux2, sana, sd35, zimage
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
+from solrl_jax.models.flux2 import Flux2Config, Flux2Transformer
 from solrl_jax.models.sana import SanaConfig, SanaTransformer
 from solrl_jax.models.sd35 import Sd35Config, Sd35Transformer
+from solrl_jax.models.zimage import ZImageTransformer
 from solrl_jax.structs import leaves_by_path
 from solrl_jax.weights import WeightsError, lora_files
-from tests import nano_sana, nano_sd35, test_flux, test_sana, test_sd35
+from tests import nano_sana, nano_sd35, nano_zimage, test_flux, test_flux2, test_sana, test_sd35, test_zimage
 from tests.test_lora import SMALL
 
 CFG = Lora(rank=3, alpha=7.0)  # of the run that reads: it must not matter
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture(scope="module", params=["flux", "sd35", "sana"])
+@pytest.fixture(scope="module", params=["flux", "flux2", "sd35", "sana", "zimage"])
 def family(request):
     return FAMILIES[request.param]()
 
@@ -55,6 +64,51 @@ def make_flux():
         some=r"transformer_blocks\.1\.attn\.to_[qv]",
         one="transformer_blocks.0.attn.to_q",
         tolerance=3e-5,  # as the base's: sin(1000 sigma f)
+    )
+
+
+def make_flux2():
+    cfg = Flux2Config(**test_flux2.SMALL)
+    given, table = test_flux2.inputs(cfg, 3, 4, 5), test_flux2.table_of(cfg, 3, 4, 5)
+    network = Flux2Transformer(cfg, jnp.float32)
+    return SimpleNamespace(
+        make=test_flux2.make_transformer,
+        pipeline=Flux2KleinPipeline,
+        base=weights.load(test_flux.Held(test_flux2.make_transformer()), test_flux2.shapes_of(cfg), flux2.KEYS),
+        tables=(flux2.KEYS, flux2.COMFY, ()),
+        ours=jax.jit(lambda params: network.apply({"params": params}, **given, rope=table)),
+        policy=jax.jit(lambda variables: network.apply(variables, **given, rope=table)),
+        theirs=lambda model: test_flux2.theirs(model, given, 3, 4),
+        lora_targets=flux2.LORA_TARGETS,
+        targets=["to_q", "to_v", "to_out.0", "to_qkv_mlp_proj"],
+        some=r".*transformer_blocks\.1\.attn\.to_(q|v|out\.0|qkv_mlp_proj)",
+        one="transformer_blocks.0.attn.to_q",
+        tolerance=3e-5,
+    )
+
+
+def velocity_of_zimage(variables, x, sigma, length, text):
+    network, (height, width) = ZImageTransformer(test_zimage.SMALL, jnp.float32), x.shape[1:3]
+    where = zimage.places(test_zimage.SMALL, height // 2, width // 2, text.shape[1])
+    out = jnp.asarray(network.apply(variables, zimage.pack(x), sigma, length, where, text))
+    return zimage.unpack(out, height, width)
+
+
+def make_zimage():
+    given = test_zimage.inputs(test_zimage.SMALL)
+    return SimpleNamespace(
+        make=nano_zimage.make_transformer,
+        pipeline=ZImagePipeline,
+        base=test_zimage.params_of(nano_zimage.make_transformer()),
+        tables=(zimage.KEYS, zimage.COMFY, ()),
+        ours=lambda params: test_zimage.ours(params, given),
+        policy=jax.jit(lambda variables: velocity_of_zimage(variables, **given)),
+        theirs=lambda model: test_zimage.theirs(model, given),
+        lora_targets=zimage.LORA_TARGETS,
+        targets=["to_q", "to_v", "to_out.0", "feed_forward.w1"],
+        some=r"(layers|context_refiner)\.1\.attention\.to_[qv]",
+        one="layers.0.attention.to_q",
+        tolerance=1e-5,
     )
 
 
@@ -100,7 +154,17 @@ def make_sana():
     )
 
 
-FAMILIES = {"flux": make_flux, "sd35": make_sd35, "sana": make_sana}
+FAMILIES = {
+    "flux": make_flux,
+    "flux2": make_flux2,
+    "sd35": make_sd35,
+    "sana": make_sana,
+    "zimage": make_zimage,
+}
+
+
+WITH_TEXT = (FluxPipeline, StableDiffusion3Pipeline)
+"""Pipelines that adapt text encoders too."""
 
 
 def load(family, place):
@@ -161,7 +225,7 @@ def pipeline_with_text(family, folder):
     model = family.make()
     model.add_adapter(patterns(family))
     kwargs = {"transformer_lora_adapter_metadata": model.peft_config["default"].to_dict()}
-    if family.pipeline is not SanaPipeline:
+    if family.pipeline in WITH_TEXT:
         factors = {f"{TEXT}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
         kwargs |= {
             "text_encoder_lora_layers": factors,
@@ -220,7 +284,7 @@ def test_read_as_peft_and_diffusers_read(family, tmp_path, write):
     theirs = family.theirs(model)
     assert error(family.ours(merged), theirs) < family.tolerance
     assert error(family.ours(family.base), theirs) > 0.05
-    assert (len(said) == 2) == (write is pipeline_with_text and family.pipeline is not SanaPipeline)
+    assert (len(said) == 2) == (write is pipeline_with_text and family.pipeline in WITH_TEXT)
 
 
 @pytest.mark.usefixtures("one_thread")

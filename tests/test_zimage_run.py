@@ -92,7 +92,8 @@ def test_plan_from_public_sizes(capsys, monkeypatch):
         "transformer: 6,154,908,736 parameters, 12.3 GB",
         "LoRA: 33,423,360 parameters, 0.13 GB",
         "text encoders: 3,921,534,720 parameters, 7.8 GB",
-        "TFLOP an image: forward 13.7, decode 2.",
+        "TFLOP an image: forward 13.69, decode 2.133",
+        "fp8: 238 of 276 Linears, 97.8% of their weights",
     ]
     assert all(line in out for line in lines), out
     assert [line.split()[0] for line in out.splitlines() if " fits " in line] == [
@@ -130,10 +131,9 @@ def test_flops_of_a_rollout(tmp_path):
     block = 2 * 128 * 176_947_200 + 4 * 128 * 128 * 3840  # Linears; scores and their sum
     text = 2 * 128 * 2560 * 3840 + 2 * block
     rows = plan.use_of("explore", cfg, found, 1, plan.CARDS["H100 80GB"]).flops.total()
-    drawn = 4608 * (11 * (one["forward"].total() - text) + one["decode"].total()) + 4 * 48 * text
+    drawn = 4608 * (6 * (one["forward"].total() - text) + one["decode"].total()) + 4 * 48 * text
     judged = rows - drawn
-    assert abs(judged) < 4608 * 6 * text  # the reward's tower, and its preprocessing
-    print(rows, drawn, judged / 4608)
+    assert 0 < judged < 4608 * 0.5e12  # the reward's tower, and its preprocessing
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Encoding of prompts. Text encoders run outside the training step and may leave the devices in between."""
 
 import functools
-import operator
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -11,18 +10,19 @@ from jax.sharding import Mesh
 from solrl_jax import sharding
 from solrl_jax.structs import Model, Params, PyTree
 
-MOST = 4096
-"""Prompts kept in host memory, unless one call needs more; a prompt of FLUX.1-dev at 128 tokens takes 1 MiB."""
+MOST = 4 * 2**30
+"""Bytes of conditionings kept in host memory, unless one call's own prompts need more. A prompt takes 1 MiB in
+FLUX.1-dev at 128 tokens, 7.5 MiB in FLUX.2-klein-4B: 4090 prompts and 546."""
 
 
 class Conditioner:
     """prompts -> conditioning, leaves [P, ...] split over the devices of `mesh`.
 
-    Conditionings are kept in host memory, MOST of them or as many as the largest call needs; the least recently used
-    are dropped. With `stay`, the text encoders remain on the devices. Otherwise they are copied there (FLUX's T5 is
-    9.5 GB) when a prompt is new, and deleted after encoding, so pass the prompts of the next calls as `ahead`. The
-    encoders always get `group` prompts, a multiple of the devices, so that a prompt's numbers do not depend on the
-    other prompts of its batch.
+    Conditionings are kept in host memory, MOST bytes of them or as many as the largest call's own prompts need; the
+    least recently used are dropped. With `stay`, the text encoders remain on the devices. Otherwise they are copied
+    there (FLUX's T5 is 9.5 GB) when a prompt is new, and deleted after encoding, so pass the prompts of the next calls
+    as `ahead`: those that fit in MOST are encoded too. The encoders always get `group` prompts, a multiple of the
+    devices, so that a prompt's numbers do not depend on the other prompts of its batch.
 
     The conditioning of `negative`, the text that guidance leads away from, is encoded with the first prompts and never
     dropped; None where there is no such guidance.
@@ -36,12 +36,12 @@ class Conditioner:
         self.params = sharding.place(params, mesh) if stay else params
         self.encode = jax.jit(functools.partial(encoded, model=model))
         self.kept: dict[str, PyTree] = {}  # most recently used last
-        self.most = MOST
+        self.most, self.each = MOST, 0  # bytes of all, and of one; 0 before the first prompt
 
     def __call__(self, prompts: Sequence[str], ahead: Sequence[str] = ()) -> PyTree:
-        """P is a multiple of the devices. If a prompt of `prompts` is new, `ahead` is encoded too."""
+        """P is a multiple of the devices. If a prompt of `prompts` is new, `ahead` is encoded too, if it fits."""
         if any(prompt not in self.kept for prompt in prompts):
-            self._encode([p for p in dict.fromkeys((*prompts, *ahead, *self.constant)) if p not in self.kept])
+            self._encode(dict.fromkeys((*prompts, *ahead, *self.constant)), {*prompts, *self.constant})
         found = [self.kept[prompt] for prompt in prompts]
         self._forget(dict.fromkeys((*prompts, *reversed(ahead), *self.constant)))
         return sharding.split(jax.tree.map(lambda *rows: np.stack(rows), *found), self.mesh)
@@ -50,27 +50,45 @@ class Conditioner:
         """The conditioning of the negative text, leaves [1, ...], whole on every device."""
         (text,) = self.constant
         if text not in self.kept:
-            self._encode([text])
+            self._encode([text], {text})
         return sharding.replicate(jax.tree.map(lambda row: np.asarray(row)[None], self.kept[text]), self.mesh)
 
     def _forget(self, named: Iterable[str]) -> None:
         """Mark `named` as most recently used, in this order, and drop the least recently used others."""
-        named = [prompt for prompt in named if prompt in self.kept]
-        self.most = max(self.most, len(named))
-        self.kept |= {prompt: self.kept.pop(prompt) for prompt in named}
-        for old in list(self.kept)[: max(0, len(self.kept) - self.most)]:
+        self.kept |= {prompt: self.kept.pop(prompt) for prompt in named if prompt in self.kept}
+        for old in list(self.kept)[: max(0, len(self.kept) - self.most // self.each)]:
             del self.kept[old]
 
-    def _encode(self, prompts: list[str]) -> None:
+    def _encode(self, named: Iterable[str], needed: set[str]) -> None:
+        """Encode those of `named` that are not kept: all `needed` ones, and of the others the first that fit."""
         params = self.params if self.stay else sharding.place(self.params, self.mesh)
-        for i in range(0, len(prompts), self.group):
-            some = prompts[i : i + self.group]
+        named = list(named)
+        order = sorted(reversed(named), key=needed.__contains__)  # in which others are dropped, never a needed one
+        while new := self._fitting(named, needed):
+            some = new[: self.group]
             tokens = self.model.tokenize([*some, *[some[-1]] * (self.group - len(some))])
             with jax.set_mesh(self.mesh):
                 rows = jax.device_get(self.encode(params, sharding.split(tokens, self.mesh)))
-            self.kept |= {prompt: jax.tree.map(operator.itemgetter(j), rows) for j, prompt in enumerate(some)}
+            # Copies: a row that is a view would keep the rows of all its call in memory.
+            self.kept |= {prompt: jax.tree.map(lambda x, j=j: x[j].copy(), rows) for j, prompt in enumerate(some)}
+            self.each = sum(x.nbytes for x in jax.tree.leaves(self.kept[some[0]]))
+            self.most = max(self.most, len(needed) * self.each)
+            self._forget(order)
         if not self.stay:
             jax.tree.map(lambda x: x.delete(), params)
+
+    def _fitting(self, named: Sequence[str], needed: set[str]) -> list[str]:
+        """Those of `named` that are not kept, without those that are not `needed` and are too many for `most` bytes."""
+        room = self.most // self.each if self.each else len(named)
+        room -= sum(prompt in needed or prompt in self.kept for prompt in named)
+        found = []
+        for prompt in named:
+            if prompt in self.kept:
+                continue
+            room -= prompt not in needed
+            if prompt in needed or room >= 0:
+                found.append(prompt)
+        return found
 
 
 def encoded(params: Params, tokens: PyTree, *, model: Model) -> PyTree:

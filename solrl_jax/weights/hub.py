@@ -23,7 +23,13 @@ WEIGHTS = (
 """The weights of a pipeline as patterns, folder/stem*.ending."""
 _CONFIGS = ("config.json", *(f"{part}_config.json" for part in ("scheduler", "tokenizer", "preprocessor")))
 _VOCABULARIES = (("tokenizer.json",), ("spiece.model",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-_FITS = {"FluxPipeline": "flux", "StableDiffusion3Pipeline": "sd35", "SanaPipeline": "sana"}
+_FITS = {
+    "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2",
+    "StableDiffusion3Pipeline": "sd35",
+    "SanaPipeline": "sana",
+    "ZImagePipeline": "zimage",
+}
 
 
 def pipeline(path: str, configs_only: bool = False) -> Path:

@@ -5,12 +5,15 @@ R]. ComfyUI's (and kohya's): lora_unet_<name>.lora_down.weight, .lora_up.weight 
 rows of several Linears (`Fused`), listed in the model's table.
 
 Both are read. diffusers' names are also read without "transformer." (a transformer's own save_lora_adapter) and after
-"base_model.model." (PEFT's folders); the file's metadata or adapter_config.json then give the scale of the factors.
+"base_model.model." (PEFT's folders); the file's metadata or adapter_config.json then give the scale of the factors. In
+ComfyUI's layout, diffusers' names are read too: lora_unet_layers_0_attention_to_q (kohya's trainers of networks that
+have diffusers' modules) and diffusion_model.layers.0.attention.to_q (ai-toolkit's files of Z-Image).
 """
 
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,11 +163,12 @@ def load(
 ) -> Loaded:
     """The set in a file, with the file's own ranks and for the Linears that it names.
 
-    The names tell the layout. ComfyUI's is read with the model's table `fused`, names of the original code with its
-    table `native`. Layers of a stack that the file does not have, and ranks below the stack's largest, become zeros. B
-    is divided by cfg's alpha / R, so that `scaled` gives the file's policy at the scale that it states (else 1). Only
-    the shapes of `base` are used. WeightsError if a name fits no Linear, one factor of a pair is missing, a shape
-    differs, or the file is more than a LoRA; if `whole`, also for keys of text encoders, which are else left out.
+    The names tell the layout. ComfyUI's is read with the model's table `fused` (or with diffusers' names), names of the
+    original code with its table `native`. Layers of a stack that the file does not have, and ranks below the stack's
+    largest, become zeros. B is divided by cfg's alpha / R, so that `scaled` gives the file's policy at the scale that
+    it states (else 1). Only the shapes of `base` are used. WeightsError if a name fits no Linear, two modules adapt
+    one, one factor of a pair is missing, a shape differs, or the file is more than a LoRA; if `whole`, also for keys of
+    text encoders, which are else left out.
     """
     found = read(inside(Path(file)))
     if whole and found.text:
@@ -175,7 +179,7 @@ def load(
     tables = [_linears(base, table) for table in (keys, native) if table]
     linears = max(tables, key=lambda those: len({found.prefix + name for name in _sizes(those)} & found.named()))
     sizes = _sizes(linears)
-    layout = _layers(fused, sizes) if found.prefix == COMFY else [Fused(name, (name,)) for name in sizes]
+    layout = _underscored(fused, sizes) if found.prefix == COMFY else [Fused(name, (name,)) for name in sizes]
     names = {module: Names.of(module.name, found.prefix) for module in layout}
     present = {module: its for module, its in names.items() if {its.down, its.up} & found.tensors.keys()}
     _check(found, present, sizes)
@@ -210,8 +214,10 @@ def _check(found: Content, present: Mapping[Fused, Names], sizes: Mapping[str, t
 
 
 def _problems(tensors: Tensors, present: Mapping[Fused, Names], sizes: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Incomplete pairs, wrong shapes, and keys that are not the model's."""
+    """Incomplete pairs, wrong shapes, Linears that two modules adapt, and keys that are not the model's."""
     missing, shapes = [], {}
+    times = Counter(part for module in present for part in module.parts)
+    twice = [f"{part} is adapted by two modules" for part, count in times.items() if count > 1]
     for module, keys in present.items():
         missing += [f"missing {key}" for key in (keys.down, keys.up) if key not in tensors]
         known = tensors[keys.down].shape[:1] if keys.down in tensors else tensors[keys.up].shape[1:]
@@ -222,7 +228,7 @@ def _problems(tensors: Tensors, present: Mapping[Fused, Names], sizes: Mapping[s
             shapes[keys.alpha] = (1,) * tensors[keys.alpha].ndim
     unused = {key: _form(key) for key in tensors if key not in shapes}
     more = [f"unused {key}, which is of a {form}" for key, form in unused.items() if form]
-    return [*more, *missing, *(f"unused {key}" for key, form in unused.items() if not form)] + [
+    return [*more, *twice, *missing, *(f"unused {key}" for key, form in unused.items() if not form)] + [
         f"{key} has shape {tensors[key].shape}, not {shape}"
         for key, shape in shapes.items()
         if key in tensors and tensors[key].shape != shape
@@ -337,6 +343,12 @@ def _layers(fused: Sequence[Fused], modules: Collection[str]) -> Iterator[Fused]
             yield Fused(name, tuple(parts), rule.swapped)
             if name == rule.name:
                 break
+
+
+def _underscored(fused: Sequence[Fused], modules: Collection[str]) -> list[Fused]:
+    """The table's modules, and each Linear by its name in diffusers; where both have a name, the table's."""
+    plain = {name.replace(".", "_"): Fused(name.replace(".", "_"), (name,)) for name in modules}
+    return list((plain | {module.name: module for module in _layers(fused, modules)}).values())
 
 
 def _modules(tree: Params, keys: Sequence[Rule]) -> Iterator[tuple[str, Leaf]]:
