@@ -8,11 +8,11 @@
 DIR holds train.txt and test.txt, a prompt a line, or train_metadata.jsonl and test_metadata.jsonl. The weights come
 from huggingface.co without a licence to accept, or from --config.model.path, a folder in diffusers' layout.
 
-Neither model is in the paper: values are FLUX's. Training is without guidance, as Sol-RL's; with it, pairs of forward
-passes: --config.regenerate.guidance=5, which is the card's guidance_scale of 4 (docs/zimage.md). Turbo is drawn in 8
-steps without guidance, and loses the ability to draw in few steps as it is trained. FP8 and NVFP4 quantise every Linear
-of the blocks but the modulation, 97.8 % of the weights. Times and memory on a card are not measured yet;
-`--config=zimage --mode=plan` estimates them.
+Neither model is in the paper: values are FLUX's. Z-Image is guided at 5, in rollouts and in the loss, which is its
+card's guidance_scale of 4 (docs/zimage.md): two rows of the network for each sample; --config.regenerate.guidance=1
+trains without. Turbo is drawn in 8 steps without guidance, and loses its ability to draw in few steps as it is trained.
+FP8 and NVFP4 quantise every Linear of the blocks but the modulation, 97.8 % of the weights. Times and memory on a card
+are not measured yet; `--config=zimage --mode=plan` estimates them.
 """
 
 import dataclasses
@@ -45,12 +45,12 @@ def base(reward: str) -> Config:
         candidates=96,
         kept=24,
         explore=Stage(steps=6, solver="dpm2", precision="auto", chunk=24),
-        regenerate=Stage(steps=10, solver="dpm2", precision="bf16", chunk=24),
+        regenerate=Stage(steps=10, solver="dpm2", precision="bf16", chunk=24, guidance=5.0),
         lora=Lora(rank=32, alpha=64.0),
         learn=Learn(
             timestep_fraction=0.4,
             updates=1,
-            micro_batch=12,
+            micro_batch=8,  # 2 samples' 4 times, each of two rows; FLUX's 12 would take 81 GB, by --mode=plan
             learning_rate=3e-4,
             kl_weight=1e-4,
             reference_every=4,
@@ -68,11 +68,12 @@ def base(reward: str) -> Config:
 def turbo(reward: str) -> Config:
     """The same of Z-Image-Turbo, in its 8 steps."""
     cfg = base(reward)
+    assert cfg.explore is not None
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, path="Tongyi-MAI/Z-Image-Turbo"),
-        explore=dataclasses.replace(cfg.preview, steps=4),
-        regenerate=dataclasses.replace(cfg.regenerate, steps=8),
+        explore=dataclasses.replace(cfg.explore, steps=4),
+        regenerate=dataclasses.replace(cfg.regenerate, steps=8, guidance=0.0),
         learn=dataclasses.replace(cfg.learn, timestep_fraction=0.5),
         evaluate=dataclasses.replace(cfg.evaluate, steps=8),
     )

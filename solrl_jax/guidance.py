@@ -140,8 +140,8 @@ def told(cfg: Config, model: Model) -> list[str]:
     w, shown, said = weights(cfg), evaluated(cfg), []
     if model.distilled:
         said.append(
-            f"warning: this {model.name} was distilled to draw in few steps without guidance: training loses that ability, "
-            "as far as is known; the base model of its family is trained instead"
+            f"warning: this {model.name} was distilled to draw in few steps without guidance: training loses that "
+            "ability; train the base model of its family if you need it"
         )
     if any(value != 1 for value in w):
         said.append("guidance: " + ", ".join(f"{name}={value:g}" for name, value in _named(w, cfg).items()))
@@ -250,9 +250,10 @@ def check(cfg: Config, model: Model, negative: str | None = None) -> None:
 
 def _require_guidance(model: Model, given: str) -> None:
     if model.guidance == "none":
+        why = "it was distilled to draw without" if model.distilled else "it has no input for it, as FLUX.1-schnell"
         raise ConfigError(
-            f"{given}: this {model.name} takes no guidance (it has no input for it, as FLUX.1-schnell): leave it at 1, "
-            "or set model.guidance=cfg, classifier-free guidance, for which it was not made"
+            f"{given}: this {model.name} takes no guidance ({why}): leave it at 1, or set model.guidance=cfg, "
+            "classifier-free guidance, for which it was not made"
         )
 
 

@@ -14,14 +14,15 @@ from diffusers import (
     FluxTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
+    ZImageTransformer2DModel,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from oracle import randomise
 
 from solrl_jax import weights
-from solrl_jax.models import dcae, flux, sana, sd35, vae
+from solrl_jax.models import dcae, flux, sana, sd35, vae, zimage
 from solrl_jax.models.schedule import SanaSchedule, Schedule
-from tests import nano_sana, nano_sd35, test_flux, test_sana, test_sd35
+from tests import nano_sana, nano_sd35, nano_zimage, test_flux, test_sana, test_sd35, test_zimage
 from tests.mutations import Case, by_config, compiled, rebuilt, write
 
 # --- diffusers' networks --------------------------------------------------------------------------------------------
@@ -84,6 +85,26 @@ def sana_case(folder):
 
     others = {"qk_norm": ["rms_norm_across_heads"], "interpolation_scale": [1.0], "timestep_scale": [0.5]}
     return Case(write(folder, raw), theirs, by_config(sana.SanaConfig.read, folder, ours), others)
+
+
+def zimage_case(folder):
+    model = nano_zimage.make_transformer()
+    model.save_pretrained(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    given = test_zimage.inputs(test_zimage.SMALL)
+
+    def ours():
+        cfg = zimage.ZImageConfig.read(folder)
+        files = weights.Files(folder, "diffusion_pytorch_model")
+        params = weights.load(files, test_zimage.shapes_of(cfg), zimage.KEYS)
+        return test_zimage.ours(params, given, cfg=cfg)
+
+    def theirs(raw):
+        return test_zimage.theirs(rebuilt(ZImageTransformer2DModel, raw, model.state_dict()), given)
+
+    others = {"axes_dims": [[6, 6, 4], [4, 4, 8]], "all_patch_size": [[4], [2, 4]], "all_f_patch_size": [[2]]}
+    others |= {"siglip_feat_dim": [16], "qk_norm": [False], "t_scale": [500.0], "rope_theta": [100.0]}
+    return Case(write(folder, raw), theirs, by_config(zimage.ZImageConfig.read, folder, ours), others)
 
 
 def decoder_case(folder, model, kind, shape, read, load, others):

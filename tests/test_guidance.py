@@ -239,7 +239,7 @@ def test_a_flux_without_the_input_takes_none(tmp_path, embeds, kind):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"guidance_embeds": embeds}))
     model = flux.make(cfg.model)
     assert (model.guidance, model.guided) == (kind, 3.5 if embeds else 1.0)
-    assert flux.make(dataclasses.replace(cfg.model, guidance="cfg"))[-2:] == ("cfg", 1.0)
+    assert flux.make(dataclasses.replace(cfg.model, guidance="cfg"))[-3:] == ("cfg", 1.0, False)
 
 
 # --- a run's evaluation, and --mode=eval ----------------------------------------------------------------------------

@@ -30,6 +30,7 @@ CASES = {  # and some of what is taken
     "flux": (diffusers.flux_case, {"axes_dims_rope"}),
     "sd35": (diffusers.sd35_case, set()),
     "sana": (diffusers.sana_case, {"timestep_scale"}),
+    "zimage": (diffusers.zimage_case, {"rope_theta", "t_scale", "norm_eps", "axes_dims"}),
     "vae": (diffusers.vae_case, {"scaling_factor", "shift_factor", "norm_num_groups"}),
     "dcae": (diffusers.dcae_case, {"scaling_factor"}),
     "clip text": (transformers.clip_text_case, {"hidden_act", "layer_norm_eps", "eos_token_id"}),
@@ -58,7 +59,7 @@ def quiet():
     logging.disable(logging.NOTSET)
 
 
-SLOW = ("flux", "sd35", "vae", "dcae", "clip text", "gemma2", "old gemma2", "qwen3", "clip", "imagereward")
+SLOW = ("flux", "sd35", "zimage", "vae", "dcae", "clip text", "gemma2", "old gemma2", "qwen3", "clip", "imagereward")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in CASES])

@@ -1,7 +1,6 @@
 """Runs of Z-Image: config, plan from shapes alone, converted weights, iterations in two low precisions, every mode."""
 
 import dataclasses
-import functools
 import json
 
 import jax
@@ -40,14 +39,17 @@ def nano_dir(tmp_path_factory):
 
 def test_zimage_has_fluxs_settings():
     cfg, flux = config.load("zimage:sol_rl"), config.load("flux:sol_rl_pickscore")
-    assert set(config.differences(flux, cfg)) == {"name", "model.name", "model.path"}
+    changed = {"name", "model.name", "model.path", "regenerate.guidance", "learn.micro_batch"}
+    assert set(config.differences(flux, cfg)) == changed and guidance.weights(cfg) == (5, 5, 5, 5)
     assert cfg.model.path == "Tongyi-MAI/Z-Image" and (cfg.model.size, cfg.model.text_tokens) == (512, 128)
-    assert (cfg.model.shift, cfg.evaluate.own, cfg.explore.guidance, cfg.regenerate.guidance) == (0.0, True, 0, 0)
+    assert (cfg.model.shift, cfg.evaluate.own, guidance.evaluated(cfg)) == (0.0, True, 5)
 
 
 def test_turbo_is_drawn_in_eight_steps():
     cfg, turbo = config.load("zimage:sol_rl"), config.load("zimage:turbo_sol_rl")
-    changed = {"model.path", "explore.steps", "regenerate.steps", "learn.timestep_fraction", "evaluate.steps"}
+    changed = {"model.path", "explore.steps", "regenerate.steps", "regenerate.guidance", "evaluate.steps"}
+    changed |= {"learn.timestep_fraction"}
+    assert guidance.weights(turbo) == (1, 1, 1, 1)
     assert set(config.differences(cfg, turbo)) == changed
     assert turbo.model.path == "Tongyi-MAI/Z-Image-Turbo" and turbo.regenerate.steps == turbo.evaluate.steps == 8
     assert turbo.times == cfg.times == 4
@@ -72,7 +74,7 @@ def test_recipes_have_the_names_of_the_original():
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_it_divides_over_devices(recipe, devices):
     cfg = config.load(recipe)
-    assert learn.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices) == 3
+    assert learn.samples_at_a_time(cfg, cfg.prompts * cfg.kept // cfg.learn.updates // devices) == 2
     for _, stage, images in cfg.stages():
         assert rollout.block_shape(stage.chunk, cfg.prompts // devices, images) == (1, 24)
 
@@ -103,8 +105,8 @@ def test_plan_from_public_sizes(capsys, monkeypatch):
 
 def sizes_of(folder, **changes):
     path = str(hub.write_configs(folder, public.ZIMAGE["Tongyi-MAI/Z-Image"]))
-    words = {"model.path": path, "reward": "clipscore", "explore.precision": "bf16", **changes}
-    cfg = config.load("zimage:sol_rl", words)
+    words = {"model.path": path, "reward": "clipscore", "explore.precision": "bf16", "regenerate.guidance": "1"}
+    cfg = config.load("zimage:sol_rl", words | changes)
     return cfg, shapes.read(cfg, 1)
 
 
@@ -269,7 +271,7 @@ def test_turbo_is_not_guided_and_told(nano_dir, tmp_path):
         line for line in guidance.told(cfg, zimage.make(nano_zimage.model(nano_dir / "zimage"))) if "few" in line
     ]
     guided = config.override(cfg, **{"regenerate.guidance": "5"})
-    with pytest.raises(ConfigError, match=r"regenerate.guidance=5: this zimage takes no guidance"):
+    with pytest.raises(ConfigError, match=r"=5: this zimage takes no guidance \(it was distilled to draw without\): leave"):
         guidance.check_training(guided, model)
     asked = dataclasses.replace(guided, model=dataclasses.replace(cfg.model, guidance="cfg"))
     assert (
