@@ -132,7 +132,7 @@ def test_flops_of_a_guided_rollout(tmp_path):
     cfg, found = sizes_of(tmp_path)
     one, text = plan.per_image_flops(found), 2 * 512 * 7680 * 3072
     rows = plan.use_of("explore", cfg, found, 1, plan.CARDS["H100 80GB"]).flops.total()
-    drawn = 4608 * (2 * 11 * (one["forward"].total() - text) + one["decode"].total())
+    drawn = 4608 * (2 * 6 * (one["forward"].total() - text) + one["decode"].total())
     tower = rows - drawn
     assert 0 < tower < 4608 * 0.5e12  # the reward's, its preprocessing, and 2 x 4 x 48 texts
     assert drawn > 0.99 * rows

@@ -11,11 +11,12 @@ from oracle import error
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen2Tokenizer
 
-from solrl_jax import weights
+from solrl_jax import device, weights
 from solrl_jax.config import ConfigError
-from solrl_jax.models import folders, qwen3
+from solrl_jax.models import folders, public, qwen3
 from solrl_jax.models.folders import Encoder
-from tests import nano_qwen3
+from solrl_jax.run import data
+from tests import card, nano_qwen3
 from tests.test_flux import rewrite
 
 IDS, COUNTS = np.random.default_rng(0).integers(5, 100, (4, 12)).astype(np.int32), [12, 7, 1, 5]
@@ -73,6 +74,22 @@ def test_the_public_sizes():
         module = qwen3.Qwen3(cfg, qwen3.ends_of(cfg, reads))
         spec = jax.eval_shape(module.init, jax.random.key(0), *qwen3.blank())["params"]
         assert sum(x.size for x in jax.tree.leaves(spec)) == count
+
+
+@pytest.mark.slow
+def test_memory_on_a_card(monkeypatch):
+    """48 prompts of klein-4B, compiled for an H100: beside weights and states there is one layer's room, of which
+    its float32 scores take 1.6 GB; no stack of weights is copied."""
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
+    cfg = weights.from_config(qwen3.Qwen3Config, "x", next(iter(public.FLUX2.values()))["text_encoder/config.json"])
+    module = qwen3.Qwen3(cfg, (9, 18, 27))
+    spec = jax.eval_shape(module.init, jax.random.key(0), *qwen3.blank())["params"]
+    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), spec)
+    args = (jax.ShapeDtypeStruct((48, *shape), jnp.int32) for shape in ((512,), ()))
+    found = card.compiled(lambda p, *x: module.apply({"params": p}, *x), spec, *args, on=card.mesh()).memory_analysis()
+    assert found.argument_size_in_bytes == pytest.approx(2 * 3_114_088_192, rel=1e-3)
+    assert found.output_size_in_bytes == 48 * 512 * 7680 * 2
+    assert found.temp_size_in_bytes < 3.2e9
 
 
 @pytest.mark.parametrize(
@@ -235,6 +252,11 @@ def test_special_words_in_a_prompt_are_text(pipeline, word):
     text = words.decode(found["other"]["ids"][0][found["other"]["mask"][0]])
     split = f"{word[0]} {word[1:]}"
     assert text == f"<|im_start|>user\na {split}{split} sign<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_prompts_that_are_cut_are_named(pipeline):
+    found = data.cut(PROMPTS, lambda prompts: folders.tokenize(str(pipeline), (KLEIN,), 64, prompts))
+    assert found == {"qwen3": [PROMPTS[4]]}
 
 
 def test_padding_is_not_counted(pipeline):

@@ -271,7 +271,9 @@ def test_turbo_is_not_guided_and_told(nano_dir, tmp_path):
         line for line in guidance.told(cfg, zimage.make(nano_zimage.model(nano_dir / "zimage"))) if "few" in line
     ]
     guided = config.override(cfg, **{"regenerate.guidance": "5"})
-    with pytest.raises(ConfigError, match=r"=5: this zimage takes no guidance \(it was distilled to draw without\): leave"):
+    with pytest.raises(
+        ConfigError, match=r"=5: this zimage takes no guidance \(it was distilled to draw without\): leave"
+    ):
         guidance.check_training(guided, model)
     asked = dataclasses.replace(guided, model=dataclasses.replace(cfg.model, guidance="cfg"))
     assert (
