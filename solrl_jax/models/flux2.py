@@ -200,16 +200,18 @@ class Flux2Transformer(nn.Module):
         image, words = (Modulation(6, **bare, name=f"double_stream_modulation_{s}")(cond) for s in ("img", "txt"))
         chunks = Modulation(3, **bare, name="single_stream_modulation")(cond)
         x = Linear(cfg.width, **bare, name="x_embedder")(x)
-        text = Linear(cfg.width, **bare, name="context_embedder")(text) if context is None else context
+        if context is None:
+            assert text is not None
+            context = Linear(cfg.width, **bare, name="context_embedder")(text)
         how = {"remat": self.remat, "keeps": self.keeps}
         double = stack(DoubleBlock, cfg.num_layers, 3, **how)(cfg, self.dtype, name="transformer_blocks")
         single = stack(SingleBlock, cfg.num_single_layers, 2, **how)
-        (x, text), _ = double((x, text), image, words, rope)
-        both = jnp.concatenate([text, x], axis=1)
+        (x, read), _ = double((x, context), image, words, rope)
+        both = jnp.concatenate([read, x], axis=1)
         both, _ = single(cfg, self.dtype, name="single_transformer_blocks")(both, chunks, rope)
         scale, shift = Modulation(2, **bare, name="norm_out")(cond)
-        image = modulate(both[:, text.shape[1] :], shift, scale, self.dtype)
-        return Linear(cfg.in_channels, **bare, name="proj_out")(image)
+        x = modulate(both[:, -x.shape[1] :], shift, scale, self.dtype)
+        return Linear(cfg.in_channels, **bare, name="proj_out")(x)
 
 
 class TextStates(nn.Module):

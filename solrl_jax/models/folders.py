@@ -72,7 +72,7 @@ HALVES = {
 
 
 def _half(folder: Path) -> Half:
-    name = weights.read_json(folder / "vae" / "config.json").get("_class_name")
+    name = str(weights.read_json(folder / "vae" / "config.json").get("_class_name"))
     return HALVES.get(name, Half(vae.VaeConfig, vae.Decoder, vae.load_vae))
 
 
