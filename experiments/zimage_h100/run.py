@@ -4,8 +4,8 @@
     python -m experiments.zimage_h100.run --parts=1024 --repeat=1
     python -m experiments.zimage_h100.run --parts=512 --forward=2 --set=model.path=DIR,...     # the path in short
 
-Random weights (experiments/full_size.py), one prompt an iteration, captions of 128 tokens that fill their window, guided
-at 5: a sample is two rows of the network.
+Random weights (experiments/full_size.py), one prompt an iteration, captions of 128 tokens, their whole window,
+guided at 5: a sample is two rows of the network.
 
 512, 1024   forward of 24 rows in BF16 and FP8, decode, micro-steps, whole iterations of sol_rl with every stage, peak
 plain       at 512 px, whole iterations without guidance, as Z-Image-Turbo's

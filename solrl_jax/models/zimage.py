@@ -105,12 +105,15 @@ class ZImageConfig:
 # --- positions ------------------------------------------------------------------------------------------------------
 
 
+Table = tuple[np.ndarray, np.ndarray]
+
+
 class Places(NamedTuple):
     """cos and signed sin of RoPE, f32: `frames` [F, d0] of the first axis by frame, `grid` [N, d - d0] of the others
     for the image's tokens. Channels 2k and 2k + 1 share an angle, as in flux.rope_table."""
 
-    frames: Rope
-    grid: Rope
+    frames: Table
+    grid: Table
 
 
 def places(cfg: ZImageConfig, height: int, width: int, tokens: int) -> Places:
@@ -132,7 +135,7 @@ def _angles(at: np.ndarray, d: int, theta: float) -> np.ndarray:
     return np.repeat(angle.astype(np.float32).astype(np.float64), 2, axis=-1)
 
 
-def _signed(angle: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _signed(angle: np.ndarray) -> Table:
     sign = np.where(np.arange(angle.shape[-1]) % 2, 1.0, -1.0)
     return np.cos(angle).astype(np.float32), (sign * np.sin(angle)).astype(np.float32)
 
@@ -320,17 +323,16 @@ class ZImageTransformer(nn.Module):
         caption: Array | None = None,
     ) -> Float[Array, "B N C"]:
         cfg, dtype, (batch, tokens, channels) = self.cfg, self.dtype, x.shape
-        ropes = (
-            image_rope(where, length, tokens),
-            caption_rope(where, batch, (text if caption is None else caption).shape[1]),
-        )
+        given = text if caption is None else caption
+        assert given is not None
+        ropes = image_rope(where, length, tokens), caption_rope(where, batch, given.shape[1])
         cond = Time(cfg, dtype, name="t_embedder")(sigma)
         image = self._padded(Linear(cfg.dim, dtype=dtype, name="all_x_embedder.2-1")(x))
         how: Any = {"remat": self.remat, "keeps": self.keeps}
         noise = stack(Block, cfg.n_refiner_layers, 3, **how)(cfg, dtype, name="noise_refiner")
         image, _ = noise(image, cond, ropes[0], None)
-        caption = refined(self, text, length, ropes[1]) if caption is None else caption
-        both = jnp.concatenate([image, caption.astype(dtype)], axis=1)
+        words = refined(self, given, length, ropes[1]) if caption is None else given
+        both = jnp.concatenate([image, words.astype(dtype)], axis=1)
         cos, sin = (jnp.concatenate(pair, axis=1) for pair in zip(*ropes, strict=True))
         layers = stack(Block, cfg.n_layers, 3, **how)(cfg, dtype, name="layers")
         both, _ = layers(both, cond, (cos, sin), image.shape[1] + padded(length))
