@@ -151,7 +151,7 @@ def test_converted_weights(nano_dir, tmp_path):
     assert jax.tree.structure(read) == jax.tree.structure(again)
     for one, two in zip(jax.tree.leaves(read), jax.tree.leaves(again), strict=True):
         assert (one.dtype, np.asarray(one).tobytes()) == (two.dtype, np.asarray(two).tobytes())
-    assert set(read[1]) == {"bn", "decoder", "post_quant_conv"} and set(read[2]) == {"qwen"}
+    assert set(read[1]) == {"bn", "decoder", "post_quant_conv"} and set(read[2]) == {"qwen3"}
     made = flux2.make(nano_flux2.model(out))
     jax.tree.map(np.testing.assert_array_equal, made.tokenize(["a"]), flux2.make(cfg.model).tokenize(["a"]))
 
