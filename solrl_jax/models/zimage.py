@@ -138,7 +138,8 @@ def check_sizes(cfg: config.Model, zimage: ZImageConfig, side: int) -> None:
         )
     if side > min(grid):
         raise config.ConfigError(
-            f"model.size={cfg.size} is {side} tokens along a side: the network has places for {min(grid)} (axes_lens)"
+            f"model.size={cfg.size} is {side} tokens along a side: the network has places for {min(grid)} (axes_lens): "
+            f"use {min(grid) * (cfg.size // side)} or less"
         )
 
 
