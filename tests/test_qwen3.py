@@ -291,7 +291,7 @@ def test_a_tokenizer_without_the_templates_words(tmp_path, monkeypatch):
     monkeypatch.setattr(nano_qwen3, "THINK", ("<think>",))
     count = nano_qwen3.write_tokenizer(tmp_path / "tokenizer")
     nano_qwen3.make(count).save_pretrained(tmp_path / "text_encoder")
-    with pytest.raises(weights.WeightsError, match="has no token </think>, .* needs: download it again"):
+    with pytest.raises(weights.WeightsError, match=r"has no token </think>, .* needs: download it again"):
         folders.tokenizers(str(tmp_path), (KLEIN,))
     assert folders.tokenizers(str(tmp_path), (Z_IMAGE,))
 
