@@ -8,7 +8,13 @@
 
 DIR holds train.txt and test.txt, a prompt a line, or train_metadata.jsonl and test_metadata.jsonl. The weights come
 from huggingface.co, or from --config.model.path, a folder in diffusers' layout. The 4B models are free (Apache-2.0),
-15 GB with the text encoder. Those of 9B need their licence, which is not for commercial use, to be accepted.
+16 GB with the text encoder. Those of 9B need their licence, which is not for commercial use, to be accepted.
+
+A sample is two rows of the network, in the rollouts and in the loss; without guidance (--config.regenerate.guidance=1)
+an iteration takes half as long. By `--mode=plan`, nothing is measured on a card yet: 32 GB on an H100, 26 minutes an
+iteration of 48 prompts with sol_rl. `24gb` has 3 and 4 pictures and 4 points at a time and takes 22.7 of the 23.7 GB
+that JAX has of a card of 24: 21 minutes an iteration (branch) on an H100, 2.1 hours on an RTX 4090.
+FP8 and NVFP4 quantise all Linears of the blocks, 95.0 % of the weights.
 """
 
 import dataclasses

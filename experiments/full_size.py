@@ -40,15 +40,15 @@ Options = Mapping[str, Any]
 
 
 def drawn(tree: PyTree, place: Any = None) -> PyTree:
-    """Random arrays for ShapeDtypeStructs, one at a time where they belong: norms' scales 1, kernels with the variance
-    that keeps a signal's size, the rest of floats ~ N(0, 0.02^2), integers small.
+    """Random arrays for ShapeDtypeStructs, one at a time where they belong: norms' scales and variances 1, kernels with
+    the variance that keeps a signal's size, the rest of floats ~ N(0, 0.02^2), integers small.
 
     `place` is a sharding, or a tree of them. Of an array in parts each device draws its own; the numbers are the same.
     """
 
     def leaf(path, x, place):
         name, key = str(getattr(path[-1], "key", "")), jax.random.key(zlib.crc32(str(path).encode()))
-        if name == "scale":
+        if name in ("scale", "running_var"):
             return jnp.ones(x.shape, x.dtype, device=place)
         fan_in = math.prod(x.shape[:-1]) if x.ndim == 4 else x.shape[-2] if x.ndim > 1 else 1
         return _draw(place)(key, x.shape, x.dtype, fan_in**-0.5 if name == "kernel" else 0.02)

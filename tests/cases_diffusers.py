@@ -9,20 +9,33 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     ZImageTransformer2DModel,
 )
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from oracle import randomise
 
 from solrl_jax import weights
-from solrl_jax.models import dcae, flux, sana, sd35, vae, zimage
+from solrl_jax.models import dcae, flux, flux2, sana, sd35, vae, zimage
 from solrl_jax.models.schedule import SanaSchedule, Schedule
-from tests import nano_sana, nano_sd35, nano_zimage, test_flux, test_sana, test_sd35, test_zimage
+from tests import (
+    nano_flux2,
+    nano_sana,
+    nano_sd35,
+    nano_zimage,
+    test_flux,
+    test_flux2,
+    test_sana,
+    test_sd35,
+    test_zimage,
+)
 from tests.mutations import Case, by_config, compiled, rebuilt, write
 
 # --- diffusers' networks --------------------------------------------------------------------------------------------
@@ -45,6 +58,26 @@ def flux_case(folder):
 
     others = {"out_channels": [8, 16, 32], "axes_dims_rope": [[6, 6, 4], [2, 6, 6]]}
     return Case(write(folder, raw), theirs, by_config(flux.FluxConfig.read, folder, ours), others)
+
+
+def flux2_case(folder):
+    model = test_flux2.make_transformer()
+    model.save_pretrained(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    given = test_flux2.inputs(flux2.Flux2Config(**test_flux2.SMALL), 3, 4, 5)
+
+    def ours():
+        cfg = flux2.Flux2Config.read(folder)
+        files = weights.Files(folder, "diffusion_pytorch_model")
+        params = weights.load(files, test_flux2.shapes_of(cfg), flux2.KEYS)
+        return test_flux2.ours(params, given, 3, 4, cfg=cfg)
+
+    def theirs(raw):
+        return test_flux2.theirs(rebuilt(Flux2Transformer2DModel, raw, model.state_dict()), given, 3, 4)
+
+    others = {"out_channels": [8, 16, 32], "axes_dims_rope": [[6, 4, 4, 2], [8, 8]], "rope_theta": [100]}
+    others |= {"eps": [0.1], "patch_size": [2], "mlp_ratio": [2.0], "guidance_embeds": [True]}
+    return Case(write(folder, raw), theirs, by_config(flux2.Flux2Config.read, folder, ours), others)
 
 
 def sd35_case(folder):
@@ -137,6 +170,25 @@ def vae_case(folder):
     return decoder_case(folder, model, AutoencoderKL, (1, 4, 4, 4), vae.VaeConfig.read, vae.load_vae, others)
 
 
+def flux2_vae_case(folder):
+    """The decoding half, of normalised patches, as a pipeline does it."""
+    model = nano_flux2.make_vae()
+    model.save_pretrained(folder)
+    raw = json.loads((folder / "config.json").read_text())
+    latents = np.random.default_rng(0).normal(size=(1, 2, 2, 16)).astype(np.float32)
+
+    def ours():
+        return jitted_decode(*vae.load_flux2(folder, jnp.float32), latents)
+
+    def theirs(raw):
+        return test_flux2.decoded(rebuilt(AutoencoderKLFlux2, raw, model.state_dict(), ("encoder.",)), latents)
+
+    others = {"act_fn": ["relu"], "patch_size": [[1, 1], [4, 4]], "batch_norm_eps": [0.1]}
+    others |= {"decoder_block_out_channels": [[8, 16], [8, 8], [16]], "use_quant_conv": [False]}
+    others |= {"down_block_types": [["AttnDownEncoderBlock2D"] * 2], "up_block_types": [["AttnUpDecoderBlock2D"] * 2]}
+    return Case(write(folder, raw), theirs, by_config(vae.Flux2VaeConfig.read, folder, ours), others)
+
+
 def dcae_case(folder):
     blocks, scales = ["ResBlock", "ResBlock", "EfficientViTBlock"], [[], [], [3]]
     others = {f"{half}_block_types": [blocks] for half in ("encoder", "decoder")}
@@ -155,7 +207,7 @@ def random_dcae():
 
 def flow_case(folder, model):
     """The sigmas, and one step of a sampler."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=model == "flux")
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=model != "sd35")
     scheduler.save_pretrained(folder)
     file = folder / "scheduler_config.json"
     raw = json.loads(file.read_text())
@@ -165,6 +217,8 @@ def flow_case(folder, model):
         schedule = Schedule.read(folder)
         if model == "flux":
             sigmas = flux.sigmas(6, 1024, schedule)
+        elif model == "flux2":
+            sigmas = flux2.sigmas(6, 1024, schedule)
         else:
             sd35.check_schedule(folder, schedule)
             sigmas = sd35.sigmas(6, schedule.shift)
@@ -174,7 +228,8 @@ def flow_case(folder, model):
         found, names = FlowMatchEulerDiscreteScheduler.from_config(raw), ("base_image_seq_len", "max_image_seq_len")
         c = found.config
         mu = calculate_shift(1024, *(c[n] for n in names), c["base_shift"], c["max_shift"])
-        if model == "flux":
+        mu = compute_empirical_mu(1024, 6) if model == "flux2" else mu
+        if model != "sd35":
             found.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6), mu=mu)
         else:
             found.set_timesteps(6, mu=mu if c["use_dynamic_shifting"] else None)

@@ -57,11 +57,15 @@ def publish(cache: Path, name: str, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A hub's cache with FLUX, CLIP and PickScore at nano size."""
+    """A hub's cache with FLUX.1, FLUX.2-klein, Z-Image, CLIP and PickScore at nano size."""
+    from tests import nano_flux2, nano_zimage
+
     folder, cache = tmp_path_factory.mktemp("nano"), tmp_path_factory.mktemp("cache")
     nano.build(folder)
     for name, part in NANO.items():
         publish(cache, name, folder / part)
+    publish(cache, "black-forest-labs/FLUX.2-klein-base-4B", nano_flux2.write(folder / "flux2"))
+    publish(cache, "Tongyi-MAI/Z-Image", nano_zimage.write(folder / "zimage"))
     return cache
 
 
@@ -84,7 +88,11 @@ def small(cfg: Config) -> Config:
         encode_ahead=min(cfg.encode_ahead, 1),
     )
     sizes = {"size": 32 if cfg.model.name == "sana" else 16, "text_tokens": 8, "min_quantised_flops": 0.0}
-    sizes |= {"min_dim": 0 if cfg.model.name == "flux" else 48}
+    sizes |= {"min_dim": 0 if cfg.model.name in ("flux", "flux2", "zimage") else 48}
+    if cfg.model.name == "zimage":
+        sizes["text_tokens"] = 64
+    if cfg.model.name == "flux2":
+        sizes["text_tokens"] = cfg.model.text_tokens  # no other number is taken
     if cfg.name == "tiny":  # its own weights are here
         sizes = {}
     return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, dtype="float32", **sizes))
@@ -310,7 +318,10 @@ def hub_command(command: Command) -> None:
     """The program is one of huggingface_hub's and takes such words; what it fetches is what a config names."""
     found = subprocess.run([Path(sys.executable).parent / "hf", *command.words[1:3], "--help"], capture_output=True)
     assert found.returncode == 0
-    names = {config.load("flux").model.path, *(pair.partition("=")[2] for pair in config.load("flux").reward_paths)}
+    names = {
+        *(config.load(name).model.path for name in ("flux", "flux2", "zimage")),
+        *(pair.partition("=")[2] for pair in config.load("flux").reward_paths),
+    }
     assert command.words[1] == "auth" or command.words[2] in names
 
 

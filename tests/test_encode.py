@@ -123,6 +123,26 @@ def test_what_comes_next_is_encoded_as_far_as_it_fits(monkeypatch):
     assert set(conditioner.kept) == set(PROMPTS[4:]) and bytes_of(conditioner) == 6 * ROW
 
 
+def test_old_prompts_make_room_before_new_ones_come(monkeypatch):
+    """Four prompts fit and are kept; four others are encoded one after another, and never are there more than five."""
+    monkeypatch.setattr(encode, "MOST", 4 * ROW)
+    _, conditioner = made(stay=True, devices=1, group=1)
+    conditioner(PROMPTS[:4])
+    held, tokenize = [], conditioner.model.tokenize
+    conditioner.model = conditioner.model._replace(tokenize=lambda p: held.append(bytes_of(conditioner)) or tokenize(p))
+    conditioner(PROMPTS[4:6], PROMPTS[6:10])
+    assert held == [4 * ROW] * 4 and set(conditioner.kept) == set(PROMPTS[4:8])
+
+
+def test_a_call_that_is_larger_than_what_fits(monkeypatch):
+    """Eight prompts a call, of which two are needed and three fit: the needed ones stay."""
+    monkeypatch.setattr(encode, "MOST", 3 * ROW)
+    seen, conditioner = made(stay=True, devices=1, group=8)
+    found = conditioner(PROMPTS[:2], PROMPTS[2:10])
+    assert len(seen.calls) == 1 and set(conditioner.kept) == set(PROMPTS[:3]) and bytes_of(conditioner) == 3 * ROW
+    np.testing.assert_array_equal(np.asarray(found["pooled"])[:, 0], [0, 0.25])
+
+
 def test_a_calls_own_prompts_always_fit(monkeypatch):
     """Seven prompts, where two fit: they are kept, and then no more than these."""
     monkeypatch.setattr(encode, "MOST", 2 * ROW)

@@ -1,6 +1,5 @@
 """FLUX.2-klein at its true width, compiled for an H100 without one: 1024 tokens of the image, 512 of the text."""
 
-import functools
 import re
 from collections import Counter
 
@@ -12,7 +11,7 @@ from solrl_jax import config, iteration, learn, lora, plan, quant
 from solrl_jax.config import Lora
 from solrl_jax.models import flux2, public
 from solrl_jax.models.flux2 import Flux2Config, Flux2Transformer
-from solrl_jax.plan import jaxpr, shapes
+from solrl_jax.plan import shapes
 from solrl_jax.plan import stages as planned
 from solrl_jax.weights import from_config, hub
 from tests import card

@@ -132,7 +132,7 @@ def test_flops_of_a_guided_rollout(tmp_path):
     cfg, found = sizes_of(tmp_path)
     one, text = plan.per_image_flops(found), 2 * 512 * 7680 * 3072
     rows = plan.use_of("explore", cfg, found, 1, plan.CARDS["H100 80GB"]).flops.total()
-    drawn = 4608 * (2 * 11 * (one["forward"].total() - text) + one["decode"].total())
+    drawn = 4608 * (2 * 6 * (one["forward"].total() - text) + one["decode"].total())
     tower = rows - drawn
     assert 0 < tower < 4608 * 0.5e12  # the reward's, its preprocessing, and 2 x 4 x 48 texts
     assert drawn > 0.99 * rows
@@ -151,7 +151,7 @@ def test_converted_weights(nano_dir, tmp_path):
     assert jax.tree.structure(read) == jax.tree.structure(again)
     for one, two in zip(jax.tree.leaves(read), jax.tree.leaves(again), strict=True):
         assert (one.dtype, np.asarray(one).tobytes()) == (two.dtype, np.asarray(two).tobytes())
-    assert set(read[1]) == {"bn", "decoder", "post_quant_conv"} and set(read[2]) == {"qwen"}
+    assert set(read[1]) == {"bn", "decoder", "post_quant_conv"} and set(read[2]) == {"qwen3"}
     made = flux2.make(nano_flux2.model(out))
     jax.tree.map(np.testing.assert_array_equal, made.tokenize(["a"]), flux2.make(cfg.model).tokenize(["a"]))
 

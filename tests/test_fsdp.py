@@ -11,16 +11,16 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.faults import run as faults
-from solrl_jax import config, iteration, lora, quant, recipes, sharding, train
+from solrl_jax import config, guidance, iteration, lora, quant, recipes, sharding, train
 from solrl_jax.config import Stage
 from solrl_jax.quant import calibrate
 from solrl_jax.run import assemble, checkpoint, evaluate
 from solrl_jax.structs import QuantRule, leaves_by_path
-from tests import nano, nano_sana, nano_sd35
+from tests import nano, nano_flux2, nano_sana, nano_sd35, nano_zimage
 from tests.nano import begun, numbers, parts_of, statics_of
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-MODELS = {"flux": nano, "sd35": nano_sd35, "sana": nano_sana}
+MODELS = {"flux": nano, "flux2": nano_flux2, "sd35": nano_sd35, "sana": nano_sana, "zimage": nano_zimage}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,8 @@ def stages_of(cfg, precision: str, devices: int = 4) -> dict:
     parts = parts._replace(cfg=dataclasses.replace(cfg, explore=dataclasses.replace(cfg.explore, precision=precision)))
     run = iteration.stages(*statics_of(parts))
     with jax.set_mesh(parts.mesh):
+        if guidance.trains_doubled(parts.cfg, parts.model):
+            parts = parts._replace(frozen=parts.frozen._replace(negative=parts.text.negative()))
         state, prompts, keys = begun(parts)
         keys = sharding.split(keys, parts.mesh)
         state = state._replace(old=jax.tree.map(lambda x: x + 0.05, state.old))  # B = 0 would merge nothing
@@ -112,6 +114,8 @@ def test_codes_velocity_and_gradient_have_the_same_bits(folder):
         ("flux", "nvfp4_emulated", "bfloat16", 4),
         ("sd35", "fp8", "float32", 2),
         ("sana", "nvfp4_emulated", "float32", 2),
+        ("flux2", "fp8", "float32", 2),
+        ("zimage", "nvfp4_emulated", "float32", 4),
     ],
 )
 def test_all_stages_give_the_same_bits(folder, model, precision, dtype, shard):

@@ -207,6 +207,20 @@ def again(family, file, prefix, metadata=None, **kwargs):
     return model
 
 
+def underscored(family, folder):
+    """As kohya's trainers of networks with diffusers' modules write: "_" for every dot, and the default alpha of 1."""
+    _, model = some_layers(family, folder)
+    tensors = {}
+    for key, x in load_file(folder / "pytorch_lora_weights.safetensors").items():
+        name, end = key.removeprefix("transformer.").split(".lora_")
+        name = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{name}.lora_{'down' if end[0] == 'A' else 'up'}.weight"] = x
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, folder / "x.safetensors")
+    model.set_adapters(model.active_adapters(), [1 / 4])
+    return folder / "x.safetensors", model
+
+
 def adapter_of_a_transformer(family, folder, **changes):
     model = family.make()
     model.add_adapter(patterns(family, **changes))
@@ -270,7 +284,15 @@ def pickled(family, folder):
     return place, model
 
 
-LAYOUTS = [some_layers, adapter_of_a_transformer, rslora_of_a_transformer, pipeline_with_text, peft_folder, peft_rslora]
+LAYOUTS = [
+    some_layers,
+    underscored,
+    adapter_of_a_transformer,
+    rslora_of_a_transformer,
+    pipeline_with_text,
+    peft_folder,
+    peft_rslora,
+]
 LAYOUTS += [two_adapters, with_adapter_names, pickled]
 
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 from transformers import CLIPTokenizer, GemmaTokenizer, Qwen2Tokenizer, T5Tokenizer
 
-from solrl_jax.models import dcae, flux, gemma2, public, qwen3, sana, sd35, text, vae
+from solrl_jax.models import dcae, flux, flux2, gemma2, public, qwen3, sana, sd35, text, vae
 from solrl_jax.models.schedule import SanaSchedule, Schedule
 from solrl_jax.rewards import blip, clip_tower, preprocess
 from tests import cases_diffusers as diffusers
@@ -17,7 +17,7 @@ from tests.mutations import NEW, examine, write
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FLOW = functools.partial(diffusers.flow_case, model="flux"), functools.partial(diffusers.flow_case, model="sd35")
+FLOW = [functools.partial(diffusers.flow_case, model=name) for name in ("flux", "sd35", "flux2")]
 TOKENIZERS = [
     functools.partial(transformers.tokenizer_case, encoder=encoder, kind=kind)
     for encoder, kind in zip(
@@ -28,10 +28,12 @@ TOKENIZERS = [
 ]
 CASES = {  # and some of what is taken
     "flux": (diffusers.flux_case, {"axes_dims_rope"}),
+    "flux2": (diffusers.flux2_case, {"rope_theta", "axes_dims_rope"}),
     "sd35": (diffusers.sd35_case, set()),
     "sana": (diffusers.sana_case, {"timestep_scale"}),
     "zimage": (diffusers.zimage_case, {"rope_theta", "t_scale", "norm_eps", "axes_dims"}),
     "vae": (diffusers.vae_case, {"scaling_factor", "shift_factor", "norm_num_groups"}),
+    "flux2's vae": (diffusers.flux2_vae_case, {"batch_norm_eps", "norm_num_groups"}),
     "dcae": (diffusers.dcae_case, {"scaling_factor"}),
     "clip text": (transformers.clip_text_case, {"hidden_act", "layer_norm_eps", "eos_token_id"}),
     "t5": (transformers.t5_case, {"relative_attention_max_distance", "layer_norm_epsilon"}),
@@ -41,6 +43,7 @@ CASES = {  # and some of what is taken
     "clip": (transformers.clip_case, {"text_config.hidden_act", "vision_config.layer_norm_eps"}),
     "flux's scheduler": (FLOW[0], {"base_shift", "max_shift", "max_image_seq_len"}),
     "sd35's scheduler": (FLOW[1], {"shift"}),
+    "flux2's scheduler": (FLOW[2], {"use_dynamic_shifting"}),
     "sana's scheduler": (diffusers.dpm_case, {"flow_shift"}),
     "clip's tokenizer": (TOKENIZERS[0], {"padding_side", "pad_token"}),
     "t5's tokenizer": (TOKENIZERS[1], {"padding_side", "truncation_side"}),
@@ -59,7 +62,21 @@ def quiet():
     logging.disable(logging.NOTSET)
 
 
-SLOW = ("flux", "sd35", "zimage", "vae", "dcae", "clip text", "gemma2", "old gemma2", "qwen3", "clip", "imagereward")
+SLOW = (
+    "flux",
+    "flux2",
+    "flux2's vae",
+    "sd35",
+    "zimage",
+    "vae",
+    "dcae",
+    "clip text",
+    "gemma2",
+    "old gemma2",
+    "qwen3",
+    "clip",
+    "imagereward",
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in CASES])
@@ -103,6 +120,21 @@ PUBLIC = {
     "flux": (
         flux.FluxConfig,
         {"patch_size": 1, "out_channels": None, "guidance_embeds": True, "_class_name": "FluxTransformer2DModel"},
+    ),
+    "flux2": (
+        flux2.Flux2Config,
+        {
+            **{"_class_name": "Flux2Transformer2DModel", "patch_size": 1, "out_channels": None, "eps": 1e-6},
+            **{"guidance_embeds": False, "rope_theta": 2000, "timestep_guidance_channels": 256, "mlp_ratio": 3.0},
+        },
+    ),
+    "flux2's vae": (
+        vae.Flux2VaeConfig,
+        {
+            **{"_class_name": "AutoencoderKLFlux2", "sample_size": 1024, "force_upcast": True, "patch_size": [2, 2]},
+            **{"batch_norm_eps": 1e-4, "batch_norm_momentum": 0.1, "use_quant_conv": True, "act_fn": "silu"},
+            "decoder_block_out_channels": None,
+        },
     ),
     "sd35": (
         sd35.Sd35Config,

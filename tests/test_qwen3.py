@@ -11,11 +11,12 @@ from oracle import error
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen2Tokenizer
 
-from solrl_jax import weights
+from solrl_jax import device, weights
 from solrl_jax.config import ConfigError
-from solrl_jax.models import folders, qwen3
+from solrl_jax.models import folders, public, qwen3
 from solrl_jax.models.folders import Encoder
-from tests import nano_qwen3
+from solrl_jax.run import data
+from tests import card, nano_qwen3
 from tests.test_flux import rewrite
 
 IDS, COUNTS = np.random.default_rng(0).integers(5, 100, (4, 12)).astype(np.int32), [12, 7, 1, 5]
@@ -73,6 +74,22 @@ def test_the_public_sizes():
         module = qwen3.Qwen3(cfg, qwen3.ends_of(cfg, reads))
         spec = jax.eval_shape(module.init, jax.random.key(0), *qwen3.blank())["params"]
         assert sum(x.size for x in jax.tree.leaves(spec)) == count
+
+
+@pytest.mark.slow
+def test_memory_on_a_card(monkeypatch):
+    """48 prompts of klein-4B, compiled for an H100: beside weights and states there is one layer's room, of which
+    its float32 scores take 1.6 GB; no stack of weights is copied."""
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
+    cfg = weights.from_config(qwen3.Qwen3Config, "x", next(iter(public.FLUX2.values()))["text_encoder/config.json"])
+    module = qwen3.Qwen3(cfg, (9, 18, 27))
+    spec = jax.eval_shape(module.init, jax.random.key(0), *qwen3.blank())["params"]
+    spec = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), spec)
+    args = (jax.ShapeDtypeStruct((48, *shape), jnp.int32) for shape in ((512,), ()))
+    found = card.compiled(lambda p, *x: module.apply({"params": p}, *x), spec, *args, on=card.mesh()).memory_analysis()
+    assert found.argument_size_in_bytes == pytest.approx(2 * 3_114_088_192, rel=1e-3)
+    assert found.output_size_in_bytes == 48 * 512 * 7680 * 2
+    assert found.temp_size_in_bytes < 3.2e9
 
 
 @pytest.mark.parametrize(
@@ -237,6 +254,11 @@ def test_special_words_in_a_prompt_are_text(pipeline, word):
     assert text == f"<|im_start|>user\na {split}{split} sign<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_prompts_that_are_cut_are_named(pipeline):
+    found = data.cut(PROMPTS, lambda prompts: folders.tokenize(str(pipeline), (KLEIN,), 64, prompts))
+    assert found == {"qwen3": [PROMPTS[4]]}
+
+
 def test_padding_is_not_counted(pipeline):
     """The states of a text and its length do not depend on how far it is padded; klein reads the padding's too."""
     module, params = qwen3.load(pipeline / "text_encoder", KLEIN.reads, jnp.float32)
@@ -253,7 +275,7 @@ def test_padding_is_not_counted(pipeline):
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        ("tokenizer_config.json", {"padding_side": "left"}, "padding_side is 'left': only 'right' is known here"),
+        ("tokenizer_config.json", {"padding_side": "left"}, "padding_side is 'left': set it to 'right'"),
         ("tokenizer_config.json", {"pad_token": None}, "pad_token is missing: download it again"),
     ],
 )
@@ -269,7 +291,7 @@ def test_a_tokenizer_without_the_templates_words(tmp_path, monkeypatch):
     monkeypatch.setattr(nano_qwen3, "THINK", ("<think>",))
     count = nano_qwen3.write_tokenizer(tmp_path / "tokenizer")
     nano_qwen3.make(count).save_pretrained(tmp_path / "text_encoder")
-    with pytest.raises(weights.WeightsError, match=r"has no token </think>, which the prompt's template needs"):
+    with pytest.raises(weights.WeightsError, match=r"has no token </think>, .* needs: download it again"):
         folders.tokenizers(str(tmp_path), (KLEIN,))
     assert folders.tokenizers(str(tmp_path), (Z_IMAGE,))
 

@@ -14,7 +14,7 @@ from oracle import error, randomise
 from safetensors.numpy import load_file
 
 from solrl_jax import config, guidance, lora, quant, sampler, weights
-from solrl_jax.models import public, zimage
+from solrl_jax.models import public, zimage, zimage_network
 from solrl_jax.models.zimage import Caption, ZImageConfig, ZImageTransformer
 from solrl_jax.quant import coverage
 from solrl_jax.structs import Model
@@ -297,7 +297,7 @@ def test_frames_after_the_caption():
     """The image's frame is one behind the padded caption; rotations depend on differences alone."""
     cfg = weights.from_config(ZImageConfig, "memory", PUBLIC["transformer/config.json"])
     where = zimage.places(cfg, 2, 3, 64)
-    cos, sin = zimage.image_rope(where, jnp.array([1, 33]), 6)
+    cos, sin = zimage_network.image_rope(where, jnp.array([1, 33]), 6)
     assert cos.shape == sin.shape == (2, 32, 128)
     np.testing.assert_allclose(cos[:, 0, 0], np.cos([33.0, 65.0]), atol=1e-6)  # theta^0 = 1
     np.testing.assert_allclose(-sin[:, 0, 0], np.sin([33.0, 65.0]), atol=1e-6)
@@ -493,7 +493,7 @@ def test_refused_folders(copy, file, values, words):
         ({"size": 30}, r"model.size=30: use a multiple of 4 pixels \(VAE x2, 2x2 patches\)"),
         ({"text_tokens": 33}, "model.text_tokens=33: Z-Image .* multiple of 32 tokens: use 64"),
         ({"text_tokens": 160}, r"model.text_tokens=160: the network has 160 frames \(axes_lens\): use 128 or less"),
-        ({"size": 256}, "model.size=256 is 64 tokens along a side: the network has places for 32"),
+        ({"size": 256}, "model.size=256 is 64 tokens .* has places for 32 .axes_lens.: use 128 or less"),
     ],
 )
 def test_sizes_that_do_not_fit(copy, changes, words):

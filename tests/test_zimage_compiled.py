@@ -9,7 +9,7 @@ import pytest
 
 from solrl_jax import lora, quant
 from solrl_jax.config import Lora
-from solrl_jax.models import public, zimage
+from solrl_jax.models import public, zimage, zimage_network
 from solrl_jax.models.zimage import ZImageConfig, ZImageTransformer
 from solrl_jax.structs import QuantRule
 from solrl_jax.weights import from_config
@@ -108,5 +108,5 @@ def test_rotary_norm(h100):
     x = jax.ShapeDtypeStruct((B, N + L, 30, 128), jnp.bfloat16)
     scale = jax.ShapeDtypeStruct((1, N + L, 1, 128), jnp.float32)
     table = jax.ShapeDtypeStruct((B, N + L, 128), jnp.float32)
-    program = card.compiled(zimage.rotary_norm, x, scale, (table, table), on=h100)
+    program = card.compiled(zimage_network.rotary_norm, x, scale, (table, table), on=h100)
     assert kernels(program) == ["__triton"] and program.memory_analysis().temp_size_in_bytes < 1000

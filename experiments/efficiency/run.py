@@ -1,6 +1,6 @@
 """Rollout and whole iteration of a model at full size: 96 candidates in BF16, and in two stages in BF16 and below.
 
-    python -m experiments.efficiency.run --model=flux                               # an H100; sd35, sana
+    python -m experiments.efficiency.run --model=flux                               # an H100; flux2, sd35, sana, zimage
     python -m experiments.efficiency.run --model=tiny --prompts=4 --out=/tmp/e.json     # the path in short
 
 The paper's table, against our own compiled BF16 rollout: naive is all candidates in BF16 with the full steps, of which
@@ -85,7 +85,7 @@ def known(file: Path, facts: Mapping[str, Any]) -> dict[str, list[dict[str, floa
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="flux", help="a config: flux, sd35, sana")
+    parser.add_argument("--model", default="flux", help="a config: flux, flux2, sd35, sana, zimage")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--set", default="", help="config words, field=value with commas: reward=clipscore")

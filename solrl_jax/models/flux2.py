@@ -41,7 +41,7 @@ LORA_ALL = (*LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out
 SKIP = ("x_embedder", "context_embedder", "time_guidance_embed", "modulation", "norm_out", r"^proj_out")
 ENCODERS = (
     Encoder(
-        *("qwen", "text_encoder", "tokenizer", qwen3.Qwen3Config),
+        *("qwen3", "text_encoder", "tokenizer", qwen3.Qwen3Config),
         masked=True,
         reads=(9, 18, 27),
         template=qwen3.KLEIN,
@@ -200,16 +200,18 @@ class Flux2Transformer(nn.Module):
         image, words = (Modulation(6, **bare, name=f"double_stream_modulation_{s}")(cond) for s in ("img", "txt"))
         chunks = Modulation(3, **bare, name="single_stream_modulation")(cond)
         x = Linear(cfg.width, **bare, name="x_embedder")(x)
-        text = Linear(cfg.width, **bare, name="context_embedder")(text) if context is None else context
+        if context is None:
+            assert text is not None
+            context = Linear(cfg.width, **bare, name="context_embedder")(text)
         how = {"remat": self.remat, "keeps": self.keeps}
         double = stack(DoubleBlock, cfg.num_layers, 3, **how)(cfg, self.dtype, name="transformer_blocks")
         single = stack(SingleBlock, cfg.num_single_layers, 2, **how)
-        (x, text), _ = double((x, text), image, words, rope)
-        both = jnp.concatenate([text, x], axis=1)
+        (x, read), _ = double((x, context), image, words, rope)
+        both = jnp.concatenate([read, x], axis=1)
         both, _ = single(cfg, self.dtype, name="single_transformer_blocks")(both, chunks, rope)
         scale, shift = Modulation(2, **bare, name="norm_out")(cond)
-        image = modulate(both[:, text.shape[1] :], shift, scale, self.dtype)
-        return Linear(cfg.in_channels, **bare, name="proj_out")(image)
+        x = modulate(both[:, -x.shape[1] :], shift, scale, self.dtype)
+        return Linear(cfg.in_channels, **bare, name="proj_out")(x)
 
 
 class TextStates(nn.Module):
@@ -279,8 +281,8 @@ def make(cfg: config.Model, folder: Path) -> Model:
         return network.init(key, x, jnp.ones(1), tuple(map(jnp.asarray, rope)), text)["params"]
 
     def encode(params: Params, ids: PyTree) -> PyTree:
-        length = jnp.sum(ids["qwen"]["mask"], axis=-1)
-        return {"text": qwen.apply({"params": params["qwen"]}, ids["qwen"]["ids"], length)}
+        length = jnp.sum(ids["qwen3"]["mask"], axis=-1)
+        return {"text": qwen.apply({"params": params["qwen3"]}, ids["qwen3"]["ids"], length)}
 
     return Model(
         name="flux2",
@@ -332,7 +334,7 @@ def _check_widths(folder: Path, cfg: Flux2Config, vae_cfg: vae.Flux2VaeConfig, w
 def load(
     cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
 ) -> tuple[Params, Params, Params]:
-    """(transformer, VAE decoder, text encoder {qwen}) of the folder, in the dtypes that `make`'s functions expect.
+    """(transformer, VAE decoder, text encoder {qwen3}) of the folder, in the dtypes that `make`'s functions expect.
 
     `place` reads each leaf of the transformer, `place_vae` of the decoder; the text encoder stays numpy.
     """

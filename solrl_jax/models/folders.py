@@ -72,7 +72,7 @@ HALVES = {
 
 
 def _half(folder: Path) -> Half:
-    name = weights.read_json(folder / "vae" / "config.json").get("_class_name")
+    name = str(weights.read_json(folder / "vae" / "config.json").get("_class_name"))
     return HALVES.get(name, Half(vae.VaeConfig, vae.Decoder, vae.load_vae))
 
 
@@ -244,10 +244,12 @@ def _tokenizer(folder: Path, encoder: Encoder, digest: str) -> Any:
         raise weights.WeightsError(f"{Path(where) / 'tokenizer_config.json'}: pad_token is missing: download it again")
     if encoder.masked and (side := found.padding_side) != "right":
         raise weights.WeightsError(
-            f"{Path(where) / 'tokenizer_config.json'}: padding_side is {side!r}: only 'right' is known here"
+            f"{Path(where) / 'tokenizer_config.json'}: padding_side is {side!r}: set it to 'right'"
         )
     if encoder.template and (missing := encoder.template.missing(found)):
-        raise weights.WeightsError(f"{where} has no token {missing[0]}, which the prompt's template needs")
+        raise weights.WeightsError(
+            f"{where} has no token {missing[0]}, which the prompt's template needs: download it again"
+        )
     if isinstance(cfg, text.ClipTextConfig) and found.model_max_length != cfg.max_position_embeddings:
         raise weights.WeightsError(
             f"{Path(where) / 'tokenizer_config.json'}: model_max_length is {_length(found)}: its text encoder reads "

@@ -29,6 +29,7 @@ from solrl_jax.weights.options import Options
 
 KLEIN_TOKENS = 512
 Z_IMAGE_BLOCK = 32
+"""Z-Image pads the tokens of a caption, and of an image, to a multiple of this."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -107,6 +107,7 @@ class Flux2VaeConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
+    use_quant_conv: bool = True  # the encoder's
     use_post_quant_conv: bool = True
     batch_norm_eps: float = 1e-4
 
@@ -118,7 +119,7 @@ class Flux2VaeConfig:
             "up_block_types": ("UpDecoderBlock2D",),
             "patch_size": (2,),
         },
-        idle=("sample_size", "force_upcast", "batch_norm_momentum", "use_quant_conv"),  # the last is the encoder's
+        idle=("sample_size", "force_upcast", "batch_norm_momentum"),
     )
     scaling_factor: ClassVar[float] = 1.0
     shift_factor: ClassVar[float] = 0.0
@@ -397,7 +398,7 @@ def load_flux2(
     module = Flux2Decoder(cfg, dtype)
     spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, 1, cfg.channels)))["params"]
     files = weights.Files(folder, "diffusion_pytorch_model")
-    others = (r"encoder\..*", r"quant_conv\..*", r"bn\.num_batches_tracked")
+    others = (r"encoder\..*", r"bn\.num_batches_tracked", *([r"quant_conv\..*"] * cfg.use_quant_conv))
     return module, weights.load(files, spec, FLUX2_KEYS, dtype=dtype, droppable=others, place=place)
 
 

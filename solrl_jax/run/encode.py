@@ -45,11 +45,9 @@ class Conditioner:
         """P is a multiple of the devices. If a prompt of `prompts` is new, `ahead` is encoded too, if it fits: later
         calls' prompts, `batch` each (0: as many as now)."""
         prompts, ahead = self._mine(prompts, len(prompts)), self._mine(ahead, batch or len(prompts))
-        named = dict.fromkeys((*prompts, *ahead, *self.constant))
         if processes.any_of(any(prompt not in self.kept for prompt in prompts)):
-            self._encode(named, {*prompts, *self.constant})
+            self._encode(dict.fromkeys((*prompts, *ahead, *self.constant)), {*prompts, *self.constant})
         found = [self.kept[prompt] for prompt in prompts]
-        self.most = max(self.most, len({*prompts, *self.constant} & self.kept.keys()) * self.each)
         self._forget(dict.fromkeys((*prompts, *reversed(ahead), *self.constant)))
         return sharding.from_here(jax.tree.map(lambda *rows: np.stack(rows), *found), self.mesh)
 
@@ -75,6 +73,7 @@ class Conditioner:
         """Encode those of `named` that are not kept: all `needed` ones, and of the others the first that fit."""
         params = self.params if self.stay else sharding.place(self.params, self.mesh)
         named, new = list(named), []
+        order = sorted(reversed(named), key=needed.__contains__)  # in which others are dropped, never a needed one
         while processes.any_of(bool(new := self._fitting(named, needed))):
             some = new[: self.group]
             tokens = self.model.tokenize([*some, *[(some or named)[-1]] * (self.group - len(some))])
@@ -83,6 +82,8 @@ class Conditioner:
             # Copies: a row that is a view would keep the rows of all its call in memory.
             self.kept |= {prompt: jax.tree.map(lambda x, j=j: x[j].copy(), rows) for j, prompt in enumerate(some)}
             self.each = sum(x[0].nbytes for x in jax.tree.leaves(rows))
+            self.most = max(self.most, len(needed) * self.each)
+            self._forget(order)
         if not self.stay:
             jax.tree.map(lambda x: x.delete(), params)
 

@@ -1,0 +1,98 @@
+"""FLUX.2-klein-base-4B at full size on one GPU, part by part, each in a process of its own: a JSON after every figure.
+
+    python -m experiments.flux2_h100.run                                                       # an H100
+    python -m experiments.flux2_h100.run --parts=1024 --repeat=1                               # minutes a part
+    python -m experiments.flux2_h100.run --forward=2 --set=model.path=DIR,candidates=8,...     # the path in short
+
+Random weights (experiments/full_size.py), one prompt an iteration, guided at 4: a sample is two rows of the network.
+
+512, 1024   forward of 24 rows in BF16 and FP8, decode, micro-steps, whole iterations of sol_rl with every stage, peak
+24gb        whole iterations of `flux2:24gb` with the allocator limited to LIMIT bytes, as a card of 24 GB has them;
+            beside it what the plan says of memory and seconds, made before the run
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments import results
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 23.7e9
+"""Bytes that JAX takes of a card of 24 GiB."""
+
+
+class Part(NamedTuple):
+    config: str
+    words: dict[str, str]
+    only: str  # what of full_size
+    keeps: str = ""  # model.remat_keeps of its micro-steps
+    limit: bool = False
+
+
+_LARGE = {"model.size": "1024", "explore.chunk": "12", "regenerate.chunk": "12", "learn.micro_batch": "4"}
+PARTS = {
+    "512": Part("flux2:sol_rl", {}, "encode,forward,decode,reward,micro_step,iterations", ";attention;attention,mlp"),
+    "1024": Part("flux2:sol_rl", _LARGE, "encode,forward,decode,micro_step,iterations", "attention"),
+    "24gb": Part("flux2:24gb", {}, "encode,iterations", limit=True),
+}
+CARD = "H100 80GB"
+
+
+def limited(bytes_wanted: float) -> dict[str, str]:
+    """The environment in which JAX takes so much of the first GPU's memory, and no more; nothing without a GPU."""
+    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    total = float(said.splitlines()[0]) * 2**20
+    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{bytes_wanted / total:.4f}", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
+
+
+def planned(name: str, words: dict[str, str], out: Path) -> None:
+    """What the plan says of a part, before it runs."""
+    from solrl_jax import config, plan
+    from solrl_jax.plan import shapes
+
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = shapes.with_configs(config.load(PARTS[name].config, {"prompts": "1", **words}), folder)
+        found = plan.plan(cfg, 1, CARD)
+    figures = {f"{use.stage}: memory": results.figure(use.total / 1e9, "GB", 1) for use in found.uses}
+    figures |= {f"{use.stage}: time": results.figure(use.seconds, "s", 1) for use in found.uses}
+    results.record(out, figures, card=CARD, of=name)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(PARTS), help="of 512, 1024 and 24gb, with commas")
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--forward", default="24", help="rows of a forward pass")
+    parser.add_argument("--precisions", default="bf16,fp8", help="of the forward passes")
+    parser.add_argument("--set", default="", help="more config words, field=value with commas")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    args = parser.parse_args(argv)
+    more = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
+    failed = []
+    for name in args.parts.split(","):
+        part = PARTS[name]
+        words = {**part.words, **more}
+        planned(name, words, args.out / f"{name}_plan.json")
+        command = [sys.executable, "-m", "experiments.full_size", f"--config={part.config}", f"--only={part.only}"]
+        command += [f"--prompts={words.pop('prompts', '1')}", f"--repeat={args.repeat}", f"--keeps={part.keeps}"]
+        command += [f"--forward={','.join(f'{p}:{args.forward}' for p in args.precisions.split(','))}"]
+        command += [f"--decode=bfloat16:{args.forward}", f"--out={args.out / f'{name}.json'}"]
+        command += [f"--set={','.join(f'{k}={v}' for k, v in words.items())}"]
+        print(f"== {name}: {' '.join(command[1:])}", flush=True)
+        if subprocess.run(command, env={**os.environ, **(limited(LIMIT) if part.limit else {})}).returncode:
+            failed.append(name)  # the other parts still run
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
