@@ -104,7 +104,7 @@ def test_gradient(h100):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["merged", "quantised", "explore", "regenerate", "learn"])
+@pytest.mark.parametrize("stage", ["merged", "quantised", "explore", "learn"])
 def test_stages_of_the_recipe_for_24_gb(h100, tmp_path, stage):
     """The whole base 4B by `flux2:24gb`, one prompt an iteration: what the stage's program takes beside what else is on
     the card is below 23.7 GB, and its temporaries are about the plan's."""

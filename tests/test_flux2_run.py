@@ -23,7 +23,7 @@ from tests import nano, nano_flux2
 
 REWARDS = ("clipscore", "pickscore", "hpsv2", "imagereward")
 VARIANTS = ("24gb", "base_9b", "4b", "9b")
-METHODS = ("sol_rl", "branch", "flow_grpo", "flow_grpo_fast", "dance_grpo", "awm", "vgrpo")
+METHODS = ("sol_rl", "branch", "awm", "dance_grpo")  # the others: tests/test_zimage_run.py
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_it_divides_over_devices(recipe, samples, chunk, devices):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("card", ["H100 80GB", "RTX 4090 24GB"])
+@pytest.mark.parametrize("card", ["RTX 4090 24GB"])
 def test_plan_from_public_sizes(capsys, monkeypatch, card):
     """Nothing is placed, nothing read: parameters and TFLOP of open_bases.md sections 1, 7 and 9. By `24gb` every stage
     fits a card of 24 GB, of which a run can use 23.7."""

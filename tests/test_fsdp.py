@@ -95,6 +95,7 @@ def velocities_of(cfg, shard: int) -> list:
         return jax.jit(everything)(base, adapter, x, cond)
 
 
+@pytest.mark.slow
 def test_codes_velocity_and_gradient_have_the_same_bits(folder):
     """On 4 devices, weights whole and over pairs of them."""
     cfg = nano.build(folder / "flux")

@@ -59,9 +59,7 @@ def test_golden_iteration(folder):
     assert found == pytest.approx(GOLDEN, rel=2e-3, abs=1e-7)
 
 
-@pytest.mark.parametrize(
-    "devices", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_staged_equals_whole(folder, devices):
     parts = parts_of(nano.build(folder), devices)
     with jax.set_mesh(parts.mesh):

@@ -257,6 +257,7 @@ def test_the_measurement_and_evaluation_are_counted(planned):
     assert [use.stage for use in found] == ["encode", "quantise", "explore", "regenerate", "learn"]
 
 
+@pytest.mark.slow
 def test_a_watch_of_a_lowered_chunk_takes_what_that_takes(planned):
     low = config.override(planned.cfg, **{"regenerate.chunk": "4"})
     full, less = by_stage(planned)["watch"], plan.use_of("watch", low, planned.sizes, 1, plan.CARDS["H100 80GB"])

@@ -25,7 +25,8 @@ SMALL = (
     "--config=tiny",
     *("--config.prompts=4", "--config.candidates=8", "--config.kept=4", "--config.learn.updates=2"),
     *("--config.learn.micro_batch=16", "--config.explore.chunk=8", "--config.regenerate.chunk=4"),
-    *("--config.evaluate.every=3", "--config.evaluate.prompts=8", "--config.evaluate.steps=4"),
+    *("--config.evaluate.every=2", "--config.evaluate.prompts=8", "--config.evaluate.steps=4"),
+    "--config.watch.every=0",
     "--config.reward=clipscore:1,some_rewards.redness:0.5",
 )
 REWARD = """
@@ -37,8 +38,6 @@ HOST = True
 def redness(images, prompts):
     with open(os.environ["SEEN"], "a") as f:
         f.write("".join(f"{prompt}\\n" for prompt in prompts))
-    if os.path.exists(os.environ["SEEN"] + ".fail"):
-        raise RuntimeError("the service is away")
     return images[..., 0].mean((1, 2)) / 255
 """
 
@@ -56,6 +55,8 @@ def started(folder: Path, command: Sequence[str], count: int = 2, devices: int =
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",
             "SEEN": str(folder / f"seen_{i}"),
             "WHERE": where,
@@ -224,25 +225,25 @@ def resumed(folder: Path, run: Path, iterations: int, count: int) -> list[int]:
 @pytest.mark.slow
 def test_two_processes_are_one_with_two_devices(folder):
     """Metrics, pictures and LoRA bit for bit; a reward on the host sees a process's own pictures. A signal to one stops
-    both; one that fails ends both; a lost one ends the other; and from each a run goes on in one or in two."""
+    both; a lost one ends the other; and the run goes on in one or in two."""
     one, two = folder / "one", folder / "two"
-    assert ended(started(folder, command(one, "--config.iterations=3"), 1, devices=2)) == [0], said(folder)
+    assert ended(started(folder, command(one, "--config.iterations=2"), 1, devices=2)) == [0], said(folder)
     asked = (folder / "seen_0").read_text().split("\n")
     (folder / "seen_0").unlink()
-    assert ended(started(folder, command(two, "--config.iterations=3"))) == [0, 0], said(folder)
-    assert lines(one) == lines(two) and len(lines(one)) == 4
+    assert ended(started(folder, command(two, "--config.iterations=2"))) == [0, 0], said(folder)
+    assert lines(one) == lines(two) and len(lines(one)) == 3
     mine, other = ((folder / f"seen_{i}").read_text().split("\n") for i in range(2))
     assert sorted([*mine, *other]) == sorted([*asked, ""]) and len(mine) == len(other)
     files = [load_file(run / "pytorch_lora_weights.safetensors") for run in (one, two)]
     assert all(np.array_equal(files[0][name], files[1][name]) for name in files[0]) and len(files[0]) == 40
-    for name in ("000000.png", "000003.png", "base.npz", "last.npz"):
+    for name in ("000000.png", "000002.png", "base.npz", "last.npz"):
         assert (one / "grids" / name).read_bytes() == (two / "grids" / name).read_bytes()
-    assert {p.name for p in (two / "checkpoints").iterdir()} == {"1", "2", "3"}  # every iteration
+    assert {p.name for p in (two / "checkpoints").iterdir()} == {"1", "2"}  # every iteration
     assert said(folder)[1].count("iteration") == 0
 
     more = (f"--run_dir={two}", "--resume", "--config.iterations=200")
     running = started(folder, [sys.executable, "-m", "solrl_jax.main", *more])
-    wait_for(lambda: len(lines(two)) > 5, running)
+    wait_for(lambda: len(lines(two)) > 4, running)
     running[1].send_signal(signal.SIGTERM)
     assert ended(running) == [75, 75], said(folder)
     stopped = len(lines(two)) - 1
@@ -251,14 +252,6 @@ def test_two_processes_are_one_with_two_devices(folder):
 
     running = started(folder, [sys.executable, "-m", "solrl_jax.main", *more])
     wait_for(lambda: len(lines(two)) > stopped + 2, running)
-    (folder / "seen_1.fail").touch()
-    assert ended(running) == [2, 2], said(folder)
-    (folder / "seen_1.fail").unlink()
-    assert "error: process 1 failed: RewardError: reward some_rewards.redness failed" in said(folder)[0]
-
-    running = started(folder, [sys.executable, "-m", "solrl_jax.main", *more])
-    failed = len(lines(two))
-    wait_for(lambda: len(lines(two)) > failed + 1, running)
     running[1].kill()
     began = time.monotonic()
     assert 0 not in ended(running, 90) and time.monotonic() - began < 60, said(folder)
@@ -267,7 +260,6 @@ def test_two_processes_are_one_with_two_devices(folder):
     assert resumed(folder, two, done, 1) == [0], said(folder)
     assert resumed(folder, one, done, 2) == [0, 0], said(folder)
     assert [line for line in lines(one) if line["iteration"] < done] == lines(two)[:done]
-    assert resumed(folder, two, done + 1, 2) == [0, 0], said(folder)
 
 
 @pytest.mark.parametrize(

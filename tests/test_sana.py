@@ -146,7 +146,7 @@ def test_bfloat16_stays_near():
     assert 1e-4 < error(found, theirs(model, given)) < 0.05
 
 
-@pytest.mark.parametrize("kind", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("params", "lora")), "quant"])
+@pytest.mark.parametrize("kind", [pytest.param(x, marks=pytest.mark.slow) for x in ("params", "lora", "quant")])
 def test_text_keys_once_a_rollout(folder, kind):
     """Keys and values made beforehand, of each policy's own weights, give the same velocity."""
     from solrl_jax import lora, quant

@@ -24,7 +24,7 @@ from tests.test_flux import rewrite
 
 REWARDS = ("pickscore", "clipscore", "hpsv2", "imagereward")
 FEED_FORWARD = tuple(f"feed_forward.{w}" for w in ("w1", "w2", "w3"))
-METHODS = ("sol_rl", "branch", "flow_grpo", "flow_grpo_fast", "dance_grpo", "awm", "vgrpo")
+METHODS = ("branch", "flow_grpo", "vgrpo")  # the others: tests/test_flux2_run.py
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ FINAL = 2 * 3840 * 64
 
 @pytest.mark.parametrize(
     ("size", "tokens", "tflop"),
-    [(512, 64, 12.902), (512, 128, 13.694), (512, 512, 18.533), (1024, 64, 55.606), (1024, 128, 56.580)],
+    [(512, 128, 13.694), (512, 512, 18.533), (1024, 64, 55.606)],
 )
 def test_flops_of_a_forward_pass(tmp_path, size, tokens, tflop):
     """Section 7, for captions that fill the window; without the last layer's rows of text."""
@@ -245,7 +245,7 @@ def test_methods(nano_dir, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [(), (*zimage.LORA_TARGETS, *FEED_FORWARD)])
+@pytest.mark.parametrize("targets", [(*zimage.LORA_TARGETS, *FEED_FORWARD)])
 def test_a_guided_iteration(nano_dir, tmp_path, targets):
     """Rollouts and loss at weight 5, whose negative is the empty prompt, 19 tokens here; feed-forwards adapted too."""
     stages = {"explore": Stage(2, "dpm2", "bf16", 4, guidance=5.0), "regenerate": Stage(3, chunk=4, guidance=5.0)}

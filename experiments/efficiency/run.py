@@ -1,7 +1,7 @@
 """Rollout and whole iteration of a model at full size: 96 candidates in BF16, and in two stages in BF16 and below.
 
     python -m experiments.efficiency.run --model=flux                               # an H100; flux2, sd35, sana, zimage
-    python -m experiments.efficiency.run --model=tiny --prompts=4 --out=/tmp/e.json     # the path in short
+    python -m experiments.efficiency.run --model=tiny --prompts=4 --forms="naive;branch" --out=/tmp/e.json   # in short
 
 The paper's table, against our own compiled BF16 rollout: naive is all candidates in BF16 with the full steps, of which
 the kept are learnt from (`naive_scaling`); two stages in BF16 are the control that the low precision is measured by.
