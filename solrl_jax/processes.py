@@ -128,7 +128,7 @@ def agreed(value: Callable[[], Any]) -> Any:
     """What `value` gives on the first process, on all; it must be of JSON's kinds."""
     if count() == 1:
         return value()
-    return json.loads(gathered(json.dumps(together(value) if first() else together(lambda: None)))[0])
+    return json.loads(gathered(json.dumps(by_first(value)))[0])
 
 
 def any_of(flag: bool, channel: str = "main") -> bool:

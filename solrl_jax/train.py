@@ -29,6 +29,7 @@ import jax
 from solrl_jax import disk, guidance, iteration, learn, mixture, plan, processes, report, sharding
 from solrl_jax.config import Config, ConfigError, to_json, values
 from solrl_jax.keys import calibration_key
+from solrl_jax.models.text import contents
 from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.report.run import read_starts
@@ -102,7 +103,8 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
 def settings(cfg: Config, run: Path) -> dict[str, str]:
     """What all processes must have in common to train together."""
     fields = {name: repr(value) for name, value in values(cfg)}
-    return {"run_dir": str(run), "jax": jax.__version__, **fields}
+    code = contents(Path(__file__).parent, "**/*.py")[:16]
+    return {"run_dir": str(run), "jax": jax.__version__, "the code of solrl_jax": code, **fields}
 
 
 def check_shared(run: Path) -> None:

@@ -4,7 +4,8 @@ The network is in zimage_network.py. It takes 1 - sigma and gives x0 - noise: `v
 own two blocks depend on neither the state nor the time, so a rollout runs them once (`Model.prepare`).
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +71,8 @@ def make(cfg: config.Model, folder: Path) -> Model:
     grid = chosen(cfg.shift, own)
     network = ZImageTransformer(zimage, dtype, cfg.remat, cfg.remat_keeps)
     captions = Caption(zimage, dtype, cfg.remat, cfg.remat_keeps)
-    words, decoder = (
-        folders.text_modules(folder, ENCODERS, dtype)["qwen3"],
-        vae.Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype)),
-    )
+    (words,) = folders.text_modules(folder, ENCODERS, dtype).values()
+    decoder = vae.Decoder(vae_cfg, jnp.dtype(cfg.vae_dtype))
     where, shape = places(zimage, side // 2, side // 2, cfg.text_tokens), (side, side, zimage.in_channels)
 
     def run(variables: Variables, x: Array, sigma: Array, cond: PyTree, **how: Any) -> Any:
@@ -101,13 +100,10 @@ def make(cfg: config.Model, folder: Path) -> Model:
         length = jnp.sum(ids["qwen3"]["mask"], axis=-1)
         return {"text": words.apply({"params": params["qwen3"]}, ids["qwen3"]["ids"], length), "length": length}
 
-    def tokenize(prompts: Sequence[str]) -> PyTree:
-        return folders.tokenize(str(folder), ENCODERS, cfg.text_tokens, prompts)
-
     guided = cfg.guidance == "cfg" or not turbo
     return Model(
         name="zimage",
-        tokenize=tokenize,
+        tokenize=functools.partial(folders.tokenize, str(folder), ENCODERS, cfg.text_tokens),
         encode=encode,
         noise=lambda key: jax.random.normal(key, shape),
         sigmas=grid.sigmas,
