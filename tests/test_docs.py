@@ -2,8 +2,8 @@
 
 Commands run word for word, in a folder that has what they name (RUN, DIR, FILE, prompts, ...), beside a hub's cache
 that holds nano models under the public names. All that is changed is `small`: the sizes of a config. The default tier
-runs what is quick and of the rest everything up to where work begins: flags, config, recipe, prompts; `-m slow` runs it
-all. Experiments' arguments are parsed. What needs the network or another program is in ELSEWHERE, with what is looked
+runs what is quick and of the rest everything up to where work begins: flags, config, recipe, prompts; `-m slow` runs
+one command of each kind whole. Experiments' arguments are parsed. What needs the network or another program is in ELSEWHERE, with what is looked
 at instead.
 """
 
@@ -133,7 +133,7 @@ def own_rewards() -> dict[str, str]:
 
 
 def ours(*words: str) -> int:
-    """The exit code of python -m solrl_jax.main, on one device; several processes use all."""
+    """The exit code of python -m solrl_jax.main, on one device; of several processes each uses all of its own."""
     several = any(word.startswith("--coordinator=") for word in words)
     with flagsaver.flagsaver():
         return main.main(main.parse(["solrl_jax", *([] if several else ["--devices=1"]), *words]))
@@ -171,17 +171,11 @@ def test_a_command_of_the_package(command, place, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def public(cache, tmp_path_factory):
-    """The cache, with SD3.5, SANA and ImageReward too."""
-    from tests import nano_sana, nano_sd35, test_imagereward
+def imagereward(cache, tmp_path_factory):
+    """ImageReward is in the cache too."""
+    from tests import test_imagereward
 
-    folder = tmp_path_factory.mktemp("public")
-    publish(cache, "stabilityai/stable-diffusion-3.5-large", nano_sd35.write(folder / "large"))
-    medium = nano_sd35.write(folder / "medium", **nano_sd35.MEDIUM)
-    publish(cache, "stabilityai/stable-diffusion-3.5-medium", medium)
-    publish(cache, "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", nano_sana.write(folder / "sana"))
-    (folder / "imagereward").mkdir()
-    publish(cache, "zai-org/ImageReward", test_imagereward.write(folder / "imagereward"))
+    publish(cache, "zai-org/ImageReward", test_imagereward.write(tmp_path_factory.mktemp("imagereward")))
 
 
 @pytest.fixture
@@ -210,13 +204,24 @@ def trained(place, default_run):
     (place / "RUN/checkpoints/1").rename(place / "RUN/checkpoints/20")
 
 
+def kind(command: Command) -> tuple[str, ...]:
+    """What it runs: its mode and the names of its flags. Every model and recipe has tests of its own beside this."""
+    return mode(command), *sorted({word.partition("=")[0] for word in command.words[3:]})
+
+
+WHOLE = {kind(command): command for command in reversed(OURS) if not asks_for_help(command)}.values()
+"""The first of each kind."""
+ALONE = [command for command in WHOLE if not any(word.startswith("--coordinator=") for word in command.words)]
+"""Without those that wait for other processes, which tests/test_processes.py starts."""
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("public", "trained", "shrunk")
-@pytest.mark.parametrize("page", sorted({command.page for command in OURS}))
+@pytest.mark.usefixtures("imagereward", "trained", "shrunk")
+@pytest.mark.parametrize("page", sorted({command.page for command in ALONE}))
 def test_the_commands_of_a_page_run(page, capsys):
     """In their order, each with what those before it left."""
     for command in documents.commands(page):
-        if command in OURS:
+        if command in ALONE:
             assert ours(*command.words[3:]) == 0, f"{command.text}\n{capsys.readouterr().err}"
     if page == "docs/flux.md":
         ((_, text),) = (block for block in documents.blocks(page) if block[0] == "python")

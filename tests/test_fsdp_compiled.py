@@ -175,7 +175,8 @@ def test_gradient(cards, remat):
 @pytest.mark.parametrize("name", ["flux", "sd35", "sana"])
 def test_stages_of_the_public_models(name):
     """Merging sends nothing; quantising to FP8, exploring, regenerating and learning move kernels in the layers' loops
-    alone; base, merged and quantised kernels are a fourth on each card."""
+    alone; base, merged and quantised kernels are a fourth on each card. Rollouts of FLUX.1 stand for all: they run the
+    forward pass that learning differentiates."""
     mesh = card.mesh(devices=CARDS, shard=CARDS)
     with tempfile.TemporaryDirectory() as folder:
         cfg = shapes.with_configs(config.load(name, {"prompts": str(CARDS), "evaluate.every": "0"}), folder)
@@ -207,6 +208,8 @@ def test_stages_of_the_public_models(name):
         parts, total = held(x), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(x))
         assert parts < (1 / CARDS + 0.03) * total, path
     for stage, (f, *args) in programs.items():
+        if stage in ("explore", "regenerate") and name != "flux":
+            continue
         program = compiled(f, *args, on=mesh)
         sent = [m for m in moved(program.as_text()) if m.bytes > SMALL]
         if stage == "merged":

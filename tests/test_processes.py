@@ -90,7 +90,7 @@ from solrl_jax.processes import ProcessError
 
 i = int(sys.argv[-1].split("=")[1])
 processes.join(os.environ["WHERE"], 2, i)
-out = {"gathered": [processes.gathered(f"{i} {n}") for n in range(5)]}
+out = {"exchanged": [json.loads(processes.exchanged(f"{i} {n}", json.dumps)) for n in range(5)]}
 out["agreed"] = processes.agreed(lambda: {"from": i, "x": [1.5, None]})
 out["any"] = [processes.any_of(i == 1), processes.any_of(False)]
 out["by_first"] = processes.by_first(lambda: "written")
@@ -128,7 +128,7 @@ def test_what_two_processes_agree_on(tmp_path):
     assert ended(started(tmp_path, [sys.executable, "-c", AGREEING]), 120) == [0, 0], said(tmp_path)
     found = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2)]
     for i, one in enumerate(found):
-        assert one["gathered"] == [[f"0 {n}", f"1 {n}"] for n in range(5)]
+        assert one["exchanged"] == [[f"0 {n}", f"1 {n}"] for n in range(5)]
         assert one["agreed"] == {"from": 0, "x": [1.5, None]}
         assert one["any"] == [True, False]
         assert one["by_first"] == ("written" if i == 0 else None)
@@ -147,7 +147,7 @@ def test_one_process_agrees_with_itself():
     def fails():
         raise ValueError("as it is")
 
-    assert processes.gathered("a") == ["a"] and processes.agreed(lambda: {1: 2}) == {1: 2}
+    assert processes.exchanged("a", "".join) == "a" and processes.agreed(lambda: {1: 2}) == {1: 2}
     assert processes.first() and processes.by_first(lambda: 3) == 3 and processes.any_of(True)
     with pytest.raises(ValueError, match="as it is"):
         processes.together(fails)
