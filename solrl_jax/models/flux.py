@@ -7,7 +7,7 @@ this file computes in f32.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -26,7 +26,7 @@ from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated,
 from solrl_jax.models.schedule import Grid, Schedule, chosen, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule, hub
-from solrl_jax.weights.lora_files import Fused
+from solrl_jax.weights.lora_files import Fused, fused
 from solrl_jax.weights.options import Options
 
 PIPELINES = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")  # all have the same parts
@@ -383,35 +383,7 @@ def _check_widths(folder: Path, cfg: FluxConfig, vae_cfg: vae.VaeConfig) -> None
     folders.check_parts(folder, found)
 
 
-def load(
-    cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
-) -> tuple[Params, Params, Params]:
-    """(transformer, VAE decoder, text encoders {clip, t5}) of the folder, in the dtypes that `make`'s functions expect.
-
-    `place` reads each leaf of the transformer, `place_vae` of the decoder; the text encoders stay numpy.
-    """
-    base, decoder, encoders = parts(cfg, place, place_vae)
-    return base, decoder, encoders
-
-
-def parts(
-    cfg: config.Model,
-    place: weights.Place | None = None,
-    place_vae: weights.Place | None = None,
-    place_text: weights.Place | None = None,
-) -> Iterator[Params]:
-    """An iterator over what `load` returns; each part is read when it is asked for."""
-    return folders.parts(cfg, make(cfg), ENCODERS, place, place_vae, place_text)
-
-
-def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
-    """What `load` returns, as ShapeDtypeStructs, from the folder's configs alone."""
-    return folders.shapes(cfg, make(cfg), ENCODERS)
-
-
-def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
-    """What `tokenize` returns for that many prompts, as ShapeDtypeStructs."""
-    return folders.token_shapes(cfg, ENCODERS, prompts)
+load, parts, shapes, token_shapes = folders.readers(make, ENCODERS)
 
 
 _STACK = r"((?:single_)?transformer_blocks)/(.+)"
@@ -453,10 +425,6 @@ _COMFY_BLOCKS = {
     },
 }
 COMFY = (
-    *(
-        Fused(theirs + name, tuple(ours + part for part in parts))
-        for (theirs, ours), modules in _COMFY_BLOCKS.items()
-        for name, parts in modules.items()
-    ),
+    *fused(_COMFY_BLOCKS),
     Fused("final_layer_adaLN_modulation_1", ("norm_out.linear",), swapped=True),  # order there: shift, scale
 )

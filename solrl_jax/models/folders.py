@@ -130,6 +130,56 @@ def _module(encoder: Encoder, folder: Path, dtype: Any) -> nn.Module:
     return text.T5Encoder(cfg, dtype) if isinstance(cfg, text.T5Config) else gemma2.Gemma2(cfg, dtype)
 
 
+class Readers(NamedTuple):
+    """What reads a pipeline's weights; every model file has these four functions. All take its config.Model first.
+
+    load(cfg, place, place_vae): (transformer, VAE decoder, text encoders {name: tree}) in the dtypes that `make`'s
+    functions expect, whatever the files have: SD3.5's T5 is stored in float16, in which its states would overflow.
+    `place` reads each leaf of the transformer, `place_vae` of the decoder; the others stay numpy. The transformer's
+    weights are the folder's, or those of `cfg.weights`.
+    parts(cfg, place, place_vae, place_text): an iterator over the same; each is read when it is asked for.
+    shapes(cfg): what `load` returns, as ShapeDtypeStructs, from the folder's configs alone.
+    token_shapes(cfg, prompts): what `tokenize` returns for that many prompts, as ShapeDtypeStructs.
+    """
+
+    load: Callable[..., tuple[Params, Params, Params]]
+    parts: Callable[..., Iterator[Params]]
+    shapes: Callable[[config.Model], tuple[Params, Params, Params]]
+    token_shapes: Callable[[config.Model, int], PyTree]
+
+
+def readers(
+    make: Callable[[config.Model], Model],
+    encoders: Encoders | Callable[[Path], Encoders],
+    namings: tuple[Naming, ...] = (),
+) -> Readers:
+    """The readers of the pipelines that `make` is for. `encoders` may depend on the folder."""
+
+    def of(cfg: config.Model) -> Encoders:
+        return encoders(hub.pipeline(cfg.path, configs_only=True)) if callable(encoders) else encoders
+
+    def each(
+        cfg: config.Model,
+        place: weights.Place | None = None,
+        place_vae: weights.Place | None = None,
+        place_text: weights.Place | None = None,
+    ) -> Iterator[Params]:
+        return parts(cfg, make(cfg), of(cfg), place, place_vae, place_text, namings)
+
+    def load(
+        cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
+    ) -> tuple[Params, Params, Params]:
+        base, decoder, words = each(cfg, place, place_vae)
+        return base, decoder, words
+
+    return Readers(
+        load,
+        each,
+        lambda cfg: shapes(cfg, make(cfg), of(cfg)),
+        lambda cfg, prompts: token_shapes(cfg, of(cfg), prompts),
+    )
+
+
 def parts(
     cfg: config.Model,
     model: Model,

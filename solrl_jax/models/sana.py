@@ -338,38 +338,6 @@ def _check_parts(folder: Path, cfg: SanaConfig, decoder: dcae.DcaeConfig, gemma:
     folders.check_parts(folder, found)
 
 
-def load(
-    cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
-) -> tuple[Params, Params, Params]:
-    """(transformer, VAE decoder, text encoder {gemma}) of the folder, in the dtypes that `make`'s functions expect.
-
-    `place` reads each leaf of the transformer, `place_vae` of the decoder; the text encoder stays numpy. The
-    transformer's weights are the folder's, or those of `cfg.weights`, in diffusers' names or the native ones.
-    """
-    base, decoder, encoders = parts(cfg, place, place_vae)
-    return base, decoder, encoders
-
-
-def parts(
-    cfg: config.Model,
-    place: weights.Place | None = None,
-    place_vae: weights.Place | None = None,
-    place_text: weights.Place | None = None,
-) -> Iterator[Params]:
-    """An iterator over what `load` returns; each part is read when it is asked for."""
-    return folders.parts(cfg, make(cfg), ENCODERS, place, place_vae, place_text, NATIVE)
-
-
-def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
-    """What `load` returns, as ShapeDtypeStructs, from the folder's configs alone."""
-    return folders.shapes(cfg, make(cfg), ENCODERS)
-
-
-def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
-    """What `tokenize` returns for that many prompts, as ShapeDtypeStructs."""
-    return folders.token_shapes(cfg, ENCODERS, prompts)
-
-
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
@@ -418,3 +386,4 @@ NATIVE = (
         (r"y_embedder\.y_embedding", "pos_embed", r"logvar_linear\..*"),
     ),
 )
+load, parts, shapes, token_shapes = folders.readers(make, ENCODERS, NATIVE)

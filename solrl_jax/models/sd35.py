@@ -6,7 +6,6 @@ table is short. Where the reference rounds (times truncated to whole numbers), t
 """
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -276,37 +275,4 @@ def _clip_length(folder: Path) -> int:
     return lengths.pop()
 
 
-def load(
-    cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
-) -> tuple[Params, Params, Params]:
-    """(transformer, VAE decoder, text encoders {clip, clip_g, t5}) of the folder, in the dtypes of `make`'s functions.
-
-    So T5, whose files are fp16, never computes in fp16: its states would overflow. `place` reads each leaf of the
-    transformer, `place_vae` of the decoder; the text encoders stay numpy.
-    """
-    base, decoder, encoders = parts(cfg, place, place_vae)
-    return base, decoder, encoders
-
-
-def parts(
-    cfg: config.Model,
-    place: weights.Place | None = None,
-    place_vae: weights.Place | None = None,
-    place_text: weights.Place | None = None,
-) -> Iterator[Params]:
-    """An iterator over what `load` returns; each part is read when it is asked for."""
-    return folders.parts(cfg, make(cfg), _encoders(cfg), place, place_vae, place_text)
-
-
-def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
-    """What `load` returns, as ShapeDtypeStructs, from the folder's configs alone."""
-    return folders.shapes(cfg, make(cfg), _encoders(cfg))
-
-
-def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
-    """What `tokenize` returns for that many prompts, as ShapeDtypeStructs."""
-    return folders.token_shapes(cfg, _encoders(cfg), prompts)
-
-
-def _encoders(cfg: config.Model) -> Encoders:
-    return encoders_of(hub.pipeline(cfg.path, configs_only=True))
+load, parts, shapes, token_shapes = folders.readers(make, encoders_of)

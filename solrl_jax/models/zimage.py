@@ -5,7 +5,6 @@ own two blocks depend on neither the state nor the time, so a rollout runs them 
 """
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from solrl_jax import config, weights
+from solrl_jax import config
 from solrl_jax.models import flux, folders, public, qwen3, vae
 from solrl_jax.models.folders import Encoder
 from solrl_jax.models.layers import F32, inputs_seen
@@ -152,36 +151,7 @@ def _check_parts(folder: Path, cfg: ZImageConfig, vae_cfg: vae.VaeConfig, qwen: 
     folders.check_parts(folder, found)
 
 
-def load(
-    cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
-) -> tuple[Params, Params, Params]:
-    """(transformer, VAE decoder, text encoder {qwen3}) of the folder, in the dtypes that `make`'s functions expect.
-
-    `place` reads each leaf of the transformer, `place_vae` of the decoder; the text encoder stays numpy. Files may
-    hold another dtype, as Z-Image-Turbo's float32: a leaf is cast as it is read.
-    """
-    base, decoder, encoders = parts(cfg, place, place_vae)
-    return base, decoder, encoders
-
-
-def parts(
-    cfg: config.Model,
-    place: weights.Place | None = None,
-    place_vae: weights.Place | None = None,
-    place_text: weights.Place | None = None,
-) -> Iterator[Params]:
-    """An iterator over what `load` returns; each part is read when it is asked for."""
-    return folders.parts(cfg, make(cfg), ENCODERS, place, place_vae, place_text)
-
-
-def shapes(cfg: config.Model) -> tuple[Params, Params, Params]:
-    """What `load` returns, as ShapeDtypeStructs, from the folder's configs alone."""
-    return folders.shapes(cfg, make(cfg), ENCODERS)
-
-
-def token_shapes(cfg: config.Model, prompts: int) -> PyTree:
-    """What `tokenize` returns for that many prompts, as ShapeDtypeStructs."""
-    return folders.token_shapes(cfg, ENCODERS, prompts)
+load, parts, shapes, token_shapes = folders.readers(make, ENCODERS)
 
 
 # --- keys -----------------------------------------------------------------------------------------------------------

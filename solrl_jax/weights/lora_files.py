@@ -40,6 +40,16 @@ class Fused(NamedTuple):
     swapped: bool = False  # its two halves of rows are in the opposite order
 
 
+Modules = Mapping[tuple[str, str], Mapping[str, tuple[str, ...]]]
+
+
+def fused(modules: Modules) -> Iterator[Fused]:
+    """From {(prefix of their names, prefix of ours): {their name: our names}}."""
+    for (theirs, ours), names in modules.items():
+        for name, parts in names.items():
+            yield Fused(theirs + name, tuple(ours + part for part in parts))
+
+
 def save(
     file: str | Path,
     lora: Params,
