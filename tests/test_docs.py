@@ -3,8 +3,8 @@
 Commands run word for word, in a folder that has what they name (RUN, DIR, FILE, prompts, ...), beside a hub's cache
 that holds nano models under the public names. All that is changed is `small`: the sizes of a config. The default tier
 runs what is quick and of the rest everything up to where work begins: flags, config, recipe, prompts; `-m slow` runs
-one command of each kind whole. Experiments' arguments are parsed. What needs the network or another program is in ELSEWHERE, with what is looked
-at instead.
+one command of each kind whole. Experiments' arguments are parsed. What needs the network or another program is in
+ELSEWHERE, with what is looked at instead.
 """
 
 import argparse

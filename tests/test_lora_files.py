@@ -108,7 +108,7 @@ def make_zimage():
         targets=["to_q", "to_v", "to_out.0", "feed_forward.w1"],
         some=r"(layers|context_refiner)\.1\.attention\.to_[qv]",
         one="layers.0.attention.to_q",
-        tolerance=1e-5,
+        tolerance=3e-5,  # rounding, which differs by CPU: 1.6e-5 was seen
     )
 
 

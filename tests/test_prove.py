@@ -84,6 +84,7 @@ def toy(monkeypatch, tmp_path, capsys):
     return started(dataclasses.replace(made, model=model), monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_the_json_has_every_part(toy, tmp_path, monkeypatch):
     """Diffusers has no toy, which is said and is no pass; what is stored serves a second command."""
     code, out, err = toy("--out=a/p.json", PROMPT)
@@ -404,17 +405,21 @@ def check_close(picture, weights):
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["flux", "sd35", "sana"])
 def test_a_whole_command(pipeline, monkeypatch, name, tmp_path):
-    """All of it on a small pipeline, in float32; then the picture in bfloat16, and of a wrong weight."""
+    """All of it on a small pipeline, in float32; then the picture in bfloat16, and of a wrong weight. Stages and ranks
+    of FLUX.1 stand for all: only the picture's comparison differs by model."""
     command = pipeline(name)
+    if name != "flux":
+        picture_alone(monkeypatch)
     code, out, err = command(PROMPT, "--config.prompt_files=")  # the built-in ones
     found = read("prove.json")
     assert code == 0, err
     check_close(found["picture"], ["1", OWN[name]])
-    assert [found[part]["ran"] for part in ("stages", "ranks", "picture")] == [True] * 3
-    assert list(found["stages"]["stages"]) == ["encode", "quantise", "explore", "regenerate", "learn"]
-    assert (found["ranks"]["prompts"], found["ranks"]["candidates"], found["ranks"]["kept"]) == (8, 8, 2)
-    for form in found["ranks"]["forms"].values():
-        assert all(math.isfinite(x) for x in form.values()) and 0 < form["spearman"] <= 1  # of random weights
+    if name == "flux":
+        assert [found[part]["ran"] for part in ("stages", "ranks", "picture")] == [True] * 3
+        assert list(found["stages"]["stages"]) == ["encode", "quantise", "explore", "regenerate", "learn"]
+        assert (found["ranks"]["prompts"], found["ranks"]["candidates"], found["ranks"]["kept"]) == (8, 8, 2)
+        for form in found["ranks"]["forms"].values():
+            assert all(math.isfinite(x) for x in form.values()) and 0 < form["spearman"] <= 1  # of random weights
 
     picture_alone(monkeypatch)
     low = "--config.model.dtype=bfloat16", "--config.model.vae_dtype=bfloat16"
