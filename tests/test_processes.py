@@ -61,7 +61,7 @@ def started(
     return found
 
 
-def ended(running: Sequence[subprocess.Popen], seconds: float = 600) -> list[int]:
+def ended(running: Sequence[subprocess.Popen], seconds: float = 1200) -> list[int]:
     try:
         return [one.wait(timeout=seconds) for one in running]
     finally:
@@ -372,7 +372,7 @@ def two(tmp_path_factory, compiled):
         (folder / f"seen_{i}").rename(folder / f"seen_first_{i}")
 
     lost = started(folder, session((folder, RESUME)), compiled=compiled, second={"HAPPENS": "SIGKILL 7"})
-    assert lost[1].wait(timeout=600) == -signal.SIGKILL, said(folder)
+    assert lost[1].wait(timeout=1200) == -signal.SIGKILL, said(folder)
     began = time.monotonic()
     assert ended(lost, 90)[0] not in (0, 75) and time.monotonic() - began < 60, said(folder)
     assert len(lines(folder / "run")) == 3
