@@ -226,11 +226,16 @@ def main(argv: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as e:
-        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not (full or type(e).__module__.startswith("solrl_jax.")):
+        if not _expected(e):
             raise
         print(f"error: {e}", file=sys.stderr)
         return 2
+
+
+def _expected(error: Exception) -> bool:
+    """Whether one line tells all of an error: it is this package's own, or a full disk. Any other is a defect."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or type(error).__module__.startswith("solrl_jax.")
 
 
 def alone(words: Sequence[str]) -> int:
@@ -262,15 +267,16 @@ def joined(words: Sequence[str]) -> int:
         processes.leave(130)
         raise
     except Exception as e:
-        if processes.known(e):
+        known, expected, me = processes.known(e), _expected(e), processes.index()
+        if known and not expected:
             raise
-        ours = type(e).__module__.startswith("solrl_jax.")
-        if not ours:
+        if not expected:
             traceback.print_exc()
-        said = f"error: {e}" if ours else f"process {processes.index()} of {processes.count()} ends; the others follow"
+        said = f"error in process {me}: {e}" if expected else f"process {me} ends; the others follow"
         print(said, file=sys.stderr)
-        processes.leave(2 if ours else 1)
-        raise
+        if not known:
+            processes.leave(2 if expected else 1)
+        return 2
 
 
 SEVERAL = ("train", "eval", "sample", "score", "export")

@@ -14,11 +14,12 @@ import itertools
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
-from jax._src import distributed  # JAX has no public name for the store; Orbax takes it from here too
+from jax._src import distributed, xla_bridge  # JAX has no public name for the store; Orbax takes it from here too
 
 T = TypeVar("T")
 JOINING = 300
@@ -66,21 +67,43 @@ def asked(coordinator: str | None, processes: int | None, process: int | None) -
 def join(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
     """Connect this process to the others; call it before the first array. Then only the first one prints.
 
-    Without arguments JAX finds them out. Raises ProcessError if the others do not come within JOINING seconds.
+    Without arguments JAX finds them out. Raises ProcessError if this process cannot join, or if the others were told
+    another number of processes. If they do not come within JOINING seconds, it prints why and ends this process with
+    exit code 2: JAX's own timeout would abort it, past Python.
     """
+    if xla_bridge.backends_are_initialized():
+        raise ProcessError(
+            "JAX was in use before the processes joined, so its devices cannot be shared any more: join before the "
+            "first array, and see what Python imports at its start (sitecustomize, PYTHONSTARTUP, plugins)"
+        )
+    late = threading.Timer(JOINING, _not_met, [coordinator])
+    late.daemon = True
+    late.start()
     try:
         jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=JOINING, heartbeat_timeout_seconds=HEARTBEAT
+            coordinator, processes, process, initialization_timeout=2 * JOINING, heartbeat_timeout_seconds=HEARTBEAT
         )
     except (RuntimeError, ValueError) as e:  # JaxRuntimeError is a RuntimeError
-        where = coordinator or distributed.global_state.coordinator_address or "no address was found"
-        raise ProcessError(
-            f"the processes did not meet at the coordinator ({where}) within {JOINING} s: "
-            f"{(str(e) or type(e).__name__).splitlines()[0]}. Is process 0 running there, is the port free and open, "
-            f"and are as many processes started as were told?"
-        ) from e
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise ProcessError(f"this process cannot join at the coordinator ({_where(coordinator)}): {why}") from e
+    finally:
+        late.cancel()
     if not first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process runs
+    same({"--processes": str(count())})
+
+
+def _not_met(coordinator: str | None) -> None:
+    print(
+        f"error: the processes did not meet at the coordinator ({_where(coordinator)}) within {JOINING:g} s: is "
+        "process 0 running there, is the port open, and are as many processes started as were told?",
+        file=sys.stderr,
+    )
+    leave(2)
+
+
+def _where(coordinator: str | None) -> str:
+    return coordinator or distributed.global_state.coordinator_address or "no address was found"
 
 
 def leave(code: int) -> None:
@@ -91,11 +114,11 @@ def leave(code: int) -> None:
 
 
 def count() -> int:
-    return jax.process_count()
+    return distributed.global_state.num_processes  # jax.process_count() would start JAX's devices
 
 
 def index() -> int:
-    return jax.process_index()
+    return distributed.global_state.process_id
 
 
 def first() -> bool:

@@ -53,9 +53,11 @@ def check_divides(mesh: Mesh, prompts: int) -> None:
     """ValueError unless each device gets the same number of whole prompts."""
     if prompts % mesh.size:
         fits = [n for n in range(1, jax.device_count() + 1) if prompts % n == 0]
+        several = processes.count() > 1
         raise ValueError(
-            f"{prompts} prompts do not divide over {mesh.size} devices: use a multiple of {mesh.size} prompts, "
-            f"or --devices with one of {fits}"
+            f"{prompts} prompts do not divide over {mesh.size} devices{' of all processes' if several else ''}: "
+            f"use a multiple of {mesh.size} prompts, or "
+            + (f"start processes with one of {fits} devices together" if several else f"--devices with one of {fits}")
         )
 
 

@@ -46,6 +46,8 @@ SKIPS = 3
 """Non-finite updates in a row after which a run stops."""
 UNFINISHED = 75
 """Exit code of a run that was stopped, saved, and has iterations left."""
+SHARED = 60
+"""Seconds after which a process must see what another one wrote; NFS may show a folder as it was for as long."""
 
 
 class Stopped(Exception):
@@ -80,7 +82,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
             return begun(run, done, parts, notes)
 
         notes = processes.by_first(opened) or []
-        processes.together(lambda: check_shared(run))
+        check_shared(run)
         held_out = parts.judged.names[len(parts.score.names) :]
         judge = (*held_out, *parts.score.names)[0]
         also = (wandb(run, cfg.wandb, json.loads(to_json(cfg))),) if cfg.wandb and processes.first() else ()
@@ -108,12 +110,22 @@ def settings(cfg: Config, run: Path) -> dict[str, str]:
 
 
 def check_shared(run: Path) -> None:
-    """ConfigError if this process does not see the folder that the first one made."""
-    if not (run / "config.json").exists():
-        raise ConfigError(
-            f"--run_dir={run} is not shared: process 0 made it and process {processes.index()} does not see it; give a "
-            "folder that all hosts have"
-        )
+    """ConfigError, on all processes, if one does not see what the first one wrote last, starts.json: its folder `run`
+    is another one, empty or a copy."""
+    file = run / "starts.json"
+    written = processes.agreed(lambda: file.read_text(encoding="utf-8"))
+
+    def seen() -> None:
+        until = time.monotonic() + SHARED
+        while not file.exists() or file.read_text(encoding="utf-8") != written:
+            if time.monotonic() > until:
+                raise ConfigError(
+                    f"--run_dir={run} is not shared: process 0 wrote {file.name} there and process "
+                    f"{processes.index()} does not see it; give a folder that all hosts have"
+                )
+            time.sleep(1)
+
+    processes.together(seen)
 
 
 def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> list[str]:

@@ -5,15 +5,18 @@ The processes are real ones, of this machine, connected by gloo.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
@@ -21,25 +24,6 @@ from solrl_jax import processes
 from solrl_jax.processes import ProcessError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SMALL = (
-    "--config=tiny",
-    *("--config.prompts=4", "--config.candidates=8", "--config.kept=4", "--config.learn.updates=2"),
-    *("--config.learn.micro_batch=16", "--config.explore.chunk=8", "--config.regenerate.chunk=4"),
-    *("--config.evaluate.every=2", "--config.evaluate.prompts=8", "--config.evaluate.steps=4"),
-    "--config.watch.every=0",
-    "--config.reward=clipscore:1,some_rewards.redness:0.5",
-)
-REWARD = """
-import os
-
-HOST = True
-
-
-def redness(images, prompts):
-    with open(os.environ["SEEN"], "a") as f:
-        f.write("".join(f"{prompt}\\n" for prompt in prompts))
-    return images[..., 0].mean((1, 2)) / 255
-"""
 
 
 def free_port() -> int:
@@ -48,27 +32,36 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def started(folder: Path, command: Sequence[str], count: int = 2, devices: int = 1) -> list[subprocess.Popen]:
-    """`count` processes of `devices` CPU devices each; process i writes to <folder>/<i>.log."""
+def started(
+    folder: Path,
+    command: Sequence[str],
+    count: int = 2,
+    devices: int = 1,
+    compiled: Path | None = None,
+    second: Mapping[str, str] | None = None,
+) -> list[subprocess.Popen]:
+    """`count` processes of `devices` CPU devices each, in `folder`; process i prints to <folder>/<i>.out and .err.
+    `second`: more of the environment of process 1."""
     found, where = [], f"localhost:{free_port()}"
     for i in range(count):
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": str(compiled or folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",
             "SEEN": str(folder / f"seen_{i}"),
             "WHERE": where,
         }
+        env |= (second or {}) if i == 1 else {}
         several = (f"--coordinator={where}", f"--processes={count}", f"--process={i}") if count > 1 else ()
-        with (folder / f"{i}.log").open("w") as log:
-            words = [word.replace("{i}", str(i)) for word in (*command, *several)]
-            found.append(subprocess.Popen(words, cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT))
+        words = [word.replace("{i}", str(i)) for word in (*command, *several)]
+        with (folder / f"{i}.out").open("w") as out, (folder / f"{i}.err").open("w") as err:
+            found.append(subprocess.Popen(words, cwd=folder, env=env, stdout=out, stderr=err))
     return found
 
 
-def ended(running: Sequence[subprocess.Popen], seconds: float = 600) -> list[int]:
+def ended(running: Sequence[subprocess.Popen], seconds: float = 1200) -> list[int]:
     try:
         return [one.wait(timeout=seconds) for one in running]
     finally:
@@ -77,7 +70,8 @@ def ended(running: Sequence[subprocess.Popen], seconds: float = 600) -> list[int
 
 
 def said(folder: Path) -> list[str]:
-    return [file.read_text() for file in sorted(folder.glob("*.log"))]
+    """What each process printed, on the screen and as errors."""
+    return [file.read_text() + file.with_suffix(".err").read_text() for file in sorted(folder.glob("*.out"))]
 
 
 # --- what they agree on ---------------------------------------------------------------------------------------------
@@ -194,72 +188,28 @@ def test_flags_that_do_not_fit(flags, message):
 # --- a run ----------------------------------------------------------------------------------------------------------
 
 
-def command(run: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "solrl_jax.main", *SMALL, f"--run_dir={run}", *more]
+def test_joining_after_the_first_array():
+    jax.devices()
+    with pytest.raises(ProcessError, match=r"^JAX was in use before the processes joined, .*: join before the first"):
+        processes.join("localhost:1", 2, 0)
 
 
-def lines(run: Path) -> list[dict]:
-    """metrics.jsonl without the seconds."""
-    found = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in found]
+STARTING = """
+import json, runpy, sys
+from solrl_jax import processes
+processes.JOINING = int(sys.argv[3])
+options, i = json.loads(sys.argv[1]), int(sys.argv[2])
+sys.argv = ["solrl_jax", "--config=tiny", "--run_dir=run", *sys.argv[4:], *options[i]]
+runpy.run_module("solrl_jax.main", run_name="__main__")
+"""
 
 
-def wait_for(there: Callable[[], bool], running: Sequence[subprocess.Popen], seconds: float = 400) -> None:
-    until = time.monotonic() + seconds
-    while not there():
-        assert time.monotonic() < until and all(one.poll() is None for one in running)
-        time.sleep(0.2)
+def starting(options: Sequence[Sequence[str]], joining: int = 100) -> list[str]:
+    """The command of processes with different options, of which JOINING is shorter."""
+    return [sys.executable, "-c", STARTING, json.dumps(options), "{i}", str(joining)]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    (tmp_path / "some_rewards.py").write_text(REWARD)
-    return tmp_path
-
-
-def resumed(folder: Path, run: Path, iterations: int, count: int) -> list[int]:
-    more = (f"--run_dir={run}", "--resume", f"--config.iterations={iterations}")
-    return ended(started(folder, [sys.executable, "-m", "solrl_jax.main", *more], count, devices=3 - count))
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_two_devices(folder):
-    """Metrics, pictures and LoRA bit for bit; a reward on the host sees a process's own pictures. A signal to one stops
-    both; a lost one ends the other; and the run goes on in one or in two."""
-    one, two = folder / "one", folder / "two"
-    assert ended(started(folder, command(one, "--config.iterations=2"), 1, devices=2)) == [0], said(folder)
-    asked = (folder / "seen_0").read_text().split("\n")
-    (folder / "seen_0").unlink()
-    assert ended(started(folder, command(two, "--config.iterations=2"))) == [0, 0], said(folder)
-    assert lines(one) == lines(two) and len(lines(one)) == 3
-    mine, other = ((folder / f"seen_{i}").read_text().split("\n") for i in range(2))
-    assert sorted([*mine, *other]) == sorted([*asked, ""]) and len(mine) == len(other)
-    files = [load_file(run / "pytorch_lora_weights.safetensors") for run in (one, two)]
-    assert all(np.array_equal(files[0][name], files[1][name]) for name in files[0]) and len(files[0]) == 40
-    for name in ("000000.png", "000002.png", "base.npz", "last.npz"):
-        assert (one / "grids" / name).read_bytes() == (two / "grids" / name).read_bytes()
-    assert {p.name for p in (two / "checkpoints").iterdir()} == {"1", "2"}  # every iteration
-    assert said(folder)[1].count("iteration") == 0
-
-    more = (f"--run_dir={two}", "--resume", "--config.iterations=200")
-    running = started(folder, [sys.executable, "-m", "solrl_jax.main", *more])
-    wait_for(lambda: len(lines(two)) > 4, running)
-    running[1].send_signal(signal.SIGTERM)
-    assert ended(running) == [75, 75], said(folder)
-    stopped = len(lines(two)) - 1
-    assert f"stopped after iteration {stopped} of 200, saved; go on with: " in said(folder)[0]
-    assert "started in each process as before" in said(folder)[0]
-
-    running = started(folder, [sys.executable, "-m", "solrl_jax.main", *more])
-    wait_for(lambda: len(lines(two)) > stopped + 2, running)
-    running[1].kill()
-    began = time.monotonic()
-    assert 0 not in ended(running, 90) and time.monotonic() - began < 60, said(folder)
-
-    done = len(lines(two)) + 2
-    assert resumed(folder, two, done, 1) == [0], said(folder)
-    assert resumed(folder, one, done, 2) == [0, 0], said(folder)
-    assert [line for line in lines(one) if line["iteration"] < done] == lines(two)[:done]
+UNEVEN = ("--config.prompts=3", "--config.learn.micro_batch=24")
 
 
 @pytest.mark.parametrize(
@@ -277,18 +227,256 @@ def test_two_processes_are_one_with_two_devices(folder):
         ),
         (["--devices=1"], ["--devices=1"], "--devices=1 with several processes, which use all: leave it out"),
         (["--config.steps=1"], ["--config.seed=1"], "process 0 failed: ConfigError: "),
+        ([], ["--processes=3"], "--processes is 2 in process 0 and 3 in process 1: start all processes alike"),
+        (
+            [*UNEVEN, "--config.model.path=nowhere"],  # found before any weight is read
+            [*UNEVEN, "--config.model.path=nowhere"],
+            "3 prompts do not divide over 2 devices of all processes: use a multiple of 2 prompts, or start processes "
+            "with one of [1] devices together",
+        ),
     ],
 )
-def test_processes_that_are_not_alike(folder, first, second, message):
-    (folder / "options").mkdir()
-    words = [sys.executable, "-c", STARTING, json.dumps([first, second]), "{i}"]
-    assert ended(started(folder, words), 120) == [2, 2], said(folder)
-    assert message in said(folder)[1] and "Traceback" not in "".join(said(folder))
+def test_processes_that_are_not_alike(tmp_path, first, second, message):
+    (tmp_path / "options").mkdir()
+    assert ended(started(tmp_path, starting([first, second])), 120) == [2, 2], said(tmp_path)
+    assert message in said(tmp_path)[1] and "Traceback" not in "".join(said(tmp_path))
 
 
-STARTING = """
-import json, runpy, sys
-options, i = json.loads(sys.argv[1]), int(sys.argv[2])
-sys.argv = ["solrl_jax", "--config=tiny", "--run_dir=run", *options[i], *sys.argv[3:]]
-runpy.run_module("solrl_jax.main", run_name="__main__")
+def test_others_that_do_not_come(tmp_path):
+    """The first process waits for the second; the second for a coordinator that does not answer."""
+    where = [f"localhost:{free_port()}" for _ in range(2)]
+    assert ended(started(tmp_path, starting([[f"--coordinator={at}"] for at in where], 2)), 120) == [2, 2]
+    assert said(tmp_path) == [
+        f"error: the processes did not meet at the coordinator ({at}) within 2 s: is process 0 running there, "
+        "is the port open, and are as many processes started as were told?\n"
+        for at in where
+    ]
+
+
+# --- runs -----------------------------------------------------------------------------------------------------------
+
+SMALL = (
+    "--config=tiny",
+    *("--config.prompts=4", "--config.candidates=8", "--config.kept=4", "--config.learn.updates=2"),
+    *("--config.learn.micro_batch=16", "--config.explore.chunk=8", "--config.regenerate.chunk=4"),
+    *("--config.evaluate.every=2", "--config.evaluate.prompts=8", "--config.evaluate.steps=4"),
+    *("--config.watch.every=0", "--config.reward=clipscore:1,some_rewards.redness:0.5"),
+    *("--config.iterations=3", "--run_dir=run"),
+)
+REWARD = """
+import os
+import signal
+
+HOST = True
+calls, (name, when) = 0, os.environ.get("HAPPENS", "SIGTERM 0").split()
+
+
+def redness(images, prompts):
+    global calls
+    calls += 1
+    if calls == int(when):
+        os.kill(os.getpid(), getattr(signal, name))
+    with open(os.environ["SEEN"], "a") as f:
+        f.write("".join(f"{prompt}\\n" for prompt in prompts))
+    return images[..., 0].mean((1, 2)) / 255
+
+
+def broken(images, prompts):
+    if os.environ["SEEN"].endswith("1"):
+        raise OSError("the server of this host does not answer")
+    return redness(images, prompts)
 """
+SESSION = """
+import json, os, sys, types
+from jax._src import compiler
+from solrl_jax import main, processes, train
+
+# On CPUs each process has its own keys in the compilation cache, but JAX lets only the first one write there.
+compiler.distributed = types.SimpleNamespace(global_state=types.SimpleNamespace(process_id=0, client=None))
+
+steps, several = json.loads(sys.argv[1]), sys.argv[2:]
+codes, join, train.SHARED = [], processes.join, 1
+
+def join_once(*where):
+    processes.join = lambda *where: None
+    join(*where)
+
+processes.join = join_once
+for folder, words in steps:
+    os.chdir(folder)
+    for name in main.FLAGS:
+        main.FLAGS[name].unparse()
+    print("$", *words)
+    codes.append(main.main(main.parse(["solrl_jax", *words, *several])))
+    print("exit code", codes[-1], file=sys.stderr)
+sys.exit(codes[-1])
+"""
+TRAIN, RESUME = ["--mode=train", *SMALL], ["--mode=train", "--run_dir=run", "--resume"]
+MODES = [
+    ["--mode=eval", "--run_dir=run"],
+    ["--mode=sample", "--run_dir=run", "--prompts=texts.txt"],
+    ["--mode=score", "--run_dir=run", "--prompts=texts.jsonl", "--images=run/samples"],
+    ["--mode=export", "--run_dir=run"],
+]
+
+
+def session(*steps: tuple[Path | str, Sequence[str]]) -> list[str]:
+    """One start that runs command lines, each in its folder: the processes meet once, and all is compiled once."""
+    return [sys.executable, "-c", SESSION, json.dumps([(str(folder), words) for folder, words in steps])]
+
+
+def world(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "some_rewards.py").write_text(REWARD)
+    texts = ["a red circle", "two blue squares", "a green ring"]
+    (folder / "texts.txt").write_text("\n".join(texts))
+    rows = [{"file": f"{i:04d}_{j}.png", "prompt": text} for i, text in enumerate(texts) for j in range(2)]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def lines(run: Path) -> list[dict]:
+    """metrics.jsonl without the seconds."""
+    found = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in found]
+
+
+def printed(folder: Path, mode: str) -> list[str]:
+    """What the first process printed in a mode."""
+    text = (folder / "0.out").read_text().split(f"$ --mode={mode} ")[1].split("$ --mode=")[0]
+    return [line for line in text.splitlines() if not line.startswith("[Gloo]")]
+
+
+def codes(folder: Path) -> list[list[int]]:
+    """The exit codes of a session's steps, by process."""
+    errors = [file.read_text().splitlines() for file in sorted(folder.glob("*.err"))]
+    return [[int(line.split()[-1]) for line in text if line.startswith("exit code ")] for text in errors]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, compiled):
+    """A run of two processes with a device each. In its second iteration one of them gets a signal, in the third,
+    resumed, it is killed."""
+    folder = world(tmp_path_factory.mktemp("several") / "two")
+    stopped = started(folder, session((folder, TRAIN)), compiled=compiled, second={"HAPPENS": "SIGTERM 7"})
+    assert ended(stopped) == [75, 75], said(folder)
+    assert "stopped after iteration 1 of 3, saved; go on with: " in said(folder)[0]
+    assert "started in each process as before" in said(folder)[0] and "iteration 1" not in said(folder)[1]
+    assert len(lines(folder / "run")) == 2
+    for i in range(2):
+        (folder / f"seen_{i}").rename(folder / f"seen_first_{i}")
+
+    lost = started(folder, session((folder, RESUME)), compiled=compiled, second={"HAPPENS": "SIGKILL 7"})
+    assert lost[1].wait(timeout=1200) == -signal.SIGKILL, said(folder)
+    began = time.monotonic()
+    assert ended(lost, 90)[0] not in (0, 75) and time.monotonic() - began < 60, said(folder)
+    assert len(lines(folder / "run")) == 3
+    assert {p.name for p in (folder / "run" / "checkpoints").iterdir()} >= {"1", "2"}  # every iteration
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(two, compiled):
+    """The same run, and all modes, in one process with two devices; and a copy of the run of two, resumed there."""
+    folder = world(two.parent / "one")
+    copy = world(two.parent / "copy")
+    shutil.copytree(two / "run", copy / "run")
+    steps = [(folder, TRAIN), *((folder, mode) for mode in MODES), (copy, RESUME)]
+    assert ended(started(folder, session(*steps), 1, devices=2, compiled=compiled)) == [0], said(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def again(two, one, compiled):
+    """The run of two processes, resumed in two, and all modes; then a run with folders that the processes do not share,
+    and one with a reward that raises in one of them."""
+    for i in range(2):
+        world(two / f"own_{i}")
+    apart = [*TRAIN, "--config.reward=clipscore", "--config.evaluate.every=0"]
+    broken = [
+        *TRAIN,
+        "--config.reward=clipscore:1,some_rewards.broken:0.5",
+        "--config.evaluate.every=0",
+        "--run_dir=broken",
+    ]
+    steps = [(two, RESUME), *((two, mode) for mode in MODES), (two / "own_{i}", apart), (two, broken)]
+    assert ended(started(two, session(*steps), compiled=compiled)) == [2, 2], said(two)
+    return two
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_two_devices(two, one, again):
+    """Metrics, pictures and LoRA bit for bit, though the run of two was stopped, lost and resumed, in two or in one. A
+    reward on the host sees a process's own pictures."""
+    assert len(lines(one / "run")) == 4 and lines(one / "run") == lines(two / "run") == lines(one.parent / "copy/run")
+    mine, other = ((two / f"seen_first_{i}").read_text().splitlines() for i in range(2))
+    asked = (one / "seen_0").read_text().splitlines()[: len(mine) + len(other)]
+    assert sorted([*mine, *other]) == sorted(asked) and len(mine) == len(other)
+    for run in (two / "run", one.parent / "copy" / "run"):
+        files = [load_file(x / "pytorch_lora_weights.safetensors") for x in (one / "run", run)]
+        assert all(np.array_equal(files[0][name], files[1][name]) for name in files[0]) and len(files[0]) == 40
+        for name in ("000000.png", "000002.png", "000003.png", "base.npz", "last.npz"):
+            assert (one / "run" / "grids" / name).read_bytes() == (run / "grids" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_other_modes_are_one_processes(one, again):
+    """eval, sample, score and export print once, and their files are one process's, bit for bit."""
+    for mode in ("eval", "sample", "score", "export"):
+        assert printed(one, mode) == printed(again, mode) != []
+    assert "$" not in (again / "1.out").read_text().removeprefix("$ --mode=train")
+    assert codes(again) == [[0, 0, 0, 0, 0, 2, 2]] * 2
+    kinds = {".png", ".csv", ".safetensors", ".npz", ".md"}
+    there, here = (
+        {x.relative_to(at / "run"): x.read_bytes() for x in (at / "run").rglob("*") if x.suffix in kinds}
+        for at in (one, again)
+    )
+    assert there == here and {"eval.png", "scores.csv", "pytorch_lora_weights.safetensors"} < set(map(str, there))
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_shared(again):
+    for i, error in enumerate((again / f"{i}.err").read_text() for i in range(2)):
+        assert f"error in process {i}: " in error and "Traceback" not in error
+        assert "--run_dir=run is not shared: process 0 wrote starts.json there and process 1 does not see it" in error
+
+
+@pytest.mark.slow
+def test_a_reward_that_raises_in_one_process(again):
+    first, second = ((again / f"{i}.err").read_text() for i in range(2))
+    cause = "reward some_rewards.broken failed: OSError: the server of this host does not answer"
+    assert f"error in process 0: process 1 failed: RewardError: {cause}" in first
+    assert f"error in process 1: {cause}" in second
+
+
+@pytest.mark.slow
+def test_four_devices_of_two_processes(tmp_path, compiled, monkeypatch):
+    """Of one process with four they differ by the order of sums. In float32 the first iteration is that to 1e-5, and so
+    is its gradient: Adam's first moment is a tenth of it. Later ones multiply the difference (docs/hosts.md)."""
+    more = ("--config.iterations=1", "--config.evaluate.every=0", "--config.model.dtype=float32")
+    more += ("--config.learn.updates=1", "--config.learn.clip_norm=1e9")
+    runs = [world(tmp_path / name) for name in ("whole", "split")]
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes half the time
+    for folder, count in zip(runs, (1, 2), strict=True):
+        at_once = started(folder, session((folder, [*TRAIN, *more])), count, 4 // count, compiled)
+        assert ended(at_once) == [0] * count, said(folder)
+    (before,), (after,) = (lines(folder / "run") for folder in runs)
+    assert before == pytest.approx(after, rel=1e-5) and before["grad_norm"] > 0
+    whole, split = (first_moment(folder / "run" / "checkpoints" / "1" / "state") for folder in runs)
+    assert whole.keys() == split.keys() and len(whole) > 20
+    for name, x in whole.items():
+        assert np.linalg.norm(split[name] - x) <= 1e-5 * np.linalg.norm(x), name
+
+
+def first_moment(state: Path) -> dict[str, np.ndarray]:
+    """Adam's, of a saved state, by the path of a LoRA's factor."""
+    with ocp.PyTreeCheckpointer() as reader:
+        tree = reader.metadata(state).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        found = jax.tree_util.tree_leaves_with_path(reader.restore(state, restore_args=as_numpy))
+    return {name: x for path, x in found if "'mu'" in (name := jax.tree_util.keystr(path))}

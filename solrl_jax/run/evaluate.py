@@ -190,7 +190,7 @@ def run_eval(
     Beside a policy, the base is also shown at its own weight of guidance, if that is another one.
     """
     checkpoint.check_start(place, cfg)
-    parts = assemble.for_evaluation(cfg, devices, negative)
+    parts = processes.together(lambda: assemble.for_evaluation(cfg, devices, negative))
     name, w, own = str(lora_file or place or ""), guidance.evaluated(cfg), parts.model.guided
     with jax.set_mesh(parts.mesh):
         base = assemble.adapter(parts, None, None)
@@ -235,7 +235,7 @@ def run_sample(
     if not prompts:
         raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
     checkpoint.check_start(place, cfg)
-    parts = assemble.for_drawing(cfg, devices, negative)
+    parts = processes.together(lambda: assemble.for_drawing(cfg, devices, negative))
     folder = run / "samples"
     processes.by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     each = cfg.evaluate.images
