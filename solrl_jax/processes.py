@@ -132,8 +132,8 @@ def first() -> bool:
 def exchanged(text: str, reduce: Callable[[list[str]], str], channel: str = "main") -> str:
     """reduce(the texts of all processes, in their order), on each. All must call it equally often on a `channel`.
 
-    The process that comes last reads all texts at once and hands out what `reduce` makes of them. So nobody asks for
-    one text after another: with 512 processes that took 2 s (experiments/hosts).
+    The process that comes last reads all texts at once and hands out what `reduce` makes of them: three requests of
+    each process, and none waits for a text after the other (experiments/hosts).
     """
     if count() == 1:
         return reduce([text])
