@@ -4,8 +4,8 @@
     python -m experiments.emoji.build --cache=DIR          # reads the two archives from DIR if they are there
 
 Archives are pinned: name, version and sha512. They are unpacked in memory and nothing of them is run. `PICKS` are the
-objects: one clear name of one or two words each, none that looks much like another. Left out are flags, people, faces of
-feelings, letters and symbols.
+objects: one clear name of one or two words each, none that looks much like another. Left out are flags, people, faces
+of feelings, letters and symbols.
 """
 
 import argparse
@@ -105,7 +105,9 @@ def archive(package: Package, cache: Path | None) -> tarfile.TarFile:
             content = response.read()
     found = base64.b64encode(hashlib.sha512(content).digest()).decode()
     if found != package.sha512:
-        raise ValueError(f"{file or package.url} has sha512 {found}, not the pinned {package.sha512}: download it again")
+        raise ValueError(
+            f"{file or package.url} has sha512 {found}, not the pinned {package.sha512}: download it again"
+        )
     return tarfile.open(fileobj=io.BytesIO(content))
 
 
@@ -119,7 +121,7 @@ def member(packed: tarfile.TarFile, name: str) -> bytes:
 def template(picture: bytes) -> Image.Image:
     """A picture without its margins, its longer side CELL px, centred in a square cell."""
     image = Image.open(io.BytesIO(picture)).convert("RGBA")
-    image = image.crop(image.getchannel("A").point(lambda alpha: 255 * (alpha > FAINT)).getbbox())
+    image = image.crop(image.getchannel("A").point([0] * (FAINT + 1) + [255] * (255 - FAINT)).getbbox())
     width, height = (max(1, round(side * CELL / max(image.size))) for side in image.size)
     cell = Image.new("RGBA", (CELL, CELL))
     cell.paste(image.resize((width, height), Image.Resampling.LANCZOS), ((CELL - width) // 2, (CELL - height) // 2))
@@ -163,18 +165,18 @@ MIT = """MIT License
 
 {holders}
 
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated documentation
-files (the "Software"), to deal in the Software without restriction, including without limitation the rights to use, copy,
-modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons to whom the
-Software is furnished to do so, subject to the following conditions:
+Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
+documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
+rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
+persons to whom the Software is furnished to do so, subject to the following conditions:
 
 The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
 Software.
 
 THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
 WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE,
-ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
+COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 """
 FLUENT_HOLDERS = (
     "Copyright (c) 2023 LobeHub (the package @lobehub/fluent-emoji-3d, whose README states this licence)\n"
@@ -182,13 +184,13 @@ FLUENT_HOLDERS = (
 )
 SOURCES = """# Where these files come from
 
-Made by `python -m experiments.emoji.build`; the packages' own code is never run. Pictures were cropped to what is visible
-and reduced to {cell} px; nothing else was changed.
+Made by `python -m experiments.emoji.build`; the packages' own code is never run. Pictures were cropped to what is
+visible and reduced to {cell} px; nothing else was changed.
 
 | file | made from | licence |
 |---|---|---|
 | `fluent.png` | {count} pictures of [{fluent.name}]({fluent.url}) {fluent.version} | MIT, `LICENSE-fluent` |
-| `noto.png` | the same objects in [{noto.name}]({noto.url}) {noto.version}: pictures of Noto Emoji, Copyright Google | \
+| `noto.png` | the same objects in [{noto.name}]({noto.url}) {noto.version}: Noto Emoji, Copyright Google | \
 Apache-2.0, `LICENSE-noto` |
 | `names.json` | code points and short names of {noto.name}'s `emoji.json`, with names and plurals of our own | \
 MIT, `LICENSE-emoji-datasource` |

@@ -1,7 +1,7 @@
 """The contact sheet: a picture of each of twelve train and twelve test captions, drawn by world.py.
 
-    python -m experiments.emoji.sheet                          # results/sheet.png
-    python -m experiments.emoji.sheet --style=noto --out=FILE
+python -m experiments.emoji.sheet                          # results/sheet.png
+python -m experiments.emoji.sheet --style=noto --out=FILE
 """
 
 import argparse
