@@ -195,7 +195,7 @@ def words(n: int, seed: int) -> dict[str, dict[str, Any]]:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 GRID = {
-    "match": (0.55, 0.6, 0.65, 0.7, 0.75, 0.8),
+    "match": (0.55, 0.65, 0.75, 0.85),
     "near": (0.12, 0.2),
     "other": (0.15, 0.25),
     "clutter": (6, 24),
@@ -233,10 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="the thresholds, on train scenes")
-    parser.add_argument("--scenes", type=int, help="250, with --tune 40")
+    parser.add_argument("--scenes", type=int, help="200, with --tune 20")
     parser.add_argument("--out", type=Path, help="results/judge.json, with --tune results/tune.json")
     args = parser.parse_args(argv)
-    name, run, scenes = ("tune", tune, 40) if args.tune else ("judge", measure, 250)
+    name, run, scenes = ("tune", tune, 20) if args.tune else ("judge", measure, 200)
     found = run(args.scenes or scenes)
     results.record(args.out or HERE / f"results/{name}.json", found, limits=Limits()._asdict())
 

@@ -113,24 +113,13 @@ def _ground(image: Float[Array, "64 64 3"]) -> Float[Array, "3"]:
     return jnp.median(image.reshape(-1, 3), axis=0)
 
 
-class Moments(NamedTuple):
-    """What sum(S^2) follows from, whatever the background."""
-
-    colour: Float[Array, "*n"]  # sum of (alpha colour)^2
-    mixed: Float[Array, "*n 3"]  # sum of alpha^2 colour
-    alpha: Float[Array, "*n"]  # sum of alpha^2
-
-    def energy(self, ground: Float[Array, "3"]) -> Float[Array, "*n"]:
-        return self.colour - 2 * self.mixed @ ground + self.alpha * (ground @ ground)
-
-
 class Kernels(NamedTuple):
     """One object at each size. Whatever depends on the background follows from these."""
 
     spectrum: Complex[
         Array, "l 64 33 5"
     ]  # of alpha times colour (3), of alpha and of M; centre at the first pixel's corner
-    moments: Moments
+    moments: Float[Array, "l 5"]
 
 
 def _kernels(cell: Float[Array, "32 32 4"]) -> Kernels:
@@ -142,11 +131,16 @@ def _kernels(cell: Float[Array, "32 32 4"]) -> Kernels:
     return Kernels(jnp.fft.rfft2(both, axes=(1, 2)), _moments(rgba, jnp.ones((SIDE, SIDE))))
 
 
-def _moments(rgba: Float[Array, "*n h w 4"], mask: Float[Array, "h w"]) -> Moments:
-    """Sums over the pixels of a mask."""
-    rgb, alpha = rgba[..., :3], rgba[..., 3]
-    colour, opaque = (jnp.einsum("...yx,yx->...", x, mask, precision="highest") for x in ((rgb**2).sum(-1), alpha**2))
-    return Moments(colour, jnp.einsum("...yxc,...yx,yx->...c", rgb, alpha, mask, precision="highest"), opaque)
+def _moments(rgba: Float[Array, "*n h w 4"], mask: Float[Array, "h w"]) -> Float[Array, "*n 5"]:
+    """Sums over a mask of (alpha colour)^2, alpha^2 colour (3) and alpha^2, from which `_energy` follows."""
+    rgb, alpha = rgba[..., :3], rgba[..., 3:]
+    fields = jnp.concatenate([(rgb**2).sum(-1, keepdims=True), rgb * alpha, alpha**2], -1)
+    return jnp.einsum("...yxc,yx->...c", fields, mask, precision="highest")
+
+
+def _energy(moments: Float[Array, "*n 5"], ground: Float[Array, "3"]) -> Float[Array, "*n"]:
+    """sum(S^2) over the background `ground`."""
+    return moments[..., 0] - 2 * moments[..., 1:4] @ ground + moments[..., 4] * (ground @ ground)
 
 
 def _matches(offset: Float[Array, "64 64 3"], ground: Float[Array, "3"], kernels: Kernels) -> Float[Array, "l 64 64"]:
@@ -155,7 +149,7 @@ def _matches(offset: Float[Array, "64 64 3"], ground: Float[Array, "3"], kernels
     product = jnp.fft.rfft2(maps, axes=(0, 1))[None] * jnp.conj(kernels.spectrum)  # a correlation, by channel
     both = jnp.stack([product[..., :3].sum(-1) - product[..., 3], product[..., 4]])
     along, power = jnp.fft.irfft2(both, (SIDE, SIDE), axes=(2, 3))
-    energy = kernels.moments.energy(ground)
+    energy = _energy(kernels.moments, ground)
     match = along / jnp.sqrt(jnp.maximum(power * energy[:, None, None], 1e-4))
     half = jnp.asarray(levels())[:, None] / 2 - 1  # a box may be a pixel outside
     places = jnp.arange(SIDE)[None]
@@ -167,7 +161,7 @@ class Rivals(NamedTuple):
     """All objects in all of POSES, where one object is."""
 
     mask: Float[Array, "12 12"]  # M of this object
-    moments: Moments  # [k, p], within M
+    moments: Float[Array, "k p 5"]  # within M
 
 
 def _poses(cells: Float[Array, "k 32 32 4"]) -> Float[Array, "k p 12 12 4"]:
@@ -208,7 +202,7 @@ def _is_best(
     offset = offset * rivals.mask[..., None]
     maps = jnp.concatenate([offset, -(offset @ ground)[..., None]], -1)
     along = jnp.einsum("kpyxc,yxc->kp", poses, maps, precision="highest")
-    cosine = along / jnp.sqrt(jnp.maximum(rivals.moments.energy(ground), 1e-6))
+    cosine = along / jnp.sqrt(jnp.maximum(_energy(rivals.moments, ground), 1e-6))
     return cosine[which, 0] >= cosine.max(1).at[which].set(-jnp.inf).max()
 
 
