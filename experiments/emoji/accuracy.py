@@ -172,7 +172,9 @@ def figures(found: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
 
 
 def _share(x: np.ndarray) -> dict[str, Any]:
-    return results.figure(float(x.mean()), "share ± standard error", len(x), float(x.std() / len(x) ** 0.5))
+    """Of no scenes: no value."""
+    value, error = (float(x.mean()), float(x.std() / len(x) ** 0.5)) if len(x) else (None, None)
+    return results.figure(value, "share ± standard error", len(x), error)
 
 
 def words(n: int, seed: int) -> dict[str, dict[str, Any]]:
@@ -214,7 +216,7 @@ def tune(n: int) -> dict[str, dict[str, Any]]:
             found = [accepted(scenes, VIEWS[view], 101, limits) for view in TUNED_ON]
             joined = {part: np.concatenate([f[part] for f in found]) for part in found[0]}
             out |= {f"{name} {value:g}: {k}": f for k, f in figures(joined).items()}
-            print(f"{name} {value:g}", {k: round(f["value"], 3) for k, f in figures(joined).items()}, flush=True)
+            print(f"{name} {value:g}", {k: results.cell(f) for k, f in figures(joined).items()}, flush=True)
     return out
 
 
@@ -225,7 +227,7 @@ def measure(n: int) -> dict[str, dict[str, Any]]:
     for name, view in VIEWS.items():
         found = figures(accepted(scenes, view, 201, Limits()))
         out |= {f"{name}: {k}": f for k, f in found.items()}
-        print(name, {k: round(f["value"], 3) for k, f in found.items()}, flush=True)
+        print(name, {k: results.cell(f) for k, f in found.items()}, flush=True)
     return out | words(max(1, n // 5), 202)
 
 

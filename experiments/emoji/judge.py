@@ -11,8 +11,7 @@ the normalised cross-correlation under alpha, over all positions and LEVELS size
 the picture, so that nothing wraps round). Its maxima are the candidates. A candidate is the object if the match is at
 least `Limits.match` and no other object fits better in the same place. Words are scored by `ocr`.
 
-The thresholds were set on train scenes (`python -m experiments.emoji.accuracy --tune`); accuracy is measured on scenes
-of held-out compositions.
+The thresholds were set on train scenes (README.md); accuracy is measured on scenes of held-out compositions.
 """
 
 import functools
@@ -281,8 +280,9 @@ def judge(
     cells: Float[Array | np.ndarray, "k 32 32 4"],
     limits: Limits = LIMITS,
 ) -> Verdict:
-    """Check pictures in [0, 1] against captions' rows; image i belongs to row i // (B // G). `cells`: the objects'
-    templates, of world.templates. About 4 MB of memory per picture.
+    """Check pictures in [0, 1] against captions' rows; image i belongs to row i // (B // G).
+
+    `cells` are `objects(style)`. Takes about 4 MB of memory per picture, and as much per caption.
 
     Per thing, two facts: one of it at least is there, and as many as stated. Relation: the mean place of the first is
     beyond that of the second in the stated direction, by more than it is aside. Background: the named colour. Always
