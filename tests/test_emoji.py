@@ -154,8 +154,9 @@ def test_drawing_is_a_function_of_the_seed():
 
 def test_a_flat_template_stays_flat():
     """Resampling weights sum to one inside, whatever the size: no grid."""
-    for size in (11.3, 20.0, 24.7, 36.0):
-        weights = np.asarray(world.resampling(jnp.float32(31.4), jnp.float32(size)))
+    sizes = np.array([11.3, 20.0, 24.7, 36.0], np.float32)
+    for size, weights in zip(sizes, jax.jit(world.resampling)(jnp.full(4, 31.4), sizes), strict=True):
+        weights = np.asarray(weights)
         inside = np.abs(np.arange(64) + 0.5 - 31.4) < size / 2 - max(1, size / 32) - 1
         np.testing.assert_allclose(weights.sum(1)[inside], 1, atol=1e-5)
 
@@ -193,7 +194,7 @@ def test_the_judge_knows_right_from_wrong():
     for i, text in enumerate(WRONG):
         wrong = np.asarray(found.stated[7 + i] & ~found.right[7 + i])
         assert tuple(np.array(judge.VERDICTS)[wrong]) == FACTS_WRONG[text], text
-    np.testing.assert_allclose(found.share[[0, 1, 7, 8]], [1, 1, 0, 5 / 6], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(found.share)[[0, 1, 7, 8]], [1, 1, 0, 5 / 6], atol=1e-6)
     np.testing.assert_allclose(found.share[14], 1 / 3, atol=1e-6)  # nothing else is there, and no fox
 
 
