@@ -1,0 +1,269 @@
+"""The emoji world: captions and scenes, splits, layouts, drawing, its judge, and what its assets may be."""
+
+import hashlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.emoji import accuracy, build, judge, world
+from experiments.emoji.world import Scene, Thing, Word
+from solrl_jax.config import ConfigError
+from solrl_jax.rewards import ocr, own
+from solrl_jax.run import data
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+TOLD = {
+    "a fox": Scene((Thing("fox"),)),
+    "a fox left of a cup": Scene((Thing("fox"), Thing("cup")), "left of"),
+    "an apple above a drum on a blue background": Scene((Thing("apple"), Thing("drum")), "above", "blue"),
+    "two foxes": Scene((Thing("fox", 2),)),
+    "three mice on a red background": Scene((Thing("mouse", 3),), None, "red"),
+    "a unicorn right of two wine glasses": Scene((Thing("unicorn"), Thing("wine glass", 2)), "right of"),
+    "an hourglass, a ufo and a hot dog": Scene((Thing("hourglass"), Thing("ufo"), Thing("hot dog"))),
+    "the word OPEN in red": Scene(word=Word("OPEN", "red")),
+    "the word STOP in blue on a white background": Scene(background="white", word=Word("STOP", "blue")),
+}
+
+HELD = ["ART", "BAG", "BATH", "BOX", "CLUB", "COOK", "DAY", "DRINK"]
+# Of the pictures of TOLD: their means, and the pixel at (20, 30).
+MEANS = [0.7371, 0.6324, 0.7171, 0.7487, 0.5859, 0.8331, 0.7126, 0.6783, 0.9458]
+MIDDLES = [0.656, 0.643, 0.512, 0.790, 0.554, 0.840, 0.640, 0.714, 0.367]
+
+
+# --- captions and splits --------------------------------------------------------------------------------------------
+
+
+def test_captions_and_scenes_convert_both_ways():
+    for text, scene in TOLD.items():
+        assert world.caption(scene) == text and world.parse(text) == scene
+    rng = np.random.default_rng(0)
+    for split in world.SPLITS:
+        for scene in world.sample(rng, 200, split):
+            assert world.parse(world.caption(scene)) == scene
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "it is empty"),
+        ("a cloud of foxes", "no number and object"),
+        ("a fox near a cup", "no number and object"),
+        ("an fox", "no number and object"),
+        ("a fox left of a fox", "its things differ"),
+        ("two foxes above two cups", "1 to 3 objects"),
+        ("a fox and a cup", "two things have one of the relations"),
+        ("a fox on a beige background", "the background is one of white"),
+        ("the word open in red", "capitals"),
+        ("the word OPEN in mauve", "the ink is one of"),
+    ],
+)
+def test_a_caption_of_another_world_is_refused(text, why):
+    with pytest.raises(ValueError, match=why):
+        world.parse(text)
+
+
+def test_plurals():
+    names = ("fox", "mouse", "sheep", "cherry", "monkey", "tomato", "watch", "snowman", "beer mug")
+    told = ["foxes", "mice", "sheep", "cherries", "monkeys", "tomatoes", "watches", "snowmen", "beer mugs"]
+    assert [build.plural(name) for name in names] == told
+
+
+def test_splits_share_no_composition():
+    rng = np.random.default_rng(1)
+    train, test = (world.sample(rng, 900, split) for split in world.SPLITS)
+    seen = {c for scene in train for c in world.compositions(scene)}
+    new = [[c for c in world.compositions(scene) if world.held_out(c)] for scene in test]
+    assert all(new) and not seen & {c for some in new for c in some}
+    unseen = {scene.word.text for scene in test if scene.word}
+    assert len(unseen) >= 20 and not unseen & {scene.word.text for scene in train if scene.word}
+    assert len({thing.name for scene in train for thing in scene.things}) > 0.98 * len(world.OBJECTS)
+    assert {letter for scene in train if scene.word for letter in scene.word.text} == set(build.LETTERS)
+    a_b = world.compositions(TOLD["a fox left of a cup"])
+    assert a_b == world.compositions(world.parse("a cup above a fox")) == ("cup + fox",)
+
+
+def test_the_hash_stays_the_same():
+    held = [word for word in world.WORDS if world.held_out(f"word {word}")]
+    assert held[:8] == HELD
+
+
+def test_prompt_files(tmp_path):
+    """The committed files keep to their splits and name their rewards; fresh ones are the same."""
+    world.write_prompts(tmp_path)
+    prompts = data.read(world.HERE / "prompts")
+    assert (len(prompts.train), len(prompts.test), prompts.repeated) == (1500, 500, 0)
+    for split, texts in zip(world.SPLITS, (prompts.train, prompts.test), strict=True):
+        name = f"{split}_metadata.jsonl"
+        assert (tmp_path / name).read_text() == (world.HERE / "prompts" / name).read_text()
+        for text, row in zip(texts, prompts.rows_of(texts), strict=True):
+            scene = world.parse(text)
+            assert world.split_of(scene) == split
+            assert row["rewards"] == ["clipscore", "ocr" if scene.word else world.JUDGE]
+            assert not scene.word or ocr.target(row) == scene.word.text
+
+
+# --- layout and drawing ---------------------------------------------------------------------------------------------
+
+
+def test_layouts_are_valid():
+    scenes = world.sample(np.random.default_rng(2), 400, words=False)
+    sprites = world.lay_out(scenes, np.random.default_rng(3))
+    for i, scene in enumerate(scenes):
+        n = sum(thing.count for thing in scene.things)
+        centre, half = sprites.centre[i, :n], sprites.size[i, :n, None] / 2
+        assert (sprites.size[i, n:] == 0).all() and not np.ptp(sprites.tint[i])
+        assert (2 * half >= world.SIZES[n][0]).all() and (2 * half <= world.SIZES[n][1]).all()
+        assert (centre - half).min() >= world.MARGIN - 1e-4
+        assert (centre + half).max() <= world.SIDE - world.MARGIN + 1e-4
+        for a in range(n):
+            for b in range(a):
+                gap = np.abs(centre[a] - centre[b]) - half[a] - half[b]
+                assert gap.max() >= world.GAP - 1e-4
+        if scene.relation:
+            first = scene.things[0].count
+            y, x = centre[first:].mean(0) - centre[:first].mean(0)
+            along = dict(zip(world.RELATIONS, (x, -x, y, -y), strict=True))[scene.relation]
+            assert along - min(abs(x), abs(y)) >= world.CLEAR - 1e-4 or abs(x) == abs(y)
+
+
+def test_words_are_inside_the_picture():
+    scenes = [scene for scene in world.sample(np.random.default_rng(4), 400) if scene.word]
+    sprites = world.lay_out(scenes, np.random.default_rng(5))
+    half = sprites.size[..., None] / 2
+    there = sprites.size > 0
+    assert there.sum(1).tolist() == [len(scene.word.text) for scene in scenes if scene.word]
+    assert sprites.size[there].min() >= 8  # what `resampling` needs
+    up, down = (sprites.centre - half)[there], (sprites.centre + half)[there]
+    assert up[:, 0].min() >= 0 and down[:, 0].max() <= world.SIDE
+    assert sprites.centre[there].min() >= 0 and sprites.centre[there].max() <= world.SIDE
+
+
+def test_drawing_is_a_function_of_the_seed():
+    scenes = list(TOLD.values())
+    draw = jax.jit(world.draw)
+    one, two = (draw(world.lay_out(scenes, np.random.default_rng(6)), world.templates()) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    assert one.shape == (9, 64, 64, 3) and one.dtype == np.float32 and one.min() >= 0 and one.max() <= 1
+    np.testing.assert_allclose(np.asarray(one).mean((1, 2, 3)), MEANS, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(one)[:, 20, 30].mean(-1), MIDDLES, atol=2e-3)
+
+
+def test_a_flat_template_stays_flat():
+    """Resampling weights sum to one inside, whatever the size: no grid."""
+    sizes = np.array([11.3, 20.0, 24.7, 36.0], np.float32)
+    for size, weights in zip(sizes, jax.jit(world.resampling)(jnp.full(4, 31.4), sizes), strict=True):
+        weights = np.asarray(weights)
+        inside = np.abs(np.arange(64) + 0.5 - 31.4) < size / 2 - max(1, size / 32) - 1
+        np.testing.assert_allclose(weights.sum(1)[inside], 1, atol=1e-5)
+
+
+# --- the judge ------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "a fox": "a wolf",
+    "a fox left of a cup": "a fox right of a cup",
+    "an apple above a drum on a blue background": "an apple above a drum on a pink background",
+    "two foxes": "three foxes",
+    "three mice on a red background": "two mice on a red background",
+    "a unicorn right of two wine glasses": "a unicorn above two wine glasses",
+    "an hourglass, a ufo and a hot dog": "an hourglass, a robot and a hot dog",
+}
+FACTS_WRONG = {
+    "a fox": ("object 1", "number 1", "nothing else"),
+    "a fox left of a cup": ("relation",),
+    "an apple above a drum on a blue background": ("background",),
+    "two foxes": ("number 1",),
+    "three mice on a red background": ("number 1",),
+    "a unicorn right of two wine glasses": ("relation",),
+    "an hourglass, a ufo and a hot dog": ("object 2", "number 2", "nothing else"),
+}
+
+
+def test_the_judge_knows_right_from_wrong():
+    """Each picture by its own caption, by one that is wrong in one part, and an empty picture."""
+    scenes = [TOLD[text] for text in WRONG]
+    images = np.asarray(jax.jit(world.draw)(world.lay_out(scenes, np.random.default_rng(7)), world.templates()))
+    batch = np.concatenate([images, images, np.full((1, 64, 64, 3), 0.5, np.float32)])
+    tokens = judge.tokenize([*WRONG, *WRONG.values(), "a fox"])
+    found = jax.jit(judge.judge)(batch, tokens, judge.objects())
+    assert found.exact.tolist() == [True] * 7 + [False] * 8
+    for i, text in enumerate(WRONG):
+        wrong = np.asarray(found.stated[7 + i] & ~found.right[7 + i])
+        assert tuple(np.array(judge.VERDICTS)[wrong]) == FACTS_WRONG[text], text
+    np.testing.assert_allclose(np.asarray(found.share)[[0, 1, 7, 8]], [1, 1, 0, 5 / 6], atol=1e-6)
+    np.testing.assert_allclose(found.share[14], 1 / 3, atol=1e-6)  # nothing else is there, and no fox
+
+
+def test_the_judge_is_a_reward():
+    reward, params = own.find(world.JUDGE).make(None, "bfloat16")
+    assert (
+        reward.name == world.JUDGE and reward.host is None and params["cells"].shape == (len(world.OBJECTS), 32, 32, 4)
+    )
+    _, _, tokens = own.find(world.JUDGE).shapes(None, "bfloat16")
+    assert tokens.shape == (1, len(judge.FACTS))
+    row = judge.tokenize(["two foxes left of a cup on a blue background"])[0].tolist()
+    assert row == [world.OBJECTS.index("fox"), 2, world.OBJECTS.index("cup"), 1, -1, 0, 0, 5]
+    with pytest.raises(ValueError, match="scored by the reward ocr"):
+        judge.tokenize(["the word OPEN in red"])
+    with pytest.raises(ConfigError, match="remove it from reward_paths"):
+        judge.make("folder")
+    with pytest.raises(ValueError, match="3 images for 2 captions"):
+        judge.judge(np.zeros((3, 64, 64, 3), np.float32), judge.tokenize(["a fox", "a cup"]), judge.objects())
+    with pytest.raises(ValueError, match="64x64"):
+        judge.judge(np.zeros((1, 32, 32, 3), np.float32), judge.tokenize(["a fox"]), judge.objects())
+
+
+def test_wrong_captions_differ_in_one_part():
+    rng = np.random.default_rng(8)
+    for scene in world.sample(rng, 200, words=False):
+        before = judge.row(scene)
+        for part in accuracy.PARTS:
+            other = accuracy.wrong(scene, part, rng)
+            if other is not None:
+                changed = [
+                    judge.FACTS[i] for i, (a, b) in enumerate(zip(before, judge.row(other), strict=True)) if a != b
+                ]
+                kind = {"side": "relation", "likest object": "object"}.get(part, part)
+                assert len(changed) == 1 and changed[0].startswith(kind), (scene, other)
+
+
+# --- assets ---------------------------------------------------------------------------------------------------------
+
+
+def test_assets_are_small_and_their_sources_named():
+    sources = (world.ASSETS / "SOURCES.md").read_text()
+    assert len(world.OBJECTS) == len(set(world.OBJECTS)) <= 200
+    assert tuple(build.picks().values()) == world.OBJECTS
+    for name in ("fluent.png", "noto.png", "letters.png", "names.json"):
+        content = (world.ASSETS / name).read_bytes()
+        assert len(content) < 2**20 and hashlib.sha256(content).hexdigest() in sources
+    for style in world.STYLES:
+        cells = world.templates(style)
+        assert cells.shape == (len(world.OBJECTS) + 26, 32, 32, 4) and cells.dtype == np.float32
+        assert (cells[..., 3].max((1, 2)) > 0.9).all() and (cells[..., :3] <= cells[..., 3:] + 1e-6).all()
+    for package in (build.FLUENT, build.NOTO):
+        assert package.url in sources and package.sha512 in sources
+    says = {"fluent": "Microsoft", "noto": "Apache License", "emoji-datasource": "Cal Henderson", "dejavu": "Bitstream"}
+    for name, holder in says.items():
+        assert holder in (world.ASSETS / f"LICENSE-{name}").read_text()
+
+
+def test_names_are_one_or_two_words():
+    for entry in json.loads((world.ASSETS / "names.json").read_text())["objects"]:
+        assert 1 <= len(entry["name"].split()) <= 2 and entry["plural"] == build.plural(entry["name"])
+
+
+def test_an_archive_with_another_hash_is_refused(tmp_path):
+    (tmp_path / "fluent-emoji-3d-1.1.0.tgz").write_bytes(b"something else")
+    with pytest.raises(ValueError, match="not the pinned"):
+        build.archive(build.FLUENT, tmp_path)
+
+
+def test_the_contact_sheet():
+    with Image.open(world.HERE / "results/sheet.png") as sheet:
+        assert min(sheet.size) > 500
+    assert (world.HERE / "results/sheet.png").stat().st_size < 300_000
