@@ -1,7 +1,7 @@
-"""The stages of an iteration, compiled by XLA for a slice of TPUs that is not there: does each fit, and how long does it take?
+"""The stages of an iteration, compiled by XLA for a slice of TPUs that is not there: memory, kernels, seconds.
 
-    python -m experiments.tpu.compile --config=flux --slice=v5p:2x2x1 --shard=4 --out=experiments/tpu/results/flux_v5p.json
-    python -m experiments.tpu.compile --slice=v6e:2x4 --shard=4 --stages=learn --set=learn.micro_batch=4 --out=/tmp/tpu.json
+    python -m experiments.tpu.compile --slice=v5p:2x2x1 --out=experiments/tpu/results/flux_v5p.json      # no TPU
+    python -m experiments.tpu.compile --slice=v6e:2x4 --stages learn --set model.remat_keeps= --out=/tmp/tpu.json
 
 Needs libtpu (`pip install .[tpu]`) and no TPU. Nothing runs: the models have their public sizes as shapes and dtypes,
 and memory is XLA's own count for one chip. A stage that XLA refuses keeps its message. Figures of other stages that the
