@@ -189,9 +189,9 @@ def test_odd_lengths(queries, keys):
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
 
-    fused = of(lambda *x: fused.odd_attention(*x, 0.3, "xla"))
+    found = of(lambda *x: fused.odd_attention(*x, 0.3, "xla"))
     plain = of(lambda *x: layers.attention(*x, scale=0.3))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), fused, plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, plain)
 
 
 # --- times ----------------------------------------------------------------------------------------------------------

@@ -100,7 +100,8 @@ def held(tree: Any) -> int:
 def compiled(program: Program, on: Mesh, effort: float = LEAST) -> Any:
     with jax.set_mesh(on):
         lowered = jax.jit(program.function).lower(*program.given)
-    return lowered.compile({"exec_time_optimization_effort": effort})
+    options: dict[str, Any] = {"exec_time_optimization_effort": effort}
+    return lowered.compile(options)
 
 
 def kernels_in(text: str) -> int:

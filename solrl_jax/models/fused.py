@@ -6,7 +6,7 @@ attention writes two rows of 128, and it names what the backward pass reads, so 
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +102,7 @@ def by_pallas(
         seen = jnp.arange(padded[1])[None] < (jnp.full(len(k), keys) if lengths is None else lengths)[:, None]
         segments = splash.SegmentIds(jnp.ones((len(q), padded[0]), jnp.int32), seen.astype(jnp.int32))
     of_q, of_k = (next(size for size in BLOCKS if n % size == 0) for n in padded)
-    backward = {"block_q_dkv": of_q, "block_kv_dkv": of_k, "block_q_dq": of_q, "block_kv_dq": of_k}
+    backward: dict[str, Any] = {"block_q_dkv": of_q, "block_kv_dkv": of_k, "block_q_dq": of_q, "block_kv_dq": of_k}
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([masks.FullMask(padded)] * q.shape[1]),
         block_sizes=splash.BlockSizes(of_q, of_k, **backward),
@@ -111,7 +111,8 @@ def by_pallas(
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
-    return jnp.swapaxes(jax.vmap(kernel)(q, k, v, segments), 1, 2)[:, :queries]
+    out = cast(Array, jax.vmap(kernel)(q, k, v, segments))
+    return jnp.swapaxes(out, 1, 2)[:, :queries]
 
 
 def _padded(x: Heads, multiple: int) -> Heads:
