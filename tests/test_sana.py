@@ -21,7 +21,7 @@ from oracle import error, randomise
 from safetensors.numpy import save_file
 
 from solrl_jax import config, sampler, sharding, structs, weights
-from solrl_jax.models import layers, public, sana
+from solrl_jax.models import fused, layers, public, sana
 from solrl_jax.models.sana import SanaConfig, SanaTransformer, TextKeys
 from solrl_jax.quant import coverage
 from solrl_jax.run import assemble, convert
@@ -186,9 +186,9 @@ def test_masked_attention():
     def of(f):
         return jax.jit(jax.value_and_grad(lambda *x: jnp.sum(f(*x) ** 2), argnums=(0, 1, 2)))(q, k, v)
 
-    fused = of(lambda *x: layers.masked_attention(*x, 0.3, "xla", lengths))
+    found = of(lambda *x: fused.masked_attention(*x, 0.3, "xla", lengths))
     plain = of(lambda *x: layers.attention(*x, scale=0.3, lengths=lengths))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), fused, plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, plain)
 
 
 # --- native names ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import T5EncoderModel
 
 from solrl_jax import config, sampler, weights
-from solrl_jax.models import layers, sd35
+from solrl_jax.models import fused, layers, sd35
 from solrl_jax.models.sd35 import Sd35Config, Sd35Transformer
 from solrl_jax.quant import coverage
 from solrl_jax.weights import hub
@@ -191,9 +191,9 @@ def test_odd_lengths(queries, keys):
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
 
-    fused = of(lambda *x: layers.odd_attention(*x, 0.3, "xla"))
+    found = of(lambda *x: fused.odd_attention(*x, 0.3, "xla"))
     plain = of(lambda *x: layers.attention(*x, scale=0.3))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), fused, plain)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, plain)
 
 
 # --- times ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ module serves as the reference {params}, the policy {params, lora} and the explo
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,10 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from solrl_jax import device, sharding
 from solrl_jax.device import operands
+from solrl_jax.models import fused
 
 F32 = jnp.float32
-LONG = 256
-"""Least number of tokens for the fused attention; the small world has 40, too few for it to pay off."""
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision | None:
@@ -193,19 +192,13 @@ def attention(
     """softmax(q k' scale + bias) v with the softmax in f32; scale defaults to d^-1/2. Returns q's dtype.
 
     Each sample attends to its first `lengths` keys only. With a softcap c, scores become c tanh(scores / c).
-    On GPUs cuDNN's fused kernel is used if it applies and pays off: half precision, no bias or softcap, at least LONG
-    queries. Otherwise the scores are written to memory in f32 (test_forward of tests/test_compiled.py and of
-    tests/test_sd35_compiled.py, by the program's temporary memory).
+    On GPUs and TPUs a fused kernel is used if it applies and pays off: half precision, no bias or softcap, at least
+    fused.LONG queries. Otherwise the scores are written to memory in f32 (test_forward of tests/test_compiled.py, of
+    tests/test_sd35_compiled.py and of tests/test_tpu_compiled.py, by the program's temporary memory).
     """
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    plain = bias is None and softcap is None
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and plain and q.shape[-1] in range(8, 129, 8)
-    if fits and q.shape[1] >= LONG and device.platform() == "gpu":
-        if lengths is not None:
-            return masked_attention(q, k, v, factor, "cudnn", lengths)
-        if q.shape[1] % 2 or k.shape[1] % 2:
-            return odd_attention(q, k, v, factor, "cudnn")
-        return jax.nn.dot_product_attention(q, k, v, scale=factor, implementation="cudnn")
+    if bias is None and softcap is None and (kernel := fused.kernel_for(q)):
+        return kernel(q, k, v, factor, lengths)
     how: dict[str, Any] = {"precision": precision_of(q.dtype), "preferred_element_type": F32}
     scores = jnp.einsum("bqhd,bkhd->bhqk", *operands(q, k), **how) * factor
     if softcap is not None:
@@ -223,41 +216,6 @@ def attention(
         out = jnp.einsum("bhqk,bhkd->bhqd", weights, jnp.swapaxes(v, 1, 2), **how)
         return jnp.swapaxes(out.astype(q.dtype), 1, 2)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, v, **how).astype(q.dtype)
-
-
-Heads = Float[Array, "B _ H d"]
-Kernel = Literal["cudnn", "xla"]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def odd_attention(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel) -> Heads:
-    """The fused attention for odd lengths, such as SD3.5's 4096 + 205 tokens.
-
-    JAX refuses to differentiate it at odd lengths. So where a gradient is asked for, one masked row is appended
-    (tests/test_sd35_compiled.py::test_gradient).
-    """
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation=kernel)
-
-
-def masked_attention(
-    q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel, lengths: Int[Array, "B"] | None = None
-) -> Heads:
-    """The fused attention to the first `lengths` keys (None: all); odd lengths are padded to even ones."""
-    queries, keys = q.shape[1], k.shape[1]
-    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-    # Zeros computed from q, so that under vmap the lengths have q's batch axes, as JAX's rule requires
-    # (test_gradient of tests/test_sd35_compiled.py and of tests/test_sana_compiled.py).
-    none = 0 * jax.lax.stop_gradient(q)[:, 0, 0, 0].astype(jnp.int32)
-    how: dict[str, Any] = {"scale": scale, "implementation": kernel}
-    how |= {"query_seq_lengths": none + queries, "key_value_seq_lengths": none + (keys if lengths is None else lengths)}
-    return jax.nn.dot_product_attention(q, k, v, **how)[:, :queries]
-
-
-def _odd_forward(q: Heads, k: Heads, v: Heads, scale: float, kernel: Kernel):
-    return jax.vjp(functools.partial(masked_attention, scale=scale, kernel=kernel), q, k, v)
-
-
-odd_attention.defvjp(_odd_forward, lambda scale, kernel, back, out: back(out))
 
 
 def linear_attention(
@@ -284,9 +242,9 @@ def linear_attention(
 def keeping(names: Sequence[str]) -> Callable[..., Any]:
     """The policy of jax.checkpoint that keeps the results with these names (`checkpoint_name`) for the backward pass.
 
-    "attention" also keeps the fused kernel's result and the softmax sums that its backward kernel reads. The kernel is
-    recognised by its primitive's name: save_only_these_names alone would run it again in the backward pass
-    (tests/test_compiled.py::test_remat_keeps_the_fused_attention).
+    "attention" also keeps the fused kernel's result and the softmax sums that its backward kernel reads. A TPU's kernel
+    names both; cuDNN's is recognised by its primitive's name: save_only_these_names alone would run it again in the
+    backward pass (test_remat_keeps_the_fused_attention of tests/test_compiled.py and of tests/test_tpu_compiled.py).
     """
     named = jax.checkpoint_policies.save_only_these_names(*names)
 
