@@ -29,6 +29,7 @@ HEARTBEAT = 30
 _LONGEST = 24 * 3600 * 1000
 """Milliseconds of an exchange. A process that computes may be late by hours; a lost one is noticed by its heartbeat."""
 _rounds: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+_COUNTS = "solrl_jax/processes"
 _KNOWN = "known_to_all_processes"
 """An attribute of errors that all processes were told."""
 
@@ -90,7 +91,10 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
         late.cancel()
     if not first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process runs
-    same({"--processes": str(count())})
+    store: Any = distributed.global_state.client
+    store.key_value_set(f"{_COUNTS}/{index()}", str(count()))
+    there = int(store.blocking_key_value_get(f"{_COUNTS}/0", _LONGEST))  # the runtime lets so many in
+    same({"--processes": str(count())}, there)
 
 
 def _not_met(coordinator: str | None) -> None:
@@ -129,11 +133,12 @@ def first() -> bool:
 # --- agreeing -------------------------------------------------------------------------------------------------------
 
 
-def exchanged(text: str, reduce: Callable[[list[str]], str], channel: str = "main") -> str:
+def exchanged(text: str, reduce: Callable[[list[str]], str], channel: str = "main", there: int | None = None) -> str:
     """reduce(the texts of all processes, in their order), on each. All must call it equally often on a `channel`.
 
     The process that comes last reads all texts at once and hands out what `reduce` makes of them: three requests of
-    each process, and none waits for a text after the other (experiments/hosts).
+    each process, and none waits for a text after the other (experiments/hosts). `there` is how many there are, if that
+    may not be `count`.
     """
     if count() == 1:
         return reduce([text])
@@ -141,7 +146,7 @@ def exchanged(text: str, reduce: Callable[[list[str]], str], channel: str = "mai
     number = next(_rounds[channel])
     here = f"solrl_jax/{channel}/{number}"
     store.key_value_set(f"{here}/said/{index():06d}", json.dumps(text))
-    if store.key_value_increment(f"{here}/came", 1) == count():
+    if store.key_value_increment(f"{here}/came", 1) == (there or count()):
         each = [json.loads(said) for _, said in sorted(store.key_value_dir_get(f"{here}/said/"))]
         store.key_value_set(f"{here}/all", json.dumps(reduce(each)))
         if number:  # all have sent to this round, so they have read the one before
@@ -198,9 +203,9 @@ def _told(error: BaseException) -> bool:
     return hasattr(error, _KNOWN) or (cause is not None and known(cause))
 
 
-def same(values: Mapping[str, str]) -> None:
+def same(values: Mapping[str, str], there: int | None = None) -> None:
     """Raises ProcessError, on all processes, that names the first of `values` in which they differ."""
-    if said := exchanged(json.dumps(dict(values)), _difference):
+    if said := exchanged(json.dumps(dict(values)), _difference, there=there):
         raise ProcessError(said)
 
 

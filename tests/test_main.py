@@ -142,9 +142,9 @@ def test_prompts_are_short_for_prompt_files_but_in_sample_mode(command, monkeypa
 
 
 ENVIRONMENT = """
-import os
-before = dict(os.environ)
-import solrl_jax.main, solrl_jax.iteration, solrl_jax.train, jax
+import os, jax
+before = dict(os.environ)  # with TPU_LIBRARY_PATH, which JAX sets where libtpu is installed
+import solrl_jax.main, solrl_jax.iteration, solrl_jax.train
 assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
 assert jax.config.jax_platforms == before.get("JAX_PLATFORMS"), jax.config.jax_platforms
 solrl_jax.device.setup()
