@@ -21,6 +21,8 @@ from solrl_jax.run import assemble, convert, evaluate
 from solrl_jax.weights import hub
 from tests import nano, nano_flux2
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 REWARDS = ("clipscore", "pickscore", "hpsv2", "imagereward")
 VARIANTS = ("24gb", "base_9b", "4b", "9b")
 METHODS = ("sol_rl", "branch", "awm", "dance_grpo")  # the others: tests/test_zimage_run.py

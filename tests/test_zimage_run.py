@@ -22,6 +22,8 @@ from solrl_jax.weights import WeightsError, hub
 from tests import nano, nano_zimage
 from tests.test_flux import rewrite
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 REWARDS = ("pickscore", "clipscore", "hpsv2", "imagereward")
 FEED_FORWARD = tuple(f"feed_forward.{w}" for w in ("w1", "w2", "w3"))
 METHODS = ("branch", "flow_grpo", "vgrpo")  # the others: tests/test_flux2_run.py
