@@ -328,7 +328,7 @@ def session(*steps: tuple[Path | str, Sequence[str]]) -> list[str]:
 def world(folder: Path) -> Path:
     folder.mkdir()
     (folder / "some_rewards.py").write_text(REWARD)
-    texts = ["a red circle", "two blue squares", "a green ring"]
+    texts = ["a red circle", "a small blue square", "a red circle left of a blue square"]
     (folder / "texts.txt").write_text("\n".join(texts))
     rows = [{"file": f"{i:04d}_{j}.png", "prompt": text} for i, text in enumerate(texts) for j in range(2)]
     (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -430,7 +430,7 @@ def test_the_other_modes_are_one_processes(one, again):
     for mode in ("eval", "sample", "score", "export"):
         assert printed(one, mode) == printed(again, mode) != []
     assert "$" not in (again / "1.out").read_text().removeprefix("$ --mode=train")
-    assert codes(again) == [[0, 0, 0, 0, 0, 2, 2]] * 2
+    assert codes(again) == [[0, 0, 0, 0, 0, 2, 2]] * 2 and codes(one) == [[0] * 6]
     kinds = {".png", ".csv", ".safetensors", ".npz", ".md"}
     there, here = (
         {x.relative_to(at / "run"): x.read_bytes() for x in (at / "run").rglob("*") if x.suffix in kinds}
