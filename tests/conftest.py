@@ -14,6 +14,17 @@ install_import_hook("solrl_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+LONGEST = (
+    *("test_docs", "test_processes", "test_fsdp_compiled", "test_prove", "test_faults", "test_tpu_compiled"),
+    *("test_flux2_run", "test_zimage_run", "test_multi_gpu", "test_plan", "test_iteration", "test_train", "test_run"),
+)
+"""Files that take minutes. They begin first: the last file of a tier then leaves no process idle for long."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable: otherwise their order stays
+
+
 def pytest_configure(config):
     from solrl_jax import device  # after the hook, which checks what is imported from here on
 
