@@ -50,6 +50,7 @@ def started(
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(compiled or folder / "compiled"),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes half the time
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",
             "SEEN": str(folder / f"seen_{i}"),
@@ -465,13 +466,12 @@ def test_a_reward_that_raises_in_one_process(again):
 
 
 @pytest.mark.slow
-def test_four_devices_of_two_processes(tmp_path, compiled, monkeypatch):
+def test_four_devices_of_two_processes(tmp_path, compiled):
     """Of one process with four they differ by the order of sums. In float32 the first iteration is that to 1e-5, and so
     is its gradient: Adam's first moment is a tenth of it. Later ones multiply the difference (docs/hosts.md)."""
     more = ("--config.iterations=1", "--config.evaluate.every=0", "--config.model.dtype=float32")
     more += ("--config.learn.updates=1", "--config.learn.clip_norm=1e9")
     runs = [world(tmp_path / name) for name in ("whole", "split")]
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiling takes half the time
     for folder, count in zip(runs, (1, 2), strict=True):
         at_once = started(folder, session((folder, [*TRAIN, *more])), count, 4 // count, compiled)
         assert ended(at_once) == [0] * count, said(folder)
