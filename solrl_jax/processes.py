@@ -29,7 +29,8 @@ HEARTBEAT = 30
 _LONGEST = 24 * 3600 * 1000
 """Milliseconds of an exchange. A process that computes may be late by hours; a lost one is noticed by its heartbeat."""
 _rounds: dict[str, Iterator[int]] = collections.defaultdict(itertools.count)
-_COUNTS = "solrl_jax/processes"
+_COUNT = "solrl_jax/processes"
+"""The key of the number that the first process was told."""
 _KNOWN = "known_to_all_processes"
 """An attribute of errors that all processes were told."""
 
@@ -92,8 +93,9 @@ def join(coordinator: str | None = None, processes: int | None = None, process: 
     if not first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process runs
     store: Any = distributed.global_state.client
-    store.key_value_set(f"{_COUNTS}/{index()}", str(count()))
-    there = int(store.blocking_key_value_get(f"{_COUNTS}/0", _LONGEST))  # the runtime lets so many in
+    if first():
+        store.key_value_set(_COUNT, str(count()))
+    there = int(store.blocking_key_value_get(_COUNT, _LONGEST))  # the runtime lets so many in
     same({"--processes": str(count())}, there)
 
 

@@ -9,9 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from experiments.tpu.compile import held, laid
 from solrl_jax import config, device, iteration, learn, lora, quant, sharding
 from solrl_jax.config import Lora
 from solrl_jax.models import flux
@@ -57,22 +56,6 @@ def moved(text: str) -> list[Moved]:
             total = sum(arrays[len(arrays) // 2 :]) if start else sum(arrays)
             found.append(Moved(kind, total, int(trips.get(name, 0))))
     return found
-
-
-def laid(tree, where, mesh):
-    """Shapes with their shardings; `where` is one spec for all leaves, or a tree of them."""
-    specs = jax.tree.map(lambda _: where, tree) if isinstance(where, P) else where
-
-    def shape(x, spec):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(shape, tree, specs)
-
-
-def held(tree) -> int:
-    """Bytes of laid-out shapes on one card."""
-    sizes = [(math.prod(x.sharding.shard_shape(x.shape)), x.dtype) for x in jax.tree.leaves(tree)]
-    return sum(size * getattr(dtype, "itemsize", 8) for size, dtype in sizes)
 
 
 def compiled(f, *args, on):
@@ -188,7 +171,7 @@ def test_stages_of_the_public_models(name):
     base = laid(sizes.frozen.base, sharding.weights(sizes.frozen.base), mesh)
     whole = (laid(tree, sharding.WHOLE, mesh) for tree in (sizes.frozen.vae, sizes.frozen.rewards))
     frozen, state = Frozen(base, *whole), laid(shapes.blank(cfg, sizes), sharding.WHOLE, mesh)
-    split = functools.partial(laid, where=sharding.SPLIT, mesh=mesh)
+    split = functools.partial(laid, where=sharding.SPLIT, on=mesh)
     prompts = split(shapes.batch(sizes.prompts, CARDS))
     with jax.set_mesh(mesh):
         kernels = jax.eval_shape(run.merged, state, frozen)

@@ -47,8 +47,10 @@ def forward(name: str, batch: int, on) -> tpu.Program:
     module, base, inputs, more = network(name, batch, on)
 
     def f(base, *inputs):
+        def own(base, *x):
+            return module.apply({"params": base}, *x, *more)
+
         specs = sharding.weights(base), *[sharding.SPLIT] * len(inputs)
-        own = lambda base, *x: module.apply({"params": base}, *x, *more)  # noqa: E731
         return sharding.over_data(own, specs, sharding.SPLIT)(base, *inputs)
 
     return tpu.Program(f, (base, *inputs))

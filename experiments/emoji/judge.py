@@ -11,7 +11,8 @@ the normalised cross-correlation under alpha, over all positions and LEVELS size
 the picture, so that nothing wraps round). Its maxima are the candidates. A candidate is the object if the match is at
 least `Limits.match` and no other object fits better in the same place. Words are scored by `ocr`.
 
-The thresholds were set on train scenes (README.md); accuracy is measured on scenes of held-out compositions.
+README.md says which thresholds were set on train scenes, and which are guesses; accuracy is measured on scenes of
+held-out compositions.
 """
 
 import functools
@@ -46,7 +47,7 @@ POSES = [(1, 0, 0)] + [
 
 
 class Limits(NamedTuple):
-    """The thresholds; set on train scenes."""
+    """The thresholds."""
 
     match: float = 0.65  # least match of an object
     near: float = 0.16  # largest RGB distance of the background from the named colour
@@ -115,9 +116,7 @@ def _ground(image: Float[Array, "64 64 3"]) -> Float[Array, "3"]:
 class Kernels(NamedTuple):
     """One object at each size. Whatever depends on the background follows from these."""
 
-    spectrum: Complex[
-        Array, "l 64 33 5"
-    ]  # of alpha times colour (3), of alpha and of M; centre at the first pixel's corner
+    spectrum: Complex[Array, "l 64 33 5"]  # of alpha colour (3), alpha, M; centred at the first pixel's corner
     moments: Float[Array, "l 5"]
 
 

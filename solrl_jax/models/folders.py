@@ -164,7 +164,7 @@ def readers(
         place_vae: weights.Place | None = None,
         place_text: weights.Place | None = None,
     ) -> Iterator[Params]:
-        return parts(cfg, make(cfg), of(cfg), place, place_vae, place_text, namings)
+        return _parts(cfg, make(cfg), of(cfg), place, place_vae, place_text, namings)
 
     def load(
         cfg: config.Model, place: weights.Place | None = None, place_vae: weights.Place | None = None
@@ -175,12 +175,12 @@ def readers(
     return Readers(
         load,
         each,
-        lambda cfg: shapes(cfg, make(cfg), of(cfg)),
-        lambda cfg, prompts: token_shapes(cfg, of(cfg), prompts),
+        lambda cfg: _shapes(cfg, make(cfg), of(cfg)),
+        lambda cfg, prompts: _token_shapes(cfg, of(cfg), prompts),
     )
 
 
-def parts(
+def _parts(
     cfg: config.Model,
     model: Model,
     encoders: Encoders,
@@ -221,8 +221,8 @@ def _load(encoder: Encoder, folder: Path, dtype: Any, place: weights.Place | Non
     return text.load_clip_text(folder / encoder.folder, dtype, encoder.project, place=place)[1]
 
 
-def shapes(cfg: config.Model, model: Model, encoders: Encoders) -> tuple[Params, Params, Params]:
-    """What `parts` yields, as ShapeDtypeStructs, from the folder's configs alone."""
+def _shapes(cfg: config.Model, model: Model, encoders: Encoders) -> tuple[Params, Params, Params]:
+    """What `_parts` yields, as ShapeDtypeStructs, from the folder's configs alone."""
     folder, dtype = hub.pipeline(cfg.path, configs_only=True), jnp.dtype(cfg.dtype)
     key, half = jax.random.key(0), decoder(folder, F32)
 
@@ -245,7 +245,7 @@ def _blank(module: nn.Module) -> tuple[Array, ...]:
     return gemma2.blank() if isinstance(module, gemma2.Gemma2 | qwen3.Qwen3) else (jnp.zeros((1, 2), jnp.int32),)
 
 
-def token_shapes(cfg: config.Model, encoders: Encoders, prompts: int) -> PyTree:
+def _token_shapes(cfg: config.Model, encoders: Encoders, prompts: int) -> PyTree:
     """What `tokenize` returns for that many prompts, as ShapeDtypeStructs."""
     folder = hub.pipeline(cfg.path, configs_only=True)
 
