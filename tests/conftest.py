@@ -5,12 +5,18 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A test compiles far longer than it computes. Without most of XLA's optimisations compiling takes half the time.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("solrl_jax", "beartype.beartype")
+ARRAYS = (
+    *("algos", "device", "guidance", "iteration", "keys", "learn", "lora", "mixture", "models", "quant", "report"),
+    *("rewards", "rollout", "run", "sampler", "selection", "sharding", "solvers", "structs", "train", "weights"),
+)
+"""Signatures of these are checked. A check takes longer than a small function, and the plan calls a million of them."""
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
@@ -26,6 +32,8 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
+    if config.option.markexpr != "slow":  # the slow tier calls the same functions for longer
+        install_import_hook([f"solrl_jax.{name}" for name in ARRAYS], "beartype.beartype")
     from solrl_jax import device  # after the hook, which checks what is imported from here on
 
     device.setup()
@@ -40,15 +48,15 @@ def strict_dtypes():
 
 
 @pytest.fixture(scope="module")
-def quick_compiles():
-    """For a module whose comparisons do not depend on XLA's optimisations: without them compiling takes half the time.
+def optimised():
+    """For a module that looks at what XLA makes of a program, or compares with numbers of programs made that way.
 
-    Programs of other modules were compiled with them and differ in the last bit: they are dropped, or jit uses them.
+    Programs of other modules differ in the last bit: they are dropped, or jit uses them.
     """
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", False)
     jax.clear_caches()
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.clear_caches()
 
 

@@ -15,8 +15,6 @@ from solrl_jax.run import assemble, data, guards
 from solrl_jax.structs import QuantRule
 from tests import nano
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 FP8 = Stage(2, "dpm2", "fp8", 4)
 
 

@@ -16,8 +16,6 @@ from solrl_jax import weights
 from solrl_jax.models.text import ClipTextConfig
 from solrl_jax.rewards import clip_tokens, clip_tower, clipscore, preprocess
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPTS = ["a red circle left of a blue square", "two green triangles", "a white area, and more words than fit here"]
 LENGTH = 10
 

@@ -18,6 +18,8 @@ from solrl_jax.plan import shapes
 from solrl_jax.quant import nvfp4
 from tests import card, flux_dev
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 B, S, L = 8, 1024, 128  # XLA would merge the q, k, v of smaller batches, at the price of copies
 CFG = FluxConfig(num_layers=1, num_single_layers=1)
 ROPE = tuple(map(jnp.asarray, flux.rope_table(CFG, 32, 32, L)))

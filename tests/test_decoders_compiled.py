@@ -11,6 +11,8 @@ from solrl_jax import weights
 from solrl_jax.models import dcae, public, vae
 from tests import card
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 B, SIDE = 8, 64  # as many pictures of 512 px as are decoded at a time
 WIDTHS = (128, 256, 512, 512)
 

@@ -19,7 +19,6 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import yaml
@@ -180,12 +179,8 @@ def imagereward(cache, tmp_path_factory):
 
 @pytest.fixture
 def shrunk(monkeypatch):
-    """Configs at their small sizes, in programs that are compiled quickly and not well."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Configs at their small sizes."""
     monkeypatch.setattr(config, "load", lambda *words, load=config.load: small(load(*words)))
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -204,13 +199,8 @@ def trained(place, default_run):
     (place / "RUN/checkpoints/1").rename(place / "RUN/checkpoints/20")
 
 
-def kind(command: Command) -> tuple[str, ...]:
-    """What it runs: its mode and the names of its flags. Every model and recipe has tests of its own beside this."""
-    return mode(command), *sorted({word.partition("=")[0] for word in command.words[3:]})
-
-
-WHOLE = {kind(command): command for command in reversed(OURS) if not asks_for_help(command)}.values()
-"""The first of each kind."""
+WHOLE = {mode(command): command for command in reversed(OURS) if not asks_for_help(command)}.values()
+"""The first of each mode. What their flags and recipes do has tests of its own."""
 ALONE = [command for command in WHOLE if not any(word.startswith("--coordinator=") for word in command.words)]
 """Without those that wait for other processes, which tests/test_processes.py starts."""
 

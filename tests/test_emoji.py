@@ -15,7 +15,6 @@ from solrl_jax.config import ConfigError
 from solrl_jax.rewards import ocr, own
 from solrl_jax.run import data
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 TOLD = {
     "a fox": Scene((Thing("fox"),)),
     "a fox left of a cup": Scene((Thing("fox"), Thing("cup")), "left of"),

@@ -24,7 +24,6 @@ from solrl_jax.run import assemble, checkpoint, data, evaluate
 from tests import test_train
 from tests.test_train import TOY, compiled, metrics_of, toy
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 __all__ = ["compiled", "toy"]  # fixtures
 ALGORITHMS = ("sol_rl", "naive_scaling", "diffusionnft", "awm", "flow_grpo", "flow_grpo_fast", "dance_grpo")
 SHORT = {"evaluate.every": 0, "save_every": 1}
@@ -65,7 +64,6 @@ import jax
 from tests import test_faults
 jax.config.update("jax_compilation_cache_dir", sys.argv[2])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_disable_most_optimizations", True)
 for name in sys.argv[3:]:
     if not (child := os.fork()):
         test_faults.killed(name, Path(sys.argv[1]))
@@ -433,11 +431,9 @@ def test_a_reward_that_sees_nothing_wrong_in_nan_pictures(toy, tmp_path, monkeyp
 FULL = """
 import sys
 from pathlib import Path
-import jax
 import pytest
 from solrl_jax import config, main
 from tests import test_train
-jax.config.update("jax_disable_most_optimizations", True)  # as in the process that resumes
 patch = pytest.MonkeyPatch()
 toy = test_train.world(patch, Path(sys.argv[2]))
 patch.setattr(config, "load", lambda spec, overrides: config.override(toy, **overrides))

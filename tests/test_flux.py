@@ -20,8 +20,6 @@ from solrl_jax import config, sampler, weights
 from solrl_jax.models import flux
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SMALL = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 24}
 SMALL |= {"pooled_projection_dim": 20, "axes_dims_rope": (4, 6, 6), "num_layers": 1, "num_single_layers": 1}
 PIPELINE = tiny.WORLD / "pipeline"

@@ -25,8 +25,6 @@ from solrl_jax.weights import hub
 from tests import nano_flux2
 from tests.test_flux import Held, rewrite
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SMALL = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 24}
 SMALL |= {"axes_dims_rope": (4, 4, 4, 4), "num_layers": 2, "num_single_layers": 3, "guidance_embeds": False}
 DYNAMIC = Schedule(shift=3.0, use_dynamic_shifting=True)

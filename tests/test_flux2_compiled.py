@@ -17,6 +17,8 @@ from solrl_jax.weights import from_config, hub
 from tests import card
 from tests.test_compiled import calls, products
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 B, S, L = 8, 1024, 512
 KLEIN = "black-forest-labs/FLUX.2-klein-base-4B"
 RAW = public.FLUX2[KLEIN]["transformer/config.json"] | {"num_layers": 1, "num_single_layers": 1}

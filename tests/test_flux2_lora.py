@@ -19,8 +19,6 @@ from tests.test_comfy import made, same
 from tests.test_flux import Held
 from tests.test_flux2 import SMALL, inputs, make_transformer, shapes_of, table_of, theirs
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CFG = Lora(rank=4, alpha=8.0)
 ALL = (*flux2.LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "linear_in", "linear_out")
 REST = ("x_embedder", "context_embedder", "linear_1", "linear_2", "proj_out")

@@ -21,11 +21,9 @@ from solrl_jax.run import assemble, convert, evaluate
 from solrl_jax.weights import hub
 from tests import nano, nano_flux2
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 REWARDS = ("clipscore", "pickscore", "hpsv2", "imagereward")
 VARIANTS = ("24gb", "base_9b", "4b", "9b")
-METHODS = ("sol_rl", "branch", "awm", "dance_grpo")  # the others: tests/test_zimage_run.py
+METHODS = ("awm", "dance_grpo")  # Sol-RL is `run`, the others are in tests/test_zimage_run.py
 
 
 @pytest.fixture(scope="module")
@@ -223,26 +221,20 @@ def test_diffusers_draws_with_the_runs_file(run, nano_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(nano_dir, tmp_path, name):
-    """An iteration by each recipe, of small numbers of steps, guided."""
-    cfg = nano_flux2.build(nano_dir, iterations=1, evaluate=Evaluate(every=0), explore=Stage(2, chunk=4))
-    cfg = recipes.family(cfg, name)
-    words = {"learn.micro_batch": "2"}
-    if name not in ("sol_rl", "branch"):
-        words |= {"regenerate.steps": "5" if name in ("awm", "vgrpo") else "4", "learn.timestep_fraction": "0.5"}
-        words |= {"regenerate.window": "2", "regenerate.window_within": "3"} if cfg.regenerate.window else {}
-        words |= {"learn.timestep_fraction": "0.4"} if name in ("awm", "vgrpo") else {}
+    """An iteration by each recipe, of small numbers of steps, guided. AWM's has an evaluation and trains all Linears of
+    the blocks, as kohya's trainer does."""
+    whole = name == "awm"
+    evaluated = Evaluate(every=1, prompts=4, steps=2, grid=2, chunk=4) if whole else Evaluate(every=0)
+    cfg = recipes.family(nano_flux2.build(nano_dir, iterations=1, evaluate=evaluated), name)
+    words = {"learn.micro_batch": "2", "regenerate.steps": "5" if whole else "4"}
+    words |= {"learn.timestep_fraction": "0.4" if whole else "0.5"}
+    if whole:
+        cfg = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, targets=flux2.LORA_ALL))
     train.train(config.override(cfg, **words), tmp_path / "run", devices=1)
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
-
-
-@pytest.mark.slow
-def test_all_linears_of_the_blocks(nano_dir, tmp_path):
-    """lora.targets as kohya's trainer has them, with an evaluation."""
-    cfg = nano_flux2.build(nano_dir, iterations=1, evaluate=Evaluate(every=1, prompts=4, steps=2, grid=2, chunk=4))
-    cfg = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, targets=flux2.LORA_ALL))
-    train.train(cfg, tmp_path / "run", devices=1)
-    assert len(load_file(tmp_path / "run/pytorch_lora_weights.safetensors")) == 2 * (12 + 2 * 2)
+    modules = (12 if whole else 4) + 2 * 2
+    assert len(load_file(tmp_path / "run/pytorch_lora_weights.safetensors")) == 2 * modules
 
 
 def test_a_distilled_model_is_not_guided_and_told(nano_dir, tmp_path):

@@ -1,5 +1,7 @@
 """FP8 products, their units, and which precision a device gets."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,7 @@ def test_native_nvfp4_has_the_numbers_of_the_emulated():
     [
         *(
             ("auto", None, "nvfp4_emulated"),
+            ("auto", 0.0, "bf16"),
             ("auto", 8.0, "nvfp4_emulated"),
             ("auto", 8.9, "fp8"),
             ("auto", 9.0, "fp8"),
@@ -138,12 +141,18 @@ def test_the_precision_of_a_device(asked, capability, given):
     assert quant.resolve(asked, capability) == given
 
 
-@pytest.mark.parametrize(("asked", "capability"), [("fp8", None), ("fp8", 8.0), ("nvfp4_native", 9.0)])
+@pytest.mark.parametrize(("asked", "capability"), [("fp8", None), ("fp8", 0.0), ("fp8", 8.0), ("nvfp4_native", 9.0)])
 def test_what_a_device_cannot_do_is_an_error(asked, capability):
     cfg = config.Config(explore=config.Stage(6, precision=asked))
     with pytest.raises(config.ConfigError, match=rf"explore.precision {asked} needs a GPU of compute capability"):
         assemble.resolved(cfg, capability)
     assert assemble.resolved(config.Config(), 9.0).explore.precision == "fp8"
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", None), ("tpu", 0.0), ("gpu", 8.9)])
+def test_the_capability_of_a_device(monkeypatch, platform, expected):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform=platform, compute_capability="8.9")])
+    assert assemble.capability() == expected
 
 
 def test_two_low_precisions_are_refused():

@@ -19,7 +19,6 @@ from solrl_jax.structs import QuantRule, leaves_by_path
 from tests import nano, nano_flux2, nano_sana, nano_sd35, nano_zimage
 from tests.nano import begun, numbers, parts_of, statics_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 MODELS = {"flux": nano, "flux2": nano_flux2, "sd35": nano_sd35, "sana": nano_sana, "zimage": nano_zimage}
 
 

@@ -20,6 +20,8 @@ from solrl_jax.run import assemble
 from solrl_jax.structs import Frozen
 from tests import card
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 B, S, L = 8, 1024, 128  # of one card
 CFG = FluxConfig(num_layers=2, num_single_layers=3)
 ROPE = tuple(map(jnp.asarray, flux.rope_table(CFG, 32, 32, L)))

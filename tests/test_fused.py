@@ -3,12 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from solrl_jax import device
 from solrl_jax.models import fused, layers
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def heads(tokens: int, dtype=jnp.float32, width: int = 8, seed: int = 0):

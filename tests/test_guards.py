@@ -15,7 +15,6 @@ from solrl_jax.structs import Rollout
 from tests.test_checkpoint import state_at
 from tests.test_train import compiled, metrics_of, toy
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 __all__ = ["compiled", "toy"]  # fixtures
 CFG = Config()
 

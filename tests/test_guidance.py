@@ -24,8 +24,6 @@ from solrl_jax.run.encode import Conditioner
 from tests import nano, nano_sana, nano_sd35, test_train
 from tests.test_train import compiled, metrics_of  # noqa: F401 - small programs are compiled once
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPTS = nano.PROMPTS[:3]
 STEPS = 6
 

@@ -367,7 +367,6 @@ def test_the_base_at_its_own_weight_is_drawn_again(toy, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiles")
 def test_weights_in_parts_give_a_guided_training_the_same_bits(tmp_path):
     """The network over 2 devices, its negative conditioning whole on each."""
     found = []

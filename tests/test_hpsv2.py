@@ -15,8 +15,6 @@ from solrl_jax.structs import WeightsError
 from solrl_jax.weights import hub
 from tests.golden import clip
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDEN = json.loads(clip.TOWERS.read_text())
 PROMPTS = [clip.CAPTIONS[0], clip.CAPTIONS[3]]
 FILE = hpsv2.PUBLIC_FILE

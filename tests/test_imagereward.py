@@ -15,8 +15,6 @@ from solrl_jax import weights
 from solrl_jax.rewards import blip, imagereward
 from solrl_jax.weights import WeightsError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GOLDEN = json.loads(small.FILE.read_text())
 PROMPTS = list(small.PROMPTS)
 

@@ -16,7 +16,6 @@ from solrl_jax.run import assemble
 from tests import nano
 from tests.nano import STATICS, begun, numbers, parts_of, statics_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 GOLDEN = {
     "explore/reward_mean": 0.201936,
     "grad_norm": 0.357531,

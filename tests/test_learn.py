@@ -17,8 +17,6 @@ from solrl_jax.selection import take
 from tests import nano
 from tests.nano import numbers, parts_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -236,7 +236,7 @@ def test_rows_of_a_piece(monkeypatch):
 
 
 @pytest.mark.parametrize("stay", [True, False])
-def test_text_encoders_lie_in_parts(built, stay, monkeypatch, quick_compiles):
+def test_text_encoders_lie_in_parts(built, stay, monkeypatch):
     """Each device gets a quarter of every kernel of T5's and CLIP's stacks; the conditioning is that of whole ones."""
     cfg, (_, _, text) = built("flux")
     model, held, place = assemble.model_module(cfg).make(cfg.model), [], sharding.place

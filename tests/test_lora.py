@@ -19,8 +19,6 @@ from solrl_jax.models import flux
 from solrl_jax.structs import leaves_by_path
 from solrl_jax.weights import WeightsError, lora_files
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 CFG = Lora(rank=4, alpha=8.0)

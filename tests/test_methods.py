@@ -16,7 +16,6 @@ from tests import nano
 from tests.nano import begun, numbers, parts_of, statics_of
 from tests.test_iteration import folder, whole
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 __all__ = ["folder"]  # fixtures
 SMALL = {"flow_grpo": 3, "flow_grpo_fast": 4, "dance_grpo": 4, "awm": 5, "vgrpo": 5}
 """Steps of a rollout here."""

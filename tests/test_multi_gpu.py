@@ -14,8 +14,6 @@ from solrl_jax import config, sharding
 from solrl_jax.structs import leaves_by_path
 from tests import documents, nano
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture
 def loads_nano(tmp_path, monkeypatch):

@@ -16,8 +16,6 @@ from solrl_jax import weights
 from solrl_jax.rewards import clip_tokens, clip_tower, pickscore, preprocess
 from solrl_jax.weights import hub
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPTS = ["a red circle left of a blue square", "two green triangles, “quoted”"]
 SIZE = 32
 

@@ -50,7 +50,6 @@ def started(
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_COMPILATION_CACHE_DIR": str(compiled or folder / "compiled"),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiling takes half the time
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "PYTHONPATH": f"{folder}{os.pathsep}{REPOSITORY}",
             "SEEN": str(folder / f"seen_{i}"),

@@ -25,7 +25,6 @@ from solrl_jax.run import assemble, prove, prove_diffusers, prove_picture, prove
 from tests import nano, nano_sana, nano_sd35, test_train
 from tests.test_train import compiled  # noqa: F401 - small programs are compiled once
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 BUILD = {"flux": nano.build, "sd35": nano_sd35.build, "sana": nano_sana.build}
 OWN = {"flux": "3.5", "sd35": "4.5", "sana": "4.5"}
 PROMPT = "--prompt=a small blue square"

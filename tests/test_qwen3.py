@@ -19,8 +19,6 @@ from solrl_jax.run import data
 from tests import card, nano_qwen3
 from tests.test_flux import rewrite
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 IDS, COUNTS = np.random.default_rng(0).integers(5, 100, (4, 12)).astype(np.int32), [12, 7, 1, 5]
 for row, count in zip(IDS, COUNTS, strict=True):
     row[count:] = 3  # the padding, which has an embedding

@@ -23,7 +23,6 @@ BRANCH = {
     "explore": Stage(steps=4, precision="nvfp4_emulated", chunk=4),
     "branch": Branch(after=2, steps=3),
 }
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

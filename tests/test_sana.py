@@ -30,8 +30,6 @@ from solrl_jax.weights import hub
 from tests import nano, nano_sana
 from tests.test_flux import Held, rewrite
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPTS = ["a red circle!", "  A small Blue square on a white background, left of a green triangle", ""]
 PUBLIC = next(iter(public.SANA.values()))
 

@@ -17,6 +17,8 @@ from solrl_jax.weights import from_config
 from tests import card
 from tests.test_compiled import calls, products
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 B, L = 8, 300
 CFG = from_config(SanaConfig, "memory", next(iter(sana.PUBLIC.values()))["transformer/config.json"] | {"num_layers": 2})
 SHAPES = {"x": (B, 32, 32, 32), "text": (B, L, 2304), "kv": (B, 2, L, 2 * 2240)}

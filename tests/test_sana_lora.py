@@ -19,8 +19,6 @@ from tests.test_comfy import made, same
 from tests.test_lora import drawn
 from tests.test_sana import HOW, shapes_of, steps_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CFG = Lora(rank=4, alpha=8.0)
 ALL = (*sana.LORA_TARGETS, "inverted_conv.linear", "point_conv.linear", "t_block", "y_proj.fc1", "linear_1")
 BASE = shapes_of(SanaConfig(**nano_sana.TRANSFORMER))

@@ -19,8 +19,6 @@ from solrl_jax.run import assemble, convert, evaluate
 from solrl_jax.weights import WeightsError, hub
 from tests import nano, nano_sana
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 REWARDS = ("pickscore", "clipscore", "hpsv2", "imagereward")
 
 

@@ -21,8 +21,6 @@ from solrl_jax.weights import hub
 from tests import nano, nano_sd35
 from tests.test_flux import Held, rewrite
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPTS = ["a red circle!", "A small  blue square on a white background, left of a green triangle", ""]
 PUBLIC = dict(zip(("large", "medium"), sd35.PUBLIC.values(), strict=True))
 

@@ -15,6 +15,8 @@ from solrl_jax.weights import from_config
 from tests import card
 from tests.test_compiled import calls, products
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 B, L = 4, 205
 LARGE = next(iter(sd35.PUBLIC.values()))["transformer/config.json"]
 CFG = from_config(Sd35Config, "memory", LARGE | {"num_layers": 2})

@@ -22,8 +22,6 @@ from tests.test_comfy import made, same
 from tests.test_lora import drawn
 from tests.test_sd35 import shapes_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CFG = Lora(rank=4, alpha=8.0)
 ALL = (*sd35.LORA_TARGETS, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0", "net.0.proj", "net.2", "linear")
 ALL += ("context_embedder", "proj_out", "linear_1", "linear_2")

@@ -20,8 +20,6 @@ from solrl_jax.run import assemble, convert, evaluate
 from solrl_jax.weights import WeightsError, hub
 from tests import nano, nano_sd35
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 REWARDS = ("imagereward", "pickscore", "clipscore", "hpsv2")
 
 

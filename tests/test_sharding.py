@@ -11,8 +11,6 @@ from solrl_jax import sharding
 from tests import nano
 from tests.nano import begun, parts_of
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

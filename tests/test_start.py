@@ -36,8 +36,6 @@ from tests.test_lora_files import FAMILIES, drawn, patterns, peft_folder
 from tests.test_sana import HOW, steps_of
 from tests.test_train import TOY, compiled, interrupt_at, metrics_of, toy  # noqa: F401 - fixtures
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 NEW = Lora(rank=4, alpha=8.0)
 FILE = "pytorch_lora_weights.safetensors"
 

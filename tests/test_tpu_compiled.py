@@ -18,6 +18,8 @@ from solrl_jax.models.flux import FluxConfig, FluxTransformer
 from solrl_jax.models.sd35 import Sd35Config, Sd35Transformer
 from solrl_jax.weights import from_config
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 pytest.importorskip("libtpu", reason="compiling for a TPU needs libtpu")
 
 SHARD, L = 4, 128

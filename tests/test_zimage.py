@@ -22,8 +22,6 @@ from solrl_jax.weights import hub
 from tests import nano, nano_zimage
 from tests.test_flux import Held, rewrite
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PUBLIC = public.ZIMAGE["Tongyi-MAI/Z-Image"]
 SMALL = ZImageConfig(**nano_zimage.TRANSFORMER)
 LENGTHS = (1, 31, 32, 33, 64)

@@ -16,6 +16,8 @@ from solrl_jax.weights import from_config
 from tests import card
 from tests.test_compiled import calls, kernels, products
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 B, N, L = 8, 1024, 128
 CFG = from_config(
     ZImageConfig, "memory", public.ZIMAGE["Tongyi-MAI/Z-Image"]["transformer/config.json"] | {"n_layers": 2}

@@ -18,8 +18,6 @@ from tests.test_comfy import made, same
 from tests.test_lora_files import velocity_of_zimage
 from tests.test_zimage import SMALL, inputs, params_of, theirs
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CFG = Lora(rank=4, alpha=8.0)
 FLOW_FACTORY = (*zimage.LORA_TARGETS, "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 REST = ("adaLN_modulation.0", "cap_embedder.1", "t_embedder.mlp.0", "t_embedder.mlp.2", "all_x_embedder.2-1")

@@ -22,11 +22,9 @@ from solrl_jax.weights import WeightsError, hub
 from tests import nano, nano_zimage
 from tests.test_flux import rewrite
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 REWARDS = ("pickscore", "clipscore", "hpsv2", "imagereward")
 FEED_FORWARD = tuple(f"feed_forward.{w}" for w in ("w1", "w2", "w3"))
-METHODS = ("branch", "flow_grpo", "vgrpo")  # the others: tests/test_flux2_run.py
+METHODS = ("branch", "flow_grpo")  # Sol-RL is `run`, V-GRPO is guided below, the others are in tests/test_flux2_run.py
 
 
 @pytest.fixture(scope="module")
@@ -234,31 +232,31 @@ def test_methods(nano_dir, tmp_path, name):
     """An iteration by each recipe, of small numbers of steps."""
     cfg = nano_zimage.build(nano_dir, iterations=1, evaluate=Evaluate(every=0), explore=Stage(2, chunk=4))
     cfg = recipes.family(cfg, name)
-    words = {"learn.micro_batch": "2"}
-    if name not in ("sol_rl", "branch"):
-        words |= {"regenerate.steps": "5" if name in ("awm", "vgrpo") else "4", "learn.timestep_fraction": "0.5"}
-        words |= {"regenerate.window": "2", "regenerate.window_within": "3"} if cfg.regenerate.window else {}
-        words |= {"learn.timestep_fraction": "0.4"} if name in ("awm", "vgrpo") else {}
-    elif name == "branch":
-        words |= {"regenerate.steps": "3"}
+    words = {"learn.micro_batch": "2", "regenerate.steps": "3"}
+    if cfg.regenerate.window:
+        words |= {"regenerate.steps": "4", "learn.timestep_fraction": "0.5"}
+        words |= {"regenerate.window": "2", "regenerate.window_within": "3"}
     train.train(config.override(cfg, **words), tmp_path / "run", devices=1)
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [(*zimage.LORA_TARGETS, *FEED_FORWARD)])
-def test_a_guided_iteration(nano_dir, tmp_path, targets):
-    """Rollouts and loss at weight 5, whose negative is the empty prompt, 19 tokens here; feed-forwards adapted too."""
-    stages = {"explore": Stage(2, "dpm2", "bf16", 4, guidance=5.0), "regenerate": Stage(3, chunk=4, guidance=5.0)}
-    cfg = nano_zimage.build(
-        nano_dir, iterations=1, evaluate=Evaluate(every=1, prompts=4, steps=2, grid=2, chunk=4), **stages
+def test_a_guided_iteration(nano_dir, tmp_path):
+    """V-GRPO: rollouts and loss at weight 5, whose negative is the empty prompt, 19 tokens here; feed-forwards adapted
+    too."""
+    evaluated = Evaluate(every=1, prompts=4, steps=2, grid=2, chunk=4)
+    cfg = recipes.family(nano_zimage.build(nano_dir, iterations=1, evaluate=evaluated), "vgrpo")
+    cfg = dataclasses.replace(
+        cfg,
+        regenerate=dataclasses.replace(cfg.regenerate, steps=5, guidance=5.0),
+        lora=dataclasses.replace(cfg.lora, targets=(*zimage.LORA_TARGETS, *FEED_FORWARD)),
     )
-    cfg = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, targets=targets))
+    cfg = config.override(cfg, **{"learn.micro_batch": "2", "learn.timestep_fraction": "0.4"})
     train.train(cfg, tmp_path / "run", devices=1)
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
-    assert len(load_file(tmp_path / "run/pytorch_lora_weights.safetensors")) == 2 * 7 * (7 if targets else 4)
+    assert len(load_file(tmp_path / "run/pytorch_lora_weights.safetensors")) == 2 * 7 * 7
 
 
 def test_turbo_is_not_guided_and_told(nano_dir, tmp_path):

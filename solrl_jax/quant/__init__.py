@@ -39,16 +39,19 @@ def _known(precision: str, names: tuple[str, ...] = ("bf16", *LOW), what: str = 
 
 
 def resolve(precision: str, capability: float | None) -> str:
-    """The precision itself, or for "auto" the device's best. `capability` is None if the device is not a CUDA device.
+    """The precision itself, or for "auto" the device's best: NVFP4's numbers on a CPU, and BF16 on a TPU, which would
+    take longer for NVFP4's numbers than for BF16's. `capability` is CUDA's, 0 for a TPU and None for a CPU.
 
     Raises Unsupported for an unknown precision and for one that the device does not have: there is no silent fallback.
     """
     _known(precision, ("auto", "bf16", *LOW))
     have = 0.0 if capability is None else capability
+    if precision == "auto" and capability == 0:
+        return "bf16"
     if precision == "auto":
         return next((p for p in ("nvfp4_native", "fp8") if have >= LEAST[p]), "nvfp4_emulated")
     if have < (least := LEAST.get(precision, 0.0)):
-        found = "it is no CUDA device" if capability is None else f"this one has {capability}"
+        found = f"this one has {capability}" if capability else "it is no CUDA device"
         raise Unsupported(
             f"precision {precision} needs a GPU of compute capability {least} or more; {found}: use auto, "
             "nvfp4_emulated or bf16"

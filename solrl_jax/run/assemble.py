@@ -49,7 +49,7 @@ class Parts(NamedTuple):
 
 
 def resolved(cfg: Config, capability: float | None) -> Config:
-    """The config with "auto" precisions chosen for a device of that compute capability (None: no CUDA device).
+    """The config with "auto" precisions chosen for a device of that compute capability (`quant.resolve`).
 
     Raises ConfigError if the device does not support a precision.
     """
@@ -65,9 +65,11 @@ def resolved(cfg: Config, capability: float | None) -> Config:
 
 
 def capability() -> float | None:
-    """Compute capability of the first device; None if it is not a CUDA device."""
+    """CUDA's compute capability of the first device; 0 for a TPU, None for a CPU."""
     first = jax.devices()[0]
-    return float(first.compute_capability) if first.platform == "gpu" else None
+    if first.platform == "gpu":
+        return float(first.compute_capability)
+    return 0.0 if first.platform == "tpu" else None
 
 
 def assemble(cfg: Config, devices: int | None = None, shard: int | None = None) -> Parts:
