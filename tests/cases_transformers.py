@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from experiments import pretraining
 from experiments.tiny import pretrain
 from solrl_jax import weights
 from solrl_jax.models import folders, gemma2, qwen3, sana, text
@@ -220,7 +221,7 @@ def tokenizer_case(folder, encoder, kind):
         (folder / encoder.folder).mkdir()
         write(folder / encoder.folder, {**nano_qwen3.QWEN3, "vocab_size": count})
     else:
-        pretrain.write_folders(folder, folder / "clip", nano.PROMPTS, nano.CONFIGS)
+        pretraining.write_folders(folder, folder / "clip", nano.PROMPTS, nano.CONFIGS, pretrain.TOKENS)
     file = folder / encoder.tokenizer / "tokenizer_config.json"
     raw = json.loads(file.read_text())
     length = 60 if encoder.template else 12

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import pretraining
 from experiments.tiny import pretrain
 from solrl_jax import config, weights
 from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, Watch
@@ -27,6 +28,7 @@ PROMPTS = [
     "a yellow square below a red triangle",
 ]
 CONFIGS = {
+    **pretrain.CONFIGS,
     "vae": {**pretrain.VAE, "block_out_channels": [8, 16], "norm_num_groups": 4, "latent_channels": 4},
     "transformer": {
         **pretrain.TRANSFORMER,
@@ -90,7 +92,7 @@ def build(folder: Path, configs=CONFIGS, **changes) -> Config:
 
 
 def _write(pipeline: Path, clip: Path, configs) -> None:
-    pretrain.write_folders(pipeline, clip, PROMPTS, configs)
+    pretraining.write_folders(pipeline, clip, PROMPTS, configs, pretrain.TOKENS)
     model_cfg = config.Model(path=str(pipeline), size=16, text_tokens=8, dtype="float32", remat=False, min_dim=0)
     model, key = flux.make(model_cfg), jax.random.key(0)
     cfg = vae.VaeConfig.read(pipeline / "vae")

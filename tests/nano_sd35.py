@@ -15,7 +15,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from experiments.tiny.tokenizers_local import write_clip_tokenizer, write_t5_tokenizer
+from experiments.tokenizers_local import write_clip_tokenizer, write_t5_tokenizer
 from solrl_jax.config import Config, Model
 from tests import nano
 

@@ -11,7 +11,7 @@ from oracle import error, randomise
 from safetensors.numpy import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from experiments.tiny.tokenizers_local import write_clip_tokenizer
+from experiments.tokenizers_local import write_clip_tokenizer
 from solrl_jax import weights
 from solrl_jax.models.text import ClipTextConfig
 from solrl_jax.rewards import clip_tokens, clip_tower, clipscore, preprocess

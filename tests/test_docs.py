@@ -201,8 +201,9 @@ def trained(place, default_run):
 
 WHOLE = {mode(command): command for command in reversed(OURS) if not asks_for_help(command)}.values()
 """The first of each mode. What their flags and recipes do has tests of its own."""
-ALONE = [command for command in WHOLE if not any(word.startswith("--coordinator=") for word in command.words)]
-"""Without those that wait for other processes, which tests/test_processes.py starts."""
+ALONE = [command for command in WHOLE if mode(command) not in ("train", "prove")]
+"""Without what takes minutes: the default run is `trained`, and tests/test_prove.py has the other."""
+ALONE += [c for c in OURS if c.page == "docs/flux.md" and mode(c) == "train" and "--run_dir=runs/mine" in c.words]
 
 
 @pytest.mark.slow
@@ -255,11 +256,8 @@ def test_a_command_of_the_experiments(command, tmp_path, monkeypatch):
         module.main([*words])
 
 
-MINUTE = (
-    *("experiments.precision.errors", "experiments.efficiency.run"),
-    *("experiments.rewards.speed", "experiments.rewards.ranks"),
-)
-"""Those that take a minute at most in short."""
+MINUTE = ("experiments.precision.errors", "experiments.efficiency.run")
+"""Those that take a minute or two in short and go through most of the package."""
 
 
 @pytest.mark.slow

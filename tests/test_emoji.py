@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.emoji import accuracy, build, judge, world
+from experiments import pretraining
+from experiments.emoji import accuracy, build, check, judge, pretrain, world
 from experiments.emoji.world import Scene, Thing, Word
+from experiments.pretraining import Fit, Folders
 from solrl_jax.config import ConfigError
-from solrl_jax.rewards import ocr, own
+from solrl_jax.models import flux
+from solrl_jax.rewards import clipscore, ocr, own
 from solrl_jax.run import data
 
 TOLD = {
@@ -266,3 +269,98 @@ def test_the_contact_sheet():
     with Image.open(world.HERE / "results/sheet.png") as sheet:
         assert min(sheet.size) > 500
     assert (world.HERE / "results/sheet.png").stat().st_size < 300_000
+
+
+# --- training its networks ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Configs and tokenizers."""
+    folder = tmp_path_factory.mktemp("emoji")
+    found = Folders(folder / "pipeline", folder / "clip")
+    pretraining.write_folders(*found, pretrain.vocabulary(), pretrain.configs(), pretrain.TOKENS)
+    return found
+
+
+def test_captions_fit_and_words_are_spelled(folders):
+    """Every word of the world but the drawn ones is one token; T5 spells these in letters. 24 tokens hold all."""
+    tokens = pretrain.tokenizer(folders)(["the word OPEN in red", "the word in red", "the word NEPO in red"])
+    lengths = (tokens["t5"] > 0).sum(1)  # its padding is 0
+    assert lengths.tolist() == [10, 5, 10]  # with the end, and "▁" before the letters
+    spelled = tokens["t5"][:, 3:7]
+    assert sorted(spelled[0]) == sorted(spelled[2]) and (spelled[0] != spelled[2]).any()
+    scenes = [scene for split in world.SPLITS for scene in world.sample(np.random.default_rng(0), 2000, split)]
+    captions = [world.caption(scene) for scene in scenes]
+    ids = pretrain.tokenizer(folders)(captions)
+    assert (ids["t5"] > 0).sum(1).max() <= 20 and (ids["t5"] != 2).all()  # 2 is unknown
+    words = [len(caption.replace(",", " ,").split()) for caption in captions]
+    of_things = np.array([scene.word is None for scene in scenes])
+    np.testing.assert_array_equal((ids["t5"] > 0).sum(1)[of_things], 1 + np.array(words)[of_things])
+
+
+def test_the_transformers_sizes(folders):
+    """At most 16M parameters; only the width differs."""
+    for width, millions in ((384, 15.27), (256, 6.87), (160, 2.74)):
+        pretraining.write_json(folders.pipeline / "transformer/config.json", pretrain.configs(width)["transformer"])
+        model = flux.make(check.model_config(folders.pipeline))
+        count = sum(x.size for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
+        assert count / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_mutations_are_of_the_train_split_and_change_one_fact():
+    rng = np.random.default_rng(3)
+    for scene in world.sample(rng, 300, "train"):
+        other = pretrain.mutated(scene, rng)
+        assert other != scene and world.split_of(other) == "train"
+        if scene.word:
+            assert other.word and (other.word.text == scene.word.text) != (other.word.ink == scene.word.ink)
+            assert scene.background is None or scene.background in world.legible(other.word.ink)
+        else:
+            a, b = (set(world.caption(x).replace(",", "").split()) for x in (scene, other))
+            assert len(a - b) <= 4  # a name is of two words at most, with its article and number
+
+
+def test_a_training_goes_on_to_the_same_weights(tmp_path):
+    """Stopped by the time after every stretch of steps, it ends with the bits of one that was not."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 3)).astype(np.float32)
+    pool, params = {"x": x, "y": x @ np.float32([1, -2, 3])}, {"w": jnp.zeros(3)}
+
+    def loss(params, batch, key):
+        return jnp.mean((batch["x"] @ params["w"] - batch["y"] + 0.1 * jax.random.normal(key)) ** 2)
+
+    how = Fit(steps=250, batch=16, rate=0.3, seed=0, label="toy")
+    whole = pretraining.fit(loss, params, pool, how)
+    assert np.abs(whole["w"] - np.float32([1, -2, 3])).max() < 0.1
+    state = tmp_path / "state" / "toy.msgpack"
+    for steps in (100, 200):
+        with pytest.raises(pretraining.Stopped, match=f"toy: the time is over after {steps} of 250 steps"):
+            pretraining.fit(loss, params, pool, how._replace(state=state, until=0.0))
+    parts = pretraining.fit(loss, params, pool, how._replace(state=state))
+    np.testing.assert_array_equal(whole["w"], parts["w"])
+    assert not state.exists()
+
+
+@pytest.mark.slow
+def test_the_networks_are_trained_in_parts(tmp_path, monkeypatch):
+    """By the command, a little at a time, with small networks; the folders are those that a run reads."""
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = pretrain.configs(width=64)
+    made["transformer"] |= {"num_single_layers": 1}
+    made["clip"] = made["clip"] | {f"{x}_config": made["clip"][f"{x}_config"] | small for x in ("text", "vision")}
+    made["clip"]["vision_config"] |= {"patch_size": 32}
+    monkeypatch.setattr(pretrain, "VAE", pretrain.VAE | {"block_out_channels": [8, 8, 8]})
+    monkeypatch.setattr(pretrain, "configs", lambda width: made | {"vae": pretrain.VAE})
+    monkeypatch.setattr(pretrain, "watch", lambda *given: "seen")
+    words = [f"--out={tmp_path}", "--scale=1e-4", "--flow_steps=1010000", "--flow_batch=2"]
+    assert pretrain.main([*words, "--minutes=0"]) == 75
+    stopped = {file.name: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
+    assert (tmp_path / "state/flow.msgpack").exists() and len(stopped) == 1
+    assert pretrain.main(words) == 0
+    assert len([*tmp_path.rglob("*.safetensors")]) == 5 and not [*tmp_path.rglob("*.msgpack")]
+    reward, params = clipscore.make(str(tmp_path / "clip"))
+    score = reward.score(params, np.zeros((1, 64, 64, 3), np.float32), reward.tokenize(["a fox"]))
+    assert np.isfinite(score).all()
+    base, vae_params, text = flux.load(check.model_config(tmp_path / "pipeline"))
+    assert base and vae_params and text

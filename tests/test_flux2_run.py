@@ -388,7 +388,8 @@ def test_every_mode(command, run, tmp_path):
     assert code == 0 and "mean" in out, out
     code, out = command("export", "--devices=1", f"--run_dir={run}")
     assert code == 0, out
-    code, out = command("prove", "--devices=1", f"--out={tmp_path / 'prove.json'}", "--prompt=a small blue square")
+    prove = ("--devices=1", f"--out={tmp_path / 'prove.json'}", "--prompt=a small blue square")
+    code, out = command("prove", *prove, "--config.prompts=2")
     found = json.loads((tmp_path / "prove.json").read_text())["picture"]
     assert code == 0 and found["passed"] and set(found["differences"]) == {"1", "4"}, out
     assert max(each["latents_relative_rms"] for each in found["differences"].values()) < 1e-4

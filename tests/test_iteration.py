@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.tiny import pretrain
+from experiments import pretraining
 from solrl_jax import config, iteration, quant, recipes
 from solrl_jax.models import flux
 from solrl_jax.quant import coverage
@@ -58,9 +58,8 @@ def test_golden_iteration(folder):
     assert found == pytest.approx(GOLDEN, rel=2e-3, abs=1e-7)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_staged_equals_whole(folder, devices):
-    parts = parts_of(nano.build(folder), devices)
+def test_staged_equals_whole(folder):
+    parts = parts_of(nano.build(folder))
     with jax.set_mesh(parts.mesh):
         prompts = assemble.encode(parts, nano.PROMPTS[:4], parts.score)
         staged = iteration.Staged(**dict(zip(STATICS, statics_of(parts), strict=True)))
@@ -75,17 +74,13 @@ def test_staged_equals_whole(folder, devices):
         staged.jit["learn"] = alone
         state, metrics = staged(assemble.fresh(parts), parts.frozen, prompts, times, lambda *at: seen.append(at))
     expect, expect_metrics = run_whole(parts_of(nano.build(folder)))
-    # Four devices sum the gradient in another order.
-    np.testing.assert_allclose(
-        numbers(state.lora), numbers(expect.lora), rtol=1e-5, atol=1e-7 if devices == 1 else 1e-5
-    )
+    np.testing.assert_allclose(numbers(state.lora), numbers(expect.lora), rtol=1e-5, atol=1e-7)
     for name, value in expect_metrics.items():
         # A value at the edge of two 4-bit codes may fall either way when a program is fused differently.
         loose = 1e-2 if name.startswith(("explore", "rank")) else 1e-4
         assert float(metrics[name]) == pytest.approx(float(value), rel=loose, abs=1e-6), name
     assert set(times) == {"quantise", "explore", "regenerate", "learn"} and all(t > 0 for t in times.values())
-    shares = {1: [0.25, 0.5, 0.75, 1.0], 2: [0.5, 1.0], 4: [1.0]}[devices]  # of 2 devices each has two blocks
-    assert [share for name, share in seen if name == "explore"] == shares
+    assert [share for name, share in seen if name == "explore"] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_the_staged_loop_gives_each_device_its_own_prompts(folder):
@@ -179,9 +174,7 @@ def test_shapes_are_checked_where_data_enters(folder):
             jax.eval_shape(whole(statics_of(parts)), assemble.fresh(parts), parts.frozen, uneven)
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(f, marks=pytest.mark.slow) for f in ("naive_quant", "naive_scaling", "diffusionnft")]
-)
+@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) for f in ("naive_quant", "diffusionnft")])
 def test_families(folder, family):
     """One stage; naive_quant trains on low-precision samples; diffusionnft keeps all it makes."""
     cfg = recipes.family(nano.build(folder), family)
@@ -204,7 +197,7 @@ def test_coverage_of_flux_dev(tmp_path):
     }
     for name, values in configs.items():
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        pretrain.write_json(tmp_path / name / file, values)
+        pretraining.write_json(tmp_path / name / file, values)
     found = coverage.uses(flux.make(config.Model(path=str(tmp_path), size=512, text_tokens=128)), "nvfp4_emulated")
     assert (sum(u.layers for u in found if u.quantised), sum(u.layers for u in found)) == (495, 504)
     assert sum(u.weights for u in found if u.quantised) == 11_834_425_344

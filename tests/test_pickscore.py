@@ -11,7 +11,7 @@ from oracle import error, randomise
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from experiments.tiny.tokenizers_local import write_clip_tokenizer
+from experiments.tokenizers_local import write_clip_tokenizer
 from solrl_jax import weights
 from solrl_jax.rewards import clip_tokens, clip_tower, pickscore, preprocess
 from solrl_jax.weights import hub

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 from transformers import T5Config as HfT5Config
 
-from experiments.tiny.tokenizers_local import write_clip_tokenizer, write_t5_tokenizer
+from experiments.tokenizers_local import write_clip_tokenizer, write_t5_tokenizer
 from solrl_jax import weights
 from solrl_jax.models import text
 

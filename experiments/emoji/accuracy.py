@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image
 
 from experiments import results
@@ -133,36 +133,39 @@ def pictures(scenes: Sequence[Scene], view: View, seed: int) -> Pictures:
 _judge = jax.jit(judge.judge)
 
 
-def exact(images: Pictures, scenes: Sequence[Scene], by: str, limits: Limits) -> Bool[np.ndarray, "n"]:
-    """Whether each picture is right in all facts of its scene."""
+def judged(
+    images: Pictures, scenes: Sequence[Scene], by: str = "fluent", limits: Limits = judge.LIMITS
+) -> judge.Verdict:
+    """Each picture by its scene, CHUNK at once."""
     tokens = judge.tokenize([world.caption(scene) for scene in scenes])
     found = []
     for i in range(0, len(images), CHUNK):
         pad = max(0, i + CHUNK - len(images))
         some = [np.concatenate([x[i : i + CHUNK], x[:1].repeat(pad, 0)]) for x in (images, tokens)]
-        found.append(np.asarray(_judge(*some, judge.objects(by), limits).exact)[: CHUNK - pad])
-    return np.concatenate(found)
+        found.append(
+            jax.tree.map(lambda x, end=CHUNK - pad: np.asarray(x)[:end], _judge(*some, judge.objects(by), limits))
+        )
+    return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
-def accepted(scenes: Sequence[Scene], view: View, seed: int, limits: Limits) -> dict[str, np.ndarray]:
+def accepted(images: Pictures, scenes: Sequence[Scene], by: str, seed: int, limits: Limits) -> dict[str, np.ndarray]:
     """{"true" or the wrong part: whether each caption is accepted}, over the scenes that have the part."""
-    images = pictures(scenes, view, seed)
     rng = np.random.default_rng([seed, 1])
     said = {"true": list(enumerate(scenes))}
     for part in PARTS:
         mutants = ((i, wrong(scene, part, rng)) for i, scene in enumerate(scenes))
         said[part] = [(i, scene) for i, scene in mutants if scene is not None]
     everything = [pair for pairs in said.values() for pair in pairs]
-    verdicts = exact(images[[i for i, _ in everything]], [scene for _, scene in everything], view.by, limits)
+    verdicts = judged(images[[i for i, _ in everything]], [scene for _, scene in everything], by, limits).exact
     ends = np.cumsum([len(pairs) for pairs in said.values()])[:-1]
-    return dict(zip(said, np.split(verdicts, ends), strict=True))
+    return dict(zip(said, np.split(np.asarray(verdicts), ends), strict=True))
 
 
 def figures(found: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     """Shares with their standard errors, and the accuracy of both kinds together."""
     right = {"true caption accepted": found["true"]}
     right |= {f"wrong {part} rejected": ~found[part] for part in PARTS}
-    out = {name: _share(x) for name, x in right.items()}
+    out = {name: share(x) for name, x in right.items()}
     other = ~np.concatenate([found[part] for part in PARTS])
     error = 0.5 * (found["true"].var() / len(found["true"]) + other.var() / len(other)) ** 0.5
     value = 0.5 * float(found["true"].mean() + other.mean())
@@ -171,7 +174,7 @@ def figures(found: dict[str, np.ndarray]) -> dict[str, dict[str, Any]]:
     } | out
 
 
-def _share(x: np.ndarray) -> dict[str, Any]:
+def share(x: np.ndarray) -> dict[str, Any]:
     """Of no scenes: no value."""
     value, error = (float(x.mean()), float(x.std() / len(x) ** 0.5)) if len(x) else (None, None)
     return results.figure(value, "share ± standard error", len(x), error)
@@ -189,8 +192,8 @@ def words(n: int, seed: int) -> dict[str, dict[str, Any]]:
             pairs = [
                 (text, scene.word.text) for text, scene in zip(ocr.read(images), scenes, strict=True) if scene.word
             ]
-            out[f"{name}: word read"] = _share(np.array([ocr.shown(a, b, strict=True) == 1 for a, b in pairs]))
-            out[f"{name}: ocr"] = _share(np.array([ocr.shown(a, b) for a, b in pairs]))
+            out[f"{name}: word read"] = share(np.array([ocr.shown(a, b, strict=True) == 1 for a, b in pairs]))
+            out[f"{name}: ocr"] = share(np.array([ocr.shown(a, b) for a, b in pairs]))
     return out
 
 
@@ -209,11 +212,11 @@ TUNED_ON = ("as drawn", "blur, sd 1 px", "noise, sd .05", "JPEG, quality 50")
 def tune(n: int) -> dict[str, dict[str, Any]]:
     """Accuracy on train scenes, over TUNED_ON, with one threshold changed at a time."""
     scenes = world.sample(np.random.default_rng(100), n, "train", words=False)
-    out = {}
+    tuned_on, out = [VIEWS[name] for name in TUNED_ON], {}
     for name, values in GRID.items():
         for value in values:
             limits = Limits()._replace(**{name: value})
-            found = [accepted(scenes, VIEWS[view], 101, limits) for view in TUNED_ON]
+            found = [accepted(pictures(scenes, view, 101), scenes, view.by, 101, limits) for view in tuned_on]
             joined = {part: np.concatenate([f[part] for f in found]) for part in found[0]}
             out |= {f"{name} {value:g}: {k}": f for k, f in figures(joined).items()}
             print(f"{name} {value:g}", {k: results.cell(f) for k, f in figures(joined).items()}, flush=True)
@@ -225,7 +228,7 @@ def measure(n: int) -> dict[str, dict[str, Any]]:
     scenes = world.sample(np.random.default_rng(200), n, "test", words=False)
     out = {}
     for name, view in VIEWS.items():
-        found = figures(accepted(scenes, view, 201, Limits()))
+        found = figures(accepted(pictures(scenes, view, 201), scenes, view.by, 201, Limits()))
         out |= {f"{name}: {k}": f for k, f in found.items()}
         print(name, {k: results.cell(f) for k, f in found.items()}, flush=True)
     return out | words(max(1, n // 5), 202)

@@ -218,7 +218,7 @@ def _any_scene(rng: np.random.Generator) -> Scene:
     counts = tuple(KINDS)[rng.choice(len(KINDS), p=tuple(KINDS.values()))]
     if not counts:
         ink = tuple(INKS)[rng.integers(len(INKS))]
-        grounds = _legible(ink)
+        grounds = legible(ink)
         background = grounds[rng.integers(len(grounds))] if rng.random() < 0.4 else None
         return Scene(background=background, word=Word(WORDS[rng.integers(len(WORDS))], ink))
     names = rng.choice(len(OBJECTS), len(counts), replace=False)
@@ -229,7 +229,7 @@ def _any_scene(rng: np.random.Generator) -> Scene:
 
 
 @functools.cache
-def _legible(ink: str) -> tuple[str, ...]:
+def legible(ink: str) -> tuple[str, ...]:
     """The backgrounds on which an ink can be read."""
     luma = np.array([0.299, 0.587, 0.114])
     return tuple(name for name, rgb in BACKGROUNDS.items() if abs(luma @ (np.array(rgb) - INKS[ink])) > LEGIBLE)
@@ -259,7 +259,7 @@ def lay_out(scenes: Sequence[Scene], rng: np.random.Generator) -> Sprites:
         np.zeros((n, 3), np.float32),
     )
     for i, scene in enumerate(scenes):
-        may = (scene.background,) if scene.background else _legible(scene.word.ink) if scene.word else (*BACKGROUNDS,)
+        may = (scene.background,) if scene.background else legible(scene.word.ink) if scene.word else (*BACKGROUNDS,)
         ground = np.array(BACKGROUNDS[may[rng.integers(len(may))]]) + rng.uniform(-JITTER, JITTER)
         out.ground[i] = np.clip(ground, 0, 1)
         if scene.word:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import results
+from experiments import pretraining, results
 from experiments.tiny import check, lab, pretrain, world
 from solrl_jax import config, device, lora, sharding
 from solrl_jax.config import Config
@@ -143,7 +143,7 @@ def supervised(opened: lab.World, cfg: Config, seeds: Sequence[int], iterations:
             return parts.model.velocity(lora.policy(base, adapter, cfg.lora), x, t, batch["cond"])
 
         key_t, key_eps = jax.random.split(key)
-        return pretrain.flow_matching(velocity, x0, key_t, key_eps, pretrain.shift(parts.model))
+        return pretraining.flow_matching(velocity, x0, key_t, key_eps, pretraining.shift(parts.model))
 
     def update(state: TrainState, pool, base, weights):
         pick, key = jax.random.split(jax.random.fold_in(state.key, state.updates))

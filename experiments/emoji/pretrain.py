@@ -1,0 +1,199 @@
+"""Make the emoji world's checkpoints: tokenizers, VAE, FLUX pipeline and CLIP, all from the drawing program.
+
+    python -m experiments.emoji.pretrain --minutes=9            # on a GPU; again, until it is done
+    python -m experiments.emoji.pretrain --scale=1e-4 --out=/tmp/emoji     # a short run, on a CPU
+
+It goes on from where it was stopped, by the time or otherwise: a training that has ended has written its weights, and
+one that has not has its state in <out>/state. Exit code 75: the time is over, run it again. experiments/pretraining.py
+says how the networks are trained; `python -m experiments.emoji.check` measures their quality.
+
+`--width=160` and 256 are the same world with a narrower transformer, for the experiments on width.
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import pretraining
+from experiments.emoji import accuracy, check, world
+from experiments.emoji.world import Scene, Word
+from experiments.pretraining import Fit, Folders
+from experiments.tiny import pretrain as tiny
+from experiments.tiny.check import draw_samples
+from solrl_jax import config, device
+from solrl_jax.models import flux
+from solrl_jax.models.folders import tokenize as tokenize_by
+
+HERE = Path(__file__).resolve().parent
+TOKENS = 24
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h, as in solrl_jax.main
+
+VAE = tiny.VAE | {"block_out_channels": [32, 64, 128], "sample_size": world.SIDE}
+WIDTHS = (384, 256, 160)
+TEXT = tiny.TEXT | {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "projection_dim": 128}
+T5 = tiny.T5 | {"d_model": 192, "d_ff": 512, "num_heads": 6}
+VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 6}
+CLIP = tiny.CLIP | {
+    "projection_dim": 128,
+    "text_config": {**TEXT, "model_type": "clip_text_model", "num_hidden_layers": 3},
+    "vision_config": tiny.CLIP["vision_config"] | VISION | {"image_size": world.SIDE, "patch_size": 8},
+}
+
+
+def configs(width: int = 384) -> dict[str, Any]:
+    """The config.json of all parts. Of 384 channels the transformer has 15.3M parameters, in heads of 32."""
+    transformer = tiny.TRANSFORMER | {
+        "num_layers": 1,
+        "num_single_layers": 4,
+        "num_attention_heads": width // tiny.TRANSFORMER["attention_head_dim"],
+        "joint_attention_dim": T5["d_model"],
+        "pooled_projection_dim": TEXT["hidden_size"],
+    }
+    return {
+        "vae": VAE,
+        "transformer": transformer,
+        "text_encoder": TEXT,
+        "text_encoder_2": T5,
+        "clip": CLIP,
+        "scheduler": tiny.SCHEDULER,
+    }
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def vocabulary() -> list[str]:
+    """Captions with all words but those that are drawn: the tokenizers spell these, as they spell any other word."""
+    things = [world.caption(Scene((world.Thing(name, count),))) for name in world.OBJECTS for count in (1, 2)]
+    numbers = [f"{number} x, x and x" for number in world.NUMBERS]
+    relations = [
+        f"x {relation} x on a {ground} background" for relation in world.RELATIONS for ground in world.BACKGROUNDS
+    ]
+    return [*things, *numbers, *relations, *(f"the word x in {ink}" for ink in world.INKS)]
+
+
+def tokenizer(folders: Folders):
+    """tokenize(captions) -> {"clip": i32 [n, 24], "t5": i32 [n, 24]}"""
+    return functools.partial(tokenize_by, str(folders.pipeline), flux.ENCODERS, TOKENS)
+
+
+def drawn(scenes: Sequence[Scene], rng: np.random.Generator) -> dict[str, Any]:
+    return {"sprites": tuple(world.lay_out(scenes, rng))}
+
+
+def pictures(batch: dict[str, Any]) -> jax.Array:
+    return world.draw(world.Sprites(*batch["sprites"]), world.templates())
+
+
+def captioned(rng: np.random.Generator, count: int, tokenize) -> dict[str, Any]:
+    """`count` train scenes with the tokens of their captions."""
+    scenes = world.sample(rng, count)
+    return drawn(scenes, rng) | {"tokens": tokenize([world.caption(scene) for scene in scenes])}
+
+
+def mutated(scene: Scene, rng: np.random.Generator) -> Scene:
+    """A train scene that differs in one stated fact: an object, a number, a side, the background, the word, its ink."""
+    if scene.word is None:
+        options = (accuracy.wrong(scene, str(part), rng) for _ in range(20) for part in rng.permutation(accuracy.PARTS))
+    else:
+        options = (dataclasses.replace(scene, word=word) for word in _others(scene.word, scene.background, rng))
+    return next(other for other in options if other is not None and world.split_of(other) == "train")
+
+
+def _others(word: Word, ground: str | None, rng: np.random.Generator) -> Iterator[Word]:
+    """Words that differ in their text or in an ink that can be read on the background."""
+    inks = [x for x in world.INKS if x != word.ink and (ground is None or ground in world.legible(x))]
+    while True:
+        if inks and rng.random() < 0.5:
+            yield Word(word.text, str(rng.choice(inks)))
+        yield Word(str(rng.choice([x for x in world.WORDS if x != word.text])), word.ink)
+
+
+def paired(rng: np.random.Generator, count: int, tokenize) -> dict[str, Any]:
+    """[count, 2, ...]: train scenes beside one that differs in one fact, laid out anew; the CLIP's tokens."""
+    scenes = world.sample(rng, count)
+    both = [scenes, [mutated(scene, rng) for scene in scenes]]
+    sprites = [world.lay_out(each, rng) for each in both]
+    tokens = [tokenize([world.caption(scene) for scene in each])["clip"] for each in both]
+    return {"sprites": tuple(np.stack(x, 1) for x in zip(*sprites, strict=True)), "tokens": np.stack(tokens, 1)}
+
+
+# --- all of it ------------------------------------------------------------------------------------------------------
+
+
+def watch(cfg: config.Model, decoder, base, text) -> str:
+    """Exact by the judge on 200 test captions of objects, 10 steps."""
+    scenes = world.sample(np.random.default_rng(2), 200, "test", words=False)
+    model = flux.make(cfg)
+    tokens = jax.tree.map(jnp.asarray, model.tokenize([world.caption(scene) for scene in scenes]))
+    images = draw_samples(cfg, base, decoder, jax.jit(model.encode)(text, tokens), 1, config.Stage(steps=10, chunk=1))
+    return f"exact {accuracy.judged(np.asarray(images[:, 0]), scenes).exact.mean():.3f}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    device.setup()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--width", type=int, choices=WIDTHS, default=WIDTHS[0], help="channels of the transformer")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, to be run again")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of steps and scenes")
+    parser.add_argument("--vae_steps", type=int, default=10_000)
+    parser.add_argument("--flow_steps", type=int, default=16_000)
+    parser.add_argument("--flow_batch", type=int, default=512)
+    parser.add_argument("--flow_rate", type=float, default=1e-3)
+    parser.add_argument("--clip_steps", type=int, default=8_000)
+    args = parser.parse_args(argv)
+    folders, start = Folders(args.out / "pipeline", args.out / "clip"), time.time()
+    how = functools.partial(Fit, seed=args.seed, until=start + 60 * args.minutes)
+
+    def count(full: int, least: int = 2) -> int:
+        return max(least, int(full * args.scale))
+
+    def todo(label: str) -> tuple[np.random.Generator, dict[str, Any]] | None:
+        """What the training of that name is given; None if it has ended. Each draws its own scenes."""
+        if folders.done[label].exists():
+            return None
+        rng = np.random.default_rng([args.seed, tuple(folders.done).index(label)])
+        return rng, {"label": label, "state": args.out / "state" / f"{label}.msgpack"}
+
+    try:
+        if given := todo("vae"):
+            pretraining.write_folders(*folders, vocabulary(), configs(args.width), TOKENS)
+            rng, named = given
+            pool = drawn(world.sample(rng, count(200_000, 32)), rng)
+            fit = how(count(args.vae_steps), 256, 1e-3, **named)
+            pretraining.save_vae(folders, *pretraining.train_vae(VAE, pictures, pool, fit))
+        cfg, tokenize = check.model_config(folders.pipeline), tokenizer(folders)
+        vae_params = pretraining.stored_vae(folders.pipeline)
+        if given := todo("flow"):
+            rng, named = given
+            pool = captioned(rng, count(300_000, 32), tokenize)
+            fit = how(count(args.flow_steps), args.flow_batch, args.flow_rate, **named)
+            seen = functools.partial(watch, cfg, vae_params["decoder"])
+            pretraining.save_flow(folders, pretraining.train_flow(cfg, vae_params, pictures, pool, fit, watch=seen))
+        if given := todo("clip"):
+            rng, named = given
+            pool = paired(rng, count(150_000, 16), tokenize)
+            fit = how(count(args.clip_steps), 256, 1e-3, **named)
+            trained = pretraining.train_clip(folders.clip, folders.pipeline, vae_params, pictures, pool, fit)
+            pretraining.save_clip(folders, trained)
+    except pretraining.Stopped as e:
+        print(f"{e}; run the command again to go on", flush=True)
+        return AGAIN
+    print(f"{args.out} is done, {time.time() - start:.0f} s on {jax.devices()[0].device_kind}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
