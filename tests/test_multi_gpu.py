@@ -12,7 +12,7 @@ from experiments.flux_multi_gpu import gradients, run
 from experiments.full_size import Bench, drawn
 from solrl_jax import config, sharding
 from solrl_jax.structs import leaves_by_path
-from tests import documents, nano
+from tests import nano
 
 
 @pytest.fixture
@@ -268,16 +268,3 @@ def test_both_dtypes_compute_the_same_network(tmp_path):
         ]
     for a, b in zip(*map(jax.tree.leaves, made), strict=True):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
-
-
-SHORT = [command for command in documents.in_short() if command.words[2] == "experiments.flux_multi_gpu.run"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", SHORT, ids=lambda c: c.words[4].partition("=")[2])
-def test_in_short(command, tmp_path):
-    words = [f"--out={tmp_path / 'out.json'}" if w.startswith("--out=") else w for w in command.words[3:]]
-    run.main(words)
-    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
-    assert figures and all(np.isfinite(figure["value"]) for figure in figures.values())
-    assert len(SHORT) == 4
