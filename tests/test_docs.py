@@ -19,10 +19,12 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import yaml
 from absl.testing import flagsaver
+from nbclient import NotebookClient
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -382,6 +384,19 @@ def test_the_iteration_of_the_readme(capsys):
     exec(text, scope)
     assert int(scope["state"].iteration) == 1 and scope["samples"].reward.shape == (2, 2)
     assert all(np.isfinite(float(x)) for x in capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+    """docs/compose.ipynb, cell by cell in Jupyter's kernel, as its reader runs it; its policy learns its reward."""
+    book = nbformat.read(ROOT / "docs/compose.ipynb", as_version=4)
+    assert len(book.cells) == 15
+    book.cells.append(nbformat.v4.new_code_cell("print(history[-1] - history[0])"))
+    NotebookClient(book, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    (told,) = book.cells.pop().outputs
+    assert float(told["text"]) > 0.1
+    kinds = [set(output.get("data", ())) for cell in book.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in kind for kind in kinds) == 4
 
 
 @pytest.mark.parametrize("page", PAGES)

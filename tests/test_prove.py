@@ -403,22 +403,23 @@ def check_close(picture, weights):
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["flux", "sd35", "sana"])
-def test_a_whole_command(pipeline, monkeypatch, name, tmp_path):
-    """All of it on a small pipeline, in float32; then the picture in bfloat16, and of a wrong weight. Stages and ranks
-    of FLUX.1 stand for all: only the picture's comparison differs by model."""
+def test_a_whole_command(pipeline, monkeypatch, name):
+    """All of it on a small pipeline, in float32, then the picture in bfloat16. FLUX.1 stands for all: what differs by
+    model is the picture's comparison."""
     command = pipeline(name)
     if name != "flux":
         picture_alone(monkeypatch)
-    code, out, err = command(PROMPT, "--config.prompt_files=")  # the built-in ones
+    code, _, err = command(PROMPT, "--config.prompt_files=")  # the built-in ones
     found = read("prove.json")
     assert code == 0, err
     check_close(found["picture"], ["1", OWN[name]])
-    if name == "flux":
-        assert [found[part]["ran"] for part in ("stages", "ranks", "picture")] == [True] * 3
-        assert list(found["stages"]["stages"]) == ["encode", "quantise", "explore", "regenerate", "learn"]
-        assert (found["ranks"]["prompts"], found["ranks"]["candidates"], found["ranks"]["kept"]) == (8, 8, 2)
-        for form in found["ranks"]["forms"].values():
-            assert all(math.isfinite(x) for x in form.values()) and 0 < form["spearman"] <= 1  # of random weights
+    if name != "flux":
+        return
+    assert [found[part]["ran"] for part in ("stages", "ranks", "picture")] == [True] * 3
+    assert list(found["stages"]["stages"]) == ["encode", "quantise", "explore", "regenerate", "learn"]
+    assert (found["ranks"]["prompts"], found["ranks"]["candidates"], found["ranks"]["kept"]) == (8, 8, 2)
+    for form in found["ranks"]["forms"].values():
+        assert all(math.isfinite(x) for x in form.values()) and 0 < form["spearman"] <= 1  # of random weights
 
     picture_alone(monkeypatch)
     low = "--config.model.dtype=bfloat16", "--config.model.vae_dtype=bfloat16"
@@ -431,7 +432,3 @@ def test_a_whole_command(pipeline, monkeypatch, name, tmp_path):
         assert bound["latents_relative_rms"] == pytest.approx(5e-3 + 3 * alone["latents_relative_rms"])
         assert bound["picture_mean"] == pytest.approx(0.5 + 3 * alone["picture_mean"])
         assert each["ours_in_float32"]["latents_relative_rms"] < each["bound"]["latents_relative_rms"]
-
-    monkeypatch.setattr(assemble, "open_weights", lambda *a, f=assemble.open_weights: perturbed(f(*a)))
-    code, out, _ = command(PROMPT, "--out=wrong.json")
-    assert code == 1 and "picture: OUT OF its bounds, against diffusers" in out
