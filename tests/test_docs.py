@@ -258,8 +258,8 @@ def test_a_command_of_the_experiments(command, tmp_path, monkeypatch):
         module.main([*words])
 
 
-MINUTE = ("experiments.precision.errors", "experiments.efficiency.run")
-"""Those that take a minute or two in short and go through most of the package."""
+MINUTE = ("experiments.efficiency.run",)
+"""Those that take two minutes in short and go through most of the package."""
 
 
 @pytest.mark.slow

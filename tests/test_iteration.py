@@ -174,7 +174,8 @@ def test_shapes_are_checked_where_data_enters(folder):
             jax.eval_shape(whole(statics_of(parts)), assemble.fresh(parts), parts.frozen, uneven)
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.slow) for f in ("naive_quant", "diffusionnft")])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["naive_quant", "diffusionnft"])
 def test_families(folder, family):
     """One stage; naive_quant trains on low-precision samples; diffusionnft keeps all it makes."""
     cfg = recipes.family(nano.build(folder), family)

@@ -233,25 +233,6 @@ def test_the_cases_of_a_gradient(tmp_path, monkeypatch, loads_nano):
     assert found["bfloat16: run again"] == pytest.approx(1 / 11.1)
 
 
-@pytest.mark.slow
-def test_gradients_on_one_device_and_on_several(tmp_path, loads_nano):
-    """Equal in float32, on two devices and with the base over them; the same program gives the same numbers."""
-    words = ["--part=gradients", "--devices=1,2", "--shard=2", "--dtypes=float32", "--layers=0"]
-    words += ["--set=learn.micro_batch=2", "--micro=2", "--other_micro=4"]
-    run.main([*words, f"--out={tmp_path / 'g.json'}"])
-    found = {k: f["value"] for k, f in json.loads((tmp_path / "g.json").read_text())["figures"].items()}
-    assert found.pop("float32: |g|") > 1e-3
-    assert found["float32: run again"] == 0 and max(found.values()) < 1e-5
-    assert set(found) == {
-        "float32: run again",
-        "float32: 2 devices",
-        "float32: 2 devices, shard=2",
-        "float32: compiled with xla_disable_hlo_passes=fusion",
-        "float32: micro_batch=4",
-        "float32: 2 devices, micro_batch=4 on both",
-    }
-
-
 def test_difference_is_relative_over_all_leaves():
     one, other = ({"a": np.array([3.0, 0.0]), "b": np.array(x)} for x in (4.0, 5.0))
     assert gradients.difference(other, one)["value"] == 1 / 5
