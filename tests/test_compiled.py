@@ -171,15 +171,6 @@ def test_forward_in_fp8(h100):
 
 
 @pytest.mark.slow
-def test_forward_in_emulated_nvfp4(h100):
-    """BF16 products of rounded operands: no scaled dot, which an H100 would run as a scalar loop."""
-    module, variables = low("nvfp4_emulated")
-    text = card.compiled(lambda v, *x: module.apply(v, *x, ROPE), variables, *given(B), on=h100).as_text()
-    assert "round-nearest-even" in text and not re.search("wrapped_dot|block_scaled", text)
-    assert {dtype for dtype, *_ in products(text)} == {"bf16"} and calls(text)["__cublas$lt$matmul"] > 20
-
-
-@pytest.mark.slow
 def test_forward_in_native_nvfp4():
     """For a B200: cuDNN's block-scaled product for each of the 14 + 6 Linears of the blocks and the last projection."""
     module, variables = low("nvfp4_native")

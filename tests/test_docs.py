@@ -258,21 +258,6 @@ def test_a_command_of_the_experiments(command, tmp_path, monkeypatch):
         module.main([*words])
 
 
-MINUTE = ("experiments.efficiency.run",)
-"""Those that take two minutes in short and go through most of the package."""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module", MINUTE)
-def test_an_experiment_in_short(module, tmp_path):
-    words = [
-        f"--out={tmp_path / 'out.json'}" if word.startswith("--out=") else word for word in IN_SHORT[module].words[3:]
-    ]
-    importlib.import_module(module).main(words)
-    figures = json.loads((tmp_path / "out.json").read_text())["figures"]
-    assert figures and all(np.isfinite(figure["value"]) for figure in figures.values())
-
-
 def requirements(command: Command) -> None:
     """Every line of the file is a requirement or a file that is there; what is installed here meets it."""
     for line in (ROOT / command.words[-1]).read_text().splitlines():

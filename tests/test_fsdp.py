@@ -95,22 +95,10 @@ def velocities_of(cfg, shard: int) -> list:
 
 
 @pytest.mark.slow
-def test_codes_velocity_and_gradient_have_the_same_bits(folder):
-    """On 4 devices, weights whole and over pairs of them."""
-    cfg = nano.build(folder / "flux")
-    whole, parts = (velocities_of(cfg, shard) for shard in (1, 2))
-    assert len(jax.tree.leaves(whole)) > 40
-    for path, a, b in zip(leaves_by_path(whole), bits(whole), bits(parts), strict=True):
-        np.testing.assert_array_equal(a, b, err_msg=path)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "precision", "dtype", "shard"),
     [
-        ("flux", "nvfp4_emulated", "float32", 2),
         ("flux", "nvfp4_native", "float32", 4),
-        ("flux", "fp8", "float32", 4),
         ("flux", "nvfp4_emulated", "bfloat16", 4),
         ("sd35", "fp8", "float32", 2),
         ("sana", "nvfp4_emulated", "float32", 2),
@@ -219,20 +207,6 @@ def test_units_of_inputs_are_the_same(folder):
 
 
 @pytest.mark.slow
-def test_one_program_of_the_whole_iteration(folder):
-    found = []
-    for shard in (1, 2):
-        parts = parts_of(nano.build(folder, shard=shard), 2)
-        with jax.set_mesh(parts.mesh):
-            state, prompts, _ = begun(parts)
-            statics = dict(zip(nano.STATICS, statics_of(parts), strict=True))
-            step = jax.jit(functools.partial(iteration.iteration_step, **statics))
-            found.append(step(state, parts.frozen, prompts))
-    np.testing.assert_array_equal(numbers(found[0][0].lora), numbers(found[1][0].lora))
-    assert {k: float(v) for k, v in found[0][1].items()} == {k: float(v) for k, v in found[1][1].items()}
-
-
-@pytest.mark.slow
 def test_a_run_goes_on_with_weights_in_parts_and_back(folder, tmp_path):
     """Iterations 1 and 4 of 4 with whole weights, 2 and 3 with weights over two devices: all that an unbroken run has,
     to the bit, evaluations and measured previews too; and a sample's pictures."""
@@ -252,8 +226,8 @@ def test_a_run_goes_on_with_weights_in_parts_and_back(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*recipes.FAMILIES, *recipes.METHODS])
-def test_every_family_and_method(folder, name):
+@pytest.mark.parametrize("name", ["branch", "naive_quant", "flow_grpo", "vgrpo"])
+def test_families_and_methods(folder, name):
     """A step of it, traced with weights over two devices: no kernel is used without its other part."""
     cfg = dataclasses.replace(recipes.family(nano.build(folder), name), shard=2)
     parts = parts_of(cfg, 2)
