@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.faults import run as faults
-from solrl_jax import config, guidance, iteration, lora, quant, recipes, sharding, train
+from solrl_jax import config, guidance, iteration, quant, recipes, sharding, train
 from solrl_jax.config import Stage
 from solrl_jax.quant import calibrate
 from solrl_jax.run import assemble, checkpoint, evaluate
@@ -61,37 +61,6 @@ def bits(tree) -> list[np.ndarray]:
 def bytes_of(tree) -> int:
     """On the first device."""
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
-
-
-@functools.cache
-def velocities_of(cfg, shard: int) -> list:
-    """The explorer's codes and velocity, and the gradient of the trained policy, of two pictures of each of 4 devices.
-
-    Of a single row the CPU's product has another order of sums than of several, which an exchange makes of it.
-    """
-    parts = parts_of(dataclasses.replace(cfg, shard=shard), 4)
-    model, base, rng = parts.model, parts.frozen.base, np.random.default_rng(0)
-    adapter = lora.init(jax.random.key(0), base, model.lora_targets, cfg.lora)
-    adapter = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape, scale=0.1), x.dtype), adapter)
-
-    def own(base, low, adapter, x, cond):
-        sigma = jnp.full(x.shape[0], 0.7)
-
-        def loss(adapter):
-            return jnp.sum(model.velocity(lora.policy(base, adapter, cfg.lora), x, sigma, cond) ** 2)
-
-        gradient = jax.lax.psum(jax.grad(loss)(adapter), sharding.AXES)
-        return model.velocity({"params": base, "quant": low}, x, sigma, cond), gradient
-
-    def everything(base, adapter, x, cond):
-        low = quant.quantise_tree(base, model.quant_rules.nvfp4, "nvfp4_emulated")
-        specs = sharding.weights(base), sharding.weights(low), sharding.WHOLE, sharding.SPLIT, sharding.SPLIT
-        return low, *sharding.over_data(own, specs, (sharding.SPLIT, sharding.WHOLE))(base, low, adapter, x, cond)
-
-    with jax.set_mesh(parts.mesh):
-        cond = assemble.encode(parts, nano.PROMPTS, parts.score).cond
-        x = sharding.split(rng.normal(size=(8, 8, 8, 4)).astype(np.float32), parts.mesh)
-        return jax.jit(everything)(base, adapter, x, cond)
 
 
 @pytest.mark.slow
