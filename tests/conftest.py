@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    if config.option.markexpr != "slow":  # the slow tier calls the same functions for longer
+    if config.option.markexpr not in ("slow", "long"):  # these tiers call the same functions for longer
         install_import_hook([f"solrl_jax.{name}" for name in ARRAYS], "beartype.beartype")
     from solrl_jax import device  # after the hook, which checks what is imported from here on
 

@@ -180,7 +180,7 @@ def test_forward_in_native_nvfp4():
     assert scaled == ["bf16"] * 21 and "round-nearest-even" in text and "wrapped_dot" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_whole_iteration_explores_in_fp8(tmp_path):
     """iteration_step at true width, one block of each kind: the scanned explorer's 18 FP8 products are there once, as
     alone, on each device of two; the gradient is summed over the devices and no weight is gathered."""

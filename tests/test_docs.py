@@ -290,8 +290,9 @@ def extra(command: Command) -> None:
 
 def pytest_is_set_up(command: Command) -> None:
     how = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    assert how["testpaths"] == ["tests"] and "-m 'not slow'" in how["addopts"]
-    assert command.words[3:] in ((), ("-m", "slow")) and [mark.partition(":")[0] for mark in how["markers"]] == ["slow"]
+    assert how["testpaths"] == ["tests"] and "-m 'not slow and not long'" in how["addopts"]
+    tiers = [mark.partition(":")[0] for mark in how["markers"]]
+    assert tiers == ["slow", "long"] and command.words[3:] in ((), *(("-m", tier) for tier in tiers))
 
 
 def hub_command(command: Command) -> None:
@@ -372,8 +373,9 @@ def test_the_iteration_of_the_readme(capsys):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs():
+def test_the_notebook_runs(monkeypatch):
     """docs/compose.ipynb, cell by cell in Jupyter's kernel, as its reader runs it; its policy learns its reward."""
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")  # it computes longer than it compiles
     book = nbformat.read(ROOT / "docs/compose.ipynb", as_version=4)
     assert len(book.cells) == 15
     book.cells.append(nbformat.v4.new_code_cell("print(history[-1] - history[0])"))

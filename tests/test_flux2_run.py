@@ -370,7 +370,7 @@ def command(nano_dir, monkeypatch, capsys):
     return of
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 def test_every_mode(command, run, tmp_path):
     here = ("--devices=1", f"--run_dir={tmp_path / 'out'}")

@@ -155,7 +155,7 @@ def test_gradient(cards):
     assert found[CARDS] - found[1] < 0.8e9
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["flux", "sd35"])
 def test_stages_of_the_public_models(name):
     """Merging sends nothing; quantising to FP8, exploring and learning move kernels in the layers' loops alone; base,

@@ -465,7 +465,7 @@ def test_a_reward_that_raises_in_one_process(again):
     assert f"error in process 1: {cause}" in second
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_devices_of_two_processes(tmp_path, compiled):
     """Of one process with four they differ by the order of sums. In float32 the first iteration is that to 1e-5, and so
     is its gradient: Adam's first moment is a tenth of it. Later ones multiply the difference (docs/hosts.md)."""

@@ -365,7 +365,7 @@ def test_flux_beside_diffusers(pipeline, monkeypatch):
     assert all(each["latents_relative_rms"] > 2e-3 for each in wrong["differences"].values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 def test_weights_that_are_in_bfloat16(pipeline, monkeypatch, root):
     """Nothing is rounded when they are read: ours in float32 is held to the bound of float32, and finds a fault that

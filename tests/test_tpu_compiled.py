@@ -128,7 +128,7 @@ def test_micro_step_of_flux():
     assert temporary < 1.6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_micro_step_of_sd35():
     """4096 + 205 tokens, padded to 4352. The last block has no loop of its own, and is gathered outside."""
     on = tpu.mesh("v6e:2x4", SHARD)
