@@ -247,12 +247,9 @@ def test_a_guided_iteration(nano_dir, tmp_path):
     too."""
     evaluated = Evaluate(every=1, prompts=4, steps=2, grid=2, chunk=4)
     cfg = recipes.family(nano_zimage.build(nano_dir, iterations=1, evaluate=evaluated), "vgrpo")
-    cfg = dataclasses.replace(
-        cfg,
-        regenerate=dataclasses.replace(cfg.regenerate, steps=5, guidance=5.0),
-        lora=dataclasses.replace(cfg.lora, targets=(*zimage.LORA_TARGETS, *FEED_FORWARD)),
-    )
-    cfg = config.override(cfg, **{"learn.micro_batch": "2", "learn.timestep_fraction": "0.4"})
+    words = {"regenerate.steps": "5", "learn.timestep_fraction": "0.4", "learn.micro_batch": "2"}
+    cfg = config.override(cfg, **words, **{"regenerate.guidance": "5.0"})
+    cfg = dataclasses.replace(cfg, lora=dataclasses.replace(cfg.lora, targets=(*zimage.LORA_TARGETS, *FEED_FORWARD)))
     train.train(cfg, tmp_path / "run", devices=1)
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
     assert np.isfinite(line["grad_norm"]) and line["grad_norm"] > 0
