@@ -130,7 +130,7 @@ def fit(loss, params, pool, how: Fit, watch: Callable[[Any], str] = lambda avera
 
     run = jax.jit(lambda carry, keys, pool: jax.lax.scan(lambda c, key: step(c, key, pool), carry, keys))
     pool = jax.tree.map(jnp.asarray, pool)
-    carry = (params, params, optimizer.init(params), jnp.zeros(()))
+    carry: Any = (params, params, optimizer.init(params), jnp.zeros(()))
     if how.state is not None and how.state.exists():
         carry = flax.serialization.from_bytes(carry, how.state.read_bytes())
         print(f"{how.label} goes on after {int(carry[3])} steps", flush=True)

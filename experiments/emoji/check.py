@@ -111,14 +111,14 @@ def base(world_folder: Path, cfg: config.Model, split: str, count: int, candidat
         "base share of facts": accuracy.share(shares.mean(1)),
         "spearman of CLIP and judge within prompts": accuracy.share(rho),
         f"exact of the best of {candidates} by CLIP": accuracy.share(best),
-        f"exact of the best of {candidates} by the judge": accuracy.share(right.any(1)),
+        f"exact of the best of {candidates} by the judge": accuracy.share(right.max(1)),
     }
     scenes = [scene for scene in world.sample(rng, 12 * count, split) if scene.word][: max(1, count // 4)]
     images, _ = draws(scenes)
     read = np.stack([read_right(images[:, i], scenes) for i in range(candidates)], 1)
     out |= {
         "base: word read": accuracy.share(read.mean(1)),
-        f"word read in the best of {candidates}": accuracy.share(read.any(1)),
+        f"word read in the best of {candidates}": accuracy.share(read.max(1)),
     }
     return {f"{split}: {name}": f for name, f in out.items()}
 
