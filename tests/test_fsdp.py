@@ -175,7 +175,7 @@ def test_units_of_inputs_are_the_same(folder):
     assert found[0] == found[1] and len(dict(found[0])) > 10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_with_weights_in_parts_and_back(folder, tmp_path):
     """Iterations 1 and 4 of 4 with whole weights, 2 and 3 with weights over two devices: all that an unbroken run has,
     to the bit, evaluations and measured previews too; and a sample's pictures."""

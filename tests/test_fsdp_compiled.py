@@ -120,7 +120,7 @@ def _leaves(tree):
     return [("/".join(k.key for k in path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradient(cards):
     """What is gathered is gathered again in the backward pass, not kept: the gathered kernels of all layers would be
     1.6 GB more."""

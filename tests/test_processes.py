@@ -420,7 +420,7 @@ def again(two, one, compiled):
     return two
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_are_one_with_two_devices(two, one, again):
     """Metrics, pictures and LoRA bit for bit, though the run of two was stopped, lost and resumed, in two or in one. A
     reward on the host sees a process's own pictures."""
@@ -435,7 +435,7 @@ def test_two_processes_are_one_with_two_devices(two, one, again):
             assert (one / "run" / "grids" / name).read_bytes() == (run / "grids" / name).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_other_modes_are_one_processes(one, again):
     """eval, sample, score and export print once, and their files are one process's, bit for bit."""
     for mode in ("eval", "sample", "score", "export"):
@@ -450,14 +450,14 @@ def test_the_other_modes_are_one_processes(one, again):
     assert there == here and {"eval.png", "scores.csv", "pytorch_lora_weights.safetensors"} < set(map(str, there))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_that_is_not_shared(again):
     for i, error in enumerate((again / f"{i}.err").read_text() for i in range(2)):
         assert f"error in process {i}: " in error and "Traceback" not in error
         assert "--run_dir=run is not shared: process 0 wrote starts.json there and process 1 does not see it" in error
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reward_that_raises_in_one_process(again):
     first, second = ((again / f"{i}.err").read_text() for i in range(2))
     cause = "reward some_rewards.broken failed: OSError: the server of this host does not answer"
