@@ -105,11 +105,11 @@ class Fit(NamedTuple):
     save_every: float = 120.0
 
 
-def fit(loss, params, pool, how: Fit, watch: Callable[[Any], str] = lambda average: ""):
+def fit(loss, params, pool, how: Fit, watch: Callable[[Any, int], str] = lambda average, tenth: ""):
     """AdamW with warm-up and cosine, batches drawn on the device; returns the weights' running average.
 
-    `loss(params, batch, key)`; `pool` has a leading axis over its rows. `watch(average)` gives a text for the log, ten
-    times a training.
+    `loss(params, batch, key)`; `pool` has a leading axis over its rows. `watch(average, tenth)` gives a text for the
+    log after each tenth of the training, 1 to 10.
     """
     decay, steps = 0.999, how.steps
     schedule = optax.warmup_cosine_decay_schedule(0.0, how.rate, min(200, steps // 10 + 1), steps, 0.01 * how.rate)
@@ -140,7 +140,7 @@ def fit(loss, params, pool, how: Fit, watch: Callable[[Any], str] = lambda avera
         done = i + stretch
         if done * 10 // steps > i * 10 // steps:
             line = f"{how.label} {done}/{steps} loss {float(values.mean()):.4f} {time.time() - start:.0f} s"
-            print(line, watch(carry[1]), flush=True)
+            print(line, watch(carry[1], min(10, done * 10 // steps)), flush=True)
         over = int(carry[3]) < steps and time.time() > how.until
         if how.state is not None and (over or time.time() > saved + how.save_every):
             _replace(how.state, flax.serialization.to_bytes(jax.device_get(carry)))
@@ -244,10 +244,8 @@ def train_flow(model_cfg: config.Model, vae_params, draw: Draw, pool, how: Fit, 
         cond = model.encode(params["text"], tokens)
         return flow_matching(lambda x, t: model.velocity({"params": params["base"]}, x, t, cond), x0, k_t, k_eps, by)
 
-    watched = iter(range(1, 11))
-
-    def seen(average) -> str:
-        if next(watched) not in (5, 10):
+    def seen(average, tenth: int) -> str:
+        if tenth not in (5, 10):
             return ""
         stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), average)
         return watch(stored["base"], stored["text"])

@@ -26,6 +26,7 @@ import numpy as np
 
 from experiments import pretraining
 from experiments.emoji import accuracy, check, world
+from experiments.emoji.check import TOKENS
 from experiments.emoji.world import Scene, Word
 from experiments.pretraining import Fit, Folders
 from experiments.tiny import pretrain as tiny
@@ -35,7 +36,6 @@ from solrl_jax.models import flux
 from solrl_jax.models.folders import tokenize as tokenize_by
 
 HERE = Path(__file__).resolve().parent
-TOKENS = 24
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h, as in solrl_jax.main
 
 VAE = tiny.VAE | {"block_out_channels": [32, 64, 128], "sample_size": world.SIDE}

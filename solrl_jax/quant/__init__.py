@@ -46,9 +46,9 @@ def resolve(precision: str, capability: float | None) -> str:
     """
     _known(precision, ("auto", "bf16", *LOW))
     have = 0.0 if capability is None else capability
-    if precision == "auto" and capability == 0:
-        return "bf16"
     if precision == "auto":
+        if capability == 0:
+            return "bf16"
         return next((p for p in ("nvfp4_native", "fp8") if have >= LEAST[p]), "nvfp4_emulated")
     if have < (least := LEAST.get(precision, 0.0)):
         found = f"this one has {capability}" if capability else "it is no CUDA device"
