@@ -118,11 +118,8 @@ def what_is_compiled(arm: Arm, cfg: Config) -> tuple[Config, bool, int]:
 
 def compiled(opened: lab.World, cfg: Config, shuffled: bool, call: int, seeds: Sequence[int]):
     """The compiled program of `call` iterations; several compile at once in threads."""
-    with jax.set_mesh(sharding.make_mesh(1)):  # an ambient mesh is a thread's own
-        score = lab.shuffled(opened.parts.score) if shuffled else opened.parts.score
-        states = lab.begin(opened, cfg, [{}] * len(seeds), seeds)
-        rows = lab.picks(opened, cfg, seeds, 0, call)
-        return lab.program(opened, cfg, score).lower(states, opened.table, opened.parts.frozen, rows).compile()
+    score = lab.shuffled(opened.parts.score) if shuffled else opened.parts.score
+    return lab.compiled(opened, cfg, score, seeds, call)
 
 
 def supervised(opened: lab.World, cfg: Config, seeds: Sequence[int], iterations: int):

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from experiments.tiny import check
-from solrl_jax import config, iteration, learn, lora, rollout, train
+from solrl_jax import config, iteration, learn, lora, rollout, sharding, train
 from solrl_jax.config import Config, Stage
 from solrl_jax.rewards import Reward, Score, shapes
 from solrl_jax.run import assemble, data
@@ -98,6 +98,13 @@ def program(world: World, cfg: Config, score: Score) -> Callable[..., tuple[Trai
         return jax.lax.scan(lambda states, pick: jax.vmap(one)(states, pick), states, picks)
 
     return jax.jit(run)
+
+
+def compiled(world: World, cfg: Config, score: Score, seeds: Sequence[int], count: int):
+    """`program`, compiled for `count` iterations of one run a seed. Threads may call it: XLA compiles at once."""
+    with jax.set_mesh(sharding.make_mesh(1)):  # an ambient mesh is a thread's own
+        states, rows = begin(world, cfg, [{}] * len(seeds), seeds), picks(world, cfg, seeds, 0, count)
+        return program(world, cfg, score).lower(states, world.table, world.parts.frozen, rows).compile()
 
 
 def shuffled(score: Score) -> Score:
