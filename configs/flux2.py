@@ -74,7 +74,8 @@ def small_card(reward: str) -> Config:
         cfg,
         explore=dataclasses.replace(cfg.explore, chunk=3),
         regenerate=dataclasses.replace(cfg.regenerate, chunk=4),
-        learn=dataclasses.replace(cfg.learn, micro_batch=4),
+        model=dataclasses.replace(cfg.model, remat_keeps=()),
+        learn=dataclasses.replace(cfg.learn, micro_batch=2),
         evaluate=dataclasses.replace(cfg.evaluate, chunk=8),
     )
 
