@@ -11,9 +11,11 @@ from huggingface.co, or from --config.model.path, a folder in diffusers' layout.
 16 GB with the text encoder. Those of 9B need their licence, which is not for commercial use, to be accepted.
 
 A sample is two rows of the network, in the rollouts and in the loss; without guidance (--config.regenerate.guidance=1)
-an iteration takes half as long. By `--mode=plan`, nothing is measured on a card yet: 32 GB on an H100, 26 minutes an
-iteration of 48 prompts with sol_rl. `24gb` has 3 and 4 pictures and 4 points at a time and takes 22.7 of the 23.7 GB
-that JAX has of a card of 24: 21 minutes an iteration (branch) on an H100, 2.1 hours on an RTX 4090.
+an iteration takes half as long. By `--mode=plan`: 32 GB on an H100, 26 minutes an iteration of 48 prompts with sol_rl.
+`24gb` has 3 and 4 pictures and 2 points at a time and takes 22.7 of the 23.7 GB that JAX has of a card of 24, to
+explore, and 15.3 to learn: 21.0 minutes an iteration (branch) on an H100, 2.1 hours on an RTX 4090. Measured on an H200
+limited to 23.7 GB, with random weights (experiments/flux2_h100): 29.7 s a prompt, 13 % more than the plan's, 21.3 GB in
+use at most; a forward in FP8 takes .58 of BF16's time. No card of 24 GB has run it.
 FP8 and NVFP4 quantise all Linears of the blocks, 95.0 % of the weights.
 """
 
@@ -74,6 +76,7 @@ def small_card(reward: str) -> Config:
         cfg,
         explore=dataclasses.replace(cfg.explore, chunk=3),
         regenerate=dataclasses.replace(cfg.regenerate, chunk=4),
+        # With 4 points and attention kept the free memory had holes, each too small for the gradient's program.
         model=dataclasses.replace(cfg.model, remat_keeps=()),
         learn=dataclasses.replace(cfg.learn, micro_batch=2),
         evaluate=dataclasses.replace(cfg.evaluate, chunk=8),

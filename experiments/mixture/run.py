@@ -3,8 +3,8 @@
     python -m experiments.mixture.run                                                        # a GPU
     python -m experiments.mixture.run --seeds=0 --iterations=1 --captions=4 --batch=2 --arms=gdpo --out=/tmp/m
 
-CLIPScore varies by about .05 within a prompt; the judge's share of right facts by several times that, so in a raw sum
-the judge decides. tiny's default recipe, explored in BF16, all seeds of an arm as one vmapped program; gains of both
+CLIPScore varies by about .09 within a prompt; the judge's share of right facts by 2.8 times that, so in a raw sum the
+judge decides. tiny's default recipe, explored in BF16, all seeds of an arm as one vmapped program; gains of both
 over the base, on captions that were not trained on. The arms compile at once; an arm's file is written when it is done.
 """
 

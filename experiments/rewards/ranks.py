@@ -1,6 +1,6 @@
 """Does a reward in bfloat16, or in float32 as GPUs multiply it, rank the pictures of a prompt as in exact float32?
 
-    python -m experiments.rewards.ranks --out=experiments/rewards/results/ranks.json             # minutes on a CPU
+    python -m experiments.rewards.ranks --out=experiments/rewards/results/ranks.json             # minutes on a GPU
     python -m experiments.rewards.ranks --rewards= --captions=4 --pictures=8 --out=/tmp/r.json   # short
 
 The pictures are the small world's candidates. Its CLIP is trained and gets them unchanged; the four networks of full
