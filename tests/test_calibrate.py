@@ -41,6 +41,7 @@ def given(monkeypatch):
     return seen
 
 
+@pytest.mark.slow
 def test_keys_are_pairwise_different(parts, given, monkeypatch):
     """LoRA's init, the state, samples and selections of three iterations, evaluation, calibration: of one seed."""
     keys, init = {"seed": jax.random.key(parts.cfg.seed)}, lora.init
@@ -135,7 +136,7 @@ def test_inputs_that_outgrew_their_units():
     assert list(calibrate.saturating(rule, largest, kernels)) == ["b", "c"]  # worst first
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_measurement_counts_inputs_that_outgrew_their_units(parts):
     """With the base's units none; where units are a 64th, about as many as those inputs of the base itself."""
     cfg = with_fp8(parts).cfg

@@ -53,6 +53,7 @@ def h100():
     return card.mesh()
 
 
+@pytest.mark.slow
 def test_forward(h100):
     """bf16 out of every product, GELUs in its epilogue, biases there or in what follows, no scores in memory."""
     module, base = network()
@@ -80,6 +81,7 @@ def joined(text, image, scale):
     return flux.rotary_norm(jnp.concatenate([text, image], axis=1), scale, ROPE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joins", [False, True])
 def test_rotary_norm(h100, joins):
     """One kernel, which reads q where it lies, also if that is in two streams, and keeps nothing in memory."""
@@ -134,6 +136,7 @@ def test_e4m3_rounding_is_in_the_program(h100):
     assert "reduce-precision(" in card.compiled(nvfp4.round_e4m3, x, on=h100).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp8", "nvfp4_emulated"])
 def test_quantising_turns_the_codes_alone(h100, precision):
     """Of a stack of bf16 kernels nothing is written but codes and scales, once as they come and once turned."""
@@ -152,6 +155,7 @@ def low(precision: str):
     return module, {"params": base, "quant": jax.eval_shape(make, base)}
 
 
+@pytest.mark.slow
 def test_forward_in_fp8(h100):
     """One FP8 product a Linear (the single block's proj_out two), GELU and cast in it."""
     module, variables = low("fp8")

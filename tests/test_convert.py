@@ -218,6 +218,7 @@ def test_one_leaf_is_held_at_a_time_and_other_checkpoints_are_not_hashed(public,
     assert found.keys() == {f"{part}/{stem}.safetensors" for part, stem in names.items()}
 
 
+@pytest.mark.slow
 def test_folders_of_version_1_are_read(public, converted, tmp_path):
     """Version 1 has a tree written by orbax in weights/<name> and no version in weights.json. Version 3 is refused."""
     cfg, mesh = moved(nano.build(public), tmp_path / "first"), sharding.make_mesh(4, 2)

@@ -63,6 +63,7 @@ def flops(result: tuple[int, ...], kernel: tuple[int, ...]) -> int:
     return 2 * math.prod(result) * math.prod(kernel[1:])
 
 
+@pytest.mark.slow
 def test_up_sampling(flux):
     """No convolution on an up-sampled picture: 2x2 on the small one, 16/36 of the FLOPs and the border's."""
     found = convolutions(flux)

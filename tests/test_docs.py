@@ -35,6 +35,7 @@ from solrl_jax.run import data
 from tests import documents, nano, test_report
 from tests.documents import PAGES, ROOT, Command
 from tests.test_train import compiled  # noqa: F401 - every command of this file compiles much the same
+from tests.tiers import long, slow
 
 COMMANDS = [command for page in PAGES for command in documents.commands(page)]
 PROGRAM = ("python", "-m", "solrl_jax.main")
@@ -208,9 +209,10 @@ ALONE = [command for command in WHOLE if mode(command) not in ("train", "prove")
 ALONE += [c for c in OURS if c.page == "docs/flux.md" and mode(c) == "train" and "--run_dir=runs/mine" in c.words]
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("imagereward", "trained", "shrunk")
-@pytest.mark.parametrize("page", sorted({command.page for command in ALONE}))
+@pytest.mark.parametrize(
+    "page", [long(page) if page == "docs/flux.md" else slow(page) for page in sorted({c.page for c in ALONE})]
+)
 def test_the_commands_of_a_page_run(page, capsys):
     """In their order, each with what those before it left."""
     for command in documents.commands(page):

@@ -97,6 +97,7 @@ def test_rewards_are_asked_whether_they_can_read_the_prompts(cfg, tmp_path):
     assert told("\n") == ("reward ocr: on the host", "", False)  # that there is no prompt is another finding
 
 
+@pytest.mark.slow
 def test_weights_that_a_run_would_not_find_are_told(cfg, tmp_path, monkeypatch):
     """model.weights that is not there; a damaged converted folder; a name of which only configs were fetched."""
     import shutil

@@ -23,6 +23,7 @@ from solrl_jax.learn import apply_gradients
 from solrl_jax.run import assemble, checkpoint, data, evaluate
 from tests import test_train
 from tests.test_train import TOY, compiled, metrics_of, toy
+from tests.tiers import long, slow
 
 __all__ = ["compiled", "toy"]  # fixtures
 ALGORITHMS = ("sol_rl", "naive_scaling", "diffusionnft", "awm", "flow_grpo", "flow_grpo_fast", "dance_grpo")
@@ -72,7 +73,7 @@ for name in sys.argv[3:]:
 """
 
 
-@pytest.fixture(scope="module", params=[ALGORITHMS[:1], pytest.param(ALGORITHMS[1:], marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[ALGORITHMS[:1], long(ALGORITHMS[1:])])
 def broken(request, tmp_path_factory):
     """(folder, algorithms): one run of each, killed by SIGKILL after 3 of 4 iterations, of which 2 are saved."""
     folder = tmp_path_factory.mktemp("killed")
@@ -195,6 +196,7 @@ def goes_on(cfg, run, whole):
     jax.tree.map(np.testing.assert_array_equal, load_file(run / faults.LORA), load_file(whole / faults.LORA))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["explore", "regenerate", "learn", "evaluate"])
 def test_a_device_that_is_lost_in_mid_run(toy, tmp_path, monkeypatch, stage):
     """In a stage of iteration 3 or the evaluation of 2: one line of error; saves stay; the run can be resumed."""
@@ -232,6 +234,7 @@ def lose(patch, stage, calls, message="INTERNAL: the device is lost\nand a page 
     patch.setattr(train.iteration, "Staged", Losing)
 
 
+@pytest.mark.slow
 def test_a_device_that_does_not_come_back_costs_what_was_not_saved(toy, tmp_path, monkeypatch):
     """Its arrays cannot be read either: both errors are reported, and the last save is the newest."""
     run, cfg = tmp_path / "run", config.override(toy, iterations=4)
@@ -280,7 +283,7 @@ def make(path, dtype):
 """
 
 
-@pytest.mark.parametrize(("host", "number", "done"), [(True, 18, 1), (False, 3, 0)])
+@pytest.mark.parametrize(("host", "number", "done"), [(True, 18, 1), slow(False, 3, 0)])
 def test_a_reward_that_raises_in_mid_run(toy, tmp_path, monkeypatch, host, number, done):
     """On the host (8 calls for the measurement at the start, then 8 per iteration) and on the devices, while explore is
     traced. The error names the reward; the run can be resumed."""
@@ -331,6 +334,7 @@ def poisoned(monkeypatch, first, last):
     monkeypatch.setattr(data, "batch", marked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [1, 2])
 def test_nan_gradients_are_skipped_counted_and_end_the_run(toy, tmp_path, monkeypatch, capsys, updates):
     """In iteration 2 they change only the counts; three in a row from iteration 4 stop the run, which is saved."""
@@ -392,6 +396,7 @@ def test_nan_weights_are_named(toy, tmp_path, monkeypatch):
     assert checkpoint.steps(tmp_path / "run") == [] and metrics_of(tmp_path / "run") == {}
 
 
+@pytest.mark.slow
 def test_a_reward_that_sees_nothing_wrong_in_nan_pictures(toy, tmp_path, monkeypatch):
     """A reward of 8-bit pictures reads NaN as a colour. So the gradients are not finite, and the LoRA is named."""
     run = tmp_path / "run"

@@ -136,6 +136,7 @@ def test_true_width():
     assert error(ours(params, given, 4, 4, cfg=cfg), theirs(model, given, 4, 4)) < 3e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near(tmp_path):
     model = make_transformer(tmp_path, num_layers=2, num_single_layers=2)
     cfg = FluxConfig.read(tmp_path)
@@ -212,6 +213,7 @@ LITERAL = {  # models.md section 9.1
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "within"), [(jnp.bfloat16, 2.0**-7), (jnp.float32, 2.0**-21)])
 def test_both_forms_of_rotary_norm(dtype, within):
     """In one pass as in two: bfloat16 to one rounding, where one channel of a pair is much larger too; and one

@@ -24,6 +24,7 @@ from solrl_jax.run.encode import Conditioner
 from solrl_jax.weights import hub
 from tests import nano_flux2
 from tests.test_flux import Held, rewrite
+from tests.tiers import slow
 
 SMALL = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 24}
 SMALL |= {"axes_dims_rope": (4, 4, 4, 4), "num_layers": 2, "num_single_layers": 3, "guidance_embeds": False}
@@ -139,6 +140,7 @@ def test_true_width():
     assert error(ours(params, given, 4, 4, cfg=cfg), theirs(model, given, 4, 4)) < 3e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near():
     model, cfg = make_transformer(), Flux2Config(**SMALL)
     params = weights.load(Held(model), shapes_of(cfg), flux2.KEYS, dtype=jnp.bfloat16)
@@ -261,7 +263,7 @@ def pipe(folder):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("w", [4.0, 1.0])
+@pytest.mark.parametrize("w", [4.0, slow(1.0)])
 def test_pictures(folder, pipe, w):
     """Three prompts of unequal length, one of them empty, in one batch: text states, latents of 4 guided steps and
     pictures are diffusers', through our files, tokenizer, encoder, sampler and VAE."""

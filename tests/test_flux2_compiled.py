@@ -46,6 +46,7 @@ def h100():
     return card.mesh()
 
 
+@pytest.mark.slow
 def test_merging(h100, tmp_path):
     """The merged kernels take what they are; A B of the widest stack, 6.8 GB in f32, is a layer's at a time."""
     path = hub.write_configs(tmp_path, public.FLUX2[KLEIN])
@@ -91,7 +92,7 @@ def test_forward_in_fp8(h100):
     assert calls(text)["__cudnn$fmhaSoftmax"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradient(h100):
     """The LoRA's gradient runs the fused attention backwards; forwards once a block, for remat keeps it."""
     module, base = network(remat=True)
@@ -105,7 +106,7 @@ def test_gradient(h100):
     assert (found["__cudnn$fmhaSoftmaxBackward"], found["__cudnn$fmhaSoftmax"]) == (2, 2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["merged", "quantised", "explore", "learn"])
 def test_stages_of_the_recipe_for_24_gb(h100, tmp_path, stage):
     """The whole base 4B by `flux2:24gb`, one prompt an iteration: what the stage's program takes beside what else is on

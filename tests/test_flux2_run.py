@@ -115,6 +115,7 @@ def sizes_of(folder, name="base-4B", **changes):
     return cfg, shapes.read(cfg, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "tflop"),
     [("base-4B", 512, 10.173), ("base-4B", 1024, 34.820), ("base-9B", 512, 22.732), ("base-9B", 1024, 75.515)],
@@ -141,6 +142,7 @@ def test_flops_of_a_guided_rollout(tmp_path):
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_converted_weights(nano_dir, tmp_path):
     cfg = nano_flux2.build(nano_dir)
     out = tmp_path / "converted"
@@ -218,7 +220,7 @@ def test_diffusers_draws_with_the_runs_file(run, nano_dir):
         assert least <= np.abs(ours - theirs).max() < most
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(nano_dir, tmp_path, name):
     """An iteration by each recipe, of small numbers of steps, guided. AWM's has an evaluation and trains all Linears of
@@ -279,7 +281,7 @@ def test_a_card_with_fp8(nano_dir, tmp_path, monkeypatch):
     assert chosen == {f"{stack}/{name}" for stack, names in NAMES.items() for name in names}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_errors_of_the_low_precisions(nano_dir):
     """With the text's projection computed before, as in a rollout."""
     cfg = nano_flux2.build(nano_dir).model

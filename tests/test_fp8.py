@@ -114,6 +114,7 @@ def test_a_kernel_that_is_not_finite_stays_so(bad):
     assert not np.isfinite(q.scale) and not np.any(np.isfinite(product(jnp.ones((2, 16)), q)))
 
 
+@pytest.mark.slow
 def test_native_nvfp4_has_the_numbers_of_the_emulated():
     """The same operands, summed in another order; a row by itself."""
     x, w = jax.random.normal(jax.random.key(0), (16, 256)), jax.random.normal(jax.random.key(1), (256, 64))
@@ -168,6 +169,7 @@ def small(tmp_path_factory):
         return parts, parts.text(nano.PROMPTS[:2])
 
 
+@pytest.mark.slow
 def test_calibration(small):
     """Every Linear has a unit; those of one input have the same, so that XLA quantises it once."""
     parts, cond = small

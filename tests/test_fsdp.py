@@ -18,6 +18,7 @@ from solrl_jax.run import assemble, checkpoint, evaluate
 from solrl_jax.structs import QuantRule, leaves_by_path
 from tests import nano, nano_flux2, nano_sana, nano_sd35, nano_zimage
 from tests.nano import begun, numbers, parts_of, statics_of
+from tests.tiers import long, slow
 
 MODELS = {"flux": nano, "flux2": nano_flux2, "sd35": nano_sd35, "sana": nano_sana, "zimage": nano_zimage}
 
@@ -63,16 +64,15 @@ def bytes_of(tree) -> int:
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "precision", "dtype", "shard"),
     [
-        ("flux", "nvfp4_native", "float32", 4),
-        ("flux", "nvfp4_emulated", "bfloat16", 4),
-        ("sd35", "fp8", "float32", 2),
-        ("sana", "nvfp4_emulated", "float32", 2),
-        ("flux2", "fp8", "float32", 2),
-        ("zimage", "nvfp4_emulated", "float32", 4),
+        slow("flux", "nvfp4_native", "float32", 4),
+        long("flux", "nvfp4_emulated", "bfloat16", 4),
+        slow("sd35", "fp8", "float32", 2),
+        long("sana", "nvfp4_emulated", "float32", 2),
+        long("flux2", "fp8", "float32", 2),
+        long("zimage", "nvfp4_emulated", "float32", 4),
     ],
 )
 def test_all_stages_give_the_same_bits(folder, model, precision, dtype, shard):
@@ -194,8 +194,7 @@ def test_a_run_goes_on_with_weights_in_parts_and_back(folder, tmp_path):
     assert files[0] == files[1] and len(files[0]) > 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["branch", "naive_quant", "flow_grpo", "vgrpo"])
+@pytest.mark.parametrize("name", [slow("branch"), slow("vgrpo"), long("naive_quant"), long("flow_grpo")])
 def test_families_and_methods(folder, name):
     """A step of it, traced with weights over two devices: no kernel is used without its other part."""
     cfg = dataclasses.replace(recipes.family(nano.build(folder), name), shard=2)

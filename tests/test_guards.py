@@ -148,6 +148,7 @@ def test_the_smallest_chunk_that_divides_the_candidates(explore, regenerate, can
     assert [stage.chunk for stage in guards.rollouts(cfg)] == [chunk, chunk]
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_as_it_begins(toy, tmp_path, capsys, monkeypatch):
     """In the base's line, also without evaluation; a run that goes on is not measured again and has the same lines."""
     cfg = config.override(toy, iterations=2, **{"watch.every": "20", "watch.prompts": "2", "evaluate.every": "2"})
@@ -183,6 +184,7 @@ def test_a_device_too_small_for_the_measurement_ends_a_run_in_its_first_minutes(
     assert metrics_of(tmp_path / "run") == {} and checkpoint.steps(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_of_fewer_prompts_than_asked_for_all_are_measured(toy, tmp_path):
     """Three training prompts on two devices, and watch.prompts=4, the default: two are measured."""
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")

@@ -137,7 +137,7 @@ def drawn(root, name, w, *, negative="", **changes):
     return x0[:, 0], noise, jax.device_get(away)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["flux", "sana"])
 def test_frozen_weights_over_two_devices(root, name):
     """The negative row is whole on both; each has its own prompts."""
@@ -277,6 +277,7 @@ def test_a_run_evaluates_with_it_and_trains_without(toy, tmp_path, monkeypatch):
     assert runs.read(tmp_path / "w2.5", "a").guidance == 2.5 and runs.read(tmp_path / "w1.0", "a").guidance == 1
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_formula_on_any_number_of_devices(toy):
     """Of a policy, with the toy's velocity written out."""
     cfg, w = config.override(toy, **{"evaluate.guidance": 2.5}), 2.5

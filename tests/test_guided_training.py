@@ -296,6 +296,7 @@ def made(cfg, steps=4):
     return parts, state, samples, prompts.cond
 
 
+@pytest.mark.slow
 def test_grpos_ratio_is_1_on_guided_steps(toy):
     """Before the first update the policy that drew the steps is the one whose probability is taken; at another weight
     it would not be, and nothing else would show it."""
@@ -366,7 +367,7 @@ def test_the_base_at_its_own_weight_is_drawn_again(toy, tmp_path):
             assert pictures.load(file).how == kept.how
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_weights_in_parts_give_a_guided_training_the_same_bits(tmp_path):
     """The network over 2 devices, its negative conditioning whole on each."""
     found = []

@@ -50,6 +50,7 @@ def run_whole(parts, iterations: int = 1, state=None):
     return state, metrics
 
 
+@pytest.mark.slow
 def test_golden_iteration(folder):
     """Two iterations in f32. Recorded from this test; a change of any stage shows here."""
     state, metrics = run_whole(parts_of(nano.build(folder)), 2)
@@ -58,6 +59,7 @@ def test_golden_iteration(folder):
     assert found == pytest.approx(GOLDEN, rel=2e-3, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_staged_equals_whole(folder):
     parts = parts_of(nano.build(folder))
     with jax.set_mesh(parts.mesh):
@@ -83,6 +85,7 @@ def test_staged_equals_whole(folder):
     assert [share for name, share in seen if name == "explore"] == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.slow
 def test_the_staged_loop_gives_each_device_its_own_prompts(folder):
     """What the rollouts get and what they are selected from is split over the devices; the keys are those of one
     device, in its order."""

@@ -96,6 +96,7 @@ def test_measuring_is_what_the_plain_functions_give(opened):
     assert np.abs(guided["clipscore"] - found["clipscore"]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_picks_are_the_prompts_that_the_command_draws(opened):
     rows = lab.picks(opened, opened.parts.cfg, [0, 1], 3, 2)
     assert rows.shape == (2, 2, 16) and rows.min() >= 0 and rows.max() < 2000

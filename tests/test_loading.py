@@ -77,6 +77,7 @@ def bits(x):
     return x.dtype, x.shape, np.asarray(x).tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [2, 4])
 @pytest.mark.parametrize("name", BUILDS)
 def test_a_device_reads_and_holds_its_part(built, name, shard, monkeypatch):
@@ -235,6 +236,7 @@ def test_rows_of_a_piece(monkeypatch):
 # --- text encoders ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stay", [True, False])
 def test_text_encoders_lie_in_parts(built, stay, monkeypatch):
     """Each device gets a quarter of every kernel of T5's and CLIP's stacks; the conditioning is that of whole ones."""

@@ -104,6 +104,7 @@ def test_target_that_hits_nothing(target):
 # --- what it adds ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fresh_set_is_the_base(small):
     leaves = leaves_by_path(small.fresh)
     assert len(leaves) == 14 and {x.dtype for x in leaves.values()} == {np.dtype(np.float32)}

@@ -15,6 +15,7 @@ from solrl_jax.run import assemble
 from tests import nano
 from tests.nano import begun, numbers, parts_of, statics_of
 from tests.test_iteration import folder, whole
+from tests.tiers import long, slow
 
 __all__ = ["folder"]  # fixtures
 SMALL = {"flow_grpo": 3, "flow_grpo_fast": 4, "dance_grpo": 4, "awm": 5, "vgrpo": 5}
@@ -41,9 +42,7 @@ def rolled(parts):
     return state, samples, prompts, policy_variables(kernels, None, parts.frozen)
 
 
-@pytest.mark.parametrize(
-    "name", ["flow_grpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("flow_grpo_fast", "dance_grpo"))]
-)
+@pytest.mark.parametrize("name", ["flow_grpo", slow("flow_grpo_fast"), slow("dance_grpo")])
 def test_paths_are_the_steps_that_were_taken(folder, name):
     """x' = mean + std z with the sample's own noise; DanceGRPO's samples of a prompt begin alike."""
     parts = parts_of(build(folder, name))
@@ -82,10 +81,7 @@ def test_paths_are_the_steps_that_were_taken(folder, name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "vgrpo",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("awm", "flow_grpo", "flow_grpo_fast", "dance_grpo")),
-    ],
+    [*map(slow, ("vgrpo", "awm", "flow_grpo", "dance_grpo")), long("flow_grpo_fast")],
 )
 def test_a_method_learns_one_iteration(folder, name):
     """In f32 the ratio before the first update is 1 within 1e-6; the update is the same on four devices."""
@@ -129,6 +125,7 @@ def test_the_samples_of_a_prompt_share_their_points(folder):
     np.testing.assert_array_equal(points.x_t[0], points.x_t[1])  # of equal samples
 
 
+@pytest.mark.slow
 def test_one_update_needs_no_second_pass(folder):
     """Where a rollout is one update the ratio is exactly 1 and the behaviour policy is not run."""
     cfg = build(folder, "dance_grpo", **{"learn.updates": "1"})

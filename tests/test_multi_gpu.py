@@ -25,6 +25,7 @@ def placed(tree, mesh):
     return drawn(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), sharding.weights(tree)))
 
 
+@pytest.mark.slow
 def test_drawn_in_parts(tmp_path):
     """A device draws its part alone, of the same numbers: at most 1/K and 3 % of the kernels' bytes lie on it."""
     base = full_size.shapes.read(nano.build(tmp_path), 1).frozen.base["single_transformer_blocks"]["attn"]
@@ -47,7 +48,7 @@ def test_drawn_in_parts(tmp_path):
     assert with_temporaries[1] < 0.3 * with_temporaries[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_measurement_on_four_devices(tmp_path):
     """Of a base over two of four devices; `written` gets every figure."""
     cfg = nano.build(tmp_path, shard=2)

@@ -14,6 +14,7 @@ from tests import cases_diffusers as diffusers
 from tests import cases_transformers as transformers
 from tests import test_qwen3
 from tests.mutations import NEW, examine, write
+from tests.tiers import slow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -63,6 +64,8 @@ def quiet():
 
 
 SLOW = (
+    "sana",
+    "t5",
     "flux",
     "flux2",
     "flux2's vae",
@@ -79,7 +82,7 @@ SLOW = (
 )
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.slow if x in SLOW else ()) for x in CASES])
+@pytest.mark.parametrize("name", [slow(x) if x in SLOW else x for x in CASES])
 def test_changed_options(tmp_path, name):
     make, taken = CASES[name]
     found = examine(make(tmp_path))

@@ -104,6 +104,7 @@ def dots(text: str) -> list[str]:
     return [kinds[name] for name in found]
 
 
+@pytest.mark.slow
 def test_products_of_a_tower_on_an_h100():
     """A block's six are bf16; attention's two are float32, and so is the last projection."""
     assert sorted(dots(program("float32"))) == ["bf16"] * 6 + ["f32"] * 3
@@ -160,6 +161,7 @@ def towers(name: str, pairs: bool | None) -> ClipTower | blip.Blip:
     return ClipTower(dataclasses.replace(cfg, text=text, vision=vision), F32, pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clipscore", "pickscore", "imagereward"])
 def test_scores_on_the_device_that_is_here(name):
     """On a card (JAX_PLATFORMS=cuda) as towers run there. Ranks need far less than a thousandth of the spread."""

@@ -81,6 +81,7 @@ def test_peak_of_training_counts_residuals_and_less_of_them_with_remat():
 # --- FLUX.1-dev -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parameters_and_bytes(planned):
     found = planned.sizes
     assert shapes.parameters(found.frozen.base) == 11_901_408_320
@@ -242,6 +243,7 @@ def test_emulation_and_devices_change_seconds_not_work(planned):
 # --- what comes once in many iterations -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_measurement_and_evaluation_are_counted(planned):
     """4 prompts of 96 candidates in 6 and in 10 steps; 16 pictures in 28 steps. A 20th of each is in an iteration."""
     stages, forward, decode = by_stage(planned), 15.8125e12, 2.133e12
@@ -287,6 +289,7 @@ def card_without(use, share):
     return plan.Card((use.total - share * use.activations) / cards.USABLE / 2**30, 989, 9.0)
 
 
+@pytest.mark.slow
 def test_advice_names_the_field_to_change(planned):
     def advice(stage, share):
         use = by_stage(planned)[stage]
@@ -420,6 +423,7 @@ def test_flux_dev_that_is_not_here_has_its_public_sizes(planned, capsys, monkeyp
     assert "FLUX.1-dev with its public sizes" in out and out.endswith("fits H100 80GB\n")
 
 
+@pytest.mark.slow
 def test_paths_of_grpo_are_counted(planned):
     """Flow-GRPO's samples come with T + 1 states each: f32, as large as their latents."""
     cfg = config.override(

@@ -50,6 +50,7 @@ def most(some):
 # --- bytes of a device ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_a_device_holds_its_part(cfg, uses, k):
     """The blocks' kernels over K, float32; their FP8 codes, without the modulations', are a byte a number, with four
@@ -171,6 +172,7 @@ def test_the_least_shard_that_fits_is_chosen(cfg, uses, short):
     assert plan.shard_of(dataclasses.replace(cfg, shard=4), 4, 1e12, host=2) == (4, [])  # as was asked for
 
 
+@pytest.mark.slow
 def test_nothing_that_fits_is_refused_with_numbers(cfg, uses, short):
     limit = 0.8 * most(uses[4])
     encode = plan._gb(uses[4]["encode"].total)

@@ -13,14 +13,14 @@ from solrl_jax.config import Lora, Stage
 from solrl_jax.models import convolutions, layers
 from solrl_jax.plan import jaxpr, shapes
 from tests import card, nano
+from tests.tiers import long, slow
 
 EXACT = {"model.dtype": "float32", "model.vae_dtype": "float32", "explore.precision": "bf16"}
 EXACT |= {"reward_dtype": "float32_exact"}
 HALF = {"explore.precision": "bf16", "reward_dtype": "bfloat16"}
 STAGES = ("encode", "quantise", "regenerate", "learn")
 HIGHEST = {"float32 highest"}
-slow = functools.partial(pytest.param, marks=pytest.mark.slow)
-MODELS = [("flux", "clipscore,imagereward"), slow("sd35", "pickscore"), slow("sana", "hpsv2")]
+MODELS = [("flux", "clipscore,imagereward"), ("sd35", "pickscore"), ("sana", "hpsv2")]
 
 
 def asked(name: str, folder, words: dict[str, str]) -> dict[str, dict[str, int]]:
@@ -30,7 +30,7 @@ def asked(name: str, folder, words: dict[str, str]) -> dict[str, dict[str, int]]
     return {stage: dict(plan.use_of(stage, cfg, found, 1, h100).flops) for stage in STAGES}
 
 
-@pytest.mark.parametrize(("name", "reward"), MODELS)
+@pytest.mark.parametrize(("name", "reward"), [slow(*MODELS[0]), *(long(*model) for model in MODELS[1:])])
 def test_float32_is_float32(name, reward, tmp_path):
     """Encoders, merges, networks, decoders, rewards, the LoRA's gradient: no product may be TF32."""
     found = asked(name, tmp_path, EXACT | {"reward": reward})
@@ -38,7 +38,7 @@ def test_float32_is_float32(name, reward, tmp_path):
     assert found["learn"]["float32 highest"] > 1e14 and found["quantise"]["float32 highest"] > 1e10
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not jaxpr.as_on_gpus(), reason="traced as for a CPU, where bf16 products give float32")
 @pytest.mark.parametrize(("name", "reward"), MODELS)
 def test_bfloat16_asks_for_nothing(name, reward, tmp_path):
@@ -100,7 +100,7 @@ def test_compiled_for_an_h100(dtype):
         assert made.count(("f32", True)) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_whole_iteration_in_float32_compiled_for_an_h100(tmp_path):
     cfg = nano.build(tmp_path, explore=Stage(steps=2, precision="bf16", chunk=4), reward_dtype="float32_exact")
     found = shapes.read(cfg, 1)

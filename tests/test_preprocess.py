@@ -79,6 +79,7 @@ def passes(image, after, axes):
     return image.astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_the_order_of_the_passes_is_the_installed_pillows():
     """400 resizes, up and down, from 1 x 1 to 200 x 200, each edge by itself; half of them at the rule's boundary."""
     rng, seen = np.random.default_rng(0), {True: 0, False: 0}

@@ -214,6 +214,7 @@ def starting(options: Sequence[Sequence[str]], joining: int = 100) -> list[str]:
 UNEVEN = ("--config.prompts=3", "--config.learn.micro_batch=24")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "message"),
     [

@@ -399,7 +399,7 @@ def check_close(picture, weights):
         assert each["latents_largest"] < 1e-4 * each["latents_largest_value"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 def test_a_whole_command(pipeline, monkeypatch):
     """All of it on a small pipeline of FLUX.1, in float32, then the picture in bfloat16. The other models' pictures are

@@ -193,6 +193,7 @@ def test_the_grid_is_the_models_own(folder):
 # --- a sample is its key ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("devices", "trips"), [(1, 4), (4, 1)])
 def test_each_device_does_its_share(folder, devices, trips):
     """The scan over prompts has P / devices trips on each device: a scanned axis is never the sharded one."""

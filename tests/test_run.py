@@ -33,6 +33,7 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_the_readme_says(runs):
     run = runs / "whole"
     for name in (

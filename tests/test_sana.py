@@ -29,6 +29,7 @@ from solrl_jax.structs import Model
 from solrl_jax.weights import hub
 from tests import nano, nano_sana
 from tests.test_flux import Held, rewrite
+from tests.tiers import slow
 
 PROMPTS = ["a red circle!", "  A small Blue square on a white background, left of a green triangle", ""]
 PUBLIC = next(iter(public.SANA.values()))
@@ -137,6 +138,7 @@ def test_true_width():
     assert error(ours(params, given, cfg=cfg), theirs(model, given)) < 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near():
     model, cfg = make_transformer(), SanaConfig(**nano_sana.TRANSFORMER)
     params = weights.load(Held(model), shapes_of(cfg), sana.KEYS, dtype=jnp.bfloat16)
@@ -146,7 +148,7 @@ def test_bfloat16_stays_near():
     assert 1e-4 < error(found, theirs(model, given)) < 0.05
 
 
-@pytest.mark.parametrize("kind", [pytest.param(x, marks=pytest.mark.slow) for x in ("params", "lora", "quant")])
+@pytest.mark.parametrize("kind", [slow(x) for x in ("params", "lora", "quant")])
 def test_text_keys_once_a_rollout(folder, kind):
     """Keys and values made beforehand, of each policy's own weights, give the same velocity."""
     from solrl_jax import lora, quant

@@ -90,7 +90,7 @@ def test_forward_in_fp8(h100):
     assert calls(text)["__cudnn$fmhaSoftmax"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradient(h100):
     """The masked attention runs backwards, under a vmap of two policies too."""
     module, base = network(remat=True)
@@ -124,6 +124,7 @@ def two_blocks(on):
     return card.compiled(lambda p, x: Two().apply({"params": p}, x), params, x, on=on)
 
 
+@pytest.mark.slow
 def test_depthwise_convolutions_of_the_decoder(h100):
     """The 5 x 5 and the 3 x 3 convolutions are cuDNN's. As one elementwise kernel, the first concatenated q, k and v
     again for every tap, which was a fifth of the decoder's time."""
@@ -132,12 +133,14 @@ def test_depthwise_convolutions_of_the_decoder(h100):
     assert program.memory_analysis().temp_size_in_bytes < 0.8e9
 
 
+@pytest.mark.slow
 def test_attention_of_the_decoder(h100):
     """q, k and v of another scale leave their product in bf16; in f32 they were written once and read three times."""
     made, scales = products(two_blocks(h100).as_text()), 2 * 128 * 128 * 3 * 512
     assert [dtype for dtype, elements, _ in made if elements == scales] == ["bf16"] * 2
 
 
+@pytest.mark.slow
 def test_depthwise_convolutions_as_shifted_products(h100, monkeypatch):
     """The form for TPUs, compiled for an H100: row-major, two blocks in a row take 0.6 GB; in the order that XLA
     chooses (f32, channel by channel), 3.4 GB."""

@@ -113,6 +113,7 @@ def test_flops_of_a_forward_pass_and_of_a_rollout(tmp_path):
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_converted_weights(nano_dir, tmp_path):
     cfg = nano_sana.build(nano_dir)
     out = tmp_path / "converted"
@@ -169,7 +170,7 @@ def test_pictures_of_the_run(run, nano_dir, tmp_path):
     assert len({f.read_bytes() for f in (*one, *two)}) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_card_with_fp8(nano_dir, tmp_path, monkeypatch):
     """auto is FP8 there, with units for all Linears of a block."""
     monkeypatch.setattr(assemble, "capability", lambda: 9.0)
@@ -190,7 +191,7 @@ def test_a_card_with_fp8(nano_dir, tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_errors_of_the_low_precisions(nano_dir):
     cfg = nano_sana.build(nano_dir).model
     model, (base, _, _) = sana.make(cfg), sana.load(cfg)

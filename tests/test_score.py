@@ -13,6 +13,7 @@ from PIL import Image
 from configs.tiny import WORLD
 from solrl_jax import main, rewards
 from solrl_jax.run import score
+from tests.tiers import slow
 
 CLIP = (f"--config.reward_paths=clipscore={WORLD / 'clip'}", "--config.reward=clipscore")
 PROMPTS = ["a red circle", "a blue square left of a green cross", "a small yellow triangle"]
@@ -58,7 +59,7 @@ def lines(tmp_path):
         return list(csv.DictReader(f))
 
 
-@pytest.mark.parametrize("chunk", [1, 24])
+@pytest.mark.parametrize("chunk", [1, slow(24)])
 def test_scores_are_those_of_the_arrays(command, pictures, tmp_path, monkeypatch, chunk):
     monkeypatch.setattr("solrl_jax.run.assemble.open_weights", None)  # the text-to-image model is not loaded
     code, out, err = command(*CLIP, "--prompts=p.txt", "--images=pictures", f"--config.evaluate.chunk={chunk}")
@@ -72,6 +73,7 @@ def test_scores_are_those_of_the_arrays(command, pictures, tmp_path, monkeypatch
     assert last == "scores: out/scores.csv"
 
 
+@pytest.mark.slow
 def test_a_jsonl_names_its_pictures_and_a_config_its_rewards(command, pictures, tmp_path):
     pairs = [("c.PNG", PROMPTS[2]), ("a.png", PROMPTS[0]), ("c.PNG", PROMPTS[0])]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"file": f, "prompt": p}) + "\n" for f, p in pairs))

@@ -20,6 +20,7 @@ from solrl_jax.quant import coverage
 from solrl_jax.weights import hub
 from tests import nano, nano_sd35
 from tests.test_flux import Held, rewrite
+from tests.tiers import slow
 
 PROMPTS = ["a red circle!", "A small  blue square on a white background, left of a green triangle", ""]
 PUBLIC = dict(zip(("large", "medium"), sd35.PUBLIC.values(), strict=True))
@@ -107,6 +108,7 @@ def test_true_width(size, dual):
     assert error(ours(params, given, cfg=cfg), theirs(model, given)) < 3e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near():
     model = make_transformer(**nano_sd35.MEDIUM)
     cfg = Sd35Config(**nano_sd35.TRANSFORMER_FIELDS, **nano_sd35.MEDIUM)
@@ -241,7 +243,7 @@ def pipe_of(folder):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("kind", ["medium", "no t5"])
+@pytest.mark.parametrize("kind", ["medium", slow("no t5")])
 def test_pictures(folders, kind):
     """The same prompts and noise give diffusers' pictures, through our files, tokenizers, encoders, sampler and VAE."""
     cfg, pipe = nano_sd35.model(folders[kind]), pipe_of(folders[kind])
@@ -297,6 +299,7 @@ def test_made_and_loaded_in_its_dtype(folders):
     assert tokens == {name: (x.shape, x.dtype) for name, x in model.tokenize(PROMPTS).items()}
 
 
+@pytest.mark.slow
 def test_fp16_text_encoders(copy):
     """Public T5 files are fp16, whose range its states leave: they are read, and computed in the network's dtype."""
     for file in (copy / "text_encoder_3").glob("*.safetensors"):

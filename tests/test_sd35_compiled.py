@@ -64,7 +64,7 @@ def test_forward_in_fp8(h100):
     assert len(eight) == 20 and calls(text)["__cudnn$fmhaSoftmax"] == 2 and "wrapped_dot" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradient(h100):
     """The fused attention runs backwards though its length is odd, under a vmap of two policies too."""
     module, base = network(remat=True)

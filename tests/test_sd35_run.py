@@ -114,6 +114,7 @@ def test_plan_from_public_sizes(capsys, monkeypatch, recipe, lines):
     ]
 
 
+@pytest.mark.slow
 def test_flops_of_a_forward_pass(tmp_path):
     """30.0287 TFLOP, of which the last block's queries of the text are spared, .009."""
     path = str(hub.write_configs(tmp_path, next(iter(sd35.PUBLIC.values()))))
@@ -210,7 +211,7 @@ def test_a_card_with_fp8(public, tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_errors_of_the_low_precisions(public):
     cfg = nano_sd35.build(public).model
     model, (base, _, _) = sd35.make(cfg), sd35.load(cfg)

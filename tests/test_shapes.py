@@ -69,6 +69,7 @@ def test_reading_gives_the_drawn_geometry_at_any_size(drawn):
     np.testing.assert_array_equal(reading.present.sum(1), 1 + (scenes.attributes[:, 3] >= 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil",
     [

@@ -35,6 +35,7 @@ from tests.test_lora import drawn as with_b
 from tests.test_lora_files import FAMILIES, drawn, patterns, peft_folder
 from tests.test_sana import HOW, steps_of
 from tests.test_train import TOY, compiled, interrupt_at, metrics_of, toy  # noqa: F401 - fixtures
+from tests.tiers import slow
 
 NEW = Lora(rank=4, alpha=8.0)
 FILE = "pytorch_lora_weights.safetensors"
@@ -76,7 +77,7 @@ def test_an_entry_that_is_empty():
 # --- folded: FLUX, SD3.5, SANA ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["flux", pytest.param("sd35", marks=pytest.mark.slow), "sana"])
+@pytest.fixture(scope="module", params=["flux", slow("sd35"), slow("sana")])
 def family(request):
     return FAMILIES[request.param]()
 
@@ -124,6 +125,7 @@ def second_file(family, folder):
     return folder / "one.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_folded_is_the_adapter_unmerged(family, tmp_path):
     """With the file's own targets, ranks and alphas."""
@@ -134,6 +136,7 @@ def test_folded_is_the_adapter_unmerged(family, tmp_path):
     assert error(family.ours(family.base), wanted) > 0.05
 
 
+@pytest.mark.slow
 def test_two_files_with_scales(family, tmp_path):
     """W + .7 A1 B1 - 1.5 A2 B2, by NumPy in f64; other kernels are not touched."""
     entries = f"{first_file(family, tmp_path / 'a')}:0.7", f"{second_file(family, tmp_path / 'b')}:-1.5"
@@ -171,6 +174,7 @@ def test_in_bf16_the_sum_is_rounded_once(tmp_path):
     assert off["once"] < 0.01 * off["twice"] and off["twice"] > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", [2, 4])
 def test_a_base_in_parts_is_folded_in_parts(tmp_path, shard):
     """The same numbers, each where it was; the old kernels are freed."""
@@ -215,6 +219,7 @@ def test_a_stack_is_folded_where_it_lies(shard):
 # --- exported ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_diffusers_reads_the_product_and_the_new_part(family, tmp_path):
     """Velocities. The main file on the original base, and only_new/ beside the first file at its scale."""
@@ -249,6 +254,7 @@ def test_diffusers_reads_the_product_and_the_new_part(family, tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux", "sd35"])
 def test_comfyuis_form_holds_the_same(tmp_path, name):
     family = FAMILIES[name]()
@@ -424,6 +430,7 @@ def test_a_run_begins_from_it(toy, from_style, tmp_path):  # noqa: F811
     assert manifest["lora"] == [{"file": str(file), "scale": 0.5, "sha256": {"style.safetensors": digest}}]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_unbroken_one(from_style, tmp_path, monkeypatch):
     """Bit for bit, also where the file was moved and has another name."""
     cfg = config.override(from_style, iterations=4)
@@ -496,6 +503,7 @@ def test_the_description_of_a_peft_folder_counts(tmp_path):
         start.check_same(folder, [x._asdict() for x in two], cfg.lora)
 
 
+@pytest.mark.slow
 def test_every_mode_draws_base_and_lora(toy, from_style, tmp_path, capsys):  # noqa: F811
     """A checkpoint, its product on the original base, its new part on base + LoRA: the same rewards and pictures."""
     run = tmp_path / "run"
@@ -620,7 +628,7 @@ def test_a_converted_folder(built, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *found)
 
 
-@pytest.mark.parametrize("name", ["flux", *(pytest.param(n, marks=pytest.mark.slow) for n in ("sd35", "sana"))])
+@pytest.mark.parametrize("name", ["flux", slow("sd35"), slow("sana")])
 def test_what_assemble_reads(built, name):
     """base + LoRA, each kernel where the base's is, in parts on two devices."""
     cfg, begun_from = built(name)

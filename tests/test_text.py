@@ -133,6 +133,7 @@ def test_t5_buckets():
     np.testing.assert_array_equal(rows, T5Attention._relative_position_bucket(distance, True, 32, 128).numpy())
 
 
+@pytest.mark.slow
 def test_bfloat16_files_and_products(tmp_path):
     """Public text encoders are half precision: they are read as stored, and a bf16 module stays near the f32 one."""
     model = t5_model()

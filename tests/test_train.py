@@ -20,6 +20,7 @@ from solrl_jax import config, main, rewards, train
 from solrl_jax.run import assemble, checkpoint, data, evaluate, export, log, pictures
 from solrl_jax.structs import Model, QuantRule, QuantRules, Reward
 from solrl_jax.weights import Rule, Source
+from tests.tiers import slow
 
 WIDTH = 16
 
@@ -183,7 +184,7 @@ def test_a_checkpoint_of_another_family_is_no_branch(toy, tmp_path):
         train.train(as_branch(toy), run, resume=True, devices=1)
 
 
-@pytest.mark.parametrize(("staged", "family"), [(True, "sol_rl"), (False, "sol_rl"), (True, "branch")])
+@pytest.mark.parametrize(("staged", "family"), [(True, "branch"), slow(True, "sol_rl"), slow(False, "sol_rl")])
 def test_a_resumed_run_equals_an_unbroken_one(toy, tmp_path, monkeypatch, capsys, staged, family):
     toy = config.override(as_branch(toy) if family == "branch" else toy, staged=staged)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -212,6 +213,7 @@ def test_a_signal_before_the_first_iteration_leaves_something_to_go_on_with(toy,
     assert sorted(metrics_of(run)) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_save_begins_anew(toy, tmp_path, capsys):
     """config.json is there, and a save that was cut short: --resume gives what an unbroken run gives."""
     train.train(toy, tmp_path / "whole", devices=1)
@@ -423,6 +425,7 @@ def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
     jax.tree.map(np.testing.assert_array_equal, again, mine)
 
 
+@pytest.mark.slow
 def test_a_mix_is_trained_on_with_its_parts_and_others_are_only_watched(toy, tmp_path):
     run = tmp_path / "run"
     mix = config.override(toy, reward="bright:1,dark:0.5", iterations=1, **{"evaluate.rewards": "dark,plain"})
@@ -453,7 +456,7 @@ def asking(texts):
     return {name: [names is None or name in names for names in named] for name in ("bright", "dark", "plain")}
 
 
-@pytest.mark.parametrize(("staged", "devices"), [("true", 1), pytest.param("false", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("staged", "devices"), [("true", 1), slow("false", 2)])
 def test_prompts_name_their_rewards(toy, tmp_path, capsys, staged, devices):
     """Two prompts an iteration: what none of them asks for has no metrics there, and nothing is not finite."""
     run, cfg = tmp_path / "run", config.override(naming(toy, tmp_path), prompts=2, iterations=4, seed=3, staged=staged)
@@ -611,6 +614,7 @@ def numbers_of(run):
     return [line["iteration"] for line in log.read(run / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["write_grid", "save", "write"])
 def test_a_run_killed_at_its_first_pictures_has_one_line_of_the_base(toy, tmp_path, monkeypatch, where):
     """Before the grid, before the pictures are kept, and before the line: a resumed run is an unbroken one."""
@@ -648,6 +652,7 @@ def test_a_line_of_the_base_that_was_written_before_the_pictures_is_not_written_
     assert numbers_of(run) == [0, 1] and metrics_of(run) == metrics_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_evaluation_that_is_switched_on_late_has_its_base(toy, tmp_path, capsys):
     """Its line comes first, as if it had been there: report and alarms have the base to compare with."""
     run = tmp_path / "run"
@@ -663,6 +668,7 @@ def test_evaluation_that_is_switched_on_late_has_its_base(toy, tmp_path, capsys)
     assert numbers_of(run) == [0, 1, 2, 3] and "base model:" not in capsys.readouterr().out  # it was there
 
 
+@pytest.mark.slow
 def test_another_evaluation_at_resume_gives_the_base_its_own_line(toy, tmp_path):
     """Line 0 and base.npz are always of one evaluation."""
     run = tmp_path / "run"
@@ -679,6 +685,7 @@ def test_another_evaluation_at_resume_gives_the_base_its_own_line(toy, tmp_path)
 # --- what a run delivers --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "{", '{"a": 1}', "[1]"])
 def test_files_that_cannot_be_read_are_absent_for_a_resumed_run(toy, tmp_path, capsys, content):
     """Said once, each by its name; the base is drawn anew and the run ends as one that was whole."""
@@ -781,6 +788,7 @@ def test_the_best_checkpoint_is_taken_by_every_mode(toy, tmp_path, capsys, monke
     assert code == 2 and "--checkpoint=best needs --run_dir" in said.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight", [1.0, -1.0])
 def test_the_reward_rises_and_with_a_negative_weight_falls(toy, tmp_path, weight):
     """The whole loop moves the pictures to where the sign of the weight says. Small steps, many candidates: this

@@ -83,6 +83,7 @@ def test_bfloat16_rounds_summed_kernels(monkeypatch):
     assert 5e-4 < errors["cpu"] < errors["gpu"] < 1.5 * errors["cpu"] < 6e-3, errors
 
 
+@pytest.mark.slow
 def test_gradient(monkeypatch):
     x, params = drawn(2, 3, 4, 5, 6)
     back = jax.random.normal(jax.random.key(0), (2, 6, 8, 6))

@@ -97,6 +97,7 @@ def test_group_norm(mean, outlier):
     assert mean < 1000 or np.abs(fast - y).max() > 10 * errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("pixels", "together"), [(10**6, 6), (4 * 16 * 24, 3), (16 * 24, 1), (1, 1)])
 def test_decode_takes_so_many_pixels_at_a_time(tmp_path, monkeypatch, pixels, together):
     make_vae(tmp_path, **THREE)
@@ -173,6 +174,7 @@ def test_old_attention_names(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near(tmp_path):
     make_vae(tmp_path, **PLAIN)
     latents = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))

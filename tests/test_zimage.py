@@ -21,6 +21,7 @@ from solrl_jax.structs import Model
 from solrl_jax.weights import hub
 from tests import nano, nano_zimage
 from tests.test_flux import Held, rewrite
+from tests.tiers import slow
 
 PUBLIC = public.ZIMAGE["Tongyi-MAI/Z-Image"]
 SMALL = ZImageConfig(**nano_zimage.TRANSFORMER)
@@ -123,6 +124,7 @@ def test_what_is_behind_the_caption_is_not_seen():
     assert np.abs(imaged - plain).max(axis=(1, 2, 3)).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_window_of_text_is_free():
     """A caption gives the same velocity in a window of 32 and of 128 tokens."""
     params, given = params_of(nano_zimage.make_transformer()), inputs(SMALL, lengths=(7, 32), tokens=128)
@@ -163,6 +165,7 @@ def test_true_width():
     assert error(ours(params_of(model, cfg), given, cfg=cfg), theirs(model, given)) < 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_near():
     model, given = nano_zimage.make_transformer(), inputs(SMALL)
     found = ours(params_of(model, dtype=jnp.bfloat16), given, dtype=jnp.bfloat16)
@@ -187,7 +190,7 @@ def test_remat_keeps_the_gradient():
 # --- the caption, once per rollout ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [pytest.param(x, marks=pytest.mark.slow) for x in ("lora", "params", "quant")])
+@pytest.mark.parametrize("kind", [slow(x) for x in ("lora", "params", "quant")])
 def test_captions_once_a_rollout(folder, kind):
     """Captions refined beforehand, with each policy's own weights, give the same velocity."""
     model, (base, _, _) = zimage.make(nano_zimage.model(folder)), zimage.load(nano_zimage.model(folder))
@@ -223,6 +226,7 @@ def test_captions_use_the_networks_parameters():
     assert jax.tree.map(lambda x: x.shape, own) == jax.tree.map(lambda x: x.shape, {k: spec[k] for k in own})
 
 
+@pytest.mark.slow
 def test_the_velocity_is_minus_the_networks_output(folder):
     model, (base, _, _) = zimage.make(nano_zimage.model(folder)), zimage.load(nano_zimage.model(folder))
     given = inputs(SMALL, 8, 8)
@@ -232,6 +236,7 @@ def test_the_velocity_is_minus_the_networks_output(folder):
         model.velocity({"params": base}, given["x"][:, :4], given["sigma"], given)
 
 
+@pytest.mark.slow
 def test_what_is_seen_of_every_linear(folder):
     """Of all Linears, those of the caption's blocks too: units of FP8 are per Linear of a stack."""
     model, (base, _, _) = zimage.make(nano_zimage.model(folder)), zimage.load(nano_zimage.model(folder))
@@ -382,7 +387,7 @@ def test_captions(folder):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("w", [1.0, 5.0])
+@pytest.mark.parametrize("w", [slow(1.0), 5.0])
 def test_pictures(folder, w):
     """The same prompts and noise give diffusers' pictures, through our files, tokenizer, encoder, sampler and VAE.
 

@@ -84,7 +84,7 @@ def test_forward_in_fp8(h100):
     assert program.memory_analysis().temp_size_in_bytes < 4 * WIDEST
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_gradient(h100):
     """The masked attention runs backwards, under a vmap of two policies too, and is kept and not run again."""
     apply, base = network(remat=True)
@@ -105,6 +105,7 @@ def test_gradient(h100):
     assert program.memory_analysis().temp_size_in_bytes < 4e9  # 3.6 GB
 
 
+@pytest.mark.slow
 def test_rotary_norm(h100):
     """One kernel, with a table for each sample too, which keeps nothing in memory."""
     x = jax.ShapeDtypeStruct((B, N + L, 30, 128), jnp.bfloat16)

@@ -157,6 +157,7 @@ def original() -> dict[str, tuple[int, int]]:
     return fused | {name: size for name, size in own().items() if "feed_forward" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("alphas", [True, False])
 @pytest.mark.parametrize("modules", [own, original])
@@ -173,6 +174,7 @@ def test_kohyas_files(tmp_path, velocity, modules, alphas):
     assert said == ("LoRA of rank 3 on 49 of 60 Linears, in 7 of 7 blocks",)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_ai_toolkits_files(tmp_path, velocity):
     """diffusion_model. with diffusers' dotted names, of a rank each."""

@@ -141,6 +141,7 @@ def test_flops_of_a_rollout(tmp_path):
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_converted_weights(nano_dir, tmp_path):
     cfg = nano_zimage.build(nano_dir)
     out = tmp_path / "converted"
@@ -226,7 +227,7 @@ def test_diffusers_draws_with_the_runs_file(run, nano_dir):
         assert least <= np.abs(ours - theirs).max() < most
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_methods(nano_dir, tmp_path, name):
     """An iteration by each recipe, of small numbers of steps."""
@@ -278,7 +279,7 @@ def test_turbo_is_not_guided_and_told(nano_dir, tmp_path):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_card_with_fp8(nano_dir, tmp_path, monkeypatch):
     """auto is FP8 there, with units for all Linears of the blocks but the modulation, the refiners' too."""
     monkeypatch.setattr(assemble, "capability", lambda: 9.0)
@@ -300,7 +301,7 @@ def test_a_card_with_fp8(nano_dir, tmp_path, monkeypatch):
     assert chosen == {f"{stack}/{name}" for stack in ("layers", "noise_refiner", "context_refiner") for name in names}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_errors_of_the_low_precisions(nano_dir):
     """Units that are measured, for feed-forwards whose hidden is a thousand times as large as usual."""
     cfg = nano_zimage.build(nano_dir).model
@@ -366,7 +367,7 @@ def command(nano_dir, monkeypatch, capsys):
     return of
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 def test_every_mode(command, run, tmp_path, monkeypatch):
     """eval and plan are as for klein; of prove the picture."""
