@@ -82,6 +82,7 @@ def test_up_sampling(flux):
     assert (total / B, before / total) == (pytest.approx(2.090e12, rel=1e-3), pytest.approx(0.334, rel=0.01))
 
 
+@pytest.mark.slow
 def test_the_pixel_shuffle_is_one_elementwise_kernel(flux):
     """It reads what the convolution wrote and writes the picture: no transposing kernel, no copy, no picture of
     repeated pixels. The bias is in the convolution's epilogue."""

@@ -193,6 +193,7 @@ def test_of_fewer_prompts_than_asked_for_all_are_measured(toy, tmp_path):
         assert "watch/spearman" in guards.measured(parts, assemble.fresh(parts))
 
 
+@pytest.mark.slow
 def test_a_run_falls_back_to_bf16_and_a_resumed_one_stays_there(toy, tmp_path, capsys, monkeypatch):
     """Measured as it begins and after each second iteration: a step does not rank as 4 do, as watch.rank=1 asks."""
     nothing = types.SimpleNamespace(check=lambda *_: None, uses=lambda *_: [], report=lambda *_: [])

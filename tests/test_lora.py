@@ -128,6 +128,7 @@ def test_spread_of_a(rank):
     assert len(set(map(float, corners))) == 4
 
 
+@pytest.mark.slow
 def test_merged_kernels(small):
     merged = lora.merged_kernels(small.base, small.drawn, CFG)
     assert len(merged) == 7

@@ -97,6 +97,7 @@ def test_parameters_and_bytes(planned):
     assert use.quantised == pytest.approx(low, rel=1e-6) == pytest.approx(8.60e9, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_rewards_that_are_not_here_have_their_public_sizes(planned):
     cfg = dataclasses.replace(planned.cfg, reward="pickscore:1,hpsv2:0.5", evaluate=Evaluate(rewards="clipscore"))
     found = shapes.read(cfg, 1)

@@ -53,6 +53,7 @@ def test_a_run_writes_what_the_readme_says(runs):
     assert all(np.any(x) for x in tensors.values()), "a factor that never moved"
 
 
+@pytest.mark.slow
 def test_resume_is_bit_for_bit(runs):
     whole, parts = (load_file(runs / name / "pytorch_lora_weights.safetensors") for name in ("whole", "parts"))
     assert whole.keys() == parts.keys()

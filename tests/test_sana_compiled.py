@@ -148,6 +148,7 @@ def test_depthwise_convolutions_as_shifted_products(h100, monkeypatch):
     assert two_blocks(h100).memory_analysis().temp_size_in_bytes < 0.8e9
 
 
+@pytest.mark.slow
 def test_linear_attention_makes_no_f32_copies_of_k_and_v(h100):
     """Only relu(q) and the result are written in f32 at the size of k; f32 copies of k and v would be two more."""
     shape = (B, 1024, 70, 32)

@@ -127,6 +127,7 @@ def test_flops_of_a_forward_pass(tmp_path):
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_converted_weights(public, tmp_path):
     cfg = nano_sd35.build(public)
     out = tmp_path / "converted"

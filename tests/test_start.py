@@ -400,6 +400,7 @@ def product(file, name="to_q"):
     return x[f"transformer.{name}.lora_B.weight"] @ x[f"transformer.{name}.lora_A.weight"]
 
 
+@pytest.mark.slow
 def test_a_run_begins_from_it(toy, from_style, tmp_path):  # noqa: F811
     """The base is base + LoRA, the KL is 0 there, and what is written is the product of both, and the new part."""
     run, file = tmp_path / "run", tmp_path / "loras/style.safetensors"

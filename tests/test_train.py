@@ -456,7 +456,8 @@ def asking(texts):
     return {name: [names is None or name in names for names in named] for name in ("bright", "dark", "plain")}
 
 
-@pytest.mark.parametrize(("staged", "devices"), [("true", 1), slow("false", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("staged", "devices"), [("true", 1), ("false", 2)])
 def test_prompts_name_their_rewards(toy, tmp_path, capsys, staged, devices):
     """Two prompts an iteration: what none of them asks for has no metrics there, and nothing is not finite."""
     run, cfg = tmp_path / "run", config.override(naming(toy, tmp_path), prompts=2, iterations=4, seed=3, staged=staged)

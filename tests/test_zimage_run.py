@@ -114,6 +114,7 @@ FINAL = 2 * 3840 * 64
 """FLOP of the last layer for a token of the caption, which diffusers computes and throws away."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "tokens", "tflop"),
     [(512, 128, 13.694), (512, 512, 18.533), (1024, 64, 55.606)],
