@@ -49,7 +49,7 @@ def test_variants():
     chunks = {"explore.chunk", "regenerate.chunk", "learn.micro_batch", "evaluate.chunk"}
     steps = {"explore.steps", "regenerate.steps", "evaluate.steps", "learn.timestep_fraction", "regenerate.guidance"}
     for name, changed, path in (
-        ("24gb", chunks, base.model.path),
+        ("24gb", chunks | {"model.remat_keeps"}, base.model.path),
         ("base_9b", {"model.path"}, "black-forest-labs/FLUX.2-klein-base-9B"),
         ("4b", {"model.path", *steps}, "black-forest-labs/FLUX.2-klein-4B"),
         ("9b", {"model.path", *steps}, "black-forest-labs/FLUX.2-klein-9B"),
