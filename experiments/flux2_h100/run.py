@@ -15,11 +15,10 @@ import argparse
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import results
+from experiments import planned
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 23.7e9
@@ -40,7 +39,6 @@ PARTS = {
     "1024": Part("flux2:sol_rl", _LARGE, "encode,forward,decode,micro_step,iterations", "attention"),
     "24gb": Part("flux2:24gb", {}, "encode,iterations", limit=True),
 }
-CARD = "H100 80GB"
 
 
 def limited(bytes_wanted: float) -> dict[str, str]:
@@ -52,19 +50,6 @@ def limited(bytes_wanted: float) -> dict[str, str]:
         return {}
     total = float(said.splitlines()[0]) * 2**20
     return {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{bytes_wanted / total:.4f}", "XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
-
-
-def planned(name: str, words: dict[str, str], out: Path) -> None:
-    """What the plan says of a part, before it runs."""
-    from solrl_jax import config, plan
-    from solrl_jax.plan import shapes
-
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = shapes.with_configs(config.load(PARTS[name].config, {"prompts": "1", **words}), folder)
-        found = plan.plan(cfg, 1, CARD)
-    figures = {f"{use.stage}: memory": results.figure(use.total / 1e9, "GB", 1) for use in found.uses}
-    figures |= {f"{use.stage}: time": results.figure(use.seconds, "s", 1) for use in found.uses}
-    results.record(out, figures, card=CARD, of=name)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -81,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.parts.split(","):
         part = PARTS[name]
         words = {**part.words, **more}
-        planned(name, words, args.out / f"{name}_plan.json")
+        planned.write(part.config, {"prompts": "1", **words}, args.out / f"{name}_plan.json")
         command = [sys.executable, "-m", "experiments.full_size", f"--config={part.config}", f"--only={part.only}"]
         command += [f"--prompts={words.pop('prompts', '1')}", f"--repeat={args.repeat}", f"--keeps={part.keeps}"]
         command += [f"--forward={','.join(f'{p}:{args.forward}' for p in args.precisions.split(','))}"]

@@ -16,15 +16,13 @@ PART.json has what was measured, PART_plan.json what the plan says of the same c
 import argparse
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import results
+from experiments import planned
 
 HERE = Path(__file__).resolve().parent
-CARD = "H100 80GB"
 
 
 class Part(NamedTuple):
@@ -44,24 +42,6 @@ PARTS = {
 }
 
 
-def planned(words: Mapping[str, str], out: Path) -> None:
-    """What the plan says of memory and time, on the host's CPU: no GPU memory is taken."""
-    code = f"from experiments.zimage_h100 import run; run.write_plan({dict(words)!r}, {str(out)!r})"
-    subprocess.run([sys.executable, "-c", f"import jax; jax.config.update('jax_platforms', 'cpu'); {code}"], check=True)
-
-
-def write_plan(words: Mapping[str, str], out: str) -> None:
-    from solrl_jax import config, plan
-    from solrl_jax.plan import shapes
-
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = shapes.with_configs(config.load("zimage:sol_rl", words), folder)
-        found = plan.plan(cfg, 1, CARD)
-    figures = {f"{use.stage}: memory": results.figure(use.total / 1e9, "GB", 1) for use in found.uses}
-    figures |= {f"{use.stage}: time": results.figure(use.seconds, "s", 1) for use in found.uses}
-    results.record(out, figures, card=CARD, words=dict(words))
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}, with commas")
@@ -76,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.parts.split(","):
         part = PARTS[name]
         words = {"prompts": "1", **part.words, **more}
-        planned(words, args.out / f"{name}_plan.json")
+        planned.write("zimage:sol_rl", words, args.out / f"{name}_plan.json")
         rows = ",".join(f"{precision}:{args.forward}" for precision in args.precisions.split(","))
         command = [sys.executable, "-m", "experiments.full_size", "--config=zimage:sol_rl", f"--only={part.only}"]
         command += [f"--repeat={args.repeat}", f"--keeps={part.keeps}", f"--forward={rows}"]
