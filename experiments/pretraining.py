@@ -132,7 +132,7 @@ def fit(loss, params, pool, how: Fit, watch: Callable[[Any, int], str] = lambda 
     pool = jax.tree.map(jnp.asarray, pool)
     carry: Any = (params, params, optimizer.init(params), jnp.zeros(()))
     if how.state is not None and how.state.exists():
-        carry = flax.serialization.from_bytes(carry, how.state.read_bytes())
+        carry = flax.serialization.from_state_dict(carry, _saved(how))
         print(f"{how.label} goes on after {int(carry[3])} steps", flush=True)
     start = saved = time.time()
     for i in range(int(carry[3]), steps, stretch):
@@ -143,13 +143,29 @@ def fit(loss, params, pool, how: Fit, watch: Callable[[Any, int], str] = lambda 
             print(line, watch(carry[1], min(10, done * 10 // steps)), flush=True)
         over = int(carry[3]) < steps and time.time() > how.until
         if how.state is not None and (over or time.time() > saved + how.save_every):
-            _replace(how.state, flax.serialization.to_bytes(jax.device_get(carry)))
+            _replace(how.state, flax.serialization.to_bytes({"how": _identity(how), "carry": jax.device_get(carry)}))
             saved = time.time()
             if over:
                 raise Stopped(f"{how.label}: the time is over after {done} of {steps} steps")
     if how.state is not None:
         how.state.unlink(missing_ok=True)
     return carry[1]
+
+
+def _identity(how: Fit) -> dict[str, float]:
+    """What the weights of a training depend on, beside its pool and networks."""
+    return {"steps": how.steps, "batch": how.batch, "rate": how.rate, "seed": how.seed}
+
+
+def _saved(how: Fit) -> dict[str, Any]:
+    """The carry of `how.state`; ValueError if another training wrote it."""
+    assert how.state is not None
+    found = flax.serialization.msgpack_restore(how.state.read_bytes())
+    for name, value in _identity(how).items():
+        if (other := found["how"][name]) != value:
+            rule = "give the same to go on, or remove the file to begin anew"
+            raise ValueError(f"{how.state} is of a training with {name}={other}, and this one has {value}: {rule}")
+    return found["carry"]
 
 
 def _replace(file: Path, content: bytes) -> None:

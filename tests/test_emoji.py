@@ -337,6 +337,8 @@ def test_a_training_goes_on_to_the_same_weights(tmp_path):
     for steps in (100, 200):
         with pytest.raises(pretraining.Stopped, match=f"toy: the time is over after {steps} of 250 steps"):
             pretraining.fit(loss, params, pool, how._replace(state=state, until=0.0))
+    with pytest.raises(ValueError, match="of a training with steps=250, and this one has 300: give the same"):
+        pretraining.fit(loss, params, pool, how._replace(state=state, steps=300))
     parts = pretraining.fit(loss, params, pool, how._replace(state=state))
     np.testing.assert_array_equal(whole["w"], parts["w"])
     assert not state.exists()
