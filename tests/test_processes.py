@@ -266,14 +266,9 @@ SMALL = (
     *("--config.prompts=4", "--config.candidates=8", "--config.kept=4", "--config.learn.updates=2"),
     *("--config.learn.micro_batch=16", "--config.explore.chunk=8", "--config.regenerate.chunk=4"),
     *("--config.explore.steps=3", "--config.branch.after=1", "--config.branch.steps=1"),
-    *(
-        "--config.evaluate.every=2",
-        "--config.evaluate.rewards=",
-        "--config.evaluate.prompts=8",
-        "--config.evaluate.steps=2",
-    ),
-    *("--config.watch.every=0", "--config.reward=clipscore:1,some_rewards.redness:0.5"),
-    *("--config.iterations=3", "--run_dir=run"),
+    *("--config.evaluate.every=2", "--config.evaluate.prompts=8", "--config.evaluate.steps=2"),
+    *("--config.evaluate.rewards=", "--config.watch.every=0"),
+    *("--config.reward=clipscore:1,some_rewards.redness:0.5", "--config.iterations=3", "--run_dir=run"),
 )
 REWARD = """
 import os
