@@ -344,7 +344,7 @@ def test_a_training_goes_on_to_the_same_weights(tmp_path):
     assert not state.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_networks_are_trained_in_parts(tmp_path, monkeypatch):
     """By the command, a little at a time, with small networks; the folders are those that a run reads."""
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -263,7 +263,7 @@ NAMES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_card_with_fp8(nano_dir, tmp_path, monkeypatch):
     """auto is FP8 there, with units for all Linears of the blocks, from guided rollouts."""
     monkeypatch.setattr(assemble, "capability", lambda: 9.0)

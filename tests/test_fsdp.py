@@ -69,7 +69,7 @@ def bytes_of(tree) -> int:
     [
         slow("flux", "nvfp4_native", "float32", 4),
         long("flux", "nvfp4_emulated", "bfloat16", 4),
-        slow("sd35", "fp8", "float32", 2),
+        long("sd35", "fp8", "float32", 2),
         long("sana", "nvfp4_emulated", "float32", 2),
         long("flux2", "fp8", "float32", 2),
         long("zimage", "nvfp4_emulated", "float32", 4),

@@ -177,7 +177,7 @@ def test_shapes_are_checked_where_data_enters(folder):
             jax.eval_shape(whole(statics_of(parts)), assemble.fresh(parts), parts.frozen, uneven)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_families_of_one_stage(folder):
     """naive_quant trains on low-precision samples; diffusionnft keeps all it makes."""
     kept = recipes.family(nano.build(folder), "diffusionnft")

@@ -175,7 +175,7 @@ def run(nano_dir):
     return nano_dir / "run"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_iteration(run):
     """Every factor moves, the refiners' too; both layouts, the card and the report are there."""
     for name in (
