@@ -160,7 +160,7 @@ def _identity(how: Fit) -> dict[str, float]:
 def _saved(how: Fit) -> dict[str, Any]:
     """The carry of `how.state`; ValueError if another training wrote it."""
     assert how.state is not None
-    found = flax.serialization.msgpack_restore(how.state.read_bytes())
+    found: Any = flax.serialization.msgpack_restore(how.state.read_bytes())
     for name, value in _identity(how).items():
         if (other := found["how"][name]) != value:
             rule = "give the same to go on, or remove the file to begin anew"
