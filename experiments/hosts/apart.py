@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from experiments import results
+from solrl_jax import device
 
 SMALL = (
     *("--config=tiny:sol_rl", "--config.prompts=4", "--config.candidates=8", "--config.kept=4"),
@@ -54,6 +55,7 @@ def apart(whole: list[dict[str, float]], split: list[dict[str, float]]) -> dict[
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()  # without a GPU here it looks for none
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
