@@ -206,8 +206,7 @@ def test_families_and_methods(folder, name):
     assert jax.tree.structure(new) == jax.tree.structure(state) and "loss" in metrics
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["norm1.linear", "timestep_embedder.linear_1"])
+@pytest.mark.parametrize("target", [slow("norm1.linear"), long("timestep_embedder.linear_1")])
 def test_the_gradient_of_an_adapted_modulation(folder, target):
     """A LoRA where results are exchanged, or before: its gradient goes through all devices' rows."""
     found = []

@@ -23,6 +23,7 @@ from solrl_jax.run import assemble, evaluate, model_card, pictures
 from solrl_jax.run.encode import Conditioner
 from tests import nano, nano_sana, nano_sd35, test_train
 from tests.test_train import compiled, metrics_of  # noqa: F401 - small programs are compiled once
+from tests.tiers import long, slow
 
 PROMPTS = nano.PROMPTS[:3]
 STEPS = 6
@@ -387,8 +388,7 @@ def command(root, tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["flux", "sana", "sd35"])
+@pytest.mark.parametrize("name", [slow("flux"), long("sana"), long("sd35")])
 def test_pictures_of_the_command(command, name, tmp_path):
     """1 is the default, to the bit; more draws other pictures, and so does another negative prompt."""
     words = {"none": [], "one": ["--guidance=1"], "more": ["--guidance=4"]}

@@ -436,7 +436,7 @@ def test_the_alarm_of_the_distance_is_not_for_a_guided_reference():
 # --- what it costs --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_plan_counts_both_rows_of_a_training(tmp_path):
     """Forward passes: a guided rollout 2 for 1; a point of the loss, of 1 + 1 + 1 policies, 2 for each that is guided,
     where the trained one counts four times with its gradient and what is computed again."""

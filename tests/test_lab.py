@@ -77,7 +77,7 @@ def opened():
         yield lab.open_world(config.load("tiny:sol_rl"), 4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_measuring_is_what_the_plain_functions_give(opened):
     """Against `check`, which draws and judges by itself; guidance of weight 1 is none."""
     stage = Stage(steps=2, chunk=8)

@@ -16,6 +16,7 @@ from solrl_jax.run import assemble
 from solrl_jax.selection import take
 from tests import nano
 from tests.nano import numbers, parts_of
+from tests.tiers import long, slow
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +103,7 @@ def with_reference(folder, every: int, kl_weight: float = 0.5, micro_batch: int 
     return dataclasses.replace(nano.build(folder), learn=how)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("micro_batch", [2, 1])  # a sample, half of its times
+@pytest.mark.parametrize("micro_batch", [slow(2), long(1)])  # a sample, half of its times
 def test_the_reference_on_every_fourth_micro_batch_is_right_in_the_mean(folder, micro_batch):
     """Over the four phases gradient and metrics are those with the reference everywhere; a single phase's are not."""
     whole, some = (update_of(with_reference(folder, every, micro_batch=micro_batch)) for every in (1, 4))

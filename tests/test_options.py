@@ -14,7 +14,7 @@ from tests import cases_diffusers as diffusers
 from tests import cases_transformers as transformers
 from tests import test_qwen3
 from tests.mutations import NEW, examine, write
-from tests.tiers import slow
+from tests.tiers import long, slow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,19 +70,17 @@ SLOW = (
     "flux2",
     "flux2's vae",
     "sd35",
-    "zimage",
     "vae",
     "dcae",
     "clip text",
-    "gemma2",
-    "old gemma2",
     "qwen3",
-    "clip",
     "imagereward",
 )
+LONG = ("zimage", "clip", "gemma2", "old gemma2")
+TIERS = dict.fromkeys(SLOW, slow) | dict.fromkeys(LONG, long)
 
 
-@pytest.mark.parametrize("name", [slow(x) if x in SLOW else x for x in CASES])
+@pytest.mark.parametrize("name", [TIERS.get(name, str)(name) for name in CASES])
 def test_changed_options(tmp_path, name):
     make, taken = CASES[name]
     found = examine(make(tmp_path))

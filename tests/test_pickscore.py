@@ -114,7 +114,7 @@ def test_without_a_tokenizer_the_hubs_is_taken(tmp_path, clip, monkeypatch):
         pickscore.make(None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_full_size(tmp_path, one_thread):
     """Both towers of ViT-H/14 in float32 (rewards.md section 7: cosines to 1e-6), through float16 files as HPSv2's."""
     cfg = clip_tower.VIT_H_14

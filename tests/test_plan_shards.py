@@ -232,7 +232,7 @@ def test_drawing_is_planned_by_itself(cfg, monkeypatch, capsys):
     assert len(placed) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_says_its_shard_and_keeps_auto(cfg, tmp_path, monkeypatch, capsys):
     """Its config and checkpoint have 0 (auto), so that a resume on other devices chooses anew."""
     monkeypatch.setattr(plan, "stages_of", lambda cfg: SHORT)

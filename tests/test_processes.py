@@ -485,7 +485,7 @@ def test_a_reward_that_raises_in_one_process(refused):
 @pytest.mark.long
 def test_four_devices_of_two_processes(tmp_path, compiled):
     """Of one process with four they differ by the order of sums. In float32 the first iteration is that to 1e-5, and so
-    is its gradient: Adam's first moment is a tenth of it. Later ones multiply the difference (docs/hosts.md)."""
+    is its gradient: Adam's first moment is a tenth of it. Later ones: experiments/hosts."""
     more = ("--config.iterations=1", "--config.evaluate.every=0", "--config.model.dtype=float32")
     more += ("--config.learn.updates=1", "--config.learn.clip_norm=1e9")
     runs = [world(tmp_path / name) for name in ("whole", "split")]

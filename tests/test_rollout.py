@@ -18,6 +18,7 @@ from solrl_jax.run import assemble, data, guards
 from solrl_jax.selection import fidelity, take
 from tests import nano
 from tests.nano import STATICS, begun, numbers, parts_of, statics_of
+from tests.tiers import long, slow
 
 BRANCH = {
     "explore": Stage(steps=4, precision="nvfp4_emulated", chunk=4),
@@ -38,8 +39,7 @@ def step_of(parts):
     return functools.partial(iteration.iteration_step, **dict(zip(STATICS, statics_of(parts), strict=True)))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("solver", ["dpm2", "euler"])
+@pytest.mark.parametrize("solver", [slow("dpm2"), long("euler")])
 def test_two_bf16_halves_are_one_solve(folder, solver):
     """Preview and rest in one precision are the combined table's solve, to the bit on a CPU; and the preview's rewards
     are those of a rollout that keeps no state."""
@@ -95,8 +95,7 @@ def by_one_program(cfg):
         return step(state, parts.frozen, prompts)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [slow(1), long(4)])
 def test_staged_equals_whole(folder, devices):
     """To the bit on one device. And the states of candidates that are not kept are gone: when a block is done only the
     kept of it, of those before it and, on several devices, of the one that is enqueued are held."""

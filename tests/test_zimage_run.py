@@ -192,7 +192,7 @@ def test_an_iteration(run):
     assert np.isfinite(line["grad_norm"]) and line["grad_norm"] > 0 and "rank/spearman" in line
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_pictures_of_the_run(run, nano_dir, tmp_path):
     """The run's file in either layout draws the same pictures, other than the base's."""
     cfg = nano_zimage.build(nano_dir, evaluate=Evaluate(every=0, prompts=2, steps=2, grid=1, chunk=2))
@@ -205,7 +205,7 @@ def test_pictures_of_the_run(run, nano_dir, tmp_path):
     assert one == two and len({*one, *three}) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("one_thread")
 def test_diffusers_draws_with_the_runs_file(run, nano_dir):
     """The LoRA file in diffusers' pipeline moves the velocity by what it moves ours."""

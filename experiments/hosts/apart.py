@@ -3,9 +3,8 @@
     python -m experiments.hosts.apart --out=experiments/hosts/results/apart.json             # a CPU, minutes
     python -m experiments.hosts.apart --iterations=1 --out=/tmp/apart.json                   # the path in short
 
-The two add the devices' gradients in another order, so they differ by rounding from the first update on, and an update
-multiplies the difference: AdamW divides by a gradient's size, and a selection can change. Both are compared in
-bfloat16, as tiny trains, and in float32.
+The two add the devices' gradients in another order, so they differ by rounding from the first update on. Both are
+compared in bfloat16, as tiny trains, and in float32.
 """
 
 import argparse
