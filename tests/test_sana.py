@@ -29,7 +29,6 @@ from solrl_jax.structs import Model
 from solrl_jax.weights import hub
 from tests import nano, nano_sana
 from tests.test_flux import Held, rewrite
-from tests.tiers import slow
 
 PROMPTS = ["a red circle!", "  A small Blue square on a white background, left of a green triangle", ""]
 PUBLIC = next(iter(public.SANA.values()))
@@ -148,7 +147,8 @@ def test_bfloat16_stays_near():
     assert 1e-4 < error(found, theirs(model, given)) < 0.05
 
 
-@pytest.mark.parametrize("kind", [slow(x) for x in ("params", "lora", "quant")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["params", "lora", "quant"])
 def test_text_keys_once_a_rollout(folder, kind):
     """Keys and values made beforehand, of each policy's own weights, give the same velocity."""
     from solrl_jax import lora, quant

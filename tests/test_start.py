@@ -77,7 +77,7 @@ def test_an_entry_that_is_empty():
 # --- folded: FLUX, SD3.5, SANA ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["flux", slow("sd35"), slow("sana")])
+@pytest.fixture(scope="module", params=["flux", "sd35", "sana"])
 def family(request):
     return FAMILIES[request.param]()
 

@@ -190,7 +190,8 @@ def test_remat_keeps_the_gradient():
 # --- the caption, once per rollout ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [slow(x) for x in ("lora", "params", "quant")])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "params", "quant"])
 def test_captions_once_a_rollout(folder, kind):
     """Captions refined beforehand, with each policy's own weights, give the same velocity."""
     model, (base, _, _) = zimage.make(nano_zimage.model(folder)), zimage.load(nano_zimage.model(folder))

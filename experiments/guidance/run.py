@@ -92,9 +92,8 @@ def main(argv: list[str] | None = None) -> None:
 
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor() as pool:
         opened = lab.open_world(config_of(WAYS["everywhere"], args.w, args.batch), args.captions)
-        each = [seed for _, seed in itertools.product(KL_WEIGHTS, seeds)]
-        score, count = opened.parts.score, args.iterations
-        programs = {n: pool.submit(lab.compiled, opened, cfg, score, each, count) for n, cfg in cfgs.items()}
+        what = opened.parts.score, seeds * len(KL_WEIGHTS), args.iterations
+        programs = {n: pool.submit(lab.compiled, opened, cfg, *what) for n, cfg in cfgs.items()}
         say("compiling", ", ".join(names))
         stage = config.Stage(steps=10, chunk=min(500, evidence.PICTURES * args.captions))
         measure = functools.partial(lab.measure, opened, images=evidence.PICTURES, stage=stage)
@@ -119,9 +118,7 @@ def write_base(file: Path, base: Mapping) -> None:
 
 def run(opened, name, cfg: Config, program, seeds, iterations: int, measure, base: Mapping, out: Path, say) -> None:
     """Train every seed at every KL weight by the one `program`, measure, and write the way's file."""
-    runs = list(itertools.product(KL_WEIGHTS, seeds))
-    learns = [{"kl_weight": kl} for kl, _ in runs]
-    each = [int(seed) for _, seed in runs]
+    learns, each = [{"kl_weight": kl} for kl in KL_WEIGHTS for _ in seeds], seeds * len(KL_WEIGHTS)
     states = lab.begin(opened, cfg, learns, each)
     rows, began = lab.picks(opened, cfg, each, 0, iterations), time.perf_counter()
     states, metrics = jax.block_until_ready(program(states, opened.table, opened.parts.frozen, rows))

@@ -10,13 +10,13 @@ compared in bfloat16, as tiny trains, and in float32.
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from experiments import results
+from experiments.hosts.paper import free_address
 from solrl_jax import device
 
 SMALL = (
@@ -30,12 +30,9 @@ DEVICES = 4
 
 def run(folder: Path, processes: int, words: list[str]) -> list[dict[str, float]]:
     """The metrics of a run, by iteration; its processes have DEVICES devices together."""
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        where = f"localhost:{s.getsockname()[1]}"
     env = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "solrl_jax.main", "--mode=train", *SMALL, *words, f"--run_dir={folder}"]
-    several = ["--coordinator", where, "--processes", str(processes)] if processes > 1 else []
+    several = ["--coordinator", free_address(), "--processes", str(processes)] if processes > 1 else []
     own = [["--process", str(i)] if several else [] for i in range(processes)]
     running = [subprocess.Popen([*command, *several, *one], env={**os.environ, **env}) for one in own]
     if any([one.wait() for one in running]):
@@ -56,7 +53,7 @@ def apart(whole: list[dict[str, float]], split: list[dict[str, float]]) -> dict[
 def main(argv: list[str] | None = None) -> None:
     device.setup()  # without a GPU here it looks for none
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     figures: dict[str, dict] = {}

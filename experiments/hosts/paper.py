@@ -58,12 +58,16 @@ print((time.perf_counter() - began) / count)
 """
 
 
-def a_request(at_once: int, count: int = 4000) -> float:
-    """Seconds that the store of JAX's distributed runtime takes for a request, of so many that wait at a time."""
+def free_address() -> str:
+    """Of this machine, with a port that nothing has."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
-        where = f"localhost:{s.getsockname()[1]}"
-    command = [sys.executable, "-c", ASKING, where, str(at_once), str(count)]
+        return f"localhost:{s.getsockname()[1]}"
+
+
+def a_request(at_once: int, count: int = 4000) -> float:
+    """Seconds that the store of JAX's distributed runtime takes for a request, of so many that wait at a time."""
+    command = [sys.executable, "-c", ASKING, free_address(), str(at_once), str(count)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     done.check_returncode()
     return float(done.stdout)
