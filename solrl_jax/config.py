@@ -328,6 +328,7 @@ class Config(Checked):
     prompt_files: str = ""  # a folder with train.txt and test.txt, or one file (see data.read)
     reward: str = ""  # "clipscore" or a weighted mix "pickscore:1,hpsv2:0.5"
     reward_rule: Literal["sum", "gdpo"] = "sum"  # how several are combined (solrl_jax.mixture)
+    reward_unused: tuple[str, ...] = ()  # rewards that prompts may name and that this run does without
     reward_paths: tuple[str, ...] = ()  # "clipscore=folder", or "clipscore=org/name" of huggingface.co
     # Of the reward networks' products; the rest is float32. On GPUs "float32" multiplies pairs of bfloat16 numbers.
     reward_dtype: Literal["float32", "float32_exact", "bfloat16"] = "float32"

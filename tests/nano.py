@@ -68,7 +68,7 @@ def build(folder: Path, configs=CONFIGS, **changes) -> Config:
     """Write the folders, and return a config of one whole sol_rl iteration on them; `changes` replace its fields."""
     pipeline, clip = folder / "pipeline", folder / "clip"
     if not pipeline.exists():
-        _write(pipeline, clip, configs)
+        write(pipeline, clip, configs)
         (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     fields = {
         "model": Model(path=str(pipeline), size=16, text_tokens=8, dtype="float32", remat=False, min_dim=0),
@@ -91,14 +91,16 @@ def build(folder: Path, configs=CONFIGS, **changes) -> Config:
     return Config(**{"name": "nano", **fields, **changes})
 
 
-def _write(pipeline: Path, clip: Path, configs) -> None:
-    pretraining.write_folders(pipeline, clip, PROMPTS, configs, pretrain.TOKENS)
+def write(pipeline: Path, clip: Path, configs=CONFIGS, texts=PROMPTS, size: float = 0.2) -> None:
+    """The two folders, with tokenizers of the words in `texts` and weights of that size."""
+    pretraining.write_folders(pipeline, clip, texts, configs, pretrain.TOKENS)
     model_cfg = config.Model(path=str(pipeline), size=16, text_tokens=8, dtype="float32", remat=False, min_dim=0)
     model, key = flux.make(model_cfg), jax.random.key(0)
     cfg = vae.VaeConfig.read(pipeline / "vae")
     words, t5 = text_modules(pipeline, flux.ENCODERS, jnp.float32).values()
     tower = clip_tower.ClipTower(clip_tower.ClipConfig.read(clip), jnp.float32)
-    ids, image, latent = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8, 8, 4))
+    side, channels = configs["clip"]["vision_config"]["image_size"], configs["vae"]["latent_channels"]
+    ids, image, latent = jnp.zeros((1, 8), jnp.int32), jnp.zeros((1, side, side, 3)), jnp.zeros((1, 8, 8, channels))
 
     def shapes(module, *args):
         return jax.eval_shape(module.init, key, *args)["params"]
@@ -114,7 +116,7 @@ def _write(pipeline: Path, clip: Path, configs) -> None:
         (shapes(t5, ids), text.T5_KEYS, pipeline / "text_encoder_2/model.safetensors"),
         (shapes(tower, image, ids), clip_tower.HF_KEYS, clip / "model.safetensors"),
     ):
-        weights.save(random(spec, 1), keys, file)
+        weights.save(random(spec, 1, size), keys, file)
 
 
 # --- one iteration of it ---

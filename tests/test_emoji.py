@@ -104,7 +104,7 @@ def test_prompt_files(tmp_path):
         for text, row in zip(texts, prompts.rows_of(texts), strict=True):
             scene = world.parse(text)
             assert world.split_of(scene) == split
-            assert row["rewards"] == ["clipscore", "ocr" if scene.word else world.JUDGE]
+            assert row["rewards"] == ["clipscore", *(["ocr", "ocr_strict"] if scene.word else [world.JUDGE])]
             assert not scene.word or ocr.target(row) == scene.word.text
 
 

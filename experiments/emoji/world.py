@@ -385,9 +385,12 @@ JUDGE = "experiments.emoji.judge"
 
 
 def prompt_row(scene: Scene) -> dict[str, object]:
-    """A line of a prompt file: words are scored by `ocr`, objects by the judge, both by `clipscore`."""
+    """A line of a prompt file: words are scored by `ocr`, objects by the judge, both by `clipscore`.
+
+    `ocr_strict`, which is never trained on, is named too: unnamed, it would be asked of objects as well.
+    """
     if scene.word:
-        return {"prompt": caption(scene), "text": scene.word.text, "rewards": ["clipscore", "ocr"]}
+        return {"prompt": caption(scene), "text": scene.word.text, "rewards": ["clipscore", "ocr", "ocr_strict"]}
     return {"prompt": caption(scene), "rewards": ["clipscore", JUDGE]}
 
 

@@ -124,18 +124,21 @@ def tokenize(
 ) -> dict[str, PyTree]:
     """{reward name: its tokens, leaves [G, ...]}; without `rows` a prompt's row is {"prompt": text}.
 
-    A caption or a row that a reward cannot read raises ConfigError; with `asked`, a reward on the host has to read only
-    the prompts that ask for it.
+    A caption or a row that a reward cannot read raises ConfigError; with `asked`, it has to read only the prompts that
+    ask for it. A reward on the devices is given the empty prompt in place of the others.
     """
     tokens: dict[str, PyTree] = {}
     rows = [{"prompt": prompt} for prompt in prompts] if rows is None else rows
     for reward in score.rewards:
         try:
-            if reward.host is None or reward.name not in asked:
-                tokens[reward.name] = own.with_rows(reward.tokenize, prompts, rows=rows)
+            mine = _asking(reward.name, asked, len(rows))
+            if reward.host is None:
+                others = set(range(len(rows))) - set(mine)
+                read = [{"prompt": ""} if i in others else row for i, row in enumerate(rows)]
+                tokens[reward.name] = own.with_rows(reward.tokenize, [row["prompt"] for row in read], rows=read)
                 continue
             tokens[reward.name] = own.places(prompts)
-            if mine := _asking(reward.name, asked, len(rows)):
+            if mine:
                 own.with_rows(reward.tokenize, [prompts[i] for i in mine], rows=[rows[i] for i in mine])
         except ValueError as e:
             raise ConfigError(f"reward {reward.name} cannot read a prompt: {e}") from e

@@ -32,16 +32,21 @@ class Bound(NamedTuple):
         return {name: np.array([self.asks(row, name) for row in rows], np.float32) for name in names}
 
 
-def read(rows: Collection[Row], trained: Collection[str], held_out: Collection[str]) -> Bound:
-    """How the `rows` of all prompts bind the rewards. ConfigError if one names a reward that is not configured."""
+def read(
+    rows: Collection[Row], trained: Collection[str], held_out: Collection[str], unused: Collection[str] = ()
+) -> Bound:
+    """How the `rows` of all prompts bind the rewards; those in `unused` may be named and score nothing.
+
+    ConfigError if a row names any other reward that is not configured.
+    """
     tagged = [row for row in rows if FIELD in row]
     for row in tagged:
         for name in row[FIELD]:
-            if name not in trained and name not in held_out:
+            if not any(name in some for some in (trained, held_out, unused)):
                 there = f"reward={','.join(trained)}, evaluate.rewards={','.join(held_out)}"
                 raise ConfigError(
                     f"the prompt {row['prompt']!r:.60} asks for reward {name!r}, which is not configured ({there}): "
-                    f'add it to one of them, or name others in its "{FIELD}"'
+                    f'add it to one of them, or to reward_unused to do without it, or name others in its "{FIELD}"'
                 )
     named = {name for row in tagged for name in row[FIELD]}
     return Bound(bool(tagged), frozenset(held_out) - named)

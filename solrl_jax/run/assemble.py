@@ -145,7 +145,7 @@ class Judges(NamedTuple):
 def binding(cfg: Config, prompts: data.PromptSet) -> Bound:
     """Which rewards the prompts ask for. ConfigError if one names a reward that `cfg` does not."""
     held_out = rewards.held_out(cfg.reward, cfg.evaluate.rewards)
-    return bound.read(prompts.rows.values(), rewards.parse(cfg.reward), held_out)
+    return bound.read(prompts.rows.values(), rewards.parse(cfg.reward), held_out, cfg.reward_unused)
 
 
 def check_binding(cfg: Config, prompts: data.PromptSet) -> None:

@@ -51,7 +51,7 @@ def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None
     found = pair(data.read_captions(prompts), folder, prompts)
     left = len(set(pictures_in(folder)) - {p.name for p in found})
     held_out = rewards.held_out(cfg.reward, cfg.evaluate.rewards)
-    binding = bound.read([p.row for p in found], rewards.parse(cfg.reward), held_out)
+    binding = bound.read([p.row for p in found], rewards.parse(cfg.reward), held_out, cfg.reward_unused)
     judges = assemble.open_rewards(cfg)
     asked = binding.masks(judges.judged.names, [p.row for p in found])
     scores = score_files(judges.judged, jax.device_put(judges.towers), found, folder, cfg.evaluate.chunk, asked)
