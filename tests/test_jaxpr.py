@@ -74,7 +74,12 @@ def test_calls_choices_loops_and_sums():
     """64 multiply-adds a product of 4 x 4; a `while` counts once, its test too, and of a choice the costlier branch."""
     one = 2 * 4**3
     programs = {
-        1: (doubled, jax.jit(lambda x: x @ x), lambda x: x.at[0].add(1.0) @ x, lambda x: x @ x + summed(x)[None]),
+        1: (
+            doubled,
+            jax.jit(lambda x: x @ x),
+            lambda x: x.at[0].add(1.0) @ x.at[x.argmax()].set(0),
+            lambda x: x @ x + summed(x)[None],
+        ),
         2: (lambda x: jax.lax.while_loop(lambda x: (x @ x)[0, 0] < 3, lambda x: x @ x, x),),
         3: (jax.grad(lambda x: doubled(x).sum()), lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x, cube, x)),
         12: (lambda x: jax.lax.scan(lambda x, _: (cube(x), None), x, None, length=4)[0],),
@@ -83,6 +88,17 @@ def test_calls_choices_loops_and_sums():
         for f in some:
             traced = jaxpr.trace(f, X)
             assert jaxpr.flops(traced) == {"float32": products * one} and jaxpr.peak(traced) >= 64
+
+
+def test_ffts_count_and_are_exact():
+    """Of 16 numbers in two dimensions 4 levels; three such pictures of real numbers, to complex ones and back."""
+    x = jax.ShapeDtypeStruct((3, 4, 4), jnp.float32)
+    there = jaxpr.trace(jnp.fft.rfft2, x)
+    assert jaxpr.flops(there) == {"float32 highest": 3 * 2.5 * 16 * 4} and jaxpr.peak(there) == 3 * 4 * 3 * 8
+    back = jaxpr.trace(lambda x: jnp.fft.irfft2(jnp.fft.rfft2(x)), x)
+    assert jaxpr.flops(back) == {"float32 highest": 2 * 480}
+    whole = jaxpr.trace(jnp.fft.fft2, jax.ShapeDtypeStruct((3, 4, 4), jnp.complex64))
+    assert jaxpr.flops(whole) == {"float32 highest": 2 * 480}
 
 
 def cube(x):

@@ -24,7 +24,7 @@ CUSTOM_CALLS = ("custom_jvp_call", "custom_vjp_call")
 LOOPS = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
 SCATTERS = [f"scatter{kind}" for kind in ("", "-add", "-sub", "-mul", "-min", "-max")]
 COMBINERS = dict.fromkeys(SCATTERS, ("update_jaxpr",)) | dict.fromkeys(("reduce", "reduce_window"), ("jaxpr",))
-"""Primitives whose programs combine two numbers: elementwise work."""
+"""Primitives whose programs combine two numbers: elementwise work. A plain scatter, which only writes, has none."""
 PROGRAMS = dict.fromkeys((*CALLS, *CUSTOM_CALLS), ("jaxpr", "call_jaxpr")) | LOOPS | COMBINERS
 """The parameters of a primitive that are programs."""
 VIEWS = {"reshape", "squeeze", "expand_dims", "transpose"}
@@ -78,7 +78,8 @@ def trace(f: Callable[..., Any], *args: Any, shards: int = 1) -> Jaxpr:
 
 
 def flops(jaxpr: Jaxpr) -> Counter[str]:
-    """2 x multiply-adds of products and convolutions, by the dtype of their operands ("float32" alone may be TF32).
+    """2 x multiply-adds of products and convolutions, by the dtype of their operands ("float32" alone may be TF32), and
+    those of FFTs.
 
     8-bit codes that are only cast for a product count as such: XLA multiplies the codes (quant.fp8). A loop's body
     counts once per trip, a `cond` as its costlier branch, a `while` once, as its trips are unknown. Elementwise work is
@@ -88,9 +89,7 @@ def flops(jaxpr: Jaxpr) -> Counter[str]:
     codes: dict[Value, str] = {}
     for eqn, ins, outs in _inlined(jaxpr, [Value(v.aval) for v in jaxpr.invars])[0]:
         if eqn.primitive.name in PRODUCTS:
-            exact = jax.lax.Precision.HIGHEST in (eqn.params.get("precision") or ())
-            dtype = codes.get(ins[1], f"{_aval(eqn, 1).dtype}{' highest' if exact else ''}")
-            total[dtype] += PRODUCTS[eqn.primitive.name](eqn)
+            total[codes.get(ins[:2][-1]) or _multiplied(eqn)] += PRODUCTS[eqn.primitive.name](eqn)
         elif eqn.primitive.name == "convert_element_type" and "float8" in str(_aval(eqn, 0).dtype):
             codes[outs[0]] = str(_aval(eqn, 0).dtype)
         elif found := [flops(body) for body in _bodies(eqn)]:
@@ -98,6 +97,14 @@ def flops(jaxpr: Jaxpr) -> Counter[str]:
             found = max(found, key=lambda c: c.total()) if choice else sum(found, Counter[str]())
             total.update({dtype: n * eqn.params.get("length", 1) for dtype, n in found.items()})
     return total
+
+
+def _multiplied(eqn: JaxprEqn) -> str:
+    """The dtype of a product's operands, and whether it is exact, which an FFT is always."""
+    if eqn.primitive.name == "fft":
+        return f"{np.finfo(_out(eqn).dtype).dtype} highest"
+    exact = jax.lax.Precision.HIGHEST in (eqn.params.get("precision") or ())
+    return f"{_aval(eqn, 1).dtype}{' highest' if exact else ''}"
 
 
 def _aval(eqn: JaxprEqn, which: int) -> Any:
@@ -134,7 +141,15 @@ def _scaled(eqn: JaxprEqn) -> int:
     return 2 * math.prod(_aval(eqn, 0).shape) * _aval(eqn, 1).shape[1]
 
 
+def _fft(eqn: JaxprEqn) -> int:
+    """5 n log2 n of n complex numbers, half of it where one side is real (as FFTW counts)."""
+    n, sides = math.prod(eqn.params["fft_lengths"]), (_aval(eqn, 0), _out(eqn))
+    real = [x for x in sides if not np.issubdtype(x.dtype, np.complexfloating)]
+    return int((2.5 if real else 5) * math.prod((real or sides)[0].shape) * math.log2(n))
+
+
 PRODUCTS = {
+    "fft": _fft,
     "dot_general": _dot,
     "conv_general_dilated": _convolution,
     "dot_product_attention_fwd_wrapper": _attention,
@@ -303,7 +318,7 @@ def _check(eqn: JaxprEqn) -> None:
     known = PROGRAMS.get(name, ())
     if strange := [p for p, value in eqn.params.items() if p not in known and any(_programs(value))]:
         what = f"runs the program in its parameter {strange[0]}"
-    elif name in PROGRAMS and not any(any(_programs(eqn.params.get(p))) for p in known):
+    elif name in PROGRAMS and name != "scatter" and not any(any(_programs(eqn.params.get(p))) for p in known):
         what = f"has no program in {' or '.join(known)}, but in one of {', '.join(eqn.params)}"
     elif name not in PRODUCTS and MULTIPLIES.search(name):
         what = "multiplies"
