@@ -84,6 +84,31 @@ def test_only_prompts_that_ask_must_be_readable_on_the_host():
             rewards.tokenize(mix, texts, rows, asked)
 
 
+def test_a_device_reward_reads_the_empty_prompt_in_place_of_others():
+    """With its row too, so that one which cannot read those prompts is not asked to."""
+
+    def tokenize(prompts, rows):
+        assert [row["prompt"] for row in rows] == prompts
+        if "a dog" in prompts:
+            raise ValueError("no dogs")
+        return np.array([len(row.get("rewards", ())) + len(row["prompt"]) for row in rows])
+
+    mix, rows = rewards.Score((Reward("x", tokenize, own.nowhere),), (1.0,)), [BOTH, DOG]
+    texts = [row["prompt"] for row in rows]
+    found = rewards.tokenize(mix, texts, rows, {"x": np.array([1, 0], np.float32)})
+    assert found["x"].tolist() == [3 + len(BOTH["prompt"]), 0]
+    with pytest.raises(ConfigError, match="reward x cannot read a prompt: no dogs"):
+        rewards.tokenize(mix, texts, rows)
+
+
+def test_a_reward_may_be_named_and_left_unused():
+    """What the config lists, and nothing else; the prompt's others stay."""
+    found = bound.read([BOTH, DOG], ["pickscore"], [], ["ocr", "hpsv2"])
+    assert {k: x.tolist() for k, x in found.masks(["pickscore"], [BOTH, DOG]).items()} == {"pickscore": [1, 1]}
+    with pytest.raises(ConfigError, match=r"asks for reward 'hpsv2', .* or to reward_unused to do without it"):
+        bound.read([BOTH], ["pickscore"], [], ["ocr"])
+
+
 def test_a_host_reward_sees_the_pictures_of_prompts_that_ask():
     seen = []
 

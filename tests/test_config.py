@@ -257,6 +257,7 @@ def test_sol_rl_on_flux_field_by_field():
         ("sd35:medium_", "imagereward"),
         ("sana:", "pickscore"),
         ("tiny:", "clipscore"),
+        ("emoji:", "mixed"),
     ],
 )
 def test_the_default_is_a_branch(name, reward):

@@ -124,12 +124,14 @@ def test_help_and_unknown_flags_answer_without_jax():
     assert found.returncode == 1 and "Unknown command line flag 'confg'. Did you mean: config" in found.stderr
 
 
-@pytest.mark.parametrize(("name", "recipes"), [("flux", 44), ("tiny", 22)])
-def test_recipes_are_listed_without_jax(name, recipes):
+@pytest.mark.parametrize(
+    ("name", "reward", "recipes"), [("flux", "clipscore", 44), ("tiny", "clipscore", 22), ("emoji", "mixed", 22)]
+)
+def test_recipes_are_listed_without_jax(name, reward, recipes):
     found = shell("-X", "importtime", "-m", "solrl_jax.main", f"--config={name}:help")
     assert found.returncode == 0 and " jax\n" not in found.stderr
-    after = found.stdout.split(f"Recipes of --config={name}:RECIPE (default: branch_clipscore)\n")[1]
-    assert len(after.splitlines()) == recipes + 1 and after.startswith("  sol_rl_clipscore ")
+    after = found.stdout.split(f"Recipes of --config={name}:RECIPE (default: branch_{reward})\n")[1]
+    assert len(after.splitlines()) == recipes + 1 and after.startswith(f"  sol_rl_{reward} ")
 
 
 def test_prompts_are_short_for_prompt_files_but_in_sample_mode(command, monkeypatch):
