@@ -9,7 +9,7 @@ from solrl_jax import config, learn, main, rewards
 from solrl_jax.config import ConfigError
 from solrl_jax.report import run as report_run
 from solrl_jax.rewards import ocr
-from solrl_jax.run import assemble, data
+from solrl_jax.run import assemble, data, model_card
 from tests import nano_emoji
 
 MIXED = ("clipscore", emoji.JUDGE, "ocr")
@@ -95,6 +95,13 @@ def test_outside_of_the_repository_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(config.module("emoji"), "WORLD", tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"--config=emoji: there is no .*nothing; .* clone it"):
         config.load("emoji")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"), [("", "1 x ocr, each normalised"), ("branch_clipscore", "1 x clipscore |")]
+)
+def test_the_model_card_tells_how_rewards_are_combined(recipe, said, tmp_path):
+    assert said in model_card.write(tmp_path, config.load(f"emoji:{recipe}"), 1, 4, ("to_q",)).read_text()
 
 
 # --- one iteration --------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-from solrl_jax import disk, guidance, lora
+from solrl_jax import disk, guidance, lora, mixture
 from solrl_jax.config import Config, Lora, Stage
 from solrl_jax.run.start import ONLY_NEW, Start
 
@@ -62,7 +62,7 @@ def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) 
     return {
         "base": f"`{cfg.model.path}` (model {cfg.model.name}{_other_weights(cfg)}), whose licence this LoRA is under",
         "family": f"{family(cfg)}: {_rollouts(cfg)}",
-        "reward": _mixture(cfg.reward),
+        "reward": _mixture(cfg.reward) + (", each normalised within its prompt (gdpo)" * mixture.by_parts(cfg)),
         "iterations": f"{iterations} of {cfg.iterations}, {cfg.prompts} prompts each; {updates} updates",
         "prompts": f"`{cfg.prompt_files}`",
         "learning": f"{learn.algorithm}, rate {learn.learning_rate:g}, KL weight {learn.kl_weight:g}, "
