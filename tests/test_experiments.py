@@ -6,14 +6,13 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from experiments import results
+from experiments import evidence, results
 from experiments.ablations import run as ablations
 from experiments.efficiency import peer
 from experiments.efficiency import run as efficiency
 from experiments.methods import run, summary
 from experiments.methods.price import Prices, price
 from experiments.rewards import speed
-from experiments.tiny import evidence
 from solrl_jax import config, recipes
 from solrl_jax.run import model_card
 

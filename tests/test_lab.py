@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import results
-from experiments.tiny import check, curves, evidence, lab
+from experiments import evidence, lab, results
+from experiments.tiny import check, curves
 from solrl_jax import config, sharding
 from solrl_jax.config import Stage
 from solrl_jax.rewards import Reward, Score

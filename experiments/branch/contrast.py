@@ -25,8 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments import results
-from experiments.tiny import lab
+from experiments import lab, results
 from solrl_jax import config, device, lora, rollout, sharding
 from solrl_jax.config import Branch, Config
 from solrl_jax.rewards import Score
@@ -65,7 +64,7 @@ class Rewards(NamedTuple):
 class Bench(NamedTuple):
     """What all forms share: the world, kernels of a policy by precision, prompts and keys."""
 
-    opened: lab.World
+    opened: lab.Opened
     kernels: dict[str, Array]
     low: dict[str, Params | None]
     prompts: Any
@@ -158,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
             results.record(args.out, figures, run=str(args.run or ""))
 
 
-def policies(opened: lab.World, run: Path | None) -> dict[str, Params]:
+def policies(opened: lab.Opened, run: Path | None) -> dict[str, Params]:
     parts, out = opened.parts, {"base": jax.tree.map(lambda x: x[0], lab.base_adapter(opened))}
     if run is not None:
         read = lora_files.load(run, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
@@ -166,7 +165,7 @@ def policies(opened: lab.World, run: Path | None) -> dict[str, Params]:
     return out
 
 
-def of_policy(opened: lab.World, adapter: Params, precisions: Sequence[str], first: int, count: int) -> Bench:
+def of_policy(opened: lab.Opened, adapter: Params, precisions: Sequence[str], first: int, count: int) -> Bench:
     parts = opened.parts
     prompts = jax.tree.map(lambda x: x[first : first + count], opened.held_out["test"][1])
     kernels = lora.merged_kernels(parts.frozen.base, adapter, parts.cfg.lora)

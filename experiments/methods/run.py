@@ -22,10 +22,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import results
+from experiments import evidence, lab, results
+from experiments.evidence import PICTURES, Arm
 from experiments.methods.price import price, prices
-from experiments.tiny import evidence, lab
-from experiments.tiny.evidence import PICTURES, Arm
 from solrl_jax import config, device, sharding
 from solrl_jax.config import Config
 from solrl_jax.structs import TrainState
@@ -65,7 +64,7 @@ CHOOSING = 100
 class Bench(NamedTuple):
     """What arms share: the opened world, the seeds, measure(adapters, split), the base's figures and the budget."""
 
-    opened: lab.World
+    opened: lab.Opened
     seeds: Sequence[int]
     measure: Callable[..., dict[str, np.ndarray]]
     base: dict[str, dict[str, np.ndarray]]

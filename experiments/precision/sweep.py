@@ -21,10 +21,9 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from experiments import results
+from experiments import lab, results
 from experiments.branch import contrast
-from experiments.tiny import lab
-from experiments.tiny.ranks import FULL, NAMES
+from experiments.ranks import FULL, NAMES
 from solrl_jax import config, device, lora, quant, rollout, sharding
 from solrl_jax.config import Stage
 from solrl_jax.quant import nvfp4

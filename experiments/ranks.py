@@ -1,6 +1,6 @@
 """Does a short low-precision rollout rank candidates as the full BF16 rollout does? For base and trained policy.
 
-    python -m experiments.tiny.ranks --run=RUN          # RUN's LoRA as the second policy; minutes on two CPU cores
+    python -m experiments.ranks --run=RUN          # RUN's LoRA as the second policy; minutes on two CPU cores
 
 Every candidate is rolled out from the same noise by each preview and by the full rollout (BF16, 10 steps), whose
 CLIPScores are the truth. BF16 with equally few steps separates the cost of the steps from that of the precision. Three
@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments import results
-from experiments.tiny import check, lab
+from experiments import lab, results
+from experiments.tiny import check
 from solrl_jax import config, device, lora, sharding
 from solrl_jax.config import Stage
 from solrl_jax.quant import calibrate
@@ -35,7 +35,7 @@ FULL: tuple[config.Precision, int] = ("bf16", 10)
 NAMES = {"spearman": "Spearman", "kept_contrast": "kept contrast"}
 
 
-def rewards(opened: lab.World, adapter, captions: int, candidates: int, chunk: int) -> dict[tuple[str, int], Array]:
+def rewards(opened: lab.Opened, adapter, captions: int, candidates: int, chunk: int) -> dict[tuple[str, int], Array]:
     """CLIPScores [captions, candidates] of the same noise by every preview and by the full rollout."""
     parts, cfg = opened.parts, opened.parts.cfg
     prompts = jax.tree.map(lambda x: x[:captions], opened.held_out["test"][1])

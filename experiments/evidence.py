@@ -1,7 +1,7 @@
 """What Sol-RL gains on the small world, and which of its parts cause the gain.
 
-    python -m experiments.tiny.evidence --arms=sol_rl,shuffled --seeds=0,1,2          # minutes on a GPU
-    python -m experiments.tiny.evidence --arms=sol_rl --iterations=2 --prompts=20      # a short run
+    python -m experiments.evidence --arms=sol_rl,shuffled --seeds=0,1,2          # minutes on a GPU
+    python -m experiments.evidence --arms=sol_rl --iterations=2 --prompts=20      # a short run
 
 An arm is a recipe or a control; its seeds train as one vmapped program (`lab`). Each arm is measured on the test and
 the compositional captions x 4 fixed seeds, paired with the base, and writes results/arms/ARM.json. A recipe is
@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import pretraining, results
-from experiments.tiny import check, lab, pretrain, world
+from experiments import lab, pretraining, results
+from experiments.tiny import check, pretrain, world
 from solrl_jax import config, device, lora, sharding
 from solrl_jax.config import Config
 from solrl_jax.learn import apply_gradients
@@ -88,7 +88,7 @@ def image_steps(cfg: Config) -> dict[str, int]:
 
 
 def train(
-    opened: lab.World, arm: Arm, cfg: Config, run, seeds: Sequence[int], learns: Sequence[config.Learn] = ()
+    opened: lab.Opened, arm: Arm, cfg: Config, run, seeds: Sequence[int], learns: Sequence[config.Learn] = ()
 ) -> Iterator[tuple[int, TrainState]]:
     """Train a state per seed; yields (iterations done, states) every `arm.every`. `learns`: one per seed, not cfg's."""
     settings = [scalars(learn) for learn in learns or [cfg.learn] * len(seeds)]
@@ -116,13 +116,13 @@ def what_is_compiled(arm: Arm, cfg: Config) -> tuple[Config, bool, int]:
     return config.override(cfg, **scalars, iterations=1), arm.shuffled, a_call(arm)
 
 
-def compiled(opened: lab.World, cfg: Config, shuffled: bool, call: int, seeds: Sequence[int]):
+def compiled(opened: lab.Opened, cfg: Config, shuffled: bool, call: int, seeds: Sequence[int]):
     """The compiled program of `call` iterations; several compile at once in threads."""
     score = lab.shuffled(opened.parts.score) if shuffled else opened.parts.score
     return lab.compiled(opened, cfg, score, seeds, call)
 
 
-def supervised(opened: lab.World, cfg: Config, seeds: Sequence[int], iterations: int):
+def supervised(opened: lab.Opened, cfg: Config, seeds: Sequence[int], iterations: int):
     """LoRAs [R, ...] trained with the pretraining loss on drawn train pictures: the effect of the steps alone."""
     parts, count = opened.parts, cfg.prompts * cfg.kept // cfg.learn.updates * cfg.times
     folder = check.HERE / "pipeline" / "vae"
@@ -186,7 +186,7 @@ def gains(base: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], split
 class Bench(NamedTuple):
     """For measuring arms: `measure(adapters, split)`, the base's figures by split, the output folders."""
 
-    opened: lab.World
+    opened: lab.Opened
     measure: Callable[..., dict[str, np.ndarray]]
     base: Mapping[str, Mapping[str, np.ndarray]]
     seeds: Sequence[int]
