@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evidence, lab, results
+from experiments import evidence, lab, ranks, results, worlds
+from experiments.emoji import judge
 from experiments.tiny import check, curves
 from solrl_jax import config, sharding
 from solrl_jax.config import Stage
-from solrl_jax.rewards import Reward, Score
+from solrl_jax.rewards import Reward, Score, shapes
+from tests import nano
 
 
 def test_shuffled_rewards_stay_in_their_group_and_say_nothing():
@@ -71,6 +73,19 @@ def test_gains_are_paired_by_caption_and_noise():
     assert figures["test: spread of a caption's pictures"]["value"] == 0.5
 
 
+@pytest.mark.parametrize("at_once", [2, 125])
+def test_a_judge_sees_some_captions_at_a_time(at_once):
+    world = worlds.TINY._replace(at_once=at_once)
+    scenes, captions = world.drawn(np.random.default_rng(0), 3)
+    images = jnp.repeat(world.pictures(scenes), 2, axis=0)[::-1]  # the second caption's are its own
+    tokens = jnp.asarray(world.tokenize(captions))
+    share, exact = jax.jit(lambda x, t: lab.judged(world, {}, x, t))(images, tokens)
+    verdict = jax.jit(shapes.judge)(images, tokens)
+    np.testing.assert_array_equal(share, verdict.share)
+    np.testing.assert_array_equal(exact, verdict.exact)
+    assert exact.tolist() == [False, False, True, True, False, False]
+
+
 @pytest.fixture(scope="module")
 def opened():
     with jax.set_mesh(sharding.make_mesh(1)):
@@ -103,3 +118,37 @@ def test_picks_are_the_prompts_that_the_command_draws(opened):
     assert all(len(set(row)) == 16 for row in rows.reshape(-1, 16))
     np.testing.assert_array_equal(rows[1], lab.picks(opened, opened.parts.cfg, [0, 1], 4, 1)[0])
     assert not np.array_equal(rows[:, 0], rows[:, 1])
+
+
+@pytest.mark.long
+def test_previews_and_branches_are_ranked_by_their_own_truth(opened, monkeypatch):
+    """The full rollout ranks as itself; a branch in BF16 is judged by pictures that are not the full rollout's."""
+    monkeypatch.setattr(ranks, "PREVIEWS", {"full": ranks.FULL, "NVFP4": ("nvfp4_emulated", 2)})
+    monkeypatch.setattr(ranks, "BRANCHES", {"branch": "bf16"})
+    adapter = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
+    (found,) = ranks.pairs(opened, [adapter], captions=2, candidates=4, chunk=8)
+    assert list(found) == ["full", "NVFP4", "branch"] and found["full"].truth.shape == (2, 4)
+    np.testing.assert_array_equal(found["full"].preview, found["full"].truth)
+    np.testing.assert_array_equal(found["NVFP4"].truth, found["full"].truth)
+    assert np.abs(found["NVFP4"].preview - found["NVFP4"].truth).max() > 1e-3
+    assert 1e-4 < np.abs(found["branch"].truth - found["full"].truth).max() < 0.2
+    assert np.abs(found["branch"].preview - found["branch"].truth).max() > 1e-4
+
+
+@pytest.mark.long
+def test_a_run_on_the_emoji_world(tmp_path):
+    """An iteration of two seeds, and what is measured against the judge itself; networks with random weights."""
+    cfg = nano.emoji(tmp_path)
+    with jax.set_mesh(sharding.make_mesh(1)):
+        opened = lab.open_world(cfg, 3)
+        assert opened.world is worlds.EMOJI and not any("word" in caption for caption in opened.train)
+        run = lab.program(opened, cfg, opened.parts.score)
+        rows = lab.picks(opened, cfg, (0, 1), 0, 1)
+        states, metrics = run(lab.begin(opened, cfg, [{}] * 2, (0, 1)), opened.table, opened.parts.frozen, rows)
+        assert states.iteration.tolist() == [1, 1] and np.isfinite(metrics["reward/mean"]).all()
+        stage, (captions, prompts) = Stage(steps=2, chunk=2), opened.held_out["compositional"]
+        found = lab.measure(opened, lab.base_adapter(opened), "compositional", 2, stage=stage)
+        frozen = opened.parts.frozen
+        images = check.draw_samples(cfg.model, frozen.base, frozen.vae, prompts.cond, 2, stage)
+    verdict = jax.jit(judge.judge)(images.reshape(6, 64, 64, 3), judge.tokenize(captions), judge.objects())
+    np.testing.assert_array_equal(found["share of facts"][0].ravel(), np.asarray(verdict.share, np.float64))

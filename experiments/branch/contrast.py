@@ -31,7 +31,6 @@ from solrl_jax.config import Branch, Config
 from solrl_jax.rewards import Score
 from solrl_jax.selection import select, spearman, take
 from solrl_jax.structs import Model, Params, Rollout
-from solrl_jax.weights import lora_files
 
 HERE = Path(__file__).resolve().parent
 NAIVE = "naive 10"
@@ -141,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.load("tiny:sol_rl", words | {"kept": "24", "selection": "all", "prompts": str(args.prompts)})
     with jax.set_mesh(sharding.make_mesh(1)):
         opened = lab.open_world(cfg, args.first + args.prompts)
-        for who, adapter in policies(opened, args.run).items():
+        for who, adapter in lab.policies(opened, args.run).items():
             bench = of_policy(opened, adapter, precisions, args.first, args.prompts)
             truth = rewards(bench, ("restart 10+10", "bf16")).finished
             figures[f"{who}, {NAIVE}: mean reward of all finished"] = results.figure(
@@ -155,14 +154,6 @@ def main(argv: list[str] | None = None) -> None:
                 figures |= {f"{who}, {precision}, {form}: {name}": f for name, f in made.items()}
                 print(f"{who}, {precision}, {form}:", ", ".join(f"{f['value']:.4f}" for f in made.values()), flush=True)
             results.record(args.out, figures, run=str(args.run or ""))
-
-
-def policies(opened: lab.Opened, run: Path | None) -> dict[str, Params]:
-    parts, out = opened.parts, {"base": jax.tree.map(lambda x: x[0], lab.base_adapter(opened))}
-    if run is not None:
-        read = lora_files.load(run, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
-        out["trained"] = read.adapter
-    return out
 
 
 def of_policy(opened: lab.Opened, adapter: Params, precisions: Sequence[str], first: int, count: int) -> Bench:

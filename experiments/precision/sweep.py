@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         opened = lab.open_world(cfg, args.prompts)
         parts = opened.parts
         rule = quant.rule_of(parts.model.quant_rules, PRECISION)
-        for who, adapter in contrast.policies(opened, args.run).items():
+        for who, adapter in lab.policies(opened, args.run).items():
             bench = contrast.of_policy(opened, adapter, (), 0, args.prompts)
             kernels = kernels_of(lora.graft(parts.frozen.base, bench.kernels), rule)
             sources[who] = list(kernels.values())
