@@ -34,22 +34,18 @@ from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, TrainState
 from solrl_jax.weights import lora_files
 
 FACTS = "facts"
-"""The judge's tokens in a Prompts."""
+"""Under this name the judge's tokens are in a Prompts and its arrays in Frozen.rewards."""
 FULL = Stage(steps=10, chunk=500)
 
 
 class Opened(NamedTuple):
-    """Captions and their Prompts (leaves [captions, ...]), encoded once: train and `table`, and each held-out split.
-
-    `judge` is what the world's judge needs on the device.
-    """
+    """Captions and their Prompts (leaves [captions, ...]), encoded once: train and `table`, and each held-out split."""
 
     world: World
     parts: Parts
     train: tuple[str, ...]
     table: Prompts
     held_out: Mapping[str, tuple[list[str], Prompts]]
-    judge: Params
 
 
 def open_world(cfg: Config, captions: int = 500) -> Opened:
@@ -63,7 +59,8 @@ def open_world(cfg: Config, captions: int = 500) -> Opened:
     if parts.score.on_host:
         name = parts.score.on_host[0].name
         raise ValueError(f"reward {name} runs on the host, and a lab's runs are one program: train on other rewards")
-    parts = parts._replace(frozen=parts.frozen._replace(negative=parts.text([""])))
+    towers = {**parts.frozen.rewards, FACTS: world.params()}
+    parts = parts._replace(frozen=parts.frozen._replace(rewards=towers, negative=parts.text([""])))
 
     def encoded(captions: Sequence[str]) -> Prompts:
         prompts = assemble.encode(parts, captions, parts.score)
@@ -71,7 +68,7 @@ def open_world(cfg: Config, captions: int = 500) -> Opened:
         return prompts._replace(tokens={**prompts.tokens, FACTS: facts})
 
     held_out = {split: (texts, encoded(texts)) for split, texts in world.held_out(captions).items()}
-    return Opened(world, parts, parts.prompts.train, encoded(parts.prompts.train), held_out, world.params())
+    return Opened(world, parts, parts.prompts.train, encoded(parts.prompts.train), held_out)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -164,7 +161,6 @@ def measure(
             jax.tree.map(operator.itemgetter(r), adapters),
             opened.parts.frozen,
             prompts,
-            opened.judge,
             keys,
             world=opened.world,
             model=opened.parts.model._replace(guidance="cfg"),
@@ -182,7 +178,6 @@ def _measure(
     adapter: Params,
     frozen: Frozen,
     prompts: Prompts,
-    judge: Params,
     keys: Key[Array, "P n"],
     *,
     world: World,
@@ -196,7 +191,7 @@ def _measure(
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]) -> dict[str, Array]:
         how = {"model": model, "stage": stage, "negative": frozen.negative}
         images = model.decode(frozen.vae, rollout.integrate(variables, prompts.cond, keys, **how))
-        share, exact = judged(world, judge, images, prompts.tokens[FACTS])
+        share, exact = judged(world, frozen.rewards[FACTS], images, prompts.tokens[FACTS])
         rows = images.reshape(*keys.shape, -1)
         apart = jnp.abs(rows[:, :, None] - rows[:, None]).mean(-1).sum((1, 2)) / (keys.shape[1] * (keys.shape[1] - 1))
         return {
