@@ -1,5 +1,7 @@
 """The lab of the small world: what its controls do, and that what it measures is what the plain functions give."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from experiments.emoji import judge
 from experiments.tiny import check, curves
 from solrl_jax import config, sharding
 from solrl_jax.config import Stage
-from solrl_jax.rewards import Reward, Score, shapes
+from solrl_jax.rewards import Reward, Score
 from tests import nano
 
 
@@ -73,17 +75,21 @@ def test_gains_are_paired_by_caption_and_noise():
     assert figures["test: spread of a caption's pictures"]["value"] == 0.5
 
 
-@pytest.mark.parametrize("at_once", [2, 125])
+@pytest.mark.parametrize("at_once", [2, 3, 125])
 def test_a_judge_sees_some_captions_at_a_time(at_once):
-    world = worlds.TINY._replace(at_once=at_once)
-    scenes, captions = world.drawn(np.random.default_rng(0), 3)
-    images = jnp.repeat(world.pictures(scenes), 2, axis=0)[::-1]  # the second caption's are its own
-    tokens = jnp.asarray(world.tokenize(captions))
-    share, exact = jax.jit(lambda x, t: lab.judged(world, {}, x, t))(images, tokens)
-    verdict = jax.jit(shapes.judge)(images, tokens)
-    np.testing.assert_array_equal(share, verdict.share)
-    np.testing.assert_array_equal(exact, verdict.exact)
-    assert exact.tolist() == [False, False, True, True, False, False]
+    """Each caption's two pictures, in their order, and the arrays that the judge needs."""
+    seen = []
+
+    def judge(params, images, tokens):
+        seen.append(images.shape)
+        share = images.mean((1, 2, 3)) + params["more"] * jnp.repeat(tokens, 2)
+        return SimpleNamespace(share=share, exact=share > 21)
+
+    world = worlds.TINY._replace(at_once=at_once, judge=judge)
+    images = jnp.arange(6.0).reshape(6, 1, 1, 1) * jnp.ones((6, 4, 4, 3))
+    share, exact = lab.judged(world, {"more": jnp.float32(10)}, images, jnp.arange(3))
+    assert share.tolist() == [0, 1, 12, 13, 24, 25] and exact.tolist() == [False] * 4 + [True] * 2
+    assert set(seen) == {(2, 4, 4, 3)}
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--plan", action="store_true", help="print the run list and what it costs, and stop")
     parser.add_argument("--out", type=Path, help="; ".join(f"{w}: {p.relative_to(ROOT)}" for w, p in RESULTS.items()))
     args = parser.parse_args(argv)
-    names = args.arms.split(",") if args.arms else list(ORDER[args.world])
+    names: list[str] = args.arms.split(",") if args.arms else list(ORDER[args.world])
     seeds, out = [int(s) for s in args.seeds.split(",")], args.out or RESULTS[args.world]
     if strange := [n for n in names if n not in ARMS]:
         parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join(ARMS)}")
