@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import pretraining
+from experiments import pretraining, worlds
 from experiments.tiny import pretrain
 from solrl_jax import config, weights
 from solrl_jax.config import Config, Evaluate, Learn, Lora, Model, Stage, Watch
@@ -89,6 +89,13 @@ def build(folder: Path, configs=CONFIGS, **changes) -> Config:
         "seed": 195,
     }
     return Config(**{"name": "nano", **fields, **changes})
+
+
+def emoji(folder: Path, **changes) -> Config:
+    """`build` at the emoji world's 64 px, on its captions of objects."""
+    model = Model(path=str(folder / "pipeline"), size=64, text_tokens=24, dtype="float32", remat=False, min_dim=0)
+    fields = {"name": "emoji", "model": model, "prompt_files": str(worlds.EMOJI.prompts)}
+    return build(folder, **fields, **changes)
 
 
 def write(pipeline: Path, clip: Path, configs=CONFIGS, texts=PROMPTS, size: float = 0.2) -> None:

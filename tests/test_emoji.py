@@ -108,6 +108,21 @@ def test_prompt_files(tmp_path):
             assert not scene.word or ocr.target(row) == scene.word.text
 
 
+def test_captions_of_objects(tmp_path):
+    """For runs without OCR: fresh files are the committed ones; of the trained captions those of objects, others of
+    trained compositions, and such with a composition that is held out."""
+    world.write_objects(tmp_path, world.HERE / "prompts")
+    names = ("train", "test", "compositional")
+    found = {name: (tmp_path / f"{name}.txt").read_text().splitlines() for name in names}
+    for name, texts in found.items():
+        assert (tmp_path / f"{name}.txt").read_text() == (world.HERE / f"prompts/objects/{name}.txt").read_text()
+        scenes = [world.parse(text) for text in texts]
+        assert len(set(texts)) == len(texts) == (1267 if name == "train" else 500)
+        assert all(scene.word is None for scene in scenes)
+        assert {world.split_of(scene) for scene in scenes} == {"test" if name == "compositional" else "train"}
+    assert not set(found["train"]) & set(found["test"])
+
+
 # --- layout and drawing ---------------------------------------------------------------------------------------------
 
 

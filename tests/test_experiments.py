@@ -3,17 +3,17 @@
 import json
 from unittest import mock
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import results
+from experiments import evidence, ranks, results, worlds
 from experiments.ablations import run as ablations
 from experiments.efficiency import peer
 from experiments.efficiency import run as efficiency
 from experiments.methods import run, summary
 from experiments.methods.price import Prices, price
 from experiments.rewards import speed
-from experiments.tiny import evidence
 from solrl_jax import config, recipes
 from solrl_jax.run import model_card
 
@@ -48,6 +48,35 @@ def test_every_arm_spends_the_budget():
         spent = run.a_mark(cfg, 20_000, 8) * 8 * each
         assert spent == pytest.approx(20_000, rel=0.08), name
         assert run.BORROWED.get(name, name) in run.ARMS
+
+
+def test_the_arms_of_a_world():
+    """Those of the emoji world begin with Sol-RL's, of which the first chooses the rate of all."""
+    assert run.ORDER["tiny"] == tuple(run.ARMS) and set(run.ORDER["emoji"]) < set(run.ARMS)
+    assert run.ORDER["emoji"][:3] == ("branch", "sol_rl", "naive_scaling")
+    assert run.ORDER.keys() == run.RESULTS.keys() == ranks.SIZES.keys() == worlds.WORLDS.keys()
+
+
+def test_an_arm_on_the_emoji_world():
+    """The recipe's sizes, on captions of objects, and nothing that OCR would score."""
+    tiny, emoji = (evidence.arm_config(run.ARMS["branch"], world) for world in ("tiny", "emoji"))
+    assert evidence.image_steps(tiny) == evidence.image_steps(emoji)
+    assert (emoji.name, emoji.reward, emoji.evaluate.rewards) == ("emoji", "clipscore", "")
+    assert emoji.prompt_files == str(worlds.EMOJI.prompts) and emoji.branch == tiny.branch
+    assert price(tiny, EACH) == price(emoji, EACH)
+    with pytest.raises(ValueError, match="no world 'mnist': use one of tiny, emoji"):
+        worlds.find("mnist")
+
+
+def test_ranks_of_a_perfect_preview_and_of_a_reversed_one():
+    truth = jnp.linspace(0.0, 1.0, 12).reshape(1, 12)
+    perfect, reversed_ = (ranks.figures_of(ranks.Pair(x, truth), 4) for x in (truth, -truth))
+    assert {name: f["value"] for name, f in perfect.items()} == {
+        "Spearman": pytest.approx(1.0),
+        "overlap of the best 2": 1.0,
+        "kept contrast": 1.0,
+    }
+    assert [f["value"] for f in reversed_.values()] == pytest.approx([-1.0, 0.0, -1.0])
 
 
 def test_every_arm_names_its_recipe():
@@ -95,6 +124,8 @@ def test_arms_at_one_cost(tmp_path):
     np.testing.assert_allclose(c.mean, [0, 0.4, 0.7])
     np.testing.assert_allclose(c.half_width, [0, 1.2706, 2.5412], rtol=1e-4)  # 12.706 x .1 / sqrt 2 x sqrt 2
     np.testing.assert_allclose(c.at(150), [0.4, 0.7])
+    rate_alone = {"rate": results.figure(1e-3, "chosen", 1)}  # of a call that ended before the first mark
+    results.record(tmp_path / "arms/awm.json", rate_alone, arm="awm", about="")
     summary.main([f"--results={tmp_path}"])
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert len(json.loads((tmp_path / "summary.json").read_text())["figures"]) == 3 * (3 * (2 + 4 * 2) + 1)

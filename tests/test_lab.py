@@ -1,15 +1,19 @@
 """The lab of the small world: what its controls do, and that what it measures is what the plain functions give."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import results
-from experiments.tiny import check, curves, evidence, lab
+from experiments import evidence, lab, ranks, results, worlds
+from experiments.emoji import judge
+from experiments.tiny import check, curves
 from solrl_jax import config, sharding
 from solrl_jax.config import Stage
 from solrl_jax.rewards import Reward, Score
+from tests import nano
 
 
 def test_shuffled_rewards_stay_in_their_group_and_say_nothing():
@@ -71,6 +75,23 @@ def test_gains_are_paired_by_caption_and_noise():
     assert figures["test: spread of a caption's pictures"]["value"] == 0.5
 
 
+@pytest.mark.parametrize("at_once", [2, 3, 125])
+def test_a_judge_sees_some_captions_at_a_time(at_once):
+    """Each caption's two pictures, in their order, and the arrays that the judge needs."""
+    seen = []
+
+    def judge(params, images, tokens):
+        seen.append(images.shape)
+        share = images.mean((1, 2, 3)) + params["more"] * jnp.repeat(tokens, 2)
+        return SimpleNamespace(share=share, exact=share > 21)
+
+    world = worlds.TINY._replace(at_once=at_once, judge=judge)
+    images = jnp.arange(6.0).reshape(6, 1, 1, 1) * jnp.ones((6, 4, 4, 3))
+    share, exact = lab.judged(world, {"more": jnp.float32(10)}, images, jnp.arange(3))
+    assert share.tolist() == [0, 1, 12, 13, 24, 25] and exact.tolist() == [False] * 4 + [True] * 2
+    assert set(seen) == {(2, 4, 4, 3)}
+
+
 @pytest.fixture(scope="module")
 def opened():
     with jax.set_mesh(sharding.make_mesh(1)):
@@ -103,3 +124,37 @@ def test_picks_are_the_prompts_that_the_command_draws(opened):
     assert all(len(set(row)) == 16 for row in rows.reshape(-1, 16))
     np.testing.assert_array_equal(rows[1], lab.picks(opened, opened.parts.cfg, [0, 1], 4, 1)[0])
     assert not np.array_equal(rows[:, 0], rows[:, 1])
+
+
+@pytest.mark.long
+def test_previews_and_branches_are_ranked_by_their_own_truth(opened, monkeypatch):
+    """The full rollout ranks as itself; a branch in BF16 is judged by pictures that are not the full rollout's."""
+    monkeypatch.setattr(ranks, "PREVIEWS", {"full": ranks.FULL, "NVFP4": ("nvfp4_emulated", 2)})
+    monkeypatch.setattr(ranks, "BRANCHES", {"branch": "bf16"})
+    adapter = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
+    (found,) = ranks.pairs(opened, [adapter], captions=2, candidates=4, chunk=8)
+    assert list(found) == ["full", "NVFP4", "branch"] and found["full"].truth.shape == (2, 4)
+    np.testing.assert_array_equal(found["full"].preview, found["full"].truth)
+    np.testing.assert_array_equal(found["NVFP4"].truth, found["full"].truth)
+    assert np.abs(found["NVFP4"].preview - found["NVFP4"].truth).max() > 1e-3
+    assert 1e-4 < np.abs(found["branch"].truth - found["full"].truth).max() < 0.2
+    assert np.abs(found["branch"].preview - found["branch"].truth).max() > 1e-4
+
+
+@pytest.mark.long
+def test_a_run_on_the_emoji_world(tmp_path):
+    """An iteration of two seeds, and what is measured against the judge itself; networks with random weights."""
+    cfg = nano.emoji(tmp_path)
+    with jax.set_mesh(sharding.make_mesh(1)):
+        opened = lab.open_world(cfg, 3)
+        assert opened.world is worlds.EMOJI and not any("word" in caption for caption in opened.train)
+        run = lab.program(opened, cfg, opened.parts.score)
+        rows = lab.picks(opened, cfg, (0, 1), 0, 1)
+        states, metrics = run(lab.begin(opened, cfg, [{}] * 2, (0, 1)), opened.table, opened.parts.frozen, rows)
+        assert states.iteration.tolist() == [1, 1] and np.isfinite(metrics["reward/mean"]).all()
+        stage, (captions, prompts) = Stage(steps=2, chunk=2), opened.held_out["compositional"]
+        found = lab.measure(opened, lab.base_adapter(opened), "compositional", 2, stage=stage)
+        frozen = opened.parts.frozen
+        images = check.draw_samples(cfg.model, frozen.base, frozen.vae, prompts.cond, 2, stage)
+    verdict = jax.jit(judge.judge)(images.reshape(6, 64, 64, 3), judge.tokenize(captions), judge.objects())
+    np.testing.assert_array_equal(found["share of facts"][0].ravel(), np.asarray(verdict.share, np.float64))

@@ -20,11 +20,10 @@ from typing import NamedTuple
 
 import jax
 
-from experiments import results
+from experiments import evidence, lab, results
+from experiments.evidence import PICTURES, Arm
 from experiments.methods import run as methods
 from experiments.methods.price import price, prices
-from experiments.tiny import evidence, lab
-from experiments.tiny.evidence import PICTURES, Arm
 from solrl_jax import config, device, sharding, train
 
 HERE = Path(__file__).resolve().parent

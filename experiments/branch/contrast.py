@@ -25,14 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments import results
-from experiments.tiny import lab
+from experiments import lab, results
 from solrl_jax import config, device, lora, rollout, sharding
 from solrl_jax.config import Branch, Config
 from solrl_jax.rewards import Score
 from solrl_jax.selection import select, spearman, take
 from solrl_jax.structs import Model, Params, Rollout
-from solrl_jax.weights import lora_files
 
 HERE = Path(__file__).resolve().parent
 NAIVE = "naive 10"
@@ -65,7 +63,7 @@ class Rewards(NamedTuple):
 class Bench(NamedTuple):
     """What all forms share: the world, kernels of a policy by precision, prompts and keys."""
 
-    opened: lab.World
+    opened: lab.Opened
     kernels: dict[str, Array]
     low: dict[str, Params | None]
     prompts: Any
@@ -142,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     cfg = config.load("tiny:sol_rl", words | {"kept": "24", "selection": "all", "prompts": str(args.prompts)})
     with jax.set_mesh(sharding.make_mesh(1)):
         opened = lab.open_world(cfg, args.first + args.prompts)
-        for who, adapter in policies(opened, args.run).items():
+        for who, adapter in lab.policies(opened, args.run).items():
             bench = of_policy(opened, adapter, precisions, args.first, args.prompts)
             truth = rewards(bench, ("restart 10+10", "bf16")).finished
             figures[f"{who}, {NAIVE}: mean reward of all finished"] = results.figure(
@@ -158,15 +156,7 @@ def main(argv: list[str] | None = None) -> None:
             results.record(args.out, figures, run=str(args.run or ""))
 
 
-def policies(opened: lab.World, run: Path | None) -> dict[str, Params]:
-    parts, out = opened.parts, {"base": jax.tree.map(lambda x: x[0], lab.base_adapter(opened))}
-    if run is not None:
-        read = lora_files.load(run, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
-        out["trained"] = read.adapter
-    return out
-
-
-def of_policy(opened: lab.World, adapter: Params, precisions: Sequence[str], first: int, count: int) -> Bench:
+def of_policy(opened: lab.Opened, adapter: Params, precisions: Sequence[str], first: int, count: int) -> Bench:
     parts = opened.parts
     prompts = jax.tree.map(lambda x: x[first : first + count], opened.held_out["test"][1])
     kernels = lora.merged_kernels(parts.frozen.base, adapter, parts.cfg.lora)

@@ -404,10 +404,36 @@ def write_prompts(folder: Path, seed: int = 0) -> None:
         (folder / f"{split}_metadata.jsonl").write_text("".join(lines))
 
 
+def write_objects(folder: Path, rows: Path, seed: int = 1, count: int = 500) -> None:
+    """train.txt, test.txt and compositional.txt: captions of objects, one per line, for runs without OCR.
+
+    train: those of train_metadata.jsonl in `rows`. test: `count` others whose compositions are all trained on.
+    compositional: `count` with one that is held out, first those of test_metadata.jsonl.
+    """
+
+    def known(split: str) -> list[str]:
+        found = map(json.loads, (rows / f"{split}_metadata.jsonl").read_text().splitlines())
+        return [row["prompt"] for row in found if "text" not in row]
+
+    def sampled(split: str) -> list[str]:
+        return [caption(scene) for scene in sample(rng, 3 * count, split, words=False)]
+
+    rng, train = np.random.default_rng(seed), known("train")
+    other = [text for text in sampled("train") if text not in train]
+    files = {"train": train, "test": other, "compositional": known("test") + sampled("test")}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, texts in files.items():
+        distinct = list(dict.fromkeys(texts))
+        kept = distinct if name == "train" else distinct[:count]
+        (folder / f"{name}.txt").write_text("\n".join(kept) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "prompts")
-    write_prompts(parser.parse_args(argv).out)
+    folder = parser.parse_args(argv).out
+    write_prompts(folder)
+    write_objects(folder / "objects", folder)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import results
-from experiments.tiny import evidence, lab
+from experiments import evidence, lab, results
 from solrl_jax import config, device, guidance, sharding
 from solrl_jax.config import Config
 

@@ -1,13 +1,15 @@
 """DanceGRPO, Flow-GRPO, AWM, DiffusionNFT and Sol-RL on the small world, each at the same cost, and Sol-RL's controls.
 
     python -m experiments.methods.run                                                       # a GPU's minutes
+    python -m experiments.methods.run --world=emoji                    # methods on the emoji world, Sol-RL's first
     python -m experiments.methods.run --arms=sol_rl,awm --budget=600 --marks=1 --prompts=20 --seeds=0  # in short, a CPU
 
 Cost is seconds at full FLUX.1-dev size on an H100 (price.py): every arm trains until the same budget is spent, and is
 measured at the same shares of it. An arm's rate is chosen first, of RATES, all alike: half the budget each, one seed
 that is not used again, by CLIPScore on captions that are not used again. Rates and then seeds train as one vmapped
-program of the arm. Captions of combinations never trained on are drawn at the end alone. Writes results/arms/ARM.json,
-of which `python -m experiments.methods.summary` makes a table and a figure.
+program of the arm. Captions of combinations never trained on are drawn at the end alone. Writes ARM.json anew after
+every part, of which `python -m experiments.methods.summary` makes a table and a figure: in results/arms here, and for
+the emoji world in experiments/emoji/learning/results/arms.
 """
 
 import argparse
@@ -22,15 +24,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import results
+from experiments import evidence, lab, results, worlds
+from experiments.evidence import PICTURES, Arm
 from experiments.methods.price import price, prices
-from experiments.tiny import evidence, lab
-from experiments.tiny.evidence import PICTURES, Arm
 from solrl_jax import config, device, sharding
 from solrl_jax.config import Config
 from solrl_jax.structs import TrainState
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
 COMMON = {"prompts": "32"}
 ARMS = {
     "sol_rl": Arm("sol_rl", COMMON, about="explore 24 x 6 steps in NVFP4, keep 8, draw those in BF16"),
@@ -54,8 +56,17 @@ ARMS = {
         "sol_rl", COMMON, shuffled=True, about="sol_rl, each group's rewards dealt anew among its pictures"
     ),
 }
-BORROWED = dict.fromkeys(("branch", "branch_4", "bf16", "naive_scaling", "random", "shuffled"), "sol_rl")
-"""Controls take the rate that was chosen for their method, and so do Sol-RL's branches."""
+BORROWED = {name: "sol_rl" for name in ("branch", "branch_4", "bf16", "naive_scaling", "random", "shuffled")}
+"""Controls take the rate that was chosen for their method, and so do Sol-RL's branches: the first of them chooses."""
+ORDER = {
+    "tiny": tuple(ARMS),
+    "emoji": (
+        *("branch", "sol_rl", "naive_scaling", "diffusionnft"),
+        *("awm", "flow_grpo", "dance_grpo", "vgrpo"),
+    ),
+}
+"""The arms of a world, in their order: what a call has to end before its time is over comes first."""
+RESULTS = {"tiny": HERE / "results/arms", "emoji": worlds.EMOJI.home / "learning/results/arms"}
 RATES = (1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3)
 TUNING_SEED = 100
 CHOOSING = 100
@@ -65,7 +76,7 @@ CHOOSING = 100
 class Bench(NamedTuple):
     """What arms share: the opened world, the seeds, measure(adapters, split), the base's figures and the budget."""
 
-    opened: lab.World
+    opened: lab.Opened
     seeds: Sequence[int]
     measure: Callable[..., dict[str, np.ndarray]]
     base: dict[str, dict[str, np.ndarray]]
@@ -114,6 +125,14 @@ def final(bench: Bench, name: str, cfg: Config, program, rate: float, figures: d
     """Train all seeds at `rate` to the end of the budget; the arm's file is written anew at every mark."""
     cost, arm, began = price(cfg, prices()), ARMS[name], time.perf_counter()
     figures |= {f"cost of an iteration: {k}": results.figure(v, "s, H100", 1) for k, v in cost.items()}
+    facts = {
+        "arm": name,
+        "about": arm.about,
+        "seeds": list(bench.seeds),
+        "budget": bench.budget,
+        "precision": cfg.low_precision,
+    }
+    results.record(bench.out / f"{name}.json", figures, **facts)  # the rate, for --rates, if this call ends early
     seeds, rates = list(bench.seeds), [rate] * len(bench.seeds)
     call = a_mark(cfg, bench.budget, bench.marks, bench.iterations)
     for done, states in trained(bench, cfg, program, seeds, rates, bench.marks):
@@ -123,13 +142,6 @@ def final(bench: Bench, name: str, cfg: Config, program, rate: float, figures: d
             figures |= at_mark(split, done, done * sum(cost.values()), states, bench, bench.base[split])
         last = {k: round(v["value"], 4) for k, v in figures.items() if f"after {done} " in k and "test: gain" in k}
         bench.say(name, last)
-        facts = {
-            "arm": name,
-            "about": arm.about,
-            "seeds": seeds,
-            "budget": bench.budget,
-            "precision": cfg.low_precision,
-        }
         results.record(bench.out / f"{name}.json", figures, **facts)
 
 
@@ -154,7 +166,8 @@ def at_mark(split: str, done: int, cost: float, states: TrainState, bench: Bench
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", default=",".join(ARMS), help="methods before their controls")
+    parser.add_argument("--world", default="tiny", choices=worlds.WORLDS)
+    parser.add_argument("--arms", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--budget", type=float, default=20_000, help="seconds on an H100 at full size, for each arm")
     parser.add_argument("--marks", type=int, default=8, help="measurements along the budget")
@@ -165,14 +178,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=0, help="of every arm, a multiple of --marks; not by budget")
     parser.add_argument("--precision", default="nvfp4_emulated", help="of the explorers: fp8, an H100's own")
     parser.add_argument("--plan", action="store_true", help="print the run list and what it costs, and stop")
-    parser.add_argument("--out", type=Path, default=HERE / "results/arms")
+    parser.add_argument("--out", type=Path, help="; ".join(f"{w}: {p.relative_to(ROOT)}" for w, p in RESULTS.items()))
     args = parser.parse_args(argv)
-    names, seeds = args.arms.split(","), [int(s) for s in args.seeds.split(",")]
+    names: list[str] = args.arms.split(",") if args.arms else list(ORDER[args.world])
+    seeds, out = [int(s) for s in args.seeds.split(",")], args.out or RESULTS[args.world]
     if strange := [n for n in names if n not in ARMS]:
         parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join(ARMS)}")
     if args.iterations % args.marks:
         parser.error(f"--iterations={args.iterations}: use a multiple of --marks={args.marks}")
-    cfgs = {n: in_precision(evidence.arm_config(ARMS[n]), args.precision) for n in names}
+    cfgs = {n: in_precision(evidence.arm_config(ARMS[n], args.world), args.precision) for n in names}
     if args.plan:
         return print("\n".join(plan(cfgs, args.budget, args.marks, len(seeds))))
     began = time.perf_counter()
@@ -181,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
 
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
-        opened = lab.open_world(in_precision(evidence.arm_config(ARMS["sol_rl"]), args.precision), args.prompts)
+        sol_rl = evidence.arm_config(ARMS["sol_rl"], args.world)
+        opened = lab.open_world(in_precision(sol_rl, args.precision), args.prompts)
         programs: dict[str, Future] = {}
         for n, cfg in cfgs.items():
             key, shuffled, _ = evidence.what_is_compiled(ARMS[n], cfg)
@@ -194,21 +209,22 @@ def main(argv: list[str] | None = None) -> None:
         base = {split: measure(nothing, split) for split in lab.SPLITS}
         say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
         choosing = min(CHOOSING, args.prompts // 5)
-        bench = Bench(opened, seeds, measure, base, args.budget, args.marks, choosing, args.iterations, args.out, say)
-        rates: dict[str, float] = {}
+        bench = Bench(opened, seeds, measure, base, args.budget, args.marks, choosing, args.iterations, out, say)
+        chosen: dict[str, tuple[str, float]] = {}  # by method: the arm that chose, and its rate
         for name, cfg in cfgs.items():
-            program, figures = programs[name].result(), {}
-            source = BORROWED.get(name, name)
+            program, source = programs[name].result(), BORROWED.get(name, name)
+            figures: dict[str, dict] = {}
             if args.rate:
                 rate, how = args.rate, "given"
             elif args.rates:
-                chosen = json.loads((args.rates / f"{source}.json").read_text(encoding="utf-8"))["figures"]["rate"]
-                rate, how = chosen["value"], f"as in experiments/methods, {source}"
-            elif source in rates:
-                rate, how = rates[source], f"of {source}"
+                found = json.loads((args.rates / f"{source}.json").read_text(encoding="utf-8"))["figures"]["rate"]
+                rate, how = found["value"], f"as in experiments/methods, {source}"
+            elif source in chosen:
+                by, rate = chosen[source]
+                how = f"of {by}"
             else:
                 (rate, figures), how = choose(bench, name, cfg, program), "chosen"
-            rates[name] = rate
+                chosen[source] = name, rate
             final(bench, name, cfg, program, rate, figures | {"rate": results.figure(rate, how, 1)})
         say("done")
 

@@ -1,6 +1,7 @@
 """results/summary.json and results/curves.png, made from results/arms/*.json; then the README's tables.
 
     python -m experiments.methods.summary
+    python -m experiments.methods.summary --results=experiments/emoji/learning/results
 
 A curve is the mean over seeds at each mark, the band its 95 % interval (Student's t over seeds). Arms are compared at
 one cost, that of the arm which ends first, and by the cost of reaching a share of DiffusionNFT's gain there; both are
@@ -63,16 +64,21 @@ class Curve(NamedTuple):
 
 
 def curve(file: Path, what: str) -> Curve:
-    """The marks of one figure of an arm's file."""
-    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
-    marks = [
-        (re.fullmatch(rf"{re.escape(what)} after \d+ iterations, (\d+) s", name), f) for name, f in figures.items()
-    ]
-    found = sorted((float(m[1]), f["spread"]["seeds"]) for m, f in marks if m)
+    """The marks of one figure of an arm's file. ValueError if it has none."""
+    found = marks(file, what)
     if not found:
         raise ValueError(f"{file} has no marks of {what!r}: run experiments.methods.run")
     cost, gains = zip(*found, strict=True)
     return Curve(np.array([0, *cost]), np.array([[0.0] * len(gains[0]), *gains]))
+
+
+def marks(file: Path, what: str) -> list[tuple[float, list[float]]]:
+    """(cost in s, what each seed has gained) at each mark; none if a training was stopped before its first."""
+    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    named = [
+        (re.fullmatch(rf"{re.escape(what)} after \d+ iterations, (\d+) s", name), f) for name, f in figures.items()
+    ]
+    return sorted((float(m[1]), f["spread"]["seeds"]) for m, f in named if m)
 
 
 def rates(file: Path) -> dict[str, dict[str, Any]]:
@@ -184,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     from experiments.methods.run import ARMS
 
     files = {name: args.results / f"arms/{name}.json" for name in ARMS}
-    files = {name: file for name, file in files.items() if file.is_file()}
+    files = {n: file for n, file in files.items() if file.is_file() and all(marks(file, w) for w in COMPARED.values())}
     if BASELINE not in files:
         parser.error(f"--results={args.results}: there is no arms/{BASELINE}.json to compare with")
     results.record(args.results / "summary.json", summary(files))

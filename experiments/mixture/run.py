@@ -18,8 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import results
-from experiments.tiny import evidence, lab
+from experiments import evidence, lab, results
 from solrl_jax import config, device, sharding
 from solrl_jax.config import Config
 from solrl_jax.rewards import Score
@@ -48,7 +47,7 @@ def config_of(arm: Arm, batch: int) -> Config:
     return evidence.arm_config(evidence.Arm("branch", words | {"evaluate.rewards": ""}))
 
 
-def score_of(opened: lab.World, cfg: Config) -> Score:
+def score_of(opened: lab.Opened, cfg: Config) -> Score:
     """The arm's rewards, of the world's, which has both."""
     names = [part.partition(":")[0] for part in cfg.reward.split(",")]
     kept = [reward for reward in opened.parts.score.rewards if reward.name in names]

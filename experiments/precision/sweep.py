@@ -21,10 +21,9 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from experiments import results
+from experiments import lab, results
 from experiments.branch import contrast
-from experiments.tiny import lab
-from experiments.tiny.ranks import FULL, NAMES
+from experiments.ranks import FULL, NAMES
 from solrl_jax import config, device, lora, quant, rollout, sharding
 from solrl_jax.config import Stage
 from solrl_jax.quant import nvfp4
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         opened = lab.open_world(cfg, args.prompts)
         parts = opened.parts
         rule = quant.rule_of(parts.model.quant_rules, PRECISION)
-        for who, adapter in contrast.policies(opened, args.run).items():
+        for who, adapter in lab.policies(opened, args.run).items():
             bench = contrast.of_policy(opened, adapter, (), 0, args.prompts)
             kernels = kernels_of(lora.graft(parts.frozen.base, bench.kernels), rule)
             sources[who] = list(kernels.values())

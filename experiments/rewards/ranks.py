@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments import results
+from experiments import lab, results
 from experiments.full_size import drawn
 from experiments.rewards.speed import REWARDS
-from experiments.tiny import check, lab
+from experiments.tiny import check
 from solrl_jax import config, device, sharding
 from solrl_jax.plan import shapes
 from solrl_jax.rewards import clipscore, parse_paths

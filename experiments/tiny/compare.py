@@ -14,8 +14,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import results
-from experiments.tiny import check, evidence, lab
+from experiments import evidence, lab, results
+from experiments.tiny import check
 from solrl_jax import config, device, sharding
 from solrl_jax.run import evaluate, pictures
 from solrl_jax.structs import Params
@@ -34,7 +34,7 @@ def by_figure(base: dict[str, np.ndarray], trained: dict[str, np.ndarray], split
     return means | evidence.gains(base, trained, split)
 
 
-def draw(opened: lab.World, adapters: dict[str, Params], file: Path, count: int = 8) -> None:
+def draw(opened: lab.Opened, adapters: dict[str, Params], file: Path, count: int = 8) -> None:
     captions = evaluate.fixed_prompts(opened.parts)[:count]  # with the same noise as the grids of a run
     columns = {
         name: evaluate.pictures(opened.parts, adapter, captions, score=opened.parts.judged).images[:, 0]

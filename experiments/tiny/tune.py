@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 
-from experiments import results
-from experiments.tiny import check, evidence, lab
+from experiments import evidence, lab, results
+from experiments.tiny import check
 from solrl_jax import config, device, sharding
 
 

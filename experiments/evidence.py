@@ -1,11 +1,14 @@
-"""What Sol-RL gains on the small world, and which of its parts cause the gain.
+r"""What Sol-RL gains on the small world, or on the emoji world, and which of its parts cause the gain.
 
-    python -m experiments.tiny.evidence --arms=sol_rl,shuffled --seeds=0,1,2          # minutes on a GPU
-    python -m experiments.tiny.evidence --arms=sol_rl --iterations=2 --prompts=20      # a short run
+    python -m experiments.evidence --arms=sol_rl,shuffled --seeds=0,1,2          # minutes on a GPU
+    python -m experiments.evidence --arms=sol_rl --iterations=2 --prompts=20      # a short run
+    python -m experiments.evidence --world=emoji --arms=sol_rl,branch,naive_scaling,naive_quant \
+        --iterations=400 --every=50 --out=results/samples
 
 An arm is a recipe or a control; its seeds train as one vmapped program (`lab`). Each arm is measured on the test and
-the compositional captions x 4 fixed seeds, paired with the base, and writes results/arms/ARM.json. A recipe is
-configs/tiny.py's, but with larger chunks and micro-batches for a GPU, which changes numbers only by rounding.
+the compositional captions x 4 fixed seeds, paired with the base, and writes results/arms/ARM.json of its world, anew at
+every point of its curve. A recipe is configs/WORLD.py's on CLIPScore, but with larger chunks and micro-batches for a
+GPU, which changes numbers only by rounding. The third command is what samples of each kind do to a long training.
 """
 
 import argparse
@@ -21,8 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import pretraining, results
-from experiments.tiny import check, lab, pretrain, world
+from experiments import lab, pretraining, results, worlds
 from solrl_jax import config, device, lora, sharding
 from solrl_jax.config import Config
 from solrl_jax.learn import apply_gradients
@@ -34,7 +36,7 @@ PICTURES = 4  # of each caption
 
 
 class Arm(NamedTuple):
-    """A `recipe` of configs/tiny.py with `overrides`, trained for `iterations` and measured every `every` of them."""
+    """A `recipe` of a world's config with `overrides`, trained for `iterations` and measured every `every` of them."""
 
     recipe: str = "sol_rl"
     overrides: Mapping[str, str] = {}
@@ -61,6 +63,7 @@ ARMS = {
     "naive_scaling": Arm("naive_scaling", about="all 24 in BF16, 10 steps"),
     "naive_quant": Arm("naive_quant", about="all 24 in NVFP4, 10 steps, trained on those"),
     "diffusionnft": Arm("diffusionnft", iterations=120, about="8 of 8, nothing selected"),
+    "branch": Arm("branch", about="explored in NVFP4, 5 steps; the kept go on from step 3 in BF16"),
 }
 OTHERS = {
     "supervised": "flow matching on drawn pictures: as many LoRA steps on as many pictures, same rate",
@@ -68,9 +71,9 @@ OTHERS = {
 }
 
 
-def arm_config(arm: Arm) -> Config:
+def arm_config(arm: Arm, world: str = "tiny") -> Config:
     """The arm's config with chunks for a GPU: all prompts' candidates at once, all points of an update at once."""
-    cfg = config.load(f"tiny:{arm.recipe}", arm.overrides)
+    cfg = worlds.find(world).config(arm.recipe, arm.overrides)
     points = cfg.prompts * cfg.kept // cfg.learn.updates * cfg.times
     chunks = {f"{name}.chunk": str(cfg.prompts * images) for name, _, images in cfg.stages()}
     return config.override(cfg, **chunks, **{"learn.micro_batch": str(points)})
@@ -88,7 +91,7 @@ def image_steps(cfg: Config) -> dict[str, int]:
 
 
 def train(
-    opened: lab.World, arm: Arm, cfg: Config, run, seeds: Sequence[int], learns: Sequence[config.Learn] = ()
+    opened: lab.Opened, arm: Arm, cfg: Config, run, seeds: Sequence[int], learns: Sequence[config.Learn] = ()
 ) -> Iterator[tuple[int, TrainState]]:
     """Train a state per seed; yields (iterations done, states) every `arm.every`. `learns`: one per seed, not cfg's."""
     settings = [scalars(learn) for learn in learns or [cfg.learn] * len(seeds)]
@@ -116,23 +119,21 @@ def what_is_compiled(arm: Arm, cfg: Config) -> tuple[Config, bool, int]:
     return config.override(cfg, **scalars, iterations=1), arm.shuffled, a_call(arm)
 
 
-def compiled(opened: lab.World, cfg: Config, shuffled: bool, call: int, seeds: Sequence[int]):
+def compiled(opened: lab.Opened, cfg: Config, shuffled: bool, call: int, seeds: Sequence[int]):
     """The compiled program of `call` iterations; several compile at once in threads."""
     score = lab.shuffled(opened.parts.score) if shuffled else opened.parts.score
     return lab.compiled(opened, cfg, score, seeds, call)
 
 
-def supervised(opened: lab.World, cfg: Config, seeds: Sequence[int], iterations: int):
+def supervised(opened: lab.Opened, cfg: Config, seeds: Sequence[int], iterations: int):
     """LoRAs [R, ...] trained with the pretraining loss on drawn train pictures: the effect of the steps alone."""
     parts, count = opened.parts, cfg.prompts * cfg.kept // cfg.learn.updates * cfg.times
-    folder = check.HERE / "pipeline" / "vae"
-    encoder, weights = vae.load_vae(folder, jnp.float32, encoder=True)
+    encoder, weights = vae.load_vae(Path(cfg.model.path) / "vae", jnp.float32, encoder=True)
     states = lab.begin(opened, cfg, [{}] * len(seeds), seeds)
     pools = []
     for seed in seeds:
-        rng = np.random.default_rng([seed, 1])
-        scenes = world.sample_scenes(rng, 4096, "train")
-        pools.append({"scenes": tuple(scenes), "cond": parts.text(world.captions(scenes, rng))})
+        scenes, captions = opened.world.drawn(np.random.default_rng([seed, 1]), 4096)
+        pools.append({**scenes, "cond": parts.text(captions)})
     pool = jax.tree.map(lambda *x: jnp.stack(x), *pools)
 
     def loss(adapter, base, batch, x0, key):
@@ -146,7 +147,7 @@ def supervised(opened: lab.World, cfg: Config, seeds: Sequence[int], iterations:
         pick, key = jax.random.split(jax.random.fold_in(state.key, state.updates))
         size = jax.tree.leaves(pool)[0].shape[0]
         batch = jax.tree.map(lambda x: x[jax.random.randint(pick, (count,), 0, size)], pool)
-        x0, _ = vae.encode(encoder, weights, pretrain.pictures(batch))
+        x0, _ = vae.encode(encoder, weights, opened.world.pictures(batch))
         grads = jax.grad(loss)(state.lora, base, batch, x0, key)
         return apply_gradients(state, grads, parts.optimizer, cfg)[0]
 
@@ -186,7 +187,7 @@ def gains(base: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray], split
 class Bench(NamedTuple):
     """For measuring arms: `measure(adapters, split)`, the base's figures by split, the output folders."""
 
-    opened: lab.World
+    opened: lab.Opened
     measure: Callable[..., dict[str, np.ndarray]]
     base: Mapping[str, Mapping[str, np.ndarray]]
     seeds: Sequence[int]
@@ -242,29 +243,40 @@ def run_guidance(bench: Bench, weights: Sequence[float] = (1.5, 2.0, 3.0)) -> No
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", default="tiny", choices=worlds.WORLDS)
     parser.add_argument("--arms", default=",".join([*ARMS, *OTHERS]))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--iterations", type=int, help="of every arm, measured once at the end")
+    parser.add_argument("--iterations", type=int, help="of every arm")
+    parser.add_argument(
+        "--every", type=int, help="with --iterations, measure after so many; once at the end if not given"
+    )
+    parser.add_argument("--rate", type=float, help="learning rate of every arm; its own if not given")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
-    parser.add_argument("--out", type=lambda p: check.HERE.joinpath(p), default=check.HERE / "results/arms")
+    parser.add_argument("--out", type=Path, default="results/arms", help="a folder, relative to the world's")
     parser.add_argument("--loras", type=Path, help="save the LoRA of each arm's first seed here")
     args = parser.parse_args(argv)
     names, seeds = args.arms.split(","), [int(s) for s in args.seeds.split(",")]
     if strange := [n for n in names if n not in (*ARMS, *OTHERS)]:
         parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join([*ARMS, *OTHERS])}")
     arms = {n: ARMS[n] for n in names if n in ARMS}
+    if args.every and (not args.iterations or args.iterations % args.every):
+        parser.error(f"--every={args.every}: give --iterations, a multiple of it")
     if args.iterations:
-        arms = {n: a._replace(iterations=args.iterations, every=args.iterations) for n, a in arms.items()}
+        every = args.every or args.iterations
+        arms = {n: a._replace(iterations=args.iterations, every=every) for n, a in arms.items()}
+    if args.rate:
+        rate = {"learn.learning_rate": f"{args.rate:g}"}
+        arms = {n: a._replace(overrides={**a.overrides, **rate}) for n, a in arms.items()}
     began = time.perf_counter()
 
     def say(*what: object) -> None:
         print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
 
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
-        sol_rl = arm_config(ARMS["sol_rl"])
+        sol_rl = arm_config(ARMS["sol_rl"], args.world)
         opened = lab.open_world(sol_rl, args.prompts)
-        cfgs = {n: arm_config(a) for n, a in arms.items()}
+        cfgs = {n: arm_config(a, args.world) for n, a in arms.items()}
         own = {n: what_is_compiled(arms[n], cfgs[n]) for n in arms}
         programs = {pool.submit(compiled, opened, *key, seeds): key for key in set(own.values())}
         say(f"{len(opened.train)} train captions; compiling {', '.join(arms) or 'nothing'}")
@@ -273,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         nothing = lab.base_adapter(opened)
         base = {split: measure(nothing, split) for split in lab.SPLITS}
         say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
-        bench = Bench(opened, measure, base, seeds, args.out, args.loras, say)
+        bench = Bench(opened, measure, base, seeds, opened.world.home / args.out, args.loras, say)
         if "supervised" in names:
             run_supervised(bench, sol_rl, args.iterations or ARMS["sol_rl"].iterations)
         if "guidance" in names:

@@ -1,76 +1,87 @@
-"""Many runs on the small world as one program: `iteration_step` under vmap over seeds and settings.
+"""Many runs on a world of `worlds` as one program: `iteration_step` under vmap over seeds and settings.
 
-    world = open_world(cfg)                         weights, prompts encoded once, the judge
-    states = begin(world, cfg, [{}] * 3, (0, 1, 2)) three seeds of a recipe, leaves [R, ...]
-    states = advance(world, cfg, states, picks)     picks [iterations, R, P]: which train prompts each run draws
-    found = measure(world, states.lora, "test")     {"exact": [R, prompts, images], ...}
+    opened = open_world(cfg)                         weights, prompts encoded once, the judge
+    states = begin(opened, cfg, [{}] * 3, (0, 1, 2)) three seeds of a recipe, leaves [R, ...]
+    run = program(opened, cfg, opened.parts.score)
+    states, metrics = run(states, opened.table, opened.parts.frozen, picks(opened, cfg, (0, 1, 2), 0, 10))
+    found = measure(opened, states.lora, "test")     {"exact": [R, prompts, images], ...}
 
-These are the functions of `python -m solrl_jax.main --config=tiny` with the same keys, plus a leading axis.
+These are the functions of `python -m solrl_jax.main --config=tiny` with the same keys, plus a leading axis. Rewards
+that run on the host cannot take part, nor can captions that need them: words, which OCR reads, of `emoji`.
 """
 
 import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from experiments.tiny import check
+from experiments import worlds
+from experiments.worlds import SPLITS as SPLITS
+from experiments.worlds import World
 from solrl_jax import config, iteration, learn, lora, rollout, sharding, train
 from solrl_jax.config import Config, Stage
-from solrl_jax.rewards import Reward, Score, shapes
+from solrl_jax.rewards import Reward, Score
 from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, TrainState, Variables
+from solrl_jax.weights import lora_files
 
-SPLITS = ("test", "compositional")
-FACTS = "shapes"
+FACTS = "facts"
+"""Under this name the judge's tokens are in a Prompts and its arrays in Frozen.rewards."""
 FULL = Stage(steps=10, chunk=500)
 
 
-class World(NamedTuple):
+class Opened(NamedTuple):
     """Captions and their Prompts (leaves [captions, ...]), encoded once: train and `table`, and each held-out split."""
 
+    world: World
     parts: Parts
     train: tuple[str, ...]
     table: Prompts
     held_out: Mapping[str, tuple[list[str], Prompts]]
 
 
-def open_world(cfg: Config, captions: int = 500) -> World:
-    """Everything that runs of `cfg` share, and the first `captions` captions of each held-out split.
+def open_world(cfg: Config, captions: int = 500) -> Opened:
+    """Everything that runs of `cfg` share, and the first `captions` captions of each held-out split of cfg's world.
 
     FP8 is calibrated where a stage of `cfg` runs in it. The empty caption is the negative conditioning. Call this and
-    the functions below under `jax.set_mesh(sharding.make_mesh(1))`.
+    the functions below under `jax.set_mesh(sharding.make_mesh(1))`. ValueError if cfg is of no world of `worlds`, or
+    trains on a reward that runs on the host.
     """
-    parts = train.ready(assemble.assemble(cfg, 1))
-    parts = parts._replace(frozen=parts.frozen._replace(negative=parts.text([""])))
+    world, parts = worlds.find(cfg.name), train.ready(assemble.assemble(cfg, 1))
+    if parts.score.on_host:
+        name = parts.score.on_host[0].name
+        raise ValueError(f"reward {name} runs on the host, and a lab's runs are one program: train on other rewards")
+    towers = {**parts.frozen.rewards, FACTS: world.params()}
+    parts = parts._replace(frozen=parts.frozen._replace(rewards=towers, negative=parts.text([""])))
 
     def encoded(captions: Sequence[str]) -> Prompts:
-        prompts = assemble.encode(parts, captions, parts.judged)
-        return prompts._replace(tokens={**prompts.tokens, FACTS: jnp.asarray(shapes.tokenize(captions))})
+        prompts = assemble.encode(parts, captions, parts.score)
+        facts = jax.tree.map(jnp.asarray, world.tokenize(captions))
+        return prompts._replace(tokens={**prompts.tokens, FACTS: facts})
 
-    held_out = {s: (check.HERE / f"prompts/{s}.txt").read_text().splitlines()[:captions] for s in SPLITS}
-    captions_of_train = parts.prompts.train
-    return World(
-        parts, captions_of_train, encoded(captions_of_train), {s: (c, encoded(c)) for s, c in held_out.items()}
-    )
+    held_out = {split: (texts, encoded(texts)) for split, texts in world.held_out(captions).items()}
+    return Opened(world, parts, parts.prompts.train, encoded(parts.prompts.train), held_out)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def begin(world: World, cfg: Config, settings: Sequence[Mapping[str, float]], seeds: Sequence[int]) -> TrainState:
+def begin(opened: Opened, cfg: Config, settings: Sequence[Mapping[str, float]], seeds: Sequence[int]) -> TrainState:
     """States of one run per (setting, seed) pair, leaves [R, ...]; a setting replaces fields of `Hyper`."""
 
+    parts = opened.parts
+    statics = {"model": parts.model, "optimizer": parts.optimizer, "cfg": cfg}
+
     def state(setting: Mapping[str, float], seed: int) -> TrainState:
-        made = learn.init_state(
-            jax.random.key(seed), world.parts.frozen, model=world.parts.model, optimizer=world.parts.optimizer, cfg=cfg
-        )
+        made = learn.init_state(jax.random.key(seed), parts.frozen, **statics)
         hyper = made.hyper._replace(**{k: jnp.float32(v) for k, v in setting.items()})
         learn.check_hyper(hyper, cfg)
         return made._replace(hyper=hyper)
@@ -79,16 +90,16 @@ def begin(world: World, cfg: Config, settings: Sequence[Mapping[str, float]], se
     return jax.tree.map(lambda *x: jnp.stack(x), *states)
 
 
-def picks(world: World, cfg: Config, seeds: Sequence[int], first: int, count: int) -> Int[np.ndarray, "T R P"]:
+def picks(opened: Opened, cfg: Config, seeds: Sequence[int], first: int, count: int) -> Int[np.ndarray, "T R P"]:
     """The train prompts that each run draws in iterations first .. first + count, as the command does with its seed."""
-    place = {caption: i for i, caption in enumerate(world.train)}
-    rows = [[data.batch(world.train, s, first + i, cfg.prompts) for s in seeds] for i in range(count)]
+    place = {caption: i for i, caption in enumerate(opened.train)}
+    rows = [[data.batch(opened.train, s, first + i, cfg.prompts) for s in seeds] for i in range(count)]
     return np.asarray([[[place[caption] for caption in batch] for batch in row] for row in rows], np.int32)
 
 
-def program(world: World, cfg: Config, score: Score) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+def program(opened: Opened, cfg: Config, score: Score) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """(states [R], table, frozen, picks [T, R, P]) -> states and metrics [T, R, ...], jitted."""
-    parts = world.parts
+    parts = opened.parts
     statics = {"model": parts.model, "score": score, "optimizer": parts.optimizer, "cfg": cfg}
 
     def run(states: TrainState, table: Prompts, frozen: Frozen, picks: Int[Array, "T R P"]):
@@ -100,11 +111,11 @@ def program(world: World, cfg: Config, score: Score) -> Callable[..., tuple[Trai
     return jax.jit(run)
 
 
-def compiled(world: World, cfg: Config, score: Score, seeds: Sequence[int], count: int):
+def compiled(opened: Opened, cfg: Config, score: Score, seeds: Sequence[int], count: int):
     """`program`, compiled for `count` iterations of one run a seed. Threads may call it: XLA compiles at once."""
     with jax.set_mesh(sharding.make_mesh(1)):  # an ambient mesh is a thread's own
-        states, rows = begin(world, cfg, [{}] * len(seeds), seeds), picks(world, cfg, seeds, 0, count)
-        return program(world, cfg, score).lower(states, world.table, world.parts.frozen, rows).compile()
+        states, rows = begin(opened, cfg, [{}] * len(seeds), seeds), picks(opened, cfg, seeds, 0, count)
+        return program(opened, cfg, score).lower(states, opened.table, opened.parts.frozen, rows).compile()
 
 
 def shuffled(score: Score) -> Score:
@@ -129,7 +140,7 @@ def shuffled(score: Score) -> Score:
 
 
 def measure(
-    world: World,
+    opened: Opened,
     adapters: Params,
     split: str,
     images: int = 4,
@@ -143,31 +154,33 @@ def measure(
 
     Also `spread`: the mean absolute difference, in 8-bit levels, between two pictures of one caption.
     """
-    captions, prompts = world.held_out[split]
+    captions, prompts = opened.held_out[split]
     keys = jax.random.split(jax.random.key(seed), (len(captions), images))
     found = [
         _measure(
             jax.tree.map(operator.itemgetter(r), adapters),
-            world.parts.frozen,
+            opened.parts.frozen,
             prompts,
             keys,
-            model=world.parts.model._replace(guidance="cfg"),
-            reward=world.parts.score.rewards[0],
+            world=opened.world,
+            model=opened.parts.model._replace(guidance="cfg"),
+            reward=opened.parts.score.rewards[0],
             stage=dataclasses.replace(stage, guidance=w),
-            lora_cfg=world.parts.cfg.lora,
+            lora_cfg=opened.parts.cfg.lora,
         )
         for r in range(jax.tree.leaves(adapters)[0].shape[0])
     ]
     return {name: np.stack([np.asarray(f[name], np.float64) for f in found]) for name in found[0]}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "reward", "stage", "lora_cfg"))
+@functools.partial(jax.jit, static_argnames=("world", "model", "reward", "stage", "lora_cfg"))
 def _measure(
     adapter: Params,
     frozen: Frozen,
     prompts: Prompts,
     keys: Key[Array, "P n"],
     *,
+    world: World,
     model: Model,
     reward: Reward,
     stage: Stage,
@@ -178,12 +191,12 @@ def _measure(
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]) -> dict[str, Array]:
         how = {"model": model, "stage": stage, "negative": frozen.negative}
         images = model.decode(frozen.vae, rollout.integrate(variables, prompts.cond, keys, **how))
-        verdict = shapes.judge(images, prompts.tokens[FACTS])
+        share, exact = judged(world, frozen.rewards[FACTS], images, prompts.tokens[FACTS])
         rows = images.reshape(*keys.shape, -1)
         apart = jnp.abs(rows[:, :, None] - rows[:, None]).mean(-1).sum((1, 2)) / (keys.shape[1] * (keys.shape[1] - 1))
         return {
-            "exact": verdict.exact.astype(jnp.float32),
-            "share of facts": verdict.share,
+            "exact": exact.astype(jnp.float32),
+            "share of facts": share,
             "clipscore": reward.score(frozen.rewards[reward.name], images, prompts.tokens[reward.name]),
             "spread": 255 * jnp.repeat(apart, keys.shape[1]),
         }
@@ -193,6 +206,21 @@ def _measure(
     return rollout.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
 
 
+def judged(
+    world: World, params: Params, images: Float[Array, "B H W 3"], tokens: PyTree
+) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+    """(share of facts, exact), `world.at_once` captions at a time: what a judge holds of a picture may be large."""
+    groups = jax.tree.leaves(tokens)[0].shape[0]
+
+    def caption(args: tuple[Array, PyTree]) -> tuple[Array, Array]:
+        verdict = world.judge(params, args[0], jax.tree.map(lambda x: x[None], args[1]))
+        return verdict.share, verdict.exact
+
+    grouped = images.reshape(groups, -1, *images.shape[1:])
+    found = jax.lax.map(caption, (grouped, tokens), batch_size=world.at_once)
+    return jax.tree.map(lambda x: x.reshape(-1), found)
+
+
 def interval(gain: Float[np.ndarray, "P"], draws: int = 10_000) -> list[float]:
     """95 % bootstrap interval of the mean of `gain`, over prompts."""
     rng = np.random.default_rng(0)
@@ -200,7 +228,16 @@ def interval(gain: Float[np.ndarray, "P"], draws: int = 10_000) -> list[float]:
     return [round(float(x), 4) for x in np.quantile(means, (0.025, 0.975))]
 
 
-def base_adapter(world: World, runs: int = 1) -> Params:
+def base_adapter(opened: Opened, runs: int = 1) -> Params:
     """Adapters [R, ...] of zeros: the base."""
-    like = begin(world, world.parts.cfg, [{}] * runs, range(runs)).lora
+    like = begin(opened, opened.parts.cfg, [{}] * runs, range(runs)).lora
     return jax.tree.map(jnp.zeros_like, like)
+
+
+def policies(opened: Opened, run: Path | None) -> dict[str, Params]:
+    """Adapters of the base and, of a run's folder or a LoRA file, of the trained policy."""
+    parts, out = opened.parts, {"base": jax.tree.map(lambda x: x[0], base_adapter(opened))}
+    if run is not None:
+        read = lora_files.load(run, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
+        out["trained"] = read.adapter
+    return out

@@ -1,0 +1,108 @@
+"""What differs between the worlds that runs are made on: the small one, `tiny`, and the larger one, `emoji`.
+
+A lab's run of many seeds is one program on the device (`lab`), so nothing in it may run on the host. OCR does: word
+scenes of `emoji` therefore take no part in lab runs, and prompts/objects has its captions of objects alone. Training is
+on CLIPScore; the reward that checks the facts of a caption is held out.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from experiments.emoji import judge as objects
+from experiments.emoji import pretrain as emoji
+from experiments.emoji import world as emoji_world
+from experiments.tiny import pretrain as tiny
+from experiments.tiny import world as tiny_world
+from solrl_jax import config
+from solrl_jax.config import Config
+from solrl_jax.rewards import shapes
+from solrl_jax.structs import Params, PyTree
+
+HERE = Path(__file__).resolve().parent
+SPLITS = ("test", "compositional")
+
+
+class Verdict(Protocol):
+    """What both judges say, of B pictures."""
+
+    @property
+    def share(self) -> Float[Array, "B"]: ...
+    @property
+    def exact(self) -> Bool[Array, "B"]: ...
+
+
+class World(NamedTuple):
+    """A world of configs/NAME.py; its results are in experiments/NAME.
+
+    `prompts` has train.txt and a file for each of SPLITS: captions that are not trained on, of known and of new
+    combinations. `judge(params, images [B, H, W, 3], tokens [G, ...])` is called for `at_once` captions at a time.
+    `drawn(rng, n)` gives n train scenes, a tree with leaves [n, ...], and their captions; `pictures` draws them.
+    """
+
+    name: str
+    prompts: Path
+    overrides: tuple[tuple[str, str], ...]
+    tokenize: Callable[[Sequence[str]], PyTree]
+    params: Callable[[], Params]
+    judge: Callable[[Params, Array, PyTree], Verdict]
+    at_once: int
+    drawn: Callable[[np.random.Generator, int], tuple[dict[str, Any], list[str]]]
+    pictures: Callable[[dict[str, Any]], jax.Array]
+
+    @property
+    def home(self) -> Path:
+        return HERE / self.name
+
+    def config(self, recipe: str, overrides: Mapping[str, str] | None = None) -> Config:
+        """The world's config of a recipe on CLIPScore alone."""
+        return config.load(f"{self.name}:{recipe}_clipscore", {**dict(self.overrides), **(overrides or {})})
+
+    def held_out(self, captions: int) -> dict[str, list[str]]:
+        """{split: its first so many captions}"""
+        return {s: (self.prompts / f"{s}.txt").read_text().splitlines()[:captions] for s in SPLITS}
+
+
+def _shapes_drawn(rng: np.random.Generator, n: int) -> tuple[dict[str, Any], list[str]]:
+    scenes = tiny_world.sample_scenes(rng, n, "train")
+    return {"scenes": tuple(scenes)}, tiny_world.captions(scenes, rng)
+
+
+def _objects_drawn(rng: np.random.Generator, n: int) -> tuple[dict[str, Any], list[str]]:
+    scenes = emoji_world.sample(rng, n, "train", words=False)
+    return emoji.drawn(scenes, rng), [emoji_world.caption(scene) for scene in scenes]
+
+
+TINY = World(
+    name="tiny",
+    prompts=HERE / "tiny/prompts",
+    overrides=(),
+    tokenize=shapes.tokenize,
+    params=lambda: shapes.make()[1],
+    judge=lambda params, images, tokens: shapes.judge(images, tokens),
+    at_once=125,
+    drawn=_shapes_drawn,
+    pictures=tiny.pictures,
+)
+EMOJI = World(
+    name="emoji",
+    prompts=HERE / "emoji/prompts/objects",
+    overrides=(("prompt_files", str(HERE / "emoji/prompts/objects")), ("evaluate.rewards", "")),  # no OCR
+    tokenize=objects.tokenize,
+    params=lambda: objects.make()[1],
+    judge=lambda params, images, tokens: objects.judge(images, tokens, params["cells"]),
+    at_once=16,  # 16 captions of 4 pictures take about 320 MB
+    drawn=_objects_drawn,
+    pictures=emoji.pictures,
+)
+WORLDS = {world.name: world for world in (TINY, EMOJI)}
+
+
+def find(name: str) -> World:
+    if name not in WORLDS:
+        raise ValueError(f"there is no world {name!r}: use one of {', '.join(WORLDS)}")
+    return WORLDS[name]
