@@ -27,6 +27,7 @@ from solrl_jax.rewards import clip_tower, preprocess
 from solrl_jax.structs import Model
 
 BF16 = ml_dtypes.bfloat16
+CHUNK = 512  # pictures encoded at once
 Draw = Callable[[dict[str, Any]], jax.Array]
 """The pictures [n, H, W, 3], in [0, 1], of a batch of a pool; called on the device."""
 
@@ -180,14 +181,14 @@ def _replace(file: Path, content: bytes) -> None:
 
 
 def train_vae(settings: dict[str, Any], draw: Draw, pool, how: Fit):
-    """L1 + L2 and a small KL term; then shift and scale from the latents' mean and deviation.
+    """L1 + L2 and a small KL term; then shift and scale from the latents' mean and deviation. Products are in bf16.
 
     Returns the parameters and the config.json: `settings` with both.
     """
     known = [(k, v) for k, v in settings.items() if k in vae.VaeConfig.__dataclass_fields__]
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in known}
     cfg, size = vae.VaeConfig(**fields), settings["sample_size"]
-    encoder, decoder = vae.Encoder(cfg, jnp.float32), vae.Decoder(cfg, jnp.float32)
+    encoder, decoder = vae.Encoder(cfg, jnp.bfloat16), vae.Decoder(cfg, jnp.bfloat16)
     k1, k2 = jax.random.split(jax.random.key(how.seed))
     side = size // cfg.factor
     params = {
@@ -198,7 +199,7 @@ def train_vae(settings: dict[str, Any], draw: Draw, pool, how: Fit):
     def loss(params, batch, key):
         x = draw(batch) * 2 - 1
         moments: Any = encoder.apply({"params": params["encoder"]}, x)
-        mean, logvar = jnp.split(moments, 2, axis=-1)
+        mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         logvar = jnp.clip(logvar, -30, 20)
         z = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
         drawn: Any = decoder.apply({"params": params["decoder"]}, z)
@@ -208,7 +209,7 @@ def train_vae(settings: dict[str, Any], draw: Draw, pool, how: Fit):
 
     params = fit(loss, params, pool, how)
     sample = jax.tree.map(lambda x: jnp.asarray(x[:2048]), pool)
-    moments: Any = encoder.apply({"params": params["encoder"]}, draw(sample) * 2 - 1)
+    moments: Any = jax.jit(lambda p, x: encoder.apply({"params": p}, draw(x) * 2 - 1))(params["encoder"], sample)
     mean, _ = jnp.split(moments, 2, axis=-1)
     return params, {**settings, "scaling_factor": float(1 / jnp.std(mean)), "shift_factor": float(jnp.mean(mean))}
 
@@ -217,6 +218,14 @@ def stored_vae(pipeline: Path) -> dict[str, Any]:
     """The VAE's weights rounded to bf16, as stored: the later trainings use the stored values."""
     decoder, encoder = (vae.load_vae(pipeline / "vae", jnp.float32, encoder=e)[1] for e in (False, True))
     return {"encoder": encoder, "decoder": decoder}
+
+
+def latents_of(cfg: vae.VaeConfig, encoder_params, draw: Draw, pool) -> jax.Array:
+    """The latents [n, h, w, C] of a pool's pictures, in bf16: each picture is drawn and encoded once."""
+    encoder, size = vae.Encoder(cfg, jnp.bfloat16), jax.tree.leaves(pool)[0].shape[0]
+    encode = jax.jit(lambda params, rows: vae.encode(encoder, params, draw(rows))[0].astype(jnp.bfloat16))
+    chunks = (jax.tree.map(lambda x, i=i: x[i : i + CHUNK], pool) for i in range(0, size, CHUNK))
+    return jnp.concatenate([encode(encoder_params, rows) for rows in chunks])
 
 
 def shift(model: Model) -> float:
@@ -238,7 +247,7 @@ def train_flow(model_cfg: config.Model, vae_params, draw: Draw, pool, how: Fit, 
     """Flow matching; transformer and both text encoders together; one caption in ten is empty.
 
     `pool["tokens"]` are of the pictures' captions. `go_on`: begin with the weights that are in the folder.
-    `watch(base, text)` is called half way and at the end, with the averages in bf16. Returns {"base", "text"}.
+    `watch(base, text)` is called at the end, with the averages in bf16. Returns {"base", "text"}.
     """
     model = flux.make(model_cfg)
     folder = Path(model_cfg.path)
@@ -249,32 +258,32 @@ def train_flow(model_cfg: config.Model, vae_params, draw: Draw, pool, how: Fit, 
         base, _, words = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), flux.load(model_cfg))
     else:
         base, words = model.init(k1), {"clip": clip.init(k2, ids)["params"], "t5": t5.init(k3, ids)["params"]}
-    encoder = vae.Encoder(vae.VaeConfig.read(folder / "vae"), jnp.float32)
+    latents = latents_of(vae.VaeConfig.read(folder / "vae"), vae_params["encoder"], draw, pool)
     empty, by = jax.tree.map(jnp.asarray, model.tokenize([""])), shift(model)
 
     def loss(params, batch, key):
         k_t, k_eps, k_drop = jax.random.split(key, 3)
-        x0, _ = vae.encode(encoder, vae_params["encoder"], draw(batch))
+        x0 = batch["latents"].astype(jnp.float32)
         drop = jax.random.uniform(k_drop, (x0.shape[0], 1)) < 0.1
         tokens = jax.tree.map(lambda t, e: jnp.where(drop, jnp.broadcast_to(e, t.shape), t), batch["tokens"], empty)
         cond = model.encode(params["text"], tokens)
         return flow_matching(lambda x, t: model.velocity({"params": params["base"]}, x, t, cond), x0, k_t, k_eps, by)
 
     def seen(average, tenth: int) -> str:
-        if tenth not in (5, 10):
+        if tenth < 10:
             return ""
         stored = jax.tree.map(lambda x: x.astype(jnp.bfloat16), average)
         return watch(stored["base"], stored["text"])
 
-    return fit(loss, {"base": base, "text": words}, pool, how, seen)
+    return fit(loss, {"base": base, "text": words}, {"latents": latents, "tokens": pool["tokens"]}, how, seen)
 
 
 def train_clip(folder: Path, pipeline: Path, vae_params, draw: Draw, pool, how: Fit):
     """Contrastive loss over pictures and captions; `how.batch` scenes and as many one-fact mutations of them.
 
-    `pool` is [n, 2, ...]: a scene and its mutation. Half of the pictures go through the VAE with noise in the latents:
-    the reward will only ever see decoded pictures, some of them poor. Equal captions in a batch are no negatives of
-    each other.
+    `pool` is [n, 2, ...]: a scene and its mutation. Half of the pictures are decoded from latents with noise: the
+    reward will only ever see decoded pictures, some of them poor. Equal captions in a batch are no negatives of each
+    other.
     """
     settings = clip_tower.ClipConfig.read(folder)
     tower = clip_tower.ClipTower(settings, jnp.bfloat16)
@@ -282,18 +291,20 @@ def train_clip(folder: Path, pipeline: Path, vae_params, draw: Draw, pool, how: 
     images, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, tokens), jnp.int32)
     params = tower.init(jax.random.key(how.seed), images, ids)["params"]
     cfg = vae.VaeConfig.read(pipeline / "vae")
-    encoder, decoder = vae.Encoder(cfg, jnp.float32), vae.Decoder(cfg, jnp.float32)
+    decoder, halves = vae.Decoder(cfg, jnp.bfloat16), (jax.tree.map(lambda x, i=i: x[:, i], pool) for i in (0, 1))
+    latents = jnp.stack([latents_of(cfg, vae_params["encoder"], draw, half) for half in halves], 1)
 
-    def soften(x, key):
-        k1, k2, k3 = jax.random.split(key, 3)
-        z, _ = vae.encode(encoder, vae_params["encoder"], x)
-        strength = 0.5 * jax.random.uniform(k1, (x.shape[0], 1, 1, 1))
-        poor = vae.decode(decoder, vae_params["decoder"], z + strength * jax.random.normal(k2, z.shape))
-        return jnp.where(jax.random.uniform(k3, (x.shape[0], 1, 1, 1)) < 0.5, poor, x)
+    def decoded(z: jax.Array, key) -> jax.Array:
+        """Pictures of latents with noise of deviation 0 to 1/2."""
+        k1, k2 = jax.random.split(key)
+        strength = 0.5 * jax.random.uniform(k1, (z.shape[0], 1, 1, 1))
+        return vae.decode(decoder, vae_params["decoder"], z + strength * jax.random.normal(k2, z.shape))
 
     def loss(params, batch, key):
         both = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), batch)
-        pixels = preprocess.standardise(soften(draw(both), key), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
+        half = both["latents"].shape[0] // 2
+        pictures = [decoded(both["latents"][:half], key), draw(jax.tree.map(lambda x: x[half:], both))]
+        pixels = preprocess.standardise(jnp.concatenate(pictures), preprocess.OPENAI_MEAN, preprocess.OPENAI_STD)
         found: Any = tower.apply({"params": params}, pixels, both["tokens"])
         image, words = found
         same = jnp.all(both["tokens"][:, None] == both["tokens"][None], axis=-1) & ~jnp.eye(len(pixels), dtype=bool)
@@ -302,7 +313,7 @@ def train_clip(folder: Path, pipeline: Path, vae_params, draw: Draw, pool, how: 
         rows, cols = (jnp.diag(jax.nn.log_softmax(logits, axis=a)) for a in (0, 1))
         return -jnp.mean(rows + cols) / 2
 
-    return fit(loss, params, pool, how)
+    return fit(loss, params, pool | {"latents": latents}, how)
 
 
 # --- their files ----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -148,49 +149,53 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--width", type=int, choices=WIDTHS, default=WIDTHS[0], help="channels of the transformer")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, to be run again")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of steps and scenes")
-    parser.add_argument("--vae_steps", type=int, default=10_000)
-    parser.add_argument("--flow_steps", type=int, default=16_000)
+    parser.add_argument("--vae_steps", type=int, default=5_000)
+    parser.add_argument("--flow_steps", type=int, default=13_000)
     parser.add_argument("--flow_batch", type=int, default=512)
     parser.add_argument("--flow_rate", type=float, default=1e-3)
-    parser.add_argument("--clip_steps", type=int, default=8_000)
+    parser.add_argument("--clip_steps", type=int, default=6_000)
     args = parser.parse_args(argv)
     folders, start = Folders(args.out / "pipeline", args.out / "clip"), time.time()
-    how = functools.partial(Fit, seed=args.seed, until=start + 60 * args.minutes)
 
     def count(full: int, least: int = 2) -> int:
         return max(least, int(full * args.scale))
 
-    def todo(label: str) -> tuple[np.random.Generator, dict[str, Any]] | None:
-        """What the training of that name is given; None if it has ended. Each draws its own scenes."""
-        if folders.done[label].exists():
-            return None
+    def pool_of(label: str) -> Any:
+        """The scenes of a training. Each draws its own, so that a training that goes on has the same."""
         rng = np.random.default_rng([args.seed, tuple(folders.done).index(label)])
-        return rng, {"label": label, "state": args.out / "state" / f"{label}.msgpack"}
+        if label == "vae":
+            return drawn(world.sample(rng, count(50_000, 8)), rng)
+        make, full, least = {"flow": (captioned, 300_000, 8), "clip": (paired, 100_000, 4)}[label]
+        return make(rng, count(full, least), tokenizer(folders))
 
-    try:
-        if given := todo("vae"):
-            pretraining.write_folders(*folders, vocabulary(), configs(args.width), TOKENS)
-            rng, named = given
-            pool = drawn(world.sample(rng, count(200_000, 32)), rng)
-            fit = how(count(args.vae_steps), 256, 1e-3, **named)
-            pretraining.save_vae(folders, *pretraining.train_vae(VAE, pictures, pool, fit))
-        cfg, tokenize = check.model_config(folders.pipeline), tokenizer(folders)
-        vae_params = pretraining.stored_vae(folders.pipeline)
-        if given := todo("flow"):
-            rng, named = given
-            pool = captioned(rng, count(300_000, 32), tokenize)
-            fit = how(count(args.flow_steps), args.flow_batch, args.flow_rate, **named)
-            seen = functools.partial(watch, cfg, vae_params["decoder"])
-            pretraining.save_flow(folders, pretraining.train_flow(cfg, vae_params, pictures, pool, fit, watch=seen))
-        if given := todo("clip"):
-            rng, named = given
-            pool = paired(rng, count(150_000, 16), tokenize)
-            fit = how(count(args.clip_steps), 256, 1e-3, **named)
-            trained = pretraining.train_clip(folders.clip, folders.pipeline, vae_params, pictures, pool, fit)
-            pretraining.save_clip(folders, trained)
-    except pretraining.Stopped as e:
-        print(f"{e}; run the command again to go on", flush=True)
-        return AGAIN
+    def fit(label: str, steps: int, batch: int, rate: float) -> Fit:
+        state, until = args.out / "state" / f"{label}.msgpack", start + 60 * args.minutes
+        return Fit(count(steps), batch, rate, args.seed, label, state, until)
+
+    todo = [label for label, file in folders.done.items() if not file.exists()]
+    if "vae" in todo:
+        pretraining.write_folders(*folders, vocabulary(), configs(args.width), TOKENS)
+    with ThreadPoolExecutor(1) as host:  # draws the next training's scenes while the device trains
+        pools = {label: host.submit(pool_of, label) for label in todo}
+        try:
+            if "vae" in todo:
+                how = fit("vae", args.vae_steps, 256, 1e-3)
+                trained = pretraining.train_vae(VAE, pictures, pools["vae"].result(), how)
+                pretraining.save_vae(folders, *trained)
+            cfg, vae_params = check.model_config(folders.pipeline), pretraining.stored_vae(folders.pipeline)
+            if "flow" in todo:
+                how = fit("flow", args.flow_steps, args.flow_batch, args.flow_rate)
+                seen = functools.partial(watch, cfg, vae_params["decoder"])
+                flow = pretraining.train_flow(cfg, vae_params, pictures, pools["flow"].result(), how, watch=seen)
+                pretraining.save_flow(folders, flow)
+            if "clip" in todo:
+                how = fit("clip", args.clip_steps, 256, 1e-3)
+                own = folders.clip, folders.pipeline, vae_params
+                pretraining.save_clip(folders, pretraining.train_clip(*own, pictures, pools["clip"].result(), how))
+        except pretraining.Stopped as e:
+            host.shutdown(wait=False, cancel_futures=True)
+            print(f"{e}; run the command again to go on", flush=True)
+            return AGAIN
     print(f"{args.out} is done, {time.time() - start:.0f} s on {jax.devices()[0].device_kind}", flush=True)
     return 0
 
