@@ -210,7 +210,7 @@ def train_vae(settings: dict[str, Any], draw: Draw, pool, how: Fit):
     params = fit(loss, params, pool, how)
     sample = jax.tree.map(lambda x: jnp.asarray(x[:2048]), pool)
     moments: Any = jax.jit(lambda p, x: encoder.apply({"params": p}, draw(x) * 2 - 1))(params["encoder"], sample)
-    mean, _ = jnp.split(moments, 2, axis=-1)
+    mean, _ = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return params, {**settings, "scaling_factor": float(1 / jnp.std(mean)), "shift_factor": float(jnp.mean(mean))}
 
 

@@ -140,6 +140,14 @@ def test_wandb_that_lets_nobody_in(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]"])
+def test_wandb_whose_id_is_damaged(tmp_path, monkeypatch, content):
+    monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
+    (tmp_path / "wandb.json").write_text(content)
+    with pytest.raises(log.LogError, match=r"wandb\.json has no id of a wandb run.*remove it"):
+        log.wandb(tmp_path, "flow", {}).__enter__()
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(45.4, "45s"), (59.7, "1m00s"), (200.0, "3m20s"), (7500.0, "2h05m")])
 def test_duration(seconds, text):
     assert log.duration(seconds) == text

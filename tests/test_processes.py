@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,17 +21,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+from experiments.hosts.paper import free_address
 from solrl_jax import processes
 from solrl_jax.processes import ProcessError
 from tests import nano
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return s.getsockname()[1]
 
 
 def started(
@@ -45,7 +39,7 @@ def started(
 ) -> list[subprocess.Popen]:
     """`count` processes of `devices` CPU devices each, in `folder`; process i prints to <folder>/<i>.out and .err.
     `second`: more of the environment of process 1."""
-    found, where = [], f"localhost:{free_port()}"
+    found, where = [], free_address()
     for i in range(count):
         env = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -249,7 +243,7 @@ def test_processes_that_are_not_alike(tmp_path, first, second, message):
 
 def test_others_that_do_not_come(tmp_path):
     """The first process waits for the second; the second for a coordinator that does not answer."""
-    where = [f"localhost:{free_port()}" for _ in range(2)]
+    where = [free_address() for _ in range(2)]
     assert ended(started(tmp_path, starting([[f"--coordinator={at}"] for at in where], 2)), 120) == [2, 2]
     assert said(tmp_path) == [
         f"error: the processes did not meet at the coordinator ({at}) within 2 s: is process 0 running there, "

@@ -149,10 +149,7 @@ def wandb(run: Path, project: str, config: Mapping[str, Any]) -> Iterator[Sink]:
     """
     import wandb as service  # pyright: ignore[reportMissingImports] - an optional dependency
 
-    file = run / "wandb.json"
-    if not file.exists():
-        file.write_text(json.dumps({"id": secrets.token_hex(4)}), encoding="utf-8")
-    known = json.loads(file.read_text(encoding="utf-8"))["id"]
+    known = _wandb_id(run / "wandb.json")
     entity, _, name = project.rpartition("/")
     where = {"entity": entity or None, "project": name, "name": run.name, "dir": str(run)}
     try:
@@ -168,6 +165,17 @@ def wandb(run: Path, project: str, config: Mapping[str, Any]) -> Iterator[Sink]:
             session.log({"iteration": iteration, **{k: v for k, v in metrics.items() if math.isfinite(v)}})
 
         yield write
+
+
+def _wandb_id(file: Path) -> str:
+    """The id that `file` keeps, made if there is no file. LogError if it holds none, as after a full disk."""
+    if not file.exists():
+        with disk.whole(file) as f:
+            f.write(json.dumps({"id": secrets.token_hex(4)}).encode())
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["id"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise LogError(f"{file} has no id of a wandb run ({e!r}): remove it, and the run continues as a new one") from e
 
 
 # --- screen ---------------------------------------------------------------------------------------------------------
