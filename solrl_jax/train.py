@@ -34,7 +34,7 @@ from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.report.run import read_starts
 from solrl_jax.rewards.own import RewardError
-from solrl_jax.run import assemble, checkpoint, data, evaluate, export, guards, pictures
+from solrl_jax.run import assemble, checkpoint, data, evaluate, export, guards, manifest, pictures
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.guards import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.run.log import Log, finite, open_log, read, wandb
@@ -72,7 +72,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         stack.enter_context(jax.set_mesh(parts.mesh))
         stop = stack.enter_context(signals())
         parts, state = ready(parts), state or assemble.fresh(parts)
-        done, notes = int(state.iteration), assemble.notes(parts)
+        done, notes = int(state.iteration), [*assemble.notes(parts), *other_prompts(place, parts)]
 
         def opened() -> list[str]:
             run.mkdir(parents=True, exist_ok=True)
@@ -153,6 +153,15 @@ def start(run: Path, resume: bool) -> tuple[Path | None, list[str]]:
     return place, [*said, f"going on from {place}"]
 
 
+def other_prompts(place: Path | None, parts: Parts) -> list[str]:
+    """A line for the log if the checkpoint's run drew from other prompts: `prompt_files` may move, or be edited."""
+    if place is None or manifest.read(place)["prompts"] in ("", data.digest(parts.prompts)):
+        return []
+    return [
+        f"prompt_files={parts.cfg.prompt_files} has other prompts or rows than when {place} was saved: they are new"
+    ]
+
+
 def restored(place: Path, cfg: Config, devices: int | None, shard: int) -> TrainState:
     """The state of a checkpoint, on every device."""
     mesh = assemble.make_mesh(devices, shard, cfg.prompts)
@@ -163,7 +172,8 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> 
     """Iterate to the end or to a signal; the last finished iteration is on disk when this returns or raises."""
     cfg, first, done, score = parts.cfg, int(state.iteration), int(state.iteration), None
     every = cfg.save_every if processes.count() == 1 else 1
-    with checkpoint.Saver(run, cfg, parts.begun.origins if parts.begun else ()) as saver:
+    lora = {"lora": [origin._asdict() for origin in parts.begun.origins]} if parts.begun else {}
+    with checkpoint.Saver(run, cfg, {"prompts": data.digest(parts.prompts), **lora}) as saver:
         try:
             base, seen = beginning(parts, state, run, out)
             state = guards.judged(state, seen, cfg) if done == 0 else state

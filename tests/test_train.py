@@ -203,7 +203,8 @@ def test_a_resumed_run_equals_an_unbroken_one(toy, tmp_path, monkeypatch, capsys
         jax.tree.map(np.testing.assert_array_equal, load_file(broken / name), load_file(whole / name))
 
 
-def test_a_signal_before_the_first_iteration_leaves_something_to_go_on_with(toy, tmp_path, monkeypatch):
+def test_a_signal_before_the_first_iteration_leaves_something_to_go_on_with(toy, tmp_path, monkeypatch, capsys):
+    """And whoever goes on after the prompts were edited is told."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         interrupt_at(patch, 0)
@@ -211,6 +212,12 @@ def test_a_signal_before_the_first_iteration_leaves_something_to_go_on_with(toy,
     assert checkpoint.latest(run)[0] == 0 and sorted(metrics_of(run)) == [0]
     assert train.train(config.override(toy, iterations=1), run, resume=True, devices=1) == 0
     assert sorted(metrics_of(run)) == [0, 1]
+    assert "has other prompts" not in capsys.readouterr().out
+    with open(toy.prompt_files, "a") as f:
+        f.write("prompt 7\n")
+    assert train.train(config.override(toy, iterations=1), run, resume=True, devices=1) == 0
+    told = f"prompt_files={toy.prompt_files} has other prompts or rows than when {run / 'checkpoints/1'} was saved"
+    assert told in capsys.readouterr().out
 
 
 @pytest.mark.slow

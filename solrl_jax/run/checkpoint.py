@@ -25,6 +25,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -69,11 +70,12 @@ def steps(run: Path) -> list[int]:
 class Saver:
     """Writes checkpoints of one run in the background, one at a time; leaving the context waits for the last one.
 
-    `save` returns at once. The error of a save is raised by the next `save` or when the context ends.
+    `save` returns at once. The error of a save is raised by the next `save` or when the context ends. `facts` are for
+    the manifest: "lora" and "prompts" of `manifest.read`.
     """
 
-    def __init__(self, run: Path, cfg: Config, begun: Sequence[start.Origin] = ()):
-        self.run, self.cfg, self.begun = run, cfg, begun
+    def __init__(self, run: Path, cfg: Config, facts: Mapping[str, Any] = MappingProxyType({})):
+        self.run, self.cfg, self.facts = run, cfg, facts
         self.last, _ = latest(run)  # the newest step that is whole or being written
         self.thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self.pending: concurrent.futures.Future | None = None
@@ -107,7 +109,7 @@ class Saver:
         before, step = self.pending, int(state.iteration)
         if step != self.last:
             self.last = step
-            self.pending = self.thread.submit(write, self.run, step, state, self.cfg, score, self.begun)
+            self.pending = self.thread.submit(write, self.run, step, state, self.cfg, score, self.facts)
         if before is not None:
             processes.together(before.result)
 
@@ -119,17 +121,21 @@ class Saver:
 
 
 def write(
-    run: Path, step: int, state: PyTree, cfg: Config, score: float | None = None, begun: Sequence[start.Origin] = ()
+    run: Path,
+    step: int,
+    state: PyTree,
+    cfg: Config,
+    score: float | None = None,
+    facts: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Write one checkpoint: orbax, config, manifest. Then delete older ones (`_drop_older`). `begun`: the LoRAs in the
-    base, for the manifest.
+    """Write one checkpoint: orbax, config, manifest with `facts`. Then delete older ones (`_drop_older`).
 
     Raises CheckpointError (full disk, no permission, a lost device) after removing the new folder; earlier steps are
     not touched. Threads of orbax that still write may leave files, which have no manifest and do not count.
     """
     place = folder(run, step)
     try:
-        _write(place, step, state, cfg, score, begun)
+        _write(place, step, state, cfg, score, facts)
     # Tensorstore reports a full disk as a ValueError.
     except (OSError, ValueError, jax.errors.JaxRuntimeError, processes.ProcessError) as e:
         why = cause(e)
@@ -144,12 +150,10 @@ def write(
     raise CheckpointError(f"checkpoint {place} could not be written: {why}. {_intact(run)}")
 
 
-def _write(
-    place: Path, step: int, state: PyTree, cfg: Config, score: float | None, begun: Sequence[start.Origin]
-) -> None:
+def _write(place: Path, step: int, state: PyTree, cfg: Config, score: float | None, facts: Mapping[str, Any]) -> None:
     processes.by_first(lambda: _make_room(place, state), CHANNEL)
     processes.together(lambda: save_tree(place / "state", state), CHANNEL)
-    processes.by_first(lambda: _complete(place, step, state, cfg, score, begun), CHANNEL)
+    processes.by_first(lambda: _complete(place, step, state, cfg, score, facts), CHANNEL)
 
 
 CHANNEL = "checkpoint"
@@ -168,13 +172,12 @@ def _make_room(place: Path, state: PyTree) -> None:
 
 
 def _complete(
-    place: Path, step: int, state: PyTree, cfg: Config, score: float | None, begun: Sequence[start.Origin]
+    place: Path, step: int, state: PyTree, cfg: Config, score: float | None, facts: Mapping[str, Any]
 ) -> None:
     """Config and manifest, beside orbax's files."""
     replace(place / "config.json", config.to_json(cfg))
     made = {"format": FORMAT, "step": step, "score": score, "tree": describe(state), "files": hashes(place)}
-    made |= {"lora": [origin._asdict() for origin in begun]} if begun else {}
-    replace(place / "manifest.json", json.dumps(made, indent=1))
+    replace(place / "manifest.json", json.dumps(made | facts, indent=1))
     _sync(place)
 
 

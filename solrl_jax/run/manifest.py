@@ -20,10 +20,12 @@ class CheckpointError(RuntimeError):
 
 def read(place: Path) -> dict[str, Any]:
     """format, score, files {path: SHA-256} and tree {path of a leaf: its type} of the checkpoint folder `place`, and
-    lora: [{file, scale, sha256}], the LoRAs in the base that it adapts."""
+    lora: [{file, scale, sha256}], the LoRAs in the base that it adapts, and prompts: `data.digest` of its prompts, or
+    "" where an earlier version wrote none."""
     try:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
         found = {"format": int(manifest.get("format", 1)), "score": manifest.get("score")}
+        found["prompts"] = str(manifest.get("prompts", ""))
         begun = [(str(x["file"]), float(x["scale"]), dict(x["sha256"])) for x in manifest.get("lora", [])]
         found["lora"] = [dict(zip(("file", "scale", "sha256"), x, strict=True)) for x in begun]
         return found | {"files": dict(manifest["files"]), "tree": dict(manifest["tree"])}
