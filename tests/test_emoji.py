@@ -377,7 +377,7 @@ def test_the_networks_are_trained_in_parts(tmp_path, monkeypatch):
     assert pretrain.main(words) == 0
     assert len([*tmp_path.rglob("*.safetensors")]) == 5 and not [*tmp_path.rglob("*.msgpack")]
     reward, params = clipscore.make(str(tmp_path / "clip"))
-    score = reward.score(params, np.zeros((1, 64, 64, 3), np.float32), reward.tokenize(["a fox"]))
+    score = reward.score(params, jnp.zeros((1, 64, 64, 3)), reward.tokenize(["a fox"]))
     assert np.isfinite(score).all()
     base, vae_params, text = flux.load(check.model_config(tmp_path / "pipeline"))
     assert base and vae_params and text
