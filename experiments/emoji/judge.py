@@ -117,12 +117,12 @@ def _ground(image: Float[Array, "64 64 3"]) -> Float[Array, "3"]:
     return jnp.median(image.reshape(-1, 3), axis=0)
 
 
-def _blurred(fields: Float[Array, "*n s s c"], sd: float) -> Float[Array, "*n s s c"]:
-    """By a Gaussian. Outside, all is 0: nothing differs from the background."""
-    apart = np.arange(fields.shape[-2])
-    weights = np.exp(-((apart[:, None] - apart[None]) ** 2) / (2 * sd**2))
-    lines = jnp.asarray(weights / weights.sum(1).max(), jnp.float32)
-    return jnp.einsum("hy,...yxc,wx->...hwc", lines, fields, lines, precision="highest")
+def _blurred(lines: Float[Array, "*n s w"], sd: float) -> Float[Array, "*n s w"]:
+    """Weights of each pixel of a line, after a Gaussian along it; beyond its ends is background, so 0."""
+    places = np.arange(lines.shape[-2])
+    near = np.exp(-((places[:, None] - places[None]) ** 2) / (2 * sd**2))
+    weights = jnp.asarray(near / near.sum(1).max(), jnp.float32)
+    return jnp.einsum("rs,...sw->...rw", weights, lines, precision="highest")
 
 
 class Kernels(NamedTuple):
@@ -135,9 +135,10 @@ class Kernels(NamedTuple):
 def _kernels(cell: Float[Array, "32 32 4"]) -> Kernels:
     sizes = jnp.asarray(levels())
     lines = world.resampling(jnp.full_like(sizes, SIDE / 2), sizes)
-    rgba = jnp.einsum("lyh,hwc,lxw->lyxc", lines, cell, lines, precision="highest")
-    mask = jax.lax.reduce_window(rgba[..., 3:], 0.0, jax.lax.max, (1, 5, 5, 1), (1, 1, 1, 1), "SAME")
-    rgba = _blurred(rgba, BLUR)
+    blurred = _blurred(lines, BLUR)
+    rgba = jnp.einsum("lyh,hwc,lxw->lyxc", blurred, cell, blurred, precision="highest")
+    alpha = jnp.einsum("lyh,hwc,lxw->lyxc", lines, cell[..., 3:], lines, precision="highest")
+    mask = jax.lax.reduce_window(alpha, 0.0, jax.lax.max, (1, 5, 5, 1), (1, 1, 1, 1), "SAME")
     both = jnp.roll(jnp.concatenate([rgba, mask], -1), (-SIDE // 2, -SIDE // 2), (1, 2))
     return Kernels(jnp.fft.rfft2(both, axes=(1, 2)), _moments(rgba, jnp.ones((SIDE, SIDE))))
 
@@ -178,9 +179,8 @@ class Rivals(NamedTuple):
 def _poses(cells: Float[Array, "k 32 32 4"]) -> Float[Array, "k p 12 12 4"]:
     """All objects in all of POSES on a patch, blurred."""
     scale, y, x = jnp.asarray(POSES, jnp.float32).T
-    lines = [world.resampling(PATCH / 2 + PATCH * at, PATCH * scale, PATCH) for at in (y, x)]
-    sharp = jnp.einsum("pyh,khwc,pxw->kpyxc", lines[0], cells, lines[1], precision="highest")
-    return _blurred(sharp, PATCH_BLUR)
+    lines = [_blurred(world.resampling(PATCH / 2 + PATCH * at, PATCH * scale, PATCH), PATCH_BLUR) for at in (y, x)]
+    return jnp.einsum("pyh,khwc,pxw->kpyxc", lines[0], cells, lines[1], precision="highest")
 
 
 def _rivals(which: Int[Array, ""], poses: Float[Array, "k p 12 12 4"]) -> Rivals:
@@ -197,10 +197,9 @@ def _patch(
 
     def weights(middle: Float[Array, ""]) -> Float[Array, "12 64"]:
         near = jnp.maximum(0.0, 1 - jnp.abs((steps + middle)[:, None] - (jnp.arange(SIDE) + 0.5)[None]) / wide)
-        return near / jnp.maximum(near.sum(-1, keepdims=True), 1e-6)
+        return _blurred(near / jnp.maximum(near.sum(-1, keepdims=True), 1e-6), PATCH_BLUR)
 
-    sharp = jnp.einsum("hy,yxc,wx->hwc", weights(centre[0]), offset, weights(centre[1]), precision="highest")
-    return _blurred(sharp, PATCH_BLUR)
+    return jnp.einsum("hy,yxc,wx->hwc", weights(centre[0]), offset, weights(centre[1]), precision="highest")
 
 
 def _is_best(
@@ -263,7 +262,8 @@ def _judge_one(
     objects, numbers, relation, background = facts[:6:2], facts[1:6:2], facts[6], facts[7]
     ground = _ground(image)
     offset = image - ground[None, None]
-    blurred = _blurred(offset, BLUR)
+    lines = _blurred(jnp.eye(SIDE), BLUR)
+    blurred = jnp.einsum("ry,yxc,sx->rsc", lines, offset, lines, precision="highest")
     found = jax.vmap(_find, (None, None, None, 0, 0, None, 0, None))(
         offset, blurred, ground, objects, kernels, poses, rivals, limits.match
     )
