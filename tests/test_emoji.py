@@ -254,7 +254,7 @@ def test_the_better_match_has_the_place():
     found = judge.Found(
         there=jnp.ones((2, 3), bool),
         match=jnp.array([[0.9, 0.7, 0.7], [0.8, 0.95, 0.99]]),
-        centre=jnp.array([[[20.0, 20], [44, 20], [20, 54]], [[20.0, 38], [44, 34], [20, 54]]]),
+        centre=jnp.array([[[20.0, 20], [44, 20], [44, 60]], [[20.0, 38], [44, 34], [44, 60]]]),
         size=jnp.full((2, 3), 20.0),
     )
     there = found.there.at[1, 2].set(False)
