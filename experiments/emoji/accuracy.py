@@ -200,13 +200,13 @@ def words(n: int, seed: int) -> dict[str, dict[str, Any]]:
 # --- commands -------------------------------------------------------------------------------------------------------
 
 GRID = {
-    "match": (0.55, 0.65, 0.75, 0.85),
+    "match": (0.45, 0.65, 0.75, 0.85),
     "near": (0.12, 0.2),
     "other": (0.15, 0.25),
     "clutter": (6, 24),
 }
 """What each threshold is tried at while the others keep their defaults."""
-TUNED_ON = ("as drawn", "blur, sd 1 px", "noise, sd .05", "JPEG, quality 50")
+TUNED_ON = ("as drawn", "JPEG, quality 50", "blur, then noise")
 
 
 def tune(n: int) -> dict[str, dict[str, Any]]:
