@@ -71,9 +71,9 @@ OTHERS = {
 }
 
 
-def arm_config(arm: Arm, world: str = "tiny") -> Config:
+def arm_config(arm: Arm, world: worlds.World = worlds.TINY) -> Config:
     """The arm's config with chunks for a GPU: all prompts' candidates at once, all points of an update at once."""
-    cfg = worlds.find(world).config(arm.recipe, arm.overrides)
+    cfg = world.config(arm.recipe, arm.overrides)
     points = cfg.prompts * cfg.kept // cfg.learn.updates * cfg.times
     chunks = {f"{name}.chunk": str(cfg.prompts * images) for name, _, images in cfg.stages()}
     return config.override(cfg, **chunks, **{"learn.micro_batch": str(points)})
@@ -243,7 +243,7 @@ def run_guidance(bench: Bench, weights: Sequence[float] = (1.5, 2.0, 3.0)) -> No
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", default="tiny", choices=worlds.WORLDS)
+    worlds.add_arguments(parser)
     parser.add_argument("--arms", default=",".join([*ARMS, *OTHERS]))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--iterations", type=int, help="of every arm")
@@ -274,9 +274,10 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
 
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
-        sol_rl = arm_config(ARMS["sol_rl"], args.world)
+        world = worlds.find(args.world, args.networks)
+        sol_rl = arm_config(ARMS["sol_rl"], world)
         opened = lab.open_world(sol_rl, args.prompts)
-        cfgs = {n: arm_config(a, args.world) for n, a in arms.items()}
+        cfgs = {n: arm_config(a, world) for n, a in arms.items()}
         own = {n: what_is_compiled(arms[n], cfgs[n]) for n in arms}
         programs = {pool.submit(compiled, opened, *key, seeds): key for key in set(own.values())}
         say(f"{len(opened.train)} train captions; compiling {', '.join(arms) or 'nothing'}")

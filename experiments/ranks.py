@@ -125,7 +125,7 @@ def figures_of(pair: Pair, kept: int) -> dict[str, dict]:
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", default="tiny", choices=worlds.WORLDS)
+    worlds.add_arguments(parser)
     parser.add_argument("--run", type=Path, help="a run's folder or a LoRA file")
     parser.add_argument("--pipeline", type=Path, help="another pipeline of the world, of another width")
     for i, name in enumerate(("prompts", "candidates", "kept", "chunk")):
@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, help=defaults)
     parser.add_argument("--out", type=Path, help="results/ranks.json of the world")
     args = parser.parse_args(argv)
-    world = worlds.find(args.world)
+    world = worlds.find(args.world, args.networks)
     given = args.prompts, args.candidates, args.kept, args.chunk
     captions, candidates, kept, chunk = (g or default for g, default in zip(given, SIZES[args.world], strict=True))
     cfg = world.config("sol_rl", {"model.path": str(args.pipeline)} if args.pipeline else None)

@@ -5,6 +5,7 @@ scenes of `emoji` therefore take no part in lab runs, and prompts/objects has it
 on CLIPScore; the reward that checks the facts of a caption is held out.
 """
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -102,7 +103,17 @@ EMOJI = World(
 WORLDS = {world.name: world for world in (TINY, EMOJI)}
 
 
-def find(name: str) -> World:
+def find(name: str, networks: Path | None = None) -> World:
+    """The world of that name, with the networks of another folder if one is given: its pipeline/ and its clip/."""
     if name not in WORLDS:
         raise ValueError(f"there is no world {name!r}: use one of {', '.join(WORLDS)}")
-    return WORLDS[name]
+    if networks is None:
+        return WORLDS[name]
+    paths = ("model.path", str(networks / "pipeline")), ("reward_paths", f"clipscore={networks / 'clip'}")
+    return WORLDS[name]._replace(overrides=(*WORLDS[name].overrides, *paths))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--world and --networks, for `find`."""
+    parser.add_argument("--world", default="tiny", choices=WORLDS)
+    parser.add_argument("--networks", type=Path, help="a folder with pipeline/ and clip/; the world's own if not given")

@@ -59,7 +59,7 @@ def test_the_arms_of_a_world():
 
 def test_an_arm_on_the_emoji_world():
     """The recipe's sizes, on captions of objects, and nothing that OCR would score."""
-    tiny, emoji = (evidence.arm_config(run.ARMS["branch"], world) for world in ("tiny", "emoji"))
+    tiny, emoji = (evidence.arm_config(run.ARMS["branch"], world) for world in (worlds.TINY, worlds.EMOJI))
     assert evidence.image_steps(tiny) == evidence.image_steps(emoji)
     assert (emoji.name, emoji.reward, emoji.evaluate.rewards) == ("emoji", "clipscore", "")
     assert emoji.prompt_files == str(worlds.EMOJI.prompts) and emoji.branch == tiny.branch

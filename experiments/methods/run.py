@@ -166,7 +166,7 @@ def at_mark(split: str, done: int, cost: float, states: TrainState, bench: Bench
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", default="tiny", choices=worlds.WORLDS)
+    worlds.add_arguments(parser)
     parser.add_argument("--arms", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0,1,2,3,4")
     parser.add_argument("--budget", type=float, default=20_000, help="seconds on an H100 at full size, for each arm")
@@ -186,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join(ARMS)}")
     if args.iterations % args.marks:
         parser.error(f"--iterations={args.iterations}: use a multiple of --marks={args.marks}")
-    cfgs = {n: in_precision(evidence.arm_config(ARMS[n], args.world), args.precision) for n in names}
+    world = worlds.find(args.world, args.networks)
+    cfgs = {n: in_precision(evidence.arm_config(ARMS[n], world), args.precision) for n in names}
     if args.plan:
         return print("\n".join(plan(cfgs, args.budget, args.marks, len(seeds))))
     began = time.perf_counter()
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
 
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
-        sol_rl = evidence.arm_config(ARMS["sol_rl"], args.world)
+        sol_rl = evidence.arm_config(ARMS["sol_rl"], world)
         opened = lab.open_world(in_precision(sol_rl, args.precision), args.prompts)
         programs: dict[str, Future] = {}
         for n, cfg in cfgs.items():
