@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         own = {n: what_is_compiled(arms[n], cfgs[n]) for n in arms}
         programs = {pool.submit(compiled, opened, *key, seeds): key for key in set(own.values())}
         say(f"{len(opened.train)} train captions; compiling {', '.join(arms) or 'nothing'}")
-        stage = config.Stage(steps=10, chunk=min(args.chunk, PICTURES * args.prompts))
+        stage = config.Stage(steps=10, chunk=lab.chunk(args.prompts, PICTURES, args.chunk))
         measure = functools.partial(lab.measure, opened, images=PICTURES, stage=stage)
         nothing = lab.base_adapter(opened)
         base = {split: measure(nothing, split) for split in lab.SPLITS}

@@ -37,6 +37,21 @@ class Verdict(Protocol):
     def exact(self) -> Bool[Array, "B"]: ...
 
 
+class Sizes(NamedTuple):
+    """How much its experiments do where the command does not say; see the sizes of TINY and of EMOJI.
+
+    Methods: seconds of an H100 at full size (methods/price.py) that each arm gets, and at how many equal parts of them
+    it is measured. Ranks: captions, candidates, how many of them are kept, and pictures at a time.
+    """
+
+    budget: float
+    marks: int
+    captions: int
+    candidates: int
+    kept: int
+    chunk: int
+
+
 class World(NamedTuple):
     """A world of configs/NAME.py; its results are in experiments/NAME.
 
@@ -54,6 +69,7 @@ class World(NamedTuple):
     at_once: int
     drawn: Callable[[np.random.Generator, int], tuple[dict[str, Any], list[str]]]
     pictures: Callable[[dict[str, Any]], jax.Array]
+    sizes: Sizes
 
     @property
     def home(self) -> Path:
@@ -88,6 +104,7 @@ TINY = World(
     at_once=125,
     drawn=_shapes_drawn,
     pictures=tiny.pictures,
+    sizes=Sizes(budget=20_000, marks=8, captions=500, candidates=24, kept=8, chunk=24),
 )
 EMOJI = World(
     name="emoji",
@@ -99,6 +116,9 @@ EMOJI = World(
     at_once=16,  # 16 captions of 4 pictures take about 320 MB
     drawn=_objects_drawn,
     pictures=emoji.pictures,
+    # On an H200 a call of nine minutes holds three arms of five seeds, of which one tries rates, or the ranks of two
+    # policies. With tiny's sizes one arm would take five minutes (`methods.run --world=emoji --plan`).
+    sizes=Sizes(budget=8_000, marks=4, captions=200, candidates=96, kept=24, chunk=1920),
 )
 WORLDS = {world.name: world for world in (TINY, EMOJI)}
 
@@ -111,6 +131,11 @@ def find(name: str, networks: Path | None = None) -> World:
         return WORLDS[name]
     paths = ("model.path", str(networks / "pipeline")), ("reward_paths", f"clipscore={networks / 'clip'}")
     return WORLDS[name]._replace(overrides=(*WORLDS[name].overrides, *paths))
+
+
+def defaults(name: str) -> str:
+    """What a field of `Sizes` is in each world, for a parser's help."""
+    return ", ".join(f"{world.name} {getattr(world.sizes, name):,g}" for world in WORLDS.values())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

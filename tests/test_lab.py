@@ -132,7 +132,7 @@ def test_previews_and_branches_are_ranked_by_their_own_truth(opened, monkeypatch
     monkeypatch.setattr(ranks, "PREVIEWS", {"full": ranks.FULL, "NVFP4": ("nvfp4_emulated", 2)})
     monkeypatch.setattr(ranks, "BRANCHES", {"branch": "bf16"})
     adapter = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
-    (found,) = ranks.pairs(opened, [adapter], captions=2, candidates=4, chunk=8)
+    found = {name: pair for _, name, pair in ranks.pairs(opened, {"base": adapter}, captions=2, candidates=4, chunk=8)}
     assert list(found) == ["full", "NVFP4", "branch"] and found["full"].truth.shape == (2, 4)
     np.testing.assert_array_equal(found["full"].preview, found["full"].truth)
     np.testing.assert_array_equal(found["NVFP4"].truth, found["full"].truth)

@@ -46,6 +46,37 @@ def prices(file: Path = MEASURED) -> Prices:
     )
 
 
+class Work(NamedTuple):
+    """GFLOP of a world's own networks for one picture: a step, decoding, the reward; and decoding's TFLOP/s."""
+
+    forward: float
+    decode: float
+    reward: float
+    decode_rate: float
+
+
+RATE = 50.0
+"""TFLOP/s of an H200 on such small networks in bf16: with it the ten arms of experiments/methods would have taken .7 to
+1.3 of their measured wall times."""
+WORK = {"tiny": Work(0.157, 0.112, 0.307, RATE / 2), "emoji": Work(1.632, 1.766, 1.035, RATE)}
+"""By `--mode=plan` and by `plan.jaxpr` of the reward; tiny decodes in float32."""
+
+
+def of_world(world: str) -> Prices:
+    """What a picture takes in a world's own networks on an H200, seconds, estimated from its FLOPs; low precision is
+    emulated there. A trained point is 2.2 forward passes: the base's weights have no gradient."""
+    work = WORK[world]
+    step = work.forward / RATE / 1e3
+    decoded = work.decode / work.decode_rate / 1e3 + work.reward / RATE / 1e3
+    return Prices(bf16=step, low=1.7 * step, decoded=decoded, trained=2.2 * step, fixed=step, quantise=0.0)
+
+
+def measured_seconds(world: str, pictures: int, steps: int = 10) -> float:
+    """Of so many pictures of one policy, drawn, decoded and scored; the judge is not counted."""
+    each = of_world(world)
+    return pictures * (steps * each.bf16 + each.decoded)
+
+
 def price(cfg: Config, each: Prices) -> dict[str, float]:
     """Seconds of one iteration of `cfg`, by kind of work."""
     out = {"rollout in bf16": 0.0, "rollout in low precision": 0.0, "decode and reward": 0.0}

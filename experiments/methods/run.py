@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments import evidence, lab, results, worlds
 from experiments.evidence import PICTURES, Arm
-from experiments.methods.price import price, prices
+from experiments.methods.price import measured_seconds, of_world, price, prices
 from solrl_jax import config, device, sharding
 from solrl_jax.config import Config
 from solrl_jax.structs import TrainState
@@ -169,8 +169,11 @@ def main(argv: list[str] | None = None) -> None:
     worlds.add_arguments(parser)
     parser.add_argument("--arms", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--budget", type=float, default=20_000, help="seconds on an H100 at full size, for each arm")
-    parser.add_argument("--marks", type=int, default=8, help="measurements along the budget")
+    for name, kind, what in (
+        ("budget", float, "seconds on an H100 at full size, for each arm"),
+        ("marks", int, "measurements along the budget"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, help=f"{what}; {worlds.defaults(name)}")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
     parser.add_argument("--rate", type=float, help="train at this rate and try no other")
@@ -184,12 +187,13 @@ def main(argv: list[str] | None = None) -> None:
     seeds, out = [int(s) for s in args.seeds.split(",")], args.out or RESULTS[args.world]
     if strange := [n for n in names if n not in ARMS]:
         parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join(ARMS)}")
-    if args.iterations % args.marks:
-        parser.error(f"--iterations={args.iterations}: use a multiple of --marks={args.marks}")
     world = worlds.find(args.world, args.networks)
+    budget, marks = args.budget or world.sizes.budget, args.marks or world.sizes.marks
+    if args.iterations % marks:
+        parser.error(f"--iterations={args.iterations}: use a multiple of --marks={marks}")
     cfgs = {n: in_precision(evidence.arm_config(ARMS[n], world), args.precision) for n in names}
     if args.plan:
-        return print("\n".join(plan(cfgs, args.budget, args.marks, len(seeds))))
+        return print("\n".join(plan(cfgs, world.name, budget, marks, len(seeds), args.prompts)))
     began = time.perf_counter()
 
     def say(*what: object) -> None:
@@ -201,16 +205,16 @@ def main(argv: list[str] | None = None) -> None:
         programs: dict[str, Future] = {}
         for n, cfg in cfgs.items():
             key, shuffled, _ = evidence.what_is_compiled(ARMS[n], cfg)
-            call = a_mark(cfg, args.budget, args.marks, args.iterations)
+            call = a_mark(cfg, budget, marks, args.iterations)
             programs[n] = pool.submit(evidence.compiled, opened, key, shuffled, call, seeds)
         say("compiling", ", ".join(cfgs))
-        stage = config.Stage(steps=10, chunk=min(args.chunk, PICTURES * args.prompts))
+        stage = config.Stage(steps=10, chunk=lab.chunk(args.prompts, PICTURES, args.chunk))
         measure = functools.partial(lab.measure, opened, images=PICTURES, stage=stage)
         nothing = lab.base_adapter(opened)
         base = {split: measure(nothing, split) for split in lab.SPLITS}
         say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
         choosing = min(CHOOSING, args.prompts // 5)
-        bench = Bench(opened, seeds, measure, base, args.budget, args.marks, choosing, args.iterations, out, say)
+        bench = Bench(opened, seeds, measure, base, budget, marks, choosing, args.iterations, out, say)
         chosen: dict[str, tuple[str, float]] = {}  # by method: the arm that chose, and its rate
         for name, cfg in cfgs.items():
             program, source = programs[name].result(), BORROWED.get(name, name)
@@ -218,8 +222,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.rate:
                 rate, how = args.rate, "given"
             elif args.rates:
-                found = json.loads((args.rates / f"{source}.json").read_text(encoding="utf-8"))["figures"]["rate"]
-                rate, how = found["value"], f"as in experiments/methods, {source}"
+                by, rate = chosen_before(args.rates, source)
+                how = f"of {by}, in --rates"
             elif source in chosen:
                 by, rate = chosen[source]
                 how = f"of {by}"
@@ -230,6 +234,15 @@ def main(argv: list[str] | None = None) -> None:
         say("done")
 
 
+def chosen_before(folder: Path, source: str) -> tuple[str, float]:
+    """The arm of a folder whose rate is that of the method `source`, and the rate. FileNotFoundError without one."""
+    arms = [source, *(name for name, of in BORROWED.items() if of == source)]
+    for file in (folder / f"{name}.json" for name in arms):
+        if file.is_file():
+            return file.stem, json.loads(file.read_text(encoding="utf-8"))["figures"]["rate"]["value"]
+    raise FileNotFoundError(f"--rates={folder}: no {' or '.join(arms)} there has the rate of {source}; leave it out")
+
+
 def in_precision(cfg: Config, precision: str) -> Config:
     """`cfg` with its low-precision explorer in another precision."""
     if cfg.explore is None or cfg.explore.precision == "bf16":
@@ -237,15 +250,26 @@ def in_precision(cfg: Config, precision: str) -> Config:
     return config.override(cfg, **{"explore.precision": precision})
 
 
-def plan(cfgs: dict[str, Config], budget: float, marks: int, seeds: int) -> list[str]:
-    """The run list: iterations, cost by kind, and network evaluations of the small world, of each arm."""
-    lines = [f"{'arm':14} iterations  s an iteration on an H100, by kind"]
+def plan(cfgs: dict[str, Config], world: str, budget: float, marks: int, seeds: int, captions: int) -> list[str]:
+    """The run list: iterations of the training and of the tuning, the cost of one by kind, and how long the device
+    works on it, measuring included; not how long the programs compile."""
+    lines, device_seconds, tuned = (
+        [f"{'arm':14} iterations  s on an H200  s an iteration on an H100, by kind"],
+        0.0,
+        set(),
+    )
     for name, cfg in cfgs.items():
-        cost, each = price(cfg, prices()), a_mark(cfg, budget, marks)
-        tuned = 0 if name in BORROWED else max(1, marks // 2) * each
+        cost, each, source = price(cfg, prices()), a_mark(cfg, budget, marks), BORROWED.get(name, name)
+        tuning = 0 if source in tuned else max(1, marks // 2) * each
+        tuned.add(source)
+        measured = (marks + 1 + bool(tuning)) * measured_seconds(world, captions * PICTURES)
+        wall = seeds * ((each * marks + tuning) * sum(price(cfg, of_world(world)).values()) + measured)
+        in_all += wall
         kinds = ", ".join(f"{k} {v:.0f}" for k, v in cost.items() if v)
-        lines.append(f"{name:14} {seeds} x {each * marks} + {seeds} x {tuned}  {sum(cost.values()):.0f}: {kinds}")
-    return lines
+        lines.append(
+            f"{name:14} {seeds} x {each * marks} + {seeds} x {tuning}  {wall:.0f}  {sum(cost.values()):.0f}: {kinds}"
+        )
+    return [*lines, f"about {in_all:.0f} s on an H200, without compiling and loading"]
 
 
 if __name__ == "__main__":
