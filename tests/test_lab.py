@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evidence, lab, ranks, results, worlds
+from experiments import curves, evidence, lab, ranks, results, worlds
 from experiments.emoji import judge
-from experiments.tiny import check, curves
+from experiments.tiny import check
 from solrl_jax import config, sharding
 from solrl_jax.config import Stage
 from solrl_jax.rewards import Reward, Score

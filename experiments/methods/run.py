@@ -253,11 +253,8 @@ def in_precision(cfg: Config, precision: str) -> Config:
 def plan(cfgs: dict[str, Config], world: str, budget: float, marks: int, seeds: int, captions: int) -> list[str]:
     """The run list: iterations of the training and of the tuning, the cost of one by kind, and how long the device
     works on it, measuring included; not how long the programs compile."""
-    lines, device_seconds, tuned = (
-        [f"{'arm':14} iterations  s on an H200  s an iteration on an H100, by kind"],
-        0.0,
-        set(),
-    )
+    lines = [f"{'arm':14} iterations  s on an H200  s an iteration at full size on an H100, by kind"]
+    in_all, tuned = 0.0, set()
     for name, cfg in cfgs.items():
         cost, each, source = price(cfg, prices()), a_mark(cfg, budget, marks), BORROWED.get(name, name)
         tuning = 0 if source in tuned else max(1, marks // 2) * each
