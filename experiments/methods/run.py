@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments import evidence, lab, results, worlds
 from experiments.evidence import PICTURES, Arm
-from experiments.methods.price import measured_seconds, of_world, price, prices
+from experiments.methods.price import ABOUT, price, prices, wall
 from solrl_jax import config, device, sharding
 from solrl_jax.config import Config
 from solrl_jax.structs import TrainState
@@ -193,7 +193,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--iterations={args.iterations}: use a multiple of --marks={marks}")
     cfgs = {n: in_precision(evidence.arm_config(ARMS[n], world), args.precision) for n in names}
     if args.plan:
-        return print("\n".join(plan(cfgs, world.name, budget, marks, len(seeds), args.prompts)))
+        tunes = not (args.rate or args.rates)
+        return print("\n".join(plan(cfgs, budget, marks, args.iterations, len(seeds), args.prompts, tunes)))
     began = time.perf_counter()
 
     def say(*what: object) -> None:
@@ -250,23 +251,24 @@ def in_precision(cfg: Config, precision: str) -> Config:
     return config.override(cfg, **{"explore.precision": precision})
 
 
-def plan(cfgs: dict[str, Config], world: str, budget: float, marks: int, seeds: int, captions: int) -> list[str]:
-    """The run list: iterations of the training and of the tuning, the cost of one by kind, and how long the device
-    works on it, measuring included; not how long the programs compile."""
+def plan(
+    cfgs: dict[str, Config], budget: float, marks: int, iterations: int, seeds: int, captions: int, tunes: bool = True
+) -> list[str]:
+    """The run list: iterations of the training and of the tuning, estimated seconds of an H200 for both and for what is
+    measured, and what an iteration costs, by kind."""
     lines = [f"{'arm':14} iterations  s on an H200  s an iteration at full size on an H100, by kind"]
     in_all, tuned = 0.0, set()
     for name, cfg in cfgs.items():
-        cost, each, source = price(cfg, prices()), a_mark(cfg, budget, marks), BORROWED.get(name, name)
-        tuning = 0 if source in tuned else max(1, marks // 2) * each
+        cost, each, source = price(cfg, prices()), a_mark(cfg, budget, marks, iterations), BORROWED.get(name, name)
+        tuning = max(1, marks // 2) * each if tunes and source not in tuned else 0
         tuned.add(source)
-        measured = (marks + 1 + bool(tuning)) * measured_seconds(world, captions * PICTURES)
-        wall = seeds * ((each * marks + tuning) * sum(price(cfg, of_world(world)).values()) + measured)
-        in_all += wall
+        measured = (marks + 1 + bool(tuning)) * captions * PICTURES
+        seconds = wall(cfg, seeds, each * marks + tuning, measured)
+        in_all += seconds
         kinds = ", ".join(f"{k} {v:.0f}" for k, v in cost.items() if v)
-        lines.append(
-            f"{name:14} {seeds} x {each * marks} + {seeds} x {tuning}  {wall:.0f}  {sum(cost.values()):.0f}: {kinds}"
-        )
-    return [*lines, f"about {in_all:.0f} s on an H200, without compiling and loading"]
+        counts = f"{seeds} x {each * marks} + {seeds} x {tuning}"
+        lines.append(f"{name:14} {counts}  {seconds:.0f}  {sum(cost.values()):.0f}: {kinds}")
+    return [*lines, ABOUT.format(in_all)]
 
 
 if __name__ == "__main__":
