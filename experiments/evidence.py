@@ -6,10 +6,10 @@ r"""What Sol-RL gains on the small world, or on the emoji world, and which of it
         --iterations=400 --every=50 --out=results/samples
 
 An arm is a recipe or a control; its seeds train as one vmapped program (`lab`). Each arm is measured on the test
-captions x 4 fixed seeds, paired with the base, and at its end on the compositional ones. It writes results/arms/ARM.json
-of its world anew at every point of its curve. A recipe is configs/WORLD.py's on CLIPScore, but with larger chunks and
-micro-batches for a GPU, which changes numbers only by rounding. The third command is what samples of each kind do to a
-long training; `--plan` says how long each of its arms takes, and so how many of them to give to one call.
+captions x 4 fixed seeds, paired with the base, and at its end on the compositional ones. It writes
+results/arms/ARM.json of its world anew at every point of its curve. A recipe is configs/WORLD.py's on CLIPScore, but
+with larger chunks and micro-batches for a GPU, which changes numbers only by rounding. The third command is what
+samples of each kind do to a long training; `--plan` says how long each of its arms takes, for the arms of one call.
 """
 
 import argparse

@@ -63,6 +63,44 @@ def test_curves_begin_at_the_base(tmp_path):
     assert curves.points(tmp_path / "arm.json", "exact", "image-steps")[1:] == [(200, 0.625), (400, 0.75)]
 
 
+def test_curves_of_a_world(tmp_path):
+    """Of the families those with results; a panel of each figure and axis."""
+    marks = {
+        f"{what} after 10 iterations, 200 image-steps": results.figure(0.5, "", 1) for what in ("exact", "clipscore")
+    }
+    found = marks | {f"test: gain of {what}": results.figure(0.25, "", 1) for what in ("exact", "clipscore")}
+    for name in ("naive_quant", "branch"):
+        results.record(tmp_path / f"{name}.json", found)
+    curves.main([f"--arms={tmp_path}", f"--out={tmp_path / 'c.svg'}"])
+    drawn = (tmp_path / "c.svg").read_text()
+    assert drawn.count("<polyline") == 4 * 2 and drawn.count('data-x="0 200"') == 4 and "sol_rl" not in drawn
+    with pytest.raises(SystemExit):
+        curves.main(["--arms=/nowhere"])
+
+
+@pytest.mark.parametrize(
+    "captions, images, most, expect",
+    [(500, 4, 500, 500), (300, 4, 500, 400), (5, 4, 8, 4), (200, 96, 1920, 1920), (3, 4, 2, 4)],
+)
+def test_pictures_at_a_time_divide_the_captions(captions, images, most, expect):
+    assert lab.chunk(captions, images, most) == expect
+
+
+def test_ranks_that_were_found_are_kept(tmp_path, monkeypatch):
+    """A call that is ended has written what it had."""
+
+    def pairs(*_):
+        yield "base", "FP8, 6 steps", ranks.Pair(jnp.arange(8.0).reshape(1, 8), jnp.arange(8.0).reshape(1, 8))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranks, "pairs", pairs)
+    monkeypatch.setattr(lab, "open_world", lambda *_: None)
+    monkeypatch.setattr(lab, "policies", lambda *_: {})
+    with pytest.raises(KeyboardInterrupt):
+        ranks.main(["--kept=2", f"--out={tmp_path / 'ranks.json'}"])
+    assert results.table(tmp_path / "ranks.json").count("base, FP8, 6 steps") == 3
+
+
 def test_gains_are_paired_by_caption_and_noise():
     base = {k: np.zeros((1, 3, 2)) for k in ("exact", "share of facts", "clipscore")} | {
         "spread": np.full((1, 3, 2), 4.0)

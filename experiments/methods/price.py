@@ -56,12 +56,10 @@ class Work(NamedTuple):
 
 
 RATE = 50.0
-"""TFLOP/s of an H200 on such small networks in bf16: with it the ten arms of experiments/methods would have taken .7 to
-1.3 of their measured wall times."""
+"""TFLOP/s of an H200 on such small networks in bf16. With it the arms of experiments/methods and of experiments/tiny
+would have taken .7 to 1.5 of their measured wall times; larger networks may reach more."""
 WORK = {"tiny": Work(0.157, 0.112, 0.307, RATE / 2), "emoji": Work(1.632, 1.766, 1.035, RATE)}
 """By `--mode=plan` and by `plan.jaxpr` of the reward; tiny decodes in float32."""
-
-
 ABOUT = "about {:.0f} s on an H200 by FLOPs; compiling, loading and the judge are not counted"
 
 
