@@ -9,7 +9,7 @@ The picture is in results/ of the world. Of FAMILIES those are drawn that have r
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from experiments import worlds
@@ -30,7 +30,7 @@ def points(file: Path, what: str, axis: str) -> list[tuple[int, float]]:
     return [(0, found[-1][1] - figures[f"test: gain of {what}"]["value"]), *found]
 
 
-def panel(series: dict[str, plot.Points], title: str, across: str) -> str:
+def panel(series: Mapping[str, plot.Points], title: str, across: str) -> str:
     """One plot of lines, of the size that `page` gives it."""
     drawn = plot.curve(series, title=title, unit=title, across=across, width=WIDTH, height=HEIGHT)
     return drawn.replace("<svg ", f'<svg width="{WIDTH}" height="{HEIGHT}" ', 1)

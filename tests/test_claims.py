@@ -55,7 +55,7 @@ def test_estimates_and_their_intervals(estimate, expect):
     [((0.91, 0.93), "holds"), ((0.89, 0.95), "cannot be told"), ((0.8, 0.9), "does not hold")],
 )
 def test_a_verdict_is_of_the_whole_interval(interval, said):
-    assert claims.verdict(Estimate(0.9, *interval, 3), 0.9) == said
+    assert claims.verdict(Estimate(0.9, interval[0], interval[1], 3), 0.9) == said
 
 
 def test_a_claim_is_a_figure():

@@ -1,19 +1,23 @@
 """The lab of the small world: what its controls do, and that what it measures is what the plain functions give."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from experiments import curves, evidence, lab, ranks, results, worlds
-from experiments.emoji import judge
+from experiments import compare, curves, evidence, lab, ranks, results, worlds
+from experiments.emoji import claims, judge
+from experiments.methods import run, summary
 from experiments.tiny import check
 from solrl_jax import config, sharding
 from solrl_jax.config import Stage
 from solrl_jax.rewards import Reward, Score
-from tests import nano
+from tests import nano, nano_emoji
 
 
 def test_shuffled_rewards_stay_in_their_group_and_say_nothing():
@@ -196,3 +200,28 @@ def test_a_run_on_the_emoji_world(tmp_path):
         images = check.draw_samples(cfg.model, frozen.base, frozen.vae, prompts.cond, 2, stage)
     verdict = jax.jit(judge.judge)(images.reshape(6, 64, 64, 3), judge.tokenize(captions), judge.objects())
     np.testing.assert_array_equal(found["share of facts"][0].ravel(), np.asarray(verdict.share, np.float64))
+
+
+@pytest.mark.long
+def test_commands_on_the_emoji_world_come_to_their_end(tmp_path, monkeypatch):
+    """Methods, a long training and its pictures with the networks of a folder; every file is there."""
+    networks, few = nano_emoji.write(tmp_path / "nano"), {"prompts": "2", "candidates": "4", "kept": "2"}
+    monkeypatch.setitem(run.ARMS, "branch", evidence.Arm("branch", few))
+    monkeypatch.setitem(evidence.ARMS, "naive_quant", evidence.Arm("naive_quant", few))
+    world = ["--world=emoji", f"--networks={networks}", "--prompts=5"]
+    words = [*world, "--seeds=0", "--chunk=20", "--iterations=2"]
+    arms, samples = tmp_path / "learning/results/arms", tmp_path / "results/samples"
+    run.main([*words, "--arms=branch", "--marks=2", f"--out={arms}"])
+    shutil.copy(arms / "branch.json", arms / "diffusionnft.json")  # what arms are compared with
+    summary.main([f"--results={arms.parent}"])
+    evidence.main([*words, "--arms=naive_quant", "--every=1", f"--out={samples}", f"--loras={tmp_path}"])
+    compare.main([*world, str(tmp_path / "naive_quant.safetensors"), f"--pictures={tmp_path / 'before_after.png'}"])
+    claims.main([f"--home={tmp_path}"])
+    figures = json.loads((samples / "naive_quant.json").read_text())["figures"]
+    assert {f"clipscore after {n} iterations, {n * 80} image-steps" for n in (1, 2)} < set(figures)
+    assert {"test: gain of exact", "compositional: gain of exact"} < set(figures)
+    told = json.loads((tmp_path / "results/claims.json").read_text())["figures"]
+    assert sum(not f["unit"].startswith("not run") for f in told.values()) == 1  # of one seed nothing can be told
+    with Image.open(tmp_path / "before_after.png") as grid:
+        assert grid.height > 24 * 128
+    assert (arms.parent / "curves.png").is_file() and (arms.parent / "summary.json").is_file()

@@ -59,13 +59,14 @@ class Claim(NamedTuple):
 def over_seeds(values: Float[np.ndarray, "R"]) -> Estimate:
     """Mean with Student's t; of one seed the interval is everything."""
     n, mean = len(values), float(values.mean())
-    half = stats.t.ppf(0.975, n - 1) * float(values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    half = float(stats.t.ppf(0.975, n - 1) * values.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
     return Estimate(mean, mean - half, mean + half, n)
 
 
 def rank(measured: Measured, figure: str) -> Estimate:
     f = measured.ranks[f"base, {figure}"]
-    return Estimate(f["value"], *f["spread"], f["n"])
+    low, high = f["spread"]
+    return Estimate(f["value"], low, high, f["n"])
 
 
 def gain(measured: Measured, arm: str, than: str, what: str) -> Estimate:
@@ -80,7 +81,7 @@ def times(measured: Measured, arm: str, share: str) -> Estimate:
     if f["value"] is None:
         return Estimate(0.0, 0.0, 0.0, f["n"])
     error = f["spread"]["error"] if f["spread"] else math.inf
-    half = stats.t.ppf(0.975, f["n"] - 1) * error if f["n"] > 1 else math.inf
+    half = float(stats.t.ppf(0.975, f["n"] - 1)) * error if f["n"] > 1 else math.inf
     return Estimate(f["value"], f["value"] - half, f["value"] + half, f["n"])
 
 
