@@ -6,7 +6,7 @@
 
 Exact-caption accuracy, share of facts, CLIPScore and spread of the first LoRA and the base, gains with 95 % bootstrap
 intervals over prompts; minutes on two CPU cores for tiny. `--pictures` draws test captions instead, one column for the
-base and one for each LoRA, as many as a run's report shows. `--loras` of experiments.evidence makes such files.
+base and one for each LoRA. `--loras` of experiments.evidence makes such files.
 """
 
 import argparse
@@ -34,9 +34,8 @@ def by_figure(base: dict[str, np.ndarray], trained: dict[str, np.ndarray], split
     return means | evidence.gains(base, trained, split)
 
 
-def draw(opened: lab.Opened, adapters: dict[str, Params], file: Path) -> None:
-    cfg = opened.parts.cfg.evaluate
-    captions = evaluate.fixed_prompts(opened.parts)[: cfg.grid]  # with the same noise as the grids of a run
+def draw(opened: lab.Opened, adapters: dict[str, Params], file: Path, count: int) -> None:
+    captions = evaluate.fixed_prompts(opened.parts)[:count]  # with the same noise as the grids of a run
     columns = {
         name: evaluate.pictures(opened.parts, adapter, captions, score=opened.parts.judged).images[:, 0]
         for name, adapter in adapters.items()
@@ -52,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--out", type=Path, help="results/default_run.json of the world")
     parser.add_argument("--pictures", type=Path, help="draw pictures into this file instead")
+    parser.add_argument("--count", type=int, help="captions of the pictures; as many as a run's report shows")
     args = parser.parse_args(argv)
     world = worlds.find(args.world, args.networks)
     with jax.set_mesh(sharding.make_mesh(1)):
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
         if args.pictures:
             named = {file.stem: adapter for file, adapter in zip(args.loras, trained, strict=True)}
-            return draw(opened, {"base": nothing, **named}, args.pictures)
+            return draw(opened, {"base": nothing, **named}, args.pictures, args.count or parts.cfg.evaluate.grid)
         figures, stage = {}, config.Stage(steps=10, chunk=lab.chunk(args.prompts, evidence.PICTURES, CHUNK))
         for split in lab.SPLITS:
             base, policy = (

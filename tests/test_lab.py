@@ -205,8 +205,9 @@ def test_a_run_on_the_emoji_world(tmp_path):
 @pytest.mark.long
 def test_commands_on_the_emoji_world_come_to_their_end(tmp_path, monkeypatch):
     """Methods, a long training and its pictures with the networks of a folder; every file is there."""
-    networks, few = nano_emoji.write(tmp_path / "nano"), {"prompts": "2", "candidates": "4", "kept": "2"}
-    monkeypatch.setitem(run.ARMS, "branch", evidence.Arm("branch", few))
+    networks = nano_emoji.write(tmp_path / "nano")
+    few = {"prompts": "2", "candidates": "8", "kept": "4", "regenerate.chunk": "4", "learn.micro_batch": "1"}
+    monkeypatch.setitem(run.ARMS, "branch", evidence.Arm("branch", few | {"explore.chunk": "8"}))
     monkeypatch.setitem(evidence.ARMS, "naive_quant", evidence.Arm("naive_quant", few))
     world = ["--world=emoji", f"--networks={networks}", "--prompts=5"]
     words = [*world, "--seeds=0", "--chunk=20", "--iterations=2"]
@@ -218,7 +219,7 @@ def test_commands_on_the_emoji_world_come_to_their_end(tmp_path, monkeypatch):
     compare.main([*world, str(tmp_path / "naive_quant.safetensors"), f"--pictures={tmp_path / 'before_after.png'}"])
     claims.main([f"--home={tmp_path}"])
     figures = json.loads((samples / "naive_quant.json").read_text())["figures"]
-    assert {f"clipscore after {n} iterations, {n * 80} image-steps" for n in (1, 2)} < set(figures)
+    assert {f"clipscore after {n} iterations, {n * 160} image-steps" for n in (1, 2)} < set(figures)
     assert {"test: gain of exact", "compositional: gain of exact"} < set(figures)
     told = json.loads((tmp_path / "results/claims.json").read_text())["figures"]
     assert sum(not f["unit"].startswith("not run") for f in told.values()) == 1  # of one seed nothing can be told
