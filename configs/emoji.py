@@ -41,6 +41,7 @@ def base(reward: str) -> Config:
             path=str(WORLD / "pipeline"),
             size=64,  # 512
             text_tokens=24,  # 128
+            vae_dtype="bfloat16",  # as FLUX's: by the plan, decoding in float32 takes half of an exploration
             remat=False,  # True
             guidance="cfg",  # auto: its guidance input was trained at 1 alone, and with empty captions
             min_dim=0,  # 1000, with which nothing here would be quantised

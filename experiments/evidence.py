@@ -5,10 +5,11 @@ r"""What Sol-RL gains on the small world, or on the emoji world, and which of it
     python -m experiments.evidence --world=emoji --arms=sol_rl,branch,naive_scaling,naive_quant \
         --iterations=400 --every=50 --out=results/samples
 
-An arm is a recipe or a control; its seeds train as one vmapped program (`lab`). Each arm is measured on the test and
-the compositional captions x 4 fixed seeds, paired with the base, and writes results/arms/ARM.json of its world, anew at
-every point of its curve. A recipe is configs/WORLD.py's on CLIPScore, but with larger chunks and micro-batches for a
-GPU, which changes numbers only by rounding. The third command is what samples of each kind do to a long training.
+An arm is a recipe or a control; its seeds train as one vmapped program (`lab`). Each arm is measured on the test
+captions x 4 fixed seeds, paired with the base, and at its end on the compositional ones. It writes
+results/arms/ARM.json of its world anew at every point of its curve. A recipe is configs/WORLD.py's on CLIPScore, but
+with larger chunks and micro-batches for a GPU, which changes numbers only by rounding. The third command is what
+samples of each kind do to a long training; `--plan` says how long each of its arms takes, for the arms of one call.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import lab, pretraining, results, worlds
+from experiments.methods import price
 from solrl_jax import config, device, lora, sharding
 from solrl_jax.config import Config
 from solrl_jax.learn import apply_gradients
@@ -71,9 +73,9 @@ OTHERS = {
 }
 
 
-def arm_config(arm: Arm, world: str = "tiny") -> Config:
+def arm_config(arm: Arm, world: worlds.World = worlds.TINY) -> Config:
     """The arm's config with chunks for a GPU: all prompts' candidates at once, all points of an update at once."""
-    cfg = worlds.find(world).config(arm.recipe, arm.overrides)
+    cfg = world.config(arm.recipe, arm.overrides)
     points = cfg.prompts * cfg.kept // cfg.learn.updates * cfg.times
     chunks = {f"{name}.chunk": str(cfg.prompts * images) for name, _, images in cfg.stages()}
     return config.override(cfg, **chunks, **{"learn.micro_batch": str(points)})
@@ -218,8 +220,10 @@ def run_arm(bench: Bench, name: str, arm: Arm, cfg: Config, program) -> None:
         bench.say(name, at, {k: round(float(v.mean()), 4) for k, v in found.items()})
         per = (time.perf_counter() - began) / done
         wall = {"wall time an iteration": results.figure(per, f"s, {len(bench.seeds)} runs at once, with measuring", 1)}
-        both = {"test": found, "compositional": bench.measure(states.lora, "compositional")}
-        bench.write(name, arm.about, both, costs=costs, wall=wall, curve=curve)
+        splits = {"test": found}
+        if done == arm.iterations:
+            splits["compositional"] = bench.measure(states.lora, "compositional")
+        bench.write(name, arm.about, splits, costs=costs, wall=wall, curve=curve)
         if bench.loras:
             first = jax.tree.map(lambda x: np.asarray(x[0]), states.lora)
             bench.loras.mkdir(parents=True, exist_ok=True)
@@ -240,10 +244,25 @@ def run_guidance(bench: Bench, weights: Sequence[float] = (1.5, 2.0, 3.0)) -> No
         bench.write(f"guidance_{weight:g}", f"{OTHERS['guidance']}, weight {weight:g}", found)
 
 
+def plan(arms: Mapping[str, Arm], cfgs: Mapping[str, Config], seeds: int, captions: int) -> list[str]:
+    """Estimated seconds of an H200 for each arm, with what is measured."""
+
+    def seconds(name: str) -> float:
+        marks = arms[name].iterations // arms[name].every + 1  # and the compositional captions
+        return price.wall(cfgs[name], seeds, arms[name].iterations, marks * captions * PICTURES)
+
+    each = {name: seconds(name) for name in arms}
+    lines = [f"{name:14} {seeds} x {arms[name].iterations} iterations  {s:.0f} s" for name, s in each.items()]
+    return [
+        *lines,
+        f"about {sum(each.values()):.0f} s on an H200 by FLOPs; compiling, loading and the judge not counted",
+    ]
+
+
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", default="tiny", choices=worlds.WORLDS)
+    worlds.add_arguments(parser)
     parser.add_argument("--arms", default=",".join([*ARMS, *OTHERS]))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--iterations", type=int, help="of every arm")
@@ -254,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
     parser.add_argument("--out", type=Path, default="results/arms", help="a folder, relative to the world's")
+    parser.add_argument("--plan", action="store_true", help="print how long each arm takes, and stop")
     parser.add_argument("--loras", type=Path, help="save the LoRA of each arm's first seed here")
     args = parser.parse_args(argv)
     names, seeds = args.arms.split(","), [int(s) for s in args.seeds.split(",")]
@@ -268,19 +288,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.rate:
         rate = {"learn.learning_rate": f"{args.rate:g}"}
         arms = {n: a._replace(overrides={**a.overrides, **rate}) for n, a in arms.items()}
+    world = worlds.find(args.world, args.networks)
+    cfgs = {n: arm_config(a, world) for n, a in arms.items()}
+    if args.plan:
+        return print("\n".join(plan(arms, cfgs, len(seeds), args.prompts)))
     began = time.perf_counter()
 
     def say(*what: object) -> None:
         print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
 
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
-        sol_rl = arm_config(ARMS["sol_rl"], args.world)
+        sol_rl = arm_config(ARMS["sol_rl"], world)
         opened = lab.open_world(sol_rl, args.prompts)
-        cfgs = {n: arm_config(a, args.world) for n, a in arms.items()}
         own = {n: what_is_compiled(arms[n], cfgs[n]) for n in arms}
         programs = {pool.submit(compiled, opened, *key, seeds): key for key in set(own.values())}
         say(f"{len(opened.train)} train captions; compiling {', '.join(arms) or 'nothing'}")
-        stage = config.Stage(steps=10, chunk=min(args.chunk, PICTURES * args.prompts))
+        stage = config.Stage(steps=10, chunk=lab.chunk(args.prompts, PICTURES, args.chunk))
         measure = functools.partial(lab.measure, opened, images=PICTURES, stage=stage)
         nothing = lab.base_adapter(opened)
         base = {split: measure(nothing, split) for split in lab.SPLITS}

@@ -139,6 +139,12 @@ def shuffled(score: Score) -> Score:
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
+def chunk(captions: int, images: int, most: int) -> int:
+    """Pictures at a time: all of as many captions as divide their number evenly, `most` pictures or less."""
+    together = (n for n in range(max(1, min(captions, most // images)), 0, -1) if captions % n == 0)
+    return images * next(together)
+
+
 def measure(
     opened: Opened,
     adapters: Params,

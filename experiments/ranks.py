@@ -13,7 +13,7 @@ contrast, the true mean of the chosen best minus that of the chosen worst, divid
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +40,6 @@ BRANCHES: dict[str, config.Precision] = {
 }
 FULL: tuple[config.Precision, int] = ("bf16", 10)
 NAMES = {"spearman": "Spearman", "kept_contrast": "kept contrast"}
-SIZES = {"tiny": (500, 24, 8, 24), "emoji": (200, 96, 24, 1920)}
-"""Of a world: captions, candidates, how many of them are kept, and pictures at a time."""
 
 
 class Pair(NamedTuple):
@@ -81,9 +79,9 @@ def finished(kernels, low, frozen, prompts, keys, *, cfg: Config, **how: Any) ->
 
 
 def pairs(
-    opened: lab.Opened, adapters: Sequence[Params], captions: int, candidates: int, chunk: int
-) -> list[dict[str, Pair]]:
-    """{name of PREVIEWS or BRANCHES: Pair} of each policy, of the same noise. All programs compile at once."""
+    opened: lab.Opened, adapters: Mapping[str, Params], captions: int, candidates: int, chunk: int
+) -> Iterator[tuple[str, str, Pair]]:
+    """(policy, name of PREVIEWS or BRANCHES, Pair), one by one, of the same noise. All programs compile at once."""
     parts = opened.parts
     prompts = jax.tree.map(lambda x: x[:captions], opened.held_out["test"][1])
     keys = jax.random.split(jax.random.key(0), (captions, candidates))
@@ -102,14 +100,16 @@ def pairs(
         with jax.set_mesh(sharding.make_mesh(1)):  # an ambient mesh is a thread's own
             return jax.jit(task[1]).lower(*given[task[0]]).compile()
 
-    policies, todo = [given(adapter) for adapter in adapters], tasks(opened, model, chunk)
+    policies, todo = {who: given(adapter) for who, adapter in adapters.items()}, tasks(opened, model, chunk)
+    some_policy = next(iter(policies.values()))
     with ThreadPoolExecutor(len(todo)) as pool:
-        programs = dict(zip(todo, pool.map(lambda task: compiled(task, policies[0]), todo.values()), strict=True))
-    found = [{name: programs[name](*args[precision]) for name, (precision, _) in todo.items()} for args in policies]
-    return [
-        {name: x if isinstance(x, Pair) else Pair(x, each["truth"]) for name, x in each.items() if name != "truth"}
-        for each in found
-    ]
+        programs = {name: pool.submit(compiled, task, some_policy) for name, task in todo.items()}
+        for who, args in policies.items():
+            truth = programs["truth"].result()(*args["bf16"])
+            for name, (precision, _) in todo.items():
+                if name != "truth":
+                    found = programs[name].result()(*args[precision])
+                    yield who, name, found if isinstance(found, Pair) else Pair(found, truth)
 
 
 def figures_of(pair: Pair, kept: int) -> dict[str, dict]:
@@ -125,29 +125,30 @@ def figures_of(pair: Pair, kept: int) -> dict[str, dict]:
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", default="tiny", choices=worlds.WORLDS)
+    worlds.add_arguments(parser)
     parser.add_argument("--run", type=Path, help="a run's folder or a LoRA file")
     parser.add_argument("--pipeline", type=Path, help="another pipeline of the world, of another width")
-    for i, name in enumerate(("prompts", "candidates", "kept", "chunk")):
-        defaults = ", ".join(f"{world} {sizes[i]}" for world, sizes in SIZES.items())
-        parser.add_argument(f"--{name}", type=int, help=defaults)
+    for name in ("captions", "candidates", "kept", "chunk"):
+        flag = "--prompts" if name == "captions" else f"--{name}"
+        parser.add_argument(flag, dest=name, type=int, help=worlds.defaults(name))
     parser.add_argument("--out", type=Path, help="results/ranks.json of the world")
     args = parser.parse_args(argv)
-    world = worlds.find(args.world)
-    given = args.prompts, args.candidates, args.kept, args.chunk
-    captions, candidates, kept, chunk = (g or default for g, default in zip(given, SIZES[args.world], strict=True))
+    world = worlds.find(args.world, args.networks)
+    captions, candidates, kept, chunk = (
+        getattr(args, name) or getattr(world.sizes, name) for name in ("captions", "candidates", "kept", "chunk")
+    )
+    chunk = lab.chunk(captions, candidates, chunk)
     cfg = world.config("sol_rl", {"model.path": str(args.pipeline)} if args.pipeline else None)
-    figures = {}
+    figures, out = {}, args.out or world.home / "results/ranks.json"
+    facts = {"run": str(args.run or ""), "candidates": candidates, "kept": kept, "pipeline": str(args.pipeline or "")}
     with jax.set_mesh(sharding.make_mesh(1)):
         opened = lab.open_world(cfg, captions)
         policies = lab.policies(opened, args.run)
-        for who, found in zip(policies, pairs(opened, [*policies.values()], captions, candidates, chunk), strict=True):
-            for name, pair in found.items():
-                for what, f in figures_of(pair, kept).items():
-                    figures[f"{who}, {name}: {what}"] = f
-                    print(f"{f['value']:.3f} {f['spread']}  {who}, {name}: {what}", flush=True)
-    facts = {"run": str(args.run or ""), "candidates": candidates, "kept": kept}
-    results.record(args.out or world.home / "results/ranks.json", figures, **facts, pipeline=str(args.pipeline or ""))
+        for who, name, pair in pairs(opened, policies, captions, candidates, chunk):
+            for what, f in figures_of(pair, kept).items():
+                figures[f"{who}, {name}: {what}"] = f
+                print(f"{f['value']:.3f} {f['spread']}  {who}, {name}: {what}", flush=True)
+            results.record(out, figures, **facts)  # after each, so that a call that is ended keeps them
 
 
 if __name__ == "__main__":

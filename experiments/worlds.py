@@ -5,6 +5,7 @@ scenes of `emoji` therefore take no part in lab runs, and prompts/objects has it
 on CLIPScore; the reward that checks the facts of a caption is held out.
 """
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -36,6 +37,21 @@ class Verdict(Protocol):
     def exact(self) -> Bool[Array, "B"]: ...
 
 
+class Sizes(NamedTuple):
+    """How much its experiments do where the command does not say; see the sizes of TINY and of EMOJI.
+
+    Methods: seconds of an H100 at full size (methods/price.py) that each arm gets, and at how many equal parts of them
+    it is measured. Ranks: captions, candidates, how many of them are kept, and pictures at a time.
+    """
+
+    budget: float
+    marks: int
+    captions: int
+    candidates: int
+    kept: int
+    chunk: int
+
+
 class World(NamedTuple):
     """A world of configs/NAME.py; its results are in experiments/NAME.
 
@@ -53,6 +69,7 @@ class World(NamedTuple):
     at_once: int
     drawn: Callable[[np.random.Generator, int], tuple[dict[str, Any], list[str]]]
     pictures: Callable[[dict[str, Any]], jax.Array]
+    sizes: Sizes
 
     @property
     def home(self) -> Path:
@@ -87,6 +104,7 @@ TINY = World(
     at_once=125,
     drawn=_shapes_drawn,
     pictures=tiny.pictures,
+    sizes=Sizes(budget=20_000, marks=8, captions=500, candidates=24, kept=8, chunk=24),
 )
 EMOJI = World(
     name="emoji",
@@ -98,11 +116,29 @@ EMOJI = World(
     at_once=16,  # 16 captions of 4 pictures take about 320 MB
     drawn=_objects_drawn,
     pictures=emoji.pictures,
+    # On an H200 a call of nine minutes holds three arms of five seeds, of which one tries rates, or the ranks of two
+    # policies. With tiny's sizes one arm would take five minutes (`methods.run --world=emoji --plan`).
+    sizes=Sizes(budget=8_000, marks=4, captions=200, candidates=96, kept=24, chunk=1920),
 )
 WORLDS = {world.name: world for world in (TINY, EMOJI)}
 
 
-def find(name: str) -> World:
+def find(name: str, networks: Path | None = None) -> World:
+    """The world of that name, with the networks of another folder if one is given: its pipeline/ and its clip/."""
     if name not in WORLDS:
         raise ValueError(f"there is no world {name!r}: use one of {', '.join(WORLDS)}")
-    return WORLDS[name]
+    if networks is None:
+        return WORLDS[name]
+    paths = ("model.path", str(networks / "pipeline")), ("reward_paths", f"clipscore={networks / 'clip'}")
+    return WORLDS[name]._replace(overrides=(*WORLDS[name].overrides, *paths))
+
+
+def defaults(name: str) -> str:
+    """What a field of `Sizes` is in each world, for a parser's help."""
+    return ", ".join(f"{world.name} {getattr(world.sizes, name):,g}" for world in WORLDS.values())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--world and --networks, for `find`."""
+    parser.add_argument("--world", default="tiny", choices=WORLDS)
+    parser.add_argument("--networks", type=Path, help="a folder with pipeline/ and clip/; the world's own if not given")

@@ -12,7 +12,7 @@ from experiments.ablations import run as ablations
 from experiments.efficiency import peer
 from experiments.efficiency import run as efficiency
 from experiments.methods import run, summary
-from experiments.methods.price import Prices, price
+from experiments.methods.price import WORK, Prices, of_world, price, wall
 from experiments.rewards import speed
 from solrl_jax import config, recipes
 from solrl_jax.run import model_card
@@ -54,18 +54,55 @@ def test_the_arms_of_a_world():
     """Those of the emoji world begin with Sol-RL's, of which the first chooses the rate of all."""
     assert run.ORDER["tiny"] == tuple(run.ARMS) and set(run.ORDER["emoji"]) < set(run.ARMS)
     assert run.ORDER["emoji"][:3] == ("branch", "sol_rl", "naive_scaling")
-    assert run.ORDER.keys() == run.RESULTS.keys() == ranks.SIZES.keys() == worlds.WORLDS.keys()
+    assert run.ORDER.keys() == run.RESULTS.keys() == set(worlds.WORLDS) == set(WORK)
+    assert worlds.defaults("budget") == "tiny 20,000, emoji 8,000"
 
 
 def test_an_arm_on_the_emoji_world():
     """The recipe's sizes, on captions of objects, and nothing that OCR would score."""
-    tiny, emoji = (evidence.arm_config(run.ARMS["branch"], world) for world in ("tiny", "emoji"))
+    tiny, emoji = (evidence.arm_config(run.ARMS["branch"], world) for world in (worlds.TINY, worlds.EMOJI))
     assert evidence.image_steps(tiny) == evidence.image_steps(emoji)
     assert (emoji.name, emoji.reward, emoji.evaluate.rewards) == ("emoji", "clipscore", "")
     assert emoji.prompt_files == str(worlds.EMOJI.prompts) and emoji.branch == tiny.branch
     assert price(tiny, EACH) == price(emoji, EACH)
     with pytest.raises(ValueError, match="no world 'mnist': use one of tiny, emoji"):
         worlds.find("mnist")
+
+
+def test_a_world_with_other_networks(tmp_path):
+    """Its pipeline and its CLIP; captions and the judge stay."""
+    other = worlds.find("emoji", tmp_path)
+    assert other.prompts == worlds.EMOJI.prompts and other.name == "emoji"
+    cfg = evidence.arm_config(run.ARMS["sol_rl"], other)
+    assert cfg.model.path == str(tmp_path / "pipeline") and cfg.reward_paths == (f"clipscore={tmp_path / 'clip'}",)
+
+
+def test_the_seconds_of_a_call():
+    """Of the emoji world, by hand: steps, decoded pictures, trained points with two further velocities; and what is
+    measured, in 10 steps. A call of three arms tunes once and leaves room to compile."""
+    cfg, each = evidence.arm_config(run.ARMS["sol_rl"], worlds.EMOJI), of_world("emoji")
+    assert each.bf16 == pytest.approx(1.632 / 50e3) and each.decoded == pytest.approx((1.766 + 1.035) / 50e3)
+    steps = 32 * (24 * 6 * 1.7 + 8 * 10 + 8 * 4 * (2.2 + 2)) + 50
+    decoded = 32 * (24 + 8) + 5
+    assert wall(cfg, 3, 1, 5) == pytest.approx(3 * (steps * each.bf16 + decoded * each.decoded))
+    cfgs = {n: evidence.arm_config(run.ARMS[n], worlds.EMOJI) for n in run.ORDER["emoji"][:3]}
+    sizes = worlds.EMOJI.sizes
+    *rows, last = run.plan(cfgs, sizes.budget, sizes.marks, 0, 5, 500)[1:]
+    assert [row.split()[0] for row in rows if "+ 5 x 0 " not in row] == ["branch"] and "5 x 36 + 5 x 18" in rows[0]
+    assert 100 < float(last.split()[1]) < 400
+    arm = evidence.ARMS["sol_rl"]
+    *_, last = evidence.plan({"sol_rl": arm}, {"sol_rl": evidence.arm_config(arm)}, 3, 500)
+    assert float(last.split()[1]) < 10
+
+
+def test_a_rate_that_was_chosen_before(tmp_path):
+    """The method's own, else that of an arm which shares it."""
+    for name, rate in (("branch", 1e-3), ("awm", 5e-4)):
+        results.record(tmp_path / f"{name}.json", {"rate": results.figure(rate, "chosen", 1)})
+    assert run.chosen_before(tmp_path, "sol_rl") == ("branch", 1e-3)
+    assert run.chosen_before(tmp_path, "awm") == ("awm", 5e-4)
+    with pytest.raises(FileNotFoundError, match=r"no vgrpo there has the rate of vgrpo; leave it out"):
+        run.chosen_before(tmp_path, "vgrpo")
 
 
 def test_ranks_of_a_perfect_preview_and_of_a_reversed_one():

@@ -1,19 +1,23 @@
 """The lab of the small world: what its controls do, and that what it measures is what the plain functions give."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from experiments import evidence, lab, ranks, results, worlds
-from experiments.emoji import judge
-from experiments.tiny import check, curves
+from experiments import compare, curves, evidence, lab, ranks, results, worlds
+from experiments.emoji import claims, judge
+from experiments.methods import run, summary
+from experiments.tiny import check
 from solrl_jax import config, sharding
 from solrl_jax.config import Stage
 from solrl_jax.rewards import Reward, Score
-from tests import nano
+from tests import nano, nano_emoji
 
 
 def test_shuffled_rewards_stay_in_their_group_and_say_nothing():
@@ -61,6 +65,44 @@ def test_curves_begin_at_the_base(tmp_path):
     results.record(tmp_path / "arm.json", found)
     assert curves.points(tmp_path / "arm.json", "exact", "iterations") == [(0, 0.5), (10, 0.625), (20, 0.75)]
     assert curves.points(tmp_path / "arm.json", "exact", "image-steps")[1:] == [(200, 0.625), (400, 0.75)]
+
+
+def test_curves_of_a_world(tmp_path):
+    """Of the families those with results; a panel of each figure and axis."""
+    marks = {
+        f"{what} after 10 iterations, 200 image-steps": results.figure(0.5, "", 1) for what in ("exact", "clipscore")
+    }
+    found = marks | {f"test: gain of {what}": results.figure(0.25, "", 1) for what in ("exact", "clipscore")}
+    for name in ("naive_quant", "branch"):
+        results.record(tmp_path / f"{name}.json", found)
+    curves.main([f"--arms={tmp_path}", f"--out={tmp_path / 'c.svg'}"])
+    drawn = (tmp_path / "c.svg").read_text()
+    assert drawn.count("<polyline") == 4 * 2 and drawn.count('data-x="0 200"') == 4 and "sol_rl" not in drawn
+    with pytest.raises(SystemExit):
+        curves.main(["--arms=/nowhere"])
+
+
+@pytest.mark.parametrize(
+    "captions, images, most, expect",
+    [(500, 4, 500, 500), (300, 4, 500, 400), (5, 4, 8, 4), (200, 96, 1920, 1920), (3, 4, 2, 4)],
+)
+def test_pictures_at_a_time_divide_the_captions(captions, images, most, expect):
+    assert lab.chunk(captions, images, most) == expect
+
+
+def test_ranks_that_were_found_are_kept(tmp_path, monkeypatch):
+    """A call that is ended has written what it had."""
+
+    def pairs(*_):
+        yield "base", "FP8, 6 steps", ranks.Pair(jnp.arange(8.0).reshape(1, 8), jnp.arange(8.0).reshape(1, 8))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ranks, "pairs", pairs)
+    monkeypatch.setattr(lab, "open_world", lambda *_: None)
+    monkeypatch.setattr(lab, "policies", lambda *_: {})
+    with pytest.raises(KeyboardInterrupt):
+        ranks.main(["--kept=2", f"--out={tmp_path / 'ranks.json'}"])
+    assert results.table(tmp_path / "ranks.json").count("base, FP8, 6 steps") == 3
 
 
 def test_gains_are_paired_by_caption_and_noise():
@@ -132,7 +174,7 @@ def test_previews_and_branches_are_ranked_by_their_own_truth(opened, monkeypatch
     monkeypatch.setattr(ranks, "PREVIEWS", {"full": ranks.FULL, "NVFP4": ("nvfp4_emulated", 2)})
     monkeypatch.setattr(ranks, "BRANCHES", {"branch": "bf16"})
     adapter = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
-    (found,) = ranks.pairs(opened, [adapter], captions=2, candidates=4, chunk=8)
+    found = {name: pair for _, name, pair in ranks.pairs(opened, {"base": adapter}, captions=2, candidates=4, chunk=8)}
     assert list(found) == ["full", "NVFP4", "branch"] and found["full"].truth.shape == (2, 4)
     np.testing.assert_array_equal(found["full"].preview, found["full"].truth)
     np.testing.assert_array_equal(found["NVFP4"].truth, found["full"].truth)
@@ -158,3 +200,29 @@ def test_a_run_on_the_emoji_world(tmp_path):
         images = check.draw_samples(cfg.model, frozen.base, frozen.vae, prompts.cond, 2, stage)
     verdict = jax.jit(judge.judge)(images.reshape(6, 64, 64, 3), judge.tokenize(captions), judge.objects())
     np.testing.assert_array_equal(found["share of facts"][0].ravel(), np.asarray(verdict.share, np.float64))
+
+
+@pytest.mark.long
+def test_commands_on_the_emoji_world_come_to_their_end(tmp_path, monkeypatch):
+    """Methods, a long training and its pictures with the networks of a folder; every file is there."""
+    networks = nano_emoji.write(tmp_path / "nano")
+    few = {"prompts": "2", "candidates": "8", "kept": "4", "regenerate.chunk": "4", "learn.micro_batch": "1"}
+    monkeypatch.setitem(run.ARMS, "branch", evidence.Arm("branch", few | {"explore.chunk": "8"}))
+    monkeypatch.setitem(evidence.ARMS, "naive_quant", evidence.Arm("naive_quant", few))
+    world = ["--world=emoji", f"--networks={networks}", "--prompts=5"]
+    words = [*world, "--seeds=0", "--chunk=20", "--iterations=2"]
+    arms, samples = tmp_path / "learning/results/arms", tmp_path / "results/samples"
+    run.main([*words, "--arms=branch", "--marks=2", f"--out={arms}"])
+    shutil.copy(arms / "branch.json", arms / "diffusionnft.json")  # what arms are compared with
+    summary.main([f"--results={arms.parent}"])
+    evidence.main([*words, "--arms=naive_quant", "--every=1", f"--out={samples}", f"--loras={tmp_path}"])
+    compare.main([*world, str(tmp_path / "naive_quant.safetensors"), f"--pictures={tmp_path / 'before_after.png'}"])
+    claims.main([f"--home={tmp_path}"])
+    figures = json.loads((samples / "naive_quant.json").read_text())["figures"]
+    assert {f"clipscore after {n} iterations, {n * 160} image-steps" for n in (1, 2)} < set(figures)
+    assert {"test: gain of exact", "compositional: gain of exact"} < set(figures)
+    told = json.loads((tmp_path / "results/claims.json").read_text())["figures"]
+    assert sum(not f["unit"].startswith("not run") for f in told.values()) == 1  # of one seed nothing can be told
+    with Image.open(tmp_path / "before_after.png") as grid:
+        assert grid.height > 24 * 128
+    assert (arms.parent / "curves.png").is_file() and (arms.parent / "summary.json").is_file()

@@ -46,6 +46,32 @@ def prices(file: Path = MEASURED) -> Prices:
     )
 
 
+class Work(NamedTuple):
+    """GFLOP of a world's own networks for one picture: a step, decoding, the reward; and decoding's TFLOP/s."""
+
+    forward: float
+    decode: float
+    reward: float
+    decode_rate: float
+
+
+RATE = 50.0
+"""TFLOP/s of an H200 on such small networks in bf16. With it the arms of experiments/methods and of experiments/tiny
+would have taken .7 to 1.5 of their measured wall times; larger networks may reach more."""
+WORK = {"tiny": Work(0.157, 0.112, 0.307, RATE / 2), "emoji": Work(1.632, 1.766, 1.035, RATE)}
+"""By `--mode=plan` and by `plan.jaxpr` of the reward; tiny decodes in float32."""
+ABOUT = "about {:.0f} s on an H200 by FLOPs; compiling, loading and the judge are not counted"
+
+
+def of_world(world: str) -> Prices:
+    """What a picture takes in a world's own networks on an H200, seconds, estimated from its FLOPs; low precision is
+    emulated there. A trained point is 2.2 forward passes: the base's weights have no gradient."""
+    work = WORK[world]
+    step = work.forward / RATE / 1e3
+    decoded = work.decode / work.decode_rate / 1e3 + work.reward / RATE / 1e3
+    return Prices(bf16=step, low=1.7 * step, decoded=decoded, trained=2.2 * step, fixed=step, quantise=0.0)
+
+
 def price(cfg: Config, each: Prices) -> dict[str, float]:
     """Seconds of one iteration of `cfg`, by kind of work."""
     out = {"rollout in bf16": 0.0, "rollout in low precision": 0.0, "decode and reward": 0.0}
@@ -59,3 +85,11 @@ def price(cfg: Config, each: Prices) -> dict[str, float]:
     out["learn"] = points * (each.trained + further * each.fixed)
     out["quantise"] = each.quantise if cfg.low_precision else 0.0
     return out
+
+
+def wall(cfg: Config, runs: int, iterations: int, pictures: int) -> float:
+    """Seconds of an H200 for so many runs of a world's config, each with so many pictures measured in 10 steps: an
+    estimate from FLOPs. Compiling, loading and the judge are not counted."""
+    each = of_world(cfg.name)
+    measured = pictures * (10 * each.bf16 + each.decoded)
+    return runs * (iterations * sum(price(cfg, each).values()) + measured)

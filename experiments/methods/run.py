@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments import evidence, lab, results, worlds
 from experiments.evidence import PICTURES, Arm
-from experiments.methods.price import price, prices
+from experiments.methods.price import ABOUT, price, prices, wall
 from solrl_jax import config, device, sharding
 from solrl_jax.config import Config
 from solrl_jax.structs import TrainState
@@ -166,11 +166,14 @@ def at_mark(split: str, done: int, cost: float, states: TrainState, bench: Bench
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--world", default="tiny", choices=worlds.WORLDS)
+    worlds.add_arguments(parser)
     parser.add_argument("--arms", help=f"of {', '.join(ARMS)}")
     parser.add_argument("--seeds", default="0,1,2,3,4")
-    parser.add_argument("--budget", type=float, default=20_000, help="seconds on an H100 at full size, for each arm")
-    parser.add_argument("--marks", type=int, default=8, help="measurements along the budget")
+    for name, kind, what in (
+        ("budget", float, "seconds on an H100 at full size, for each arm"),
+        ("marks", int, "measurements along the budget"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, help=f"{what}; {worlds.defaults(name)}")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
     parser.add_argument("--rate", type=float, help="train at this rate and try no other")
@@ -184,32 +187,35 @@ def main(argv: list[str] | None = None) -> None:
     seeds, out = [int(s) for s in args.seeds.split(",")], args.out or RESULTS[args.world]
     if strange := [n for n in names if n not in ARMS]:
         parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join(ARMS)}")
-    if args.iterations % args.marks:
-        parser.error(f"--iterations={args.iterations}: use a multiple of --marks={args.marks}")
-    cfgs = {n: in_precision(evidence.arm_config(ARMS[n], args.world), args.precision) for n in names}
+    world = worlds.find(args.world, args.networks)
+    budget, marks = args.budget or world.sizes.budget, args.marks or world.sizes.marks
+    if args.iterations % marks:
+        parser.error(f"--iterations={args.iterations}: use a multiple of --marks={marks}")
+    cfgs = {n: in_precision(evidence.arm_config(ARMS[n], world), args.precision) for n in names}
     if args.plan:
-        return print("\n".join(plan(cfgs, args.budget, args.marks, len(seeds))))
+        tunes = not (args.rate or args.rates)
+        return print("\n".join(plan(cfgs, budget, marks, args.iterations, len(seeds), args.prompts, tunes)))
     began = time.perf_counter()
 
     def say(*what: object) -> None:
         print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
 
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
-        sol_rl = evidence.arm_config(ARMS["sol_rl"], args.world)
+        sol_rl = evidence.arm_config(ARMS["sol_rl"], world)
         opened = lab.open_world(in_precision(sol_rl, args.precision), args.prompts)
         programs: dict[str, Future] = {}
         for n, cfg in cfgs.items():
             key, shuffled, _ = evidence.what_is_compiled(ARMS[n], cfg)
-            call = a_mark(cfg, args.budget, args.marks, args.iterations)
+            call = a_mark(cfg, budget, marks, args.iterations)
             programs[n] = pool.submit(evidence.compiled, opened, key, shuffled, call, seeds)
         say("compiling", ", ".join(cfgs))
-        stage = config.Stage(steps=10, chunk=min(args.chunk, PICTURES * args.prompts))
+        stage = config.Stage(steps=10, chunk=lab.chunk(args.prompts, PICTURES, args.chunk))
         measure = functools.partial(lab.measure, opened, images=PICTURES, stage=stage)
         nothing = lab.base_adapter(opened)
         base = {split: measure(nothing, split) for split in lab.SPLITS}
         say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
         choosing = min(CHOOSING, args.prompts // 5)
-        bench = Bench(opened, seeds, measure, base, args.budget, args.marks, choosing, args.iterations, out, say)
+        bench = Bench(opened, seeds, measure, base, budget, marks, choosing, args.iterations, out, say)
         chosen: dict[str, tuple[str, float]] = {}  # by method: the arm that chose, and its rate
         for name, cfg in cfgs.items():
             program, source = programs[name].result(), BORROWED.get(name, name)
@@ -217,8 +223,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.rate:
                 rate, how = args.rate, "given"
             elif args.rates:
-                found = json.loads((args.rates / f"{source}.json").read_text(encoding="utf-8"))["figures"]["rate"]
-                rate, how = found["value"], f"as in experiments/methods, {source}"
+                by, rate = chosen_before(args.rates, source)
+                how = f"of {by}, in --rates"
             elif source in chosen:
                 by, rate = chosen[source]
                 how = f"of {by}"
@@ -229,6 +235,15 @@ def main(argv: list[str] | None = None) -> None:
         say("done")
 
 
+def chosen_before(folder: Path, source: str) -> tuple[str, float]:
+    """The arm of a folder whose rate is that of the method `source`, and the rate. FileNotFoundError without one."""
+    arms = [source, *(name for name, of in BORROWED.items() if of == source)]
+    for file in (folder / f"{name}.json" for name in arms):
+        if file.is_file():
+            return file.stem, json.loads(file.read_text(encoding="utf-8"))["figures"]["rate"]["value"]
+    raise FileNotFoundError(f"--rates={folder}: no {' or '.join(arms)} there has the rate of {source}; leave it out")
+
+
 def in_precision(cfg: Config, precision: str) -> Config:
     """`cfg` with its low-precision explorer in another precision."""
     if cfg.explore is None or cfg.explore.precision == "bf16":
@@ -236,15 +251,24 @@ def in_precision(cfg: Config, precision: str) -> Config:
     return config.override(cfg, **{"explore.precision": precision})
 
 
-def plan(cfgs: dict[str, Config], budget: float, marks: int, seeds: int) -> list[str]:
-    """The run list: iterations, cost by kind, and network evaluations of the small world, of each arm."""
-    lines = [f"{'arm':14} iterations  s an iteration on an H100, by kind"]
+def plan(
+    cfgs: dict[str, Config], budget: float, marks: int, iterations: int, seeds: int, captions: int, tunes: bool = True
+) -> list[str]:
+    """The run list: iterations of the training and of the tuning, estimated seconds of an H200 for both and for what is
+    measured, and what an iteration costs, by kind."""
+    lines = [f"{'arm':14} iterations  s on an H200  s an iteration at full size on an H100, by kind"]
+    in_all, tuned = 0.0, set()
     for name, cfg in cfgs.items():
-        cost, each = price(cfg, prices()), a_mark(cfg, budget, marks)
-        tuned = 0 if name in BORROWED else max(1, marks // 2) * each
+        cost, each, source = price(cfg, prices()), a_mark(cfg, budget, marks, iterations), BORROWED.get(name, name)
+        tuning = max(1, marks // 2) * each if tunes and source not in tuned else 0
+        tuned.add(source)
+        measured = (marks + 1 + bool(tuning)) * captions * PICTURES
+        seconds = wall(cfg, seeds, each * marks + tuning, measured)
+        in_all += seconds
         kinds = ", ".join(f"{k} {v:.0f}" for k, v in cost.items() if v)
-        lines.append(f"{name:14} {seeds} x {each * marks} + {seeds} x {tuned}  {sum(cost.values()):.0f}: {kinds}")
-    return lines
+        counts = f"{seeds} x {each * marks} + {seeds} x {tuning}"
+        lines.append(f"{name:14} {counts}  {seconds:.0f}  {sum(cost.values()):.0f}: {kinds}")
+    return [*lines, ABOUT.format(in_all)]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Compare trained LoRAs with the base by the judge: the same prompts and seeds, paired.
 
-    python -m experiments.tiny.compare runs/tiny-...                                # writes results/default_run.json
-    python -m experiments.tiny.compare RUN results/long.safetensors --pictures=pictures.png
+    python -m experiments.compare runs/tiny-...                   # writes experiments/tiny/results/default_run.json
+    python -m experiments.compare RUN experiments/tiny/results/long.safetensors --pictures=pictures.png
+    python -m experiments.compare --world=emoji LORAS/sol_rl.safetensors --pictures=pictures.png     # 24 captions
 
 Exact-caption accuracy, share of facts, CLIPScore and spread of the first LoRA and the base, gains with 95 % bootstrap
-intervals over prompts; minutes on two CPU cores. `--pictures` draws eight test captions instead, one column for the
-base and one for each LoRA.
+intervals over prompts; minutes on two CPU cores for tiny. `--pictures` draws test captions instead, one column for the
+base and one for each LoRA. `--loras` of experiments.evidence makes such files.
 """
 
 import argparse
@@ -14,8 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments import evidence, lab, results
-from experiments.tiny import check
+from experiments import evidence, lab, results, worlds
 from solrl_jax import config, device, sharding
 from solrl_jax.run import evaluate, pictures
 from solrl_jax.structs import Params
@@ -34,7 +34,7 @@ def by_figure(base: dict[str, np.ndarray], trained: dict[str, np.ndarray], split
     return means | evidence.gains(base, trained, split)
 
 
-def draw(opened: lab.Opened, adapters: dict[str, Params], file: Path, count: int = 8) -> None:
+def draw(opened: lab.Opened, adapters: dict[str, Params], file: Path, count: int) -> None:
     captions = evaluate.fixed_prompts(opened.parts)[:count]  # with the same noise as the grids of a run
     columns = {
         name: evaluate.pictures(opened.parts, adapter, captions, score=opened.parts.judged).images[:, 0]
@@ -46,13 +46,16 @@ def draw(opened: lab.Opened, adapters: dict[str, Params], file: Path, count: int
 def main(argv: list[str] | None = None) -> None:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    worlds.add_arguments(parser)
     parser.add_argument("loras", type=Path, nargs="+", help="a run's folder or a LoRA file")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
-    parser.add_argument("--out", type=Path, default=check.HERE / "results/default_run.json")
+    parser.add_argument("--out", type=Path, help="results/default_run.json of the world")
     parser.add_argument("--pictures", type=Path, help="draw pictures into this file instead")
+    parser.add_argument("--count", type=int, help="captions of the pictures; as many as a run's report shows")
     args = parser.parse_args(argv)
+    world = worlds.find(args.world, args.networks)
     with jax.set_mesh(sharding.make_mesh(1)):
-        opened = lab.open_world(config.load("tiny:sol_rl"), args.prompts)
+        opened = lab.open_world(world.config("sol_rl"), args.prompts)
         parts = opened.parts
         trained = [
             lora_files.load(file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy).adapter
@@ -61,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
         nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
         if args.pictures:
             named = {file.stem: adapter for file, adapter in zip(args.loras, trained, strict=True)}
-            return draw(opened, {"base": nothing, **named}, args.pictures)
-        figures, stage = {}, config.Stage(steps=10, chunk=min(CHUNK, evidence.PICTURES * args.prompts))
+            return draw(opened, {"base": nothing, **named}, args.pictures, args.count or parts.cfg.evaluate.grid)
+        figures, stage = {}, config.Stage(steps=10, chunk=lab.chunk(args.prompts, evidence.PICTURES, CHUNK))
         for split in lab.SPLITS:
             base, policy = (
                 lab.measure(opened, jax.tree.map(lambda x: x[None], adapter), split, evidence.PICTURES, stage=stage)
@@ -71,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             figures |= by_figure(base, policy, split)
     for name, f in figures.items():
         print(f"{f['value']:.4f}  {name}  {f['spread'] or ''}", flush=True)
-    results.record(args.out, figures, lora=str(args.loras[0]))
+    results.record(args.out or world.home / "results/default_run.json", figures, lora=str(args.loras[0]))
 
 
 if __name__ == "__main__":
