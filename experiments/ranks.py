@@ -103,13 +103,13 @@ def pairs(
     policies, todo = {who: given(adapter) for who, adapter in adapters.items()}, tasks(opened, model, chunk)
     some_policy = next(iter(policies.values()))
     with ThreadPoolExecutor(len(todo)) as pool:
-        programs = {name: pool.submit(compiled, task, some_policy) for name, task in todo.items()}
-        for who, args in policies.items():
-            truth = programs["truth"].result()(*args["bf16"])
-            for name, (precision, _) in todo.items():
-                if name != "truth":
-                    found = programs[name].result()(*args[precision])
-                    yield who, name, found if isinstance(found, Pair) else Pair(found, truth)
+        programs = dict(zip(todo, pool.map(lambda task: compiled(task, some_policy), todo.values()), strict=True))
+    for who, args in policies.items():
+        truth = programs["truth"](*args["bf16"])
+        for name, (precision, _) in todo.items():
+            if name != "truth":
+                found = programs[name](*args[precision])
+                yield who, name, found if isinstance(found, Pair) else Pair(found, truth)
 
 
 def figures_of(pair: Pair, kept: int) -> dict[str, dict]:
