@@ -177,7 +177,7 @@ def _complete(
     """Config and manifest, beside orbax's files."""
     replace(place / "config.json", config.to_json(cfg))
     made = {"format": FORMAT, "step": step, "score": score, "tree": describe(state), "files": hashes(place)}
-    replace(place / "manifest.json", json.dumps(made | facts, indent=1))
+    replace(place / "manifest.json", json.dumps(made | dict(facts), indent=1))
     _sync(place)
 
 
