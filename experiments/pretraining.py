@@ -27,7 +27,7 @@ from solrl_jax.rewards import clip_tower, preprocess
 from solrl_jax.structs import Model
 
 BF16 = ml_dtypes.bfloat16
-CHUNK = 512  # pictures encoded at once
+CHUNK = 500  # pictures encoded at once; divides the pools, so that one program does
 Draw = Callable[[dict[str, Any]], jax.Array]
 """The pictures [n, H, W, 3], in [0, 1], of a batch of a pool; called on the device."""
 
@@ -110,7 +110,7 @@ def fit(loss, params, pool, how: Fit, watch: Callable[[Any, int], str] = lambda 
     """AdamW with warm-up and cosine, batches drawn on the device; returns the weights' running average.
 
     `loss(params, batch, key)`; `pool` has a leading axis over its rows. `watch(average, tenth)` gives a text for the
-    log after each tenth of the training, 1 to 10.
+    log after the first steps (0) and after each tenth of the training, 1 to 10.
     """
     decay, steps = 0.999, how.steps
     schedule = optax.warmup_cosine_decay_schedule(0.0, how.rate, min(200, steps // 10 + 1), steps, 0.01 * how.rate)
@@ -139,7 +139,7 @@ def fit(loss, params, pool, how: Fit, watch: Callable[[Any, int], str] = lambda 
     for i in range(int(carry[3]), steps, stretch):
         carry, values = run(carry, jax.random.split(jax.random.fold_in(jax.random.key(how.seed), i), stretch), pool)
         done = i + stretch
-        if done * 10 // steps > i * 10 // steps:
+        if i == 0 or done * 10 // steps > i * 10 // steps:
             line = f"{how.label} {done}/{steps} loss {float(values.mean()):.4f} {time.time() - start:.0f} s"
             print(line, watch(carry[1], min(10, done * 10 // steps)), flush=True)
         over = int(carry[3]) < steps and time.time() > how.until
@@ -148,8 +148,6 @@ def fit(loss, params, pool, how: Fit, watch: Callable[[Any, int], str] = lambda 
             saved = time.time()
             if over:
                 raise Stopped(f"{how.label}: the time is over after {done} of {steps} steps")
-    if how.state is not None:
-        how.state.unlink(missing_ok=True)
     return carry[1]
 
 
@@ -291,8 +289,9 @@ def train_clip(folder: Path, pipeline: Path, vae_params, draw: Draw, pool, how: 
     images, ids = jnp.zeros((1, size, size, 3)), jnp.zeros((1, tokens), jnp.int32)
     params = tower.init(jax.random.key(how.seed), images, ids)["params"]
     cfg = vae.VaeConfig.read(pipeline / "vae")
-    decoder, halves = vae.Decoder(cfg, jnp.bfloat16), (jax.tree.map(lambda x, i=i: x[:, i], pool) for i in (0, 1))
-    latents = jnp.stack([latents_of(cfg, vae_params["encoder"], draw, half) for half in halves], 1)
+    decoder, flat = vae.Decoder(cfg, jnp.bfloat16), jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), pool)
+    latents = latents_of(cfg, vae_params["encoder"], draw, flat)
+    latents = latents.reshape((-1, 2, *latents.shape[1:]))
 
     def decoded(z: jax.Array, key) -> jax.Array:
         """Pictures of latents with noise of deviation 0 to 1/2."""

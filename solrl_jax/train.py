@@ -157,9 +157,7 @@ def other_prompts(place: Path | None, parts: Parts) -> list[str]:
     """A line for the log if the checkpoint's run drew from other prompts: `prompt_files` may move, or be edited."""
     if place is None or manifest.read(place)["prompts"] in ("", data.digest(parts.prompts)):
         return []
-    return [
-        f"prompt_files={parts.cfg.prompt_files} has other prompts or rows than when {place} was saved: they are new"
-    ]
+    return [f"prompt_files={parts.cfg.prompt_files} has other prompts or rows than when {place} was saved"]
 
 
 def restored(place: Path, cfg: Config, devices: int | None, shard: int) -> TrainState:

@@ -84,8 +84,8 @@ def test_only_prompts_that_ask_must_be_readable_on_the_host():
             rewards.tokenize(mix, texts, rows, asked)
 
 
-def test_a_device_reward_reads_the_empty_prompt_in_place_of_others():
-    """With its row too, so that one which cannot read those prompts is not asked to."""
+def test_a_device_reward_reads_a_prompt_that_asks_in_place_of_others():
+    """With its row, so that one which cannot read the others is not asked to; the empty prompt if none asks."""
 
     def tokenize(prompts, rows):
         assert [row["prompt"] for row in rows] == prompts
@@ -96,7 +96,8 @@ def test_a_device_reward_reads_the_empty_prompt_in_place_of_others():
     mix, rows = rewards.Score((Reward("x", tokenize, own.nowhere),), (1.0,)), [BOTH, DOG]
     texts = [row["prompt"] for row in rows]
     found = rewards.tokenize(mix, texts, rows, {"x": np.array([1, 0], np.float32)})
-    assert found["x"].tolist() == [3 + len(BOTH["prompt"]), 0]
+    assert found["x"].tolist() == [len(BOTH["rewards"]) + len(BOTH["prompt"])] * 2
+    assert rewards.tokenize(mix, texts, rows, {"x": np.zeros(2, np.float32)})["x"].tolist() == [0, 0]
     with pytest.raises(ConfigError, match="reward x cannot read a prompt: no dogs"):
         rewards.tokenize(mix, texts, rows)
 

@@ -53,7 +53,7 @@ def test_every_arm_spends_the_budget():
 def test_the_arms_of_a_world():
     """Those of the emoji world begin with Sol-RL's, of which the first chooses the rate of all."""
     assert run.ORDER["tiny"] == tuple(run.ARMS) and set(run.ORDER["emoji"]) < set(run.ARMS)
-    assert run.ORDER["emoji"][:3] == ("branch", "sol_rl", "naive_scaling")
+    assert run.ORDER["emoji"][:3] == ("sol_rl", "branch", "naive_scaling")
     assert run.ORDER.keys() == run.RESULTS.keys() == set(worlds.WORLDS) == set(WORK)
     assert worlds.defaults("budget") == "tiny 20,000, emoji 8,000"
 
@@ -88,7 +88,7 @@ def test_the_seconds_of_a_call():
     cfgs = {n: evidence.arm_config(run.ARMS[n], worlds.EMOJI) for n in run.ORDER["emoji"][:3]}
     sizes = worlds.EMOJI.sizes
     *rows, last = run.plan(cfgs, sizes.budget, sizes.marks, 0, 5, 500)[1:]
-    assert [row.split()[0] for row in rows if "+ 5 x 0 " not in row] == ["branch"] and "5 x 36 + 5 x 18" in rows[0]
+    assert [row.split()[0] for row in rows if "+ 5 x 0 " not in row] == ["sol_rl"] and "5 x 28 + 5 x 14" in rows[0]
     assert 100 < float(last.split()[1]) < 400
     arm = evidence.ARMS["sol_rl"]
     *_, last = evidence.plan({"sol_rl": arm}, {"sol_rl": evidence.arm_config(arm)}, 3, 500)

@@ -301,7 +301,13 @@ KLEIN, Z_IMAGE = (next(iter(x.values())) for x in (public.FLUX2, public.ZIMAGE))
 WRONG = [  # (config, files, class of the pipeline, what is said with its model_index.json, and without)
     (flux2, public.FLUX_DEV, "FluxPipeline", "not a Flux2KleinPipeline: use --config=flux", "FluxTransformer2DModel"),
     (flux, KLEIN, "Flux2KleinPipeline", "not a FluxPipeline: use --config=flux2", "Flux2Transformer2DModel"),
-    (flux2, KLEIN, "Flux2Pipeline", "not a Flux2KleinPipeline: no config is for it, there are emoji, flux, flux2, ", ""),
+    (
+        flux2,
+        KLEIN,
+        "Flux2Pipeline",
+        "not a Flux2KleinPipeline: no config is for it, there are emoji, flux, flux2, ",
+        "",
+    ),
     (zimage, KLEIN, "Flux2KleinPipeline", "not a ZImagePipeline: use --config=flux2", "Flux2Transformer2DModel"),
     (flux2, Z_IMAGE, "ZImagePipeline", "not a Flux2KleinPipeline: use --config=zimage", "ZImageTransformer2DModel"),
 ]

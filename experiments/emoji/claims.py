@@ -72,14 +72,16 @@ def rank(measured: Measured, figure: str) -> Estimate:
 def gain(measured: Measured, arm: str, than: str, what: str) -> Estimate:
     """How much more an arm gains than another at one cost."""
     one, other = (measured.methods[f"{name}: gain of {what}"]["spread"]["seeds"] for name in (arm, than))
+    if len(one) != len(other):
+        raise ValueError(f"{arm} has {len(one)} seeds and {than} {len(other)}: they cannot be paired")
     return over_seeds(np.subtract(one, other))
 
 
 def times(measured: Measured, arm: str, share: str) -> Estimate:
-    """How many times less an arm costs to reach a share of the baseline's gain; 0 if it never does."""
+    """How many times less an arm costs to reach a share of the baseline's gain; if it never does, 0 of any interval."""
     f = measured.methods[f"{arm}: {share} of {BASELINE}'s gain of CLIPScore"]
     if f["value"] is None:
-        return Estimate(0.0, 0.0, 0.0, f["n"])
+        return Estimate(0.0, -math.inf, math.inf, f["n"])
     error = f["spread"]["error"] if f["spread"] else math.inf
     half = float(stats.t.ppf(0.975, f["n"] - 1)) * error if f["n"] > 1 else math.inf
     return Estimate(f["value"], f["value"] - half, f["value"] + half, f["n"])
@@ -192,6 +194,8 @@ def judged(claim: Claim, measured: Measured) -> dict[str, Any]:
         found = claim.estimate(measured)
     except KeyError:
         return results.figure(None, f"not run; {said}", 0)
+    except ValueError as e:
+        return results.figure(None, f"cannot be told ({e}); {said}", 0)
     interval = [found.low, found.high] if math.isfinite(found.low) else None  # one seed has none
     return results.figure(found.value, f"{verdict(found, claim.least)}; {said}", found.n, interval)
 

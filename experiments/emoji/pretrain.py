@@ -172,6 +172,13 @@ def main(argv: list[str] | None = None) -> int:
         state, until = args.out / "state" / f"{label}.msgpack", start + 60 * args.minutes
         return Fit(count(steps), batch, rate, args.seed, label, state, until)
 
+    def done(how: Fit) -> None:
+        """Its weights are written, so its state goes. Stopped if the time is over and another training is to come."""
+        assert how.state is not None
+        how.state.unlink(missing_ok=True)
+        if time.time() > how.until and how.label != todo[-1]:
+            raise pretraining.Stopped(f"{how.label} has ended, and the time is over")
+
     todo = [label for label, file in folders.done.items() if not file.exists()]
     if "vae" in todo:
         pretraining.write_folders(*folders, vocabulary(), configs(args.width), TOKENS)
@@ -182,20 +189,24 @@ def main(argv: list[str] | None = None) -> int:
                 how = fit("vae", args.vae_steps, 256, 1e-3)
                 trained = pretraining.train_vae(VAE, pictures, pools["vae"].result(), how)
                 pretraining.save_vae(folders, *trained)
+                done(how)
             cfg, vae_params = check.model_config(folders.pipeline), pretraining.stored_vae(folders.pipeline)
             if "flow" in todo:
                 how = fit("flow", args.flow_steps, args.flow_batch, args.flow_rate)
                 seen = functools.partial(watch, cfg, vae_params["decoder"])
                 flow = pretraining.train_flow(cfg, vae_params, pictures, pools["flow"].result(), how, watch=seen)
                 pretraining.save_flow(folders, flow)
+                done(how)
             if "clip" in todo:
                 how = fit("clip", args.clip_steps, 256, 1e-3)
                 own = folders.clip, folders.pipeline, vae_params
                 pretraining.save_clip(folders, pretraining.train_clip(*own, pictures, pools["clip"].result(), how))
+                done(how)
         except pretraining.Stopped as e:
-            host.shutdown(wait=False, cancel_futures=True)
             print(f"{e}; run the command again to go on", flush=True)
             return AGAIN
+        finally:
+            host.shutdown(wait=False, cancel_futures=True)  # not after all scenes of the other trainings
     print(f"{args.out} is done, {time.time() - start:.0f} s on {jax.devices()[0].device_kind}", flush=True)
     return 0
 

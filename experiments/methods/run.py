@@ -61,7 +61,7 @@ BORROWED = {name: "sol_rl" for name in ("branch", "branch_4", "bf16", "naive_sca
 ORDER = {
     "tiny": tuple(ARMS),
     "emoji": (
-        *("branch", "sol_rl", "naive_scaling", "diffusionnft"),
+        *("sol_rl", "branch", "naive_scaling", "diffusionnft"),
         *("awm", "flow_grpo", "dance_grpo", "vgrpo"),
     ),
 }

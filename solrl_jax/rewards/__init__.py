@@ -125,7 +125,8 @@ def tokenize(
     """{reward name: its tokens, leaves [G, ...]}; without `rows` a prompt's row is {"prompt": text}.
 
     A caption or a row that a reward cannot read raises ConfigError; with `asked`, it has to read only the prompts that
-    ask for it. A reward on the devices is given the empty prompt in place of the others.
+    ask for it. A reward on the devices is given the first that asks in place of the others, or, if none does, the empty
+    prompt: it scores every picture, and these scores are dropped.
     """
     tokens: dict[str, PyTree] = {}
     rows = [{"prompt": prompt} for prompt in prompts] if rows is None else rows
@@ -134,7 +135,8 @@ def tokenize(
             mine = _asking(reward.name, asked, len(rows))
             if reward.host is None:
                 others = set(range(len(rows))) - set(mine)
-                read = [{"prompt": ""} if i in others else row for i, row in enumerate(rows)]
+                stand_in = rows[mine[0]] if mine else {"prompt": ""}
+                read = [stand_in if i in others else row for i, row in enumerate(rows)]
                 tokens[reward.name] = own.with_rows(reward.tokenize, [row["prompt"] for row in read], rows=read)
                 continue
             tokens[reward.name] = own.places(prompts)

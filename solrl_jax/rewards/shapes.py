@@ -131,8 +131,9 @@ def parse(caption: str) -> dict[str, str]:
 
 
 def tokenize(prompts: Sequence[str]) -> Int[np.ndarray, "G 9"]:
-    """Captions -> int32 facts rows in the column order of FACTS, -1 for facts that are not stated."""
-    parsed = [parse(prompt) for prompt in prompts]
+    """Captions -> int32 facts rows in the column order of FACTS, -1 for facts that are not stated; an empty one states
+    none. ValueError for another text."""
+    parsed = [parse(prompt) if prompt else {} for prompt in prompts]
     rows = [[FACTS[name].index(facts[name]) if name in facts else -1 for name in FACTS] for facts in parsed]
     return np.array(rows, np.int32).reshape(-1, len(FACTS))
 
