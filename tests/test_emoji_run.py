@@ -77,7 +77,9 @@ def test_the_judge_is_not_asked_to_read_words(folder):
     some = ("the word OPEN in red", "a fox")
     rows = [{"prompt": some[0], "rewards": ["ocr"]}, {"prompt": some[1], "rewards": [emoji.JUDGE]}]
     tokens = rewards.tokenize(judges.score, some, rows, judges.bound.masks((emoji.JUDGE,), rows))[emoji.JUDGE]
-    assert (tokens[0] < 1).all() and tokens[1, 1] == 1  # it states nothing; one fox
+    assert tokens[1, 1] == 1 and (tokens[0] == tokens[1]).all()  # one fox, in place of the word too
+    nobody = rewards.tokenize(judges.score, some, rows, {emoji.JUDGE: np.zeros(2, np.float32)})[emoji.JUDGE]
+    assert (nobody < 1).all()  # they state nothing
 
 
 @pytest.mark.usefixtures("no_reader")
