@@ -420,7 +420,9 @@ def test_the_networks_are_trained_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "configs", lambda width: made | {"vae": pretrain.VAE})
     monkeypatch.setattr(pretrain, "watch", lambda *given: "seen")
     words = [f"--out={tmp_path}", "--scale=1e-4", "--flow_steps=1010000", "--flow_batch=2"]
-    assert pretrain.main([*words, "--minutes=0"]) == 75
+    assert pretrain.main([*words, "--minutes=0"]) == 75  # between two trainings
+    assert len([*tmp_path.rglob("*.safetensors")]) == 1 and not [*tmp_path.rglob("*.msgpack")]
+    assert pretrain.main([*words, "--minutes=0"]) == 75  # in one
     stopped = {file.name: file.stat().st_mtime_ns for file in tmp_path.rglob("*.safetensors")}
     assert (tmp_path / "state/flow.msgpack").exists() and len(stopped) == 1
     assert pretrain.main(words) == 0
