@@ -19,7 +19,6 @@ from experiments import evidence, lab, results, worlds
 from solrl_jax import config, device, sharding
 from solrl_jax.run import evaluate, pictures
 from solrl_jax.structs import Params
-from solrl_jax.weights import lora_files
 
 CHUNK = 100
 
@@ -56,20 +55,15 @@ def main(argv: list[str] | None = None) -> None:
     world = worlds.find(args.world, args.networks)
     with jax.set_mesh(sharding.make_mesh(1)):
         opened = lab.open_world(world.config("sol_rl"), args.prompts)
-        parts = opened.parts
-        trained = [
-            lora_files.load(file, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy).adapter
-            for file in args.loras
-        ]
-        nothing = jax.tree.map(lambda x: x[0], lab.base_adapter(opened))
         if args.pictures:
-            named = {file.stem: adapter for file, adapter in zip(args.loras, trained, strict=True)}
-            return draw(opened, {"base": nothing, **named}, args.pictures, args.count or parts.cfg.evaluate.grid)
+            shown = lab.policies(opened) | {file.stem: lab.read_adapter(opened, file) for file in args.loras}
+            return draw(opened, shown, args.pictures, args.count or opened.parts.cfg.evaluate.grid)
         figures, stage = {}, config.Stage(steps=10, chunk=lab.chunk(args.prompts, evidence.PICTURES, CHUNK))
+        policies = lab.policies(opened, args.loras[0])
         for split in lab.SPLITS:
             base, policy = (
                 lab.measure(opened, jax.tree.map(lambda x: x[None], adapter), split, evidence.PICTURES, stage=stage)
-                for adapter in (nothing, trained[0])
+                for adapter in policies.values()
             )
             figures |= by_figure(base, policy, split)
     for name, f in figures.items():

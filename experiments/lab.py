@@ -240,10 +240,13 @@ def base_adapter(opened: Opened, runs: int = 1) -> Params:
     return jax.tree.map(jnp.zeros_like, like)
 
 
-def policies(opened: Opened, run: Path | None) -> dict[str, Params]:
-    """Adapters of the base and, of a run's folder or a LoRA file, of the trained policy."""
-    parts, out = opened.parts, {"base": jax.tree.map(lambda x: x[0], base_adapter(opened))}
-    if run is not None:
-        read = lora_files.load(run, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy)
-        out["trained"] = read.adapter
-    return out
+def read_adapter(opened: Opened, run: Path) -> Params:
+    """The adapter of a run's folder or of a LoRA file."""
+    parts = opened.parts
+    return lora_files.load(run, parts.frozen.base, parts.model.keys, parts.cfg.lora, parts.model.comfy).adapter
+
+
+def policies(opened: Opened, run: Path | None = None) -> dict[str, Params]:
+    """Adapters of the base and, if there is a run, of the trained policy."""
+    base = {"base": jax.tree.map(lambda x: x[0], base_adapter(opened))}
+    return base if run is None else base | {"trained": read_adapter(opened, run)}

@@ -141,6 +141,35 @@ def watch(cfg: config.Model, decoder, base, text) -> str:
     return f"exact {accuracy.judged(np.asarray(images[:, 0]), scenes).exact.mean():.3f}"
 
 
+def train_vae(folders: Folders, pool, how: Fit) -> None:
+    pretraining.save_vae(folders, *pretraining.train_vae(VAE, pictures, pool, how))
+
+
+def train_flow(folders: Folders, pool, how: Fit) -> None:
+    cfg, vae_params = check.model_config(folders.pipeline), pretraining.stored_vae(folders.pipeline)
+    seen = functools.partial(watch, cfg, vae_params["decoder"])
+    pretraining.save_flow(folders, pretraining.train_flow(cfg, vae_params, pictures, pool, how, watch=seen))
+
+
+def train_clip(folders: Folders, pool, how: Fit) -> None:
+    vae_params = pretraining.stored_vae(folders.pipeline)
+    trained = pretraining.train_clip(folders.clip, folders.pipeline, vae_params, pictures, pool, how)
+    pretraining.save_clip(folders, trained)
+
+
+TRAININGS = {"vae": train_vae, "flow": train_flow, "clip": train_clip}
+"""In their order: each reads what those before it wrote."""
+
+
+def pool_of(label: str, seed: int, scale: float, folders: Folders) -> Any:
+    """The scenes of a training. Each draws its own, so that a training that goes on has the same."""
+    rng = np.random.default_rng([seed, tuple(TRAININGS).index(label)])
+    if label == "vae":
+        return drawn(world.sample(rng, max(8, int(50_000 * scale))), rng)
+    make, full, least = {"flow": (captioned, 300_000, 8), "clip": (paired, 100_000, 4)}[label]
+    return make(rng, max(least, int(full * scale)), tokenizer(folders))
+
+
 def main(argv: list[str] | None = None) -> int:
     device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,52 +185,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clip_steps", type=int, default=6_000)
     args = parser.parse_args(argv)
     folders, start = Folders(args.out / "pipeline", args.out / "clip"), time.time()
-
-    def count(full: int, least: int = 2) -> int:
-        return max(least, int(full * args.scale))
-
-    def pool_of(label: str) -> Any:
-        """The scenes of a training. Each draws its own, so that a training that goes on has the same."""
-        rng = np.random.default_rng([args.seed, tuple(folders.done).index(label)])
-        if label == "vae":
-            return drawn(world.sample(rng, count(50_000, 8)), rng)
-        make, full, least = {"flow": (captioned, 300_000, 8), "clip": (paired, 100_000, 4)}[label]
-        return make(rng, count(full, least), tokenizer(folders))
-
-    def fit(label: str, steps: int, batch: int, rate: float) -> Fit:
-        state, until = args.out / "state" / f"{label}.msgpack", start + 60 * args.minutes
-        return Fit(count(steps), batch, rate, args.seed, label, state, until)
-
-    def done(how: Fit) -> None:
-        """Its weights are written, so its state goes. Stopped if the time is over and another training is to come."""
-        assert how.state is not None
-        how.state.unlink(missing_ok=True)
-        if time.time() > how.until and how.label != todo[-1]:
-            raise pretraining.Stopped(f"{how.label} has ended, and the time is over")
-
-    todo = [label for label, file in folders.done.items() if not file.exists()]
+    until, steps = start + 60 * args.minutes, {label: getattr(args, f"{label}_steps") for label in TRAININGS}
+    todo = [label for label in TRAININGS if not folders.done[label].exists()]
     if "vae" in todo:
         pretraining.write_folders(*folders, vocabulary(), configs(args.width), TOKENS)
     with ThreadPoolExecutor(1) as host:  # draws the next training's scenes while the device trains
-        pools = {label: host.submit(pool_of, label) for label in todo}
+        pools = {label: host.submit(pool_of, label, args.seed, args.scale, folders) for label in todo}
         try:
-            if "vae" in todo:
-                how = fit("vae", args.vae_steps, 256, 1e-3)
-                trained = pretraining.train_vae(VAE, pictures, pools["vae"].result(), how)
-                pretraining.save_vae(folders, *trained)
-                done(how)
-            cfg, vae_params = check.model_config(folders.pipeline), pretraining.stored_vae(folders.pipeline)
-            if "flow" in todo:
-                how = fit("flow", args.flow_steps, args.flow_batch, args.flow_rate)
-                seen = functools.partial(watch, cfg, vae_params["decoder"])
-                flow = pretraining.train_flow(cfg, vae_params, pictures, pools["flow"].result(), how, watch=seen)
-                pretraining.save_flow(folders, flow)
-                done(how)
-            if "clip" in todo:
-                how = fit("clip", args.clip_steps, 256, 1e-3)
-                own = folders.clip, folders.pipeline, vae_params
-                pretraining.save_clip(folders, pretraining.train_clip(*own, pictures, pools["clip"].result(), how))
-                done(how)
+            for label in todo:
+                batch, rate = (args.flow_batch, args.flow_rate) if label == "flow" else (256, 1e-3)
+                count, state = max(2, int(steps[label] * args.scale)), args.out / "state" / f"{label}.msgpack"
+                if label != todo[0] and time.time() > until:
+                    raise pretraining.Stopped(f"the time is over before {label}")
+                how = Fit(count, batch, rate, args.seed, label, state, until)
+                TRAININGS[label](folders, pools[label].result(), how)
+                state.unlink(missing_ok=True)  # the weights are written
         except pretraining.Stopped as e:
             print(f"{e}; run the command again to go on", flush=True)
             return AGAIN
