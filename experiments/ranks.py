@@ -12,6 +12,7 @@ contrast, the true mean of the chosen best minus that of the chosen worst, divid
 """
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -58,8 +59,8 @@ def tasks(opened: lab.Opened, model: Model, chunk: int) -> dict[str, tuple[confi
         return precision, functools.partial(reward, stage=Stage(steps, solver, precision, chunk), **how)
 
     def branch(precision: config.Precision) -> tuple[config.Precision, Callable[..., Any]]:
-        words = {"explore.precision": precision, "explore.chunk": str(chunk), "regenerate.chunk": str(chunk)}
-        return precision, functools.partial(finished, cfg=opened.world.config("branch", words), **how)
+        cfg = opened.world.config("branch", {"explore.precision": precision})
+        return precision, functools.partial(finished, cfg=cfg, chunk=chunk, **how)
 
     previews = {name: stage(*preview) for name, preview in PREVIEWS.items()}
     return {"truth": stage(*FULL), **previews, **{name: branch(p) for name, p in BRANCHES.items()}}
@@ -69,12 +70,14 @@ def reward(*given: Any, **statics: Any) -> Float[Array, "P N"]:
     return rollout.rolled(*given, **statics).reward
 
 
-def finished(kernels, low, frozen, prompts, keys, *, cfg: Config, **how: Any) -> Pair:
-    """Every candidate previewed, and every one finished from its preview's state."""
+def finished(kernels, low, frozen, prompts, keys, *, cfg: Config, chunk: int, **how: Any) -> Pair:
+    """Every candidate previewed, and every one finished from its preview's state; not the config's chunks, which are of
+    its own numbers of prompts and candidates."""
     roll = functools.partial(rollout.rolled, branch=rollout.branched(how["model"], cfg), **how)
     assert cfg.explore is not None
-    preview = roll(kernels, low, frozen, prompts, keys, stage=cfg.explore)
-    samples = roll(kernels, None, frozen, prompts, keys, preview.state, stage=cfg.regenerate)
+    explore, rest = (dataclasses.replace(stage, chunk=chunk) for stage in (cfg.explore, cfg.regenerate))
+    preview = roll(kernels, low, frozen, prompts, keys, stage=explore)
+    samples = roll(kernels, None, frozen, prompts, keys, preview.state, stage=rest)
     return Pair(preview.reward, samples.reward)
 
 

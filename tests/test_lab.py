@@ -14,7 +14,7 @@ from experiments import compare, curves, evidence, lab, ranks, results, worlds
 from experiments.emoji import claims, judge
 from experiments.methods import run, summary
 from experiments.tiny import check
-from solrl_jax import config, sharding
+from solrl_jax import config, lora, sharding
 from solrl_jax.config import Stage
 from solrl_jax.rewards import Reward, Score
 from tests import nano, nano_emoji
@@ -181,6 +181,26 @@ def test_previews_and_branches_are_ranked_by_their_own_truth(opened, monkeypatch
     assert np.abs(found["NVFP4"].preview - found["NVFP4"].truth).max() > 1e-3
     assert 1e-4 < np.abs(found["branch"].truth - found["full"].truth).max() < 0.2
     assert np.abs(found["branch"].preview - found["branch"].truth).max() > 1e-4
+
+
+@pytest.mark.slow
+def test_the_ranks_fit_the_sizes_of_the_emoji_world(tmp_path):
+    """Traced, not run: a preview and a branch of all captions and candidates, in the chunks of a GPU."""
+    sizes = worlds.EMOJI.sizes
+    with jax.set_mesh(sharding.make_mesh(1)):
+        opened = lab.open_world(nano.emoji(tmp_path), 2)
+        todo = ranks.tasks(opened, opened.parts.model, lab.chunk(sizes.captions, sizes.candidates, sizes.chunk))
+        prompts = jax.eval_shape(
+            lambda x: jax.tree.map(lambda x: jnp.repeat(x, sizes.captions // 2, axis=0), x),
+            opened.held_out["test"][1],
+        )
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (sizes.captions, sizes.candidates)))
+        kernels = lora.merged_kernels(
+            opened.parts.frozen.base, jax.tree.map(lambda x: x[0], lab.base_adapter(opened)), opened.parts.cfg.lora
+        )
+        for name in ("BF16, 4 steps", "BF16, branch of 5 steps"):
+            found = jax.eval_shape(todo[name][1], kernels, None, opened.parts.frozen, prompts, keys)
+            assert {x.shape for x in jax.tree.leaves(found)} == {(200, 96)}
 
 
 @pytest.mark.long
