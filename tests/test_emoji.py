@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -408,6 +410,27 @@ def test_a_training_goes_on_to_the_same_weights(tmp_path):
     np.testing.assert_array_equal(whole["w"], again["w"])
 
 
+def test_scenes_are_drawn_in_parts(folders, monkeypatch):
+    """The same in threads and in processes, in any number; no part has the numbers of another."""
+    monkeypatch.setattr(pretrain, "PART", 16)
+    with ThreadPoolExecutor(2) as host:
+        parts = [part.result() for part in pretrain.begin_pool(host, "flow", 0, 1e-4, folders)]
+    assert [len(part["tokens"]["t5"]) for part in parts] == [16, 14]
+    again = pretrain.part_of("flow", 0, 1, 14, folders)
+    jax.tree.map(np.testing.assert_array_equal, parts[1], again)
+    assert not np.array_equal(parts[0]["tokens"]["t5"][:14], again["tokens"]["t5"])
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as host:
+        (there,) = pretrain.begin_pool(host, "vae", 0, 1e-4, folders)
+        here = pretrain.part_of("vae", 0, 0, 8, folders)
+        jax.tree.map(np.testing.assert_array_equal, there.result(), here)
+    assert here["sprites"][0].shape[0] == 8
+
+
+def test_of_a_folder_that_is_not_done_nothing_is_taken(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"--like=.*other: there is no .*model.safetensors: train it first"):
+        pretrain.main([f"--out={tmp_path / 'own'}", f"--like={tmp_path / 'other'}", "--width=160"])
+
+
 @pytest.mark.long
 def test_the_networks_are_trained_in_parts(tmp_path, monkeypatch):
     """By the command, a little at a time, with small networks; the folders are those that a run reads."""
@@ -432,3 +455,7 @@ def test_the_networks_are_trained_in_parts(tmp_path, monkeypatch):
     assert np.isfinite(score).all()
     base, vae_params, text = flux.load(check.model_config(tmp_path / "pipeline"))
     assert base and vae_params and text
+    other = tmp_path / "other"
+    assert pretrain.main([f"--out={other}", f"--like={tmp_path}", "--scale=1e-4", "--flow_steps=20000"]) == 0
+    same = [(folder / "clip/model.safetensors").read_bytes() for folder in (tmp_path, other)]
+    assert same[0] == same[1] and len([*other.rglob("*.safetensors")]) == 5

@@ -7,17 +7,21 @@ It goes on from where it was stopped, by the time or otherwise: a training that 
 one that has not has its state in <out>/state. Exit code 75: the time is over, run it again. experiments/pretraining.py
 says how the networks are trained; `python -m experiments.emoji.check` measures their quality.
 
-`--width=160` and 256 are the same world with a narrower transformer, for the experiments on width.
+`--width=160` and 256 are the same world with a narrower transformer, for the experiments on width. `--like=FOLDER`
+takes the VAE and the CLIP of a folder that is done and trains the transformer with its text encoders alone.
 """
 
 import argparse
 import dataclasses
 import functools
 import math
+import multiprocessing
+import shutil
+import string
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,7 @@ from solrl_jax.models import flux
 from solrl_jax.models.folders import tokenize as tokenize_by
 
 HERE = Path(__file__).resolve().parent
+LETTERS = tuple(string.ascii_uppercase)
 AGAIN = 75  # EX_TEMPFAIL of sysexits.h, as in solrl_jax.main
 
 VAE = tiny.VAE | {"block_out_channels": [32, 64, 128], "sample_size": world.SIDE}
@@ -96,9 +101,23 @@ def pictures(batch: dict[str, Any]) -> jax.Array:
     return world.draw(world.Sprites(*batch["sprites"]), world.templates())
 
 
+SPELLED = 0.25
+"""The share of the flow's scenes that are words of random letters: of the 146 train words alone, 14 % of the scenes, it
+learns how many letters a word has and not which (experiments/emoji/README.md)."""
+
+
+def spelled(rng: np.random.Generator) -> Scene:
+    """A train scene of a word of 2 letters or more, all of them random."""
+    while True:
+        scene = world.random_ink(rng, "".join(rng.choice(LETTERS, rng.integers(2, world.MOST_LETTERS + 1))))
+        if world.split_of(scene) == "train" and scene.word.text not in world.WORDS:
+            return scene
+
+
 def captioned(rng: np.random.Generator, count: int, tokenize) -> dict[str, Any]:
     """`count` train scenes with the tokens of their captions."""
-    scenes = world.sample(rng, count)
+    words = int(SPELLED * count)
+    scenes = [*world.sample(rng, count - words), *(spelled(rng) for _ in range(words))]
     return drawn(scenes, rng) | {"tokens": tokenize([world.caption(scene) for scene in scenes])}
 
 
@@ -161,13 +180,42 @@ TRAININGS = {"vae": train_vae, "flow": train_flow, "clip": train_clip}
 """In their order: each reads what those before it wrote."""
 
 
-def pool_of(label: str, seed: int, scale: float, folders: Folders) -> Any:
-    """The scenes of a training. Each draws its own, so that a training that goes on has the same."""
-    rng = np.random.default_rng([seed, tuple(TRAININGS).index(label)])
+POOLS = {"vae": 50_000, "flow": 300_000, "clip": 100_000}
+"""Scenes of each training; the CLIP's each with one that differs in a fact."""
+PART = 5_000
+
+
+def part_of(label: str, seed: int, part: int, count: int, folders: Folders) -> Any:
+    """A part of a training's scenes. It has its own random numbers, so that a training that goes on has the same."""
+    rng = np.random.default_rng([seed, tuple(TRAININGS).index(label), part])
     if label == "vae":
-        return drawn(world.sample(rng, max(8, int(50_000 * scale))), rng)
-    make, full, least = {"flow": (captioned, 300_000, 8), "clip": (paired, 100_000, 4)}[label]
-    return make(rng, max(least, int(full * scale)), tokenizer(folders))
+        return drawn(world.sample(rng, count), rng)
+    return {"flow": captioned, "clip": paired}[label](rng, count, tokenizer(folders))
+
+
+def begin_pool(host: Executor, label: str, seed: int, scale: float, folders: Folders) -> list[Future]:
+    """The parts of a training's scenes, as `host` draws them."""
+    count = max(8, int(POOLS[label] * scale))
+    sizes = [min(PART, count - first) for first in range(0, count, PART)]
+    return [host.submit(part_of, label, seed, part, size, folders) for part, size in enumerate(sizes)]
+
+
+def drawer(scale: float) -> Executor:
+    """Draws the scenes of the next trainings while the device trains: in processes, if there are many."""
+    if scale * max(POOLS.values()) <= PART:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"))  # JAX has threads, which a fork loses
+
+
+def take(folder: Path, folders: Folders) -> None:
+    """Copy the VAE and the CLIP of another folder. FileNotFoundError if it is not done."""
+    other = Folders(folder / "pipeline", folder / "clip")
+    if missing := [str(file) for file in other.done.values() if not file.is_file()]:
+        raise FileNotFoundError(
+            f"--like={folder}: there is no {', '.join(missing)}: train it first, or leave --like out"
+        )
+    shutil.copytree(other.clip, folders.clip, dirs_exist_ok=True)
+    shutil.copytree(other.pipeline / "vae", folders.pipeline / "vae", dirs_exist_ok=True)  # last: it means "taken"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,21 +224,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--width", type=int, choices=WIDTHS, default=WIDTHS[0], help="channels of the transformer")
+    parser.add_argument("--like", type=Path, help="a folder that is done: take its VAE and its CLIP")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many, to be run again")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full number of steps and scenes")
     parser.add_argument("--vae_steps", type=int, default=5_000)
-    parser.add_argument("--flow_steps", type=int, default=13_000)
+    parser.add_argument("--flow_steps", type=int, default=20_000)
     parser.add_argument("--flow_batch", type=int, default=512)
     parser.add_argument("--flow_rate", type=float, default=1e-3)
     parser.add_argument("--clip_steps", type=int, default=6_000)
     args = parser.parse_args(argv)
     folders, start = Folders(args.out / "pipeline", args.out / "clip"), time.time()
     until, steps = start + 60 * args.minutes, {label: getattr(args, f"{label}_steps") for label in TRAININGS}
-    todo = [label for label in TRAININGS if not folders.done[label].exists()]
-    if "vae" in todo:
+    if not folders.done["vae"].exists():
         pretraining.write_folders(*folders, vocabulary(), configs(args.width), TOKENS)
-    with ThreadPoolExecutor(1) as host:  # draws the next training's scenes while the device trains
-        pools = {label: host.submit(pool_of, label, args.seed, args.scale, folders) for label in todo}
+        if args.like:
+            take(args.like, folders)
+    todo = [label for label in TRAININGS if not folders.done[label].exists()]
+    with drawer(args.scale) as host:
+        pools = {label: begin_pool(host, label, args.seed, args.scale, folders) for label in todo}
         try:
             for label in todo:
                 batch, rate = (args.flow_batch, args.flow_rate) if label == "flow" else (256, 1e-3)
@@ -198,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
                 if label != todo[0] and time.time() > until:
                     raise pretraining.Stopped(f"the time is over before {label}")
                 how = Fit(count, batch, rate, args.seed, label, state, until)
-                TRAININGS[label](folders, pools[label].result(), how)
+                parts = [part.result() for part in pools.pop(label)]
+                TRAININGS[label](folders, jax.tree.map(lambda *x: np.concatenate(x), *parts), how)
                 state.unlink(missing_ok=True)  # the weights are written
         except pretraining.Stopped as e:
             print(f"{e}; run the command again to go on", flush=True)

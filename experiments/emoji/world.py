@@ -217,15 +217,20 @@ def sample(rng: np.random.Generator, n: int, split: str = "train", words: bool =
 def _any_scene(rng: np.random.Generator) -> Scene:
     counts = tuple(KINDS)[rng.choice(len(KINDS), p=tuple(KINDS.values()))]
     if not counts:
-        ink = tuple(INKS)[rng.integers(len(INKS))]
-        grounds = legible(ink)
-        background = grounds[rng.integers(len(grounds))] if rng.random() < 0.4 else None
-        return Scene(background=background, word=Word(WORDS[rng.integers(len(WORDS))], ink))
+        return random_ink(rng, WORDS[rng.integers(len(WORDS))])
     names = rng.choice(len(OBJECTS), len(counts), replace=False)
     things = tuple(Thing(OBJECTS[i], count) for i, count in zip(names, counts, strict=True))
     relation = RELATIONS[rng.integers(len(RELATIONS))] if len(things) == 2 else None
     background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))] if rng.random() < 0.4 else None
     return Scene(things, relation, background)
+
+
+def random_ink(rng: np.random.Generator, text: str) -> Scene:
+    """A word in any ink; four in ten with a stated background, on which it can be read."""
+    ink = tuple(INKS)[rng.integers(len(INKS))]
+    grounds = legible(ink)
+    background = grounds[rng.integers(len(grounds))] if rng.random() < 0.4 else None
+    return Scene(background=background, word=Word(text, ink))
 
 
 @functools.cache
