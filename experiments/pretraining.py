@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from experiments import tokenizers_local
-from solrl_jax import config, weights
+from solrl_jax import config, disk, weights
 from solrl_jax.models import flux, text, vae
 from solrl_jax.models.folders import text_modules
 from solrl_jax.rewards import clip_tower, preprocess
@@ -144,7 +144,8 @@ def fit(loss, params, pool, how: Fit, watch: Callable[[Any, int], str] = lambda 
             print(line, watch(carry[1], min(10, done * 10 // steps)), flush=True)
         over = int(carry[3]) < steps and time.time() > how.until
         if how.state is not None and (over or time.time() > saved + how.save_every):
-            _replace(how.state, flax.serialization.to_bytes({"how": _identity(how), "carry": jax.device_get(carry)}))
+            with disk.whole(how.state) as f:
+                f.write(flax.serialization.to_bytes({"how": _identity(how), "carry": jax.device_get(carry)}))
             saved = time.time()
             if over:
                 raise Stopped(f"{how.label}: the time is over after {done} of {steps} steps")
@@ -165,14 +166,6 @@ def _saved(how: Fit) -> dict[str, Any]:
             rule = "give the same to go on, or remove the file to begin anew"
             raise ValueError(f"{how.state} is of a training with {name}={other}, and this one has {value}: {rule}")
     return found["carry"]
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """The file has its old content or all of the new."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(file.name + ".new")
-    new.write_bytes(content)
-    new.replace(file)
 
 
 # --- the three trainings --------------------------------------------------------------------------------------------

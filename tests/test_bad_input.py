@@ -137,6 +137,17 @@ def test_damaged_files_are_named(command, file, damage, words):
         ({"learn.advantage_clip": "inf"}, "learn.advantage_clip=inf: a positive number, finite"),
         ({"learn.strength": "inf"}, "learn.strength=inf: a positive number, finite"),
         ({"evaluate.rewards": "beauty"}, "unknown reward 'beauty'"),
+        ({"reward_unused": "ocr,ocrr"}, "unknown reward 'ocrr' in 'reward_unused=ocr,ocrr': use one of clipscore, hps"),
+        ({"reward_unused": "my..judge"}, "reward 'my..judge' is not a dotted name: give package.module, or module.fu"),
+        (
+            {"reward_unused": "ocr,clipscore"},
+            "reward_unused=ocr,clipscore: clipscore is in reward=clipscore too, so the run does not do without it: "
+            "take it out of one of them",
+        ),
+        (
+            {"reward_unused": "shapes", "evaluate.rewards": "shapes:2"},
+            "reward_unused=shapes: shapes is in evaluate.rewards=shapes:2 too",
+        ),
         ({"evaluate.prompts": "99"}, "evaluate.prompts=99, but"),
         ({"evaluate.solver": "sde"}, "evaluate.solver=sde: use one of euler, dpm1, dpm2"),
         ({"evaluate.grid": "9"}, "evaluate.grid=9: 1 to evaluate.prompts=4"),

@@ -110,6 +110,15 @@ def test_a_reward_may_be_named_and_left_unused():
         bound.read([BOTH], ["pickscore"], [], ["ocr"])
 
 
+def test_a_reward_of_ones_own_is_left_unused_without_its_module():
+    """What is not used is not imported; only a name that is used too is refused."""
+    cfg = Config(reward="clipscore", reward_unused=("nowhere.judge", "ocr"))
+    assert assemble.reward_names(cfg) == ("clipscore",)
+    again = config.override(cfg, **{"evaluate.rewards": "nowhere.judge:0.5"})
+    with pytest.raises(ConfigError, match=r"=nowhere.judge,ocr: nowhere.judge is in evaluate.rewards=nowhere.judge:0"):
+        assemble.reward_names(again)
+
+
 def test_a_host_reward_sees_the_pictures_of_prompts_that_ask():
     seen = []
 

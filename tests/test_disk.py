@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from solrl_jax import weights
 from solrl_jax.config import Lora
 from solrl_jax.run import checkpoint, pictures
 from solrl_jax.weights import Rule, lora_files
@@ -19,7 +20,12 @@ def write_lora(file):
     lora_files.save(file, {"to_q": {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 4))}}, KEYS, Lora(2, 2.0))
 
 
+def write_weights(file):
+    weights.save({"to_q": {"kernel": jnp.ones((4, 2))}}, KEYS, file)
+
+
 WRITERS = {
+    "model.safetensors": write_weights,
     "lora.safetensors": write_lora,
     "base.npz": lambda file: pictures.save(file, SHOWN, 0, "how"),
     "000000.png": lambda file: pictures.write_grid(file, SHOWN.prompts, {"base": SHOWN.images}),

@@ -125,7 +125,7 @@ def test_every_arm_names_its_recipe():
     assert model_card.family(evidence.arm_config(evidence.Arm())) == "sol_rl"
 
 
-def arm(folder, name, gains):
+def arm(folder, name, gains, **facts):
     """An arm's file with marks at 100, 200, ... s; gains [marks, seeds]."""
     figures = {}
     for what in summary.COMPARED.values():
@@ -134,7 +134,7 @@ def arm(folder, name, gains):
             label = f"{what} after {i + 1} iterations, {100 * (i + 1)} s"
             figures[label] = figures[what] = results.figure(float(np.mean(row)), "mean", 1, spread)
     figures["rate 0.0005: gain of clipscore after 4 iterations"] = results.figure(0.7, "score", 1)
-    results.record(folder / f"arms/{name}.json", figures, arm=name, about=name)
+    results.record(folder / f"arms/{name}.json", figures, arm=name, about=name, **facts)
 
 
 def test_arms_at_one_cost(tmp_path):
@@ -165,7 +165,8 @@ def test_arms_at_one_cost(tmp_path):
     results.record(tmp_path / "arms/awm.json", rate_alone, arm="awm", about="")
     summary.main([f"--results={tmp_path}"])
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert len(json.loads((tmp_path / "summary.json").read_text())["figures"]) == 3 * (3 * (2 + 4 * 2) + 1)
+    told = json.loads((tmp_path / "summary.json").read_text())["figures"]
+    assert told.pop("awm: stopped at")["value"] == 0 and len(told) == 3 * (3 * (2 + 4 * 2) + 1)
     assert found["random: rate 0.0005"]["value"] == 0.7
     with pytest.raises(ValueError, match="has no marks of 'spread'"):
         summary.curve(tmp_path / "arms/sol_rl.json", "spread")
@@ -178,6 +179,31 @@ def test_arms_that_end_apart_meet_at_the_cheaper_end(tmp_path):
     found = summary.summary({n: tmp_path / f"arms/{n}.json" for n in ("diffusionnft", "sol_rl")})
     assert found["diffusionnft: gain of CLIPScore"]["value"] == pytest.approx(0.2)
     assert found["sol_rl: 100% of diffusionnft's gain of CLIPScore"]["value"] == pytest.approx(2.0)
+
+
+def test_an_arm_that_was_stopped_does_not_lower_the_cost_of_the_others(tmp_path, capsys):
+    """By where it ends, whatever its budget is; without that by nine tenths of its budget; whole without either."""
+    one, two = [[0.3, 0.5]], [[0.1, 0.3], [0.3, 0.5]]
+    arm(tmp_path, "diffusionnft", two)
+    arm(tmp_path, "sol_rl", two, budget=222.0)
+    arm(tmp_path, "vgrpo", two, budget=20_000.0, ends_at=200)  # two iterations, by --iterations
+    arm(tmp_path, "branch", one, budget=200.0)
+    arm(tmp_path, "awm", two, budget=200.0, ends_at=201)
+    files = {n: tmp_path / f"arms/{n}.json" for n in ("diffusionnft", "sol_rl", "vgrpo", "branch", "awm")}
+    assert [summary.stopped(file) for file in files.values()] == [None, None, None, 100, 200]
+    summary.main([f"--results={tmp_path}"])
+    assert "branch is left out: it was stopped at 100 s, before its end\n" in capsys.readouterr().out
+    found = json.loads((tmp_path / "summary.json").read_text())["figures"]
+    assert [found[f"{name}: stopped at"]["value"] for name in ("branch", "awm")] == [100, 200]
+    gains = {n.split(":")[0]: f for n, f in found.items() if n.endswith(": gain of CLIPScore")}
+    assert sorted(gains) == ["diffusionnft", "sol_rl", "vgrpo"]
+    assert all("at 200 s" in f["unit"] and f["value"] == pytest.approx(0.4) for f in gains.values())
+    table = results.settings(tmp_path / "summary.json", ["gain of CLIPScore = CLIPScore"]).splitlines()
+    assert len(table) == 2 + 3 and not any("branch" in row for row in table)
+    arm(tmp_path, "diffusionnft", two, budget=20_000.0)
+    with pytest.raises(SystemExit):
+        summary.main([f"--results={tmp_path}"])
+    assert "there is no whole arms/diffusionnft.json to compare with: run " in capsys.readouterr().err
 
 
 def test_the_settings_of_every_ablation_can_run():

@@ -234,6 +234,8 @@ def test_commands_on_the_emoji_world_come_to_their_end(tmp_path, monkeypatch):
     arms, samples = tmp_path / "learning/results/arms", tmp_path / "results/samples"
     run.main([*words, "--arms=branch", "--marks=2", f"--out={arms}"])
     shutil.copy(arms / "branch.json", arms / "diffusionnft.json")  # what arms are compared with
+    ran = json.loads((arms / "branch.json").read_text())
+    assert f"test: gain of exact after 2 iterations, {ran['ends_at']} s" in ran["figures"]
     summary.main([f"--results={arms.parent}"])
     evidence.main([*words, "--arms=naive_quant", "--every=1", f"--out={samples}", f"--loras={tmp_path}"])
     compare.main([*world, str(tmp_path / "naive_quant.safetensors"), f"--pictures={tmp_path / 'before_after.png'}"])

@@ -124,17 +124,18 @@ def choose(bench: Bench, name: str, cfg: Config, program) -> tuple[float, dict[s
 def final(bench: Bench, name: str, cfg: Config, program, rate: float, figures: dict[str, dict]) -> None:
     """Train all seeds at `rate` to the end of the budget; the arm's file is written anew at every mark."""
     cost, arm, began = price(cfg, prices()), ARMS[name], time.perf_counter()
+    call = a_mark(cfg, bench.budget, bench.marks, bench.iterations)
     figures |= {f"cost of an iteration: {k}": results.figure(v, "s, H100", 1) for k, v in cost.items()}
     facts = {
         "arm": name,
         "about": arm.about,
         "seeds": list(bench.seeds),
         "budget": bench.budget,
+        "ends_at": round(bench.marks * call * sum(cost.values())),  # s: the last mark's, by budget or --iterations
         "precision": cfg.low_precision,
     }
     results.record(bench.out / f"{name}.json", figures, **facts)  # the rate, for --rates, if this call ends early
     seeds, rates = list(bench.seeds), [rate] * len(bench.seeds)
-    call = a_mark(cfg, bench.budget, bench.marks, bench.iterations)
     for done, states in trained(bench, cfg, program, seeds, rates, bench.marks):
         wall = (time.perf_counter() - began) / done
         figures["wall time an iteration"] = results.figure(wall, f"s, {len(seeds)} runs at once, with measuring", 1)

@@ -5,7 +5,9 @@
 
 A curve is the mean over seeds at each mark, the band its 95 % interval (Student's t over seeds). Arms are compared at
 one cost, that of the arm which ends first, and by the cost of reaching a share of DiffusionNFT's gain there; both are
-read straight between marks. Seeds are paired: run i of every arm meets the same prompts in the same order.
+read straight between marks. Seeds are paired: run i of every arm meets the same prompts in the same order. An arm that
+was stopped before its end is left out, for it would lower the cost at which all are compared; a line and a figure say
+so.
 """
 
 import argparse
@@ -79,6 +81,18 @@ def marks(file: Path, what: str) -> list[tuple[float, list[float]]]:
         (re.fullmatch(rf"{re.escape(what)} after \d+ iterations, (\d+) s", name), f) for name, f in figures.items()
     ]
     return sorted((float(m[1]), f["spread"]["seeds"]) for m, f in named if m)
+
+
+def stopped(file: Path) -> float | None:
+    """The cost in s of the last mark, 0 without one, of an arm that was stopped before its end; None for a whole one.
+
+    Older files do not say where the arm ends: it is whole there with .9 of its budget, which is met in whole
+    iterations, or without a budget.
+    """
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    end = facts.get("ends_at", 0.9 * facts.get("budget", 0))
+    last = min(max((cost for cost, _ in marks(file, what)), default=0.0) for what in COMPARED.values())
+    return None if last > 0 and last >= end else last
 
 
 def rates(file: Path) -> dict[str, dict[str, Any]]:
@@ -189,11 +203,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     from experiments.methods.run import ARMS
 
-    files = {name: args.results / f"arms/{name}.json" for name in ARMS}
-    files = {n: file for n, file in files.items() if file.is_file() and all(marks(file, w) for w in COMPARED.values())}
+    files = {name: file for name in ARMS if (file := args.results / f"arms/{name}.json").is_file()}
+    left_out = {name: cost for name, file in files.items() if (cost := stopped(file)) is not None}
+    for name, cost in left_out.items():
+        print(f"{name} is left out: it was stopped at {cost:.0f} s, before its end")
+    files = {name: file for name, file in files.items() if name not in left_out}
     if BASELINE not in files:
-        parser.error(f"--results={args.results}: there is no arms/{BASELINE}.json to compare with")
-    results.record(args.results / "summary.json", summary(files))
+        parser.error(
+            f"--results={args.results}: there is no whole arms/{BASELINE}.json to compare with: run "
+            f"experiments.methods.run --arms={BASELINE}"
+        )
+    unit = "s on an H100; before its end, so it is not compared"
+    told = {f"{name}: stopped at": results.figure(cost, unit, 1) for name, cost in left_out.items()}
+    results.record(args.results / "summary.json", summary(files) | told)
     draw(files, args.results / "curves.png")
     if (args.results.parent / "README.md").is_file():
         results.fill(args.results.parent / "README.md")

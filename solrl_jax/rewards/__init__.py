@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from solrl_jax.config import ConfigError
+from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import own
 from solrl_jax.structs import Params, PyTree, Reward, Row
 from solrl_jax.weights import WeightsError
@@ -80,14 +80,35 @@ def held_out(trained: str, others: str) -> dict[str, float]:
 
 def module(name: str, mixture: str = "") -> Any:
     """What defines a reward's `make`: a file of this folder or, for a name with a dot, own.Own. Raises ConfigError."""
+    check_name(name, mixture)
+    return own.find(name) if own.is_own(name) else importlib.import_module(f"solrl_jax.rewards.{name}")
+
+
+def check_name(name: str, given: str = "") -> None:
+    """ConfigError for a name that no reward can have. Nothing is imported: a user's own module need not be here.
+
+    `given` is the whole text that has the name, for the message.
+    """
     if own.is_own(name):
-        return own.find(name)
-    if name not in REWARDS:
+        own.check_name(name)
+    elif name not in REWARDS:
         raise ConfigError(
-            f"unknown reward {name!r} in {mixture or name!r}: use one of {', '.join(REWARDS)} "
+            f"unknown reward {name!r} in {given or name!r}: use one of {', '.join(REWARDS)} "
             f"(there is no solrl_jax/rewards/{name}.py), or one of your own by its name with a dot, my_file.function"
         )
-    return importlib.import_module(f"solrl_jax.rewards.{name}")
+
+
+def check_unused(cfg: Config) -> None:
+    """ConfigError if a name of reward_unused is not a reward's, or is that of a reward that the run uses."""
+    given = f"reward_unused={','.join(cfg.reward_unused)}"
+    for name in cfg.reward_unused:
+        check_name(name, given)
+        for field, mixture in (("reward", cfg.reward), ("evaluate.rewards", cfg.evaluate.rewards)):
+            if name in weights(mixture):
+                raise ConfigError(
+                    f"{given}: {name} is in {field}={mixture} too, so the run does not do without it: take it out of "
+                    "one of them"
+                )
 
 
 def parse_paths(pairs: Sequence[str]) -> dict[str, str]:

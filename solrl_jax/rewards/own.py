@@ -42,6 +42,12 @@ def is_own(name: str) -> bool:
     return "." in name
 
 
+def check_name(name: str) -> None:
+    """ConfigError if it is not identifiers with dots between them."""
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"reward {name!r} is not a dotted name: give package.module, or module.function")
+
+
 def find(name: str) -> Own:
     """The reward with a dotted name, from sys.path or the current folder. ConfigError if importing its file fails."""
     module, function = _module(name)
@@ -60,8 +66,6 @@ def find(name: str) -> Own:
 
 def _module(name: str) -> tuple[types.ModuleType, str]:
     """(module, "") if `name` is a module, else (the module before the last dot, the part after it)."""
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise ConfigError(f"reward {name!r} is not a dotted name: give package.module, or module.function")
     folder = str(Path.cwd())
     if not {"", folder} & set(sys.path):
         sys.path.append(folder)  # as with `python -m`

@@ -268,8 +268,12 @@ def converted(cfg: Config) -> Path | None:
 
 
 def reward_names(cfg: Config) -> tuple[str, ...]:
-    """Names of the trained and of the held-out rewards. ConfigError if one does not exist. Reads no weights."""
+    """Names of the trained and of the held-out rewards. Reads no weights.
+
+    ConfigError if one does not exist, or if reward_unused or reward_paths cannot be as they are.
+    """
     rewards.parse_paths(cfg.reward_paths)
+    rewards.check_unused(cfg)
     return (*rewards.parse(cfg.reward), *rewards.parse(cfg.evaluate.rewards))
 
 

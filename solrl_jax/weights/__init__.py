@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as safetensors_bytes
 
+from solrl_jax import disk
 from solrl_jax.structs import PyTree, WeightsError, leaves_by_path
 from solrl_jax.weights import options, torch_file
 
@@ -317,8 +318,15 @@ def save(
             for key, piece in zip(keys, np.split(own, leaf.fused, axis=-1) if leaf.fused > 1 else [own], strict=True):
                 parts.setdefault(key, {})[leaf.part[0]] = _theirs(piece, leaf.layout)
     tensors = {k: x[0] if len(x) == 1 else np.concatenate([x[i] for i in sorted(x)]) for k, x in parts.items()}
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
+    write(file, tensors, metadata or {})
+
+
+def write(file: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write tensors as one safetensors file, which replaces `file` once it is complete."""
+    in_rows = {key: np.asarray(x, order="C") for key, x in tensors.items()}  # safetensors writes other orders wrongly
+    content = safetensors_bytes(in_rows, metadata={"format": "pt", **metadata})
+    with disk.whole(Path(file)) as f:  # save_file creates files that only their owner can read
+        f.write(content)
 
 
 def _ours_shape(shape: tuple[int, ...], leaf: Leaf) -> tuple[int, ...]:

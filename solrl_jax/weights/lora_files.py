@@ -20,13 +20,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save as safetensors_bytes
 
-from solrl_jax import disk
 from solrl_jax.config import Lora
 from solrl_jax.lora import put, scaled
 from solrl_jax.structs import Params, leaves_by_path
-from solrl_jax.weights import Leaf, Rule, WeightsError, groups, needed
+from solrl_jax.weights import Leaf, Rule, WeightsError, groups, needed, write
 from solrl_jax.weights.lora_content import COMFY, Content, Names, inside, read
 
 Tensors = Mapping[str, np.ndarray]
@@ -73,7 +71,7 @@ def save(
         for name, pair in factors.items()
         for part, x in pair.items()
     }
-    _write(file, tensors, _made(factors, cfg, under, said))
+    write(file, tensors, _metadata(factors, cfg, under, said))
 
 
 def save_fused(
@@ -93,7 +91,7 @@ def save_fused(
     diagonal, and zeros elsewhere. alpha is the module's rank, so that the readers' alpha / rank is 1.
     """
     factors = _factors(lora, keys, cfg, under)
-    made, sizes = _made(factors, cfg, under, said), _sizes(_linears(base, keys))
+    metadata, sizes = _metadata(factors, cfg, under, said), _sizes(_linears(base, keys))
     tensors: dict[str, np.ndarray] = {}
     for module in _layers(fused, sizes):
         parts = [(sizes[p][1], factors.pop(p, None)) for p in module.parts]
@@ -103,7 +101,7 @@ def save_fused(
             tensors[its.alpha] = np.array(len(down), np.float32)
     if factors:
         raise WeightsError(f"the model's table has no ComfyUI name for {', '.join(sorted(factors)[:4])}")
-    _write(file, tensors, made)
+    write(file, tensors, metadata)
 
 
 def _factors(lora: Params, keys: Sequence[Rule], cfg: Lora, under: Params | None) -> dict[str, dict[str, np.ndarray]]:
@@ -127,12 +125,13 @@ def _by_name(lora: Params, keys: Sequence[Rule]) -> dict[str, dict[str, np.ndarr
     return found
 
 
-def _made(
+def _metadata(
     factors: Mapping[str, Tensors], cfg: Lora, under: Params | None, said: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """What the metadata says of a file: its rank is the largest of its modules."""
+) -> dict[str, str]:
+    """The metadata of a file: its rank is the largest of its modules."""
     rank = max(len(pair["A"]) for pair in factors.values()) if under else cfg.rank
-    return {"rank": rank, "alpha": float(rank) if under else cfg.alpha, "folded": True, **(said or {})}
+    made = {"rank": rank, "alpha": float(rank) if under else cfg.alpha, "folded": True, **(said or {})}
+    return {"solrl_jax": json.dumps(made)}
 
 
 def _blocks(parts: Sequence[tuple[int, Tensors | None]]) -> tuple[np.ndarray, np.ndarray]:
@@ -145,13 +144,6 @@ def _blocks(parts: Sequence[tuple[int, Tensors | None]]) -> tuple[np.ndarray, np
             column += len(pair["A"])
         row += rows
     return down, up
-
-
-def _write(file: str | Path, tensors: Tensors, made: Mapping[str, Any]) -> None:
-    in_rows = {key: np.asarray(x, order="C") for key, x in tensors.items()}  # safetensors writes other orders wrongly
-    content = safetensors_bytes(in_rows, metadata={"format": "pt", "solrl_jax": json.dumps(made)})
-    with disk.whole(Path(file)) as f:  # save_file creates files that only their owner can read
-        f.write(content)
 
 
 class Loaded(NamedTuple):
