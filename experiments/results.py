@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from solrl_jax import disk
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "transformers")
 
 
@@ -41,7 +43,8 @@ def record(file: str | Path, figures: dict[str, Any], **more: Any) -> None:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(json.dumps({**facts, **more, "figures": figures}, indent=1) + "\n")
+    with disk.whole(Path(file)) as f:  # a run that is stopped leaves the figures of before
+        f.write((json.dumps({**facts, **more, "figures": figures}, indent=1) + "\n").encode())
 
 
 def machine() -> dict[str, Any]:

@@ -15,7 +15,8 @@ from experiments import pretraining
 from experiments.emoji import accuracy, build, check, judge, pretrain, world
 from experiments.emoji.world import Scene, Thing, Word
 from experiments.pretraining import Fit, Folders
-from solrl_jax.config import ConfigError
+from experiments.tiny.check import draw_samples
+from solrl_jax.config import ConfigError, Stage
 from solrl_jax.models import flux
 from solrl_jax.rewards import clipscore, ocr, own
 from solrl_jax.run import data
@@ -429,6 +430,32 @@ def test_scenes_are_drawn_in_parts(folders, monkeypatch):
 def test_of_a_folder_that_is_not_done_nothing_is_taken(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--like=.*other: there is no .*model.safetensors: train it first"):
         pretrain.main([f"--out={tmp_path / 'own'}", f"--like={tmp_path / 'other'}", "--width=160"])
+
+
+def test_the_networks_are_small():
+    files = [file for part in ("pipeline", "clip") for file in (world.HERE / part).rglob("*") if file.is_file()]
+    assert 40e6 < sum(file.stat().st_size for file in files) < 60e6
+    weights = 2 * 15.3e6  # bytes in bf16
+    transformer = world.HERE / "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    assert transformer.stat().st_size == pytest.approx(weights, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_networks_draw_what_they_are_told():
+    """The committed base, by the judge: of single objects at least half; their CLIP tells each from the others."""
+    scenes = [Scene((Thing(name),)) for name in ("fox", "apple", "key", "drum", "snail", "star", "cactus", "whale")]
+    captions = [world.caption(scene) for scene in scenes]
+    cfg = check.model_config(world.HERE / "pipeline")
+    base, vae_params, text = jax.tree.map(jnp.asarray, flux.load(cfg))
+    model = flux.make(cfg)
+    tokens = jax.tree.map(jnp.asarray, model.tokenize(captions))
+    cond = jax.jit(model.encode)(text, tokens)
+    images = np.asarray(draw_samples(cfg, base, vae_params, cond, 1, Stage(steps=10, chunk=1)))[:, 0]
+    assert accuracy.judged(images, scenes).exact.sum() >= 4
+    reward, params = clipscore.make(str(world.HERE / "clip"))
+    one = jax.jit(reward.score)
+    scores = np.array([one(params, images, reward.tokenize([caption] * len(images))) for caption in captions])
+    assert (scores.argmax(0) == np.arange(len(scenes))).sum() >= 6
 
 
 @pytest.mark.long

@@ -47,6 +47,7 @@ def test_which_kernel(monkeypatch):
     assert kernel("gpu") is fused.by_cudnn and kernel("tpu") is fused.by_pallas and kernel("cpu") is None
     assert kernel("gpu", width=512) is None and kernel("tpu", width=512) is fused.by_pallas  # the VAE's
     assert kernel("gpu", dtype=jnp.float16) is fused.by_cudnn and kernel("tpu", dtype=jnp.float16) is None
-    for platform in ("gpu", "tpu"):
-        assert kernel(platform, tokens=255) is None and kernel(platform, dtype=jnp.float32) is None
+    assert kernel("gpu", tokens=64) is fused.by_cudnn
+    for platform, tokens in fused.LONG.items():
+        assert kernel(platform, tokens=tokens - 1) is None and kernel(platform, dtype=jnp.float32) is None
         assert kernel(platform, width=68) is None

@@ -5,6 +5,7 @@ attention writes two rows of 128, and it names what the backward pass reads, so 
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
@@ -14,8 +15,9 @@ from jaxtyping import Array, Float, Int
 
 from solrl_jax import device
 
-LONG = 256
-"""Least number of tokens for the fused attention; the small world has 40, too few for it to pay off."""
+LONG = {"gpu": 64, "tpu": 256}
+"""Least number of tokens for the fused attention. The emoji world has 88: a training step of it, compiled for an H100,
+moves a quarter less with it. The small world has 40, too few for it to pay off."""
 LANES = 128
 """A TPU's registers have this many columns: both lengths are padded to a multiple of it."""
 BLOCKS = (512, 384, 256, 128)
@@ -29,7 +31,7 @@ Kernel = Literal["cudnn", "xla"]
 def kernel_for(q: Heads) -> Callable[..., Heads] | None:
     """The device's kernel f(q, k, v, scale, lengths) for such queries; None if it lacks one or the queries are few."""
     platform, width = device.platform(), q.shape[-1]
-    if q.shape[1] < LONG or width % 8:
+    if q.shape[1] < LONG.get(platform, math.inf) or width % 8:
         return None
     if platform == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and width <= 128:
         return by_cudnn
