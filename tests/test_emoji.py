@@ -411,6 +411,15 @@ def test_a_training_goes_on_to_the_same_weights(tmp_path):
     np.testing.assert_array_equal(whole["w"], again["w"])
 
 
+def test_spelled_words_are_no_words_of_the_world():
+    """Of random letters, by the same rule of splits: none of a held-out word."""
+    rng = np.random.default_rng(0)
+    scenes = [pretrain.spelled(rng) for _ in range(200)]
+    texts = [scene.word.text for scene in scenes if scene.word]
+    assert len(texts) == 200 and len(set(texts)) > 180 and set(map(len, texts)) == {2, 3, 4, 5}
+    assert not set(texts) & set(world.WORDS) and {world.split_of(scene) for scene in scenes} == {"train"}
+
+
 def test_scenes_are_drawn_in_parts(folders, monkeypatch):
     """The same in threads and in processes, in any number; no part has the numbers of another."""
     monkeypatch.setattr(pretrain, "PART", 16)

@@ -109,8 +109,9 @@ learns how many letters a word has and not which (experiments/emoji/README.md)."
 def spelled(rng: np.random.Generator) -> Scene:
     """A train scene of a word of 2 letters or more, all of them random."""
     while True:
-        scene = world.random_ink(rng, "".join(rng.choice(LETTERS, rng.integers(2, world.MOST_LETTERS + 1))))
-        if world.split_of(scene) == "train" and scene.word.text not in world.WORDS:
+        text = "".join(rng.choice(LETTERS, rng.integers(2, world.MOST_LETTERS + 1)))
+        scene = world.random_ink(rng, text)
+        if world.split_of(scene) == "train" and text not in world.WORDS:
             return scene
 
 
