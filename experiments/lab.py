@@ -15,7 +15,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,9 @@ from solrl_jax.weights import lora_files
 FACTS = "facts"
 """Under this name the judge's tokens are in a Prompts and its arrays in Frozen.rewards."""
 FULL = Stage(steps=10, chunk=500)
+COMPILER: dict[str, Any] = {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
+"""XLA's options for programs of many runs. For a GPU it makes one Triton kernel of each norm and of each quantisation,
+and tries tilings for every operation that could join one: of a branch's iteration that is four fifths of compiling."""
 
 
 class Opened(NamedTuple):
@@ -115,7 +118,8 @@ def compiled(opened: Opened, cfg: Config, score: Score, seeds: Sequence[int], co
     """`program`, compiled for `count` iterations of one run a seed. Threads may call it: XLA compiles at once."""
     with jax.set_mesh(sharding.make_mesh(1)):  # an ambient mesh is a thread's own
         states, rows = begin(opened, cfg, [{}] * len(seeds), seeds), picks(opened, cfg, seeds, 0, count)
-        return program(opened, cfg, score).lower(states, opened.table, opened.parts.frozen, rows).compile()
+        lowered = program(opened, cfg, score).lower(states, opened.table, opened.parts.frozen, rows)
+        return lowered.compile(COMPILER)
 
 
 def shuffled(score: Score) -> Score:

@@ -101,7 +101,7 @@ def pairs(
 
     def compiled(task: tuple[str, Callable[..., Any]], given: dict[str, tuple]) -> Callable[..., Any]:
         with jax.set_mesh(sharding.make_mesh(1)):  # an ambient mesh is a thread's own
-            return jax.jit(task[1]).lower(*given[task[0]]).compile()
+            return jax.jit(task[1]).lower(*given[task[0]]).compile(lab.COMPILER)
 
     policies, todo = {who: given(adapter) for who, adapter in adapters.items()}, tasks(opened, model, chunk)
     some_policy = next(iter(policies.values()))
