@@ -8,6 +8,7 @@ noisy latents. The results are a diffusers FluxPipeline folder and a transformer
 
 import json
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,8 +133,9 @@ def fit(loss, params, pool, how: Fit, watch: Callable[[Any, int], str] = lambda 
     run = jax.jit(lambda carry, keys, pool: jax.lax.scan(lambda c, key: step(c, key, pool), carry, keys))
     pool = jax.tree.map(jnp.asarray, pool)
     carry: Any = (params, params, optimizer.init(params), jnp.zeros(()))
+    identity = _identity(how, pool)
     if how.state is not None and how.state.exists():
-        carry = flax.serialization.from_state_dict(carry, _saved(how))
+        carry = flax.serialization.from_state_dict(carry, _saved(how.state, identity))
         print(f"{how.label} goes on after {int(carry[3])} steps", flush=True)
     start = saved = time.time()
     for i in range(int(carry[3]), steps, stretch):
@@ -145,26 +147,30 @@ def fit(loss, params, pool, how: Fit, watch: Callable[[Any, int], str] = lambda 
         over = int(carry[3]) < steps and time.time() > how.until
         if how.state is not None and (over or time.time() > saved + how.save_every):
             with disk.whole(how.state) as f:
-                f.write(flax.serialization.to_bytes({"how": _identity(how), "carry": jax.device_get(carry)}))
+                f.write(flax.serialization.to_bytes({"how": identity, "carry": jax.device_get(carry)}))
             saved = time.time()
             if over:
                 raise Stopped(f"{how.label}: the time is over after {done} of {steps} steps")
     return carry[1]
 
 
-def _identity(how: Fit) -> dict[str, float]:
-    """What the weights of a training depend on, beside its pool and networks."""
-    return {"steps": how.steps, "batch": how.batch, "rate": how.rate, "seed": how.seed}
+def _identity(how: Fit, pool) -> dict[str, Any]:
+    """What the weights of a training depend on: of the pool its size and a digest of its first rows' integers, tokens
+    and templates; floats that a network computed differ between devices."""
+    leaves = jax.tree.leaves(pool)
+    first = [np.asarray(x[:100]) for x in leaves if jnp.issubdtype(x.dtype, jnp.integer)]
+    digest = zlib.crc32(b"".join(x.tobytes() for x in first))
+    fields = {"steps": how.steps, "batch": how.batch, "rate": how.rate, "seed": how.seed}
+    return fields | {"rows": len(leaves[0]), "digest of rows": digest}
 
 
-def _saved(how: Fit) -> dict[str, Any]:
-    """The carry of `how.state`; ValueError if another training wrote it."""
-    assert how.state is not None
-    found: Any = flax.serialization.msgpack_restore(how.state.read_bytes())
-    for name, value in _identity(how).items():
-        if (other := found["how"][name]) != value:
+def _saved(file: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The carry of a state; ValueError if another training wrote it."""
+    found: Any = flax.serialization.msgpack_restore(file.read_bytes())
+    for name, value in identity.items():
+        if (other := found["how"].get(name)) != value:
             rule = "give the same to go on, or remove the file to begin anew"
-            raise ValueError(f"{how.state} is of a training with {name}={other}, and this one has {value}: {rule}")
+            raise ValueError(f"{file} is of a training with {name}={other}, and this one has {value}: {rule}")
     return found["carry"]
 
 

@@ -71,8 +71,8 @@ def reward(*given: Any, **statics: Any) -> Float[Array, "P N"]:
 
 
 def finished(kernels, low, frozen, prompts, keys, *, cfg: Config, chunk: int, **how: Any) -> Pair:
-    """Every candidate previewed, and every one finished from its preview's state; not the config's chunks, which are of
-    its own numbers of prompts and candidates."""
+    """Every candidate previewed, and every one finished from its preview's state, in blocks of `chunk`: the config's
+    chunks fit its own numbers of prompts and candidates only."""
     roll = functools.partial(rollout.rolled, branch=rollout.branched(how["model"], cfg), **how)
     assert cfg.explore is not None
     explore, rest = (dataclasses.replace(stage, chunk=chunk) for stage in (cfg.explore, cfg.regenerate))

@@ -42,7 +42,6 @@ def record(file: str | Path, figures: dict[str, Any], **more: Any) -> None:
         "commit": (head or "unknown") + (" and changes to it" if git("status", "--porcelain", "-uno") else ""),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
     with disk.whole(Path(file)) as f:  # a run that is stopped leaves the figures of before
         f.write((json.dumps({**facts, **more, "figures": figures}, indent=1) + "\n").encode())
 

@@ -116,8 +116,7 @@ EMOJI = World(
     at_once=16,  # 16 captions of 4 pictures take about 320 MB
     drawn=_objects_drawn,
     pictures=emoji.pictures,
-    # On an H200 an arm of five seeds takes about a minute (`methods.run --world=emoji --plan`) and three compile in
-    # four: a call of nine minutes holds these.
+    # On an H200 an arm of five seeds takes about a minute (`methods.run --world=emoji --plan`), without compiling.
     sizes=Sizes(budget=20_000, marks=5, captions=200, candidates=96, kept=24, chunk=1920),
 )
 WORLDS = {world.name: world for world in (TINY, EMOJI)}

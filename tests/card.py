@@ -1,6 +1,8 @@
 """Compiling for a card that is not there, from its description; NVIDIA's libraries come with jax[cuda12]."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,11 +22,12 @@ def mesh(name: str = "h100", devices: int = 1, shard: int = 1) -> Mesh:
     return Mesh(np.reshape(found.devices, (devices // shard, shard)), sharding.AXES, axis_types=(auto, auto))
 
 
-def compiled(f, *args, on: Mesh, split: tuple = ()):
-    """f compiled for the cards, by the shapes and dtypes of `args` and then of `split`, which lie over the devices."""
+def compiled(f, *args, on: Mesh, split: tuple = (), options: Mapping[str, Any] = {}):
+    """f compiled for the cards, with further compiler options, by the shapes and dtypes of `args`, which lie whole on
+    every device, and then of `split`, which lie over the devices."""
     shapes = [
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(on, place)), tree)  # noqa: B023
         for tree, place in [*((a, sharding.WHOLE) for a in args), *((a, sharding.SPLIT) for a in split)]
     ]
     with jax.set_mesh(on):
-        return jax.jit(f).lower(*shapes).compile(device.XLA_GPU)
+        return jax.jit(f).lower(*shapes).compile({**device.XLA_GPU, **options})

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import lab
 from solrl_jax import config, device, iteration, learn, lora, quant, sharding
 from solrl_jax.config import Lora
 from solrl_jax.models import flux, layers
@@ -227,6 +228,24 @@ def test_gradient(h100):
         assert found["__cudnn$fmhaSoftmaxBackward"] == 2 and found["__cudnn$fmhaSoftmax"] == (4 if remat else 2)
         temporary[remat] = program.memory_analysis().temp_size_in_bytes
     assert temporary[True] < temporary[False]
+
+
+def test_programs_of_many_runs_have_no_triton_norms(h100):
+    """`lab.COMPILER`: the norm that is one Triton kernel is three others with it."""
+    given = (heads(S + L), SCALE)
+    program = card.compiled(lambda x, s: flux.rotary_norm(x, s, ROPE), *given, on=h100, options=lab.COMPILER)
+    assert kernels(program) == ["loop"] * 3
+
+
+def test_the_emoji_world_has_the_fused_attention(h100):
+    """88 tokens in heads of 32, of two runs at once, as the lab trains them; forward and backward."""
+
+    def loss(x):
+        return jnp.sum(jax.vmap(lambda x: layers.attention(x, x, x))(x).astype(jnp.float32) ** 2)
+
+    x = jax.ShapeDtypeStruct((2, 4, 88, 12, 32), jnp.bfloat16)
+    found = calls(card.compiled(jax.grad(loss), x, on=h100).as_text())
+    assert found["__cudnn$fmhaSoftmax"] == 1 and found["__cudnn$fmhaSoftmaxBackward"] == 1
 
 
 def test_the_small_world_keeps_its_own_attention(h100):

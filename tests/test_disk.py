@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import results
 from solrl_jax import weights
 from solrl_jax.config import Lora
 from solrl_jax.run import checkpoint, pictures
@@ -29,6 +30,7 @@ WRITERS = {
     "lora.safetensors": write_lora,
     "base.npz": lambda file: pictures.save(file, SHOWN, 0, "how"),
     "000000.png": lambda file: pictures.write_grid(file, SHOWN.prompts, {"base": SHOWN.images}),
+    "figures.json": lambda file: results.record(file, {"one": results.figure(1.0, "s", 1)}),
     "text.json": lambda file: checkpoint.replace(file, "{}"),
 }
 

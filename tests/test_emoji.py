@@ -390,7 +390,7 @@ def test_a_training_goes_on_to_the_same_weights(tmp_path):
     """Stopped by the time after every stretch of steps, it ends with the bits of one that was not."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(64, 3)).astype(np.float32)
-    pool, params = {"x": x, "y": x @ np.float32([1, -2, 3])}, {"w": jnp.zeros(3)}
+    pool, params = {"x": x, "y": x @ np.float32([1, -2, 3]), "id": np.arange(64, dtype=np.int32)}, {"w": jnp.zeros(3)}
 
     def loss(params, batch, key):
         return jnp.mean((batch["x"] @ params["w"] - batch["y"] + 0.1 * jax.random.normal(key)) ** 2)
@@ -404,6 +404,10 @@ def test_a_training_goes_on_to_the_same_weights(tmp_path):
             pretraining.fit(loss, params, pool, how._replace(state=state, until=0.0))
     with pytest.raises(ValueError, match="of a training with steps=250, and this one has 300: give the same"):
         pretraining.fit(loss, params, pool, how._replace(state=state, steps=300))
+    with pytest.raises(ValueError, match="of a training with rows=64, and this one has 32: give the same"):
+        pretraining.fit(loss, params, {k: v[:32] for k, v in pool.items()}, how._replace(state=state))
+    with pytest.raises(ValueError, match="of a training with digest of rows="):
+        pretraining.fit(loss, params, pool | {"id": pool["id"] + 1}, how._replace(state=state))
     parts = pretraining.fit(loss, params, pool, how._replace(state=state))
     np.testing.assert_array_equal(whole["w"], parts["w"])
     assert state.exists()  # until the weights are in a file
@@ -436,9 +440,26 @@ def test_scenes_are_drawn_in_parts(folders, monkeypatch):
     assert here["sprites"][0].shape[0] == 8
 
 
-def test_of_a_folder_that_is_not_done_nothing_is_taken(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--like=.*other: there is no .*model.safetensors: train it first"):
+def test_of_a_folder_that_is_not_done_nothing_is_taken(tmp_path, capsys):
+    with pytest.raises(SystemExit):
         pretrain.main([f"--out={tmp_path / 'own'}", f"--like={tmp_path / 'other'}", "--width=160"])
+    assert "--like: there is no" in capsys.readouterr().err and not (tmp_path / "own").exists()
+
+
+def test_a_folder_keeps_its_width_and_its_vae(tmp_path):
+    """What is taken from the committed folder, and then asked for otherwise."""
+    here, own = (Folders(folder / "pipeline", folder / "clip") for folder in (world.HERE, tmp_path))
+    pretrain.prepare(own, 160, here)
+    for part in ("vae/config.json", "vae/diffusion_pytorch_model.safetensors"):
+        assert (own.pipeline / part).read_bytes() == (here.pipeline / part).read_bytes()
+    assert own.done["clip"].read_bytes() == here.done["clip"].read_bytes() and not own.done["flow"].exists()
+    assert json.loads((own.pipeline / "transformer/config.json").read_text())["num_attention_heads"] == 5
+    pretrain.prepare(own, 160, here)
+    with pytest.raises(ValueError, match=r"--width=256: .*pipeline was begun with 160: give that, or another --out"):
+        pretrain.prepare(own, 256, here)
+    own.done["vae"].write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"--like: .*safetensors is another one already"):
+        pretrain.prepare(own, 160, here)
 
 
 def test_the_networks_are_small():
@@ -492,6 +513,8 @@ def test_the_networks_are_trained_in_parts(tmp_path, monkeypatch):
     base, vae_params, text = flux.load(check.model_config(tmp_path / "pipeline"))
     assert base and vae_params and text
     other = tmp_path / "other"
-    assert pretrain.main([f"--out={other}", f"--like={tmp_path}", "--scale=1e-4", "--flow_steps=20000"]) == 0
+    assert (
+        pretrain.main([f"--out={other}", f"--like={tmp_path}", "--scale=1e-4", "--flow_steps=20000", "--seed=1"]) == 0
+    )
     same = [(folder / "clip/model.safetensors").read_bytes() for folder in (tmp_path, other)]
     assert same[0] == same[1] and len([*other.rglob("*.safetensors")]) == 5

@@ -200,6 +200,10 @@ def test_an_arm_that_was_stopped_does_not_lower_the_cost_of_the_others(tmp_path,
     assert all("at 200 s" in f["unit"] and f["value"] == pytest.approx(0.4) for f in gains.values())
     table = results.settings(tmp_path / "summary.json", ["gain of CLIPScore = CLIPScore"]).splitlines()
     assert len(table) == 2 + 3 and not any("branch" in row for row in table)
+    arm(tmp_path, "sol_rl", two, budget=100.0)
+    with pytest.raises(SystemExit):
+        summary.main([f"--results={tmp_path}"])
+    assert "arms of unlike budgets end at sol_rl 90 s, vgrpo 200 s: run them with" in capsys.readouterr().err
     arm(tmp_path, "diffusionnft", two, budget=20_000.0)
     with pytest.raises(SystemExit):
         summary.main([f"--results={tmp_path}"])

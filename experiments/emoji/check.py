@@ -1,6 +1,7 @@
 """Is the emoji world suitable for learning? Quality of its checkpoints before any reinforcement learning.
 
-    python -m experiments.emoji.check                        # results/check.json; a minute or two on a GPU
+    python -m experiments.emoji.check                        # results/check.json here; a minute or two on a GPU
+    python -m experiments.emoji.check --world=runs/emoji     # of networks of your own, results/check.json there
 
 The judge and OCR must be right on VAE reconstructions of pictures that no network has seen. The base must be
 neither perfect nor hopeless. The CLIP must be a useful reward: it must know a caption from one that is wrong in a part,
@@ -109,7 +110,8 @@ def base(world_folder: Path, cfg: config.Model, split: str, count: int, candidat
     out |= {
         "base exact": accuracy.share(right.mean(1)),
         "base share of facts": accuracy.share(shares.mean(1)),
-        "spearman of CLIP and judge within prompts": accuracy.share(rho),
+        "spearman of CLIP and judge within prompts": accuracy.share(rho)
+        | {"unit": "rank correlation ± standard error"},
         f"exact of the best of {candidates} by CLIP": accuracy.share(best),
         f"exact of the best of {candidates} by the judge": accuracy.share(right.max(1)),
     }
@@ -129,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--world", type=Path, default=HERE, help="the folder of pipeline/ and clip/")
     parser.add_argument("--scenes", type=int, default=500)
     parser.add_argument("--candidates", type=int, default=24)
-    parser.add_argument("--out", type=Path, default=HERE / "results/check.json")
+    parser.add_argument("--out", type=Path, help="results/check.json of the world")
     args = parser.parse_args(argv)
     ocr.make(None, None)  # an error if the reader is not here
     pipeline, rng = args.world / "pipeline", np.random.default_rng(7)
@@ -140,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         figures |= base(args.world, model_config(pipeline), split, args.scenes, args.candidates)
     for name, f in figures.items():
         print(f"{results.cell(f)}  {name}", flush=True)
-    results.record(args.out, figures)
+    results.record(args.out or args.world / "results/check.json", figures)
 
 
 if __name__ == "__main__":

@@ -58,8 +58,8 @@ class Work(NamedTuple):
 
 WORK = {"tiny": Work(0.157, 0.112, 0.307, rate=50, decode_rate=25), "emoji": Work(1.632, 1.766, 1.035, 190, 190)}
 """GFLOP by `--mode=plan` and by `plan.jaxpr` of the reward; tiny decodes in float32. With these rates the arms of
-experiments/methods and of experiments/tiny would have taken .7 to 1.5 of their measured wall times, and the first two
-of the emoji world 1.01 and .97."""
+experiments/methods and of experiments/tiny would have taken .7 to 1.5 of their measured wall times. The emoji world's
+is fitted to its first two arms, which had neither fused attention nor `lab.COMPILER`."""
 ABOUT = "about {:.0f} s on an H200 by FLOPs; compiling, loading and the judge are not counted"
 
 

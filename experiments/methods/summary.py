@@ -86,13 +86,16 @@ def marks(file: Path, what: str) -> list[tuple[float, list[float]]]:
 def stopped(file: Path) -> float | None:
     """The cost in s of the last mark, 0 without one, of an arm that was stopped before its end; None for a whole one.
 
-    Older files do not say where the arm ends: it is whole there with .9 of its budget, which is met in whole
-    iterations, or without a budget.
+    Older files have a budget at most: with .9 of it an arm is whole there, because it is met in whole iterations.
     """
-    facts = json.loads(file.read_text(encoding="utf-8"))
-    end = facts.get("ends_at", 0.9 * facts.get("budget", 0))
     last = min(max((cost for cost, _ in marks(file, what)), default=0.0) for what in COMPARED.values())
-    return None if last > 0 and last >= end else last
+    return None if last > 0 and last >= end_of(file) else last
+
+
+def end_of(file: Path) -> float:
+    """The cost in s at which a whole arm ends, or the least of it; 0 if its file does not say."""
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    return facts.get("ends_at", 0.9 * facts.get("budget", 0))
 
 
 def rates(file: Path) -> dict[str, dict[str, Any]]:
@@ -206,13 +209,20 @@ def main(argv: list[str] | None = None) -> None:
     files = {name: file for name in ARMS if (file := args.results / f"arms/{name}.json").is_file()}
     left_out = {name: cost for name, file in files.items() if (cost := stopped(file)) is not None}
     for name, cost in left_out.items():
-        print(f"{name} is left out: it was stopped at {cost:.0f} s, before its end")
+        print(
+            f"{name} is left out: it was stopped "
+            + (f"at {cost:.0f} s, before its end" if cost else "before its first mark")
+        )
     files = {name: file for name, file in files.items() if name not in left_out}
     if BASELINE not in files:
         parser.error(
             f"--results={args.results}: there is no whole arms/{BASELINE}.json to compare with: run "
             f"experiments.methods.run --arms={BASELINE}"
         )
+    ends = {name: end for name, file in files.items() if (end := end_of(file))}
+    if ends and max(ends.values()) > 1.25 * min(ends.values()):
+        told = ", ".join(f"{name} {end:.0f} s" for name, end in ends.items())
+        parser.error(f"--results={args.results}: arms of unlike budgets end at {told}: run them with the same --budget")
     unit = "s on an H100; before its end, so it is not compared"
     told = {f"{name}: stopped at": results.figure(cost, unit, 1) for name, cost in left_out.items()}
     results.record(args.results / "summary.json", summary(files) | told)

@@ -192,8 +192,8 @@ def attention(
     """softmax(q k' scale + bias) v with the softmax in f32; scale defaults to d^-1/2. Returns q's dtype.
 
     Each sample attends to its first `lengths` keys only. With a softcap c, scores become c tanh(scores / c).
-    On GPUs and TPUs a fused kernel is used if it applies and pays off: half precision, no bias or softcap, and as many
-    queries as fused.LONG says. Otherwise the scores are written to memory in f32 (test_forward of
+    On GPUs and TPUs a fused kernel is used if it applies and pays off: half precision, no bias or softcap, at least
+    fused.LONG[platform] queries. Otherwise the scores are written to memory in f32 (test_forward of
     tests/test_compiled.py, of tests/test_sd35_compiled.py and of tests/test_tpu_compiled.py, by the program's temporary
     memory).
     """

@@ -322,7 +322,7 @@ def save(
 
 
 def write(file: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write tensors as one safetensors file, which replaces `file` once it is complete."""
+    """Write tensors as one safetensors file, which replaces `file` once it is complete; memory holds its bytes."""
     in_rows = {key: np.asarray(x, order="C") for key, x in tensors.items()}  # safetensors writes other orders wrongly
     content = safetensors_bytes(in_rows, metadata={"format": "pt", **metadata})
     with disk.whole(Path(file)) as f:  # save_file creates files that only their owner can read
