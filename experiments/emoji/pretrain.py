@@ -112,7 +112,8 @@ def spelled(rng: np.random.Generator) -> Scene:
     """A train scene of a word of 2 letters or more, all of them random."""
     while True:
         text = "".join(rng.choice(LETTERS, rng.integers(2, world.MOST_LETTERS + 1)))
-        scene = world.random_ink(rng, text)
+        background, ink = world.any_ink(rng)
+        scene = Scene(background=background, word=Word(text, ink))
         if world.split_of(scene) == "train" and text not in world.WORDS:
             return scene
 

@@ -217,7 +217,8 @@ def sample(rng: np.random.Generator, n: int, split: str = "train", words: bool =
 def _any_scene(rng: np.random.Generator) -> Scene:
     counts = tuple(KINDS)[rng.choice(len(KINDS), p=tuple(KINDS.values()))]
     if not counts:
-        return random_ink(rng, WORDS[rng.integers(len(WORDS))])
+        background, ink = any_ink(rng)
+        return Scene(background=background, word=Word(WORDS[rng.integers(len(WORDS))], ink))
     names = rng.choice(len(OBJECTS), len(counts), replace=False)
     things = tuple(Thing(OBJECTS[i], count) for i, count in zip(names, counts, strict=True))
     relation = RELATIONS[rng.integers(len(RELATIONS))] if len(things) == 2 else None
@@ -225,12 +226,11 @@ def _any_scene(rng: np.random.Generator) -> Scene:
     return Scene(things, relation, background)
 
 
-def random_ink(rng: np.random.Generator, text: str) -> Scene:
-    """A word in any ink; four in ten with a stated background, on which it can be read."""
+def any_ink(rng: np.random.Generator) -> tuple[str | None, str]:
+    """A word's background, stated four times in ten, and an ink that can be read on it."""
     ink = tuple(INKS)[rng.integers(len(INKS))]
     grounds = legible(ink)
-    background = grounds[rng.integers(len(grounds))] if rng.random() < 0.4 else None
-    return Scene(background=background, word=Word(text, ink))
+    return grounds[rng.integers(len(grounds))] if rng.random() < 0.4 else None, ink
 
 
 @functools.cache
