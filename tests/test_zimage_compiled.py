@@ -86,7 +86,8 @@ def test_forward_in_fp8(h100):
 
 @pytest.mark.long
 def test_gradient(h100):
-    """The masked attention runs backwards, under a vmap of two policies too, and is kept and not run again."""
+    """The masked attention runs backwards, under a vmap of two policies too, and is kept and not run again; that of the
+    picture's own blocks, of the caption's and of the layers."""
     apply, base = network(remat=True)
     cfg = Lora()
     adapter = jax.eval_shape(lambda base: lora.init(jax.random.key(0), base, zimage.LORA_TARGETS, cfg), base)
@@ -100,7 +101,7 @@ def test_gradient(h100):
 
     program = card.compiled(jax.grad(loss), adapter, base, given("text"), on=h100)
     found = calls(program.as_text())
-    assert found["__cudnn$fmhaSoftmaxBackward"] == 2 and found["__cudnn$fmhaSoftmax"] == 4
+    assert found["__cudnn$fmhaSoftmaxBackward"] == 3 and found["__cudnn$fmhaSoftmax"] == 6
     assert set(found) == {"__cublas$lt$matmul", "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
     assert program.memory_analysis().temp_size_in_bytes < 4e9  # 3.6 GB
 

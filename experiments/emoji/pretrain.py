@@ -188,8 +188,6 @@ def train_clip(folders: Folders, pool, how: Fit) -> None:
 
 TRAININGS = {"vae": train_vae, "flow": train_flow, "clip": train_clip}
 """In their order: each reads what those before it wrote."""
-
-
 POOLS = {"vae": 50_000, "flow": 300_000, "clip": 100_000}
 """Scenes of each training; the CLIP's each with one that differs in a fact."""
 PART = 2_000
