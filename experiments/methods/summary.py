@@ -209,10 +209,8 @@ def main(argv: list[str] | None = None) -> None:
     files = {name: file for name in ARMS if (file := args.results / f"arms/{name}.json").is_file()}
     left_out = {name: cost for name, file in files.items() if (cost := stopped(file)) is not None}
     for name, cost in left_out.items():
-        print(
-            f"{name} is left out: it was stopped "
-            + (f"at {cost:.0f} s, before its end" if cost else "before its first mark")
-        )
+        when = f"at {cost:.0f} s, before its end" if cost else "before its first mark"
+        print(f"{name} is left out: it was stopped {when}")
     files = {name: file for name, file in files.items() if name not in left_out}
     if BASELINE not in files:
         parser.error(
@@ -221,8 +219,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     ends = {name: end for name, file in files.items() if (end := end_of(file))}
     if ends and max(ends.values()) > 1.25 * min(ends.values()):
-        told = ", ".join(f"{name} {end:.0f} s" for name, end in ends.items())
-        parser.error(f"--results={args.results}: arms of unlike budgets end at {told}: run them with the same --budget")
+        each = ", ".join(f"{name} {end:.0f} s" for name, end in ends.items())
+        parser.error(f"--results={args.results}: arms of unlike budgets end at {each}: run them with the same --budget")
     unit = "s on an H100; before its end, so it is not compared"
     told = {f"{name}: stopped at": results.figure(cost, unit, 1) for name, cost in left_out.items()}
     results.record(args.results / "summary.json", summary(files) | told)
