@@ -12,6 +12,7 @@ that run on the host cannot take part, nor can captions that need them: words, w
 
 import dataclasses
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -67,13 +68,29 @@ def open_world(cfg: Config, captions: int = 500) -> Opened:
     towers = {**parts.frozen.rewards, FACTS: world.params()}
     parts = parts._replace(frozen=parts.frozen._replace(rewards=towers, negative=parts.text([""])))
 
-    def encoded(captions: Sequence[str]) -> Prompts:
-        prompts = assemble.encode(parts, captions, parts.score)
-        facts = jax.tree.map(jnp.asarray, world.tokenize(captions))
-        return prompts._replace(tokens={**prompts.tokens, FACTS: facts})
+    held_out = {split: (texts, encoded(world, parts, texts)) for split, texts in world.held_out(captions).items()}
+    return Opened(world, parts, parts.prompts.train, encoded(world, parts, parts.prompts.train), held_out)
 
-    held_out = {split: (texts, encoded(texts)) for split, texts in world.held_out(captions).items()}
-    return Opened(world, parts, parts.prompts.train, encoded(parts.prompts.train), held_out)
+
+def encoded(world: World, parts: Parts, captions: Sequence[str]) -> Prompts:
+    """Captions for the networks, the rewards and the judge, leaves [captions, ...]."""
+    prompts = assemble.encode(parts, captions, parts.score)
+    facts = jax.tree.map(jnp.asarray, world.tokenize(captions))
+    return prompts._replace(tokens={**prompts.tokens, FACTS: facts})
+
+
+def with_choosing(opened: Opened, captions: int, seed: int) -> Opened:
+    """`opened` with a further split, "choosing": captions of drawn scenes that are in no file of the world's prompts.
+
+    Settings are chosen on these, so that the held-out captions stay unseen. ValueError if the world has too few.
+    """
+    world = opened.world
+    known = {*opened.train, *itertools.chain.from_iterable(world.held_out().values())}
+    drawn = dict.fromkeys(world.drawn(np.random.default_rng(seed), 20 * captions)[1])
+    texts = [caption for caption in drawn if caption not in known][:captions]
+    if len(texts) < captions:
+        raise ValueError(f"{captions} captions to choose by: the world drew {len(texts)} new ones; ask for fewer")
+    return opened._replace(held_out={**opened.held_out, "choosing": (texts, encoded(world, opened.parts, texts))})
 
 
 # --- training -------------------------------------------------------------------------------------------------------

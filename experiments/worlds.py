@@ -79,8 +79,8 @@ class World(NamedTuple):
         """The world's config of a recipe on CLIPScore alone."""
         return config.load(f"{self.name}:{recipe}_clipscore", {**dict(self.overrides), **(overrides or {})})
 
-    def held_out(self, captions: int) -> dict[str, list[str]]:
-        """{split: its first so many captions}"""
+    def held_out(self, captions: int | None = None) -> dict[str, list[str]]:
+        """{split: its first so many captions, or all}"""
         return {s: (self.prompts / f"{s}.txt").read_text().splitlines()[:captions] for s in SPLITS}
 
 

@@ -1,5 +1,6 @@
 """The lab of the small world: what its controls do, and that what it measures is what the plain functions give."""
 
+import itertools
 import json
 import shutil
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import compare, curves, evidence, lab, ranks, results, worlds
+from experiments import compare, curves, evidence, lab, ranks, results, tune, worlds
 from experiments.emoji import claims, judge
 from experiments.methods import run, summary
 from experiments.tiny import check
@@ -169,6 +170,37 @@ def test_picks_are_the_prompts_that_the_command_draws(opened):
 
 
 @pytest.mark.long
+def test_settings_are_chosen_on_captions_of_no_file(opened):
+    found = lab.with_choosing(opened, 40, 100)
+    captions, prompts = found.held_out["choosing"]
+    files = {*opened.train, *itertools.chain.from_iterable(worlds.TINY.held_out().values())}
+    assert len(files) > 2900 and len({*captions} - files) == 40
+    assert {x.shape[0] for x in jax.tree.leaves(prompts)} == {40} and found.held_out.keys() > opened.held_out.keys()
+    assert lab.with_choosing(opened, 40, 100).held_out["choosing"][0] == captions
+    assert lab.with_choosing(opened, 40, 101).held_out["choosing"][0] != captions
+    known = opened._replace(train=(*opened.train, *captions[:-1]))
+    assert not {*captions[:-1]} & {*lab.with_choosing(known, 5, 100).held_out["choosing"][0]}
+    barren = opened._replace(world=opened.world._replace(drawn=lambda rng, n: ({}, captions[:3] * n)))
+    with pytest.raises(ValueError, match="4 captions to choose by: the world drew 3 new ones"):
+        lab.with_choosing(barren, 4, 100)
+
+
+def test_settings_that_share_a_program_train_together():
+    assert tune.groups("aaaaabbab", 3) == [[0, 1, 2], [3, 4], [5, 6], [7], [8]]
+
+
+@pytest.mark.parametrize("world", tune.SWEEPS)
+def test_the_settings_of_a_sweep_differ_and_fill_its_programs(world):
+    """A program is compiled for `at_once` runs; fewer would train only in a last group, and compile again."""
+    sweep = tune.SWEEPS[world]
+    arms = [evidence.Arm(sweep.recipe, {**sweep.common, **words}) for words in sweep.settings]
+    cfgs = [evidence.arm_config(arm, worlds.WORLDS[world]) for arm in arms]
+    assert len({repr(cfg) for cfg in cfgs}) == len(sweep.settings) == 12
+    keys = [evidence.what_is_compiled(arm, cfg) for arm, cfg in zip(arms, cfgs, strict=True)]
+    assert {len(group) for group in tune.groups(keys, sweep.at_once)} == {sweep.at_once}
+
+
+@pytest.mark.long
 def test_previews_and_branches_are_ranked_by_their_own_truth(opened, monkeypatch):
     """The full rollout ranks as itself; a branch in BF16 is judged by pictures that are not the full rollout's."""
     monkeypatch.setattr(ranks, "PREVIEWS", {"full": ranks.FULL, "NVFP4": ("nvfp4_emulated", 2)})
@@ -240,6 +272,11 @@ def test_commands_on_the_emoji_world_come_to_their_end(tmp_path, monkeypatch):
     evidence.main([*words, "--arms=naive_quant", "--every=1", f"--out={samples}", f"--loras={tmp_path}"])
     compare.main([*world, str(tmp_path / "naive_quant.safetensors"), f"--pictures={tmp_path / 'before_after.png'}"])
     claims.main([f"--home={tmp_path}"])
+    monkeypatch.setitem(tune.SWEEPS, "emoji", tune.Sweep("branch", few, (tune.setting(1e-3),), 1, "1"))
+    tune.main([*world, "--chunk=20", f"--out={tmp_path / 'tune.json'}"])
+    tuned = json.loads((tmp_path / "tune.json").read_text())
+    name = "learning_rate 0.001, kl_weight 0.0001, 1 iterations: gain of "
+    assert set(tuned["figures"]) == {name + what for what in tuned["base"]} and tuned["base"].keys() > {"exact"}
     figures = json.loads((samples / "naive_quant.json").read_text())["figures"]
     assert {f"clipscore after {n} iterations, {n * 160} image-steps" for n in (1, 2)} < set(figures)
     assert {"test: gain of exact", "compositional: gain of exact"} < set(figures)
