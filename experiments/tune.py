@@ -64,15 +64,15 @@ SWEEPS = {
     ),
     "emoji": Sweep(
         "branch",
-        {"prompts": "32"},
+        {"prompts": "64"},
         tuple(
             setting(rate, kl, targets)
             for targets in ({}, ALL_LINEARS)
-            for kl in (1e-4, 0.1)
+            for kl in (0.01, 0.1)
             for rate in (2.5e-4, 5e-4, 1e-3)
         ),
         at_once=6,
-        marks="30,90",
+        marks="20,60",
     ),
 }
 

@@ -272,7 +272,9 @@ def test_commands_on_the_emoji_world_come_to_their_end(tmp_path, monkeypatch):
     evidence.main([*words, "--arms=naive_quant", "--every=1", f"--out={samples}", f"--loras={tmp_path}"])
     compare.main([*world, str(tmp_path / "naive_quant.safetensors"), f"--pictures={tmp_path / 'before_after.png'}"])
     claims.main([f"--home={tmp_path}"])
-    monkeypatch.setitem(tune.SWEEPS, "emoji", tune.Sweep("branch", few, (tune.setting(1e-3),), 1, "1"))
+    monkeypatch.setitem(
+        tune.SWEEPS, "emoji", tune.Sweep("branch", few | {"explore.chunk": "8"}, (tune.setting(1e-3),), 1, "1")
+    )
     tune.main([*world, "--chunk=20", f"--out={tmp_path / 'tune.json'}"])
     tuned = json.loads((tmp_path / "tune.json").read_text())
     name = "learning_rate 0.001, kl_weight 0.0001, 1 iterations: gain of "
