@@ -139,6 +139,7 @@ def test_damaged_files_are_named(command, file, damage, words):
         ({"evaluate.rewards": "beauty"}, "unknown reward 'beauty'"),
         ({"reward_unused": "ocr,ocrr"}, "unknown reward 'ocrr' in 'reward_unused=ocr,ocrr': use one of clipscore, hps"),
         ({"reward_unused": "my..judge"}, "reward 'my..judge' is not a dotted name: give package.module, or module.fu"),
+        ({"reward_unused": "experiments.emoji.juge"}, "reward_unused=experiments.emoji.juge: no prompt asks for expe"),
         (
             {"reward_unused": "ocr,clipscore"},
             "reward_unused=ocr,clipscore: clipscore is in reward=clipscore too, so the run does not do without it: "

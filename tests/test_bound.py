@@ -119,6 +119,26 @@ def test_a_reward_of_ones_own_is_left_unused_without_its_module():
         assemble.reward_names(again)
 
 
+@pytest.mark.parametrize(
+    ("unused", "message"),
+    [
+        ("experiments.emoji.juge", r"experiments.emoji.juge, and it .* no function juge.*: correct the name \(did you"),
+        ("ocr,my_own.scores", r"my_own.scores, .* no module my_own in .*: correct the name, or take it out"),
+        ("experiments.emoji.judge,nowhere.judge", None),
+        ("experiments.tiny.world,nowhere.judge", r"experiments.tiny.world, .* defines no function make"),
+        ("solrl_jax.rewards.shapes,nowhere.judge,experiments.emoji.judge", None),  # one that no prompt asks for
+    ],
+)
+def test_a_misspelt_module_in_reward_unused(unused, message):
+    """It is neither named by a prompt nor a module here. A name that a prompt has too is not imported."""
+    rows = [CAT, {"prompt": "a fox", "rewards": ["pickscore", "experiments.emoji.judge", "nowhere.judge"]}]
+    if message is None:
+        assert bound.read(rows, ["pickscore"], [], unused.split(",")).tagged
+        return
+    with pytest.raises(ConfigError, match=f"^reward_unused={unused}: no prompt asks for {message}"):
+        bound.read(rows, ["pickscore"], [], unused.split(","))
+
+
 def test_a_host_reward_sees_the_pictures_of_prompts_that_ask():
     seen = []
 

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from solrl_jax import config, device, plan
-from solrl_jax.plan import doctor
+from solrl_jax.plan import doctor, stages
 from solrl_jax.run import assemble, convert
 from tests import nano
 
@@ -169,6 +170,22 @@ def test_a_gpu_that_is_known_gives_memory_and_time(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "device_card", lambda: card._replace(memory=1e-4))
     found = list(doctor.examine(doctor.memory, cfg, tmp_path, 1))
     assert "this GPU is too small" in found[0].fix
+
+
+def test_memory_traces_each_stage_once(cfg, tmp_path, monkeypatch):
+    traced = []
+
+    def use_of(stage, *_):
+        traced.append(stage)
+        return plan.Use(stage, *[0] * 4, activations=10**9, flops=Counter(), seconds=1.0)
+
+    for module in (plan, stages):
+        monkeypatch.setattr(module, "use_of", use_of)
+    monkeypatch.setattr(plan, "device_card", lambda: plan.CARDS["H100 80GB"])
+    monkeypatch.setattr(assemble, "capability", lambda: None)
+    text, _ = [found.text for found in doctor.memory(cfg, tmp_path, 1)]
+    assert text.startswith("memory: encode takes the most, 1.0 of ")
+    assert traced == ["encode", "quantise", "explore", "regenerate", "learn", "evaluate"]
 
 
 def test_old_packages_are_named(monkeypatch, cfg, tmp_path):

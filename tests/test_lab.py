@@ -1,5 +1,6 @@
 """The lab of the small world: what its controls do, and that what it measures is what the plain functions give."""
 
+import functools
 import itertools
 import json
 import shutil
@@ -17,7 +18,9 @@ from experiments.methods import run, summary
 from experiments.tiny import check
 from solrl_jax import config, lora, sharding
 from solrl_jax.config import Stage
+from solrl_jax.models import flux
 from solrl_jax.rewards import Reward, Score
+from solrl_jax.weights import lora_files
 from tests import nano, nano_emoji
 
 
@@ -252,6 +255,37 @@ def test_a_run_on_the_emoji_world(tmp_path):
         images = check.draw_samples(cfg.model, frozen.base, frozen.vae, prompts.cond, 2, stage)
     verdict = jax.jit(judge.judge)(images.reshape(6, 64, 64, 3), judge.tokenize(captions), judge.objects())
     np.testing.assert_array_equal(found["share of facts"][0].ravel(), np.asarray(verdict.share, np.float64))
+
+
+@pytest.mark.slow
+def test_comparing_writes_the_figures_of_a_lora_and_the_base(tmp_path, monkeypatch):
+    """Of both splits, two captions x 4 pictures; tiny with random networks. A LoRA of zeros has no gain at all."""
+    nano.write(tmp_path / "pipeline", tmp_path / "clip")
+    cfg = worlds.find("tiny", tmp_path).config("sol_rl")
+    model, key = flux.make(cfg.model), jax.random.key(0)
+    zeros = lora.init(key, jax.eval_shape(model.init, key), model.lora_targets, cfg.lora)
+    monkeypatch.setattr(lab, "open_world", functools.cache(lab.open_world))  # the first command's, in the second
+
+    def compared(adapter) -> dict[str, dict]:
+        lora_files.save(tmp_path / "lora.safetensors", adapter, model.keys, cfg.lora)
+        file, out = tmp_path / "lora.safetensors", tmp_path / "results/run.json"
+        compare.main([f"--networks={tmp_path}", "--prompts=2", str(file), f"--out={out}"])
+        written = json.loads(out.read_text())
+        assert written["lora"] == str(file)
+        return written["figures"]
+
+    found, same = compared(nano.random(zeros, 1)), compared(zeros)
+    for split in lab.SPLITS:
+        for what in ("exact", "share of facts", "clipscore"):
+            base, trained = (found[f"{split}: {what}, {who}"] for who in ("base", "trained"))
+            gain = found[f"{split}: gain of {what}"]
+            assert base["n"] == trained["n"] == gain["n"] == 2 * evidence.PICTURES
+            assert gain["value"] == pytest.approx(trained["value"] - base["value"], abs=1e-9)
+            assert same[f"{split}: {what}, base"] == same[f"{split}: {what}, trained"] == base
+            assert same[f"{split}: gain of {what}"]["value"] == 0
+        assert abs(found[f"{split}: gain of clipscore"]["value"]) > 1e-3
+        assert same[f"{split}: spread of a caption's pictures"]["value"] == 1
+    assert len(found) == len(same) == 2 * (6 + 4)
 
 
 @pytest.mark.long

@@ -1,6 +1,7 @@
 """The OCR rewards: the formula's golden values, and pictures with drawn text where the reader is installed."""
 
 import sys
+import threading
 import types
 
 import numpy as np
@@ -191,6 +192,39 @@ def test_a_reader_that_fails_is_no_score(monkeypatch):
         monkeypatch.setattr(ocr, "_engine", lambda reader=reader: reader)
         with pytest.raises(own.RewardError, match=f"reward ocr failed: {message}"):
             rewards.score_on_host(mix, np.zeros((1, 1, 32, 32, 3), np.uint8), rows_of('"a"'))
+
+
+def test_two_rewards_read_a_picture_once(monkeypatch):
+    """Six pictures, six readings. One other picture makes other pictures; so does a call after one that failed."""
+    seen, broken = [], []
+
+    def reader(picture):
+        seen.append(picture)
+        if broken:
+            raise RuntimeError("broken model")
+        return types.SimpleNamespace(txts=["xax"])
+
+    monkeypatch.setattr(ocr, "_engine", lambda: reader)
+    monkeypatch.setattr(ocr, "_mine", threading.local())
+    mix = rewards.Score(tuple(module.shapes(None, "float32")[0] for module in (ocr, ocr_strict)), (1.0, 1.0))
+    images = np.arange(6 * 8 * 4 * 3, dtype=np.uint8).reshape(2, 3, 8, 4, 3)
+    rows = rows_of('"a"', '"xa"')
+    _, parts = rewards.score_on_host(mix, images, rows)
+    assert len(seen) == 6
+    assert parts["ocr"].tolist() == [[1] * 3] * 2 and parts["ocr_strict"].tolist() == [[0] * 3, [0.5] * 3]
+    other = images.copy()
+    other[1, 2, 7, 3, 2] ^= 1
+    rewards.score_on_host(mix, other, rows)
+    assert len(seen) == 12
+    rewards.score_on_host(mix, other.reshape(2, 3, 4, 8, 3), rows)
+    assert len(seen) == 18
+    broken.append(True)
+    with pytest.raises(own.RewardError, match="reward ocr failed: RuntimeError: broken model"):
+        rewards.score_on_host(mix, images, rows)
+    broken.clear()
+    seen.clear()
+    rewards.score_on_host(mix, images, rows)
+    assert len(seen) == 6
 
 
 def test_the_reader_is_given_blue_green_red(monkeypatch):

@@ -62,6 +62,7 @@ __all__ = [
     "advise",
     "card_of",
     "device_card",
+    "fitted",
     "memory_limit",
     "per_image_flops",
     "plan",
@@ -118,12 +119,20 @@ def shard_of(
     """
     if most is None:
         return planned_shard(cfg), []
-    sizes, card = read(cfg, devices, training=not stages), card_with(most)
+    sizes = read(cfg, devices, training=not stages)
+    cfg, _, why = fitted(cfg, sizes, devices, card_with(most), host=host, stages=stages)
+    return cfg.shard, [why] if why else []
+
+
+def fitted(
+    cfg: Config, sizes: Sizes, devices: int, card: Card, *, host: int = 0, stages: Sequence[str] = ()
+) -> tuple[Config, tuple[Use, ...], str]:
+    """`chosen`; ConfigError, as `shard_of` says, if a stage does not fit even so."""
     cfg, uses, why = chosen(cfg, sizes, devices, card, host=host, stages=stages)
     for use in uses:
-        if use.total - CAUTION * use.activations > most:
+        if use.total - CAUTION * use.activations > room(card):
             raise ConfigError(f"this GPU is too small: {advise(use, cfg, sizes, devices, card)}; see --mode=plan")
-    return cfg.shard, [why] if why else []
+    return cfg, uses, why
 
 
 def chosen(

@@ -5,7 +5,6 @@ tokenizers, rewards (loaded as in a run), prompts, and space in memory and on di
 still run.
 """
 
-import dataclasses
 import os
 import platform
 import re
@@ -225,10 +224,9 @@ def memory(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         yield Finding("memory and time: no known GPU here; --mode=plan --card=... gives them for a card")
         return
     cfg, count = assemble.resolved(cfg, assemble.capability()), devices or jax.device_count()
-    shard, said = plan.shard_of(cfg, count, plan.room(card), host=jax.local_device_count())
-    for line in said:
-        yield Finding(line)
-    uses = plan.uses_of(dataclasses.replace(cfg, shard=shard), shapes.read(cfg, count), count, card)
+    _, uses, why = plan.fitted(cfg, shapes.read(cfg, count), count, card, host=jax.local_device_count())
+    if why:
+        yield Finding(why)
     most = max(uses, key=lambda use: use.total)
     seconds = plan.spent(uses)
     yield Finding(f"memory: {most.stage} takes the most, {most.total / 1e9:.1f} of {plan.room(card) / 1e9:.1f} GB")

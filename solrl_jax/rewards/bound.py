@@ -4,6 +4,7 @@ A row without the field asks for all rewards. A held-out reward that no row name
 that a prompt does not ask for has no part in it: not a score of 0 beside other scores, but nothing to compare.
 """
 
+import difflib
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from solrl_jax.config import Config, ConfigError
+from solrl_jax.rewards import own
 from solrl_jax.structs import Row
 
 FIELD = "rewards"
@@ -37,9 +39,12 @@ def read(
 ) -> Bound:
     """How the `rows` of all prompts bind the rewards; those in `unused` may be named and score nothing.
 
-    ConfigError if a row names any other reward that is not configured.
+    ConfigError if a row names any other reward that is not configured, or if `unused` has a dotted name that is
+    neither named by a row nor that of a module's reward.
     """
     tagged = [row for row in rows if FIELD in row]
+    named = {name for row in tagged for name in row[FIELD]}
+    check_unused(unused, named)
     for row in tagged:
         for name in row[FIELD]:
             if not any(name in some for some in (trained, held_out, unused)):
@@ -48,8 +53,24 @@ def read(
                     f"the prompt {row['prompt']!r:.60} asks for reward {name!r}, which is not configured ({there}): "
                     f'add it to one of them, or to reward_unused to do without it, or name others in its "{FIELD}"'
                 )
-    named = {name for row in tagged for name in row[FIELD]}
     return Bound(bool(tagged), frozenset(held_out) - named)
+
+
+def check_unused(unused: Collection[str], named: Collection[str]) -> None:
+    """ConfigError for a dotted name in `unused` that is not among those `named` by prompts and cannot be imported.
+
+    A reward that prompts name is not imported: a run that does without it does not need its module.
+    """
+    for name in [n for n in unused if own.is_own(n) and n not in named]:
+        try:
+            own.find(name)
+        except ConfigError as e:
+            near = difflib.get_close_matches(name, named, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ConfigError(
+                f"reward_unused={','.join(unused)}: no prompt asks for {name}, and it is not a reward of a module here "
+                f"({e}): correct the name{hint}, or take it out"
+            ) from None
 
 
 def check_training(bound: Bound, rows: Collection[Row], trained: Sequence[str], cfg: Config) -> None:

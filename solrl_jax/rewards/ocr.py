@@ -10,6 +10,7 @@ rapidocr with PP-OCRv6, whose models are in its wheel. A picture without text is
 """
 
 import functools
+import hashlib
 import os
 import re
 import threading
@@ -112,8 +113,15 @@ def distance(a: str, b: str) -> int:
 
 
 def read(images: UInt8[np.ndarray, "B H W 3"]) -> list[str]:
-    """All text of each picture, its lines from top to bottom. Pictures are read one by one, on all cores."""
-    return list(_pool().map(_read, images))
+    """All text of each picture, its lines from top to bottom. Pictures are read one by one, on all cores.
+
+    The same pictures as in this thread's last call are not read again: `ocr` and `ocr_strict` ask one after the other.
+    """
+    digest = images.shape, hashlib.sha256(images.tobytes()).digest()  # for which no picture has to be kept
+    if getattr(_mine, "digest", None) != digest:
+        _mine.texts = list(_pool().map(_read, images))
+        _mine.digest = digest  # not if reading failed
+    return list(_mine.texts)
 
 
 def _read(picture: UInt8[np.ndarray, "H W 3"]) -> str:
@@ -122,6 +130,7 @@ def _read(picture: UInt8[np.ndarray, "H W 3"]) -> str:
 
 
 _mine = threading.local()
+"""In threads that read, their engine; in threads that ask, the digest of the last call's pictures and their texts."""
 
 
 def _engine() -> Any:
