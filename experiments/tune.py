@@ -28,7 +28,10 @@ Overrides = Mapping[str, str]
 
 
 class Sweep(NamedTuple):
-    """Settings of a recipe, `at_once` in a program; `common` to all of them; measured after each of `marks`."""
+    """Settings of a recipe, beside what is `common` to all; measured after each of `marks`, numbers of iterations.
+
+    A program is compiled for `at_once` runs: as many settings that share one, or a multiple of it, are neighbours.
+    """
 
     recipe: str
     common: Overrides
@@ -78,7 +81,7 @@ SWEEPS = {
 
 
 def groups(keys: Sequence[object], at_once: int) -> list[list[int]]:
-    """Places of settings that train together: neighbours that share a program, `at_once` of them."""
+    """Places of settings that train together: neighbours that share a program, at most `at_once` of them."""
     alike = [list(group) for _, group in itertools.groupby(range(len(keys)), lambda i: keys[i])]
     return [group[i : i + at_once] for group in alike for i in range(0, len(group), at_once)]
 
@@ -109,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for group in groups(keys, sweep.at_once):
             arm, cfg, program = arms[group[0]], cfgs[group[0]], programs[keys[group[0]]].result()
             learns = [cfgs[i].learn for i in group]
-            for done, states in evidence.train(opened, arm, cfg, program, seeds[: len(group)], learns):
+            for done, states in evidence.train(opened, arm, cfg, program, seeds, learns):
                 if done not in marks:
                     continue
                 found = lab.measure(opened, states.lora, "choosing", evidence.PICTURES, stage=stage)

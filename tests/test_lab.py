@@ -194,7 +194,7 @@ def test_settings_that_share_a_program_train_together():
 
 @pytest.mark.parametrize("world", tune.SWEEPS)
 def test_the_settings_of_a_sweep_differ_and_fill_its_programs(world):
-    """A program is compiled for `at_once` runs; fewer would train only in a last group, and compile again."""
+    """A program is compiled for `at_once` runs and takes no other number of them."""
     sweep = tune.SWEEPS[world]
     arms = [evidence.Arm(sweep.recipe, {**sweep.common, **words}) for words in sweep.settings]
     cfgs = [evidence.arm_config(arm, worlds.WORLDS[world]) for arm in arms]

@@ -17,8 +17,8 @@ from solrl_jax import device
 
 LONG = {"gpu": 64, "tpu": 256}
 """Least number of tokens for the fused attention. The emoji world has 88: compiled for an H100, a training step reads
-and writes a quarter less with it, which was not timed (test_the_emoji_world_has_the_fused_attention of
-tests/test_compiled.py). The small world has 40, too few for it to pay off."""
+and writes a quarter less with it (test_the_emoji_world_has_the_fused_attention of tests/test_compiled.py); it has run
+on an H200, but was not timed by itself. The small world has 40, too few for it to pay off."""
 LANES = 128
 """A TPU's registers have this many columns: both lengths are padded to a multiple of it."""
 BLOCKS = (512, 384, 256, 128)
