@@ -26,7 +26,7 @@ JUDGE = "experiments.emoji.judge"
 REWARDS = ("mixed", "clipscore")
 RECIPES = recipes(REWARDS)
 
-RATE, UPDATES, ITERATIONS = 1e-3, 4, 60  # 3e-4, 1, 300; the small world's rate and updates, not tuned for this one
+RATE, KL, UPDATES, ITERATIONS = 2.5e-4, 0.1, 4, 100  # 3e-4, 1e-4, 1, 300; rate and KL by experiments.tune
 
 
 def base(reward: str) -> Config:
@@ -63,6 +63,7 @@ def base(reward: str) -> Config:
             updates=UPDATES,
             micro_batch=32,  # 12
             learning_rate=RATE,
+            kl_weight=KL,  # 1e-4
             advantage_spread="prompt" if mixed else "all",  # all; what gdpo takes in families that explore
         ),
         evaluate=Evaluate(

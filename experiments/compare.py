@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from experiments import evidence, lab, results, worlds
-from solrl_jax import config, device, sharding
+from solrl_jax import device, sharding
 from solrl_jax.run import evaluate, pictures
 from solrl_jax.structs import Params
 
-CHUNK = 100
+AT_ONCE = 100
 
 
 def by_figure(base: dict[str, np.ndarray], trained: dict[str, np.ndarray], split: str) -> dict[str, dict]:
@@ -52,17 +52,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pictures", type=Path, help="draw pictures into this file instead")
     parser.add_argument("--count", type=int, help="captions of the pictures; as many as a run's report shows")
     args = parser.parse_args(argv)
-    world = worlds.find(args.world, args.networks)
+    world = worlds.of(args)
     with jax.set_mesh(sharding.make_mesh(1)):
         opened = lab.open_world(world.config("sol_rl"), args.prompts)
         if args.pictures:
             shown = lab.policies(opened) | {file.stem: lab.read_adapter(opened, file) for file in args.loras}
             return draw(opened, shown, args.pictures, args.count or opened.parts.cfg.evaluate.grid)
-        figures, stage = {}, config.Stage(steps=10, chunk=lab.chunk(args.prompts, evidence.PICTURES, CHUNK))
+        figures = {}
         policies = lab.policies(opened, args.loras[0])
         for split in lab.SPLITS:
             base, policy = (
-                lab.measure(opened, jax.tree.map(lambda x: x[None], adapter), split, evidence.PICTURES, stage=stage)
+                lab.measure(opened, jax.tree.map(lambda x: x[None], adapter), split, at_once=AT_ONCE)
                 for adapter in policies.values()
             )
             figures |= by_figure(base, policy, split)

@@ -34,8 +34,6 @@ from solrl_jax.models import vae
 from solrl_jax.structs import Hyper, TrainState
 from solrl_jax.weights import lora_files
 
-PICTURES = 4  # of each caption
-
 
 class Arm(NamedTuple):
     """A `recipe` of a world's config with `overrides`, trained for `iterations` and measured every `every` of them."""
@@ -249,7 +247,7 @@ def plan(arms: Mapping[str, Arm], cfgs: Mapping[str, Config], seeds: int, captio
 
     def seconds(name: str) -> float:
         marks = arms[name].iterations // arms[name].every + 1  # and the compositional captions
-        return price.wall(cfgs[name], seeds, arms[name].iterations, marks * captions * PICTURES)
+        return price.wall(cfgs[name], seeds, arms[name].iterations, marks * captions * lab.PICTURES)
 
     each = {name: seconds(name) for name in arms}
     lines = [f"{name:14} {seeds} x {arms[name].iterations} iterations  {s:.0f} s" for name, s in each.items()]
@@ -269,7 +267,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--every", type=int, help="with --iterations, measure after so many; once at the end if not given"
     )
-    parser.add_argument("--rate", type=float, help="learning rate of every arm; its own if not given")
     parser.add_argument("--prompts", type=int, default=500, help="captions of each split")
     parser.add_argument("--chunk", type=int, default=500, help="pictures at a time while measuring")
     parser.add_argument("--out", type=Path, default="results/arms", help="a folder, relative to the world's")
@@ -285,28 +282,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.iterations:
         every = args.every or args.iterations
         arms = {n: a._replace(iterations=args.iterations, every=every) for n, a in arms.items()}
-    if args.rate:
-        rate = {"learn.learning_rate": f"{args.rate:g}"}
-        arms = {n: a._replace(overrides={**a.overrides, **rate}) for n, a in arms.items()}
-    world = worlds.find(args.world, args.networks)
+    world = worlds.of(args)
     cfgs = {n: arm_config(a, world) for n, a in arms.items()}
     if args.plan:
         return print("\n".join(plan(arms, cfgs, len(seeds), args.prompts)))
-    began = time.perf_counter()
-
-    def say(*what: object) -> None:
-        print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
-
+    say = lab.stopwatch()
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
         sol_rl = arm_config(ARMS["sol_rl"], world)
         opened = lab.open_world(sol_rl, args.prompts)
         own = {n: what_is_compiled(arms[n], cfgs[n]) for n in arms}
         programs = {pool.submit(compiled, opened, *key, seeds): key for key in set(own.values())}
         say(f"{len(opened.train)} train captions; compiling {', '.join(arms) or 'nothing'}")
-        stage = config.Stage(steps=10, chunk=lab.chunk(args.prompts, PICTURES, args.chunk))
-        measure = functools.partial(lab.measure, opened, images=PICTURES, stage=stage)
-        nothing = lab.base_adapter(opened)
-        base = {split: measure(nothing, split) for split in lab.SPLITS}
+        measure = functools.partial(lab.measure, opened, at_once=args.chunk)
+        base = lab.measure_base(opened, args.chunk)
         say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
         bench = Bench(opened, measure, base, seeds, opened.world.home / args.out, args.loras, say)
         if "supervised" in names:

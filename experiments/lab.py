@@ -10,10 +10,10 @@ These are the functions of `python -m solrl_jax.main --config=tiny` with the sam
 that run on the host cannot take part, nor can captions that need them: words, which OCR reads, of `emoji`.
 """
 
-import dataclasses
 import functools
 import itertools
 import operator
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +36,8 @@ from solrl_jax.weights import lora_files
 
 FACTS = "facts"
 """Under this name the judge's tokens are in a Prompts and its arrays in Frozen.rewards."""
-FULL = Stage(steps=10, chunk=500)
+PICTURES = 4
+"""Of each caption that is measured."""
 COMPILER: dict[str, Any] = {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
 """XLA's options for programs of many runs. For a GPU this pass makes one Triton kernel of each norm and of each
 quantisation, and then tilings are tried for every operation that could join one. That is most of compiling: a preview
@@ -54,14 +55,14 @@ class Opened(NamedTuple):
     held_out: Mapping[str, tuple[list[str], Prompts]]
 
 
-def open_world(cfg: Config, captions: int = 500) -> Opened:
-    """Everything that runs of `cfg` share, and the first `captions` captions of each held-out split of cfg's world.
+def open_world(cfg: Config, captions: int = 500, world: World | None = None) -> Opened:
+    """Everything that runs of `cfg` share, and the first `captions` captions of each held-out split of its world.
 
     FP8 is calibrated where a stage of `cfg` runs in it. The empty caption is the negative conditioning. Call this and
     the functions below under `jax.set_mesh(sharding.make_mesh(1))`. ValueError if cfg is of no world of `worlds`, or
     trains on a reward that runs on the host.
     """
-    world, parts = worlds.find(cfg.name), train.ready(assemble.assemble(cfg, 1))
+    world, parts = world or worlds.find(cfg.name), train.ready(assemble.assemble(cfg, 1))
     if parts.score.on_host:
         name = parts.score.on_host[0].name
         raise ValueError(f"reward {name} runs on the host, and a lab's runs are one program: train on other rewards")
@@ -159,6 +160,16 @@ def shuffled(score: Score) -> Score:
     return Score(tuple(deal(r) for r in score.rewards), score.weights)
 
 
+def stopwatch() -> Callable[..., None]:
+    """say(*what) prints it after the seconds since this call."""
+    began = time.perf_counter()
+
+    def say(*what: object) -> None:
+        print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
+
+    return say
+
+
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
@@ -172,18 +183,20 @@ def measure(
     opened: Opened,
     adapters: Params,
     split: str,
-    images: int = 4,
+    images: int = PICTURES,
     *,
-    stage: Stage = FULL,
+    steps: int = 10,
+    at_once: int = 500,
     seed: int = 0,
     w: float = 1.0,
 ) -> dict[str, Float[np.ndarray, "R P n"]]:
     """exact, share of facts and clipscore of R adapters (leaves [R, ...]) on a split's captions x fixed seeds, with
-    classifier-free guidance of weight w.
+    classifier-free guidance of weight w; `at_once` pictures at a time, or fewer.
 
     Also `spread`: the mean absolute difference, in 8-bit levels, between two pictures of one caption.
     """
     captions, prompts = opened.held_out[split]
+    stage = Stage(steps=steps, chunk=chunk(len(captions), images, at_once), guidance=w)
     keys = jax.random.split(jax.random.key(seed), (len(captions), images))
     found = [
         _measure(
@@ -194,7 +207,7 @@ def measure(
             world=opened.world,
             model=opened.parts.model._replace(guidance="cfg"),
             reward=opened.parts.score.rewards[0],
-            stage=dataclasses.replace(stage, guidance=w),
+            stage=stage,
             lora_cfg=opened.parts.cfg.lora,
         )
         for r in range(jax.tree.leaves(adapters)[0].shape[0])
@@ -248,6 +261,11 @@ def judged(
     grouped = images.reshape(groups, -1, *images.shape[1:])
     found = jax.lax.map(caption, (grouped, tokens), batch_size=world.at_once)
     return jax.tree.map(lambda x: x.reshape(-1), found)
+
+
+def measure_base(opened: Opened, at_once: int = 500) -> dict[str, dict[str, Float[np.ndarray, "1 P n"]]]:
+    """{split: what `measure` finds of the base}"""
+    return {split: measure(opened, base_adapter(opened), split, at_once=at_once) for split in SPLITS}
 
 
 def interval(gain: Float[np.ndarray, "P"], draws: int = 10_000) -> list[float]:

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(flag, dest=name, type=int, help=worlds.defaults(name))
     parser.add_argument("--out", type=Path, help="results/ranks.json of the world")
     args = parser.parse_args(argv)
-    world = worlds.find(args.world, args.networks)
+    world = worlds.of(args)
     captions, candidates, kept, chunk = (
         getattr(args, name) or getattr(world.sizes, name) for name in ("captions", "candidates", "kept", "chunk")
     )
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     figures, out = {}, args.out or world.home / "results/ranks.json"
     facts = {"run": str(args.run or ""), "candidates": candidates, "kept": kept, "pipeline": str(args.pipeline or "")}
     with jax.set_mesh(sharding.make_mesh(1)):
-        opened = lab.open_world(cfg, captions)
+        opened = lab.open_world(cfg, captions, world)
         policies = lab.policies(opened, args.run)
         for who, name, pair in pairs(opened, policies, captions, candidates, chunk):
             for what, f in figures_of(pair, kept).items():

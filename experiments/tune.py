@@ -10,8 +10,8 @@ experiment measures: a setting chosen by the test captions would be better on th
 """
 
 import argparse
+import functools
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 
 from experiments import evidence, lab, results, worlds
 from experiments.evidence import ALL_LINEARS
-from solrl_jax import config, device, sharding
+from solrl_jax import device, sharding
 
 Overrides = Mapping[str, str]
 
@@ -67,15 +67,15 @@ SWEEPS = {
     ),
     "emoji": Sweep(
         "branch",
-        {"prompts": "64"},
+        {},
         tuple(
             setting(rate, kl, targets)
             for targets in ({}, ALL_LINEARS)
-            for kl in (0.01, 0.1)
+            for kl in (0.03, 0.1)
             for rate in (2.5e-4, 5e-4, 1e-3)
         ),
         at_once=6,
-        marks="20,60",
+        marks="100,300",
     ),
 }
 
@@ -96,26 +96,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=100)
     parser.add_argument("--out", type=Path, default="results/tune.json", help="a file, relative to the world's folder")
     args = parser.parse_args(argv)
-    world, sweep = worlds.find(args.world, args.networks), SWEEPS[args.world]
+    world, sweep = worlds.of(args), SWEEPS[args.world]
     marks = [int(m) for m in (args.marks or sweep.marks).split(",")]
     arms = [evidence.Arm(sweep.recipe, {**sweep.common, **words}, marks[-1], marks[0]) for words in sweep.settings]
     cfgs = [evidence.arm_config(arm, world) for arm in arms]
     keys = [evidence.what_is_compiled(arm, cfg) for arm, cfg in zip(arms, cfgs, strict=True)]
     seeds = [args.seed] * sweep.at_once
-    began, figures = time.perf_counter(), {}
+    say, figures = lab.stopwatch(), {}
 
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
         opened = lab.with_choosing(lab.open_world(cfgs[0], 1), args.prompts, args.seed)
         programs = {key: pool.submit(evidence.compiled, opened, *key, seeds) for key in dict.fromkeys(keys)}
-        stage = config.Stage(steps=10, chunk=lab.chunk(args.prompts, evidence.PICTURES, args.chunk))
-        base = lab.measure(opened, lab.base_adapter(opened), "choosing", evidence.PICTURES, stage=stage)
+        measure = functools.partial(lab.measure, opened, split="choosing", at_once=args.chunk)
+        base = measure(lab.base_adapter(opened))
         for group in groups(keys, sweep.at_once):
             arm, cfg, program = arms[group[0]], cfgs[group[0]], programs[keys[group[0]]].result()
             learns = [cfgs[i].learn for i in group]
             for done, states in evidence.train(opened, arm, cfg, program, seeds, learns):
                 if done not in marks:
                     continue
-                found = lab.measure(opened, states.lora, "choosing", evidence.PICTURES, stage=stage)
+                found = measure(states.lora)
                 for row, i in enumerate(group):
                     name = ", ".join(f"{k.split('.')[-1]} {v}" for k, v in sweep.settings[i].items())
                     for what in found:
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         key = f"{name}, {done} iterations: gain of {what}"
                         figures[key] = results.figure(gain, "mean, one training seed", found[what][row].size)
                     gains = {k: round(float((v[row] - base[k]).mean()), 4) for k, v in found.items()}
-                    print(f"{time.perf_counter() - began:7.1f} s ", name, done, gains, flush=True)
+                    say(name, done, gains)
                 results.record(world.home / args.out, figures, base={k: float(np.mean(v)) for k, v in base.items()})
 
 

@@ -138,6 +138,27 @@ def defaults(name: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--world and --networks, for `find`."""
+    """--world, --networks and --set, for `of`."""
     parser.add_argument("--world", default="tiny", choices=WORLDS)
     parser.add_argument("--networks", type=Path, help="a folder with pipeline/ and clip/; the world's own if not given")
+    parser.add_argument(
+        "--set",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of every config that does not choose it itself, such as learn.kl_weight=1e-4; again for more fields",
+    )
+
+
+def _field(word: str) -> tuple[str, str]:
+    name, equals, value = word.partition("=")
+    if not (name and equals):
+        raise argparse.ArgumentTypeError(f"{word!r}: use FIELD=VALUE")
+    return name, value
+
+
+def of(args: argparse.Namespace) -> World:
+    """The world of `add_arguments`."""
+    world = find(args.world, args.networks)
+    return world._replace(overrides=(*world.overrides, *args.set))

@@ -30,6 +30,7 @@ MEASURED = Measured(
         "awm: 100% of diffusionnft's gain of CLIPScore": results.figure(None, "", 5),
     },
     {"naive_quant": training(*SEEDS), "sol_rl": training(*SEEDS[::-1]), "short": training(*SEEDS[:2])},
+    {"naive_quant": training(*SEEDS[:2])},
 )
 
 
@@ -42,6 +43,7 @@ MEASURED = Measured(
         (claims.times(MEASURED, "awm", "100%"), (0.0, -float("inf"), float("inf"), 5)),  # never reached
         (claims.fallen(MEASURED, "naive_quant", "clipscore"), (0.15, 0.02579, 0.27421, 3)),  # .15, .1, .2
         (claims.fallen(MEASURED, "short", "clipscore"), (0.0, 0.0, 0.0, 3)),  # best at its end
+        (claims.fallen(MEASURED, "naive_quant", "clipscore", weak_kl=True), (0.0, 0.0, 0.0, 3)),
         (claims.ended(MEASURED, "sol_rl", "short", "clipscore"), (1.0, 1.0, 1.0, 3)),  # at the second mark
         (claims.over_seeds(np.array([0.5])), (0.5, -float("inf"), float("inf"), 1)),
     ],
@@ -76,13 +78,15 @@ def test_a_claim_is_a_figure():
 def test_what_was_not_run_is_said(tmp_path):
     """Claims read the files that the experiments write, and name what is missing."""
     results.record(tmp_path / "results/ranks.json", dict(MEASURED.ranks))
-    results.record(tmp_path / "results/samples/naive_quant.json", dict(MEASURED.samples["naive_quant"]))
+    for folder in ("samples", "samples_kl_1e-4"):
+        file = tmp_path / "results" / folder / "naive_quant.json"
+        results.record(file, dict(MEASURED.samples["naive_quant"]))
     claims.main([f"--home={tmp_path}"])
     figures = json.loads((tmp_path / "results/claims.json").read_text())["figures"]
     assert len(figures) == len(claims.CLAIMS)
     told = {text: f["unit"].partition(";")[0] for text, f in figures.items()}
     run = [text for text, verdict in told.items() if verdict != "not run"]
-    assert len(run) == 2 and set(told.values()) == {"holds", "not run"}
+    assert len(run) == 3 and set(told.values()) == {"holds", "not run"}
 
 
 def ranks(folder, name, value):

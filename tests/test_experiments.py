@@ -1,5 +1,6 @@
 """What experiments/methods and experiments/ablations make of their runs: prices, curves, shares of a gain, figures."""
 
+import argparse
 import json
 from unittest import mock
 
@@ -75,6 +76,20 @@ def test_a_world_with_other_networks(tmp_path):
     assert other.prompts == worlds.EMOJI.prompts and other.name == "emoji"
     cfg = evidence.arm_config(run.ARMS["sol_rl"], other)
     assert cfg.model.path == str(tmp_path / "pipeline") and cfg.reward_paths == (f"clipscore={tmp_path / 'clip'}",)
+
+
+def test_a_world_with_fields_of_the_command(capsys):
+    """They are an arm's, but for those that the arm sets."""
+    parser = argparse.ArgumentParser()
+    worlds.add_arguments(parser)
+    world = worlds.of(parser.parse_args(["--world=emoji", "--set=learn.kl_weight=3e-4", "--set=prompts=8"]))
+    cfg = evidence.arm_config(evidence.Arm("branch", {"prompts": "4"}), world)
+    assert (cfg.learn.kl_weight, cfg.prompts, cfg.reward) == (3e-4, 4, "clipscore")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--set=learn.kl_weight"])
+    assert "'learn.kl_weight': use FIELD=VALUE" in capsys.readouterr().err
+    with pytest.raises(config.ConfigError, match=r"learn\.kl_wait"):
+        world._replace(overrides=(("learn.kl_wait", "1"),)).config("branch")
 
 
 def test_the_seconds_of_a_call():

@@ -147,9 +147,8 @@ def opened():
 @pytest.mark.long
 def test_measuring_is_what_the_plain_functions_give(opened):
     """Against `check`, which draws and judges by itself; guidance of weight 1 is none."""
-    stage = Stage(steps=2, chunk=8)
     nothing = lab.base_adapter(opened)
-    found = lab.measure(opened, nothing, "test", 2, stage=stage)
+    found = lab.measure(opened, nothing, "test", 2, steps=2)
     captions, prompts = opened.held_out["test"]
     cfg = check.model_config(check.HERE / "pipeline")
     frozen = opened.parts.frozen
@@ -159,7 +158,7 @@ def test_measuring_is_what_the_plain_functions_give(opened):
     np.testing.assert_array_equal(found["exact"][0], exact)
     apart = 255 * np.abs(np.asarray(images[:, 0] - images[:, 1])).mean((1, 2, 3))
     np.testing.assert_allclose(found["spread"][0][:, 0], apart, rtol=0.02)
-    guided = lab.measure(opened, nothing, "test", 2, stage=stage, w=3.0)
+    guided = lab.measure(opened, nothing, "test", 2, steps=2, w=3.0)
     assert np.abs(guided["clipscore"] - found["clipscore"]).max() > 1e-2
 
 
@@ -250,7 +249,7 @@ def test_a_run_on_the_emoji_world(tmp_path):
         states, metrics = run(lab.begin(opened, cfg, [{}] * 2, (0, 1)), opened.table, opened.parts.frozen, rows)
         assert states.iteration.tolist() == [1, 1] and np.isfinite(metrics["reward/mean"]).all()
         stage, (captions, prompts) = Stage(steps=2, chunk=2), opened.held_out["compositional"]
-        found = lab.measure(opened, lab.base_adapter(opened), "compositional", 2, stage=stage)
+        found = lab.measure(opened, lab.base_adapter(opened), "compositional", 2, steps=2, at_once=2)
         frozen = opened.parts.frozen
         images = check.draw_samples(cfg.model, frozen.base, frozen.vae, prompts.cond, 2, stage)
     verdict = jax.jit(judge.judge)(images.reshape(6, 64, 64, 3), judge.tokenize(captions), judge.objects())
@@ -279,7 +278,7 @@ def test_comparing_writes_the_figures_of_a_lora_and_the_base(tmp_path, monkeypat
         for what in ("exact", "share of facts", "clipscore"):
             base, trained = (found[f"{split}: {what}, {who}"] for who in ("base", "trained"))
             gain = found[f"{split}: gain of {what}"]
-            assert base["n"] == trained["n"] == gain["n"] == 2 * evidence.PICTURES
+            assert base["n"] == trained["n"] == gain["n"] == 2 * lab.PICTURES
             assert gain["value"] == pytest.approx(trained["value"] - base["value"], abs=1e-9)
             assert same[f"{split}: {what}, base"] == same[f"{split}: {what}, trained"] == base
             assert same[f"{split}: gain of {what}"]["value"] == 0

@@ -12,7 +12,6 @@ ablations share is trained once.
 import argparse
 import functools
 import json
-import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import NamedTuple
 import jax
 
 from experiments import evidence, lab, results
-from experiments.evidence import PICTURES, Arm
+from experiments.evidence import Arm
 from experiments.methods import run as methods
 from experiments.methods.price import price, prices
 from solrl_jax import config, device, sharding, train
@@ -153,10 +152,9 @@ def main(argv: list[str] | None = None) -> None:
     names, seeds = args.only.split(","), [int(s) for s in args.seeds.split(",")]
     if strange := [n for n in names if n not in ABLATIONS]:
         parser.error(f"--only: there is no {', '.join(strange)}; use of {', '.join(ABLATIONS)}")
-    began = time.perf_counter()
     arms = {n: {k: arm_of(a, args.rate, args.iterations) for k, a in ABLATIONS[n].settings.items()} for n in names}
     cfgs = {n: {k: evidence.arm_config(a) for k, a in some.items()} for n, some in arms.items()}
-
+    say = lab.stopwatch()
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
         opened = lab.open_world(evidence.arm_config(Arm()), args.prompts)
         calibrated = opened._replace(parts=with_units(opened.parts))
@@ -166,14 +164,8 @@ def main(argv: list[str] | None = None) -> None:
                 key = evidence.what_is_compiled(arms[n][k], cfg)
                 if key not in programs:
                     programs[key] = pool.submit(evidence.compiled, calibrated, *key, seeds)
-        stage = config.Stage(steps=10, chunk=min(args.chunk, PICTURES * args.prompts))
-        measure = functools.partial(lab.measure, opened, images=PICTURES, stage=stage)
-        nothing = lab.base_adapter(opened)
-        base = {split: measure(nothing, split) for split in lab.SPLITS}
-
-        def say(*what: object) -> None:
-            print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
-
+        measure = functools.partial(lab.measure, opened, at_once=args.chunk)
+        base = lab.measure_base(opened, args.chunk)
         bench = methods.Bench(calibrated, seeds, measure, base, 0.0, 1, 0, 0, args.out, say)
         say(f"{len(programs)} programs for {', '.join(names)}")
         known: dict[config.Config, dict[str, dict]] = {}

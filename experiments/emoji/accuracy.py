@@ -1,7 +1,7 @@
 """How often the judge is right: true captions of held-out compositions, and captions that are wrong in one part.
 
     python -m experiments.emoji.accuracy                    # results/judge.json; some minutes on two CPU cores
-    python -m experiments.emoji.accuracy --tune             # results/tune.json: each threshold, on train scenes
+    python -m experiments.emoji.accuracy --tune             # results/thresholds.json: each threshold, on train scenes
 
 A picture is judged by its own caption, which must be right in all facts, and by captions that differ from it in one
 part, which must not: another object, the object that looks most like it, another number, another side, another
@@ -239,9 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="the thresholds, on train scenes")
     parser.add_argument("--scenes", type=int, help="200, with --tune 20")
-    parser.add_argument("--out", type=Path, help="results/judge.json, with --tune results/tune.json")
+    parser.add_argument("--out", type=Path, help="results/judge.json, with --tune results/thresholds.json")
     args = parser.parse_args(argv)
-    name, run, scenes = ("tune", tune, 20) if args.tune else ("judge", measure, 200)
+    name, run, scenes = ("thresholds", tune, 20) if args.tune else ("judge", measure, 200)
     found = run(args.scenes or scenes)
     results.record(args.out or HERE / f"results/{name}.json", found, limits=Limits()._asdict())
 

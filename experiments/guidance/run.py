@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from experiments import evidence, lab, results
-from solrl_jax import config, device, guidance, sharding
+from solrl_jax import device, guidance, sharding
 from solrl_jax.config import Config
 
 HERE = Path(__file__).resolve().parent
@@ -84,18 +84,13 @@ def main(argv: list[str] | None = None) -> None:
     if strange := [n for n in names if n not in WAYS]:
         parser.error(f"--ways: there is no {', '.join(strange)}; use of {', '.join(WAYS)}")
     cfgs = {name: config_of(WAYS[name], args.w, args.batch) for name in names}
-    began = time.perf_counter()
-
-    def say(*what: object) -> None:
-        print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
-
+    say = lab.stopwatch()
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor() as pool:
         opened = lab.open_world(config_of(WAYS["everywhere"], args.w, args.batch), args.captions)
         what = opened.parts.score, seeds * len(KL_WEIGHTS), args.iterations
         programs = {n: pool.submit(lab.compiled, opened, cfg, *what) for n, cfg in cfgs.items()}
         say("compiling", ", ".join(names))
-        stage = config.Stage(steps=10, chunk=min(500, evidence.PICTURES * args.captions))
-        measure = functools.partial(lab.measure, opened, images=evidence.PICTURES, stage=stage)
+        measure = functools.partial(lab.measure, opened)
         nothing = lab.base_adapter(opened)
         places = list(itertools.product((1.0, args.w), lab.SPLITS))
         base = {(w, split): measure(nothing, split, w=w) for w, split in places}

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from experiments import evidence, lab, results, worlds
-from experiments.evidence import PICTURES, Arm
+from experiments.evidence import Arm
 from experiments.methods.price import ABOUT, price, prices, wall
 from solrl_jax import config, device, sharding
 from solrl_jax.config import Config
@@ -113,7 +113,7 @@ def choose(bench: Bench, name: str, cfg: Config, program) -> tuple[float, dict[s
     gains = found - bench.base["test"]["clipscore"][:, : bench.choosing].mean()
     figures = {
         f"rate {rate:g}: gain of clipscore after {done} iterations": results.figure(
-            float(gain), "score, one seed, captions for choosing", bench.choosing * PICTURES
+            float(gain), "score, one seed, captions for choosing", bench.choosing * lab.PICTURES
         )
         for rate, gain in zip(rates, gains, strict=True)
     }
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     seeds, out = [int(s) for s in args.seeds.split(",")], args.out or RESULTS[args.world]
     if strange := [n for n in names if n not in ARMS]:
         parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join(ARMS)}")
-    world = worlds.find(args.world, args.networks)
+    world = worlds.of(args)
     budget, marks = args.budget or world.sizes.budget, args.marks or world.sizes.marks
     if args.iterations % marks:
         parser.error(f"--iterations={args.iterations}: use a multiple of --marks={marks}")
@@ -196,11 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         tunes = not (args.rate or args.rates)
         return print("\n".join(plan(cfgs, budget, marks, args.iterations, len(seeds), args.prompts, tunes)))
-    began = time.perf_counter()
-
-    def say(*what: object) -> None:
-        print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
-
+    say = lab.stopwatch()
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor(8) as pool:
         sol_rl = evidence.arm_config(ARMS["sol_rl"], world)
         opened = lab.open_world(in_precision(sol_rl, args.precision), args.prompts)
@@ -210,10 +206,8 @@ def main(argv: list[str] | None = None) -> None:
             call = a_mark(cfg, budget, marks, args.iterations)
             programs[n] = pool.submit(evidence.compiled, opened, key, shuffled, call, seeds)
         say("compiling", ", ".join(cfgs))
-        stage = config.Stage(steps=10, chunk=lab.chunk(args.prompts, PICTURES, args.chunk))
-        measure = functools.partial(lab.measure, opened, images=PICTURES, stage=stage)
-        nothing = lab.base_adapter(opened)
-        base = {split: measure(nothing, split) for split in lab.SPLITS}
+        measure = functools.partial(lab.measure, opened, at_once=args.chunk)
+        base = lab.measure_base(opened, args.chunk)
         say("base:", {k: round(float(v.mean()), 4) for k, v in base["test"].items()})
         choosing = min(CHOOSING, args.prompts // 5)
         bench = Bench(opened, seeds, measure, base, budget, marks, choosing, args.iterations, out, say)
@@ -263,7 +257,7 @@ def plan(
         cost, each, source = price(cfg, prices()), a_mark(cfg, budget, marks, iterations), BORROWED.get(name, name)
         tuning = max(1, marks // 2) * each if tunes and source not in tuned else 0
         tuned.add(source)
-        measured = (marks + 1 + bool(tuning)) * captions * PICTURES
+        measured = (marks + 1 + bool(tuning)) * captions * lab.PICTURES
         seconds = wall(cfg, seeds, each * marks + tuning, measured)
         in_all += seconds
         kinds = ", ".join(f"{k} {v:.0f}" for k, v in cost.items() if v)

@@ -10,7 +10,6 @@ over the base, on captions that were not trained on. The arms compile at once; a
 
 import argparse
 import functools
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 from experiments import evidence, lab, results
-from solrl_jax import config, device, sharding
+from solrl_jax import device, sharding
 from solrl_jax.config import Config
 from solrl_jax.rewards import Score
 
@@ -67,11 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     names, seeds = args.arms.split(","), [int(s) for s in args.seeds.split(",")]
     if strange := [n for n in names if n not in ARMS]:
         parser.error(f"--arms: there is no {', '.join(strange)}; use of {', '.join(ARMS)}")
-    began = time.perf_counter()
-
-    def say(*what: object) -> None:
-        print(f"{time.perf_counter() - began:7.1f} s ", *what, flush=True)
-
+    say = lab.stopwatch()
     cfgs = {name: config_of(ARMS[name], args.batch) for name in names}
     with jax.set_mesh(sharding.make_mesh(1)), ThreadPoolExecutor() as pool:
         opened = lab.open_world(config_of(ARMS["gdpo"], args.batch), args.captions)
@@ -79,9 +74,7 @@ def main(argv: list[str] | None = None) -> None:
             n: pool.submit(lab.compiled, opened, cfg, score_of(opened, cfg), seeds, args.iterations)
             for n, cfg in cfgs.items()
         }
-        stage = config.Stage(steps=10, chunk=min(500, evidence.PICTURES * args.captions))
-        measure = functools.partial(lab.measure, opened, images=evidence.PICTURES, stage=stage)
-        base = {split: measure(lab.base_adapter(opened), split) for split in lab.SPLITS}
+        measure, base = functools.partial(lab.measure, opened), lab.measure_base(opened)
         say("base:", {split: round(float(found["exact"].mean()), 3) for split, found in base.items()})
         for name in names:
             cfg, program = cfgs[name], programs[name].result()
