@@ -26,7 +26,7 @@ JUDGE = "experiments.emoji.judge"
 REWARDS = ("mixed", "clipscore")
 RECIPES = recipes(REWARDS)
 
-RATE, KL, UPDATES, ITERATIONS = 2.5e-4, 0.1, 4, 100  # 3e-4, 1e-4, 1, 300; rate and KL by experiments.tune
+RATE, KL, UPDATES, ITERATIONS = 2.5e-4, 0.1, 4, 200  # 3e-4, 1e-4, 1, 300; rate and KL by experiments.tune
 
 
 def base(reward: str) -> Config:

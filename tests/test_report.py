@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from solrl_jax import config, disk, report
 from solrl_jax.config import Config
@@ -233,6 +234,18 @@ def test_names_are_as_long_as_they_must_be(tmp_path):
         run.read_all(folders)
 
 
+@pytest.mark.parametrize("count, blocks, rows", [(1, 1, 1), (2, 1, 2), (8, 2, 4), (24, 3, 8), (5, 2, 3)])
+def test_a_grid_is_not_higher_than_wide(tmp_path, count, blocks, rows):
+    """Two columns of 64 px pictures at twice their size; every picture is in its place."""
+    shades = np.arange(1, 1 + 2 * count, dtype=np.uint8).reshape(2, count, 1, 1, 1) * np.ones((64, 64, 3), np.uint8)
+    file = pictures.write_grid(tmp_path / "grid.png", ["a fox"] * count, dict(zip("ab", shades, strict=True)))
+    with Image.open(file) as grid:
+        assert grid.size == (blocks * (180 + 2 * 134), 24 + rows * 134)
+        for i in range(count):
+            at = [grid.getpixel((i // rows * 448 + x, 24 + i % rows * 134 + 64)) for x in (180 + 64, 314 + 64)]
+            assert at == [(1 + i,) * 3, (1 + count + i,) * 3]
+
+
 def test_kept_pictures_come_back(tmp_path):
     shown = pictures.Shown(["a\0", "ü"], np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3), {}, {})
     with_scores = shown._replace(scores={"r": np.array([math.nan, 0.5], np.float32)})
@@ -251,8 +264,6 @@ def test_kept_pictures_come_back(tmp_path):
 def test_large_pictures_are_shrunk_and_small_ones_kept():
     import base64
     import io
-
-    from PIL import Image
 
     for size, wanted in ((512, 256), (32, 32)):
         uri = gallery.data_uri(np.zeros((size, size, 3), np.uint8))

@@ -3,7 +3,9 @@
 The .npz files hold the pictures of the grid's prompts and their rewards, of the base model and of the last evaluation.
 """
 
+import itertools
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,22 +77,28 @@ _CAPTION, _HEAD, _GAP = 180, 24, 6  # pixels: width of the captions, height of t
 
 
 def write_grid(file: Path, prompts: Sequence[str], columns: dict[str, UInt8[np.ndarray, "G H W 3"]]) -> Path:
-    """A PNG with one row per prompt, its caption at the left, and one column per policy, its name above."""
+    """A PNG with a row per prompt, its caption at the left, and a column per policy, its name above.
+
+    Rows that would make it higher than wide go on at the right, under the same names.
+    """
     height, width = next(iter(columns.values())).shape[1:3]
     scale = max(1, 128 // width) if width < 256 else 256 / width  # small pictures stay crisp, large ones are shrunk
     size = (round(width * scale), round(height * scale))
-    rows = len(prompts)
-    canvas = Image.new("RGB", (_CAPTION + len(columns) * (size[0] + _GAP), _HEAD + rows * (size[1] + _GAP)), "white")
+    across, down = _CAPTION + len(columns) * (size[0] + _GAP), size[1] + _GAP  # a block's width, a row's height
+    blocks = next(n for n in itertools.count(1) if n * across >= math.ceil(len(prompts) / n) * down)
+    rows = math.ceil(len(prompts) / blocks)
+    canvas = Image.new("RGB", (math.ceil(len(prompts) / rows) * across, _HEAD + rows * down), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    for c, (title, images) in enumerate(columns.items()):
-        x = _CAPTION + c * (size[0] + _GAP)
-        pen.text((x, 4), title, "black", font)
-        for r, image in enumerate(images):
-            how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-            canvas.paste(Image.fromarray(image).resize(size, how), (x, _HEAD + r * (size[1] + _GAP)))
-    for r, prompt in enumerate(prompts):
+    how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    for i, prompt in enumerate(prompts):
+        left, top = i // rows * across, _HEAD + i % rows * down
         lines = textwrap.wrap(prompt, 28, max_lines=max(1, size[1] // 15), placeholder=" ...")
-        pen.multiline_text((6, _HEAD + r * (size[1] + _GAP)), "\n".join(lines), "black", font)
+        pen.multiline_text((left + 6, top), "\n".join(lines), "black", font)
+        for c, (title, images) in enumerate(columns.items()):
+            x = left + _CAPTION + c * (size[0] + _GAP)
+            if i % rows == 0:
+                pen.text((x, 4), title, "black", font)
+            canvas.paste(Image.fromarray(images[i]).resize(size, how), (x, top))
     with disk.whole(file) as f:
         canvas.save(f, "PNG")
     return file
