@@ -144,10 +144,11 @@ def figure(
 
 
 def score_list(scores: Mapping[str, float], before: Mapping[str, float], weights: Mapping[str, float]) -> Html:
-    """Each reward of one picture, and its change from the base."""
+    """Each reward of one picture, and its change from the base; of a module's dotted name the last part, which fits."""
     items = []
     for name, value in scores.items():
-        words = [tag("dt", name), tag("dd", f"{value:.4f}" if math.isfinite(value) else "not finite")]
+        words = [tag("dt", name.rpartition(".")[2], title=name)]
+        words.append(tag("dd", f"{value:.4f}" if math.isfinite(value) else "not finite"))
         change = value - before[name] if name in before else math.nan
         if math.isfinite(change):
             better = change * weights.get(name, 1.0)
