@@ -144,8 +144,8 @@ def iterations(
 
 
 def peaks(mesh: Mesh) -> list[float]:
-    """GB that were in use at most since the process began, of every device (a GPU tells; a CPU does not)."""
-    found = [device.memory_stats() for device in mesh.devices.flat]
+    """GB in use at most since the process began, of each of its own devices (a GPU tells; a CPU does not)."""
+    found = [device.memory_stats() for device in mesh.local_devices]
     return [stats["peak_bytes_in_use"] / 1e9 for stats in found if stats]
 
 

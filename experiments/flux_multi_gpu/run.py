@@ -40,7 +40,7 @@ import jax
 from experiments import results
 from experiments.flux_multi_gpu import gradients
 from experiments.full_size import Bench, Options
-from solrl_jax import config, device
+from solrl_jax import config, device, processes
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
@@ -82,7 +82,8 @@ class Record:
 
     def __call__(self, figures: dict[str, Any]) -> None:
         self.figures |= figures
-        results.record(self.file, self.figures, **self.facts)
+        if processes.first():
+            results.record(self.file, self.figures, **self.facts)
 
     def named(self, name: str) -> Callable[[dict[str, Any]], None]:
         """Adds figures as `NAME: FIGURE`."""
