@@ -1,6 +1,9 @@
 """Tests run on 4 fake CPU devices; shapes and dtypes of public signatures are checked, silent broadcasting refused."""
 
+import gc
 import os
+import subprocess
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
@@ -13,11 +16,22 @@ import pytest
 from jaxtyping import install_import_hook
 
 ARRAYS = (
-    *("algos", "device", "guidance", "iteration", "keys", "learn", "lora", "mixture", "models", "quant", "report"),
-    *("rewards", "rollout", "run", "sampler", "selection", "sharding", "solvers", "structs", "train", "weights"),
+    *("algos", "device", "guidance", "iteration", "keys", "learn", "lora", "mixture", "models", "quant"),
+    *("report.gallery", "rewards", "rollout", "run", "sampler", "selection", "sharding", "solvers", "structs", "train"),
+    "weights",
 )
-"""Signatures of these are checked. A check takes longer than a small function, and the plan calls a million of them."""
+"""Signatures of these are checked. A check takes longer than a small function, and the plan calls a million of them;
+of the report, which is of strings, 3000 a page."""
 jax.config.update("jax_numpy_rank_promotion", "raise")
+OLD_EMITTERS = "--xla_cpu_use_fusion_emitters=false"
+"""Without the new code generator of fusions a CPU's program compiles in half the time again. In the default tier alone:
+the others compute for longer, and look at more of what XLA makes of a program."""
+
+
+def known(flag: str) -> bool:
+    """Whether this XLA has the flag: with one that it does not know it ends the process."""
+    words, env = [sys.executable, "-c", "import jax; jax.devices()"], os.environ | {"XLA_FLAGS": flag}
+    return subprocess.run(words, env=env, capture_output=True).returncode == 0
 
 
 LONGEST = (
@@ -34,6 +48,12 @@ def pytest_collection_modifyitems(items):
 def pytest_configure(config):
     if config.option.markexpr not in ("slow", "long"):  # these tiers call the same functions for longer
         install_import_hook([f"solrl_jax.{name}" for name in ARRAYS], "beartype.beartype")
+        # XLA reads its flags with the first array. Other processes of the tier inherit them.
+        if OLD_EMITTERS not in os.environ["XLA_FLAGS"] and known(OLD_EMITTERS):
+            os.environ["XLA_FLAGS"] += f" {OLD_EMITTERS}"
+        # Tracing makes millions of objects, few of them garbage in cycles: to look for it as often as Python does
+        # takes 6 % of the time. What the other tiers hold is gigabytes.
+        gc.set_threshold(50_000, 20, 20)
     from solrl_jax import device  # after the hook, which checks what is imported from here on
 
     device.setup()

@@ -4,7 +4,6 @@ import csv
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -47,10 +46,9 @@ def pictures(tmp_path):
 def scored(images, prompts):
     """CLIPScore of single pictures, given as arrays."""
     mix, towers = rewards.load_rewards("clipscore", {"clipscore": str(WORLD / "clip")})
-    one = []
+    score, one = jax.jit(lambda *args: rewards.score_images(mix, *args)[0][0]), []
     for image, prompt in zip(images, prompts, strict=True):
-        args = (towers, image[None] / np.float32(255), rewards.tokenize(mix, [prompt]))
-        one.append(rewards.score_images(mix, *jax.tree.map(jnp.asarray, args))[0][0])
+        one.append(score(towers, image[None] / np.float32(255), rewards.tokenize(mix, [prompt])))
     return np.array(one)
 
 

@@ -1,5 +1,6 @@
 """CLIP text towers and T5 against transformers on small random weights, through files and back."""
 
+import functools
 import json
 
 import jax
@@ -25,6 +26,11 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "i
 IDS = np.array([[98, 5, 6, 7, 99, 99, 99, 99], [98, 8, 99, 0, 0, 0, 0, 0], [98, 1, 2, 3, 4, 5, 6, 99]])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def applied(module, params, ids):
+    return module.apply({"params": params}, ids)
+
+
 def clip_model(kind=CLIPTextModel, **changes):
     config = SIZES | {"vocab_size": 100, "max_position_embeddings": 8, "projection_dim": 24, **changes}
     return randomise(kind(CLIPTextConfig(**config)))
@@ -46,7 +52,7 @@ def test_clip_text_from_shards(tmp_path, act, eos):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     module, params = text.load_clip_text(tmp_path, jnp.float32)
-    ours, theirs = module.apply({"params": params}, jnp.asarray(IDS)), clip_oracle(model)
+    ours, theirs = applied(module, params, IDS), clip_oracle(model)
     assert error(ours.last, theirs.last_hidden_state) < 1e-5
     assert error(ours.pooled, theirs.pooler_output) < 1e-5
     assert error(ours.penultimate, theirs.hidden_states[-2]) < 1e-5
@@ -57,11 +63,11 @@ def test_clip_text_with_projection(tmp_path):
     model = clip_model(CLIPTextModelWithProjection, hidden_act="gelu", eos_token_id=2)
     model.save_pretrained(tmp_path)
     module, params = text.load_clip_text(tmp_path, jnp.float32, project=True)
-    ours, theirs = module.apply({"params": params}, jnp.asarray(IDS)), clip_oracle(model)
+    ours, theirs = applied(module, params, IDS), clip_oracle(model)
     assert error(ours.pooled, theirs.text_embeds) < 1e-5
     plain, without = text.load_clip_text(tmp_path, jnp.float32)  # FLUX's use of the same file
     assert "projection" not in without
-    assert plain.apply({"params": without}, jnp.asarray(IDS)).pooled.shape == (3, 32)
+    assert applied(plain, without, IDS).pooled.shape == (3, 32)
 
 
 def test_clip_text_spellings(tmp_path):
@@ -88,7 +94,7 @@ def test_t5_from_shards(tmp_path):
     with torch.no_grad():
         theirs = model(torch.tensor(ids)).last_hidden_state
     module, params = text.load_t5(tmp_path, jnp.float32)
-    assert error(module.apply({"params": params}, jnp.asarray(ids)), theirs) < 1e-5
+    assert error(applied(module, params, ids), theirs) < 1e-5
 
 
 def test_t5_spellings(tmp_path):
@@ -143,7 +149,7 @@ def test_bfloat16_files_and_products(tmp_path):
     for dtype in (jnp.float32, jnp.bfloat16):
         module, params = text.load_t5(tmp_path, dtype)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(dtype)}
-        outputs[dtype] = module.apply({"params": params}, jnp.asarray(ids))
+        outputs[dtype] = applied(module, params, ids)
         assert outputs[dtype].dtype == dtype
     assert error(outputs[jnp.bfloat16], torch.tensor(np.asarray(outputs[jnp.float32]))) < 0.1
 
@@ -218,5 +224,5 @@ def test_flux_pipeline_conditioning(tmp_path):
     how = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
     ids = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")(prompts, **how).input_ids
     ids_2 = AutoTokenizer.from_pretrained(tmp_path / "tokenizer_2")(prompts, max_length=10, **how).input_ids
-    assert error(clip.apply({"params": clip_params}, jnp.asarray(ids)).pooled, pooled) < 1e-5
-    assert error(t5.apply({"params": t5_params}, jnp.asarray(ids_2)), states) < 1e-5
+    assert error(applied(clip, clip_params, ids).pooled, pooled) < 1e-5
+    assert error(applied(t5, t5_params, ids_2), states) < 1e-5

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from solrl_jax import config, main, rewards, train
+from solrl_jax import config, iteration, main, rewards, train
 from solrl_jax.run import assemble, checkpoint, data, evaluate, export, log, pictures
 from solrl_jax.structs import Model, QuantRule, QuantRules, Reward
 from solrl_jax.weights import Rule, Source
@@ -83,14 +83,30 @@ def dark(params, images, tokens):
     return 1 - images.min((1, 2, 3))
 
 
+def traced_once(stages=iteration.stages):
+    """iteration.stages that gives runs the same functions, so that these are traced once, if they differ in nothing
+    that a stage reads. The optimiser is of cfg.learn alone."""
+    made, unread = {}, {"name": "", "prompt_files": "", "iterations": 1, "save_every": 0, "keep": 1}
+
+    def shared(model, score, optimizer, cfg):
+        which = model, score, dataclasses.replace(cfg, **unread)
+        if which not in made:
+            made[which] = stages(model, score, optimizer, cfg)
+        return made[which]
+
+    return shared
+
+
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    """Every run of this file compiles the same few programs: once is enough."""
+    """Every run of this file traces and compiles the same few programs: once is enough."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = [jax.config.values[name] for name in names]
     for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
         jax.config.update(name, value)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(iteration, "stages", traced_once())
+        yield
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
 

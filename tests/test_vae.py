@@ -1,5 +1,6 @@
 """The VAE's halves against diffusers on small random weights, through files and back."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -66,11 +67,19 @@ def test_decode_in_the_form_for_gpus(tmp_path, monkeypatch):
         theirs = channels_last(model.decode(torch.tensor(latents).permute(0, 3, 1, 2) / 0.3611 + 0.1159).sample)
     latents = jnp.asarray(latents)
     module, params = vae.load_vae(tmp_path, jnp.float32)
-    paths = jax.tree.map(jnp.shape, module.init(jax.random.key(0), latents))
+    paths = jax.eval_shape(module.init, jax.random.key(0), latents)
     monkeypatch.setattr(device, "platform", lambda: "gpu")
     images = jax.jit(lambda p, x: vae.decode(module, p, x))(params, latents)
     assert error(images, (theirs / 2 + 0.5).clamp(0, 1)) < 1e-5
-    assert jax.tree.map(jnp.shape, module.init(jax.random.key(0), latents)) == paths
+    assert jax.eval_shape(module.init, jax.random.key(0), latents) == paths
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def normed(norm, params, x):
+    return norm.apply({"params": params}, x)
+
+
+slope = jax.jit(jax.grad(lambda norm, *given: jnp.sum(normed(norm, *given) ** 3), argnums=2), static_argnums=0)
 
 
 @pytest.mark.parametrize("mean", [0.0, 3.0, 1000.0])
@@ -87,13 +96,11 @@ def test_group_norm(mean, outlier):
     y = (y / np.sqrt((y**2).mean((1, 2, 4), keepdims=True) + 1e-6)).reshape(x.shape) * params["scale"] + params["bias"]
     two = nn.GroupNorm(3, epsilon=1e-6, use_fast_variance=False)
     x = jnp.asarray(x)
-    errors = [np.abs(norm.apply({"params": params}, x) - y).max() for norm in (vae.GroupNorm(3), two)]
+    errors = [np.abs(normed(norm, params, x) - y).max() for norm in (vae.GroupNorm(3), two)]
     assert errors[0] < 1.5 * errors[1] + 1e-6, errors
-    slopes = [
-        jax.grad(lambda x, n=norm: jnp.sum(n.apply({"params": params}, x) ** 3))(x) for norm in (vae.GroupNorm(3), two)
-    ]
+    slopes = [slope(norm, params, x) for norm in (vae.GroupNorm(3), two)]
     np.testing.assert_allclose(*slopes, atol=1e-3 * np.abs(slopes[1]).max())
-    fast = nn.GroupNorm(3, epsilon=1e-6, use_fast_variance=True).apply({"params": params}, x)  # for comparison
+    fast = normed(nn.GroupNorm(3, epsilon=1e-6, use_fast_variance=True), params, x)  # for comparison
     assert mean < 1000 or np.abs(fast - y).max() > 10 * errors[0]
 
 

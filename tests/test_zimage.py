@@ -38,6 +38,7 @@ def inputs(cfg: ZImageConfig, height: int = 4, width: int = 6, lengths=LENGTHS, 
     return jax.tree.map(jnp.asarray, drawn)
 
 
+@functools.lru_cache
 def shapes_of(cfg: ZImageConfig):
     """The parameters without their arrays."""
     network, where = ZImageTransformer(cfg, jnp.float32), zimage.places(cfg, 1, 1, 32)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from solrl_jax import device, weights
 from solrl_jax.models.convolutions import DepthwiseConv, GatedConv, UpConv, conv
-from solrl_jax.models.layers import F32, Linear, RMSNorm, linear_attention, precision_of
+from solrl_jax.models.layers import F32, Linear, RMSNorm, linear_attention, parameters, precision_of
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
 from solrl_jax.weights.options import Options
@@ -257,6 +257,6 @@ def load(folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None = No
     """Module and parameters (in `dtype`; numpy, or the results of `place`) of a folder in diffusers' layout."""
     cfg = DcaeConfig.read(folder)
     module = Decoder(cfg, dtype)
-    spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, 1, cfg.latent_channels)))["params"]
+    spec = parameters(module, jnp.zeros((1, 1, 1, cfg.latent_channels)))
     files = weights.Files(folder, "diffusion_pytorch_model")
     return module, weights.load(files, spec, keys(cfg), dtype=dtype, droppable=(r"encoder\..*",), place=place)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Key
 
 from solrl_jax import config, weights
 from solrl_jax.models import dcae, gemma2, qwen3, text, vae
-from solrl_jax.models.layers import F32
+from solrl_jax.models.layers import F32, parameters
 from solrl_jax.structs import Model, Params, PyTree
 from solrl_jax.weights import hub
 
@@ -233,7 +233,7 @@ def _shapes(cfg: config.Model, model: Model, encoders: Encoders) -> tuple[Params
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, to), tree)
 
     words = text_modules(folder, encoders, dtype)
-    trees = {name: jax.eval_shape(module.init, key, *_blank(module))["params"] for name, module in words.items()}
+    trees = {name: parameters(module, *_blank(module)) for name, module in words.items()}
     return (
         typed(jax.eval_shape(model.init, key), dtype),
         typed(jax.eval_shape(decoder_init, key), F32),

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
-from solrl_jax.models.layers import ACTIVATIONS, F32, Linear, RMSNorm, attention
+from solrl_jax.models.layers import ACTIVATIONS, F32, Linear, RMSNorm, attention, parameters
 from solrl_jax.models.text import run_layers
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
@@ -173,6 +172,6 @@ DROPPABLE = (r"lm_head\.weight", r".*rotary_emb\.inv_freq")
 def load(folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None = None) -> tuple[Gemma2, Params]:
     """Module and parameters (in `dtype`; numpy, or the results of `place`) of a folder in transformers' layout."""
     module = Gemma2(Gemma2Config.read(folder), dtype)
-    spec = jax.eval_shape(module.init, jax.random.key(0), *blank())["params"]
+    spec = parameters(module, *blank())
     files = weights.Files(folder, "model")
     return module, weights.load(files, spec, KEYS, dtype=dtype, aliases=ALIASES, droppable=DROPPABLE, place=place)

@@ -55,6 +55,16 @@ def in_pairs(dtype: Any, pairs: bool | None) -> bool:
     return jnp.dtype(dtype) == F32 and (device.platform() != "cpu" if pairs is None else pairs)
 
 
+def parameters(module: nn.Module, *inputs: Array) -> Any:
+    """The parameters of `module` as ShapeDtypeStructs, for inputs like these. Equal modules are traced once."""
+    return _parameters(module, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
+
+
+@functools.lru_cache(maxsize=64)
+def _parameters(module: nn.Module, *inputs: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+
+
 class Linear(nn.Module):
     """y = x W + (x A) B + b. W [in, out] in the network's dtype, A [in, R] and B [R, out] f32, alpha/R folded in.
 

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
 from solrl_jax.config import ConfigError
 from solrl_jax.models.gemma2 import blank, rope_options, rope_table, rotate
-from solrl_jax.models.layers import ACTIVATIONS, F32, Linear, RMSNorm, attention
+from solrl_jax.models.layers import ACTIVATIONS, F32, Linear, RMSNorm, attention, parameters
 from solrl_jax.models.text import run_layers
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
@@ -191,7 +190,7 @@ def load(
     cfg = Qwen3Config.read(folder)
     ends = ends_of(cfg, reads)
     module = Qwen3(cfg, ends, dtype)
-    spec = jax.eval_shape(module.init, jax.random.key(0), *blank())["params"]
+    spec = parameters(module, *blank())
     how = {"aliases": ALIASES, "droppable": droppable(cfg, ends), "place": place}
     return module, weights.load(weights.Files(folder, "model"), spec, keys(ends), dtype=dtype, **how)
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
-from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, RMSNorm, attention, gelu_tanh
+from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, RMSNorm, attention, gelu_tanh, parameters
 from solrl_jax.structs import Params
 from solrl_jax.weights import Place, Rule
 from solrl_jax.weights.options import Options
@@ -299,5 +298,5 @@ def load_t5(folder: str | Path, dtype: Any = jnp.bfloat16, place: Place | None =
 
 
 def _load(module: ClipText | T5Encoder, folder: str | Path, keys: tuple[Rule, ...], **how: Any) -> Params:
-    spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    spec = parameters(module, jnp.zeros((1, 2), jnp.int32))
     return weights.load(weights.Files(folder, "model"), spec, keys, dtype=module.dtype, **how)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from solrl_jax import device, weights
 from solrl_jax.models.convolutions import UpConv, conv
-from solrl_jax.models.layers import F32, Linear, attention
+from solrl_jax.models.layers import F32, Linear, attention, parameters
 from solrl_jax.structs import Images, Latents, Params
 from solrl_jax.weights import Place, Rule
 from solrl_jax.weights.options import Options
@@ -396,7 +396,7 @@ def load_flux2(
     """As `load_vae`, of an AutoencoderKLFlux2's decoder."""
     cfg = Flux2VaeConfig.read(folder)
     module = Flux2Decoder(cfg, dtype)
-    spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 1, 1, cfg.channels)))["params"]
+    spec = parameters(module, jnp.zeros((1, 1, 1, cfg.channels)))
     files = weights.Files(folder, "diffusion_pytorch_model")
     others = (r"encoder\..*", r"bn\.num_batches_tracked", *([r"quant_conv\..*"] * cfg.use_quant_conv))
     return module, weights.load(files, spec, FLUX2_KEYS, dtype=dtype, droppable=others, place=place)
@@ -420,7 +420,7 @@ def load_vae(
     cfg = VaeConfig.read(folder)
     module = (Encoder if encoder else Decoder)(cfg, dtype)
     sample = (1, cfg.factor, cfg.factor, cfg.in_channels) if encoder else (1, 1, 1, cfg.latent_channels)
-    spec = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros(sample))["params"]
+    spec = parameters(module, jnp.zeros(sample))
     rules, other = (ENCODER_KEYS, r"decoder\..*") if encoder else (DECODER_KEYS, r"encoder\..*")
     files = weights.Files(folder, "diffusion_pytorch_model")
     return module, weights.load(files, spec, rules, dtype=dtype, aliases=VAE_ALIASES, droppable=(other,), place=place)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from solrl_jax import weights
 from solrl_jax.models.convolutions import conv
-from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention, in_pairs
+from solrl_jax.models.layers import ACTIVATIONS, F32, LayerNorm, Linear, attention, in_pairs, parameters
 from solrl_jax.models.text import ClipLayer, check_layer_config, run_layers
 from solrl_jax.rewards.clip_tower import ClipVisionConfig
 from solrl_jax.structs import Params, PerSample, WeightsError
@@ -243,7 +242,7 @@ def shapes(module: Blip) -> Params:
     cfg = module.cfg.vision
     pixels = jnp.zeros((1, cfg.image_size, cfg.image_size, cfg.num_channels))
     ids = jnp.zeros((1, 2), jnp.int32)
-    return jax.eval_shape(module.init, jax.random.key(0), pixels, ids, ids == 0)["params"]
+    return parameters(module, pixels, ids, ids == 0)
 
 
 def load(file: str | Path, module: Blip) -> Params:

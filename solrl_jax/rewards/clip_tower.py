@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
 from solrl_jax.models.convolutions import conv
-from solrl_jax.models.layers import F32, LayerNorm, Linear, in_pairs
+from solrl_jax.models.layers import F32, LayerNorm, Linear, in_pairs, parameters
 from solrl_jax.models.text import (
     ClipLayer,
     ClipText,
@@ -313,4 +312,4 @@ def shapes(tower: ClipTower) -> Params:
     """The tower's parameters as ShapeDtypeStructs, f32."""
     cfg = tower.cfg.vision
     pixels, ids = jnp.zeros((1, cfg.image_size, cfg.image_size, cfg.num_channels)), jnp.zeros((1, 2), jnp.int32)
-    return jax.eval_shape(tower.init, jax.random.key(0), pixels, ids)["params"]
+    return parameters(tower, pixels, ids)

@@ -37,7 +37,7 @@ class Conditioner:
         self.group = len(sharding.rows_here(group + -group % mesh.size, mesh))  # this process's share
         self.constant: tuple[str, ...] = () if negative is None else (negative,)
         self.params = sharding.place(params, mesh) if stay else params
-        self.encode = jax.jit(functools.partial(encoded, model=model))
+        self.encode = functools.partial(_encoded, model=model)
         self.kept: dict[str, PyTree] = {}  # most recently used last
         self.most, self.each = MOST, 0  # bytes of all, and of one; 0 before the first prompt
 
@@ -105,3 +105,6 @@ def encoded(params: Params, tokens: PyTree, *, model: Model) -> PyTree:
     """Each device encodes its own prompts."""
     specs = sharding.weights(params), sharding.SPLIT
     return sharding.over_data(model.encode, specs, sharding.SPLIT)(params, tokens)
+
+
+_encoded = jax.jit(encoded, static_argnames="model")  # once for all Conditioners of a model
