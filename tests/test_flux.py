@@ -1,5 +1,6 @@
 """FLUX against diffusers: the transformer on small random weights, and whole pictures of the committed small world."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -69,6 +70,7 @@ def table_of(cfg: FluxConfig, height: int, width: int, tokens: int):
     return tuple(map(jnp.asarray, flux.rope_table(cfg, height, width, tokens)))
 
 
+@functools.lru_cache
 def shapes_of(cfg: FluxConfig):
     """The parameters without their arrays."""
     network, given = FluxTransformer(cfg, jnp.float32), inputs(cfg, 2, 2, 3)
@@ -76,9 +78,14 @@ def shapes_of(cfg: FluxConfig):
     return jax.eval_shape(lambda: network.init(jax.random.key(0), **given, rope=table)["params"])
 
 
+@functools.lru_cache
+def compiled(cfg: FluxConfig, dtype, remat: bool):
+    network = FluxTransformer(cfg, dtype, remat)
+    return jax.jit(lambda params, given, table: network.apply({"params": params}, **given, rope=table))
+
+
 def ours(params, given, height: int, width: int, *, cfg: FluxConfig, dtype=jnp.float32, remat: bool = False):
-    network, table = FluxTransformer(cfg, dtype, remat), table_of(cfg, height, width, given["text"].shape[1])
-    return jax.jit(lambda params: network.apply({"params": params}, **given, rope=table))(params)
+    return compiled(cfg, dtype, remat)(params, given, table_of(cfg, height, width, given["text"].shape[1]))
 
 
 def theirs(model: FluxTransformer2DModel, given, height: int, width: int):

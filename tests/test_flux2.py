@@ -1,5 +1,6 @@
 """FLUX.2-klein against diffusers: transformer, VAE, sigmas and whole pictures, on small random weights."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -47,15 +48,21 @@ def table_of(cfg: Flux2Config, height: int, width: int, tokens: int):
     return tuple(map(jnp.asarray, flux2.rope_table(cfg, height, width, tokens)))
 
 
+@functools.lru_cache
 def shapes_of(cfg: Flux2Config):
     """The parameters without their arrays."""
     network, given, table = Flux2Transformer(cfg, jnp.float32), inputs(cfg, 2, 2, 3), table_of(cfg, 2, 2, 3)
     return jax.eval_shape(lambda: network.init(jax.random.key(0), **given, rope=table)["params"])
 
 
+@functools.lru_cache
+def compiled(cfg: Flux2Config, dtype, remat: bool):
+    network = Flux2Transformer(cfg, dtype, remat)
+    return jax.jit(lambda params, given, table: network.apply({"params": params}, **given, rope=table))
+
+
 def ours(params, given, height: int, width: int, *, cfg: Flux2Config, dtype=jnp.float32, remat: bool = False):
-    network, table = Flux2Transformer(cfg, dtype, remat), table_of(cfg, height, width, given["text"].shape[1])
-    return jax.jit(lambda params: network.apply({"params": params}, **given, rope=table))(params)
+    return compiled(cfg, dtype, remat)(params, given, table_of(cfg, height, width, given["text"].shape[1]))
 
 
 def image_ids(height: int, width: int) -> torch.Tensor:

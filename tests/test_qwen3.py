@@ -1,5 +1,6 @@
 """Qwen3 and both prompt templates against transformers, on small random weights and a tokenizer of bytes."""
 
+import functools
 import json
 
 import jax
@@ -33,9 +34,14 @@ def folder(tmp_path_factory):
     return path
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def applied(module, params, ids, counts):
+    return module.apply({"params": params}, ids, counts)
+
+
 def ours(path, reads=EVERY, dtype=jnp.float32):
     module, params = qwen3.load(path, reads, dtype)
-    return jax.jit(lambda p: module.apply({"params": p}, jnp.asarray(IDS), jnp.array(COUNTS)))(params)
+    return applied(module, params, IDS, np.array(COUNTS))
 
 
 def theirs(model, reads=EVERY) -> torch.Tensor:

@@ -47,6 +47,7 @@ def inputs(cfg: SanaConfig, height: int = 5, width: int = 7, tokens: int = 9) ->
     return jax.tree.map(jnp.asarray, drawn)
 
 
+@functools.lru_cache
 def shapes_of(cfg: SanaConfig):
     """The parameters without their arrays."""
     network, given = SanaTransformer(cfg, jnp.float32), inputs(cfg, 2, 2, 3)

@@ -1,5 +1,6 @@
 """SD3.5 against diffusers: transformer, text, sigmas and whole pictures, on small random weights."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -43,15 +44,21 @@ def inputs(cfg: Sd35Config, height: int = 6, width: int = 10, tokens: int = 5) -
     return jax.tree.map(jnp.asarray, drawn | {"sigma": np.float32([0.95, 0.0089])})
 
 
+@functools.lru_cache
 def shapes_of(cfg: Sd35Config):
     """The parameters without their arrays."""
     network, given = Sd35Transformer(cfg, jnp.float32), inputs(cfg, 2, 2, 3)
     return jax.eval_shape(lambda: network.init(jax.random.key(0), **given)["params"])
 
 
-def ours(params, given, *, cfg: Sd35Config, dtype=jnp.float32, remat: bool = False):
+@functools.lru_cache
+def compiled(cfg: Sd35Config, dtype, remat: bool):
     network = Sd35Transformer(cfg, dtype, remat)
-    return jax.jit(lambda params: network.apply({"params": params}, **given))(params)
+    return jax.jit(lambda params, given: network.apply({"params": params}, **given))
+
+
+def ours(params, given, *, cfg: Sd35Config, dtype=jnp.float32, remat: bool = False):
+    return compiled(cfg, dtype, remat)(params, given)
 
 
 def theirs(model: SD3Transformer2DModel, given) -> torch.Tensor:
