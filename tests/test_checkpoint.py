@@ -192,6 +192,13 @@ def test_no_run_and_no_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text('{"beta": 1}')
     with pytest.raises(CheckpointError, match="unknown fields beta"):
         checkpoint.find(tmp_path)
+    (tmp_path / "config.json").write_bytes(b'\xff\xfe{"seed": 1}')
+    with pytest.raises(CheckpointError, match=r"config\.json: not the JSON of a config"):
+        checkpoint.find(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Is a directory"):
+        checkpoint.find(tmp_path)
 
 
 def test_a_full_disk_is_told_at_the_next_save_which_is_not_lost(run, monkeypatch):
