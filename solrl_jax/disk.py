@@ -33,7 +33,7 @@ def unwritable(folder: Path) -> str:
     try:
         place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     except OSError as e:  # a name that is too long
-        return e.strerror
+        return e.strerror or str(e)
     can = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
     return "" if can else f"{place} is not a folder that can be written to"
 

@@ -455,7 +455,7 @@ def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
     print(
         f"done: the LoRA is {file}, the average that was evaluated (the policy as it ended: {run / export.CURRENT}), "
         f"its model_card.md says how to load it; {f'{page} in a browser shows the run, ' if page else ''}"
-        f"tensorboard --logdir={run} its curves",
+        f"tensorboard --logdir={shlex.quote(str(run))} its curves",
         flush=True,
     )
 
@@ -469,7 +469,7 @@ def reported(run: Path) -> Path | None:
         why = (str(e).splitlines() or [""])[0]
         print(
             f"warning: {file} could not be made ({type(e).__name__}: {why}); try again by --mode=report "
-            f"--run_dir={run}",
+            f"--run_dir={shlex.quote(str(run))}",
             flush=True,
         )
         return None

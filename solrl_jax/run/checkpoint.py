@@ -354,6 +354,10 @@ def find(run: Path, which: str | None = None) -> tuple[Path, list[str]]:
             raise CheckpointError(
                 f"--checkpoint={which}: there is no checkpoint {place}; give <run>/checkpoints/<step>"
             )
+        try:
+            manifest.read(place)
+        except CheckpointError as e:
+            raise CheckpointError(f"--checkpoint={which}: {place} cannot be used: {e}; name another step") from None
         return place, []
     load_config(run)
     step, reasons = latest(run)
