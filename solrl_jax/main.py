@@ -375,7 +375,11 @@ FOR = {
     "out": ("report", "prove"),
 }
 """The modes of a flag that would be without effect in any other, where it is meant to have one."""
-INSTEAD = {"checkpoint": "--resume goes on from the newest", "lora": "a training begins from --config.model.lora=FILE"}
+INSTEAD = {
+    "checkpoint": "--resume goes on from the newest",
+    "lora": "a training begins from --config.model.lora=FILE",
+    "prompt": "a training takes --prompts=DIR, or a file",
+}
 """What --mode=train takes."""
 
 

@@ -76,6 +76,7 @@ def load_small(spec, overrides):
         (["--config=small", "--mode=eval", "--run_dir=p.txt/run"], "p.txt is not a folder that can be written to"),
         (["--config=small", "--checkpoint=best"], "and --mode=export; --resume goes on from the newest"),
         (["--config=small", "--lora=x"], "--mode=export; a training begins from --config.model.lora=FILE"),
+        (["--config=small", "--prompt=p.txt"], "and --mode=prove; a training takes --prompts=DIR, or a file"),
         (["--config=small", "--mode=eval", "--prompt=a"], "--prompt is for --mode=sample and --mode=prove"),
         (["--config=small", "--mode=sample", "--prompt=a", "--images=b"], "--images is for --mode=score"),
         (["--config=small", "--out=r.html"], "--out is for --mode=report and --mode=prove"),
