@@ -28,6 +28,16 @@ def whole(file: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def unwritable(folder: Path) -> str:
+    """Why nothing can be written in `folder`, which need not exist yet; "" if something can."""
+    try:
+        place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    except OSError as e:  # a name that is too long
+        return e.strerror or str(e)
+    can = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    return "" if can else f"{place} is not a folder that can be written to"
+
+
 def readable(read: Callable[[Path], T], file: Path, said: list[str]) -> T | None:
     """read(file), or None if there is no file or `read` fails, because it is incomplete or has other content.
 

@@ -1,12 +1,13 @@
 """The command line: python -m solrl_jax.main --config=tiny [--config.explore.steps=4] [--mode=...].
 
 Dispatch only. Modules that import JAX are imported in the function that needs them, so that --help and errors in flags
-are fast. This package's own errors, and a full disk, end in one line on stderr and exit code 2; any other exception is
-a defect and shows its traceback.
+are fast. This package's own errors, and a disk that is full or not to be written, end in one line on stderr and exit
+code 2; any other exception is a defect and shows its traceback.
 """
 
 import dataclasses
 import errno
+import io
 import math
 import os
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
-from solrl_jax import config, recipes
+from solrl_jax import config, disk, recipes
 from solrl_jax.config import Config, ConfigError
 
 FLAGS = flags.FLAGS
@@ -127,6 +128,8 @@ def report(words: Sequence[str]) -> int:
     out = Path(FLAGS.out) if FLAGS.out else inside / "report.html"
     if out.is_dir():
         raise ConfigError(f"--out={out} is a folder: give a file, as in --out={out / 'report.html'}")
+    if FLAGS.out and (why := disk.unwritable(out.parent)):
+        raise ConfigError(f"--out={out}: {why}: give another file")
     print(f"{report.write(runs, out)}: open it in a browser")
     return 0
 
@@ -219,6 +222,7 @@ def main(argv: Sequence[str]) -> int:
         if recipe == "help":
             print("\n".join(recipes.help_lines(name)))
             return 0
+        _check_flags()
         if FLAGS.mode == "report":
             return report(argv[1:])
         return alone(argv[1:]) if not _several() else joined(argv[1:])
@@ -233,9 +237,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _expected(error: Exception) -> bool:
-    """Whether one line tells all of an error: it is this package's own, or a full disk. Any other is a defect."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or type(error).__module__.startswith("solrl_jax.")
+    """Whether one line tells all of an error: it is this package's own, or the disk refuses. Any other is a defect."""
+    refused = isinstance(error, OSError) and error.errno in REFUSED
+    return refused or type(error).__module__.startswith("solrl_jax.")
+
+
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+"""A disk that is full, or files that may not be read or written: errors that name the file and the reason."""
 
 
 def alone(words: Sequence[str]) -> int:
@@ -303,10 +311,11 @@ def command(words: Sequence[str]) -> Command:
     if short and overrides.setdefault("prompt_files", short) != short:
         raise ConfigError("--prompts and --config.prompt_files differ: give one of them")
     overrides |= _guidance(overrides)
-    _check_prove()
     run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
     if run is not None and run.exists() and not run.is_dir():
         raise ConfigError(f"--run_dir={run} is a file: give a new folder or the folder of a run")
+    if FLAGS.mode in SEVERAL and (why := disk.unwritable(run or Path("runs"))):
+        raise ConfigError(f"--run_dir={run or 'runs'}: {why}: give another folder")
     place = _place(run)
     source = run if FLAGS.mode == "train" else (place or run)
     if FLAGS.mode == "score" and FLAGS.config is None and not (run and (run / "config.json").exists()):
@@ -355,15 +364,41 @@ def _guidance(overrides: Mapping[str, str]) -> dict[str, str]:
     return {"evaluate.guidance": str(w)}
 
 
-def _check_prove() -> None:
-    """ConfigError for --reference of another mode, and for a policy's flags with --mode=prove, which is of the base."""
-    if FLAGS.mode != "prove":
-        if FLAGS.reference is not None:
-            raise ConfigError("--reference is for --mode=prove")
-        return
-    for name in ("lora", "checkpoint"):
-        if FLAGS[name].value is not None:
+FOR = {
+    "reference": ("prove",),
+    "prompt": ("sample", "prove"),
+    "images": ("score",),
+    "checkpoint": ("eval", "sample", "export"),
+    "lora": ("eval", "sample", "export"),
+    "card": ("plan",),
+    "runs": ("report",),
+    "out": ("report", "prove"),
+}
+"""The modes of a flag that would be without effect in any other, where it is meant to have one."""
+INSTEAD = {
+    "checkpoint": "--resume goes on from the newest",
+    "lora": "a training begins from --config.model.lora=FILE",
+    "prompt": "a training takes --prompts=DIR, or a file",
+}
+"""What --mode=train takes."""
+
+
+def _check_flags() -> None:
+    """ConfigError if a flag is of another mode, if two name the policy, or if a text is none."""
+    for name, modes in FOR.items():
+        if not (FLAGS[name].present and FLAGS[name].value) or FLAGS.mode in modes:
+            continue
+        if FLAGS.mode == "prove" and name in INSTEAD:
             raise ConfigError(f"--{name} with --mode=prove, which draws with the base alone: leave it out")
+        instead = f"; {INSTEAD[name]}" if FLAGS.mode == "train" and name in INSTEAD else ""
+        raise ConfigError(f"--{name} is for {' and '.join(f'--mode={mode}' for mode in modes)}{instead}")
+    if FLAGS.checkpoint and FLAGS.lora:
+        raise ConfigError(f"--checkpoint={FLAGS.checkpoint} and --lora={FLAGS.lora} are both given: give one of them")
+    for name in ("prompt", "negative"):
+        try:
+            (FLAGS[name].value or "").encode()
+        except UnicodeEncodeError:  # bytes that the shell gave
+            raise ConfigError(f"--{name}={FLAGS[name].value!r} is not UTF-8: write it in UTF-8") from None
 
 
 def _place(run: Path | None) -> Path | None:
@@ -384,6 +419,8 @@ def _place(run: Path | None) -> Path | None:
 def cli() -> None:
     """Entry point of the command `solrl`; the same as python -m solrl_jax.main, also its --help."""
     sys.modules["__main__"].__doc__ = __doc__
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a prompt that a terminal cannot show does not end a command
+        sys.stdout.reconfigure(errors="backslashreplace")
     for flag in FLAGS.flags_by_module_dict().get(__name__, []):  # --help shows those of argv[0]
         FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(main, flags_parser=parse)

@@ -16,6 +16,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -60,6 +61,11 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={cfg.wandb} needs a package that is not here: pip install wandb")
     place, said = processes.together(lambda: start(run, resume))
+    if place is not None and int(place.name) > cfg.iterations:
+        raise ConfigError(
+            f"iterations={cfg.iterations}, but {run} has finished {place.name}: give more to go on, or choose another "
+            "directory; --mode=export writes the LoRA of a saved iteration"
+        )
     processes.same({"the checkpoint to go on from": str(place), **settings(cfg, run)})
     with contextlib.ExitStack() as stack:
         if resume:
@@ -145,6 +151,11 @@ def start(run: Path, resume: bool) -> tuple[Path | None, list[str]]:
         if begun:
             raise ConfigError(
                 f"--run_dir={run} holds a run already: go on with it by --resume, or choose another directory"
+            )
+        if checkpoint.steps(run):  # they would be taken for this run's
+            raise ConfigError(
+                f"--run_dir={run} has checkpoints of a run without its config.json: copy one of {run}/checkpoints/ "
+                "there and go on by --resume, or choose another directory"
             )
         return None, []
     if begun and not checkpoint.saved(run):
@@ -444,7 +455,7 @@ def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
     print(
         f"done: the LoRA is {file}, the average that was evaluated (the policy as it ended: {run / export.CURRENT}), "
         f"its model_card.md says how to load it; {f'{page} in a browser shows the run, ' if page else ''}"
-        f"tensorboard --logdir={run} its curves",
+        f"tensorboard --logdir={shlex.quote(str(run))} its curves",
         flush=True,
     )
 
@@ -458,7 +469,7 @@ def reported(run: Path) -> Path | None:
         why = (str(e).splitlines() or [""])[0]
         print(
             f"warning: {file} could not be made ({type(e).__name__}: {why}); try again by --mode=report "
-            f"--run_dir={run}",
+            f"--run_dir={shlex.quote(str(run))}",
             flush=True,
         )
         return None
@@ -466,7 +477,7 @@ def reported(run: Path) -> Path | None:
 
 def again(run: Path, devices: int) -> str:
     """The command that resumes a run on as many devices."""
-    command = f"python -m solrl_jax.main --run_dir={run} --resume"
+    command = f"python -m solrl_jax.main --run_dir={shlex.quote(str(run))} --resume"
     if processes.count() > 1:
         return f"{command}, started in each process as before"
     return command if devices == jax.device_count() else f"{command} --devices={devices}"

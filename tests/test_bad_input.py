@@ -267,3 +267,4 @@ def test_an_over_long_prompt_is_cut_and_said(whole, tmp_path):
         "6 prompts are longer than t5",
     ]
     assert all("reads and are cut, e.g. 'a " in line for line in said)
+    assert assemble.cut(parts, [long])[0].startswith("1 prompts are longer than clip reads and are cut, e.g. 'a red")

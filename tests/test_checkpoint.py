@@ -92,6 +92,7 @@ def test_a_flipped_byte_is_seen_and_the_one_before_is_used(run):
         (lambda place: (place / "state" / "more").write_text("x"), "is not in its manifest"),
         (lambda place: (place / "manifest.json").unlink(), "no manifest.json, so its save was cut short"),
         (lambda place: (place / "manifest.json").write_text("{"), "manifest.json cannot be read"),
+        (lambda place: (place / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
         (lambda place: (place / "config.json").write_text("{}"), "config.json is not what was written"),
     ],
 )
@@ -189,8 +190,18 @@ def test_no_run_and_no_checkpoint(tmp_path):
         checkpoint.find(tmp_path)
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*checkpoints/7"):
         checkpoint.find(tmp_path, "7")
+    (tmp_path / "checkpoints/7/state").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"--checkpoint=7: .*checkpoints/7 cannot be used: .* cut short; name"):
+        checkpoint.find(tmp_path, "7")
     (tmp_path / "config.json").write_text('{"beta": 1}')
     with pytest.raises(CheckpointError, match="unknown fields beta"):
+        checkpoint.find(tmp_path)
+    (tmp_path / "config.json").write_bytes(b'\xff\xfe{"seed": 1}')
+    with pytest.raises(CheckpointError, match=r"config\.json: not the JSON of a config"):
+        checkpoint.find(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read: Is a directory"):
         checkpoint.find(tmp_path)
 
 

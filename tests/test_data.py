@@ -44,6 +44,21 @@ def test_bad_files_are_named(tmp_path, content, message):
         data.read(file)
 
 
+@pytest.mark.parametrize("name", ["p.json", "p.JSON"])
+def test_one_json_has_no_lines_of_prompts(tmp_path, name):
+    (tmp_path / name).write_text('[\n "a",\n "b"\n]\n')
+    for read in (data.read, data.read_captions):
+        with pytest.raises(data.DataError, match=f"{name} is one JSON, of which lines are no prompts: give "):
+            read(tmp_path / name)
+
+
+def test_an_ending_in_capitals_is_the_same(tmp_path):
+    file = tmp_path / "P.JSONL"
+    file.write_text('{"prompt": "a", "file": "a.png"}\n')
+    row = {"prompt": "a", "file": "a.png"}
+    assert data.read_file(file) == ({"a": row}, 0, 0) and data.read_captions(file) == [row]
+
+
 def test_an_escape_in_text_is_no_zero_byte(tmp_path):
     """A .txt file has no escapes: these are the six characters. A NUL itself is a zero byte there."""
     file = tmp_path / "p.txt"
@@ -149,6 +164,7 @@ def test_rows_that_contradict_each_other_name_both_lines(tmp_path, train, test, 
         ('{"prompt": "a"}\n'.encode("utf-16-le"), r"p.jsonl, line 1: holds a zero byte \(is it UTF-16\?\)"),
         (b'{"prompt": "a\\ud83d"}\n', r"line 1: half a surrogate pair in its prompt"),
         (b"[" * 100_000, r"line 1: JSON nested too deep"),
+        (b'{"prompt": "a", "n": ' + b"1" * 5000 + b"}\n", r"p.jsonl, line 1: Exceeds the limit \(4300 digits\)"),
         (b"\n\n", r"p.jsonl holds no prompts \(only blank lines\)"),
     ],
 )

@@ -155,8 +155,12 @@ def test_a_full_disk_and_one_that_is_not_ours(cfg, tmp_path, monkeypatch):
     assert found[0].fix.startswith(f"make room at {tmp_path}") and "1 GB free" in found[0].text
     usage.free = 1e12
     assert next(doctor.disk(cfg, tmp_path, None)).fix == ""
+    (tmp_path / "file").touch()
+    said = f"{tmp_path / 'file'} is not a folder that can be written to: name another --run_dir"
+    assert next(doctor.disk(cfg, tmp_path / "file/run", None)).fix == said
     monkeypatch.setattr(doctor.os, "access", lambda place, how: False)
-    assert "cannot be written to: name another --run_dir" in next(doctor.disk(cfg, tmp_path, None)).fix
+    said = f"{tmp_path} is not a folder that can be written to: name another --run_dir"
+    assert next(doctor.disk(cfg, tmp_path, None)).fix == said
 
 
 @pytest.mark.slow

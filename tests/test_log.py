@@ -34,6 +34,16 @@ def test_resumed_lines_past_the_restored_iteration_are_dropped(tmp_path):
     assert [json.loads(line)["iteration"] for line in after] == list(range(6))
 
 
+def test_damaged_lines_are_dropped(tmp_path):
+    write_some(tmp_path, range(3))
+    file = tmp_path / "metrics.jsonl"
+    before = file.read_bytes()
+    file.write_bytes(before + b'\xff\xfe\0\n{"iteration": null}\n{"iteration": "3"}\n')
+    assert [line["iteration"] for line in log.read(file)] == [0, 1, 2]
+    write_some(tmp_path, [], done=2)
+    assert file.read_bytes() == before
+
+
 def test_tensorboard_holds_the_finite_scalars(tmp_path):
     from tensorboardX.event_file_writer import EventFileWriter  # noqa: F401 - the writer's own format, read back below
     from tensorboardX.proto.event_pb2 import Event

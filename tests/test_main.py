@@ -1,5 +1,7 @@
 """The command line: an error is one line and exit code 2, without a traceback and without a run directory."""
 
+import errno
+import io
 import os
 import subprocess
 import sys
@@ -68,6 +70,25 @@ def load_small(spec, overrides):
         (["--mode=report", "--runs=a,b", "--out=."], "--out=. is a folder: give a file"),
         (["--mode=report", "--config=small"], "unexpected argument '--config=small': --mode=report takes --run_dir="),
         (["--mode=report", "--config.seed=1"], "unexpected argument 'config.seed=1'"),
+        (["--mode=report", "--run_dir=nowhere", "--out=p.txt/r.html"], "p.txt is not a folder that can be written to"),
+        (["--mode=report", "--runs=a,b", "--lora=x"], "--lora is for --mode=eval and --mode=sample and --mode=export"),
+        (["--config=small", "--run_dir=p.txt/run"], "p.txt is not a folder that can be written to: give another"),
+        (["--config=small", "--mode=eval", "--run_dir=p.txt/run"], "p.txt is not a folder that can be written to"),
+        (["--config=small", "--checkpoint=best"], "and --mode=export; --resume goes on from the newest"),
+        (["--config=small", "--lora=x"], "--mode=export; a training begins from --config.model.lora=FILE"),
+        (["--config=small", "--prompt=p.txt"], "and --mode=prove; a training takes --prompts=DIR, or a file"),
+        (["--config=small", "--mode=eval", "--prompt=a"], "--prompt is for --mode=sample and --mode=prove"),
+        (["--config=small", "--mode=sample", "--prompt=a", "--images=b"], "--images is for --mode=score"),
+        (["--config=small", "--out=r.html"], "--out is for --mode=report and --mode=prove"),
+        (["--config=small", "--runs=a,b"], "--runs is for --mode=report"),
+        (["--config=small", "--mode=doctor", "--card=H200"], "--card is for --mode=plan"),
+        (["--config=small", "--mode=eval", "--lora=x", "--checkpoint=a/checkpoints/1"], "both given: give one of them"),
+        (
+            ["--config=small", "--mode=eval", "--run_dir=a", "--checkpoint=²"],
+            "--checkpoint=²: there is no checkpoint ²",
+        ),
+        (["--config=small", "--mode=sample", "--prompt=a \udcff"], "--prompt='a \\udcff' is not UTF-8: write it in"),
+        (["--config=small", "--mode=sample", "--prompt=a", "--negative=\udcff"], "--negative='\\udcff' is not UTF-8"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_exit_code_2(command, words, message):
@@ -101,6 +122,25 @@ def test_a_defect_keeps_its_traceback(command, monkeypatch):
     monkeypatch.setitem(main.MODES, "train", lambda asked: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         command("--config=small")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG])
+def test_what_the_disk_refuses_is_one_line(command, monkeypatch, number):
+    def refused(asked):
+        raise OSError(number, os.strerror(number), "there")
+
+    monkeypatch.setitem(main.MODES, "train", refused)
+    said = f"error: [Errno {number}] {os.strerror(number)}: 'there'\n"
+    assert command("--config=small") == (2, "", said)
+
+
+def test_a_text_that_the_terminal_cannot_show_ends_nothing(monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")
+    monkeypatch.setattr(main.app, "run", lambda *_, **__: print("ein grüner Kreis", flush=True))
+    main.cli()
+    assert screen.buffer.getvalue() == b"ein gr\\xfcner Kreis\n"
 
 
 def test_an_interrupt_is_not_a_traceback(command, monkeypatch):

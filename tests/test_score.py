@@ -71,6 +71,18 @@ def test_scores_are_those_of_the_arrays(command, pictures, tmp_path, monkeypatch
     assert last == "scores: out/scores.csv"
 
 
+def test_scores_are_kept_where_nobody_reads_the_table(command, pictures, tmp_path, monkeypatch):
+    (tmp_path / "same.py").write_text("HOST = True\n\ndef half(images, prompts):\n    return [0.5] * len(prompts)\n")
+
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(score, "table", closed)
+    with pytest.raises(BrokenPipeError):
+        command("--config.reward=same.half", "--prompts=p.txt", "--images=pictures")
+    assert [line["same.half"] for line in lines(tmp_path)] == ["0.5"] * 3
+
+
 @pytest.mark.slow
 def test_a_jsonl_names_its_pictures_and_a_config_its_rewards(command, pictures, tmp_path):
     pairs = [("c.PNG", PROMPTS[2]), ("a.png", PROMPTS[0]), ("c.PNG", PROMPTS[0])]

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -333,6 +334,20 @@ def test_resume_refuses_another_config_and_allows_a_longer_run(toy, tmp_path):
         train.train(toy, run, devices=1)
     assert train.train(config.override(toy, iterations=2), run, resume=True, devices=1) == 0
     assert sorted(metrics_of(run)) == [0, 1, 2]
+    with pytest.raises(config.ConfigError, match=r"iterations=1, but .*run has finished 2: give more to go on"):
+        train.train(config.override(toy, iterations=1), run, resume=True, devices=1)
+    assert json.loads((run / "config.json").read_text())["iterations"] == 2  # it says what was done
+
+
+def test_checkpoints_without_a_config_are_not_taken_for_a_new_runs(tmp_path):
+    (tmp_path / "run/checkpoints/2").mkdir(parents=True)
+    with pytest.raises(config.ConfigError, match=r"run has checkpoints of a run without its config.json: copy one of"):
+        train.start(tmp_path / "run", resume=False)
+
+
+def test_the_command_that_goes_on_can_be_pasted(tmp_path):
+    words = shlex.split(train.again(tmp_path / "my runs" / "it's one", jax.device_count()))
+    assert words[3:] == [f"--run_dir={tmp_path}/my runs/it's one", "--resume"]
 
 
 def test_bad_input_leaves_no_run_directory(toy, tmp_path):

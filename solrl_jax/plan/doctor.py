@@ -18,6 +18,7 @@ import jax
 
 from solrl_jax import device, guidance, plan, rewards, weights
 from solrl_jax.config import FOLDER, Config, ConfigError
+from solrl_jax.disk import unwritable
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
 from solrl_jax.rewards.bound import Bound
@@ -242,8 +243,8 @@ def disk(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     kept = f"{cfg.keep} checkpoints of {state / 1e9:.2f}"
     text = f"disk: {free / 1e9:.0f} GB free for {run}, {need / 1e9:.1f} needed ({kept})"
     fix = f"make room at {place}, name another --run_dir, or lower keep={cfg.keep}" if free < need else ""
-    if not os.access(place, os.W_OK):
-        fix = f"{place} cannot be written to: name another --run_dir"
+    if why := unwritable(run):
+        fix = f"{why}: name another --run_dir"
     yield Finding(text, fix)
     if (run / "config.json").exists() and (found := checkpoint.latest(run))[0] is not None:
         yield Finding(f"{run} holds a run, saved at iteration {found[0]}: --resume continues it")

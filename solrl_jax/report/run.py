@@ -147,7 +147,7 @@ def read(folder: Path, name: str) -> Run:
     except (ConfigError, TypeError) as e:
         notes.append(f"Its config is of another version and is shown as it is written: {e}.")
     values = dict(config.values(cfg)) if cfg else flat(values)
-    lines = [line for line in log.read(folder / "metrics.jsonl") if isinstance(line["iteration"], int)]
+    lines = log.read(folder / "metrics.jsonl")
     readers = {"starts.json": read_starts, "grids/base.npz": pictures.load, "grids/last.npz": pictures.load}
     found, damaged = [], []
     for file, reader in readers.items():

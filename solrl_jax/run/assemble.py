@@ -330,11 +330,7 @@ def notes(parts: Parts) -> list[str]:
     out = [f"{len(p.train)} training prompts, {len(p.test)} test prompts"]
     if p.blank or p.repeated:
         out[0] += f" ({p.repeated} repeated and {p.blank} blank lines dropped)"
-    for name, texts in data.cut((*p.train, *p.test), parts.model.tokenize).items():
-        out.append(
-            f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
-        )
-    out += bound.notes(parts.bound, p.rows_of(p.train), parts.judged.names)
+    out += cut(parts, (*p.train, *p.test)) + bound.notes(parts.bound, p.rows_of(p.train), parts.judged.names)
     return (
         start.notes(parts.begun, parts.cfg.lora)
         + low
@@ -343,6 +339,14 @@ def notes(parts: Parts) -> list[str]:
         + network(parts)
         + device.notes()
     )
+
+
+def cut(parts: Parts, prompts: Sequence[str]) -> list[str]:
+    """A line for each text encoder that does not read some prompts to their ends."""
+    return [
+        f"{len(texts)} prompts are longer than {name or 'the text encoder'} reads and are cut, e.g. {texts[0]!r}"
+        for name, texts in data.cut(prompts, parts.model.tokenize).items()
+    ]
 
 
 def network(parts: Parts) -> list[str]:

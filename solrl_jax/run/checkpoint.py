@@ -61,7 +61,7 @@ def folder(run: Path, step: int) -> Path:
 def steps(run: Path) -> list[int]:
     """Steps that have a folder, newest first, also damaged and unfinished ones."""
     found = (run / "checkpoints").glob("[0-9]*")
-    return sorted((int(p.name) for p in found if p.name.isdigit() and p.is_dir()), reverse=True)
+    return sorted((int(p.name) for p in found if p.name.isdecimal() and p.is_dir()), reverse=True)
 
 
 # --- write ----------------------------------------------------------------------------------------------------------
@@ -349,11 +349,15 @@ def find(run: Path, which: str | None = None) -> tuple[Path, list[str]]:
             )
         return folder(run, step), [f"the best checkpoint is {folder(run, step)}"]
     if which is not None:
-        place = folder(run, int(which)) if which.isdigit() else Path(which)
-        if not place.is_dir() or not place.name.isdigit():
+        place = folder(run, int(which)) if which.isdecimal() else Path(which)
+        if not place.is_dir() or not place.name.isdecimal():
             raise CheckpointError(
                 f"--checkpoint={which}: there is no checkpoint {place}; give <run>/checkpoints/<step>"
             )
+        try:
+            manifest.read(place)
+        except CheckpointError as e:
+            raise CheckpointError(f"--checkpoint={which}: {place} cannot be used: {e}; name another step") from None
         return place, []
     load_config(run)
     step, reasons = latest(run)
@@ -439,8 +443,10 @@ def load_config(run: Path) -> Config:
     """The config of a run or of one checkpoint. Raises CheckpointError if there is none."""
     file = run / "config.json"
     try:
-        return config.from_json(file.read_text(encoding="utf-8"))
+        return config.from_json(file.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         raise CheckpointError(f"{run} is not the directory of a run: it has no config.json") from None
+    except OSError as e:
+        raise CheckpointError(f"{file} cannot be read: {e.strerror}") from None
     except config.ConfigError as e:
         raise CheckpointError(f"{file}: {e}") from e

@@ -112,7 +112,7 @@ def _numbered(file: Path) -> tuple[Numbered, int, int]:
     texts, blank, repeated = _lines(file, LAYOUT), 0, 0
     found: Numbered = {}
     for number, text in enumerate(texts, 1):
-        row = _row(text, file, number) if text and file.suffix == ".jsonl" else {"prompt": text}
+        row = _row(text, file, number) if text and _has_rows(file) else {"prompt": text}
         prompt, here = row["prompt"], (row, f"{file}, line {number}")
         if not prompt:
             blank += number < len(texts)  # an empty text after the last newline is not a line
@@ -157,13 +157,15 @@ def read_captions(file: str | Path) -> list[Row]:
         raise DataError(f"{file} holds no prompts: give {CAPTIONS}")
     if "" in texts:
         raise DataError(f"{file}, line {texts.index('') + 1}: is blank; write the prompt of a picture on every line")
-    if file.suffix != ".jsonl":
+    if not _has_rows(file):
         return [{"prompt": text} for text in texts]
     return [_row(text, file, number, ("file", "prompt")) for number, text in enumerate(texts, 1)]
 
 
 def _lines(file: Path, layout: str) -> list[str]:
     """The stripped lines of a UTF-8 file, also the empty one after the last newline. Raises DataError."""
+    if file.suffix.lower() == ".json":  # its brackets and commas would be prompts
+        raise DataError(f"{file} is one JSON, of which lines are no prompts: give {layout}")
     try:
         lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except FileNotFoundError:
@@ -171,6 +173,11 @@ def _lines(file: Path, layout: str) -> list[str]:
     except OSError as e:
         raise DataError(f"{file} cannot be read: {e.strerror}") from e
     return [_decode(line, file, number) for number, line in enumerate(lines, 1)]
+
+
+def _has_rows(file: Path) -> bool:
+    """Whether its lines are JSON."""
+    return file.suffix.lower() == ".jsonl"
 
 
 def _nothing(texts: list[str]) -> str:
@@ -198,6 +205,8 @@ def _row(line: str, file: Path, number: int, texts: Sequence[str] = ("prompt",))
         raise DataError(f"{file}, line {number}: not JSON at column {e.colno} ({e.msg}); {rule}") from None
     except RecursionError:
         raise DataError(f"{file}, line {number}: JSON nested too deep; {rule}") from None
+    except ValueError as e:  # a whole number of thousands of digits
+        raise DataError(f"{file}, line {number}: {e}; {rule}") from None
     if not isinstance(found, dict):
         raise DataError(f"{file}, line {number}: a JSON {type(found).__name__}; {rule}")
     named = found.get(FIELD, [""])

@@ -236,6 +236,8 @@ def run_sample(
         raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
     checkpoint.check_start(place, cfg)
     parts = processes.together(lambda: assemble.for_drawing(cfg, devices, negative))
+    for line in assemble.cut(parts, prompts):
+        print(line)
     folder = run / "samples"
     processes.by_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     each = cfg.evaluate.images

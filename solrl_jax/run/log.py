@@ -114,12 +114,12 @@ def as_line(iteration: int, metrics: Metrics) -> Line:
 
 
 def read(file: Path) -> list[Line]:
-    """The lines of a metrics.jsonl as dicts; [] if there is no file. Incomplete lines are left out."""
+    """The lines of a metrics.jsonl as dicts; [] if there is no file. Incomplete and damaged lines are left out."""
     lines = []
-    for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+    for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict) and "iteration" in line]
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("iteration"), int)]
 
 
 @contextlib.contextmanager

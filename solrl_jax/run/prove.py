@@ -9,7 +9,6 @@ against ours (prove_picture.py). The JSON is written after each part, so an erro
 import dataclasses
 import json
 import math
-import os
 import platform
 import subprocess
 import tempfile
@@ -96,11 +95,10 @@ def run_prove(
 
 def check_out(out: Path) -> None:
     """ConfigError unless `out` can become a .json file."""
-    place = next(parent for parent in out.absolute().parents if parent.exists())
     if out.is_dir() or out.suffix != ".json":
         raise ConfigError(f"--out={out}: give a file that ends in .json, as in --out=prove.json")
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise ConfigError(f"--out={out}: {place} is not a folder that can be written to: give another file")
+    if why := disk.unwritable(out.parent):
+        raise ConfigError(f"--out={out}: {why}: give another file")
 
 
 def write(out: Path, found: Mapping[str, Any]) -> None:

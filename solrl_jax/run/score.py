@@ -55,8 +55,9 @@ def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None
     judges = assemble.open_rewards(cfg)
     asked = binding.masks(judges.judged.names, [p.row for p in found])
     scores = score_files(judges.judged, jax.device_put(judges.towers), found, folder, cfg.evaluate.chunk, asked)
+    file = write_csv(run / "scores.csv", found, scores, asked)  # before the table, whose reader may be gone (| head)
     print("\n".join(table(found, scores, asked)))
-    print(f"scores: {write_csv(run / 'scores.csv', found, scores, asked)}")
+    print(f"scores: {file}")
     if left:
         print(f"{left} pictures of {folder} are not named in {prompts} and were not scored")
     return 0
