@@ -281,6 +281,7 @@ def test_what_is_missing_or_wrong(folder, tmp_path):
     assert message in said("ImageReward.safetensors", None)
     assert "is not a complete safetensors file" in said("ImageReward.safetensors", "version https://git-lfs")
     assert "hidden_act 'swish_2' is not known here" in said("med_config.json", '{"hidden_act": "swish_2"}')
+    assert "med_config.json: vision_config is [1], not an object" in said("med_config.json", '{"vision_config": [1]}')
     assert "med_config.json is not JSON" in said("med_config.json", "{")
     assert f"not {30524}" in said("med_config.json", None)  # the public sizes
     for path, message in (
