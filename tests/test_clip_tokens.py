@@ -3,10 +3,13 @@
 import gzip
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 
+from configs import tiny
+from solrl_jax.models import flux, folders
 from solrl_jax.models.text import ClipTextConfig
 from solrl_jax.rewards import clip_tokens
 from solrl_jax.structs import WeightsError
@@ -62,6 +65,41 @@ def test_open_clips_own_file(tmp_path):
     (tmp_path / clip_tokens.GZIP).write_bytes(b"\x1f\x8b\x08cut")
     with pytest.raises(WeightsError, match=r"16e6.txt.gz is not open_clip's vocabulary .*download it again"):
         clip_tokens.read_vocabulary(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "cut", "words"),
+    [
+        ("merges.txt", 0.0, r"no merge makes 'in' and 172 other words of its vocabulary, so merges\.txt is cut or"),
+        ("merges.txt", 0.5, r"(no merge makes|transformers cannot read its tokenizer \()"),
+        ("vocab.json", 0.5, r"transformers cannot read its tokenizer \(.*\): download it again"),
+        ("tokenizer.json", 0.5, r"transformers cannot read its tokenizer \(.*\): download it again"),
+        ("tokenizer_config.json", 0.5, r"transformers cannot read its tokenizer \(.*\): download it again"),
+    ],
+)
+def test_a_tokenizer_that_is_cut(tmp_path, name, cut, words):
+    """Both variants; with an empty merges.txt every word was silently spelled in letters."""
+    found = clip_tokens.hf_tokenizer(FOLDER)
+    shutil.copytree(FOLDER, tmp_path / "mine")
+    if name == "tokenizer.json":
+        found.save_pretrained(tmp_path / "mine")
+    file = tmp_path / "mine" / name
+    if not file.exists():
+        file.write_text('{"model_max_length": 77}')
+    file.write_bytes(file.read_bytes()[: int(cut * file.stat().st_size)])
+    for tokenize in (clip_tokens.hf, clip_tokens.open_clip):
+        with pytest.raises(WeightsError, match=rf"^{tmp_path / 'mine'}: {words}"):
+            tokenize(str(tmp_path / "mine"), 77, ["a photo of a cat"])
+
+
+def test_a_pipelines_tokenizer_that_is_cut(tmp_path):
+    for name in ("tokenizer", "text_encoder"):
+        shutil.copytree(tiny.WORLD / "pipeline" / name, tmp_path / name)
+    assert len(folders.tokenizers(str(tmp_path), flux.ENCODERS[:1])) == 1
+    file = tmp_path / "tokenizer" / "merges.txt"
+    file.write_text("\n".join(file.read_text(encoding="utf-8").splitlines()[:-1]), encoding="utf-8")
+    with pytest.raises(WeightsError, match=r"tokenizer: no merge makes '\S+' and 0 other words of its vocabulary"):
+        folders.tokenizers(str(tmp_path), flux.ENCODERS[:1])
 
 
 def test_where_the_tokenizer_is(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracle import error, randomise
 from safetensors.numpy import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from experiments.tokenizers_local import write_clip_tokenizer
 from solrl_jax import weights
@@ -185,6 +185,27 @@ def test_preprocessor_config_is_read(tmp_path):
     images = random_images(3, 32, 32)
     ours = score(reward, params, images, reward.tokenize(PROMPTS))
     assert error(ours, oracle(model, tmp_path, images, **how)[1].diag()) < 1e-5
+
+
+def test_processor_config_of_transformers_5_is_read(tmp_path):
+    """As its CLIPProcessor saves it, without preprocessor_config.json; beside one it goes first, if it has the part."""
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.4], **size).save_pretrained(tmp_path)
+    old, new = (tmp_path / f"{name}_config.json" for name in ("preprocessor", "processor"))
+    values = json.loads(old.read_text())
+    old.unlink()
+    new.write_text(json.dumps({"image_processor": values, "processor_class": "CLIPProcessor"}))
+    assert preprocess.read_mean_std(tmp_path, 32) == ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    with pytest.raises(weights.WeightsError, match=rf"^{new}: size is .*: the model's config says image_size 64"):
+        preprocess.read_mean_std(tmp_path, 64)
+    old.write_text(json.dumps(values | {"image_mean": [0.1, 0.2, 0.3]}))
+    assert preprocess.read_mean_std(tmp_path, 32)[0] == (0.5, 0.4, 0.3)
+    assert tuple(CLIPImageProcessor.from_pretrained(tmp_path).image_mean) == (0.5, 0.4, 0.3)
+    new.write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert preprocess.read_mean_std(tmp_path, 32)[0] == (0.1, 0.2, 0.3)
+    new.write_text(json.dumps({"image_processor": 3}))
+    with pytest.raises(weights.WeightsError, match=rf"^{new}: image_processor is 3, not an object"):
+        preprocess.read_mean_std(tmp_path, 32)
 
 
 @pytest.mark.parametrize(

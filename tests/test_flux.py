@@ -47,6 +47,9 @@ class Held(weights.Files):
     def shape(self, key):
         return tuple(self.tensors[key].shape)
 
+    def stored_as(self, key):
+        return str(self[key].dtype)
+
     def close(self):
         pass
 

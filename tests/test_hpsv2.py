@@ -161,6 +161,31 @@ def test_transformers_naming_is_said_in_one_line(tmp_path):
         hpsv2.make(file)
 
 
+@pytest.mark.parametrize(
+    ("key", "axes"), [("visual.conv1.weight", 4), ("token_embedding.weight", 2)], ids=["picture", "text"]
+)
+def test_a_flattened_tensor_is_named(tmp_path, key, axes):
+    file = write(tmp_path)
+    save_file(load_file(file) | {key: np.zeros(6, np.float32)}, file)
+    with pytest.raises(
+        WeightsError, match=rf"^{file}: {key} has shape \(6,\), not {axes} axes: give the file as it was"
+    ):
+        hpsv2.make(file)
+
+
+@pytest.mark.parametrize(("part", "name"), [("vision_cfg", "patch_size"), ("text_cfg", "heads")])
+def test_a_size_of_zero_in_open_clips_config(tmp_path, part, name):
+    write(tmp_path)
+    file = tmp_path / "open_clip_config.json"
+    found = json.loads(file.read_text())
+    found["model_cfg"][part][name] = 0
+    file.write_text(json.dumps(found))
+    with pytest.raises(
+        WeightsError, match=rf"^{file} describes a model that is not known here: integer (division|mod)"
+    ):
+        clip_tower.ClipConfig.read_open_clip(tmp_path)
+
+
 def test_single_tensors_that_do_not_fit_are_listed(tmp_path):
     file = write(tmp_path)
     state = load_file(file)

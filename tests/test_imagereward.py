@@ -227,6 +227,17 @@ def test_vocabulary_as_tokenizer_json(mine):
     jax.tree.map(np.testing.assert_array_equal, again.tokenize(small.NASTY), found)
 
 
+@pytest.mark.parametrize(
+    "model", [None, [1], {}, {"vocab": [["a", 1.0], ["b", 2.0]]}, {"vocab": {"[PAD]": 0.5, "[UNK]": 1}}, {"vocab": 5}]
+)
+def test_a_tokenizer_json_of_another_kind(mine, model):
+    """T5's, for example, has a list of words with scores."""
+    (mine / "vocab.txt").unlink()
+    (mine / "tokenizer.json").write_text(json.dumps({"model": model}))
+    with pytest.raises(WeightsError, match=r"tokenizer.json has no model.vocab of word: id pairs: ImageReward takes"):
+        imagereward.make(mine)
+
+
 def test_from_the_hub(folder, tmp_path, monkeypatch):
     """The repository of the weights has no vocabulary: it is BERT's. Files of the hub's cache are links to blobs."""
     blobs, snapshots = tmp_path / "blobs", {"zai-org/ImageReward": tmp_path / "a", imagereward.BERT: tmp_path / "b"}
@@ -255,7 +266,7 @@ def test_what_is_missing_or_wrong(folder, tmp_path):
         shutil.copytree(folder, path)
         (path / file).unlink()
         if text is not None:
-            (path / file).write_text(text, encoding="utf-8")
+            (path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
         with pytest.raises(WeightsError) as e:
             imagereward.make(path)
         return str(e.value)
@@ -263,12 +274,14 @@ def test_what_is_missing_or_wrong(folder, tmp_path):
     assert f"{count + 3} words with [DEC] and [ENC], not {count + 2}" in said("vocab.txt", words + "Cased\n")
     message = "vocab.txt has no [SEP]: ImageReward takes the vocabulary of google-bert/bert-base-uncased"
     assert message in said("vocab.txt", words.replace("[SEP]", "</s>"))
+    assert "vocab.txt is not text in UTF-8 (" in said("vocab.txt", b"\xff\xfe[PAD]")
     message = "holds no vocab.txt or tokenizer.json: put that of google-bert/bert-base-uncased there (google-bert/"
     assert message in said("vocab.txt", None)
     message = "holds none of ImageReward.safetensors, model.safetensors, ImageReward.pt: get"
     assert message in said("ImageReward.safetensors", None)
     assert "is not a complete safetensors file" in said("ImageReward.safetensors", "version https://git-lfs")
     assert "hidden_act 'swish_2' is not known here" in said("med_config.json", '{"hidden_act": "swish_2"}')
+    assert "med_config.json: vision_config is [1], not an object" in said("med_config.json", '{"vision_config": [1]}')
     assert "med_config.json is not JSON" in said("med_config.json", "{")
     assert f"not {30524}" in said("med_config.json", None)  # the public sizes
     for path, message in (

@@ -479,3 +479,37 @@ def test_files_that_are_refused(small, tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"not a pickle")
     with pytest.raises(WeightsError, match=r"adapter_model\.bin is not a checkpoint of torch.save"):
         load(small.family, tmp_path / "adapter_model.bin")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e200])
+@pytest.mark.parametrize("where", ["lora_A", "lora_B", "alpha"])
+def test_numbers_that_are_not_finite(small, tmp_path, value, where):
+    """1e200 is finite as it is stored, but not in float32."""
+    tensors = {key.replace("base_model.model.", "transformer."): x for key, x in small.tensors.items()}
+    if where == "alpha":
+        spoilt = {key.split(".lora_")[0] + ".alpha": torch.tensor(value, dtype=torch.float64) for key in tensors}
+    else:
+        spoilt = {key: torch.full_like(x, value, dtype=torch.float64) for key, x in tensors.items() if where in key}
+    file = written(tmp_path, tensors | spoilt, name="x.safetensors")
+    with pytest.raises(WeightsError, match=rf"^{file}: transformer\S+ is not finite at scale \S+: train or save"):
+        load(small.family, file)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_quantised_factors_are_told(small, tmp_path, dtype, name):
+    tensors = {key: x.to(dtype) for key, x in small.tensors.items()}
+    file = written(tmp_path, tensors, small.config)
+    with pytest.raises(WeightsError, match=rf"^{file}: base_model\S+ is stored as {name}, as 19 others: numbers of"):
+        load(small.family, file)
+
+
+def test_an_alpha_may_be_a_whole_number(small, tmp_path):
+    """As tensors of other trainers, which hold a number as it was in their options; mixed with half precision."""
+    tensors = {key.replace("base_model.model.", "transformer."): x for key, x in small.tensors.items()}
+    kinds = torch.float16, torch.bfloat16, torch.float32
+    tensors = {key: x.to(kinds[i % 3]) for i, (key, x) in enumerate(tensors.items())}
+    found = []
+    for dtype in (torch.float32, torch.int64):
+        alphas = {key.split(".lora_")[0] + ".alpha": torch.tensor(2, dtype=dtype) for key in tensors}
+        found.append(load(small.family, written(tmp_path, tensors | alphas, name="x.safetensors")).adapter)
+    jax.tree.map(np.testing.assert_array_equal, *found)

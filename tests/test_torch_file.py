@@ -230,6 +230,18 @@ def test_no_checkpoints(tmp_path):
     assert "is compressed" in said()
 
 
+def test_a_big_endian_file_is_refused(tmp_path):
+    """Its numbers would be read with their bytes in the wrong order."""
+    torch.save({"w": torch.ones(2)}, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as old, zipfile.ZipFile(tmp_path / "model.pt", "w") as new:
+        for name in old.namelist():
+            swapped = {"whole/byteorder": b"big", "whole/data/0": np.ones(2, ">f4").tobytes()}
+            new.writestr(name, swapped.get(name, old.read(name)))
+    np.testing.assert_array_equal(torch.load(tmp_path / "model.pt")["w"], 1)
+    with pytest.raises(WeightsError, match=r"model.pt is from a big-endian machine, .*: save it again with torch"):
+        torch_file.read(tmp_path / "model.pt")
+
+
 def test_load_through_the_table(tmp_path):
     """The table's checks hold for pickles too: here a wrong shape and a key too many, before any tensor is read."""
     import jax

@@ -6,8 +6,10 @@ import tracemalloc
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from solrl_jax import weights
@@ -242,6 +244,22 @@ def test_layers_that_lack(folder):
         "missing blocks.2.gain",
         "head.weight has shape (35,), not (5, 7)",
     ]
+
+
+@pytest.mark.parametrize(("kind", "name"), [(ml_dtypes.float8_e4m3fn, "F8_E4M3"), (np.int8, "I8"), (np.uint8, "U8")])
+def test_quantised_weights_are_told(folder, kind, name):
+    """Their codes are not weights without scales, which are kept in many ways; numpy cannot read the first at all."""
+    stored = load_file(folder / "model.safetensors")
+    change(folder, **{f"blocks.{i}.gain": stored[f"blocks.{i}.gain"].astype(kind) for i in range(3)})
+    message = rf"its config describes:\n  blocks.0.gain is stored as {name}, as 2 others: numbers of another type"
+    with pytest.raises(WeightsError, match=message):
+        load(folder)
+
+
+def test_quantised_weights_of_torch_are_told(tmp_path):
+    torch.save({"logit_scale": torch.tensor(3, dtype=torch.int8)}, tmp_path / "model.pt")
+    with pytest.raises(WeightsError, match=r"logit_scale is stored as int8: numbers of another type than floats"):
+        weights.load(Files(tmp_path / "model.pt"), {"temperature": SPEC["temperature"]}, RULES)
 
 
 def test_long_lists_are_cut(folder):

@@ -279,15 +279,11 @@ def _tokenizer(folder: Path, encoder: Encoder, digest: str) -> Any:
 
     where, cfg = text.require_tokenizer(folder / encoder.tokenizer), encoder.config.read(folder / encoder.folder)
     kind = getattr(transformers, _KINDS[encoder.config])  # the class in model_index.json; its own file may name another
-    try:
-        # Gemma's files say left, its pipeline says right. The others pad as their files say.
-        how = {"padding_side": "right"} if encoder.config is gemma2.Gemma2Config else {}
-        found = kind.from_pretrained(where, **how)
-    except Exception as e:  # any kind: the files are the user's and the reader is transformers
-        said = " ".join(str(e).split())[:200]
-        raise weights.WeightsError(
-            f"{where}: transformers cannot read its tokenizer ({said}): download it again"
-        ) from e
+    # Gemma's files say left, its pipeline says right. The others pad as their files say.
+    how = {"padding_side": "right"} if encoder.config is gemma2.Gemma2Config else {}
+    found = text.read_tokenizer(kind, where, **how)
+    if encoder.config is text.ClipTextConfig:
+        text.check_merges(found, where)
     if len(found) > cfg.vocab_size:
         raise weights.WeightsError(f"{where} has {len(found)} tokens, its text encoder only {cfg.vocab_size}")
     if found.pad_token_id is None:

@@ -7,6 +7,7 @@ and the residual stream are in the module's dtype.
 
 import dataclasses
 import hashlib
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -42,6 +43,35 @@ def require_tokenizer(folder: str | Path) -> str:
     if not any((Path(folder) / name).is_file() for name in names):
         raise weights.WeightsError(f"{folder} holds no tokenizer, none of {', '.join(names)}: download it again")
     return str(folder)
+
+
+def read_tokenizer(kind: Any, where: str, **how: Any) -> Any:
+    """The tokenizer of class `kind` of transformers in a folder. WeightsError if its files cannot be read."""
+    try:
+        found = kind.from_pretrained(where, **how)
+    except Exception as e:  # any kind: the files are the user's and the reader is transformers
+        said = " ".join(str(e).split())[:200]
+        raise weights.WeightsError(
+            f"{where}: transformers cannot read its tokenizer ({said}): download it again"
+        ) from e
+    return found
+
+
+def check_merges(tokenizer: Any, where: str) -> None:
+    """WeightsError if a word of a CLIP's vocabulary has no merge that makes it.
+
+    With an empty or shortened merges.txt transformers silently spells such words in letters.
+    """
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    made = {a + b for a, b in model["merges"]} | tokenizer.get_added_vocab().keys()
+    words = [word for word in model["vocab"] if len(word.removesuffix("</w>")) > 1 and not word.startswith("<|")]
+    lone = [word for word in words if word not in made]  # <|startoftext|> and <|endoftext|> have none
+    if lone:
+        first = min(lone, key=model["vocab"].get)
+        raise weights.WeightsError(
+            f"{where}: no merge makes {first!r} and {len(lone) - 1} other words of its vocabulary, so merges.txt is "
+            "cut or of another tokenizer: download it again"
+        )
 
 
 def contents(folder: Path, *patterns: str) -> str:

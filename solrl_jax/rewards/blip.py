@@ -81,6 +81,8 @@ class BlipConfig:
             return cls()
         values = weights.read_json(Path(folder) / "med_config.json")
         vision = values.get("vision_config") or {}
+        if not isinstance(vision, dict):
+            raise WeightsError(f"{Path(folder) / 'med_config.json'}: vision_config is {vision!r}, not an object")
         return cls(
             weights.from_config(BlipVisionConfig, folder, vision, "med_config.json"),
             weights.from_config(MedConfig, folder, values, "med_config.json"),

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from solrl_jax.models.text import ClipTextConfig, contents
+from solrl_jax.models.text import ClipTextConfig, check_merges, contents, read_tokenizer
 from solrl_jax.structs import WeightsError
 from solrl_jax.weights import hub
 
@@ -66,7 +66,9 @@ def hf_tokenizer(folder: str) -> Any:
 def _hf_tokenizer(folder: str, digest: str) -> Any:
     from transformers import CLIPTokenizer  # seconds to import
 
-    return CLIPTokenizer.from_pretrained(folder)
+    found = read_tokenizer(CLIPTokenizer, folder)
+    check_merges(found, folder)
+    return found
 
 
 def check_hf(cfg: ClipTextConfig, folder: str) -> None:

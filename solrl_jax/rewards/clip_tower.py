@@ -106,7 +106,7 @@ class ClipConfig:
         check(_OPEN_CLIP, (), file, found)
         try:
             return cls._of_open_clip(**found["model_cfg"])
-        except (TypeError, ValueError, KeyError) as e:  # a field that is unknown or missing
+        except (TypeError, ValueError, KeyError, ZeroDivisionError) as e:  # a field that is unknown, missing or 0
             raise weights.WeightsError(f"{file} describes a model that is not known here: {e}") from e
 
     @classmethod
@@ -298,6 +298,11 @@ def _check_open_clip(files: weights.Files, cfg: ClipConfig) -> None:
     if patches is None or tokens is None:
         what = "transformers' naming, not open_clip's" if "logit_scale" in keys else "no CLIP in open_clip's naming"
         raise weights.WeightsError(f"{files.path} holds {what}: give another file")
+    for key, count in ((patches, 4), (tokens, 2)):
+        if len(files.shape(key)) != count:
+            raise weights.WeightsError(
+                f"{files.path}: {key} has shape {files.shape(key)}, not {count} axes: give the file as it was published"
+            )
     layers = Counter(key.split(".")[0] for key in keys if key.endswith(".ln_1.weight"))
     width, _, patch, _ = files.shape(patches)
     found = (width, layers["visual"], patch, files.shape(tokens)[1], layers["transformer"])

@@ -86,8 +86,18 @@ def _vocabulary_file(folder: Path) -> str:
 def _read_vocabulary(file: str) -> dict[str, int]:
     """{wordpiece: id} of vocab.txt or tokenizer.json."""
     if file.endswith(".json"):
-        return dict(weights.read_json(file).get("model", {}).get("vocab", {}))
-    return {line: i for i, line in enumerate(Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n"))}
+        model = weights.read_json(file).get("model")
+        found = model.get("vocab") if isinstance(model, dict) else None
+        if not isinstance(found, dict) or not all(type(i) is int for i in found.values()):
+            raise WeightsError(
+                f"{file} has no model.vocab of word: id pairs: ImageReward takes the vocabulary of {BERT}"
+            )
+        return found
+    try:
+        lines = Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as e:
+        raise WeightsError(f"{file} is not text in UTF-8 ({e}): ImageReward takes the vocabulary of {BERT}") from e
+    return {line: i for i, line in enumerate(lines)}
 
 
 def _tokenizer(file: str) -> Any:

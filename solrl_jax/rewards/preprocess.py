@@ -28,7 +28,7 @@ def standardise(images: Images, mean: tuple[float, ...], std: tuple[float, ...])
     return centred / jnp.asarray(std, jnp.float32).reshape(1, 1, 1, 3)
 
 
-NAME = "preprocessor_config.json"
+NAME, NESTED = "preprocessor_config.json", "processor_config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +58,26 @@ class Preprocessing:
 
 
 def read_mean_std(folder: str | Path, size: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """From preprocessor_config.json if it exists; its sizes must equal the vision tower's `size`."""
-    file = Path(folder) / NAME
-    if not file.is_file():
-        return OPENAI_MEAN, OPENAI_STD
-    values = weights.read_json(file)
+    """From the folder's files if they have them; the sizes there must equal the vision tower's `size`.
+
+    transformers 5 writes the content of preprocessor_config.json as "image_processor" of processor_config.json, and
+    reads that first.
+    """
+    file, values = Path(folder) / NESTED, None
+    if file.is_file():
+        values = weights.read_json(file).get("image_processor")
+    if values is None:
+        file = Path(folder) / NAME
+        if not file.is_file():
+            return OPENAI_MEAN, OPENAI_STD
+        values = weights.read_json(file)
+    if not isinstance(values, dict):
+        raise weights.WeightsError(f"{file}: image_processor is {values!r}, not an object: download it again")
     for key, sides in (("size", ("shortest_edge",)), ("crop_size", ("height", "width"))):
         found = values.get(key, 224)  # transformers' default
         if found != size and found != dict.fromkeys(sides, size):
             raise weights.WeightsError(f"{file}: {key} is {found!r}: the model's config says image_size {size}")
-    found = weights.from_config(Preprocessing, folder, values, NAME)
+    found = weights.from_config(Preprocessing, folder, values, file.name)
     return tuple(map(float, found.image_mean)), tuple(map(float, found.image_std))
 
 
@@ -89,10 +99,15 @@ def resize_crop(images: Images, size: int, method: str) -> Float[Array, "B {size
 
 
 def resize_pad(images: Images, size: int) -> Float[Array, "B {size} {size} 3"]:
-    """HPSv2: long edge to `size` (cubic, antialiased, overshoot beyond [0, 1] kept), padded with black."""
+    """HPSv2: long edge to `size` (cubic, antialiased, overshoot beyond [0, 1] kept), padded with black.
+
+    ValueError for a picture so narrow that no pixel of its short edge is left.
+    """
     height, width = images.shape[1:3]
     if max(height, width) != size:
         height, width = (round(n * (size / max(images.shape[1:3]))) for n in (height, width))
+        if not min(height, width):
+            raise ValueError(f"the short edge is 0 pixels if the long one has {size}: cut the picture")
         images = jax.image.resize(images, (len(images), height, width, 3), "cubic", antialias=True)
     down, right = size - height, size - width
     return jnp.pad(images, ((0, 0), (down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0)))

@@ -43,6 +43,9 @@ _TO_OURS = {"same": None, "linear": (1, 0), "pointwise": (1, 0), "conv": (2, 3, 
 _TO_THEIRS = {"same": None, "linear": (1, 0), "pointwise": (1, 0), "conv": (3, 2, 0, 1)}
 
 
+FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+"""The types, by safetensors' names and numpy's, whose numbers are the weights. Others need scales or are no weights."""
+
 MAPPED = 2**26
 """Bytes read of a stack before its memory-mapped files are closed: left open, they hold a second copy of it."""
 
@@ -147,6 +150,11 @@ class Files:
         handle = self._handle(self.where[key])
         return handle[key].shape if isinstance(handle, dict) else tuple(handle.get_slice(key).get_shape())
 
+    def stored_as(self, key: str) -> str:
+        """The name of its type, as in FLOATS; from the header alone."""
+        handle = self._handle(self.where[key])
+        return str(handle[key].dtype) if isinstance(handle, dict) else handle.get_slice(key).get_dtype()
+
     def keys(self) -> Iterable[str]:
         return self.where.keys()
 
@@ -199,7 +207,7 @@ def load(
     holds more than what `place` reads at a time: one leaf, at most a stack of layers, or a part of it. `aliases` are
     (regex, replacement) pairs from other spellings of keys to the table's. `droppable` are regexes of keys that may
     stay unused, `copies` are keys that may occur in two spellings. One WeightsError lists all missing, unused, wrongly
-    shaped and repeated keys, before any tensor is read.
+    shaped, quantised and repeated keys, before any tensor is read.
     """
     names, twice = _spelt(files.keys(), aliases, copies)
     wanted = needed(spec, rules)
@@ -235,9 +243,11 @@ def _spelt(
 
 
 def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], droppable: Sequence[str]) -> list[str]:
-    """Missing and unused keys and wrong shapes, from the headers alone."""
+    """Types that are not floats, missing and unused keys and wrong shapes, from the headers alone."""
     want = {key for leaf in wanted for key in leaf.keys}
-    found = [f"missing {key}" for leaf in wanted for key in leaf.keys if key not in names]
+    kinds = {key: files.stored_as(names[key]) for key in want & names.keys()}
+    found = not_floats({key: kinds[key] for leaf in wanted for key in leaf.keys if key in kinds})
+    found += [f"missing {key}" for leaf in wanted for key in leaf.keys if key not in names]
     found += [f"unused {k}" for k in names if k not in want and not any(re.fullmatch(d, k) for d in droppable)]
     for leaf in wanted:
         shape = leaf.shape[1:] if leaf.stacked else leaf.shape
@@ -245,6 +255,14 @@ def _problems(files: Files, names: Mapping[str, str], wanted: Sequence[Leaf], dr
         there = {key: _ours_shape(files.shape(names[key]), leaf) for key in leaf.keys if key in names}
         found += [f"{key} has shape {s}, not {shape}" for key, s in there.items() if s != shape]
     return list(dict.fromkeys(found))  # a tensor with several parts is listed once
+
+
+def not_floats(kinds: Mapping[str, str]) -> list[str]:
+    """One message if some of {key: type} are no FLOATS."""
+    odd = [key for key, kind in kinds.items() if kind not in FLOATS]
+    more = f", as {len(odd) - 1} others" if len(odd) > 1 else ""
+    what = "numbers of another type than floats of 16, 32 or 64 bits: give weights that are not quantised"
+    return [f"{odd[0]} is stored as {kinds[odd[0]]}{more}: {what}"] if odd else []
 
 
 def _read(files: Files, leaf: Leaf, keys: Sequence[str], dtype: Any, at: tuple[slice, ...]) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from solrl_jax.weights import WeightsError, matrix, peft_config, torch_file
+from solrl_jax.weights import WeightsError, matrix, not_floats, peft_config, torch_file
 
 COMFY, DIFFUSERS = "lora_unet_", "transformer."
 
@@ -62,8 +62,10 @@ def read(file: Path) -> Content:
     try:
         if torch_file.is_checkpoint(file):
             tensors, metadata = torch_file.read(file), {}
+            _check_floats(file, {key: str(x.dtype) for key, x in tensors.items()})
         else:
             with safe_open(file, "numpy") as f:
+                _check_floats(file, {key: f.get_slice(key).get_dtype() for key in f.keys()})  # noqa: SIM118
                 tensors, metadata = {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except SafetensorError as e:
         raise WeightsError(f"{file} is not a complete safetensors file ({e})") from e
@@ -75,6 +77,12 @@ def read(file: Path) -> Content:
     prefix = next((p for p in prefixes if any(key.startswith(p) for key in spelt)), "")
     by_key = {key: tensors[own].reshape(matrix(tensors[own].shape)) for key, own in spelt.items()}
     return Content(file, prefix, by_key, _described(file, prefix, metadata), text)
+
+
+def _check_floats(file: Path, kinds: Mapping[str, str]) -> None:
+    """WeightsError for factors of another type. What is no factor, as alpha, may be a whole number."""
+    if odd := not_floats({key: kind for key, kind in kinds.items() if ".lora" in key or kind[0] not in "IUiu"}):
+        raise WeightsError(f"{file}: {odd[0]}")
 
 
 _TEXT = re.compile(r"text_encoders?(_\d)?\.|lora_te\d?_")

@@ -169,8 +169,8 @@ def load(
     original code with its table `native`. Layers of a stack that the file does not have, and ranks below the stack's
     largest, become zeros. B is divided by cfg's alpha / R, so that `scaled` gives the file's policy at the scale that
     it states (else 1). Only the shapes of `base` are used. WeightsError if a name fits no Linear, two modules adapt
-    one, one factor of a pair is missing, a shape differs, or the file is more than a LoRA; if `whole`, also for keys of
-    text encoders, which are else left out.
+    one, one factor of a pair is missing, a shape differs, a number is not finite, or the file is more than a LoRA; if
+    `whole`, also for keys of text encoders, which are else left out.
     """
     found = read(inside(Path(file)))
     if whole and found.text:
@@ -187,8 +187,13 @@ def load(
     _check(found, present, sizes)
     pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for module, its in present.items():
-        down, up = (found.tensors[key].astype(np.float32) for key in (its.down, its.up))
-        pairs |= _split(module, down, up * found.scale(module.name, its, len(down)), sizes)
+        with np.errstate(over="ignore", invalid="ignore"):
+            down, up = (found.tensors[key].astype(np.float32) for key in (its.down, its.up))
+            up = up * (scale := found.scale(module.name, its, len(down)))
+        for key, x in ((its.down, down), (its.up, up)):
+            if not np.isfinite(x).all():
+                raise WeightsError(f"{found.file}: {key} is not finite at scale {scale:g}: train or save it again")
+        pairs |= _split(module, down, up, sizes)
     adapter = _stacked(linears, pairs, cfg)
     if not adapter:
         raise WeightsError(f"{found.file} adds nothing to the model: every up factor is zero")

@@ -78,6 +78,12 @@ def _read(file: Path) -> dict[str, np.ndarray]:
         storages = _storages(file, archive, main.removesuffix(".pkl") + "/")
         if archive.getinfo(main).compress_type != zipfile.ZIP_STORED:
             raise WeightsError(f"{file} is compressed, which torch.save never does: unpack it, zip it again with -0")
+        order = main.removesuffix("data.pkl") + "byteorder"  # torch writes it since version 2.1
+        if order in archive.namelist() and archive.getinfo(order).file_size < 9 and archive.read(order) == b"big":
+            raise WeightsError(
+                f"{file} is from a big-endian machine, whose numbers are not read here: save it again with torch on "
+                "this one, or get the weights as safetensors"
+            )
         described = archive.read(main)
         _check_opcodes(described, file)
         found = _Unpickler(io.BytesIO(described), file).load()
