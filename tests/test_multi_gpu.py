@@ -118,7 +118,7 @@ def test_the_peak_of_every_card(capsys):
             return {"peak_bytes_in_use": self.gb * 1e9}
 
     class Mesh:
-        devices = np.array([Card(23.0), Card(25.5)])
+        local_devices = (Card(23.0), Card(25.5))
 
     bench = Bench.__new__(Bench)
     bench.mesh, bench.before, bench.figures, bench.written = Mesh, [20.0, 25.0], {}, lambda figures: None
