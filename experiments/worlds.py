@@ -147,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="of every config that does not choose it itself, such as learn.kl_weight=1e-4; again for more fields",
+        help="in every config, past its recipe but not past an arm's own: learn.kl_weight=1e-4; again for more fields",
     )
 
 

@@ -314,7 +314,8 @@ def command(words: Sequence[str]) -> Command:
     run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
     if run is not None and run.exists() and not run.is_dir():
         raise ConfigError(f"--run_dir={run} is a file: give a new folder or the folder of a run")
-    if FLAGS.mode in SEVERAL and (why := disk.unwritable(run or Path("runs"))):
+    # Several processes: the first alone writes, and its folder may be no other host's.
+    if FLAGS.mode in SEVERAL and not _several() and (why := disk.unwritable(run or Path("runs"))):
         raise ConfigError(f"--run_dir={run or 'runs'}: {why}: give another folder")
     place = _place(run)
     source = run if FLAGS.mode == "train" else (place or run)

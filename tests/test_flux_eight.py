@@ -30,8 +30,11 @@ def test_the_recipes_share_out_the_papers_prompts():
 
 def test_a_process_has_one_card(monkeypatch):
     """Its own card, or on a CPU one device, with the other flags as they were."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_force_host_platform_device_count=8")
     assert run.of_card(3) == {"CUDA_VISIBLE_DEVICES": "3", "XLA_FLAGS": "--xla_a=1"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert run.of_card(3)["CUDA_VISIBLE_DEVICES"] == "7"
 
 
 def test_arguments(capsys):

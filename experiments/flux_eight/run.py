@@ -7,9 +7,9 @@
         python -m experiments.flux_eight.run --short --out=/tmp/e.json       # the small world; minutes on a CPU
 
 Random weights at full size. Each form is one iteration, compiled before it runs: seconds of every stage, prompts a
-second and peak memory. `one card` has the prompts of one of the cards, so with perfect scaling it takes as long;
-efficiency is against it. Low precision is what the cards have, FP8 on an H100 or H200. Of FLUX the paper's seconds
-stand beside. The file is written after every figure; a form that runs out of memory is recorded as failed.
+second and peak memory. `one card` has the prompts of one of the cards, so with perfect scaling it takes as long; the
+branch's efficiency is against it. Low precision is what the cards have, FP8 on an H100 or H200. Of FLUX the paper's
+seconds stand beside. The file is written after every figure; a form that runs out of memory is recorded as failed.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace, record: Record) -> None:
             if rows := measured(record, name, cfg, cards if form.all_cards else 1, 1):
                 found[name] = rows
                 record(figures_of(found, prompts, cards))
-            if args.config == "flux" and (paper := PAPER.get(name)):
+            if (args.config, args.prompts, args.set) == ("flux", 48, {}) and (paper := PAPER.get(name)):
                 figures = {
                     f"{name}: {what}, the paper's": results.figure(s, "s, 8 B200", 1) for what, s in paper.items()
                 }
@@ -112,20 +113,24 @@ def a_process_a_card(count: int, argv: Sequence[str]) -> int:
 
     JAX is not asked here how many cards there are: it would take their memory.
     """
-    where = free_address()
-    own = [word for word in argv if not word.startswith("--processes")]
-    running = []
+    where, running = free_address(), []
     for i in range(count):
-        command = [sys.executable, "-m", "experiments.flux_eight.run", *own, f"--process={i},{count},{where}"]
+        command = [sys.executable, "-m", "experiments.flux_eight.run", *argv, f"--process={i},{count},{where}"]
         running.append(subprocess.Popen(command, env={**os.environ, **of_card(i)}))
-    return next(filter(None, [one.wait() for one in running]), 0)
+    while None in (codes := [one.poll() for one in running]) and not any(codes):
+        time.sleep(1)
+    for one in running:  # one that failed leaves the others waiting for it
+        if one.poll() is None:
+            one.terminate()
+    return next(filter(None, codes), 0)
 
 
 def of_card(i: int) -> dict[str, str]:
     """Environment of a process that has the i-th card alone, and of a CPU one device."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     kept = [flag for flag in flags if not flag.startswith("--xla_force_host_platform_device_count")]
-    return {"CUDA_VISIBLE_DEVICES": str(i), "XLA_FLAGS": " ".join(kept)}
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return {"CUDA_VISIBLE_DEVICES": cards.split(",")[i] if cards else str(i), "XLA_FLAGS": " ".join(kept)}
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -154,7 +159,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
-    if args.processes:
+    if args.processes and not args.process:
         raise SystemExit(a_process_a_card(args.processes, sys.argv[1:] if argv is None else argv))
     device.setup()
     facts: dict[str, Any] = {"prompts": args.prompts, "processes": 1}

@@ -102,6 +102,8 @@ def measured(record: Record, name: str, cfg: Config, devices: int, repeat: int, 
             bench.encode()
             rows = bench.iterations({}, options)
     except jax.errors.JaxRuntimeError as e:  # out of memory: said, and the next form begins
+        if processes.count() > 1:  # the others are in this form still
+            raise
         record({f"{name}: failed": results.figure(None, str(e)[:300].replace("\n", " "), 0)})
         print(f"{name} failed: {str(e)[:300]}", flush=True)
     bench = None  # its arrays are freed before the next form

@@ -57,7 +57,8 @@ def in_pairs(dtype: Any, pairs: bool | None) -> bool:
 
 def parameters(module: nn.Module, *inputs: Array) -> Any:
     """The parameters of `module` as ShapeDtypeStructs, for inputs like these. Equal modules are traced once."""
-    return _parameters(module, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
+    found = _parameters(module, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs))
+    return jax.tree.map(lambda x: x, found)  # dicts of its own
 
 
 @functools.lru_cache(maxsize=64)
