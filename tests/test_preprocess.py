@@ -182,7 +182,7 @@ def test_hpsv2_pixels(shape):
 
 @pytest.mark.parametrize("shape", [(1, 1000), (449, 1)])
 def test_a_picture_of_which_nothing_is_left(shape):
-    """It was a black square with a score; torch refuses it too."""
+    """It was a black square with a score."""
     with pytest.raises(ValueError, match="the short edge is 0 pixels if the long one has 224: cut the picture"):
         preprocess.resize_pad(jnp.ones((1, *shape, 3)), SIZE)
     assert preprocess.resize_pad(jnp.ones((1, 1, 447, 3)), SIZE).sum() > 0
