@@ -98,12 +98,14 @@ class Ahead:
     def __init__(self, jitted: Any, options: Options | None = None):
         self.jitted, self.options, self.compiled, self.seconds = jitted, options, None, 0.0
 
+    def compile(self, *args: Any) -> Any:
+        began = time.perf_counter()
+        self.compiled = self.jitted.lower(*args).compile(self.options)
+        self.seconds = time.perf_counter() - began
+        return self.compiled
+
     def __call__(self, *args: Any) -> Any:
-        if self.compiled is None:
-            began = time.perf_counter()
-            self.compiled = self.jitted.lower(*args).compile(self.options)
-            self.seconds = time.perf_counter() - began
-        return self.compiled(*args)
+        return (self.compiled or self.compile(*args))(*args)
 
 
 STAGE_OF = {"merged": "quantise", "quantised": "quantise", "select_keys": "select", "select_samples": "select"}
@@ -347,10 +349,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--profile", type=Path, help="folder for every kernel's time")
     parser.add_argument("--set", default="", help="config words, field=value with commas: explore.precision=bf16")
+    parser.add_argument("--options", default="", help="XLA's, of whole iterations' programs: name=value with commas")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     assemble.use_compilation_cache()
-    words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
+    words, options = (
+        dict(word.split("=", 1) for word in filter(None, given.split(","))) for given in (args.set, args.options)
+    )
     named = config.load(args.config, {"prompts": str(args.prompts), **words})
     mesh = assemble.make_mesh(args.devices, max(1, named.shard), named.prompts)
     with contextlib.ExitStack() as stack:
@@ -369,7 +374,7 @@ def main(argv: list[str] | None = None) -> None:
             ("reward", functools.partial(bench.reward, 24)),
             *(("micro_step", functools.partial(bench.micro_step, keeps)) for keeps in keeping.split(";")),
             *(("learn", functools.partial(bench.learn, int(every))) for every in args.every.split(",")),
-            ("iterations", functools.partial(bench.iterations, tflop)),
+            ("iterations", functools.partial(bench.iterations, tflop, options or None)),
         ]
         for name, step in steps:
             if name in args.only.split(","):
@@ -378,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
                 except jax.errors.JaxRuntimeError as e:  # out of memory: said, and the rest goes on
                     print(f"{name} failed: {str(e)[:300]}", flush=True)
                     bench.figures[f"{name} failed"] = results.figure(0, str(e)[:300], 0)
-                results.record(args.out, bench.figures, config=config.to_json(named))
+                results.record(args.out, bench.figures, config=config.to_json(named), options=options)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from experiments import worlds
 from experiments.worlds import SPLITS as SPLITS
 from experiments.worlds import World
-from solrl_jax import config, iteration, learn, lora, rollout, sharding, train
+from solrl_jax import config, device, iteration, learn, lora, rollout, sharding, train
 from solrl_jax.config import Config, Stage
 from solrl_jax.rewards import Reward, Score
 from solrl_jax.run import assemble, data
@@ -38,11 +38,10 @@ FACTS = "facts"
 """Under this name the judge's tokens are in a Prompts and its arrays in Frozen.rewards."""
 PICTURES = 4
 """Of each caption that is measured."""
-COMPILER: dict[str, Any] = {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
-"""XLA's options for programs of many runs. For a GPU this pass makes one Triton kernel of each norm and of each
-quantisation, and then tilings are tried for every operation that could join one. That is most of compiling: a preview
-of five runs takes 21 s without the pass and 364 with it (on a CPU, for an H100). What it costs in run time is not
-measured (tests/test_compiled.py::test_programs_of_many_runs_have_no_triton_norms)."""
+COMPILER: dict[str, Any] = device.NO_TRITON_NORMS
+"""XLA's options for programs of many runs: a preview of five runs compiles in 21 s without the pass and in 364 with it
+(on a CPU, for an H100). What it costs in run time is not measured
+(tests/test_compiled.py::test_programs_of_many_runs_have_no_triton_norms)."""
 
 
 class Opened(NamedTuple):

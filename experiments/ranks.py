@@ -143,7 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     chunk = lab.chunk(captions, candidates, chunk)
     cfg = world.config("sol_rl", {"model.path": str(args.pipeline)} if args.pipeline else None)
     figures, out = {}, args.out or world.home / "results/ranks.json"
-    facts = {"run": str(args.run or ""), "candidates": candidates, "kept": kept, "pipeline": str(args.pipeline or "")}
+    facts = {"run": str(args.run or ""), "candidates": candidates, "kept": kept}
+    facts |= {"pipeline": args.pipeline.parent.name if args.pipeline else ""}
     with jax.set_mesh(sharding.make_mesh(1)):
         opened = lab.open_world(cfg, captions, world)
         policies = lab.policies(opened, args.run)

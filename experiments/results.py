@@ -60,7 +60,7 @@ def machine() -> dict[str, Any]:
 
 def _told(word: str) -> str:
     """An argument as a command elsewhere would have it: of an absolute path its last part."""
-    flag, sign, value = word.partition("=")
+    flag, sign, value = word.rpartition("=")
     return f"{flag}{sign}{Path(value).name}" if Path(value).is_absolute() else word
 
 

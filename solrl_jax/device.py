@@ -27,6 +27,9 @@ XLA_GPU = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb
 in its epilogue is faster than the Triton kernels, among which XLA would search for minutes. From JAX 0.12 on, XLA's
 default is to merge products of one input up to 64 MB, and merged ones lose their epilogues: in FP8, a batch of 8 loses
 a GELU (tests/test_compiled.py::test_forward_in_fp8)."""
+NO_TRITON_NORMS = {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
+"""Compiler options without the pass that makes one Triton kernel of each norm and of each quantisation, and then tries
+tilings for every operation that could join one."""
 MEMORY = "0.92"
 """Share of a GPU's memory that JAX reserves. Its own default, 75 %, is too little for 12B parameters on 80 GB."""
 
@@ -56,6 +59,15 @@ def with_gpu_flags(flags: str) -> str:
 
 def _missing(flags: str) -> list[str]:
     return [f"--{name}={str(value).lower()}" for name, value in XLA_GPU.items() if name not in flags]
+
+
+def compiler_options(precision: str) -> dict[str, str]:
+    """XLA's options for a rollout in `precision` on the current platform.
+
+    Emulated NVFP4 quantises every Linear's input by a dozen operations: on a GPU, trying tilings for these is most of
+    compiling.
+    """
+    return dict(NO_TRITON_NORMS) if precision == "nvfp4_emulated" and platform() == "gpu" else {}
 
 
 def absent() -> list[str]:

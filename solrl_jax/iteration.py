@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Key
 
-from solrl_jax import mixture, sharding
+from solrl_jax import device, mixture, sharding
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.keys import sample_keys, selection_key
 from solrl_jax.learn import check_hyper, learn
@@ -120,8 +120,11 @@ class Staged:
 
     def __init__(self, *, model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config):
         self.cfg, self.score = cfg, score
-        run = stages(model, score, optimizer, cfg)
-        self.jit: dict[str, Callable[..., Any]] = {name: jax.jit(f) for name, f in run._asdict().items()}
+        run, how = stages(model, score, optimizer, cfg), {name: stage.precision for name, stage, _ in cfg.stages()}
+        self.jit: dict[str, Callable[..., Any]] = {
+            name: jax.jit(f, compiler_options=device.compiler_options(how.get(name, "bf16")))
+            for name, f in run._asdict().items()
+        }
         self.jit["draw"] = jax.jit(functools.partial(run.draw, prompts=cfg.prompts))
 
     def __call__(

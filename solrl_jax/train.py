@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import jax
 
-from solrl_jax import disk, guidance, iteration, learn, mixture, plan, processes, report, sharding
+from solrl_jax import device, disk, guidance, iteration, learn, mixture, plan, processes, report, sharding
 from solrl_jax.config import Config, ConfigError, to_json, values
 from solrl_jax.keys import calibration_key
 from solrl_jax.models.text import contents
@@ -319,7 +319,8 @@ def stepper(parts: Parts, out: Log, stop: "Stop") -> Step:
                 raise Stopped
 
         return lambda state, batch, times: staged(state, parts.frozen, batch.prompts, times, between, batch.rows)
-    whole = jax.jit(iteration.iteration_step, static_argnames=tuple(statics))
+    options = device.compiler_options(parts.cfg.low_precision or "bf16")
+    whole = jax.jit(iteration.iteration_step, static_argnames=tuple(statics), compiler_options=options)
 
     def step(state: TrainState, batch: Batch, times: dict[str, float]) -> tuple[TrainState, dict]:
         learn.check_hyper(state.hyper, parts.cfg)

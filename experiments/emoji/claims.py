@@ -22,6 +22,7 @@ from scipy import stats
 
 from experiments import results
 from experiments.methods.summary import BASELINE
+from solrl_jax import device
 
 HERE = Path(__file__).resolve().parent
 Figures = Mapping[str, Mapping[str, Any]]
@@ -230,6 +231,7 @@ def read(home: Path) -> Measured:
 
 
 def main(argv: list[str] | None = None) -> None:
+    device.setup()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--home", type=Path, default=HERE, help="the folder of results/ and learning/results/")
     args = parser.parse_args(argv)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Key
 
-from solrl_jax import guidance, mixture, quant, rewards, rollout, sharding
+from solrl_jax import device, guidance, mixture, quant, rewards, rollout, sharding
 from solrl_jax.config import Config, Stage
 from solrl_jax.iteration import stages
 from solrl_jax.keys import sample_keys
@@ -270,7 +270,10 @@ def _programs(model: Model, score: Score, optimizer: optax.GradientTransformatio
         seen=jax.jit(functools.partial(calibrate.seen, model=model, stage=preview)) if units else None,
         merged=jax.jit(run.merged),
         quantised=jax.jit(run.quantised),
-        preview=jax.jit(functools.partial(roll, stage=preview, branch=branch)),
+        preview=jax.jit(
+            functools.partial(roll, stage=preview, branch=branch),
+            compiler_options=device.compiler_options(preview.precision),
+        ),
         full=jax.jit(functools.partial(roll, stage=full)),
         finish=jax.jit(functools.partial(roll, stage=full, branch=branch)),
     )
