@@ -18,7 +18,7 @@ import collections
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -112,6 +112,17 @@ def stages(model: Model, score: Score, optimizer: optax.GradientTransformation, 
     )
 
 
+@functools.lru_cache(maxsize=1)
+def programs(
+    model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config
+) -> Mapping[str, Callable[..., Any]]:
+    """The stages by their names, jitted: once for a run, whose loop and whose measurements of previews share them."""
+    run, how = stages(model, score, optimizer, cfg), {name: stage.precision for name, stage, _ in cfg.stages()}
+    functions = run._replace(draw=functools.partial(run.draw, prompts=cfg.prompts))._asdict()
+    options = {name: device.compiler_options(how.get(name, "bf16")) for name in functions}
+    return {name: jax.jit(f, compiler_options=options[name]) for name, f in functions.items()}
+
+
 class Staged:
     """`iteration_step` run from the host: the same functions, one jit each, rollouts one block of prompts at a time.
 
@@ -120,12 +131,7 @@ class Staged:
 
     def __init__(self, *, model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config):
         self.cfg, self.score = cfg, score
-        run, how = stages(model, score, optimizer, cfg), {name: stage.precision for name, stage, _ in cfg.stages()}
-        self.jit: dict[str, Callable[..., Any]] = {
-            name: jax.jit(f, compiler_options=device.compiler_options(how.get(name, "bf16")))
-            for name, f in run._asdict().items()
-        }
-        self.jit["draw"] = jax.jit(functools.partial(run.draw, prompts=cfg.prompts))
+        self.jit = dict(programs(model, score, optimizer, cfg))
 
     def __call__(
         self,
@@ -156,7 +162,7 @@ class Staged:
                 samples, metrics = jax.block_until_ready(self.jit["select_samples"](full, chance))
             del full  # frees the candidates that are not kept
         else:
-            given = prompts, keys
+            given = prompts, keys, None  # as a measurement calls it, guards.measured
             preview, chosen = self._by_prompt("explore", (kernels, low, frozen), given, times, between, chance, rows)
             if self.cfg.regenerate.precision == "bf16":
                 low = None  # the quantised kernels leave the device

@@ -88,25 +88,25 @@ def index() -> jax.Array:
     return jax.lax.axis_index(AXES)
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def block(tree, first, count: int):
-    """Rows `first` to `first` + `count` of each device's part of every leaf, split as the leaf is.
+@functools.partial(jax.jit, static_argnames=("count", "axis"))
+def block(tree, first, count: int, axis: int = 0):
+    """Rows `first` to `first` + `count`, on another axis columns, of each device's part of every leaf, split as it is.
 
     Outside of jit, the result of a slice is replicated: every device gathers the rows of the others.
     """
 
     def mine(tree, first):
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count), tree)
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, count, axis), tree)
 
     return over_data(mine, (SPLIT, WHOLE), SPLIT)(tree, first)
 
 
-@jax.jit
-def joined(blocks: tuple):
+@functools.partial(jax.jit, static_argnames="axis")
+def joined(blocks: tuple, axis: int = 0):
     """The inverse of `block`: concatenates consecutive blocks."""
 
     def mine(*blocks):
-        return jax.tree.map(lambda *x: jnp.concatenate(x), *blocks)
+        return jax.tree.map(lambda *x: jnp.concatenate(x, axis), *blocks)
 
     return over_data(mine, (SPLIT,) * len(blocks), SPLIT)(*blocks)
 

@@ -237,6 +237,23 @@ def test_programs_of_many_runs_have_no_triton_norms(h100):
     assert len(kernels(program)) >= 3 and set(kernels(program)) == {"loop"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "nvfp4_emulated"])
+def test_a_run_explores_in_emulated_nvfp4_without_triton_norms(h100, tmp_path, precision):
+    """The jitted stage of a run of the emoji world, where its platform is a GPU."""
+    words = {"explore.precision": precision, "prompts": "1", "candidates": "4", "kept": "2", "explore.chunk": "4"}
+    words |= {"regenerate.chunk": "2", "learn.micro_batch": "2", "learn.updates": "1"}
+    cfg = shapes.with_configs(config.load("emoji:branch_clipscore", words), tmp_path)
+    found = shapes.read(cfg, 1)
+    with jax.set_mesh(h100):
+        stages = iteration.programs(found.model, found.score, learn.make_optimizer(cfg), cfg)
+        low = jax.eval_shape(stages["merged"], shapes.blank(cfg, found), found.frozen)
+        given = low, jax.eval_shape(stages["quantised"], low, found.frozen), found.frozen
+        given = *given, shapes.batch(found.prompts, 1), shapes.keys(1, 4)
+        text = stages["explore"].lower(*given).compile(device.XLA_GPU).as_text()
+    assert ("__triton" in text) == (precision == "bf16")
+
+
 def test_the_emoji_world_has_the_fused_attention(h100):
     """88 tokens in heads of 32, of two runs at once, as the lab trains them; forward and backward."""
 

@@ -53,6 +53,14 @@ def test_only_cpus_choose(monkeypatch):
         assert device.operands(x) == (x,) and device.notes() == []
 
 
+def test_only_emulated_nvfp4_on_gpus_compiles_without_triton_norms(monkeypatch):
+    """Of the programs of a run those that roll out in it; test_compiled.py has what the option does."""
+    assert device.compiler_options("nvfp4_emulated") == {}  # a CPU
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
+    assert device.compiler_options("nvfp4_emulated") == {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
+    assert [device.compiler_options(p) for p in ("bf16", "fp8", "nvfp4_native")] == [{}] * 3
+
+
 def test_linear_multiplies_rounded_operands(amx):
     """Operands are rounded to bf16, also if the same program computed them in f32; sums are not rounded."""
     x, w = normal(64, 160), normal(160, 96, seed=1)

@@ -5,6 +5,7 @@ import pytest
 from absl.testing import flagsaver
 
 from configs import emoji
+from experiments.emoji import whole_run
 from solrl_jax import config, learn, main, rewards
 from solrl_jax.config import ConfigError
 from solrl_jax.report import run as report_run
@@ -104,6 +105,24 @@ def test_outside_of_the_repository_it_says_so(tmp_path, monkeypatch):
 )
 def test_the_model_card_tells_how_rewards_are_combined(recipe, said, tmp_path):
     assert said in model_card.write(tmp_path, config.load(f"emoji:{recipe}"), 1, 4, ("to_q",)).read_text()
+
+
+def test_figures_of_a_whole_run():
+    """The first iteration, which compiles, is in no median; the last evaluation need not be the last line's."""
+
+    def line(number, seconds, **more):
+        return {"iteration": number, **{f"time/{stage}": seconds for stage in whole_run.STAGES}, **more}
+
+    last = {"eval_reward_dark": 0.7, "eval_gain/dark": 0.2, "eval_gain_error/dark": 0.05}
+    lines = [{"iteration": 0, "eval_reward_dark": 0.5}, line(1, 60), line(2, 3), line(3, 1, **last), line(4, 2)]
+    found = whole_run.figures_of(lines, 100)
+    assert {
+        name: (f["value"], f["n"]) for name, f in found.items() if name not in ("explore", "regenerate", "learn")
+    } == {
+        **{"the whole command": (100, 1), "4 iterations": (66, 1), "the first iteration": (60, 1), "iteration": (2, 3)},
+        **{"dark: base": (0.5, 1), "dark: after 3": (0.7, 1), "dark: gain": (0.2, 1)},
+    }
+    assert found["explore"]["spread"] == [1, 3] and found["dark: gain"]["spread"] == 0.05
 
 
 # --- one iteration --------------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from solrl_jax import config, train
+from solrl_jax import config, iteration, train
 from solrl_jax.config import Config, ConfigError, Watch
 from solrl_jax.run import assemble, checkpoint, guards
 from solrl_jax.structs import Rollout
 from tests.test_checkpoint import state_at
-from tests.test_train import compiled, metrics_of, toy
+from tests.test_train import as_branch, compiled, metrics_of, toy
 
 __all__ = ["compiled", "toy"]  # fixtures
 CFG = Config()
@@ -110,9 +110,10 @@ def test_a_preview_like_the_full_rollout_ranks_like_it(toy):
 
 
 def test_full_rollouts_have_no_quantised_kernels_beside_them(toy, monkeypatch):
-    """A run whose regenerate.chunk was lowered until it fits: the full rollouts of all candidates go through that."""
-    cfg = config.override(toy, **{"regenerate.chunk": "2", "explore.chunk": "4", "candidates": "8", "kept": "4"})
-    parts, programs, seen = assemble.assemble(cfg, 1), guards._programs, {"preview": [], "full": []}
+    """All 8 candidates go through the run's own programs: explored together, then six at once, as the kept are; the
+    second six begin at the third candidate."""
+    cfg = config.override(toy, **{"regenerate.chunk": "3", "explore.chunk": "4", "candidates": "8", "kept": "6"})
+    parts, programs, seen = assemble.assemble(cfg, 1), iteration.programs, {"explore": [], "regenerate": []}
     before = jax.live_arrays()  # held, so that no id is given anew
 
     def watched(*statics):
@@ -121,31 +122,34 @@ def test_full_rollouts_have_no_quantised_kernels_beside_them(toy, monkeypatch):
         def roll(name, *args):
             new = [x for x in jax.live_arrays() if id(x) not in {id(y) for y in before}]
             seen[name].append((args[1] is None, sum(x.dtype == jnp.float8_e4m3fn for x in new), args[4].shape))
-            reward = jax.random.uniform(jax.random.key(len(seen[name])), args[4].shape)
+            reward = jax.vmap(jax.random.uniform)(args[4].reshape(-1)).reshape(args[4].shape)
             return Rollout(args[4], reward[..., None, None, None], reward, {})
 
         low = {"quantised": lambda kernels, frozen: {"to_q": jnp.zeros(8, jnp.float8_e4m3fn)}}
-        return made._replace(**low, **{name: functools.partial(roll, name) for name in seen})
+        return {**made, **low, **{name: functools.partial(roll, name) for name in seen}}
 
-    monkeypatch.setattr(guards, "_programs", watched)
+    monkeypatch.setattr(iteration, "programs", watched)
     with jax.set_mesh(parts.mesh):
         found = guards.measured(parts, assemble.fresh(parts))
-    assert [stage.chunk for stage in guards.rollouts(cfg)] == [2, 2] and -1 <= found["watch/spearman"] <= 1
-    assert len(seen["preview"]) == len(seen["full"]) == 4  # a prompt a call
-    assert all(not none and scales == 1 and shape == (1, 8) for none, scales, shape in seen["preview"])
-    assert all(none and scales == 0 and shape == (1, 8) for none, scales, shape in seen["full"])
+    assert found["watch/spearman"] == pytest.approx(1)  # a reward is its key's: every candidate is compared with itself
+    assert seen["explore"] == [(False, 1, (1, 8))] * 4  # a prompt a call
+    assert seen["regenerate"] == [(True, 0, (1, 6))] * 8
 
 
-@pytest.mark.parametrize(
-    ("explore", "regenerate", "candidates", "chunk"),
-    [(24, 24, 96, 24), (24, 8, 24, 8), (96, 48, 96, 48), (24, 9, 24, 8)],
-)
-def test_the_smallest_chunk_that_divides_the_candidates(explore, regenerate, candidates, chunk):
-    cfg = config.override(
-        Config(), **{"candidates": candidates, "kept": {9: 18}.get(regenerate, 24), "explore.chunk": explore},
-        **{"regenerate.chunk": regenerate, "learn.micro_batch": 6}
-    )  # fmt: skip
-    assert [stage.chunk for stage in guards.rollouts(cfg)] == [chunk, chunk]
+@pytest.mark.slow
+@pytest.mark.parametrize("branch", [False, True])
+def test_a_measurement_runs_the_programs_of_the_run(toy, tmp_path, monkeypatch, branch):
+    """Each is there once after a run with a measurement; in a branch the rollout from the noise is one more."""
+    made, programs = [], iteration.programs
+    monkeypatch.setattr(iteration, "programs", lambda *statics: made.append(programs(*statics)) or made[-1])
+    cfg = config.override(as_branch(toy) if branch else toy, iterations=1, **{"watch.every": "20"})
+    train.train(cfg, tmp_path / "run", devices=1)
+    first, again = made
+    assert first is again
+    assert [first[name]._cache_size() for name in ("merged", "quantised", "explore", "regenerate")] == [1] * 4
+    names = {"watch/spearman", "watch/overlap", "watch/kept_contrast"}
+    noise = {name.replace("/", "/noise_") for name in names} if branch else set()
+    assert watch_names(metrics_of(tmp_path / "run")[0]) == names | noise
 
 
 @pytest.mark.slow

@@ -37,6 +37,7 @@ def test_tables_are_made_from_the_files(tmp_path):
         "z",
     ]
     assert results.table(tmp_path / "arms/a.json", "t.*").splitlines()[2:] == ["| time | 2.000 ± 0.100 | s | 3 |"]
+    assert [results._told(word) for word in ("/a/run", "--set=x=/a/y")] == ["run", "--set=x=y"]
     assert results._told("--out=/a/b/c.json") == "--out=c.json" and results._told("--out=b/c.json") == "--out=b/c.json"
     facts = json.loads((tmp_path / "arms/a.json").read_text())
     assert set(facts) >= {"command", "device", "versions", "commit", "date", "figures"}

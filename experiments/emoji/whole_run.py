@@ -2,6 +2,8 @@
 
     python -m solrl_jax.main --config=emoji --run_dir=RUN             # a GPU; time this command
     python -m experiments.emoji.whole_run RUN --seconds=377           # its wall time, which no file of the run has
+
+The device and JAX's version of the JSON are those that made it; "run on" and "run by jax" are the run's.
 """
 
 import argparse

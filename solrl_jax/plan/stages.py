@@ -142,15 +142,17 @@ def _rollout(
 
 
 def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
-    """A measurement's preview and full rollouts, one prompt per call: the larger memory, the work of all."""
-    prompts, (preview, full) = -(-cfg.watch.prompts // devices), guards.rollouts(cfg)
-    rolls = [("explore", preview, "preview"), ("watch", full, "")] + [("watch", full, "rest")] * (
-        cfg.branch is not None
-    )
+    """A measurement's preview and full rollouts, as the stages run them on one prompt: the largest memory, the work of
+    all candidates."""
+    assert cfg.preview is not None
+    prompts, calls = -(-cfg.watch.prompts // devices), -(-cfg.candidates // cfg.kept)
+    parts = ("rest",) if cfg.branch is None else ("rest", "")
+    rolls = [("explore", cfg.preview, cfg.candidates, 1, "preview")]
+    rolls += [("regenerate", cfg.regenerate, cfg.kept, calls, part) for part in parts]
     stay, uses = states(cfg, sizes, prompts, cfg.candidates), []
-    for name, how, part in rolls:
-        one = _rollout(name, how, 1, cfg.candidates, cfg, sizes, devices, part)
-        uses.append(_use(one._replace(calls=prompts, every=cfg.watch.every, held=stay), card))
+    for name, how, images, calls, part in rolls:
+        one = _rollout(name, how, 1, images, cfg, sizes, devices, part)
+        uses.append(_use(one._replace(calls=prompts * calls, every=cfg.watch.every, held=stay), card))
     largest = max(uses, key=lambda use: use.total)
     flops, received = sum((use.flops for use in uses), Counter()), sum(use.received for use in uses)
     return largest._replace(stage="watch", flops=flops, seconds=sum(use.seconds for use in uses), received=received)

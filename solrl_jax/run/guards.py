@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Key
 
-from solrl_jax import device, guidance, mixture, quant, rewards, rollout, sharding
-from solrl_jax.config import Config, Stage
-from solrl_jax.iteration import stages
+from solrl_jax import guidance, iteration, mixture, quant, rewards, rollout, sharding
+from solrl_jax.config import Config
 from solrl_jax.keys import sample_keys
 from solrl_jax.quant import calibrate
 from solrl_jax.rewards import Score
@@ -186,9 +184,9 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     """Spearman, overlap of the best K/2 and kept contrast of the preview against all N candidates drawn in full.
 
     Uses `watch.prompts` training prompts, rounded to a multiple of the devices, and the noise of the coming iteration;
-    costs N full rollouts per prompt. Takes no more memory than the stages: one prompt per device at a time, in the
-    smallest of their chunks, and no quantised kernels beside BF16 rollouts. With FP8 the Linears' inputs are looked at
-    first, in BF16 and of calibrate.PROMPTS pictures at most.
+    costs N full rollouts per prompt. It runs the stages' own programs, for one prompt per device at a time and as many
+    images as a stage has, so it compiles little and takes no more memory than they do. With FP8 the Linears' inputs are
+    looked at first, in BF16 and of calibrate.PROMPTS pictures at most.
 
     In a branch `watch/*` compares with all N finished from the preview's states, like the trained samples, and
     `watch/noise_*` with all N drawn from the noise by the steps of `regenerate`, like the policy's own samples.
@@ -199,27 +197,34 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     batch = data.batch(train, cfg.seed, 0, max(count, cfg.prompts))[:count]
     prompts, rows = assemble.encode(parts, batch, parts.score), parts.prompts.rows_of(batch)
     keys = sample_keys(state, count, cfg.candidates)
-    programs = _programs(parts.model, parts.score, parts.optimizer, cfg)
-    kernels = programs.merged(state, parts.frozen)
-    saturated = {} if programs.seen is None else _saturated(parts, programs.seen, kernels, prompts, keys)
-    low = programs.quantised(kernels, parts.frozen)
+    programs = iteration.programs(parts.model, parts.score, parts.optimizer, cfg)
+    own = _own(parts.model, parts.score, cfg)
+    kernels = programs["merged"](state, parts.frozen)
+    saturated = {} if own.seen is None else _saturated(parts, own.seen, kernels, prompts, keys)
+    low = programs["quantised"](kernels, parts.frozen)
 
-    def roll(program: Callable[..., Rollout], low: Params | None, state: Carry | None = None) -> Rollout:
-        """Roll out all N candidates of the prompts."""
+    def roll(program: Callable[..., Rollout], images: int, low: Params | None, state: Carry | None = None) -> Rollout:
+        """All N candidates of the prompts, `images` in a call; the last call of an uneven number begins earlier."""
         found = []
         for i in range(count // devices):
-            group, *start = sharding.block((prompts, keys, state), i, 1)
-            rolled = program(kernels, low, parts.frozen, group, *start)
-            rolled = rollout.with_host(rolled, parts.score, group.tokens, rows)
-            found.append(jax.block_until_ready(rolled._replace(keys=None, x0=None)))
+            group, *seeds = sharding.block((prompts, keys, state), i, 1)
+            columns = []
+            for first in range(0, cfg.candidates, images):
+                begin = min(first, cfg.candidates - images)
+                some = sharding.block(seeds, begin, images, axis=1)
+                one = program(kernels, low, parts.frozen, group, *some)
+                one = rollout.with_host(one, parts.score, group.tokens, rows)._replace(keys=None, x0=None, path=None)
+                again = first - begin
+                columns.append(jax.block_until_ready(sharding.block(one, again, images - again, axis=1)))
+            found.append(sharding.joined(tuple(columns), axis=1))
         return sharding.joined(tuple(found))
 
-    preview = roll(programs.preview, low)
+    preview = roll(programs["explore"], cfg.candidates, low)
     if cfg.regenerate.precision == "bf16":
         low = None  # the quantised kernels leave the device
-    truths = {"": roll(programs.full, low)}
-    if cfg.branch is not None:
-        truths = {"": roll(programs.finish, low, preview.state), "noise_": truths[""]}
+    truths = {"": roll(programs["regenerate"], cfg.kept, low, preview.state)}
+    if own.full is not None:
+        truths["noise_"] = roll(own.full, cfg.kept, low)
     guess = mixture.worth(preview, cfg)
     found = {at: fidelity(guess, mixture.worth(truth, cfg), cfg.kept) for at, truth in truths.items()}
     ranks = {f"watch/{at}{name}": float(jnp.mean(x)) for at, each in found.items() for name, x in each.items()}
@@ -248,44 +253,23 @@ def _saturated(
     return {"watch/saturated": float(len(found)), "watch/saturation": max(found.values(), default=1.0)}
 
 
-class Programs(NamedTuple):
-    """The jitted programs of a measurement: kernels, then rollouts of a prompt's N candidates."""
+class Own(NamedTuple):
+    """The jitted programs of a measurement that no stage has."""
 
-    merged: Callable[..., dict[str, jax.Array]]
-    quantised: Callable[..., Params | None]
-    preview: Callable[..., Rollout]
-    full: Callable[..., Rollout]  # from the noise
-    finish: Callable[..., Rollout]  # from a branch's states
     seen: Callable[..., Any] | None  # the largest inputs (calibrate.seen); None if they have no units
+    full: Callable[..., Rollout] | None  # from the noise; None without a branch, where `regenerate` begins there
 
 
 @functools.lru_cache(maxsize=1)
-def _programs(model: Model, score: Score, optimizer: optax.GradientTransformation, cfg: Config) -> Programs:
+def _own(model: Model, score: Score, cfg: Config) -> Own:
     """Jitted once for a run."""
-    run = stages(model, score, optimizer, cfg)
-    roll, (preview, full) = functools.partial(rollout.rolled, model=model, score=score), rollouts(cfg)
-    branch = rollout.branched(model, cfg)
-    units = preview.precision == "fp8" and model.quant_rules.fp8.units
-    return Programs(
-        seen=jax.jit(functools.partial(calibrate.seen, model=model, stage=preview)) if units else None,
-        merged=jax.jit(run.merged),
-        quantised=jax.jit(run.quantised),
-        preview=jax.jit(
-            functools.partial(roll, stage=preview, branch=branch),
-            compiler_options=device.compiler_options(preview.precision),
-        ),
-        full=jax.jit(functools.partial(roll, stage=full)),
-        finish=jax.jit(functools.partial(roll, stage=full, branch=branch)),
+    assert cfg.preview is not None
+    units = cfg.preview.precision == "fp8" and model.quant_rules.fp8.units
+    full = functools.partial(rollout.rolled, model=model, score=score, stage=cfg.regenerate)
+    return Own(
+        seen=jax.jit(functools.partial(calibrate.seen, model=model, stage=cfg.preview)) if units else None,
+        full=jax.jit(full) if cfg.branch is not None else None,
     )
-
-
-def rollouts(cfg: Config) -> tuple[Stage, Stage]:
-    """Preview and full rollout of a measurement: the stages' own, in a chunk that fits both and divides N."""
-    preview = cfg.preview
-    assert preview is not None
-    smallest = min(preview.chunk, cfg.regenerate.chunk)
-    chunk = max(size for size in range(1, min(smallest, cfg.candidates) + 1) if cfg.candidates % size == 0)
-    return dataclasses.replace(preview, chunk=chunk), dataclasses.replace(cfg.regenerate, chunk=chunk)
 
 
 def judged(state: TrainState, metrics: Mapping[str, float], cfg: Config) -> TrainState:
