@@ -183,8 +183,8 @@ class Staged:
 
         `given` are the prompts, keys and states. With `chance` the kept are selected block by block, which counts as
         part of the stage; the other candidates' states are freed. On several devices the next block is already
-        enqueued while one runs, so that a device that is done does not wait for the others; not with rewards that run
-        on the host, before which nothing of a block can be freed.
+        enqueued while one runs, so that a device that is done does not wait for the others; and with rewards that run
+        on the host, so that the device draws the next pictures while the host scores these.
         """
         prompts, images = given[1].shape
         mesh = jax.sharding.get_mesh()
@@ -208,7 +208,7 @@ class Staged:
             between(name, (i + together) / mine)
             return found
 
-        ahead = AHEAD if mesh.size > 1 and not self.score.on_host else 0
+        ahead = AHEAD if mesh.size > 1 or self.score.on_host else 0
         waiting, parts = collections.deque[tuple[int, Any]](), []
         with clock(times, name):
             for i in range(0, mine, together):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,29 @@ def test_the_staged_loop_gives_each_device_its_own_prompts(folder):
     for one, two in zip(found[1], found[2], strict=True):  # the previews, and the kept of them
         a, b = (jax.tree.leaves(r._replace(keys=jax.random.key_data(r.keys))) for r in (one, two))
         jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_device_draws_while_the_host_scores(folder, monkeypatch):
+    """When the host is given a block's pictures, the next block is enqueued; the selection is of the host's scores."""
+    parts = parts_of(nano.build(folder), 1)
+    with jax.set_mesh(parts.mesh):
+        _, prompts, keys = begun(parts)
+        staged, enqueued, scored = iteration.Staged(**dict(zip(STATICS, statics_of(parts), strict=True))), [], []
+
+        def drawn(kernels, low, frozen, group, keys, state):
+            enqueued.append(keys)
+            return iteration.Rollout(keys, None, jnp.zeros(keys.shape), {})
+
+        def with_host(found, score, tokens, rows):
+            scored.append(len(enqueued))
+            return found._replace(reward=jnp.arange(keys.shape[1])[None] * 1.0 + len(scored))
+
+        staged.jit["explore"], staged.score = drawn, types.SimpleNamespace(on_host=("slow",))
+        monkeypatch.setattr(iteration, "with_host", with_host)
+        given = (None, None, None), (prompts, keys, None)
+        _, chosen = staged._by_prompt("explore", *given, {}, lambda *_: None, jnp.zeros(keys.shape), [{"prompt": "a"}] * 4)
+    assert scored == [2, 3, 4, 4]
+    np.testing.assert_array_equal(chosen.reward[:, 0], keys.shape[1] - 1 + np.arange(1, 5))  # each block's best first
 
 
 @pytest.fixture(scope="module")
