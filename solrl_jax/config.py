@@ -323,7 +323,7 @@ class Config(Checked):
     trained times.
     """
 
-    name: str = ""
+    name: str = ""  # part of file names: of a run's default folder and of its LoRA for ComfyUI
     model: Model = dataclasses.field(default_factory=Model)
     prompt_files: str = ""  # a folder with train.txt and test.txt, or one file (see data.read)
     reward: str = ""  # "clipscore" or a weighted mix "pickscore:1,hpsv2:0.5"
@@ -355,6 +355,12 @@ class Config(Checked):
     staged: bool = True  # stages jitted separately (progress, stage times); False: one jit of the whole iteration_step
 
     def rules(self) -> None:
+        _require(
+            self.name.isprintable() and not any(part in self.name for part in ("/", "\\", "..")),
+            f"name={self.name!r}: it becomes part of file names, so leave out /, \\, .. and control characters",
+        )
+        most = 200  # bytes: file systems take 255, and a time or an ending follows
+        _require(len(self.name.encode()) <= most, f"name={self.name:.40}...: give one of at most {most} bytes")
         p, n, k = self.prompts, self.candidates, self.kept
         _require(p >= 1, f"prompts={p}: give 1 or more")
         _require(1 <= k <= n, f"kept={k} of candidates={n}: keep between 1 and {n}")
