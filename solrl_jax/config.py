@@ -407,7 +407,7 @@ class Config(Checked):
             "next prompts are drawn, so the spread over all of them is not known: use prompt, as published, or "
             "prompt_unbiased",
         )
-        _require(self.iterations >= 0, f"iterations={self.iterations}: 0 or more")
+        _require(self.iterations >= 1, f"iterations={self.iterations}: 1 or more; --mode=eval draws without training")
         _require(self.encode_ahead >= 0, f"encode_ahead={self.encode_ahead}: 0 (the text encoders stay) or more")
         _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
         _require(self.shard >= 0, f"shard={self.shard}: 0 (auto), 1 (weights whole on every device) or more")

@@ -195,6 +195,7 @@ def test_damaged_files_are_named(command, file, damage, words):
         ({"seed": "-1"}, "seed=-1: 0 or more"),
         ({"keep": "0"}, "keep=0: keep at least one checkpoint"),
         ({"wandb": "a/b/c"}, "wandb=a/b/c: a project's name, or entity/project"),
+        ({"iterations": "0"}, "iterations=0: 1 or more; --mode=eval draws without training"),
         ({"iterations": "many"}, "iterations=many: needs int"),
         ({"watch.rank": "2"}, "watch.rank=2.0: a rank correlation, -1 to 1"),
         ({"sede": "1"}, "no field 'sede' in Config; did you mean seed?"),

@@ -251,7 +251,7 @@ def test_a_run_that_was_killed_before_its_first_save_begins_anew(toy, tmp_path, 
 
 def test_handlers_are_as_before_a_run(toy, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    train.train(config.override(toy, iterations=0, **{"evaluate.every": 0}), tmp_path / "run", devices=1)
+    train.train(config.override(toy, iterations=1, **{"evaluate.every": 0}), tmp_path / "run", devices=1)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
