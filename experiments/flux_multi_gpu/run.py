@@ -37,7 +37,7 @@ from typing import Any
 
 import jax
 
-from experiments import results
+from experiments import fields, results
 from experiments.flux_multi_gpu import gradients
 from experiments.full_size import Bench, Options
 from solrl_jax import config, device, processes
@@ -66,7 +66,10 @@ SHORT = {
     "settings": "named",
     "chunk": "2",
     "dtypes": "float32",
-    "set": "candidates=4,kept=2,explore.chunk=4,regenerate.chunk=2,learn.updates=1,learn.micro_batch=4",
+    "set": [
+        *(("candidates", "4"), ("kept", "2"), ("explore.chunk", "4"), ("regenerate.chunk", "2")),
+        *(("learn.updates", "1"), ("learn.micro_batch", "4")),
+    ],
 }
 """The small world's defaults of the arguments."""
 OF_PART = {"shards": ("parts", "whole"), "pipelined": ("parts", "parts, pipelined")}
@@ -196,7 +199,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keeps", default="", help="the named setting's model.remat_keeps")
     parser.add_argument("--limit", type=float, help="GB of every card that JAX's allocator may take")
     parser.add_argument("--card_gb", type=float, help="GB (1e9 bytes) of a card; default: nvidia-smi's")
-    parser.add_argument("--set", default="", help="config words, field=value with commas: reward=pickscore")
+    fields.add_argument(parser)
     parser.add_argument("--out", type=Path, help="default: results/PART_SETTING.json")
     gradients.arguments(parser)
     args = parser.parse_args(argv)
@@ -209,7 +212,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 def checked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments as lists, numbers and a file's name."""
     args.devices = [int(n) for n in (args.devices or ("4" if args.part in OF_PART else "1,2,4")).split(",")]
-    args.set = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
+    args.set = dict(args.set)
     args.settings = args.settings.split(",")
     taken = ("parts",) if args.part == "shards" and args.limit else OF_PART.get(args.part, ())
     args.forms = [form.strip() for form in args.forms.split(";")] if args.forms else taken
