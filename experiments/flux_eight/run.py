@@ -7,9 +7,10 @@
         python -m experiments.flux_eight.run --short --out=/tmp/e.json       # the small world; minutes on a CPU
 
 Random weights at full size. Each form is one iteration, compiled before it runs: seconds of every stage, prompts a
-second and peak memory. `one card` has the prompts of one of the cards, so with perfect scaling it takes as long; the
-branch's efficiency is against it. Low precision is what the cards have, FP8 on an H100 or H200. Of FLUX the paper's
-seconds stand beside. The file is written after every figure; a form that runs out of memory is recorded as failed.
+second and peak memory of every card, also of several processes'. `one card` has the prompts of one of the cards, so
+with perfect scaling it takes as long; the branch's efficiency is against it. Low precision is what the cards have, FP8
+on an H100 or H200. Of FLUX the paper's seconds stand beside. The file is written after every figure; a form that runs
+out of memory is recorded as failed.
 """
 
 import argparse

@@ -27,6 +27,7 @@ gradients    gradients.py
 
 import argparse
 import gc
+import json
 import os
 import statistics
 import subprocess
@@ -93,6 +94,27 @@ class Record:
         return lambda figures: self({f"{name}: {k}": f for k, f in figures.items()})
 
 
+class Together(Bench):
+    """The bench of one of several processes: its peaks are those of the cards of all."""
+
+    def peak(self, name: str) -> None:
+        super().peak(name)
+        if name in self.figures:  # a CPU has none, in any process
+            told = processes.exchanged(json.dumps(self.figures[name]), merged)
+            self.figures[name] = json.loads(told)
+            self.written(self.figures)
+
+
+def merged(texts: Sequence[str]) -> str:
+    """The peaks of several processes, as JSON, as one: each card's in the processes' order. It is an upper bound if the
+    highest is."""
+    peaks = [json.loads(text) for text in texts]
+    each = [gb for peak in peaks for gb in peak["spread"] or [round(peak["value"], 3)]]
+    highest = max(peaks, key=lambda peak: peak["value"])
+    unit = "GB, the most of all cards [each]" + "".join(highest["unit"].partition(":")[1:])
+    return json.dumps(results.figure(highest["value"], unit, len(each), each))
+
+
 def measured(record: Record, name: str, cfg: Config, devices: int, repeat: int, options: Options | None = None):
     """Seconds of each of `repeat` iterations by stage, recorded under `name`; nothing if memory ran out."""
     print(f"--- {name}", flush=True)
@@ -100,7 +122,7 @@ def measured(record: Record, name: str, cfg: Config, devices: int, repeat: int, 
     assemble.check_divides(cfg, devices)
     rows = []
     try:
-        bench = Bench(cfg, mesh, repeat, written=record.named(name))
+        bench = (Together if processes.count() > 1 else Bench)(cfg, mesh, repeat, written=record.named(name))
         with jax.set_mesh(mesh):
             bench.encode()
             rows = bench.iterations({}, options)
