@@ -579,7 +579,7 @@ def from_json(text: str) -> Config:
     """The inverse of `to_json`; a field that this version does not know raises ConfigError."""
     try:
         values = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"not the JSON of a config: {e}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"not the JSON of a config: a {type(values).__name__}, not an object")

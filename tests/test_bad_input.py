@@ -255,6 +255,13 @@ def test_the_folder_of_another_model(command, file, kind, message):
     assert code == 2 and message in error and len(error.splitlines()) == 1, error
 
 
+@pytest.mark.parametrize("file", ["pipeline/model_index.json", "pipeline/transformer/config.json", "clip/config.json"])
+def test_json_that_is_nested_too_deep(command, file):
+    (command.folder / file).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    code, error = command()
+    assert code == 2 and f"{file} is not JSON (maximum recursion depth" in error and len(error.splitlines()) == 1, error
+
+
 def test_an_over_long_prompt_is_cut_and_said(whole, tmp_path):
     """The run goes on: the text encoders' limits are the model's, and the user is told which prompts lose words."""
     long = "a red circle left of a blue square " * 4

@@ -93,6 +93,7 @@ def test_a_flipped_byte_is_seen_and_the_one_before_is_used(run):
         (lambda place: (place / "manifest.json").unlink(), "no manifest.json, so its save was cut short"),
         (lambda place: (place / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda place: (place / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+        (lambda place: (place / "manifest.json").write_text("[" * 100_000), "manifest.json cannot be read"),
         (lambda place: (place / "config.json").write_text("{}"), "config.json is not what was written"),
     ],
 )

@@ -162,6 +162,8 @@ def test_json_of_another_version_or_of_nothing():
         config.from_json('{"learn": {"beta": 1}}')
     with pytest.raises(ConfigError, match="not the JSON of a config"):
         config.from_json("{")
+    with pytest.raises(ConfigError, match="not the JSON of a config: maximum recursion depth"):
+        config.from_json("[" * 100_000)
     assert config.from_json("{}") == Config()
 
 
