@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jax
 
-from experiments import results
+from experiments import fields, results
 from solrl_jax import config, plan
 from solrl_jax.plan import shapes
 
@@ -24,20 +24,19 @@ CARD = "H100 80GB"
 def write(name: str, words: Mapping[str, str], out: Path) -> None:
     """The plan of a config with these fields into `out`, by another process."""
     command = [sys.executable, "-m", "experiments.planned", f"--config={name}", f"--out={out}"]
-    subprocess.run([*command, f"--set={','.join(f'{k}={v}' for k, v in words.items())}"], check=True)
+    subprocess.run([*command, *fields.arguments(words)], check=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--set", default="", help="config words, field=value with commas")
+    fields.add_argument(parser)
     parser.add_argument("--card", default=CARD)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
     with tempfile.TemporaryDirectory() as folder:
-        cfg = shapes.with_configs(config.load(args.config, words), folder)
+        cfg = shapes.with_configs(config.load(args.config, dict(args.set)), folder)
         found = plan.plan(cfg, 1, args.card)
     figures = {f"{use.stage}: memory": results.figure(use.total / 1e9, "GB", 1) for use in found.uses}
     figures |= {f"{use.stage}: time": results.figure(use.seconds, "s", 1) for use in found.uses}

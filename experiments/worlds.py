@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from experiments import fields
 from experiments.emoji import judge as objects
 from experiments.emoji import pretrain as emoji
 from experiments.emoji import world as emoji_world
@@ -141,21 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--world, --networks and --set, for `of`."""
     parser.add_argument("--world", default="tiny", choices=WORLDS)
     parser.add_argument("--networks", type=Path, help="a folder with pipeline/ and clip/; the world's own if not given")
-    parser.add_argument(
-        "--set",
-        type=_field,
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="in every config, past its recipe but not past an arm's own: learn.kl_weight=1e-4; again for more fields",
-    )
-
-
-def _field(word: str) -> tuple[str, str]:
-    name, equals, value = word.partition("=")
-    if not (name and equals):
-        raise argparse.ArgumentTypeError(f"{word!r}: use FIELD=VALUE")
-    return name, value
+    fields.add_argument(parser, "in every config, past its recipe but not past an arm's own: learn.kl_weight=1e-4")
 
 
 def of(args: argparse.Namespace) -> World:

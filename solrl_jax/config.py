@@ -323,7 +323,7 @@ class Config(Checked):
     trained times.
     """
 
-    name: str = ""
+    name: str = ""  # part of file names: of a run's default folder and of its LoRA for ComfyUI
     model: Model = dataclasses.field(default_factory=Model)
     prompt_files: str = ""  # a folder with train.txt and test.txt, or one file (see data.read)
     reward: str = ""  # "clipscore" or a weighted mix "pickscore:1,hpsv2:0.5"
@@ -355,6 +355,12 @@ class Config(Checked):
     staged: bool = True  # stages jitted separately (progress, stage times); False: one jit of the whole iteration_step
 
     def rules(self) -> None:
+        _require(
+            self.name.isprintable() and not any(part in self.name for part in ("/", "\\", "..")),
+            f"name={self.name!r}: it becomes part of file names, so leave out /, \\, .. and control characters",
+        )
+        most = 200  # bytes: file systems take 255, and a time or an ending follows
+        _require(len(self.name.encode()) <= most, f"name={self.name:.40}...: give one of at most {most} bytes")
         p, n, k = self.prompts, self.candidates, self.kept
         _require(p >= 1, f"prompts={p}: give 1 or more")
         _require(1 <= k <= n, f"kept={k} of candidates={n}: keep between 1 and {n}")
@@ -401,7 +407,7 @@ class Config(Checked):
             "next prompts are drawn, so the spread over all of them is not known: use prompt, as published, or "
             "prompt_unbiased",
         )
-        _require(self.iterations >= 0, f"iterations={self.iterations}: 0 or more")
+        _require(self.iterations >= 1, f"iterations={self.iterations}: 1 or more; --mode=eval draws without training")
         _require(self.encode_ahead >= 0, f"encode_ahead={self.encode_ahead}: 0 (the text encoders stay) or more")
         _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
         _require(self.shard >= 0, f"shard={self.shard}: 0 (auto), 1 (weights whole on every device) or more")
@@ -573,7 +579,7 @@ def from_json(text: str) -> Config:
     """The inverse of `to_json`; a field that this version does not know raises ConfigError."""
     try:
         values = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"not the JSON of a config: {e}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"not the JSON of a config: a {type(values).__name__}, not an object")

@@ -32,6 +32,8 @@ def unwritable(folder: Path) -> str:
     """Why nothing can be written in `folder`, which need not exist yet; "" if something can."""
     try:
         place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        for name in folder.absolute().relative_to(place.absolute()).parts:
+            (place / name).exists()  # a folder that is not made yet would not tell
     except OSError as e:  # a name that is too long
         return e.strerror or str(e)
     can = place.is_dir() and os.access(place, os.W_OK | os.X_OK)

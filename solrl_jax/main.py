@@ -312,7 +312,7 @@ def command(words: Sequence[str]) -> Command:
         raise ConfigError("--prompts and --config.prompt_files differ: give one of them")
     overrides |= _guidance(overrides)
     run = Path(FLAGS.run_dir) if FLAGS.run_dir else None
-    if run is not None and run.exists() and not run.is_dir():
+    if run is not None and os.path.exists(run) and not run.is_dir():  # Path.exists fails for a name that is too long
         raise ConfigError(f"--run_dir={run} is a file: give a new folder or the folder of a run")
     # Several processes: the first alone writes, and its folder may be no other host's.
     if FLAGS.mode in SEVERAL and not _several() and (why := disk.unwritable(run or Path("runs"))):

@@ -195,6 +195,7 @@ def test_damaged_files_are_named(command, file, damage, words):
         ({"seed": "-1"}, "seed=-1: 0 or more"),
         ({"keep": "0"}, "keep=0: keep at least one checkpoint"),
         ({"wandb": "a/b/c"}, "wandb=a/b/c: a project's name, or entity/project"),
+        ({"iterations": "0"}, "iterations=0: 1 or more; --mode=eval draws without training"),
         ({"iterations": "many"}, "iterations=many: needs int"),
         ({"watch.rank": "2"}, "watch.rank=2.0: a rank correlation, -1 to 1"),
         ({"sede": "1"}, "no field 'sede' in Config; did you mean seed?"),
@@ -252,6 +253,13 @@ def test_the_folder_of_another_model(command, file, kind, message):
     (command.folder / "pipeline" / file).write_text(json.dumps({"_class_name": kind}))
     code, error = command()
     assert code == 2 and message in error and len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize("file", ["pipeline/model_index.json", "pipeline/transformer/config.json", "clip/config.json"])
+def test_json_that_is_nested_too_deep(command, file):
+    (command.folder / file).write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    code, error = command()
+    assert code == 2 and f"{file} is not JSON (maximum recursion depth" in error and len(error.splitlines()) == 1, error
 
 
 def test_an_over_long_prompt_is_cut_and_said(whole, tmp_path):

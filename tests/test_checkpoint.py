@@ -93,6 +93,7 @@ def test_a_flipped_byte_is_seen_and_the_one_before_is_used(run):
         (lambda place: (place / "manifest.json").unlink(), "no manifest.json, so its save was cut short"),
         (lambda place: (place / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda place: (place / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
+        (lambda place: (place / "manifest.json").write_text("[" * 100_000), "manifest.json cannot be read"),
         (lambda place: (place / "config.json").write_text("{}"), "config.json is not what was written"),
     ],
 )
@@ -304,7 +305,7 @@ def test_one_process_at_a_time(tmp_path, system):
 @pytest.mark.slow
 def test_a_run_locks_its_folder_without_fcntl(tmp_path):
     """No module needs what Windows lacks; a run takes its lock and frees it at its end."""
-    cfg = nano.build(tmp_path, iterations=0, evaluate=config.Evaluate(every=0), watch=config.Watch(every=0))
+    cfg = nano.build(tmp_path, iterations=1, evaluate=config.Evaluate(every=0), watch=config.Watch(every=0))
     (tmp_path / "config.json").write_text(config.to_json(cfg))
     code = "import orbax.checkpoint, tensorboardX, transformers\nfrom pathlib import Path\n"
     code += "from solrl_jax import config, main, train\nhere = Path(sys.argv[1])\n"

@@ -24,6 +24,15 @@ def bare(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (
+            {"name": "../there"},
+            r"^name='../there': it becomes part of file names, so leave out /, \\, \.\. and control",
+        ),
+        ({"name": "a/b"}, r"^name='a/b': it becomes part"),
+        ({"name": "a\\b"}, r"^name='a\\\\b': it becomes part"),
+        ({"name": "a\0"}, r"^name='a\\x00': it becomes part"),
+        ({"name": "a\udcff"}, r"^name='a\\udcff': it becomes part"),
+        ({"name": "ä" * 101}, r"^name=ä{40}\.\.\.: give one of at most 200 bytes$"),
         ({"kept": "200"}, r"kept=200 of candidates=96: keep between 1 and 96"),
         ({"kept": "23"}, r"kept=23 is odd.*use kept=24"),
         ({"selection": "all"}, r"selection=all keeps every candidate: set kept=96"),
@@ -51,6 +60,11 @@ def bare(monkeypatch):
 def test_what_cannot_run_is_refused_with_its_mend(change, message):
     with pytest.raises(ConfigError, match=message):
         config.override(BASE, **change)
+
+
+def test_names_with_spaces_colons_and_other_alphabets():
+    for name in ("", "flux: 2.1", "ä" * 100, "a.b"):
+        assert Config(name=name).name == name
 
 
 @pytest.mark.parametrize(
@@ -148,6 +162,8 @@ def test_json_of_another_version_or_of_nothing():
         config.from_json('{"learn": {"beta": 1}}')
     with pytest.raises(ConfigError, match="not the JSON of a config"):
         config.from_json("{")
+    with pytest.raises(ConfigError, match="not the JSON of a config: maximum recursion depth"):
+        config.from_json("[" * 100_000)
     assert config.from_json("{}") == Config()
 
 

@@ -81,7 +81,7 @@ def test_a_flipped_byte_and_another_config_are_named(public, converted, tmp_path
         assemble.open_weights(cfg, mesh)
     found = json.loads((tmp_path / "copy" / "weights.json").read_text())
     found["leaves"].popitem()
-    for text in ("{", "[]", json.dumps(found)):
+    for text in ("{", "[]", "[" * 100_000, json.dumps(found)):
         (tmp_path / "copy" / "weights.json").write_text(text)
         with pytest.raises(WeightsError, match=r"weights.json cannot be read"):
             assemble.open_weights(cfg, mesh)

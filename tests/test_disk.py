@@ -10,7 +10,7 @@ import pytest
 from experiments import results
 from solrl_jax import weights
 from solrl_jax.config import Lora
-from solrl_jax.run import checkpoint, pictures
+from solrl_jax.run import checkpoint, pictures, score
 from solrl_jax.weights import Rule, lora_files
 
 KEYS = (Rule(r"(.+)/kernel", r"\1.weight", "linear"),)
@@ -31,6 +31,7 @@ WRITERS = {
     "base.npz": lambda file: pictures.save(file, SHOWN, 0, "how"),
     "000000.png": lambda file: pictures.write_grid(file, SHOWN.prompts, {"base": SHOWN.images}),
     "figures.json": lambda file: results.record(file, {"one": results.figure(1.0, "s", 1)}),
+    "scores.csv": lambda file: score.write_csv(file, [score.Picture("a.png", {"prompt": "a"}, (8, 8))], {}),
     "text.json": lambda file: checkpoint.replace(file, "{}"),
 }
 

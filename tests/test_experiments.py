@@ -8,13 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evidence, ranks, results, worlds
+from experiments import evidence, fields, ranks, results, worlds
 from experiments.ablations import run as ablations
 from experiments.efficiency import peer
 from experiments.efficiency import run as efficiency
+from experiments.flux2_h100 import run as flux2_h100
+from experiments.flux_eight import run as flux_eight
+from experiments.flux_multi_gpu import run as flux_multi_gpu
 from experiments.methods import run, summary
 from experiments.methods.price import WORK, Prices, of_world, price, wall
 from experiments.rewards import speed
+from experiments.zimage_h100 import run as zimage_h100
 from solrl_jax import config, recipes
 from solrl_jax.run import model_card
 
@@ -90,6 +94,38 @@ def test_a_world_with_fields_of_the_command(capsys):
     assert "'learn.kl_weight': use FIELD=VALUE" in capsys.readouterr().err
     with pytest.raises(config.ConfigError, match=r"learn\.kl_wait"):
         world._replace(overrides=(("learn.kl_wait", "1"),)).config("branch")
+
+
+def test_fields_with_commas_in_their_values():
+    """--set is repeated, by every experiment but full_size, which gets them in one word."""
+    words = ["--set=model.remat_keeps=attention,mlp", "--set=reward_paths=clipscore=a,shapes=b"]
+    pairs = {"model.remat_keeps": "attention,mlp", "reward_paths": "clipscore=a,shapes=b"}
+    assert flux_eight.parsed(words).set == flux_multi_gpu.parsed(words).set == pairs
+    short = flux_multi_gpu.parsed(["--short", "--set=kept=4"]).set
+    assert (short["candidates"], short["kept"]) == ("4", "4") and len(short) == 6
+    parser = argparse.ArgumentParser()
+    fields.add_argument(parser)
+    assert dict(parser.parse_args(words).set) == pairs and fields.arguments(pairs) == words
+    cfg = config.load("flux", dict(parser.parse_args(words).set))
+    assert cfg.model.remat_keeps == ("attention", "mlp") and cfg.reward_paths == ("clipscore=a", "shapes=b")
+
+
+@pytest.mark.parametrize("module", [flux2_h100, zimage_h100])
+def test_fields_of_a_part_are_passed_on_to_full_size(module, monkeypatch, tmp_path):
+    """In one word with commas, the part's own before the command's; what cannot be passed on is refused first."""
+    ran, plans = [], []
+    monkeypatch.setattr(module.subprocess, "run", lambda command, **_: ran.append(command) or mock.Mock(returncode=0))
+    monkeypatch.setattr(module.planned, "write", lambda name, words, out: plans.append(words))
+    words = ["--parts=1024", f"--out={tmp_path}"]
+    module.main([*words, "--set=prompts=2", "--set=explore.chunk=6", "--set=model.path=DIR"])
+    (told,) = [word.removeprefix("--set=") for word in ran[0] if word.startswith("--set=")]
+    assert dict(word.split("=", 1) for word in told.split(",")) == plans[0]
+    assert (plans[0]["prompts"], plans[0]["explore.chunk"], plans[0]["regenerate.chunk"]) == ("2", "6", "12")
+    with pytest.raises(
+        SystemExit, match=r"^--set=model\.remat_keeps=attention,mlp: experiments/full_size\.py, which .*no"
+    ):
+        module.main([*words, "--set=model.remat_keeps=attention,mlp"])
+    assert len(ran) == len(plans) == 1
 
 
 def test_the_seconds_of_a_call():

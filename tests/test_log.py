@@ -38,7 +38,7 @@ def test_damaged_lines_are_dropped(tmp_path):
     write_some(tmp_path, range(3))
     file = tmp_path / "metrics.jsonl"
     before = file.read_bytes()
-    file.write_bytes(before + b'\xff\xfe\0\n{"iteration": null}\n{"iteration": "3"}\n')
+    file.write_bytes(before + b'\xff\xfe\0\n{"iteration": null}\n{"iteration": "3"}\n' + b"[" * 100_000 + b"\n")
     assert [line["iteration"] for line in log.read(file)] == [0, 1, 2]
     write_some(tmp_path, [], done=2)
     assert file.read_bytes() == before
@@ -150,7 +150,7 @@ def test_wandb_that_lets_nobody_in(tmp_path, monkeypatch):
         pass
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]"])
+@pytest.mark.parametrize("content", ["", "{}", "[]", "[" * 100_000], ids=len)
 def test_wandb_whose_id_is_damaged(tmp_path, monkeypatch, content):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
     (tmp_path / "wandb.json").write_text(content)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from experiments import full_size
+from experiments import full_size, results
 from experiments.flux_multi_gpu import gradients, run
 from experiments.full_size import Bench, drawn
 from solrl_jax import config, sharding
@@ -132,6 +132,30 @@ def test_the_peak_of_every_card(capsys):
         "spread": [23.0, 25.5],
     }
     assert "at most" in bench.figures["b"]["unit"]
+
+
+def test_the_peak_of_every_process(monkeypatch):
+    """Of three processes of one or two cards; the first one's own figure gives way to that of all."""
+
+    def peak(gb, before, *each):
+        unit = "GB" + ", the most of all cards [each]" * (len(each) > 1) + ": at most, for as much was" * before
+        return results.figure(gb, unit, len(each), list(each) if len(each) > 1 else None)
+
+    others = [peak(25.5, False, 24.0, 25.5), peak(30.0001, True, 30.0001)]
+    first, told = Bench.__new__(run.Together), []
+    first.figures, first.written = {"learn": results.figure(3.0, "s", 1)}, lambda figures: told.append(dict(figures))
+    monkeypatch.setattr(Bench, "peak", lambda self, name: self.figures.update({name: peak(23.0, False, 23.0)}))
+    exchange = run.processes.exchanged
+    for there, value, each in ((others[:1], 25.5, [23.0, 24.0, 25.5]), (others, 30.0001, [23.0, 24.0, 25.5, 30.0])):
+        said = [json.dumps(other) for other in there]
+        monkeypatch.setattr(run.processes, "exchanged", lambda text, reduce, said=said: reduce([text, *said]))
+        first.peak("a")
+        unit = "GB, the most of all cards [each]" + ": at most, for as much was" * (value == 30.0001)
+        assert told[-1]["a"] == results.figure(value, unit, len(each), each) and told[-1]["learn"]["value"] == 3.0
+    monkeypatch.setattr(run.processes, "exchanged", exchange)
+    monkeypatch.setattr(Bench, "peak", lambda self, name: None)  # a CPU tells none
+    first.peak("b")
+    assert "b" not in first.figures and len(told) == 2
 
 
 def measured(seconds):

@@ -155,7 +155,7 @@ def test_a_page_is_whole_and_asks_for_nothing(tmp_path):
 
 def test_no_text_becomes_markup(tmp_path):
     names = [tmp_path / "<b>&one" / "x", tmp_path / '"two' / "x"]
-    cfg = dataclasses.replace(CFG, name=EVIL, reward=EVIL, prompt_files="\ud800" + EVIL)
+    cfg = dataclasses.replace(CFG, name=EVIL.replace("/", ""), reward=EVIL, prompt_files="\ud800" + EVIL)
     for folder in names:
         write(folder, {1: {EVIL: math.nan, f"time/{EVIL}": 1.0, f"eval_reward_{EVIL}": 1.0}}, cfg, (EVIL, "'>", "c"))
     for folders in (names, names[:1]):
@@ -229,9 +229,10 @@ def test_names_are_as_long_as_they_must_be(tmp_path):
         run.read_all([tmp_path])
     with pytest.raises(report.ReportError, match="no run to report"):
         run.read_all([])
-    (folders[0] / "config.json").write_text("{")
-    with pytest.raises(report.ReportError, match=r"config\.json: not the JSON of a config"):
-        run.read_all(folders)
+    for text in ("{", "[" * 100_000):
+        (folders[0] / "config.json").write_text(text)
+        with pytest.raises(report.ReportError, match=r"config\.json: not the JSON of a config"):
+            run.read_all(folders)
 
 
 @pytest.mark.parametrize("count, blocks, rows", [(1, 1, 1), (2, 1, 2), (8, 2, 4), (24, 3, 8), (5, 2, 3)])

@@ -1,7 +1,9 @@
 """--mode=score gives the scores of the rewards for arrays; an error is one line, and nothing is written."""
 
 import csv
+import errno
 import json
+import os
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from configs.tiny import WORLD
-from solrl_jax import main, rewards
+from solrl_jax import disk, main, rewards
 from solrl_jax.run import score
 from tests.tiers import slow
 
@@ -81,6 +83,30 @@ def test_scores_are_kept_where_nobody_reads_the_table(command, pictures, tmp_pat
     with pytest.raises(BrokenPipeError):
         command("--config.reward=same.half", "--prompts=p.txt", "--images=pictures")
     assert [line["same.half"] for line in lines(tmp_path)] == ["0.5"] * 3
+
+
+def test_scores_are_written_whole_or_not_at_all(command, pictures, tmp_path, monkeypatch):
+    """A disk that fails at the end of the file leaves the scores of before."""
+    (tmp_path / "one.py").write_text("HOST = True\n\ndef half(images, prompts):\n    return [0.5] * len(prompts)\n")
+    (tmp_path / "two.py").write_text("HOST = True\n\ndef third(images, prompts):\n    return [0.3] * len(prompts)\n")
+    words = "--prompts=p.txt", "--images=pictures"
+    assert command("--config.reward=one.half", *words)[0] == 0
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(disk.os, "fsync", full)
+    code, _, err = command("--config.reward=two.third", *words)
+    assert code == 2 and "No space left" in err
+    assert [line["one.half"] for line in lines(tmp_path)] == ["0.5"] * 3
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["scores.csv"]
+
+
+def test_a_name_that_the_csv_cannot_hold_is_said_before_scoring(command, pictures, tmp_path):
+    (tmp_path / "pictures" / "a.png").rename(tmp_path / "pictures" / "\udcff.png")
+    code, _, err = command("--config.reward=shapes", "--prompts=p.txt", "--images=pictures")
+    assert code == 2 and "the name '\\udcff.png' is not UTF-8: rename the picture" in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

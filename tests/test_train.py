@@ -251,7 +251,7 @@ def test_a_run_that_was_killed_before_its_first_save_begins_anew(toy, tmp_path, 
 
 def test_handlers_are_as_before_a_run(toy, tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    train.train(config.override(toy, iterations=0, **{"evaluate.every": 0}), tmp_path / "run", devices=1)
+    train.train(config.override(toy, iterations=1, **{"evaluate.every": 0}), tmp_path / "run", devices=1)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -461,6 +461,27 @@ def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
     assert export.export(toy, tmp_path / "again", place=None, lora_file=run, devices=1) == 0  # from a LoRA file
     again = load_file(tmp_path / "again" / "pytorch_lora_weights.safetensors")
     jax.tree.map(np.testing.assert_array_equal, again, mine)
+
+
+def test_an_export_is_written_over_a_runs_files_only_by_its_own_checkpoints(toy, tmp_path):
+    """Neither a LoRA file nor another run's checkpoint: what training wrote stays, bit for bit."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    train.train(config.override(toy, iterations=2, save_every=1), run, devices=1)
+    train.train(config.override(toy, iterations=1, seed=7), other, devices=1)
+    files = [f for f in run.rglob("*.safetensors") if "checkpoints" not in f.parts]
+    was = {f: f.read_bytes() for f in (*files, run / "model_card.md")}
+    assert len(was) == 3
+    told = rf"run/pytorch_lora_weights\.safetensors is there already, and only a checkpoint of {run} is exported over"
+    for how in ({"lora_file": other, "place": None}, {"place": checkpoint.folder(other, 1)}):
+        with pytest.raises(config.ConfigError, match=told):
+            export.export(toy, run, devices=1, **how)
+        assert {f: f.read_bytes() for f in was} == was
+    ended = {f: load_file(f) for f in files}
+    for step in (1, 2):
+        assert export.export(toy, run, place=checkpoint.folder(run, step), devices=1) == 0
+        for file, tensors in ended.items():
+            same = [np.array_equal(x, load_file(file)[name]) for name, x in tensors.items()]
+            assert all(same) if step == 2 else not all(same)
 
 
 @pytest.mark.slow

@@ -340,7 +340,9 @@ def test_shards(folder):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"weight_map": null}', '{"weight_map": {"a": 1}}', b"\xff\xfe{"]
+    "text",
+    ["", "{", "[]", "{}", '{"weight_map": null}', '{"weight_map": {"a": 1}}', b"\xff\xfe{", "[" * 100_000],
+    ids=range(8),
 )
 def test_broken_index(folder, text):
     index = folder / "model.safetensors.index.json"
@@ -417,6 +419,7 @@ def test_from_config(tmp_path, text, found):
     [
         (b'{"width": 7}', "width 7 is odd"),
         (b'{"width": 7', "is not JSON"),
+        pytest.param(b"[" * 100_000, "is not JSON", id="nested too deep"),
         (b'{"width": "\xff"}', "is not JSON"),
         (b"[1, 2]", "holds a list"),
         (None, r"config.json is missing: /\S+/test_config_that_cannot_be_use\d+ is not the folder of a model"),

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from experiments import results
+from experiments import fields, results
 from experiments.full_size import Bench, iterations
 from solrl_jax import config, device, iteration, sharding
 from solrl_jax.config import Config
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="flux", help="a config: flux, flux2, sd35, sana, zimage")
     parser.add_argument("--prompts", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--set", default="", help="config words, field=value with commas: reward=clipscore")
+    fields.add_argument(parser)
     parser.add_argument("--out", type=Path, help="default: results/MODEL.json")
     parser.add_argument("--more", action="store_true", help="measure only the forms that --out does not have")
     parser.add_argument(
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out or HERE / f"results/{args.model}.json"
     assemble.use_compilation_cache()
-    words = {"prompts": str(args.prompts), **dict(w.split("=", 1) for w in filter(None, args.set.split(",")))}
+    words = {"prompts": str(args.prompts), **dict(args.set)}
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh(1)):
 
         def variant(recipe: str, changes: dict[str, str]) -> Config:

@@ -2,7 +2,7 @@
 
     python -m experiments.flux2_h100.run                                                       # an H100
     python -m experiments.flux2_h100.run --parts=1024 --repeat=1                               # minutes a part
-    python -m experiments.flux2_h100.run --forward=2 --set=model.path=DIR,candidates=8,...     # the path in short
+    python -m experiments.flux2_h100.run --forward=2 --set=model.path=DIR --set=candidates=8  # and more, in short
 
 Random weights (experiments/full_size.py), one prompt an iteration, guided at 4: a sample is two rows of the network.
 
@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import planned
+from experiments import fields, planned
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 23.7e9
@@ -58,20 +58,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--forward", default="24", help="rows of a forward pass")
     parser.add_argument("--precisions", default="bf16,fp8", help="of the forward passes")
-    parser.add_argument("--set", default="", help="more config words, field=value with commas")
+    fields.add_argument(parser)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args(argv)
-    more = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
     failed = []
     for name in args.parts.split(","):
         part = PARTS[name]
-        words = {**part.words, **more}
-        planned.write(part.config, {"prompts": "1", **words}, args.out / f"{name}_plan.json")
+        words = {"prompts": "1", **part.words, **dict(args.set)}
+        passed = fields.of_full_size(words)
+        planned.write(part.config, words, args.out / f"{name}_plan.json")
         command = [sys.executable, "-m", "experiments.full_size", f"--config={part.config}", f"--only={part.only}"]
-        command += [f"--prompts={words.pop('prompts', '1')}", f"--repeat={args.repeat}", f"--keeps={part.keeps}"]
+        command += [passed, f"--repeat={args.repeat}", f"--keeps={part.keeps}"]
         command += [f"--forward={','.join(f'{p}:{args.forward}' for p in args.precisions.split(','))}"]
         command += [f"--decode=bfloat16:{args.forward}", f"--out={args.out / f'{name}.json'}"]
-        command += [f"--set={','.join(f'{k}={v}' for k, v in words.items())}"]
         print(f"== {name}: {' '.join(command[1:])}", flush=True)
         if subprocess.run(command, env={**os.environ, **(limited(LIMIT) if part.limit else {})}).returncode:
             failed.append(name)  # the other parts still run

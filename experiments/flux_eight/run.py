@@ -7,9 +7,10 @@
         python -m experiments.flux_eight.run --short --out=/tmp/e.json       # the small world; minutes on a CPU
 
 Random weights at full size. Each form is one iteration, compiled before it runs: seconds of every stage, prompts a
-second and peak memory. `one card` has the prompts of one of the cards, so with perfect scaling it takes as long; the
-branch's efficiency is against it. Low precision is what the cards have, FP8 on an H100 or H200. Of FLUX the paper's
-seconds stand beside. The file is written after every figure; a form that runs out of memory is recorded as failed.
+second and peak memory of every card, also of several processes'. `one card` has the prompts of one of the cards, so
+with perfect scaling it takes as long; the branch's efficiency is against it. Low precision is what the cards have, FP8
+on an H100 or H200. Of FLUX the paper's seconds stand beside. The file is written after every figure; a form that runs
+out of memory is recorded as failed.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import results
+from experiments import fields, results
 from experiments.flux_multi_gpu.run import Record, measured, over, totals
 from experiments.hosts.paper import free_address
 from solrl_jax import config, device, processes
@@ -56,7 +57,7 @@ PAPER = {"naive_scaling": {"rollout": 184.0, "iteration": 274.0}, "sol_rl": {"ro
 SHORT = {
     "config": "tiny",
     "prompts": 8,
-    "set": "learn.updates=1",
+    "set": [("learn.updates", "1")],
 }
 """The small world's defaults of the arguments."""
 
@@ -138,7 +139,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default="flux", help="flux, sd35, sana")
     parser.add_argument("--forms", default="", help=f"of {'; '.join(FORMS)}, with semicolons; all if not given")
     parser.add_argument("--prompts", type=int, default=48, help="of an iteration, over all cards")
-    parser.add_argument("--set", default="", help="more config words, field=value with commas")
+    fields.add_argument(parser)
     parser.add_argument("--short", action="store_true", help="other defaults, for the small world on a CPU")
     parser.add_argument("--processes", type=int, help="one a card, so many; without the forms of one card")
     parser.add_argument("--process", help="of one of them: its number, how many, and where the first one is")
@@ -152,7 +153,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     args.forms = [name.strip() for name in args.forms.split(";")] if args.forms else possible
     if strange := [name for name in args.forms if name not in possible]:
         parser.error(f"--forms: {'; '.join(strange)} unknown, take {'; '.join(possible)}")
-    args.set = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
+    args.set = dict(args.set)
     args.out = args.out or HERE / f"results/{args.config}{'_processes' if several else ''}.json"
     return args
 

@@ -27,6 +27,7 @@ gradients    gradients.py
 
 import argparse
 import gc
+import json
 import os
 import statistics
 import subprocess
@@ -37,7 +38,7 @@ from typing import Any
 
 import jax
 
-from experiments import results
+from experiments import fields, results
 from experiments.flux_multi_gpu import gradients
 from experiments.full_size import Bench, Options
 from solrl_jax import config, device, processes
@@ -66,7 +67,10 @@ SHORT = {
     "settings": "named",
     "chunk": "2",
     "dtypes": "float32",
-    "set": "candidates=4,kept=2,explore.chunk=4,regenerate.chunk=2,learn.updates=1,learn.micro_batch=4",
+    "set": [
+        *(("candidates", "4"), ("kept", "2"), ("explore.chunk", "4"), ("regenerate.chunk", "2")),
+        *(("learn.updates", "1"), ("learn.micro_batch", "4")),
+    ],
 }
 """The small world's defaults of the arguments."""
 OF_PART = {"shards": ("parts", "whole"), "pipelined": ("parts", "parts, pipelined")}
@@ -90,6 +94,27 @@ class Record:
         return lambda figures: self({f"{name}: {k}": f for k, f in figures.items()})
 
 
+class Together(Bench):
+    """The bench of one of several processes: its peaks are those of the cards of all."""
+
+    def peak(self, name: str) -> None:
+        super().peak(name)
+        if name in self.figures:  # a CPU has none, in any process
+            told = processes.exchanged(json.dumps(self.figures[name]), merged)
+            self.figures[name] = json.loads(told)
+            self.written(self.figures)
+
+
+def merged(texts: Sequence[str]) -> str:
+    """The peaks of several processes, as JSON, as one: each card's in the processes' order. It is an upper bound if the
+    highest is."""
+    peaks = [json.loads(text) for text in texts]
+    each = [gb for peak in peaks for gb in peak["spread"] or [round(peak["value"], 3)]]
+    highest = max(peaks, key=lambda peak: peak["value"])
+    unit = "GB, the most of all cards [each]" + "".join(highest["unit"].partition(":")[1:])
+    return json.dumps(results.figure(highest["value"], unit, len(each), each))
+
+
 def measured(record: Record, name: str, cfg: Config, devices: int, repeat: int, options: Options | None = None):
     """Seconds of each of `repeat` iterations by stage, recorded under `name`; nothing if memory ran out."""
     print(f"--- {name}", flush=True)
@@ -97,7 +122,7 @@ def measured(record: Record, name: str, cfg: Config, devices: int, repeat: int, 
     assemble.check_divides(cfg, devices)
     rows = []
     try:
-        bench = Bench(cfg, mesh, repeat, written=record.named(name))
+        bench = (Together if processes.count() > 1 else Bench)(cfg, mesh, repeat, written=record.named(name))
         with jax.set_mesh(mesh):
             bench.encode()
             rows = bench.iterations({}, options)
@@ -196,7 +221,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--keeps", default="", help="the named setting's model.remat_keeps")
     parser.add_argument("--limit", type=float, help="GB of every card that JAX's allocator may take")
     parser.add_argument("--card_gb", type=float, help="GB (1e9 bytes) of a card; default: nvidia-smi's")
-    parser.add_argument("--set", default="", help="config words, field=value with commas: reward=pickscore")
+    fields.add_argument(parser)
     parser.add_argument("--out", type=Path, help="default: results/PART_SETTING.json")
     gradients.arguments(parser)
     args = parser.parse_args(argv)
@@ -209,7 +234,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 def checked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments as lists, numbers and a file's name."""
     args.devices = [int(n) for n in (args.devices or ("4" if args.part in OF_PART else "1,2,4")).split(",")]
-    args.set = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
+    args.set = dict(args.set)
     args.settings = args.settings.split(",")
     taken = ("parts",) if args.part == "shards" and args.limit else OF_PART.get(args.part, ())
     args.forms = [form.strip() for form in args.forms.split(";")] if args.forms else taken

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import results
+from experiments import fields, results
 from experiments.full_size import drawn
 from solrl_jax import config, device, quant, sharding
 from solrl_jax.plan import shapes
@@ -38,14 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", default="flux:sol_rl")
     parser.add_argument("--pictures", type=int, default=1)
     parser.add_argument("--layers", default="", help="number of blocks; for FLUX 1,2: double, single")
-    parser.add_argument("--set", default="", help="config fields, field=value, separated by commas: model.min_dim=1000")
+    fields.add_argument(parser, "config fields: model.min_dim=1000")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     assemble.use_compilation_cache()
     figures = {}
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh(1)):
-        words = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
-        named = config.load(args.config, {"explore.precision": "bf16", **words})
+        named = config.load(args.config, {"explore.precision": "bf16", **dict(args.set)})
         cfg = shapes.with_configs(named, folder)
         if args.layers:
             shallow(Path(folder), [int(n) for n in args.layers.split(",")])

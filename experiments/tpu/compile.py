@@ -1,7 +1,7 @@
 """The stages of an iteration, compiled by XLA for a slice of TPUs that is not there: memory, kernels, seconds.
 
     python -m experiments.tpu.compile --slice=v5p:2x2x1 --out=experiments/tpu/results/flux_v5p.json      # no TPU
-    python -m experiments.tpu.compile --slice=v6e:2x4 --stages learn --set model.remat_keeps= --out=/tmp/tpu.json
+    python -m experiments.tpu.compile --slice=v6e:2x4 --stages learn --set=model.remat_keeps= --out=/tmp/tpu.json
 
 Needs libtpu (`pip install .[tpu]`) and no TPU. Nothing runs: the models have their public sizes as shapes and dtypes,
 and memory is XLA's own count for one chip. A stage that XLA refuses keeps its message. Figures of other stages that the
@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import results
+from experiments import fields, results
 from solrl_jax import config, device, iteration, learn, sharding
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
@@ -135,12 +135,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--slice", default="v5p:2x2x1")
     parser.add_argument("--shard", type=int, default=4)
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=STAGES)
-    parser.add_argument("--set", nargs="*", default=[], help="changes to the config, as learn.micro_batch=4")
+    fields.add_argument(parser, "config fields: learn.micro_batch=4")
     parser.add_argument("--effort", type=float, default=LEAST, help="XLA's, from -1 to 1; a run's own is 0")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     on, chip = mesh(args.slice, args.shard), args.slice.partition(":")[0]
-    changes = dict(word.split("=", 1) for word in args.set)
+    changes, told = dict(args.set), [f"{name}={value}" for name, value in args.set]
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
     figures, refused = before.get("figures", {}), before.get("refused", {})
     with tempfile.TemporaryDirectory() as folder:
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = assemble.resolved(shapes.with_configs(config.load(args.config, words | changes), folder), None)
         made = programs(cfg, on)
         for stage in args.stages:
-            label = ", ".join([args.config, args.slice, f"shard={args.shard}", *args.set, stage])
+            label = ", ".join([args.config, args.slice, f"shard={args.shard}", *told, stage])
             try:
                 found = figures_of(made[stage], on, args.effort)
                 refused.pop(label, None)

@@ -2,7 +2,7 @@
 
     python -m experiments.zimage_h100.run                                                      # an H100
     python -m experiments.zimage_h100.run --parts=1024 --repeat=1
-    python -m experiments.zimage_h100.run --parts=512 --forward=2 --set=model.path=DIR,...     # the path in short
+    python -m experiments.zimage_h100.run --parts=512 --forward=2 --set=model.path=DIR            # and more: in short
 
 Random weights (experiments/full_size.py), one prompt an iteration, captions of 128 tokens, their whole window,
 guided at 5: a sample is two rows of the network.
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import planned
+from experiments import fields, planned
 
 HERE = Path(__file__).resolve().parent
 
@@ -48,20 +48,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument("--forward", default="24", help="rows of a forward pass, and pictures of a decode")
     parser.add_argument("--precisions", default="bf16,fp8", help="of the forward passes")
-    parser.add_argument("--set", default="", help="more config words, field=value with commas")
+    fields.add_argument(parser)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args(argv)
-    more = dict(word.split("=", 1) for word in filter(None, args.set.split(",")))
     failed = []
     for name in args.parts.split(","):
         part = PARTS[name]
-        words = {"prompts": "1", **part.words, **more}
+        words = {"prompts": "1", **part.words, **dict(args.set)}
+        passed = fields.of_full_size(words)
         planned.write("zimage:sol_rl", words, args.out / f"{name}_plan.json")
         rows = ",".join(f"{precision}:{args.forward}" for precision in args.precisions.split(","))
         command = [sys.executable, "-m", "experiments.full_size", "--config=zimage:sol_rl", f"--only={part.only}"]
-        command += [f"--repeat={args.repeat}", f"--keeps={part.keeps}", f"--forward={rows}"]
-        command += [f"--decode=bfloat16:{args.forward}", f"--prompts={words.pop('prompts')}"]
-        command += [f"--set={','.join(f'{k}={v}' for k, v in words.items())}", f"--out={args.out / f'{name}.json'}"]
+        command += [passed, f"--repeat={args.repeat}", f"--keeps={part.keeps}", f"--forward={rows}"]
+        command += [f"--decode=bfloat16:{args.forward}", f"--out={args.out / f'{name}.json'}"]
         print(f"== {name}: {' '.join(command[1:])}", flush=True)
         if subprocess.run(command).returncode:
             failed.append(name)  # the other parts still run

@@ -137,7 +137,7 @@ def read(folder: Path, name: str) -> Run:
         raise ReportError(f"{folder} is not the directory of a run: it has no config.json")
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:
         raise ReportError(f"{folder / 'config.json'}: not the JSON of a config: {e}") from None
     if not isinstance(values, dict):
         raise ReportError(f"{folder / 'config.json'}: not the JSON of a config: give a folder that training wrote")

@@ -240,7 +240,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         found = {"files": dict(manifest["files"]), "tree": dict(manifest["tree"]), "leaves": None}
         if version == VERSION:
             found["leaves"] = {path: manifest["leaves"][path] for path in found["tree"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise WeightsError(f"{folder / MANIFEST} cannot be read ({e!r}): convert again") from None
     if version not in (1, VERSION):
         raise WeightsError(f"{folder / MANIFEST} has version {version}, solrl_jax reads up to {VERSION}: convert again")

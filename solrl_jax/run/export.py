@@ -12,6 +12,8 @@ from solrl_jax.run.start import ONLY_NEW, Start
 from solrl_jax.structs import Model, Params, TrainState
 from solrl_jax.weights import lora_files
 
+NAME = "pytorch_lora_weights.safetensors"
+"""The name by which diffusers finds a LoRA in a folder."""
 CURRENT = "current"
 """Subfolder for the LoRA files of the trained policy itself, not of its running average."""
 
@@ -44,7 +46,7 @@ def write_lora(folder: Path, adapter: Params, model: Model, how: Lora, name: str
 
 def _write(folder: Path, adapter: Params, model: Model, how: Lora, name: str, **more: Any) -> Path:
     """Both files; `more` is for lora_files.save."""
-    file = folder / "pytorch_lora_weights.safetensors"
+    file = folder / NAME
     lora_files.save(file, adapter, model.keys, how, **more)
     if model.comfy:
         base = jax.eval_shape(model.init, jax.random.key(0))
@@ -57,15 +59,30 @@ def comfy_name(name: str) -> str:
     return f"comfyui/{name or 'lora'}.safetensors"
 
 
+def _keep(run: Path, place: Path | None, comfy: str) -> None:
+    """ConfigError if there are LoRA files in `run`, unless `place` is a checkpoint of it."""
+    if place is not None and place.resolve().is_relative_to(run.resolve()):
+        return
+    if there := [file for file in (run / NAME, run / comfy) if file.exists()]:
+        raise ConfigError(
+            f"{there[0]} is there already, and only a checkpoint of {run} is exported over it: write into another "
+            "folder, --run_dir=FOLDER, with --config=NAME if no --checkpoint is given"
+        )
+
+
 def export(
     cfg: Config, run: Path, *, place: Path | None, lora_file: Path | None = None, devices: int | None = None
 ) -> int:
-    """Write into `run` the LoRA files of a checkpoint, or convert a LoRA file. Needs no base weights."""
+    """Write into `run` the LoRA files of a checkpoint, or convert a LoRA file. Needs no base weights.
+
+    Files of `run` are written over by its own checkpoints alone; ConfigError if others would do that.
+    """
     if place is None and lora_file is None:
         raise ConfigError(
             "--mode=export needs --run_dir of a run, --checkpoint=<run>/checkpoints/<step> or --lora=file.safetensors"
         )
     model = assemble.model_module(cfg).make(cfg.model)
+    processes.by_first(lambda: _keep(run, place, comfy_name(cfg.name)))
     if lora_file is not None:
         base = jax.eval_shape(model.init, jax.random.key(0))
         as_it_is = Lora(rank=1, alpha=1.0)  # keeps the scale that the file states

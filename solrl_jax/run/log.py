@@ -117,7 +117,7 @@ def read(file: Path) -> list[Line]:
     """The lines of a metrics.jsonl as dicts; [] if there is no file. Incomplete and damaged lines are left out."""
     lines = []
     for text in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(text))
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("iteration"), int)]
 
@@ -174,7 +174,7 @@ def _wandb_id(file: Path) -> str:
             f.write(json.dumps({"id": secrets.token_hex(4)}).encode())
     try:
         return json.loads(file.read_text(encoding="utf-8"))["id"]
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise LogError(f"{file} has no id of a wandb run ({e!r}): remove it, and the run continues as a new one") from e
 
 

@@ -31,7 +31,7 @@ def read(place: Path) -> dict[str, Any]:
         return found | {"files": dict(manifest["files"]), "tree": dict(manifest["tree"])}
     except FileNotFoundError:
         raise CheckpointError("it has no manifest.json, so its save was cut short") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise CheckpointError(f"its manifest.json cannot be read ({e!r})") from None
 
 

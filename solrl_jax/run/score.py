@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from solrl_jax import rewards
+from solrl_jax import disk, rewards
 from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import NONE, Asked, Score, bound, own
 from solrl_jax.run import assemble, data
@@ -69,13 +70,16 @@ def run_score(cfg: Config, run: Path, *, prompts: str | None, images: str | None
 def pair(captions: Sequence[Row], folder: Path, file: str) -> list[Picture]:
     """Pair pictures with rows: the pictures that `captions` names, or else all of the folder, sorted by name.
 
-    Every picture is decoded here, so that a broken one is found before scoring starts. Raises PictureError.
+    Every picture is decoded here, so that a broken one is found before scoring starts; and so is a name that the CSV
+    cannot hold. Raises PictureError.
     """
     if not folder.is_dir():
         raise PictureError(f"--images={folder} is not a folder: give the folder of the pictures")
     names = [row["file"] for row in captions if row.get("file")] or pictures_in(folder)
     if not names:
         raise PictureError(f"--images={folder} holds no picture: give a folder of {', '.join(ENDINGS)}")
+    if strange := [name for name in names if name.encode(errors="ignore").decode() != name]:
+        raise PictureError(f"--images={folder}: the name {strange[0]!r} is not UTF-8: rename the picture")
     if len(names) != len(captions):
         raise PictureError(
             f"{file} has {len(captions)} prompts and {folder} {len(names)} pictures: write one line per picture, in "
@@ -197,11 +201,12 @@ def write_csv(
     file: Path, pictures: Sequence[Picture], scores: dict[str, Float[np.ndarray, "n"]], asked: Asked = NONE
 ) -> Path:
     """A header "file,prompt,<reward>..." and one line per picture, with all digits of float32; no means. The cell of a
-    reward that the picture's prompt does not ask for is empty."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8", newline="") as f:
-        out = csv.writer(f)
-        out.writerow(["file", "prompt", *scores])
-        for i, picture in enumerate(pictures):
-            out.writerow([picture.name, picture.prompt, *cells(scores, asked, i, ".9g")])
+    reward that the picture's prompt does not ask for is empty. A command that is stopped leaves the file of before."""
+    text = io.StringIO(newline="")
+    out = csv.writer(text)
+    out.writerow(["file", "prompt", *scores])
+    for i, picture in enumerate(pictures):
+        out.writerow([picture.name, picture.prompt, *cells(scores, asked, i, ".9g")])
+    with disk.whole(file) as f:
+        f.write(text.getvalue().encode())
     return file

@@ -184,7 +184,7 @@ def _indexed(index: Path) -> list[Path]:
     try:
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         return sorted({index.parent / file for file in named.values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise WeightsError(f"{index} is not an index of weights ({e!r}): download it again") from e
     except OSError as e:
         raise WeightsError(f"{index} cannot be read: {e.strerror}") from e
@@ -374,7 +374,7 @@ def read_json(file: str | Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e:
         raise WeightsError(f"{file} cannot be read: {e.strerror}") from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise WeightsError(f"{file} is not JSON ({e}): download it again") from e
     if not isinstance(found, dict):
         raise WeightsError(f"{file} holds a {type(found).__name__}, not an object: download it again")
