@@ -7,10 +7,12 @@ import argparse
 from collections.abc import Mapping
 
 
-def add_argument(parser: argparse.ArgumentParser, what: str = "config fields: reward=pickscore") -> None:
-    """--set, a list of (field, value); `what` is for its help."""
+def add_argument(
+    parser: argparse.ArgumentParser, what: str = "config fields: reward=pickscore", flag: str = "--set"
+) -> None:
+    """--set or another `flag`, a list of (field, value); `what` is for its help."""
     parser.add_argument(
-        "--set", type=_field, action="append", default=[], metavar="FIELD=VALUE", help=f"{what}; again for more fields"
+        flag, type=_field, action="append", default=[], metavar="FIELD=VALUE", help=f"{what}; again for more fields"
     )
 
 
@@ -24,10 +26,3 @@ def _field(word: str) -> tuple[str, str]:
 def arguments(fields: Mapping[str, str]) -> list[str]:
     """The fields as arguments of another experiment."""
     return [f"--set={name}={value}" for name, value in fields.items()]
-
-
-def of_full_size(fields: Mapping[str, str]) -> str:
-    """The fields as the one --set of experiments/full_size.py, where commas are between fields; so in no value."""
-    if cut := [f"{name}={value}" for name, value in fields.items() if "," in value]:
-        raise SystemExit(f"--set={cut[0]}: experiments/full_size.py, which measures it, takes no commas in a value")
-    return f"--set={','.join(f'{name}={value}' for name, value in fields.items())}"

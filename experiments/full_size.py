@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from experiments import profile, results
+from experiments import fields, profile, results
 from solrl_jax import algos, config, device, iteration, plan, quant, rewards, sharding
 from solrl_jax.config import Config
 from solrl_jax.learn import gradients, init_state, learn, make_optimizer
@@ -348,15 +348,13 @@ def main(argv: list[str] | None = None) -> None:
         "--only", default="encode,forward,decode,reward,micro_step,iterations", help="of these and learn"
     )
     parser.add_argument("--profile", type=Path, help="folder for every kernel's time")
-    parser.add_argument("--set", default="", help="config words, field=value with commas: explore.precision=bf16")
-    parser.add_argument("--options", default="", help="XLA's, of whole iterations' programs: name=value with commas")
+    fields.add_argument(parser, "config fields: explore.precision=bf16")
+    fields.add_argument(parser, "XLA's options of whole iterations' programs: xla_gpu_autotune_level=0", "--option")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     assemble.use_compilation_cache()
-    words, options = (
-        dict(word.split("=", 1) for word in filter(None, given.split(","))) for given in (args.set, args.options)
-    )
-    named = config.load(args.config, {"prompts": str(args.prompts), **words})
+    options = dict(args.option)
+    named = config.load(args.config, {"prompts": str(args.prompts), **dict(args.set)})
     mesh = assemble.make_mesh(args.devices, max(1, named.shard), named.prompts)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())

@@ -225,7 +225,8 @@ def test_gradient(h100):
 
         program = card.compiled(jax.grad(loss), adapter, base, *given(B), on=h100)
         found = calls(program.as_text())
-        assert found["__cudnn$fmhaSoftmaxBackward"] == 2 and found["__cudnn$fmhaSoftmax"] == (4 if remat else 2)
+        forward = (3, 4) if remat else (2,)  # from JAX 0.12 on the last block's is not computed again
+        assert found["__cudnn$fmhaSoftmaxBackward"] == 2 and found["__cudnn$fmhaSoftmax"] in forward
         temporary[remat] = program.memory_analysis().temp_size_in_bytes
     assert temporary[True] < temporary[False]
 

@@ -138,15 +138,14 @@ def test_full_rollouts_have_no_quantised_kernels_beside_them(toy, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("branch", [False, True])
-def test_a_measurement_runs_the_programs_of_the_run(toy, tmp_path, monkeypatch, branch):
-    """Each is there once after a run with a measurement; in a branch the rollout from the noise is one more."""
-    made, programs = [], iteration.programs
-    monkeypatch.setattr(iteration, "programs", lambda *statics: made.append(programs(*statics)) or made[-1])
+def test_a_measurement_runs_the_programs_of_the_run(toy, tmp_path, caplog, branch):
+    """Of a run with a measurement, two rollouts are compiled; in a branch the one from the noise is a third."""
     cfg = config.override(as_branch(toy) if branch else toy, iterations=1, **{"watch.every": "20"})
-    train.train(cfg, tmp_path / "run", devices=1)
-    first, again = made
-    assert first is again
-    assert [first[name]._cache_size() for name in ("merged", "quantised", "explore", "regenerate")] == [1] * 4
+    with jax.log_compiles():
+        train.train(cfg, tmp_path / "run", devices=1)
+    compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling ")]
+    assert sum("rolled" in text for text in compiled) == (3 if branch else 2)
+    assert [sum(name in text for text in compiled) for name in ("merged", "quantised", "learn")] == [1] * 3
     names = {"watch/spearman", "watch/overlap", "watch/kept_contrast"}
     noise = {name.replace("/", "/noise_") for name in names} if branch else set()
     assert watch_names(metrics_of(tmp_path / "run")[0]) == names | noise

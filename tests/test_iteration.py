@@ -138,7 +138,9 @@ def test_the_device_draws_while_the_host_scores(folder, monkeypatch):
         staged.jit["explore"], staged.score = drawn, types.SimpleNamespace(on_host=("slow",))
         monkeypatch.setattr(iteration, "with_host", with_host)
         given = (None, None, None), (prompts, keys, None)
-        _, chosen = staged._by_prompt("explore", *given, {}, lambda *_: None, jnp.zeros(keys.shape), [{"prompt": "a"}] * 4)
+        _, chosen = staged._by_prompt(
+            "explore", *given, {}, lambda *_: None, jnp.zeros(keys.shape), [{"prompt": "a"}] * 4
+        )
     assert scored == [2, 3, 4, 4]
     np.testing.assert_array_equal(chosen.reward[:, 0], keys.shape[1] - 1 + np.arange(1, 5))  # each block's best first
 
@@ -254,5 +256,5 @@ def test_many_runs_as_one_program(folder):
         together, _ = jax.jit(jax.vmap(step, in_axes=(0, None, None)))(both, parts.frozen, prompts)
         alone, _ = whole(statics_of(parts))(fast, parts.frozen, prompts)
     np.testing.assert_allclose(
-        numbers(jax.tree.map(lambda x: x[1], together.lora)), numbers(alone.lora), rtol=1e-3, atol=2e-4
-    )
+        numbers(jax.tree.map(lambda x: x[1], together.lora)), numbers(alone.lora), rtol=1e-3, atol=5e-4
+    )  # 1 % of a step of 5e-2

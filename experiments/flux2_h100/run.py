@@ -65,10 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.parts.split(","):
         part = PARTS[name]
         words = {"prompts": "1", **part.words, **dict(args.set)}
-        passed = fields.of_full_size(words)
         planned.write(part.config, words, args.out / f"{name}_plan.json")
         command = [sys.executable, "-m", "experiments.full_size", f"--config={part.config}", f"--only={part.only}"]
-        command += [passed, f"--repeat={args.repeat}", f"--keeps={part.keeps}"]
+        command += [*fields.arguments(words), f"--repeat={args.repeat}", f"--keeps={part.keeps}"]
         command += [f"--forward={','.join(f'{p}:{args.forward}' for p in args.precisions.split(','))}"]
         command += [f"--decode=bfloat16:{args.forward}", f"--out={args.out / f'{name}.json'}"]
         print(f"== {name}: {' '.join(command[1:])}", flush=True)

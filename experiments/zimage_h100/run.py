@@ -55,11 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in args.parts.split(","):
         part = PARTS[name]
         words = {"prompts": "1", **part.words, **dict(args.set)}
-        passed = fields.of_full_size(words)
         planned.write("zimage:sol_rl", words, args.out / f"{name}_plan.json")
         rows = ",".join(f"{precision}:{args.forward}" for precision in args.precisions.split(","))
         command = [sys.executable, "-m", "experiments.full_size", "--config=zimage:sol_rl", f"--only={part.only}"]
-        command += [passed, f"--repeat={args.repeat}", f"--keeps={part.keeps}", f"--forward={rows}"]
+        command += [*fields.arguments(words), f"--repeat={args.repeat}", f"--keeps={part.keeps}", f"--forward={rows}"]
         command += [f"--decode=bfloat16:{args.forward}", f"--out={args.out / f'{name}.json'}"]
         print(f"== {name}: {' '.join(command[1:])}", flush=True)
         if subprocess.run(command).returncode:
