@@ -40,8 +40,8 @@ PICTURES = 4
 """Of each caption that is measured."""
 COMPILER: dict[str, Any] = device.NO_TRITON_NORMS
 """XLA's options for programs of many runs: a preview of five runs compiles in 21 s without the pass and in 364 with it
-(on a CPU, for an H100). What it costs in run time is not measured
-(tests/test_compiled.py::test_programs_of_many_runs_have_no_triton_norms)."""
+(on a CPU, for an H100). Of single programs it takes up to 5 % of the run time (experiments/triton_norms;
+tests/test_compiled.py::test_programs_of_many_runs_have_no_triton_norms)."""
 
 
 class Opened(NamedTuple):

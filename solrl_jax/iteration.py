@@ -162,7 +162,7 @@ class Staged:
                 samples, metrics = jax.block_until_ready(self.jit["select_samples"](full, chance))
             del full  # frees the candidates that are not kept
         else:
-            given = prompts, keys, None  # as a measurement calls it, guards.measured
+            given = prompts, keys, None  # no state, as guards.measured says: then both have one program
             preview, chosen = self._by_prompt("explore", (kernels, low, frozen), given, times, between, chance, rows)
             if self.cfg.regenerate.precision == "bf16":
                 low = None  # the quantised kernels leave the device

@@ -97,7 +97,7 @@ def test_a_world_with_fields_of_the_command(capsys):
 
 
 def test_fields_with_commas_in_their_values():
-    """--set is repeated, by every experiment but full_size, which gets them in one word."""
+    """--set is repeated."""
     words = ["--set=model.remat_keeps=attention,mlp", "--set=reward_paths=clipscore=a,shapes=b"]
     pairs = {"model.remat_keeps": "attention,mlp", "reward_paths": "clipscore=a,shapes=b"}
     assert flux_eight.parsed(words).set == flux_multi_gpu.parsed(words).set == pairs

@@ -137,10 +137,12 @@ def test_full_rollouts_have_no_quantised_kernels_beside_them(toy, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("branch", [False, True])
-def test_a_measurement_runs_the_programs_of_the_run(toy, tmp_path, caplog, branch):
-    """Of a run with a measurement, two rollouts are compiled; in a branch the one from the noise is a third."""
-    cfg = config.override(as_branch(toy) if branch else toy, iterations=1, **{"watch.every": "20"})
+@pytest.mark.parametrize(("branch", "prompts"), [(False, 1), (True, 1), (True, 2)])
+def test_a_measurement_runs_the_programs_of_the_run(toy, tmp_path, caplog, branch, prompts):
+    """Of a run with a measurement, two rollouts are compiled; in a branch the one from the noise is a third. Also where
+    a chunk has the images of two prompts."""
+    chunks = {"explore.chunk": 4 * prompts, "regenerate.chunk": 2 * prompts, "watch.every": 20}
+    cfg = config.override(as_branch(toy) if branch else toy, iterations=1, **chunks)
     with jax.log_compiles():
         train.train(cfg, tmp_path / "run", devices=1)
     compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling ")]

@@ -262,7 +262,7 @@ def test_the_measurement_and_evaluation_are_counted(planned):
 
 @pytest.mark.slow
 def test_a_watch_of_a_lowered_chunk_takes_what_that_takes(planned):
-    low = config.override(planned.cfg, **{"regenerate.chunk": "4"})
+    low = config.override(planned.cfg, **{"explore.chunk": "4", "regenerate.chunk": "4"})
     full, less = by_stage(planned)["watch"], plan.use_of("watch", low, planned.sizes, 1, plan.CARDS["H100 80GB"])
     assert less.activations < 0.6 * full.activations and less.flops == pytest.approx(full.flops, rel=0.02)
     eight = plan.use_of("watch", planned.cfg, shapes.read(planned.cfg, 8), 8, plan.CARDS["H100 80GB"])
@@ -278,7 +278,8 @@ def test_an_evaluation_that_does_not_fit_is_refused_before_the_run(planned, monk
     monkeypatch.setattr(plan, "stages_of", lambda _: ("evaluate",))  # the others are not asked about again
     with pytest.raises(ConfigError, match=r"too small: evaluate does not fit: .* with --config.evaluate.chunk=\d+"):
         plan.shard_of(cfg, 1, plan.room(plan.CARDS["H100 80GB"]))
-    assert ("regenerate.chunk", "12") in plan.remedies("watch", planned.cfg)
+    both = [("explore.chunk", "12"), ("regenerate.chunk", "12"), ("explore.chunk", "8"), ("regenerate.chunk", "8")]
+    assert [x for x in plan.remedies("watch", planned.cfg) if x[0].endswith("chunk")][:4] == both
     assert ("evaluate.chunk", "1024") in plan.remedies("evaluate", cfg)
 
 

@@ -1,6 +1,6 @@
 """What XLA's Triton kernels of norms and quantisations take to compile, and save to run.
 
-    python -m experiments.triton_norms.run                             # an H100, minutes
+    python -m experiments.triton_norms.run                             # an H100 or H200, minutes
     python -m experiments.triton_norms.run --short --out=/tmp/t.json   # the path in short, on a CPU
 
 Each program in two forms: with XLA's pass that makes these kernels, and without it (device.NO_TRITON_NORMS). Those

@@ -6,7 +6,8 @@ moments, merged and quantised kernels are counted from their shapes; of frozen w
 part. Activations, with the stage's results and a backward pass's residuals, are `jaxpr.peak` of its program. The
 watch's measurement and the evaluation are stages too, once in many iterations. Not counted: workspaces of libraries,
 copies, padding and reordering by XLA, fragmentation, and the runtime's own few hundred MB. Seconds are FLOPs at a
-stated share of the card's peak, without the gathering of weights, whose seconds are given for each kind of link.
+stated share of the card's peak, without the gathering of weights, whose seconds are given for each kind of link. Nor
+is the result of a second block of pictures, which the loop holds on several devices and with rewards on the host.
 
 Activations of FLUX.1-dev in GB, planned here and allocated by XLA when it compiles for an H100 (jax 0.10.2,
 micro-batches of 12 points at 512 px): learn 9.4 and 6.5 if remat keeps nothing, 33.7 and 30.8 if it keeps attention and
@@ -221,12 +222,12 @@ def remedies(stage: str, cfg: Config) -> Iterator[tuple[str, str]]:
         yield "model.remat", "true"
     if stage == "learn" and cfg.model.remat_keeps:
         yield "model.remat_keeps", ""
-    chunks = {name: rollout.chunk for name, rollout, _ in cfg.stages()}
-    chunks |= {"learn": cfg.learn.micro_batch, "watch": cfg.regenerate.chunk, "evaluate": cfg.evaluate.chunk}
-    field = {"learn": "learn.micro_batch", "watch": "regenerate.chunk"}.get(stage, f"{stage}.chunk")
-    for size in range(chunks.get(stage, 1) - 1, 0, -1):
-        if chunks[stage] % size == 0:
-            yield field, str(size)
+    chunks = {f"{name}.chunk": rollout.chunk for name, rollout, _ in cfg.stages()}
+    fields = chunks if stage == "watch" else {k: v for k, v in chunks.items() if k == f"{stage}.chunk"}
+    fields |= {"learn": {"learn.micro_batch": cfg.learn.micro_batch}}.get(stage, {})
+    fields |= {"evaluate": {"evaluate.chunk": cfg.evaluate.chunk}}.get(stage, {})
+    for size in range(max(fields.values(), default=1) - 1, 0, -1):
+        yield from ((field, str(size)) for field, now in fields.items() if size < now and now % size == 0)
 
 
 def _like(sizes: Sizes, new: Config, cfg: Config) -> Sizes:

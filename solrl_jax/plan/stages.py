@@ -68,7 +68,7 @@ def held(tree: Any, shards: int) -> int:
 
 
 def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
-    """The `Use` of `stage`, as `iteration.Staged`, `watch.measured` and `evaluate.pictures` run it."""
+    """The `Use` of `stage`, as `iteration.Staged`, `guards.measured` and `evaluate.pictures` run it."""
     return _measured(cfg, sizes, devices, card) if stage == "watch" else _use(_work(stage, cfg, sizes, devices), card)
 
 
@@ -142,17 +142,18 @@ def _rollout(
 
 
 def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
-    """A measurement's preview and full rollouts, as the stages run them on one prompt: the largest memory, the work of
-    all candidates."""
+    """A measurement's preview and full rollouts, by the stages' programs: the largest memory, the work of all
+    candidates."""
     assert cfg.preview is not None
-    prompts, calls = -(-cfg.watch.prompts // devices), -(-cfg.candidates // cfg.kept)
-    parts = ("rest",) if cfg.branch is None else ("rest", "")
-    rolls = [("explore", cfg.preview, cfg.candidates, 1, "preview")]
-    rolls += [("regenerate", cfg.regenerate, cfg.kept, calls, part) for part in parts]
+    prompts, parts = -(-cfg.watch.prompts // devices), ("rest",) if cfg.branch is None else ("rest", "")
+    rolls = [("explore", cfg.preview, cfg.candidates, "preview")]
+    rolls += [("regenerate", cfg.regenerate, cfg.kept, part) for part in parts]
     stay, uses = states(cfg, sizes, prompts, cfg.candidates), []
-    for name, how, images, calls, part in rolls:
-        one = _rollout(name, how, 1, images, cfg, sizes, devices, part)
-        uses.append(_use(one._replace(calls=prompts * calls, every=cfg.watch.every, held=stay), card))
+    for name, how, images, part in rolls:
+        together = guards.together(how, images, -(-cfg.prompts // devices), prompts)
+        one = _rollout(name, how, together, images, cfg, sizes, devices, part)
+        calls = prompts // together * -(-cfg.candidates // images)
+        uses.append(_use(one._replace(calls=calls, every=cfg.watch.every, held=stay), card))
     largest = max(uses, key=lambda use: use.total)
     flops, received = sum((use.flops for use in uses), Counter()), sum(use.received for use in uses)
     return largest._replace(stage="watch", flops=flops, seconds=sum(use.seconds for use in uses), received=received)

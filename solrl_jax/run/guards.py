@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Key
 
-from solrl_jax import guidance, iteration, mixture, quant, rewards, rollout, sharding
-from solrl_jax.config import Config
+from solrl_jax import device, guidance, iteration, mixture, quant, rewards, rollout, sharding
+from solrl_jax.config import Config, Stage
 from solrl_jax.keys import sample_keys
 from solrl_jax.quant import calibrate
 from solrl_jax.rewards import Score
@@ -184,9 +184,9 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     """Spearman, overlap of the best K/2 and kept contrast of the preview against all N candidates drawn in full.
 
     Uses `watch.prompts` training prompts, rounded to a multiple of the devices, and the noise of the coming iteration;
-    costs N full rollouts per prompt. It runs the stages' own programs, for one prompt per device at a time and as many
-    images as a stage has, so it compiles little and takes no more memory than they do. With FP8 the Linears' inputs are
-    looked at first, in BF16 and of calibrate.PROMPTS pictures at most.
+    costs N full rollouts per prompt. It runs the stages' own programs, in calls of as many prompts and images as a
+    stage has, so it compiles little and takes no more memory than they do. With FP8 the Linears' inputs are looked at
+    first, in BF16 and of calibrate.PROMPTS pictures at most.
 
     In a branch `watch/*` compares with all N finished from the preview's states, like the trained samples, and
     `watch/noise_*` with all N drawn from the noise by the steps of `regenerate`, like the policy's own samples.
@@ -203,11 +203,12 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     saturated = {} if own.seen is None else _saturated(parts, own.seen, kernels, prompts, keys)
     low = programs["quantised"](kernels, parts.frozen)
 
-    def roll(program: Callable[..., Rollout], images: int, low: Params | None, state: Carry | None = None) -> Rollout:
-        """All N candidates of the prompts, `images` in a call; the last call of an uneven number begins earlier."""
-        found = []
-        for i in range(count // devices):
-            group, *seeds = sharding.block((prompts, keys, state), i, 1)
+    def roll(name: str, program: Callable[..., Rollout], low: Params | None, state: Carry | None = None) -> Rollout:
+        """All N candidates of the prompts; of an uneven number of calls the last one begins at an earlier candidate."""
+        stage, images = next((stage, images) for own, stage, images in cfg.stages() if own == name)
+        few, found = together(stage, images, cfg.prompts // devices, count // devices), []
+        for i in range(0, count // devices, few):
+            group, *seeds = sharding.block((prompts, keys, state), i, few)
             columns = []
             for first in range(0, cfg.candidates, images):
                 begin = min(first, cfg.candidates - images)
@@ -219,16 +220,21 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
             found.append(sharding.joined(tuple(columns), axis=1))
         return sharding.joined(tuple(found))
 
-    preview = roll(programs["explore"], cfg.candidates, low)
+    preview = roll("explore", programs["explore"], low)
     if cfg.regenerate.precision == "bf16":
         low = None  # the quantised kernels leave the device
-    truths = {"": roll(programs["regenerate"], cfg.kept, low, preview.state)}
+    truths = {"": roll("regenerate", programs["regenerate"], low, preview.state)}
     if own.full is not None:
-        truths["noise_"] = roll(own.full, cfg.kept, low)
+        truths["noise_"] = roll("regenerate", own.full, low)
     guess = mixture.worth(preview, cfg)
     found = {at: fidelity(guess, mixture.worth(truth, cfg), cfg.kept) for at, truth in truths.items()}
     ranks = {f"watch/{at}{name}": float(jnp.mean(x)) for at, each in found.items() for name, x in each.items()}
     return ranks | saturated
+
+
+def together(stage: Stage, images: int, mine: int, watched: int) -> int:
+    """Prompts of a device in a call: of its `mine` as many as the stage takes, if these divide its `watched` ones."""
+    return math.gcd(rollout.block_shape(stage.chunk, mine, images)[0], watched)
 
 
 def _saturated(
@@ -266,9 +272,10 @@ def _own(model: Model, score: Score, cfg: Config) -> Own:
     assert cfg.preview is not None
     units = cfg.preview.precision == "fp8" and model.quant_rules.fp8.units
     full = functools.partial(rollout.rolled, model=model, score=score, stage=cfg.regenerate)
+    options = device.compiler_options(cfg.regenerate.precision)
     return Own(
         seen=jax.jit(functools.partial(calibrate.seen, model=model, stage=cfg.preview)) if units else None,
-        full=jax.jit(full) if cfg.branch is not None else None,
+        full=jax.jit(full, compiler_options=options) if cfg.branch is not None else None,
     )
 
 
