@@ -7,12 +7,10 @@ import argparse
 from collections.abc import Mapping
 
 
-def add_argument(
-    parser: argparse.ArgumentParser, what: str = "config fields: reward=pickscore", flag: str = "--set"
-) -> None:
-    """--set or another `flag`, a list of (field, value); `what` is for its help."""
+def add_argument(parser: argparse.ArgumentParser, what: str = "config fields: reward=pickscore") -> None:
+    """--set, a list of (field, value); `what` is for its help."""
     parser.add_argument(
-        flag, type=_field, action="append", default=[], metavar="FIELD=VALUE", help=f"{what}; again for more fields"
+        "--set", type=_field, action="append", default=[], metavar="FIELD=VALUE", help=f"{what}; again for more fields"
     )
 
 

@@ -349,11 +349,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--profile", type=Path, help="folder for every kernel's time")
     fields.add_argument(parser, "config fields: explore.precision=bf16")
-    fields.add_argument(parser, "XLA's options of whole iterations' programs: xla_gpu_autotune_level=0", "--option")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     assemble.use_compilation_cache()
-    options = dict(args.option)
     named = config.load(args.config, {"prompts": str(args.prompts), **dict(args.set)})
     mesh = assemble.make_mesh(args.devices, max(1, named.shard), named.prompts)
     with contextlib.ExitStack() as stack:
@@ -372,7 +370,7 @@ def main(argv: list[str] | None = None) -> None:
             ("reward", functools.partial(bench.reward, 24)),
             *(("micro_step", functools.partial(bench.micro_step, keeps)) for keeps in keeping.split(";")),
             *(("learn", functools.partial(bench.learn, int(every))) for every in args.every.split(",")),
-            ("iterations", functools.partial(bench.iterations, tflop, options or None)),
+            ("iterations", functools.partial(bench.iterations, tflop)),
         ]
         for name, step in steps:
             if name in args.only.split(","):
@@ -381,7 +379,7 @@ def main(argv: list[str] | None = None) -> None:
                 except jax.errors.JaxRuntimeError as e:  # out of memory: said, and the rest goes on
                     print(f"{name} failed: {str(e)[:300]}", flush=True)
                     bench.figures[f"{name} failed"] = results.figure(0, str(e)[:300], 0)
-                results.record(args.out, bench.figures, config=config.to_json(named), options=options)
+                results.record(args.out, bench.figures, config=config.to_json(named))
 
 
 if __name__ == "__main__":

@@ -225,8 +225,9 @@ def test_gradient(h100):
 
         program = card.compiled(jax.grad(loss), adapter, base, *given(B), on=h100)
         found = calls(program.as_text())
-        forward = (3, 4) if remat else (2,)  # from JAX 0.12 on the last block's is not computed again
-        assert found["__cudnn$fmhaSoftmaxBackward"] == 2 and found["__cudnn$fmhaSoftmax"] in forward
+        again = 2 if jax.__version_info__ < (0, 12) else 1  # there one block's is not computed again
+        assert found["__cudnn$fmhaSoftmaxBackward"] == 2
+        assert found["__cudnn$fmhaSoftmax"] == (2 + again if remat else 2)
         temporary[remat] = program.memory_analysis().temp_size_in_bytes
     assert temporary[True] < temporary[False]
 

@@ -255,6 +255,7 @@ def test_many_runs_as_one_program(folder):
         both = jax.tree.map(lambda a, b: jnp.stack([a, b]), state, fast)
         together, _ = jax.jit(jax.vmap(step, in_axes=(0, None, None)))(both, parts.frozen, prompts)
         alone, _ = whole(statics_of(parts))(fast, parts.frozen, prompts)
+    atol = 2e-4 if jax.__version_info__ < (0, 12) else 5e-4  # of a step of 5e-2; there one element is 2.6e-4 away
     np.testing.assert_allclose(
-        numbers(jax.tree.map(lambda x: x[1], together.lora)), numbers(alone.lora), rtol=1e-3, atol=5e-4
-    )  # 1 % of a step of 5e-2
+        numbers(jax.tree.map(lambda x: x[1], together.lora)), numbers(alone.lora), rtol=1e-3, atol=atol
+    )

@@ -222,12 +222,12 @@ def remedies(stage: str, cfg: Config) -> Iterator[tuple[str, str]]:
         yield "model.remat", "true"
     if stage == "learn" and cfg.model.remat_keeps:
         yield "model.remat_keeps", ""
-    chunks = {f"{name}.chunk": rollout.chunk for name, rollout, _ in cfg.stages()}
-    fields = chunks if stage == "watch" else {k: v for k, v in chunks.items() if k == f"{stage}.chunk"}
-    fields |= {"learn": {"learn.micro_batch": cfg.learn.micro_batch}}.get(stage, {})
-    fields |= {"evaluate": {"evaluate.chunk": cfg.evaluate.chunk}}.get(stage, {})
-    for size in range(max(fields.values(), default=1) - 1, 0, -1):
-        yield from ((field, str(size)) for field, now in fields.items() if size < now and now % size == 0)
+    sizes = {f"{name}.chunk": rollout.chunk for name, rollout, _ in cfg.stages()}
+    if stage != "watch":  # which runs both rollouts
+        sizes |= {"learn.micro_batch": cfg.learn.micro_batch, "evaluate.chunk": cfg.evaluate.chunk}
+        sizes = {field: now for field, now in sizes.items() if field.startswith(f"{stage}.")}
+    for size in range(max(sizes.values(), default=1) - 1, 0, -1):
+        yield from ((field, str(size)) for field, now in sizes.items() if size < now and now % size == 0)
 
 
 def _like(sizes: Sizes, new: Config, cfg: Config) -> Sizes:
