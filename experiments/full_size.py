@@ -255,6 +255,7 @@ class Bench:
         for kind, seconds in profile.groups(found).items():
             self.figures[f"{name}: {kind}"] = results.figure(seconds, "s", 1)
             print(f"{seconds:9.4f} s  {name}: {kind}", flush=True)
+        self.written(self.figures)
         lines = [f"{s * 1e3:10.3f} ms  {profile.group(*k):26} {k[1]:40} {k[0]}" for k, s in found.most_common(150)]
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"{name.replace(' ', '_')}.txt").write_text("\n".join(lines) + "\n")
@@ -358,7 +359,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
         tflop = work(cfg, mesh.size)
-        bench = Bench(cfg, mesh, args.repeat, args.profile)
+        written = functools.partial(results.record, args.out, config=config.to_json(named))
+        bench = Bench(cfg, mesh, args.repeat, args.profile, written)
         bench.flop = {part: flop.total() for part, flop in plan.per_image_flops(bench.sizes).items()}
         stack.enter_context(jax.set_mesh(mesh))
         forwards, decodes = ([word.split(":") for word in words.split(",")] for words in (args.forward, args.decode))
@@ -379,7 +381,7 @@ def main(argv: list[str] | None = None) -> None:
                 except jax.errors.JaxRuntimeError as e:  # out of memory: said, and the rest goes on
                     print(f"{name} failed: {str(e)[:300]}", flush=True)
                     bench.figures[f"{name} failed"] = results.figure(0, str(e)[:300], 0)
-                results.record(args.out, bench.figures, config=config.to_json(named))
+                    written(bench.figures)
 
 
 if __name__ == "__main__":
