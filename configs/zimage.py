@@ -12,8 +12,8 @@ Neither model is in the paper: values are FLUX's. Z-Image is guided at 5, in rol
 card's guidance_scale of 4 (docs/zimage.md): two rows of the network for each sample; --config.regenerate.guidance=1
 trains without. Turbo is drawn in 8 steps without guidance, and loses its ability to draw in few steps as it is trained.
 FP8 and NVFP4 quantise every Linear of the blocks but the modulation, 97.8 % of the weights. Measured on an H200, with
-random weights: 37.4 s a prompt and iteration (experiments/efficiency), sol_rl 46.1 s and 59 GB, and a forward in FP8 .60
-of BF16's time (experiments/zimage_h100). `--config=zimage --mode=plan` estimates 61 GB, and 27 minutes for 48 prompts
+random weights: 37.4 s a prompt and iteration (experiments/efficiency), sol_rl 46.1 s and 59 GB, a forward in FP8 .60 of
+BF16's time (experiments/zimage_h100). `--config=zimage --mode=plan` estimates 61 GB, and 27 minutes for 48 prompts
 on an H100 (branch).
 """
 
