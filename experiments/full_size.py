@@ -287,8 +287,7 @@ class Bench:
         keys = jax.random.split(jax.random.key(1), (self.mesh.size, kept))
         x0 = jnp.zeros((*keys.shape, *jax.eval_shape(model.noise, keys[0, 0]).shape))
         cond = jax.tree.map(lambda c: c[: self.mesh.size], self.prompts.cond)
-        options = device.compiler_options(keeps=cfg.model.remat_keeps)
-        step = jax.jit(functools.partial(gradients, model=model, cfg=cfg), compiler_options=options)
+        step = jax.jit(functools.partial(gradients, model=model, cfg=cfg))
         call = functools.partial(step, state, state, self.frozen, cond, keys, algos.Sample(x0), jnp.ones(keys.shape))
         seconds, compiling = timed(call, self.repeat)
         name = f"micro-step of {kept * cfg.times} points, keeping {keeps or 'nothing'}"
@@ -303,8 +302,7 @@ class Bench:
         keys = jax.random.split(jax.random.key(1), (cfg.prompts, cfg.kept))
         x0 = jax.random.normal(jax.random.key(2), (*keys.shape, *jax.eval_shape(model.noise, keys[0, 0]).shape))
         samples = Rollout(keys, x0, jax.random.normal(jax.random.key(3), keys.shape), {})
-        update = functools.partial(learn, model=model, optimizer=self.optimizer, cfg=cfg)
-        update = jax.jit(update, compiler_options=device.compiler_options(keeps=cfg.model.remat_keeps))
+        update = jax.jit(functools.partial(learn, model=model, optimizer=self.optimizer, cfg=cfg))
         seconds, compiling = timed(lambda: update(state, self.frozen, self.prompts.cond, samples), self.repeat)
         what = "every micro-batch" if every == 1 else f"one micro-batch in {every}"
         self.note(f"learn of {keys.size} x {cfg.times}, the reference on {what}", seconds, compile=compiling)

@@ -11,9 +11,9 @@ import jax
 from jax.profiler import ProfileData
 
 GROUPS = (
-    ("attention", r"fmha|flash|cudnn_generated|sdpa"),
+    ("attention", r"fmha|flash|cudnn_generated|sdpa|dot_do_o|convert_dq"),
     ("products", r"gemm|nvjet|cutlass|cublas|wgmma|xmma"),
-    ("convolutions", r"conv|fprop|cudnn"),
+    ("convolutions", r"conv(?!ert)|fprop|cudnn"),
     ("copies and concatenations", r"copy|concatenate|transpose|memcpy|memset|slice"),
     ("reductions", r"reduce|softmax|norm"),
 )

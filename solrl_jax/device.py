@@ -13,7 +13,6 @@ run the same program. The choice is made when a program is traced, so the compil
 import functools
 import glob
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -31,10 +30,6 @@ a GELU (tests/test_compiled.py::test_forward_in_fp8)."""
 NO_TRITON_NORMS = {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
 """Compiler options without the pass that makes one Triton kernel of each norm and of each quantisation, and then tries
 tilings for every operation that could join one."""
-EVERY_PRODUCT_ONCE = {"xla_gpu_enable_dynamic_slice_fusion": False}
-"""Compiler options for JAX 0.11, whose XLA fuses products with the slices that they read and write: one whose result is
-kept for the backward pass of a scan runs twice there, to be kept and to be used. Weights are then copied out of their
-stack, 1 % of a forward pass. JAX before and after 0.11 needs no option."""
 MEMORY = "0.92"
 """Share of a GPU's memory that JAX reserves. Its own default, 75 %, is too little for 12B parameters on 80 GB."""
 
@@ -66,18 +61,13 @@ def _missing(flags: str) -> list[str]:
     return [f"--{name}={str(value).lower()}" for name, value in XLA_GPU.items() if name not in flags]
 
 
-def compiler_options(precision: str = "bf16", keeps: Sequence[str] = ()) -> dict[str, str | bool]:
-    """XLA's options on the current platform for a program that rolls out in `precision`, or whose backward pass keeps
-    the results `keeps` of the forward pass (`config.Model.remat_keeps`).
+def compiler_options(precision: str) -> dict[str, str]:
+    """XLA's options for a rollout in `precision` on the current platform.
 
     Emulated NVFP4 quantises every Linear's input by a dozen operations: on a GPU, trying tilings for these is most of
     compiling.
     """
-    if platform() != "gpu":
-        return {}
-    options = dict[str, str | bool](NO_TRITON_NORMS) if precision == "nvfp4_emulated" else {}
-    keeps_products = not {"qkv", "mlp"}.isdisjoint(keeps)
-    return options | EVERY_PRODUCT_ONCE if keeps_products and jax.__version_info__[:2] == (0, 11) else options
+    return dict(NO_TRITON_NORMS) if precision == "nvfp4_emulated" and platform() == "gpu" else {}
 
 
 def absent() -> list[str]:

@@ -319,7 +319,7 @@ def stepper(parts: Parts, out: Log, stop: "Stop") -> Step:
                 raise Stopped
 
         return lambda state, batch, times: staged(state, parts.frozen, batch.prompts, times, between, batch.rows)
-    options = device.compiler_options(parts.cfg.low_precision or "bf16", parts.cfg.model.remat_keeps)
+    options = device.compiler_options(parts.cfg.low_precision or "bf16")
     whole = jax.jit(iteration.iteration_step, static_argnames=tuple(statics), compiler_options=options)
 
     def step(state: TrainState, batch: Batch, times: dict[str, float]) -> tuple[TrainState, dict]:

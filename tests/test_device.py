@@ -61,19 +61,6 @@ def test_only_emulated_nvfp4_on_gpus_compiles_without_triton_norms(monkeypatch):
     assert [device.compiler_options(p) for p in ("bf16", "fp8", "nvfp4_native")] == [{}] * 3
 
 
-def test_only_products_that_are_kept_on_gpus_with_jax_0_11_compile_without_slice_fusion(monkeypatch):
-    """test_compiled.py has what the option does."""
-    once, twice = {"xla_gpu_enable_dynamic_slice_fusion": False}, ("attention", "mlp")
-    for platform, version, options in [("gpu", 10, {}), ("gpu", 11, once), ("gpu", 12, {}), ("cpu", 11, {})]:
-        monkeypatch.setattr(device, "platform", lambda platform=platform: platform)
-        monkeypatch.setattr(jax, "__version_info__", (0, version, 2))
-        assert device.compiler_options(keeps=twice) == device.compiler_options(keeps=("qkv",)) == options
-        assert device.compiler_options(keeps=("attention",)) == {}
-        if options:
-            both = {"xla_disable_hlo_passes": "triton-softmax-rewriter", **once}
-            assert device.compiler_options("nvfp4_emulated", twice) == both
-
-
 def test_linear_multiplies_rounded_operands(amx):
     """Operands are rounded to bf16, also if the same program computed them in f32; sums are not rounded."""
     x, w = normal(64, 160), normal(160, 96, seed=1)

@@ -2,13 +2,14 @@
 
 import argparse
 import json
+from collections import Counter
 from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evidence, fields, ranks, results, worlds
+from experiments import evidence, fields, full_size, profile, ranks, results, worlds
 from experiments.ablations import run as ablations
 from experiments.efficiency import peer
 from experiments.efficiency import run as efficiency
@@ -346,6 +347,41 @@ def test_the_peers_forward_pass(tmp_path, capsys):
     with pytest.raises(SystemExit):
         peer.main([*words, "--precisions=fp4"])
     assert "fp4 is unknown" in capsys.readouterr().err
+
+
+def test_full_size_has_written_what_it_knew_when_it_is_stopped(tmp_path, monkeypatch):
+    """Every figure is in the file at once, so that a time limit within the next one loses nothing."""
+
+    class Stopped(full_size.Bench):
+        def encode(self):
+            self.note("encode 4 prompts", [2.0, 3.0, 4.0])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(full_size, "Bench", Stopped)
+    monkeypatch.setattr(full_size, "drawn", lambda tree, place=None: tree)
+    monkeypatch.setattr(full_size, "work", lambda cfg, devices: {})
+    with pytest.raises(KeyboardInterrupt):
+        full_size.main(["--config=tiny:sol_rl", "--prompts=4", f"--out={tmp_path / 'f.json'}"])
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["figures"]["encode 4 prompts"] == results.figure(3.0, "s; median [least, most]", 3, [2.0, 4.0])
+    assert json.loads(found["config"])["prompts"] == 4
+
+
+def test_kinds_of_kernels():
+    """By the names that XLA's, cuBLAS's and cuDNN's kernels had on an H200."""
+    for kind, kernel in {
+        "products": "nvjet_sm90_tst_128x160_64x5_2x1_v_bz_NNT",
+        "attention": "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26_64x64x128_1x4x1",
+        "convolutions": "wrapped_convolution",
+        "reductions": "input_reduce_fusion_2",
+        "copies and concatenations": "memcpy128",
+        "elementwise": "loop_convert_fusion_65",
+    }.items():
+        assert profile.group(kernel, "command_buffer_291") == kind
+    assert profile.group("void cudnn::fusion::convert_dq_to_16bits<true>", "") == "attention"
+    assert profile.group("input_add_convert_reduce_fusion_2", "") == "reductions"
+    both = Counter({("memcpy128", ""): 1.0, ("memset", ""): 2.0, ("loop_add_fusion", ""): 0.5})
+    assert profile.groups(both) == {"copies and concatenations": 3.0, "elementwise": 0.5}
 
 
 def test_a_reward_takes_a_share_of_the_rollout(tmp_path, monkeypatch):
