@@ -5,21 +5,17 @@ Sizes are global (prompts, candidates, kept); what one device does follows from 
 and recipe.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import functools
 import importlib
 import json
 import math
-import numbers
 import sys
 import types
-import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from solrl_jax.fields import Checked, ConfigError, build, override, require
 from solrl_jax.solvers import GAUSSIAN, SOLVERS
 
 Precision = Literal["auto", "bf16", "fp8", "nvfp4_native", "nvfp4_emulated"]
@@ -36,38 +32,12 @@ PACKAGE = "solrl_jax_configs"
 """FOLDER has the configs: inside an installed package, beside it in the repository. PACKAGE is their module's name."""
 
 
-class ConfigError(ValueError):
-    """A config that cannot run; the message names the value, the rule and the fix."""
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
-
-
 WEIGHT = "1 (none) or a finite number above it"
 
 
 def _is_weight(w: float) -> bool:
     """Whether it is a weight of guidance, or 0, which stands for another field's."""
     return w == 0 or 1 <= w < math.inf
-
-
-class Checked:
-    """A dataclass that is checked on creation: each value by its field's type, then all by the class's `rules`.
-
-    Numbers and lists are converted to the field's type (64 becomes 64.0 for a float), so that equality, hash and JSON
-    are the same as for values from the command line.
-    """
-
-    def __post_init__(self):
-        at = "" if isinstance(self, Stage | Config) else f"{type(self).__name__.lower()}."  # a stage has no name
-        for name, kind in _hints(type(self)).items():
-            object.__setattr__(self, name, _typed(kind, getattr(self, name), f"{at}{name}"))
-        self.rules()
-
-    def rules(self) -> None:
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +66,12 @@ class Model(Checked):
     def rules(self) -> None:
         for entry in self.lora:
             lora_entry(entry)
-        _require(self.size > 0, f"model.size={self.size}: give pixels, 1 or more")
+        require(self.size > 0, f"model.size={self.size}: give pixels, 1 or more")
         strange = sorted(set(self.remat_keeps) - {"attention", "qkv", "mlp"})
-        _require(not strange, f"model.remat_keeps={','.join(self.remat_keeps)}: use some of attention, qkv, mlp")
-        _require(
-            0 <= self.shift < math.inf, f"model.shift={self.shift}: 0 (the pipeline's sigmas) or a positive number"
-        )
-        _require(self.text_tokens > 0, f"model.text_tokens={self.text_tokens}: give 1 or more")
-        _require(0 <= self.min_quantised_flops <= 1, "model.min_quantised_flops is a share, 0 to 1")
+        require(not strange, f"model.remat_keeps={','.join(self.remat_keeps)}: use some of attention, qkv, mlp")
+        require(0 <= self.shift < math.inf, f"model.shift={self.shift}: 0 (the pipeline's sigmas) or a positive number")
+        require(self.text_tokens > 0, f"model.text_tokens={self.text_tokens}: give 1 or more")
+        require(0 <= self.min_quantised_flops <= 1, "model.min_quantised_flops is a share, 0 to 1")
 
 
 def lora_entry(text: str) -> tuple[str, float]:
@@ -111,13 +79,13 @@ def lora_entry(text: str) -> tuple[str, float]:
     scale, unless it goes on as a path does, as in C:\\x and a:b.safetensors. ConfigError if it is no number, or 0."""
     file, _, scale = text.rpartition(":")
     if not file or "/" in scale or "\\" in scale or scale.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt")):
-        _require(text.strip() not in ("", ":"), f"model.lora={text!r}: give a LoRA file, FILE or FILE:scale")
+        require(text.strip() not in ("", ":"), f"model.lora={text!r}: give a LoRA file, FILE or FILE:scale")
         return text, 1.0
     try:
         number = float(scale)
     except ValueError:
         number = math.nan
-    _require(
+    require(
         0 < abs(number) < 1e30,
         f"model.lora={text}: {scale!r} is no scale; give a finite number other than 0, as in {file}:0.8. A folder with "
         f"a colon in its name needs a scale too: {text}:1",
@@ -145,27 +113,30 @@ class Stage(Checked):
     # w of v_neg + w (v_pos - v_neg), 1: none (solrl_jax.guidance); 0: in explore regenerate's, in regenerate none.
     guidance: float = 0.0
 
+    def at(self) -> str:
+        return ""  # whether it explores or regenerates is not known here
+
     def rules(self) -> None:
-        _require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
-        _require(self.chunk >= 1, f"chunk={self.chunk}: give 1 or more images at a time")
+        require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
+        require(self.chunk >= 1, f"chunk={self.chunk}: give 1 or more images at a time")
         most = SOLVERS[self.solver].noise
         takes = f"0 to {most:g}" if most < math.inf else "a finite number, 0 or more"
-        _require(
+        require(
             0 <= self.eta <= most and self.eta < math.inf,
             f"eta={self.eta}: {self.solver} takes {takes if most else '0 only, it solves the ODE'}",
         )
-        _require(0 <= self.shift < math.inf, f"shift={self.shift}: 0 (the model's sigmas) or a positive number")
-        _require(_is_weight(self.guidance), f"guidance={self.guidance}: {WEIGHT}, or 0 (the rollouts' own)")
-        _require(
+        require(0 <= self.shift < math.inf, f"shift={self.shift}: 0 (the model's sigmas) or a positive number")
+        require(_is_weight(self.guidance), f"guidance={self.guidance}: {WEIGHT}, or 0 (the rollouts' own)")
+        require(
             not self.shared_noise or self.stochastic,
             f"shared_noise=true with solver={self.solver}, eta={self.eta}: all samples of a prompt would be the same",
         )
         if self.window or self.window_within:
-            _require(
+            require(
                 self.stochastic and self.solver in GAUSSIAN,
                 f"window={self.window}: only {', '.join(GAUSSIAN)} with eta > 0 have noise for a window",
             )
-            _require(
+            require(
                 1 <= self.window <= self.window_within < self.steps,
                 f"window={self.window}, window_within={self.window_within} of steps={self.steps}: a window has 1 or "
                 "more steps, and lies within the first window_within of them; the last step, whose noise is 0 or "
@@ -193,8 +164,8 @@ class Branch(Checked):
     steps: int = 4
 
     def rules(self) -> None:
-        _require(self.after >= 1, f"branch.after={self.after}: 1 or more; to begin again from the noise, branch=none")
-        _require(self.steps >= 1, f"branch.steps={self.steps}: a sample takes at least one step after the branch")
+        require(self.after >= 1, f"branch.after={self.after}: 1 or more; to begin again from the noise, branch=none")
+        require(self.steps >= 1, f"branch.steps={self.steps}: a sample takes at least one step after the branch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,8 +177,8 @@ class Lora(Checked):
     targets: tuple[str, ...] = ()
 
     def rules(self) -> None:
-        _require(self.rank >= 1, f"lora.rank={self.rank}: give 1 or more")
-        _require(0 < self.alpha < math.inf, f"lora.alpha={self.alpha}: give a positive number")
+        require(self.rank >= 1, f"lora.rank={self.rank}: give 1 or more")
+        require(0 < self.alpha < math.inf, f"lora.alpha={self.alpha}: give a positive number")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,31 +211,31 @@ class Learn(Checked):
     ema_max: float = 0.9
 
     def rules(self) -> None:
-        _require(
+        require(
             0 < self.timestep_fraction <= 1, f"learn.timestep_fraction={self.timestep_fraction}: above 0, at most 1"
         )
         for name in ("updates", "epochs", "micro_batch", "reference_every"):
-            _require(getattr(self, name) >= 1, f"learn.{name}={getattr(self, name)}: give 1 or more")
+            require(getattr(self, name) >= 1, f"learn.{name}={getattr(self, name)}: give 1 or more")
         numbers = ("learning_rate", "kl_weight", "lag_weight", "weight_decay", "old_wait", "old_ramp", "old_max")
         for name in (*numbers, "ema_max"):
             value = getattr(self, name)
-            _require(0 <= value < math.inf, f"learn.{name}={value}: give a finite number, 0 or more")
-        _require(0 < self.clip_norm < math.inf, f"learn.clip_norm={self.clip_norm}: give a positive number")
+            require(0 <= value < math.inf, f"learn.{name}={value}: give a finite number, 0 or more")
+        require(0 < self.clip_norm < math.inf, f"learn.clip_norm={self.clip_norm}: give a positive number")
         for name, other in (("guidance", "regenerate.guidance"), ("kl_guidance", "learn.guidance")):
             w = getattr(self, name)
-            _require(_is_weight(w), f"learn.{name}={w}: {WEIGHT}, or 0 ({other})")
-        _require(self.ema_max < 1, f"learn.ema_max={self.ema_max}: 0 (no average) up to below 1")
-        _require(self.clip_range > 0, f"learn.clip_range={self.clip_range}: a positive number, such as 1e-4")
-        _require(self.first_time >= 0, f"learn.first_time={self.first_time}: 0 or more")
-        _require(
+            require(_is_weight(w), f"learn.{name}={w}: {WEIGHT}, or 0 ({other})")
+        require(self.ema_max < 1, f"learn.ema_max={self.ema_max}: 0 (no average) up to below 1")
+        require(self.clip_range > 0, f"learn.clip_range={self.clip_range}: a positive number, such as 1e-4")
+        require(self.first_time >= 0, f"learn.first_time={self.first_time}: 0 or more")
+        require(
             0 < self.strength < math.inf,
             f"learn.strength={self.strength}: a positive number, finite (1.0 or 0.1 in the paper)",
         )
-        _require(
+        require(
             0 < self.advantage_clip < math.inf,
             f"learn.advantage_clip={self.advantage_clip}: a positive number, finite, for advantages are divided by it",
         )
-        _require(0 <= self.old_max < 1, f"learn.old_max={self.old_max}: 0 (old = current) up to below 1")
+        require(0 <= self.old_max < 1, f"learn.old_max={self.old_max}: 0 (old = current) up to below 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,17 +255,17 @@ class Evaluate(Checked):
     own: bool = dataclasses.field(default=False, repr=False)  # the base is drawn once at its own guidance too
 
     def rules(self) -> None:
-        _require(self.every >= 0, f"evaluate.every={self.every}: 0 (never) or more")
-        _require(self.held_out >= 0, f"evaluate.held_out={self.held_out}: 0 (none) or more")
+        require(self.every >= 0, f"evaluate.every={self.every}: 0 (never) or more")
+        require(self.held_out >= 0, f"evaluate.held_out={self.held_out}: 0 (none) or more")
         for name in ("prompts", "images", "steps", "chunk"):
-            _require(getattr(self, name) >= 1, f"evaluate.{name}={getattr(self, name)}: give 1 or more")
-        _require(
+            require(getattr(self, name) >= 1, f"evaluate.{name}={getattr(self, name)}: give 1 or more")
+        require(
             self.images <= self.chunk or self.images % self.chunk == 0,
             f"evaluate.chunk={self.chunk} does not divide a prompt's {self.images} images: use one of "
             f"{_divisors(self.images)}, or {self.images} or more",
         )
-        _require(1 <= self.grid <= self.prompts, f"evaluate.grid={self.grid}: 1 to evaluate.prompts={self.prompts}")
-        _require(
+        require(1 <= self.grid <= self.prompts, f"evaluate.grid={self.grid}: 1 to evaluate.prompts={self.prompts}")
+        require(
             _is_weight(self.guidance),
             f"evaluate.guidance={self.guidance}: {WEIGHT}, or 0 (regenerate.guidance)",
         )
@@ -310,9 +281,9 @@ class Watch(Checked):
     fall_back: bool = False  # then also explore in BF16 from there on
 
     def rules(self) -> None:
-        _require(self.every >= 0, f"watch.every={self.every}: 0 (never) or more")
-        _require(self.prompts >= 1, f"watch.prompts={self.prompts}: give 1 or more")
-        _require(-1 <= self.rank <= 1, f"watch.rank={self.rank}: a rank correlation, -1 to 1")
+        require(self.every >= 0, f"watch.every={self.every}: 0 (never) or more")
+        require(self.prompts >= 1, f"watch.prompts={self.prompts}: give 1 or more")
+        require(-1 <= self.rank <= 1, f"watch.rank={self.rank}: a rank correlation, -1 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,51 +325,54 @@ class Config(Checked):
     encode_ahead: int = 0  # iterations encoded together, then the text encoders leave the device; 0: they stay
     staged: bool = True  # stages jitted separately (progress, stage times); False: one jit of the whole iteration_step
 
+    def at(self) -> str:
+        return ""
+
     def rules(self) -> None:
-        _require(
+        require(
             self.name.isprintable() and not any(part in self.name for part in ("/", "\\", "..")),
             f"name={self.name!r}: it becomes part of file names, so leave out /, \\, .. and control characters",
         )
         most = 200  # bytes: file systems take 255, and a time or an ending follows
-        _require(len(self.name.encode()) <= most, f"name={self.name:.40}...: give one of at most {most} bytes")
+        require(len(self.name.encode()) <= most, f"name={self.name:.40}...: give one of at most {most} bytes")
         p, n, k = self.prompts, self.candidates, self.kept
-        _require(p >= 1, f"prompts={p}: give 1 or more")
-        _require(1 <= k <= n, f"kept={k} of candidates={n}: keep between 1 and {n}")
-        _require(
+        require(p >= 1, f"prompts={p}: give 1 or more")
+        require(1 <= k <= n, f"kept={k} of candidates={n}: keep between 1 and {n}")
+        require(
             self.selection != "best_worst" or k % 2 == 0,
             f"kept={k} is odd: best_worst keeps K/2 best and K/2 worst; use kept={k + 1 if k < n else k - 1}",
         )
-        _require(self.selection != "all" or k == n, f"selection=all keeps every candidate: set kept={n}")
+        require(self.selection != "all" or k == n, f"selection=all keeps every candidate: set kept={n}")
         for name, stage, count in self.stages():
             together = stage.chunk // count if stage.chunk % count == 0 else 0  # whole prompts in a chunk
-            _require(
+            require(
                 count % stage.chunk == 0 or (together > 0 and p % together == 0),
                 f"{name}.chunk={stage.chunk} neither divides a prompt's {count} images nor takes whole prompts of {p}: "
                 f"use one of {_divisors(count) + [count * d for d in _divisors(p)[1:]]}",
             )
-        _require(
+        require(
             len(self._low()) < 2,
             f"the rollouts run in {' and in '.join(self._low())}: kernels are quantised once, name one low precision",
         )
         self._check_branch()
         self._check_algorithm()
         u, t, m = self.learn.updates, self.times, self.learn.micro_batch
-        _require(k % u == 0, f"learn.updates={u} does not divide kept={k}: use one of {_divisors(k)}")
-        _require(
+        require(k % u == 0, f"learn.updates={u} does not divide kept={k}: use one of {_divisors(k)}")
+        require(
             m % t == 0 or t % m == 0,
             f"learn.micro_batch={m} is neither a multiple nor a divisor of the {t} trained times a sample has: use {t}",
         )
         points = p * k // u * t
-        _require(
+        require(
             points % m == 0,
             f"learn.micro_batch={m} does not divide the {points} points of an update: use one of {_divisors(points)}",
         )
-        _require(0 <= self.seed < 2**32, f"seed={self.seed}: 0 or more and below 2**32, which JAX's keys take")
-        _require(
+        require(0 <= self.seed < 2**32, f"seed={self.seed}: 0 or more and below 2**32, which JAX's keys take")
+        require(
             self.kept > 1 or self.learn.advantage_spread != "prompt_unbiased",
             f"kept={self.kept}: learn.advantage_spread=prompt_unbiased takes the spread of 2 or more",
         )
-        _require(
+        require(
             self.reward_rule == "sum"
             or "," not in self.reward
             or self.explore is None
@@ -407,13 +381,13 @@ class Config(Checked):
             "next prompts are drawn, so the spread over all of them is not known: use prompt, as published, or "
             "prompt_unbiased",
         )
-        _require(self.iterations >= 1, f"iterations={self.iterations}: 1 or more; --mode=eval draws without training")
-        _require(self.encode_ahead >= 0, f"encode_ahead={self.encode_ahead}: 0 (the text encoders stay) or more")
-        _require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
-        _require(self.shard >= 0, f"shard={self.shard}: 0 (auto), 1 (weights whole on every device) or more")
-        _require(self.keep >= 1, f"keep={self.keep}: keep at least one checkpoint")
+        require(self.iterations >= 1, f"iterations={self.iterations}: 1 or more; --mode=eval draws without training")
+        require(self.encode_ahead >= 0, f"encode_ahead={self.encode_ahead}: 0 (the text encoders stay) or more")
+        require(self.save_every >= 0, f"save_every={self.save_every}: 0 (only at the end) or more")
+        require(self.shard >= 0, f"shard={self.shard}: 0 (auto), 1 (weights whole on every device) or more")
+        require(self.keep >= 1, f"keep={self.keep}: keep at least one checkpoint")
         parts = self.wandb.split("/")
-        _require(
+        require(
             not self.wandb or (len(parts) <= 2 and all(part.strip() == part != "" for part in parts)),
             f"wandb={self.wandb}: a project's name, or entity/project",
         )
@@ -425,19 +399,19 @@ class Config(Checked):
         after, explore, rest = self.branch.after, self.explore, self.regenerate
         if explore is None:
             raise ConfigError(f"branch.after={after} of no preview: set branch=none, or take a family with explore")
-        _require(
+        require(
             after < explore.steps,
             f"branch.after={after} of explore.steps={explore.steps}: branch before the last step, where a candidate is "
             f"not finished, after {explore.steps - 1} or fewer",
         )
         for name, stage in (("explore", explore), ("regenerate", rest)):
-            _require(
+            require(
                 stage.solver in BRANCHES,
                 f"{name}.solver={stage.solver}: a branch takes an ODE's state, use one of {', '.join(BRANCHES)}",
             )
         for field in ("solver", "shift"):
             mine, other = getattr(explore, field), getattr(rest, field)
-            _require(
+            require(
                 mine == other,
                 f"explore.{field}={mine}, regenerate.{field}={other}: a branch is one solve, give both the same",
             )
@@ -445,22 +419,22 @@ class Config(Checked):
     def _check_algorithm(self) -> None:
         """Check that the rollout provides what the algorithm needs."""
         name, stage, t = self.learn.algorithm, self.regenerate, self.times
-        _require(
+        require(
             self.explore is None or not (self.explore.stochastic or stage.stochastic),
             f"explore.eta={self.explore and self.explore.eta}, regenerate.eta={stage.eta}: the kept seeds would be "
             "drawn again with other noise in every step, so the preview would say nothing of them: set eta=0, or take "
             "a family of one stage",
         )
         fraction, steps = self.learn.timestep_fraction, stage.steps
-        _require(t >= 1, f"learn.timestep_fraction={fraction}: no time of {steps} steps is trained, raise it")
+        require(t >= 1, f"learn.timestep_fraction={fraction}: no time of {steps} steps is trained, raise it")
         if name == "awm":
             last, first = last_time(steps), self.learn.first_time
-            _require(
+            require(
                 first < last,
                 f"learn.first_time={first}: learn.algorithm=awm trains times of {steps} steps below number {last}, "
                 "use a lower one, or more steps",
             )
-            _require(
+            require(
                 t <= last - first,
                 f"learn.algorithm=awm trains {t} times of {steps}, one of each stratum of those from number {first} "
                 f"to {last - 1}: use learn.timestep_fraction={max(0, last - first) / steps:g} or less, or more steps",
@@ -468,22 +442,22 @@ class Config(Checked):
         if name == "vgrpo":
             self._check_vgrpo()
         if self.of_steps:
-            _require(
+            require(
                 not self.learn.shared_points,
                 f"learn.shared_points=true: learn.algorithm={name} learns from the steps that were taken, not from new "
                 "points: set it to false",
             )
-            _require(
+            require(
                 stage.trainable > 0,
                 f"learn.algorithm={name} needs the probability of a step, which solver={stage.solver} with "
                 f"eta={stage.eta} has not: use {', '.join(GAUSSIAN)} with eta > 0",
             )
-            _require(
+            require(
                 t <= stage.trainable,
                 f"learn.timestep_fraction={fraction} is {t} of {steps} steps, but only {stage.trainable} have a "
                 f"probability that is trained on: use {stage.trainable / steps:g} or less",
             )
-            _require(
+            require(
                 stage.precision == "bf16",
                 f"regenerate.precision={stage.precision}: learn.algorithm={name} takes the ratio of the trained policy "
                 "to the one that drew the samples, which would be another network: use bf16",
@@ -492,12 +466,12 @@ class Config(Checked):
     def _check_vgrpo(self) -> None:
         """Check that a micro-batch has whole samples, and that a penalty has a policy to be the distance from."""
         t, m = self.times, self.learn.micro_batch
-        _require(
+        require(
             m % t == 0,
             f"learn.micro_batch={m}: learn.algorithm=vgrpo takes the ratio of a whole sample, which has {t} times: use "
             f"a multiple of {t}",
         )
-        _require(
+        require(
             not self.learn.kl_weight or self.learn.updates * self.learn.epochs > 1,
             f"learn.kl_weight={self.learn.kl_weight:g}: learn.algorithm=vgrpo takes the distance from the policy when "
             "the iteration began, which with one update is 0: set it to 0, or learn.updates=2 or more",
@@ -583,7 +557,7 @@ def from_json(text: str) -> Config:
         raise ConfigError(f"not the JSON of a config: {e}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"not the JSON of a config: a {type(values).__name__}, not an object")
-    return _build(Config, values, "")
+    return build(Config, values)
 
 
 def values(config: Config) -> list[tuple[str, Any]]:
@@ -603,105 +577,3 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """{"explore.steps": (6, 4)} for every single value that differs."""
     a, b = dict(values(old)), dict(values(new))
     return {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _build(kind: Any, values: dict[str, Any], at: str) -> Any:
-    """A dataclass from a JSON object. Values are checked here too, where their whole path is known."""
-    if strange := [f"{at}{name}" for name in values if name not in _hints(kind)]:
-        raise ConfigError(
-            f"unknown fields {', '.join(strange)}: this config was written by another version of solrl_jax"
-        )
-    made = {}
-    for name, value in values.items():
-        wanted = _hints(kind)[name]
-        inner = next(filter(dataclasses.is_dataclass, (wanted, *typing.get_args(wanted))), None)
-        built = inner is not None and isinstance(value, dict)
-        made[name] = _build(inner, value, f"{at}{name}.") if built else _typed(wanted, value, f"{at}{name}")
-    return kind(**made)
-
-
-def _typed(kind: Any, value: Any, path: str) -> Any:
-    """`value` converted to the field's type `kind`; ConfigError if it has another type."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _typed(args[0], value, path)
-    if origin is Literal:
-        if isinstance(value, str) and value in args:
-            return value
-        raise ConfigError(f"{path}={value!r}: use one of {', '.join(args)}")
-    if origin is tuple and isinstance(value, list | tuple) and all(isinstance(x, str) for x in value):
-        return tuple(value)
-    if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):
-            return float(value)
-    if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    if origin is None and kind not in (float, int) and isinstance(value, kind):
-        return value
-    raise ConfigError(f"{path}={value!r}: needs {'a tuple of str' if origin is tuple else kind.__name__}")
-
-
-def override(config: Config, **changes: Any) -> Config:
-    """override(config, **{"explore.steps": "4"}): the same names and values as on the command line."""
-    nested: dict[str, Any] = {}
-    for path, text in changes.items():
-        _set(nested, config, path, str(text))
-    return _replace(config, nested)
-
-
-def _set(changes: dict[str, Any], config: Any, path: str, text: str, rest: str | None = None) -> None:
-    """Parse one override by the types of `config` into the nested dict `changes`; `rest` is the rest of `path`."""
-    head, _, rest = (path if rest is None else rest).partition(".")
-    fields = {f.name: f for f in dataclasses.fields(config)}
-    if head not in fields:
-        near = difflib.get_close_matches(head, fields, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            f"--config.{path}: no field {head!r} in {type(config).__name__}; {hint}it has {', '.join(fields)}"
-        )
-    kind = _hints(type(config))[head]
-    if rest:
-        inner = getattr(config, head)
-        if not dataclasses.is_dataclass(inner):
-            what = "this family has no such stage" if inner is None else "it is a single value"
-            raise ConfigError(f"--config.{path}: {head} has no fields here ({what})")
-        _set(changes.setdefault(head, {}), inner, path, text, rest)
-    else:
-        changes[head] = _parse(kind, text, path)
-
-
-def _replace(config: Any, changes: dict[str, Any]) -> Any:
-    """Apply all changes at once, because two overrides may be valid only together."""
-    new = {k: _replace(getattr(config, k), v) if isinstance(v, dict) else v for k, v in changes.items()}
-    return dataclasses.replace(config, **new)
-
-
-def _parse(kind: Any, text: str, path: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if text in args:
-            return text
-        raise ConfigError(f"--config.{path}={text}: use one of {', '.join(map(str, args))}")
-    if origin in (types.UnionType, typing.Union):
-        if text.lower() == "none":
-            return None
-        raise ConfigError(f"--config.{path}={text}: set its fields one by one, or none")
-    if origin is tuple:
-        return tuple(part for part in text.split(",") if part)
-    if dataclasses.is_dataclass(kind):
-        raise ConfigError(
-            f"--config.{path}={text}: set its fields, e.g. --config.{path}.{dataclasses.fields(kind)[0].name}=..."
-        )
-    if kind is bool:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ConfigError(f"--config.{path}={text}: use true or false")
-    try:
-        return kind(text)
-    except ValueError:
-        raise ConfigError(f"--config.{path}={text}: needs {kind.__name__}") from None
