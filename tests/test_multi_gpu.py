@@ -200,7 +200,7 @@ def test_a_base_in_parts_is_over_a_whole_one(tmp_path, monkeypatch, loads_nano):
     measure, asked = measured({"named, parts": [10.0], "named, parts, pipelined": [9.0]})
     monkeypatch.setattr(run, "measured", measure)
     run.main(["--part=pipelined", "--settings=named", *words])
-    assert [a[-1] for a in asked] == [None, {"xla_gpu_enable_pipelined_all_gather": True}]
+    assert [a[-1] for a in asked] == [None, run.PIPELINED]
     found = json.loads((tmp_path / "s.json").read_text())["figures"]
     assert found["named, iteration: parts, pipelined over parts"]["value"] == 0.9
 
