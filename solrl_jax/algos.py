@@ -1,8 +1,9 @@
-"""Advantages and policy losses: DiffusionNFT, AWM, V-GRPO, Flow-GRPO, DanceGRPO (algorithms.md sections 2 to 5).
+"""Advantages and policy losses: DiffusionNFT, AWM, V-GRPO, Flow-GRPO, DanceGRPO.
 
 An `Algorithm`, found by its name (`find`), is two functions and what they need. points(key, sample, schedule, times,
 cfg) gives the points at which one sample's velocities are computed, leaves [T, ...]. loss(velocities, points,
-advantage, hyper, cfg) gives (f32 [B], metrics). `learn.learn` averages, differentiates and updates.
+advantage, hyper, cfg) gives (f32 [B], metrics [B]). `learn.learn` averages, differentiates and updates. A new one needs
+its name in config.Learn, and in config.Config's rules if it asks something of the rollout.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from solrl_jax.config import Learn, last_time
 from solrl_jax.sampler import Gaussian
 from solrl_jax.structs import Hyper, Path, Points, Transitions, Velocities
 
-Metrics = dict[str, Any]
+Metrics = dict[str, Array]
+"""One value a point, shaped as the loss: `learn` takes their mean."""
 Loss = tuple[Float[Array, "B"], Metrics]
 
 
@@ -62,7 +64,7 @@ def find(name: str) -> Algorithm:
 def advantages(
     reward: Float[Array, "P K"], spread: str = "all", asked: Float[Array, "P K"] | None = None
 ) -> Float[Array, "P K"]:
-    """A = (R - mean of its prompt) / (std + eps); `spread` says which std (algorithms.md 1.6 and 5).
+    """A = (R - mean of its prompt) / (std + eps); `spread` says which std.
 
     "all": over all rewards; "prompt": over the prompt's rewards; both population std, eps 1e-4. "prompt_unbiased": over
     the prompt's rewards, divided by K - 1, eps 1e-8 (DanceGRPO's); needs K >= 2. Prompts whose `asked` is 0 have A = 0
@@ -104,12 +106,12 @@ def shape_advantage(a: Float[Array, "*B"], clip: float, mode: str) -> Float[Arra
 def old_decay(
     updates: Int[Array, ""], wait: Float[Array, ""], ramp: Float[Array, ""], maximum: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """c of old <- c old + (1 - c) current: min(ramp * (updates - wait), maximum), 0 before `wait` (section 2)."""
+    """c of old <- c old + (1 - c) current: min(ramp * (updates - wait), maximum), 0 before `wait` (DiffusionNFT)."""
     return jnp.clip(ramp * (updates.astype(jnp.float32) - wait), 0.0, maximum)
 
 
 def ema_decay(updates: Int[Array, ""], maximum: float) -> Float[Array, ""]:
-    """D = min((1 + k) / (10 + k), maximum), where k includes this update (algorithms.md 1.5)."""
+    """D = min((1 + k) / (10 + k), maximum), where k includes this update."""
     k = updates.astype(jnp.float32)
     return jnp.minimum((1 + k) / (10 + k), maximum)
 
@@ -125,7 +127,7 @@ def nft_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, times: i
 
 
 def nft_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:
-    """DiffusionNFT (arXiv 2509.16117), with every constant of algorithms.md section 2; f32.
+    """DiffusionNFT (arXiv 2509.16117), with the constants of its code (NVlabs/DiffusionNFT); f32.
 
     v+ = beta v + (1 - beta) v_old,  v- = (1 + beta) v_old - beta v,  r = clip(A / (2 clip) + 1/2, 0, 1),
     L+- = mean |x_t - t v+- - x0|^2 / w+-,  w = mean |x_t - t v+- - x0| without gradient,
@@ -155,7 +157,7 @@ def _matching(velocity: Float[Array, "B h w c"], points: Points) -> Float[Array,
 
 
 def awm_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, times: int, cfg: Learn) -> Points:
-    """One rollout time from each of T strata, with fresh noise (algorithms.md section 4). Leaves [T, ...].
+    """One rollout time from each of T strata, with fresh noise, as AWM's code. Leaves [T, ...].
 
     The strata split the time indices `first_time` .. int(.9 N) - 1 into T adjacent ranges, with bounds rounded down.
     (The original draws times once for all samples of a micro-batch; here each sample draws its own.)
@@ -173,7 +175,7 @@ def awm_edges(steps: int, times: int, first: int) -> list[int]:
 
 
 def awm_loss(v: Velocities, points: Points, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:
-    """Advantage weighted matching (arXiv 2509.25050), generalised Huber form with p = 1/4 (algorithms.md section 4).
+    """Advantage weighted matching (arXiv 2509.25050), generalised Huber form with p = 1/4.
 
     e = mean |v - (eps - x0)|^2,  log p = -(t/p) ((e + 1e-10)^p - (1e-10)^p),  ratio = p / p_behaviour,
     loss = max(-A ratio, -A clip(ratio, 1 -+ c)) + kl_weight mean |v - v_ref|^2 + lag_weight mean |v - v_old|^2,
@@ -262,7 +264,7 @@ def dance_grpo_points(key: Key[Array, ""], sample: Sample, schedule: Schedule, t
 
 
 def flow_grpo_loss(v: Velocities, points: Transitions, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:
-    """Flow-GRPO (arXiv 2505.05470, algorithms.md section 3): the clipped ratio of a step's probabilities, and a KL.
+    """Flow-GRPO (arXiv 2505.05470): the clipped ratio of a step's probabilities, and a KL.
 
     loss = max(-A ratio, -A clip(ratio, 1 -+ c)) + kl_weight mean |mu - mu_ref|^2 / (2 g^2), where mu is the step's mean
     and g its diffusion. This is the original code's KL; the paper also divides it by the step's length.
@@ -276,7 +278,7 @@ def flow_grpo_loss(v: Velocities, points: Transitions, advantage: Float[Array, "
 
 
 def dance_grpo_loss(v: Velocities, points: Transitions, advantage: Float[Array, "B"], hyper: Hyper, cfg: Learn) -> Loss:
-    """DanceGRPO (arXiv 2505.07818, algorithms.md section 5): the clipped ratio of a step's probabilities, no KL."""
+    """DanceGRPO (arXiv 2505.07818): the clipped ratio of a step's probabilities, no KL."""
     policy, metrics = _clipped_step(v, points, advantage, hyper, cfg)
     return policy, {**metrics, "policy_loss": policy}
 

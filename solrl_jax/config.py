@@ -149,7 +149,7 @@ class Stage(Checked):
 
     @property
     def trainable(self) -> int:
-        """Consecutive steps that have a log-probability: the window's, or all but the last (algorithms.md 3, 5)."""
+        """Consecutive steps that have a log-probability: the window's, or all but the last."""
         return (self.window or self.steps - 1) if self.stochastic and self.solver in GAUSSIAN else 0
 
 
@@ -183,7 +183,7 @@ class Lora(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Learn(Checked):
-    """The policy update (algorithms.md 2 to 6). `micro_batch` counts (sample, time) points per forward pass."""
+    """The policy update (solrl_jax.algos). `micro_batch` counts (sample, time) points per forward pass."""
 
     algorithm: Literal["nft", "awm", "vgrpo", "flow_grpo", "dance_grpo"] = "nft"
     timestep_fraction: float = 0.6
@@ -251,6 +251,7 @@ class Evaluate(Checked):
     rewards: str = ""  # held-out rewards, scored and never trained on: "shapes" or "pickscore,hpsv2"
     grid: int = 8  # prompts in the picture grid
     chunk: int = 24
+    # Not in the text of evaluate.settings, which adds the weight that they come to.
     guidance: float = dataclasses.field(default=0.0, repr=False)  # 0: the rollouts', regenerate.guidance; 1: none
     own: bool = dataclasses.field(default=False, repr=False)  # the base is drawn once at its own guidance too
 

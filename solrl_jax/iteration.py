@@ -8,10 +8,10 @@
     state    = learn(samples, A)                              a LoRA, in BF16; the old policy follows
 
 `iteration_step` is one pure, jittable function; `Staged` runs the same stages from the host, one jit each.
-`branch`, the default: the preview of 5 steps also keeps each candidate's solver state after the 3rd, [P, N, ...], and
-the samples continue from there in 4 steps. `sol_rl`, the paper's: a preview of 6 steps, and the samples take 10 steps
-from the same noise. Families of one stage have explore = None: all candidates in one rollout, and the kept are chosen
-from these.
+`branch`, the recipes' default: the preview of 5 steps also keeps each candidate's solver state after the 3rd,
+[P, N, ...], and the samples continue from there in 4 steps. `sol_rl`, the paper's: a preview of 6 steps, and the
+samples take 10 steps from the same noise. Families of one stage have explore = None: all candidates in one rollout, and
+the kept are chosen from these.
 """
 
 import collections
@@ -162,7 +162,7 @@ class Staged:
                 samples, metrics = jax.block_until_ready(self.jit["select_samples"](full, chance))
             del full  # frees the candidates that are not kept
         else:
-            given = prompts, keys, None  # no state, as guards.measured says: then both have one program
+            given = prompts, keys, None  # None, not left out, as guards.measured calls it: else jit compiles it twice
             preview, chosen = self._by_prompt("explore", (kernels, low, frozen), given, times, between, chance, rows)
             if self.cfg.regenerate.precision == "bf16":
                 low = None  # the quantised kernels leave the device
@@ -252,7 +252,7 @@ def compare(preview: Rollout, chosen: Rollout, samples: Rollout, *, cfg: Config)
     return {**reward_metrics(preview, samples), **mixture.metrics(samples, cfg), "rank/spearman": agreement}
 
 
-def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:
+def reward_metrics(preview: Rollout, samples: Rollout) -> Metrics:
     """Reward metrics by the original's names, over the kept samples except for `explore/*`.
 
     Those of one reward are over the prompts that ask for it; asked/<k> is their share of all, if prompts name rewards.
@@ -270,11 +270,9 @@ def reward_metrics(preview: Rollout | None, samples: Rollout) -> Metrics:
     mean, asked = mixture.mean_asked, samples.asked
     out |= {f"reward/{name}": mean(part, asked.get(name)) for name, part in samples.parts.items()}
     out |= {f"asked/{name}": jnp.mean(one[:, 0]) for name, one in asked.items()}
-    if preview is not None:
-        out["explore/reward_mean"] = jnp.mean(preview.reward)
-        out["explore/reward_std_mean"] = jnp.mean(jnp.std(preview.reward, axis=-1))
-        out |= {f"explore/reward_{n}": mean(part, preview.asked.get(n)) for n, part in preview.parts.items()}
-    return out
+    out["explore/reward_mean"] = jnp.mean(preview.reward)
+    out["explore/reward_std_mean"] = jnp.mean(jnp.std(preview.reward, axis=-1))
+    return out | {f"explore/reward_{n}": mean(part, preview.asked.get(n)) for n, part in preview.parts.items()}
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ SAMPLES, SELECTION, SHARED = range(3)
 NOISE, ORDER, POINTS, STEPS, WINDOW = range(5)
 """Purposes of a sample's key."""
 EVALUATION, CALIBRATION = 0xE7A1, 0xCA11B
-"""Purposes of the seed's key: far from iteration numbers, which are folded into keys made of it."""
+"""Purposes of the seed's key. Not 0 or 1: fold_in(key, i) is split(key)[i], and `split_seed` splits it in two."""
 
 
 def split_seed(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:

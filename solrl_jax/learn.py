@@ -45,7 +45,18 @@ def init_state(
     adapter = lora.init(key_lora, frozen.base, cfg.lora.targets or model.lora_targets, cfg.lora)
     hyper = Hyper(*(jnp.asarray(getattr(cfg.learn, name), F32) for name in Hyper._fields))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, zero, zero, key, adapter, adapter, adapter, optimizer.init(adapter), hyper, zero)
+    return TrainState(
+        iteration=zero,
+        updates=zero,
+        skipped=zero,
+        key=key,
+        lora=adapter,
+        old=adapter,
+        ema=adapter,
+        moments=optimizer.init(adapter),
+        hyper=hyper,
+        fallen_back=zero,
+    )
 
 
 def learn(
@@ -168,18 +179,19 @@ def gradients(
     every = cfg.learn.reference_every if "reference" in names else 1
     hyper = state.hyper._replace(kl_weight=every * state.hyper.kl_weight)
     points = functools.partial(points_of, schedule=schedule_of(model, cfg), cfg=cfg)
-    turns = [names] if every == 1 else [names, tuple(name for name in names if name != "reference")]
-    # Without the second term, an iteration with m updates would give its i-th one the same phase every time.
+    passes = [names] if every == 1 else [names, tuple(name for name in names if name != "reference")]
+    # By updates % every alone, update i of each iteration would have one phase if an iteration has `every` updates: the
+    # same ranks of reward would always have the reference.
     phase = (state.updates + state.updates // every) % every
 
     def on_device(current, base, fixed, phase, negative, cond, keys, samples, advantage):
         size, count = samples_at_a_time(cfg, keys.size), micro_batches(cfg, keys.size)
         groups, pieces = by_group(keys, samples, advantage, size), count * size // keys.size
 
-        def added(names: tuple[str, ...], total: Params, which: Int[Array, "M"]):
-            objective = functools.partial(summed_loss, names=names, hyper=hyper, model=model, cfg=cfg)
+        def added(policies: tuple[str, ...], total: Params, which: Int[Array, "M"]):
+            objective = functools.partial(summed_loss, names=policies, hyper=hyper, model=model, cfg=cfg)
             gradient = jax.value_and_grad(objective, has_aux=True)
-            others = [stacked([fixed[name] for name in group]) for _, group in by_guidance(names, cfg)]
+            others = [stacked([fixed[name] for name in group]) for _, group in by_guidance(policies, cfg)]
 
             def one_micro(total, number):
                 group = jax.tree.map(lambda x: x[number // pieces], groups)
@@ -191,9 +203,9 @@ def gradients(
             total, metrics = jax.lax.scan(one_micro, total, which)
             return total, jax.tree.map(jnp.sum, metrics)
 
-        order, sums = order_of(sharding.index(), count, every, phase), []
+        order, sums = reference_first(sharding.index(), count, every, phase), []
         grads = jax.tree.map(jnp.zeros_like, current)
-        for which, policies in zip(jnp.split(order, [count // every] if every > 1 else []), turns, strict=True):
+        for which, policies in zip(jnp.split(order, [count // every] if every > 1 else []), passes, strict=True):
             grads, metrics = added(policies, grads, which)
             sums.append(metrics)
         return jax.lax.psum((grads, sums), sharding.AXES)
@@ -210,11 +222,11 @@ def gradients(
     fixed = fixed_policies(state, began, names)
     grads, sums = run(state.lora, frozen.base, fixed, phase, frozen.negative, cond, keys, samples, advantage)
     count = keys.size * cfg.times
-    metrics = means(sums, (count // every, count - count // every)[: len(turns)])
+    metrics = means(sums, (count // every, count - count // every)[: len(passes)])
     return jax.tree.map(lambda x: x / count, grads), metrics
 
 
-def order_of(device: Int[Array, ""], count: int, every: int, phase: Int[Array, ""]) -> Int[Array, "count"]:
+def reference_first(device: Int[Array, ""], count: int, every: int, phase: Int[Array, ""]) -> Int[Array, "count"]:
     """A device's `count` micro-batches, the one of every `every` that has the reference first.
 
     The choice is by their numbers among all devices'. It is another place in each `every` of them, for samples are in
@@ -337,7 +349,7 @@ def apply_gradients(
     the skip is counted."""
     norm = optax.tree.norm(grads)
     scale = jnp.minimum(1.0, cfg.learn.clip_norm / (norm + 1e-6))  # torch's clip_grad_norm_
-    grads = jax.tree.map(lambda g: jnp.where(jnp.isfinite(norm), g * scale, 0.0), grads)
+    grads = jax.tree.map(lambda g: g * scale, grads)
     direction, moments = optimizer.update(grads, state.moments, state.lora)
     stepped = jax.tree.map(lambda p, d: p - state.hyper.learning_rate * d, state.lora, direction)
     finite = jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(stepped))

@@ -40,7 +40,7 @@ def _tails(paths: Mapping[str, Any]) -> set[str]:
 
 
 def init(key: jax.Array, base: Params, targets: Sequence[str], cfg: Lora) -> Params:
-    """A ~ N(0, (1/R)^2), B = 0, so the policy starts as the base (algorithms.md 1.4)."""
+    """A ~ N(0, (1/R)^2), B = 0, so the policy starts as the base (peft's init_lora_weights="gaussian")."""
     modules = adapted(base, targets)
     tree: dict[str, Any] = {}
     for k, (path, shape) in zip(jax.random.split(key, len(modules)), modules.items(), strict=True):
@@ -94,7 +94,10 @@ def merged_kernels(base: Params, lora: Params, cfg: Lora) -> dict[str, jax.Array
     paths = [p.removesuffix("/a") for p in factors if p.endswith("/a")]
     return {
         f"{path}/kernel": _merged(
-            kernels[f"{path}/kernel"], factors[f"{path}/a"], factors[f"{path}/b"], sharding.spec(f"{path}/kernel", 3)
+            kernels[f"{path}/kernel"],
+            factors[f"{path}/a"],
+            factors[f"{path}/b"],
+            sharding.spec(f"{path}/kernel", kernels[f"{path}/kernel"].ndim),
         )
         for path in paths
     }

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from solrl_jax import algos, rewards
 from solrl_jax.config import Config
+from solrl_jax.selection import correlation
 from solrl_jax.structs import Rollout
 
 Parts = Mapping[str, Float[Array, "P K"]]
@@ -81,7 +82,7 @@ def metrics(samples: Rollout, cfg: Config) -> dict[str, Float[Array, ""]]:
     for name, part in samples.parts.items():
         out[f"zero_std/{name}"] = mean[name](jnp.all(part == part[:, :1], axis=-1).astype(jnp.float32))
         out[f"share/{name}"] = says[name] / jnp.where(everything > 0, everything, 1.0)
-        out[f"corr/{name}"] = mean[name](_correlation(part, score))
+        out[f"corr/{name}"] = mean[name](correlation(part, score))
     return out | ({"advantage/std": jnp.std(score)} if by_parts(cfg) else {})
 
 
@@ -98,10 +99,3 @@ def known(metrics: Mapping[str, float]) -> dict[str, float]:
     none = [name.removeprefix("asked/") for name, x in metrics.items() if name.startswith("asked/") and x == 0]
     left_out = {begin + name for name in none for begin in OF_PARTS}
     return {name: value for name, value in metrics.items() if name not in left_out}
-
-
-def _correlation(a: Float[Array, "P K"], b: Float[Array, "P K"]) -> Float[Array, "P"]:
-    """Within each prompt; 0 where one side is constant."""
-    a, b = (x - jnp.mean(x, axis=-1, keepdims=True) for x in (a, b))
-    norm = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
-    return jnp.where(norm > 0, jnp.sum(a * b, axis=-1) / jnp.where(norm > 0, norm, 1.0), 0.0)

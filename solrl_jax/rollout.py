@@ -102,20 +102,23 @@ def rollout(
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, seeds: Seeds):
         velocity = velocity_of(variables, prompts.cond, seeds, model, stage, frozen.negative)
+        path = kept = None
         if branch is None:
             x0, path = trajectory(velocity, seeds, model=model, stage=stage, keep_path=keep_path)
-            kept = None
+        elif seeds.state is None:
+            x0, kept = preview(velocity, seeds, branch, model=model, stage=stage)
         else:
-            x0, kept = preview_or_rest(velocity, seeds, branch, model=model, stage=stage)
-            path = None
+            x0 = finish(velocity, seeds.state, branch, stage=stage)
         images = model.decode(frozen.vae, x0)
         shown = eight_bit(images) if score.on_host else None
         asked = {name: jnp.repeat(one, seeds.own.shape[1]) for name, one in prompts.asked.items()}
-        scores = score_images(score, frozen.rewards, images, prompts.tokens, asked)
-        return x0 if kept is None else None, *scores, path, kept, shown, asked
+        reward, parts = score_images(score, frozen.rewards, images, prompts.tokens, asked)
+        found = {"x0": x0 if kept is None else None, "state": kept, "path": path, "images": shown}
+        return {**found, "reward": reward, "parts": parts, "asked": asked}
 
     begin = jnp.broadcast_to(keys[:, :1], keys.shape) if stage.shared_noise else keys
-    return Rollout(keys, *by_block(block, stage.chunk)(variables, frozen, prompts, Seeds(begin, keys, state)))
+    found = by_block(block, stage.chunk)(variables, frozen, prompts, Seeds(begin, keys, state))
+    return Rollout(keys=keys, **found)
 
 
 def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree], rows: Sequence[Row]) -> Rollout:
@@ -181,19 +184,21 @@ def trajectory(
     return x0, Path(jax.vmap(window, in_axes=(1, 0))(states, first), first)
 
 
-def preview_or_rest(
+def preview(
     velocity: Velocity, seeds: Seeds, branch: Branched, *, model: Model, stage: Stage
-) -> tuple[Float[Array, "B h w c"], Carry | None]:
-    """Without `seeds.state`: the preview's x0 and its state where the branch begins, leaves [B, ...]. With it: the
-    sample's x0."""
-    if seeds.state is not None:
-        state = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), seeds.state)
-        rest = sampler.rows(sampler.table(branch.sigmas, stage.solver), branch.after)
-        return sampler.advance(velocity, state, rest)[0].x, None
+) -> tuple[Float[Array, "B h w c"], Carry]:
+    """x0 of a branch's preview, and its state where the branch begins, leaves [B, ...]."""
     steps = sampler.table(sigmas_of(model, stage), stage.solver)
     begin = sampler.at_noise(noises(model, seeds.begin.reshape(-1)), steps)
     state, _ = sampler.advance(velocity, begin, sampler.rows(steps, 0, branch.after))
     return sampler.advance(velocity, state, sampler.rows(steps, branch.after))[0].x, state
+
+
+def finish(velocity: Velocity, state: Carry, branch: Branched, *, stage: Stage) -> Float[Array, "B h w c"]:
+    """x0 of a branch's samples, from their preview's state, leaves [p, n, ...]."""
+    state = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), state)
+    rest = sampler.rows(sampler.table(branch.sigmas, stage.solver), branch.after)
+    return sampler.advance(velocity, state, rest)[0].x
 
 
 def noises(model: Model, keys: Key[Array, "B"]) -> Float[Array, "B h w c"]:
@@ -255,8 +260,8 @@ def by_block(block: Callable[..., PyTree], chunk: int) -> Callable[..., PyTree]:
         return jax.tree.map(lambda x: x.reshape((*shape, *x.shape[4:])), out)
 
     def run(variables: Variables, frozen: Frozen, prompts: Prompts, keys: PyTree) -> PyTree:
-        rest: Any = sharding.WHOLE
-        held = Frozen(sharding.weights(frozen.base), rest, rest, rest)
+        whole: Any = sharding.WHOLE
+        held = Frozen(base=sharding.weights(frozen.base), vae=whole, rewards=whole, negative=whole)
         specs = sharding.weights(variables), held, sharding.SPLIT, sharding.SPLIT
         return sharding.over_data(on_device, specs, sharding.SPLIT)(variables, frozen, prompts, keys)
 
@@ -285,4 +290,5 @@ def sample(
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
         return integrate(variables, prompts.cond, keys, model=model, stage=stage, negative=frozen.negative)
 
-    return by_block(block, stage.chunk)(variables, Frozen({}, {}, {}, negative), Prompts(cond, {}), keys)
+    frozen = Frozen(base={}, vae={}, rewards={}, negative=negative)
+    return by_block(block, stage.chunk)(variables, frozen, Prompts(cond, {}), keys)

@@ -34,7 +34,7 @@ class Table(NamedTuple):
 
 
 def table(sigmas: np.ndarray, solver: str, eta: float = 0.0) -> Table:
-    """sigmas f64 [N + 1], falling from 1 to 0 -> the N steps of a solver (algorithms.md 1.3); `eta` is its noise.
+    """sigmas f64 [N + 1], falling from 1 to 0 -> the N steps of a solver; `eta` is its noise.
 
     With eta = 0 ddim, sde, dance and cps are Euler; dance's special last step then equals Euler's.
 
@@ -74,7 +74,7 @@ def dpm2(sigmas: np.ndarray, eta: float) -> Table:
 
 
 def sde(sigmas: np.ndarray, eta: float) -> Table:
-    """Flow-GRPO's: a reverse SDE of Euler's marginals with diffusion g^2 = eta^2 s / (1 - s) (1.3 b)."""
+    """Flow-GRPO's: a reverse SDE of Euler's marginals with diffusion g^2 = eta^2 s / (1 - s)."""
     s, t = sigmas[:-1], sigmas[1:]
     # At s = 1 Flow-GRPO takes the next sigma in g; SANA's own grid begins at .9997, where 1 - s is nearly 0.
     rest = np.where(s > 0.999, 1 - t, 1 - s)
@@ -82,7 +82,7 @@ def sde(sigmas: np.ndarray, eta: float) -> Table:
 
 
 def dance(sigmas: np.ndarray, eta: float) -> Table:
-    """DanceGRPO's: the same SDE with g = eta; its last step gives x0hat, which DanceGRPO decodes (1.3 c)."""
+    """DanceGRPO's: the same SDE with g = eta; its last step gives x0hat, which DanceGRPO decodes."""
     s, t = sigmas[:-1], sigmas[1:]
     steps = _reverse(s, t, np.full_like(s, eta**2))
     steps.x[-1], steps.x0[-1], steps.noise[-1] = 0, 1, 0
@@ -115,7 +115,7 @@ def _shared(s: np.ndarray, t: np.ndarray, share: np.ndarray) -> Table:
 
 
 def sa_solver(sigmas: np.ndarray, tau: float) -> Table:
-    """AWM's stochastic Adams: SA-Solver, predictor and corrector of order 2, one network call a step (1.3 h).
+    """AWM's stochastic Adams: SA-Solver, predictor and corrector of order 2, one network call a step.
 
     A step has noise if it ends at a sigma of .3 to .9. The grid begins at .999; its last sigma above 0 is half of the
     one before. A step's corrector needs the x0hat at the step's end, so it is part of the next step's row:

@@ -13,7 +13,7 @@ def select(
     best_worst: the K - K//2 highest and the K//2 lowest, best first; top: the K highest; random: the K of highest
     `chance`, numbers drawn independently; max_variance: the K with the largest variance of rewards, always some of the
     best and some of the worst (arXiv 2504.13818); all: every candidate, in order (K = N). Both ends come from one
-    stable sort, so ties never select a candidate twice (algorithms.md section 8, item 30).
+    stable sort, so ties never select a candidate twice (the original's rule does).
 
     Raises ValueError for an unknown rule, or if `kept` is more than the number of candidates.
     """
@@ -55,9 +55,14 @@ def ranks(x: Float[Array, "*batch N"]) -> Float[Array, "*batch N"]:
 
 def spearman(a: Float[Array, "P N"], b: Float[Array, "P N"]) -> Float[Array, "P"]:
     """Rank correlation within each prompt; 0 where one side is constant."""
-    ra, rb = (r - jnp.mean(r, axis=-1, keepdims=True) for r in (ranks(a), ranks(b)))
-    norm = jnp.sqrt(jnp.sum(ra * ra, axis=-1) * jnp.sum(rb * rb, axis=-1))
-    return jnp.where(norm > 0, jnp.sum(ra * rb, axis=-1) / jnp.where(norm > 0, norm, 1.0), 0.0)
+    return correlation(ranks(a), ranks(b))
+
+
+def correlation(a: Float[Array, "P N"], b: Float[Array, "P N"]) -> Float[Array, "P"]:
+    """Pearson's, within each prompt; 0 where one side is constant."""
+    a, b = (x - jnp.mean(x, axis=-1, keepdims=True) for x in (a, b))
+    norm = jnp.sqrt(jnp.sum(a * a, axis=-1) * jnp.sum(b * b, axis=-1))
+    return jnp.where(norm > 0, jnp.sum(a * b, axis=-1) / jnp.where(norm > 0, norm, 1.0), 0.0)
 
 
 def fidelity(preview: Float[Array, "P N"], truth: Float[Array, "P N"], kept: int) -> dict[str, Float[Array, "P"]]:

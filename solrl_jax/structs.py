@@ -1,7 +1,7 @@
 """Axis letters, array aliases and the NamedTuples that travel between the stages.
 
 Axes: P prompts, N candidates, K kept, B flattened batch, G groups (distinct prompts of a batch), T times or steps,
-S image tokens, L text tokens, D width, H heads, R LoRA rank; latents and images are height, width, channel ("h w c").
+S image tokens, L text tokens, D width, R LoRA rank, H heads; latents are "h w c", images "H W 3", with H the height.
 sigma is in [0, 1] and 1 is pure noise: x_t = (1 - t) x0 + t eps, v = eps - x0.
 """
 
@@ -180,7 +180,8 @@ class Path(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Samples of one stage. `keys` identify the samples: each began at noise(key).
+    """Samples of one stage. `keys` identify the samples: each began at the noise of its key, or with Stage.shared_noise
+    at that of its prompt's first key.
 
     A branch's preview has the solver's `state` instead of `x0`; the kept candidates continue from it. `path` is set for
     algorithms that learn from a sampler's steps. `images`, 8 bits, are set only if rewards run on the host, until

@@ -104,7 +104,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
             except Exception as e:
                 e.add_note(f"What was finished before is saved in {run}: --resume --run_dir={run} goes on from it.")
                 raise
-    processes.by_first(lambda: finish(parts, state, run, stop.agreed))
+    processes.by_first(lambda: finish(parts, state, run))
     return UNFINISHED if int(state.iteration) < cfg.iterations else 0
 
 
@@ -185,7 +185,7 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> 
     with checkpoint.Saver(run, cfg, {"prompts": data.digest(parts.prompts), **lora}) as saver:
         try:
             base, seen = beginning(parts, state, run, out)
-            state = guards.judged(state, seen, cfg) if done == 0 else state
+            state = guards.with_fall_back(state, seen, cfg) if done == 0 else state
             began, lines, said = time.perf_counter(), processes.agreed(lambda: read(run / "metrics.jsonl")), {}
             step, low = stepper(parts, out, stop), True
             while done < cfg.iterations and not stop.asked():
@@ -200,7 +200,7 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> 
                 number = int(new.iteration)
                 if low and guards.due(cfg, number):
                     metrics |= guards.measured(parts, new)
-                    new = guards.judged(new, metrics, cfg)
+                    new = guards.with_fall_back(new, metrics, cfg)
                 if cfg.evaluate.every and (number % cfg.evaluate.every == 0 or number == cfg.iterations):
                     metrics |= evaluated(parts, new, run, out, base)
                 began, metrics["time/iteration"] = time.perf_counter(), time.perf_counter() - began
@@ -442,10 +442,10 @@ def signals() -> Iterator[Stop]:
             signal.signal(kind, old)
 
 
-def finish(parts: Parts, state: TrainState, run: Path, stopped: bool) -> None:
-    """Write the LoRA files of a run that is done, then the report, and print where they are."""
+def finish(parts: Parts, state: TrainState, run: Path) -> None:
+    """Write the LoRA files, if the run is done, and the report; print where they are, or how a stopped run goes on."""
     done, total = int(state.iteration), parts.cfg.iterations
-    if stopped and done < total:
+    if done < total:
         reported(run)
         print(
             f"stopped after iteration {done} of {total}, saved; go on with: {again(run, parts.mesh.size)}", flush=True

@@ -76,9 +76,9 @@ def test_a_preview_in_bf16_has_nothing_to_fall_back_to():
     assert guards.alarms(low, cfg)["ranks"].endswith("raise explore.steps")
     state, fp8 = state_at(1), config.override(cfg, **{"explore.precision": "fp8"})
     for rank, how, flag in ((0.31, cfg, 0), (0.31, fp8, 1), (0.5, fp8, 0), (float("nan"), fp8, 0)):
-        assert int(guards.judged(state, {"watch/spearman": rank}, how).fallen_back) == flag
+        assert int(guards.with_fall_back(state, {"watch/spearman": rank}, how).fallen_back) == flag
     warned = config.override(fp8, **{"watch.fall_back": "false"})
-    assert int(guards.judged(state, {"watch/spearman": 0.31}, warned).fallen_back) == 0
+    assert int(guards.with_fall_back(state, {"watch/spearman": 0.31}, warned).fallen_back) == 0
 
 
 def test_when_it_is_due():

@@ -172,8 +172,8 @@ def test_the_watch_compares_with_what_is_trained_on(folder):
         {"watch/spearman": 0.9, "watch/noise_spearman": 0.1},
         {"watch/spearman": 0.1, "watch/noise_spearman": 0.9},
     )
-    assert int(guards.judged(state, good, parts.cfg).fallen_back) == 0
-    assert int(guards.judged(state, bad, parts.cfg).fallen_back) == 1
+    assert int(guards.with_fall_back(state, good, parts.cfg).fallen_back) == 0
+    assert int(guards.with_fall_back(state, bad, parts.cfg).fallen_back) == 1
     assert "ranks" not in guards.alarms([{"iteration": 0, **good}], parts.cfg)
     said = guards.alarms([{"iteration": 0, **bad}], parts.cfg)["ranks"]
     assert "unlike the samples that go on from it: Spearman 0.10" in said

@@ -150,7 +150,7 @@ def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
     rolls += [("regenerate", cfg.regenerate, cfg.kept, part) for part in parts]
     stay, uses = states(cfg, sizes, prompts, cfg.candidates), []
     for name, how, images, part in rolls:
-        together = guards.together(how, images, -(-cfg.prompts // devices), prompts)
+        together = guards.prompts_per_call(how, images, -(-cfg.prompts // devices), prompts)
         one = _rollout(name, how, together, images, cfg, sizes, devices, part)
         calls = prompts // together * -(-cfg.candidates // images)
         uses.append(_use(one._replace(calls=calls, every=cfg.watch.every, held=stay), card))

@@ -309,13 +309,12 @@ def _sync(place: Path) -> None:
         os.close(handle)
 
 
-def clean(run: Path) -> list[Path]:
-    """Delete the remains of unfinished saves (orbax's *.orbax-checkpoint-tmp*, our *.part); returns their paths."""
+def clean(run: Path) -> None:
+    """Delete the remains of unfinished saves: orbax's *.orbax-checkpoint-tmp*, our *.part."""
     root = run / "checkpoints"
     left = [p for pattern in ("*.orbax-checkpoint-tmp*", "*.part") for p in sorted(root.rglob(pattern)) if p.exists()]
     for path in left:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return left
 
 
 # --- read -----------------------------------------------------------------------------------------------------------

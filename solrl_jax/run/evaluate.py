@@ -57,15 +57,15 @@ class Pictures(NamedTuple):
 
 
 def pictures(
-    parts: Parts, adapter: Params, prompts: Sequence[str], *, score: Score, first: int = 0, groups: int | None = None
+    parts: Parts, adapter: Params, prompts: Sequence[str], *, score: Score, first: int = 0, pad_to: int | None = None
 ) -> Pictures:
     """cfg.evaluate.images pictures per prompt by base + adapter, full steps; call it under the mesh.
 
-    Picture i has the key of place `first` + i. Fewer than `groups` prompts are padded, so that all calls of a series
+    Picture i has the key of place `first` + i. Fewer than `pad_to` prompts are padded, so that all calls of a series
     have one shape and compile once.
     """
     cfg, devices, stage = parts.cfg.evaluate, parts.mesh.size, rollout_of(parts.cfg)
-    count = devices * prompts_each(cfg, max(groups or 0, len(prompts)), devices)
+    count = devices * prompts_each(cfg, max(pad_to or 0, len(prompts)), devices)
     padded = [*prompts, *[prompts[-1]] * (count - len(prompts))]
     keys = evaluation_keys(parts.cfg.seed, first, count * cfg.images)
     given = assemble.encode(parts, padded, score)
@@ -107,13 +107,15 @@ def prompts_each(cfg: Evaluate, prompts: int, devices: int) -> int:
 
 def rollout_of(cfg: Config) -> Stage:
     how = cfg.evaluate
-    return Stage(how.steps, how.solver, "bf16", how.chunk, guidance=guidance.evaluated(cfg))
+    w = guidance.evaluated(cfg)
+    return Stage(steps=how.steps, solver=how.solver, precision="bf16", chunk=how.chunk, guidance=w)
 
 
 def settings(cfg: Config) -> str:
-    """Everything but the policy that the pictures of an evaluation depend on."""
-    begun = f", {cfg.model.lora}" if cfg.model.lora else ""
-    return guidance.titled(repr(cfg.evaluate), guidance.evaluated(cfg)) + begun
+    """What of a run may change and changes an evaluation's pictures, as text: while it is the same, the base's stay."""
+    loras = f", {cfg.model.lora}" if cfg.model.lora else ""
+    how = dataclasses.replace(cfg.evaluate, every=0)  # when does not change them
+    return guidance.titled(repr(how), guidance.evaluated(cfg)) + loras
 
 
 def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:
@@ -250,7 +252,7 @@ def run_sample(
         adapter = assemble.adapter(parts, place, lora_file)
         for i in range(0, len(prompts), group):
             some = prompts[i : i + group]
-            found = pictures(parts, adapter, some, score=Score((), ()), first=i * each, groups=group)
+            found = pictures(parts, adapter, some, score=Score((), ()), first=i * each, pad_to=group)
             processes.by_first(functools.partial(_save, found.images, some, i, folder))
     return 0
 

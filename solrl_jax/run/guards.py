@@ -198,15 +198,15 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     prompts, rows = assemble.encode(parts, batch, parts.score), parts.prompts.rows_of(batch)
     keys = sample_keys(state, count, cfg.candidates)
     programs = iteration.programs(parts.model, parts.score, parts.optimizer, cfg)
-    own = _own(parts.model, parts.score, cfg)
+    more = _measuring(parts.model, parts.score, cfg)
     kernels = programs["merged"](state, parts.frozen)
-    saturated = {} if own.seen is None else _saturated(parts, own.seen, kernels, prompts, keys)
+    saturated = {} if more.seen is None else _saturated(parts, more.seen, kernels, prompts, keys)
     low = programs["quantised"](kernels, parts.frozen)
 
     def roll(name: str, program: Callable[..., Rollout], low: Params | None, state: Carry | None = None) -> Rollout:
         """All N candidates of the prompts; of an uneven number of calls the last one begins at an earlier candidate."""
-        stage, images = next((stage, images) for own, stage, images in cfg.stages() if own == name)
-        few, found = together(stage, images, cfg.prompts // devices, count // devices), []
+        stage, images = next((stage, images) for known, stage, images in cfg.stages() if known == name)
+        few, found = prompts_per_call(stage, images, cfg.prompts // devices, count // devices), []
         for i in range(0, count // devices, few):
             group, *seeds = sharding.block((prompts, keys, state), i, few)
             columns = []
@@ -224,15 +224,15 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     if cfg.regenerate.precision == "bf16":
         low = None  # the quantised kernels leave the device
     truths = {"": roll("regenerate", programs["regenerate"], low, preview.state)}
-    if own.full is not None:
-        truths["noise_"] = roll("regenerate", own.full, low)
+    if more.full is not None:
+        truths["noise_"] = roll("regenerate", more.full, low)
     guess = mixture.worth(preview, cfg)
     found = {at: fidelity(guess, mixture.worth(truth, cfg), cfg.kept) for at, truth in truths.items()}
     ranks = {f"watch/{at}{name}": float(jnp.mean(x)) for at, each in found.items() for name, x in each.items()}
     return ranks | saturated
 
 
-def together(stage: Stage, images: int, mine: int, watched: int) -> int:
+def prompts_per_call(stage: Stage, images: int, mine: int, watched: int) -> int:
     """Prompts of a device in a call: of its `mine` as many as the stage takes, if these divide its `watched` ones."""
     return math.gcd(rollout.block_shape(stage.chunk, mine, images)[0], watched)
 
@@ -259,7 +259,7 @@ def _saturated(
     return {"watch/saturated": float(len(found)), "watch/saturation": max(found.values(), default=1.0)}
 
 
-class Own(NamedTuple):
+class MeasuringPrograms(NamedTuple):
     """The jitted programs of a measurement that no stage has."""
 
     seen: Callable[..., Any] | None  # the largest inputs (calibrate.seen); None if they have no units
@@ -267,19 +267,19 @@ class Own(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def _own(model: Model, score: Score, cfg: Config) -> Own:
+def _measuring(model: Model, score: Score, cfg: Config) -> MeasuringPrograms:
     """Jitted once for a run."""
     assert cfg.preview is not None
     units = cfg.preview.precision == "fp8" and model.quant_rules.fp8.units
     full = functools.partial(rollout.rolled, model=model, score=score, stage=cfg.regenerate)
     options = device.compiler_options(cfg.regenerate.precision)
-    return Own(
+    return MeasuringPrograms(
         seen=jax.jit(functools.partial(calibrate.seen, model=model, stage=cfg.preview)) if units else None,
         full=jax.jit(full, compiler_options=options) if cfg.branch is not None else None,
     )
 
 
-def judged(state: TrainState, metrics: Mapping[str, float], cfg: Config) -> TrainState:
+def with_fall_back(state: TrainState, metrics: Mapping[str, float], cfg: Config) -> TrainState:
     """`state`, with its flag for exploration in BF16 set if the run may fall back and the Spearman of these metrics is
     below watch.rank. The flag is part of the state, so a resumed run needs no metrics for it."""
     found = metrics.get("watch/spearman", math.nan)  # NaN is not below

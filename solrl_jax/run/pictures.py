@@ -31,7 +31,7 @@ class Shown(NamedTuple):
 
 
 def save(file: Path, shown: Shown, iteration: int, how: str) -> None:
-    """Write `shown` atomically; `how` describes everything but the policy that the pictures depend on."""
+    """Write `shown` atomically; `how` is evaluate.settings."""
     table = np.array(list(shown.scores.values()), np.float32).reshape(len(shown.scores), len(shown.prompts))
     means = np.array(list(shown.means.values()), np.float32)
     # Text as JSON's bytes: NumPy's strings lose zero characters at their end.
