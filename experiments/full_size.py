@@ -172,7 +172,7 @@ class Bench:
         self.flop: Mapping[str, float] = {"forward": 0.0, "decode": 0.0}
         self.optimizer = make_optimizer(cfg)
         sizes = self.sizes.frozen
-        base = self.drawn(sizes.base, sharding.weights(sizes.base))
+        base = self.drawn(sizes.base, sharding.specs_of(sizes.base))
         self.frozen = Frozen(base, self.drawn(sizes.vae), self.drawn(sizes.rewards), self.drawn(sizes.negative))
         self.statics = {"model": self.sizes.model, "optimizer": self.optimizer, "cfg": cfg}
 
@@ -210,7 +210,7 @@ class Bench:
 
     def encode(self) -> None:
         """Text encoders, which then leave; sets `prompts`. Each device encodes its own."""
-        where = sharding.weights(self.sizes.text)
+        where = sharding.specs_of(self.sizes.text)
         text, tokens = self.drawn(self.sizes.text, where), self.drawn(self.sizes.tokens, sharding.SPLIT)
         encode = jax.jit(functools.partial(encoded, model=self.sizes.model))
         seconds, compiling = timed(lambda: encode(text, tokens), self.repeat)
@@ -232,7 +232,7 @@ class Bench:
         noise = jax.vmap(model.noise)(jax.random.split(jax.random.key(0), rows))
         cond = jax.tree.map(lambda c: jnp.repeat(c[:1], rows, axis=0), self.prompts.cond)
         noise, sigma, cond = sharding.split((noise, jnp.full((rows,), 0.5), cond), self.mesh)
-        specs = sharding.weights(variables), *[sharding.SPLIT] * 3
+        specs = sharding.specs_of(variables), *[sharding.SPLIT] * 3
         velocity = jax.jit(sharding.over_data(model.velocity, specs, sharding.SPLIT))
         call = functools.partial(velocity, variables, noise, sigma, cond)
         seconds, compiling = timed(call, self.repeat)

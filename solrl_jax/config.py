@@ -16,15 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from solrl_jax.fields import Checked, ConfigError, build, override, require
-from solrl_jax.solvers import GAUSSIAN, SOLVERS
+from solrl_jax.solvers import GAUSSIAN, LIMITS, ODE
 
 Precision = Literal["auto", "bf16", "fp8", "nvfp4_native", "nvfp4_emulated"]
 """A rollout's precision (solrl_jax.quant); auto is the device's best low one."""
 Solver = Literal["euler", "dpm1", "dpm2", "ddim", "sde", "dance", "cps", "sa_solver"]
-BRANCHES = ("euler", "dpm1", "dpm2")
-"""The solvers of an ODE only: a branch can continue from their state."""
-
-
 FOLDER = Path(__file__).resolve().parent / "configs"
 if not FOLDER.is_dir():
     FOLDER = FOLDER.parent.parent / "configs"
@@ -50,7 +46,7 @@ class Model(Checked):
     name: str = "flux"
     path: str = ""
     weights: str = ""  # the network's weights, if not the folder's: a file, or org/name/file
-    lora: tuple[str, ...] = ()  # LoRAs that are folded into the base, in order: FILE or FILE:scale (run/start.py)
+    lora: tuple[str, ...] = ()  # LoRAs that are folded into the base, in order: FILE or FILE:scale (run/base_loras.py)
     shift: float = 0.0  # of equally spaced sigmas (sampler.shifted), 1: unchanged; 0: the pipeline's own sigmas
     size: int = 512
     text_tokens: int = 128
@@ -119,7 +115,7 @@ class Stage(Checked):
     def rules(self) -> None:
         require(self.steps >= 1, f"steps={self.steps}: a rollout takes at least one step")
         require(self.chunk >= 1, f"chunk={self.chunk}: give 1 or more images at a time")
-        most = SOLVERS[self.solver].noise
+        most = LIMITS[self.solver].noise
         takes = f"0 to {most:g}" if most < math.inf else "a finite number, 0 or more"
         require(
             0 <= self.eta <= most and self.eta < math.inf,
@@ -407,8 +403,8 @@ class Config(Checked):
         )
         for name, stage in (("explore", explore), ("regenerate", rest)):
             require(
-                stage.solver in BRANCHES,
-                f"{name}.solver={stage.solver}: a branch takes an ODE's state, use one of {', '.join(BRANCHES)}",
+                stage.solver in ODE,
+                f"{name}.solver={stage.solver}: a branch takes an ODE's state, use one of {', '.join(ODE)}",
             )
         for field in ("solver", "shift"):
             mine, other = getattr(explore, field), getattr(rest, field)
@@ -486,8 +482,13 @@ class Config(Checked):
     @property
     def times(self) -> int:
         """Trained times per sample: T = int(fraction * steps), or the window's steps."""
-        whole = int(self.learn.timestep_fraction * self.regenerate.steps + 1e-9)
+        whole = share_of(self.learn.timestep_fraction, self.regenerate.steps)
         return min(whole, self.regenerate.window) if self.of_steps and self.regenerate.window else whole
+
+    @property
+    def explores_low(self) -> bool:
+        """Whether there is a preview in low precision, which can fall back to BF16."""
+        return self.explore is not None and self.explore.precision != "bf16"
 
     @property
     def low_precision(self) -> str | None:
@@ -512,6 +513,11 @@ class Config(Checked):
         if self.branch is not None:
             rest = dataclasses.replace(rest, steps=self.branch.steps)
         return [("explore", self.preview, self.candidates), ("regenerate", rest, self.kept)]
+
+
+def share_of(fraction: float, steps: int) -> int:
+    """int(fraction * steps), where rounding does not lose a whole step."""
+    return int(fraction * steps + 1e-9)
 
 
 def last_time(steps: int) -> int:

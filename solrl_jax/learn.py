@@ -212,7 +212,7 @@ def gradients(
 
     specs = (
         sharding.WHOLE,  # the trained policy
-        sharding.weights(frozen.base),
+        sharding.specs_of(frozen.base),
         sharding.WHOLE,  # the fixed policies
         sharding.WHOLE,  # the phase
         sharding.WHOLE,  # the negative conditioning

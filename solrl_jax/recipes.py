@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from solrl_jax import config
-from solrl_jax.config import Branch, Config, ConfigError, Learn, Stage
+from solrl_jax.config import Branch, Config, ConfigError, Learn, Stage, share_of
 
 ON_THE_HUB = (
     "clipscore=openai/clip-vit-large-patch14",
@@ -104,7 +104,7 @@ def grpo(cfg: Config, **values: Any) -> Learn:
 def _method(cfg: Config, stage: Stage, learn: Learn) -> Config:
     """One stage, all K pictures kept. The micro-batch has the points of as many whole samples as fit into the config's
     and divide an update's samples."""
-    times = stage.window or int(learn.timestep_fraction * stage.steps + 1e-9)
+    times = stage.window or share_of(learn.timestep_fraction, stage.steps)
     samples, most = cfg.prompts * cfg.kept // learn.updates, max(1, cfg.learn.micro_batch // times)
     fitting = max(n for n in range(1, most + 1) if samples % n == 0)
     learn = replace(learn, micro_batch=times * fitting, reference_every=1)

@@ -261,8 +261,8 @@ def by_block(block: Callable[..., PyTree], chunk: int) -> Callable[..., PyTree]:
 
     def run(variables: Variables, frozen: Frozen, prompts: Prompts, keys: PyTree) -> PyTree:
         whole: Any = sharding.WHOLE
-        held = Frozen(base=sharding.weights(frozen.base), vae=whole, rewards=whole, negative=whole)
-        specs = sharding.weights(variables), held, sharding.SPLIT, sharding.SPLIT
+        held = Frozen(base=sharding.specs_of(frozen.base), vae=whole, rewards=whole, negative=whole)
+        specs = sharding.specs_of(variables), held, sharding.SPLIT, sharding.SPLIT
         return sharding.over_data(on_device, specs, sharding.SPLIT)(variables, frozen, prompts, keys)
 
     return run

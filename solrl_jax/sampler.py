@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from solrl_jax.solvers import GAUSSIAN
-from solrl_jax.solvers import SOLVERS as LIMITS
+from solrl_jax.solvers import GAUSSIAN, LIMITS
 
 F32 = jnp.float32
 
@@ -155,7 +154,7 @@ SOLVERS: dict[str, Callable[[np.ndarray, float], Table]] = {
     "cps": cps,
     "sa_solver": sa_solver,
 }
-"""The names are those of solvers.SOLVERS, which has their limits."""
+"""The names are those of solvers.LIMITS, which has their limits."""
 
 
 # --- sigmas and the scan --------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from solrl_jax import processes
+from solrl_jax.structs import path_name
 
 DATA, FSDP = "data", "fsdp"
 AXES = (DATA, FSDP)
@@ -66,7 +67,7 @@ def check_divides(mesh: Mesh, prompts: int) -> None:
 
 def over_data(f: Callable, specs: tuple, out_specs: Any) -> Callable:
     """Run `f` once per device of the ambient mesh. `specs` say which part of each argument it gets: SPLIT its rows of
-    the leading axis, WHOLE all of it, `weights(tree)` its parts of frozen weights.
+    the leading axis, WHOLE all of it, `specs_of(tree)` its parts of frozen weights.
 
     Inside, each device sees only its own prompts and scans over them: a scanned axis is never the sharded one.
     Raises ValueError without an ambient mesh; one device is a mesh too.
@@ -181,9 +182,9 @@ def shards() -> int:
     return 1 if mesh.empty else mesh.shape.get(FSDP, 1)
 
 
-def weights(tree: Any) -> Any:
+def specs_of(tree: Any) -> Any:
     """The specs of frozen weights: a base, text encoders, merged or quantised kernels, or the variables of a policy."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: spec(_name(path), len(x.shape)), tree)
+    return jax.tree_util.tree_map_with_path(lambda path, x: spec(path_name(path), len(x.shape)), tree)
 
 
 def spec(path: str, ndim: int) -> P:
@@ -199,14 +200,10 @@ def spec(path: str, ndim: int) -> P:
     return BY_OUTPUT if MODULATION.search(path) else BY_INPUT  # axis 1 of codes is "out"
 
 
-def _name(path: tuple) -> str:
-    return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-
-
 def cuts(tree: Any) -> dict[str, int]:
     """{path of a leaf that lies in parts: the length of the axis that is cut}."""
     found = jax.tree_util.tree_leaves_with_path(tree)
-    where = [(_name(path), x.shape, spec(_name(path), len(x.shape))) for path, x in found]
+    where = [(path_name(path), x.shape, spec(path_name(path), len(x.shape))) for path, x in found]
     return {path: shape[s.index(FSDP)] for path, shape, s in where if FSDP in s}
 
 
@@ -218,7 +215,7 @@ def shards_that_fit(cut: Iterable[int], devices: int) -> list[int]:
 
 def place(tree: Any, mesh: Mesh) -> Any:
     """Frozen weights, from the host, on the devices; each gets only its part."""
-    return jax.tree.map(lambda x, part: _put(x, NamedSharding(mesh, part)), tree, weights(tree))
+    return jax.tree.map(lambda x, part: _put(x, NamedSharding(mesh, part)), tree, specs_of(tree))
 
 
 def placed(

@@ -12,7 +12,7 @@ class Limits(NamedTuple):
     gaussian: bool = False
 
 
-SOLVERS = {
+LIMITS = {
     "euler": Limits(),
     "dpm1": Limits(),
     "dpm2": Limits(),
@@ -22,4 +22,6 @@ SOLVERS = {
     "cps": Limits(1.0, gaussian=True),
     "sa_solver": Limits(math.inf),
 }
-GAUSSIAN = tuple(name for name, limits in SOLVERS.items() if limits.gaussian)
+GAUSSIAN = tuple(name for name, limits in LIMITS.items() if limits.gaussian)
+ODE = tuple(name for name, limits in LIMITS.items() if not limits.noise)
+"""Without noise at any eta: a branch can continue from their state."""

@@ -31,10 +31,15 @@ class WeightsError(ValueError):
     """A checkpoint that cannot be used; the message names the file, the keys and what to do."""
 
 
+def path_name(path: tuple) -> str:
+    """ "a/b/kernel" for a leaf's path of jax.tree_util."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+
+
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
     """{"a/b/kernel": leaf} in tree order."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path): leaf for path, leaf in flat}
+    return {path_name(path): leaf for path, leaf in flat}
 
 
 @jax.tree_util.register_static

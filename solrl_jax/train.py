@@ -60,13 +60,13 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
     cfg = assemble.resolved(cfg, assemble.capability())
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={cfg.wandb} needs a package that is not here: pip install wandb")
-    place, said = processes.together(lambda: start(run, resume))
+    place, said = processes.together(lambda: resume_point(run, resume))
     if place is not None and int(place.name) > cfg.iterations:
         raise ConfigError(
             f"iterations={cfg.iterations}, but {run} has finished {place.name}: give more to go on, or choose another "
             "directory; --mode=export writes the LoRA of a saved iteration"
         )
-    processes.same({"the checkpoint to go on from": str(place), **settings(cfg, run)})
+    processes.same({"the checkpoint to go on from": str(place), **common_settings(cfg, run)})
     with contextlib.ExitStack() as stack:
         if resume:
             processes.by_first(lambda: stack.enter_context(checkpoint.alone(run)))
@@ -85,7 +85,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
             if not resume:
                 stack.enter_context(checkpoint.alone(run))
             checkpoint.replace(run / "config.json", to_json(cfg))
-            return begun(run, done, parts, notes)
+            return record_start(run, done, parts, notes)
 
         notes = processes.by_first(opened) or []
         check_shared(run)
@@ -108,7 +108,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
     return UNFINISHED if int(state.iteration) < cfg.iterations else 0
 
 
-def settings(cfg: Config, run: Path) -> dict[str, str]:
+def common_settings(cfg: Config, run: Path) -> dict[str, str]:
     """What all processes must have in common to train together."""
     fields = {name: repr(value) for name, value in values(cfg)}
     code = contents(Path(__file__).parent, "**/*.py")[:16]
@@ -134,7 +134,7 @@ def check_shared(run: Path) -> None:
     processes.together(seen)
 
 
-def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> list[str]:
+def record_start(run: Path, done: int, parts: Parts, notes: list[str]) -> list[str]:
     """Add this start to starts.json: `done`, the devices, JAX's version and the log's first lines. Returns those lines:
     the notes, after a message if the earlier starts cannot be read."""
     file, first = run / "starts.json", parts.mesh.devices.flat[0]
@@ -144,11 +144,11 @@ def begun(run: Path, done: int, parts: Parts, notes: list[str]) -> list[str]:
     return [*said, *notes]
 
 
-def start(run: Path, resume: bool) -> tuple[Path | None, list[str]]:
+def resume_point(run: Path, resume: bool) -> tuple[Path | None, list[str]]:
     """(the checkpoint to resume from or None, lines for the log), before anything large is read."""
-    begun = (run / "config.json").exists()
+    has_config = (run / "config.json").exists()
     if not resume:
-        if begun:
+        if has_config:
             raise ConfigError(
                 f"--run_dir={run} holds a run already: go on with it by --resume, or choose another directory"
             )
@@ -158,7 +158,7 @@ def start(run: Path, resume: bool) -> tuple[Path | None, list[str]]:
                 "there and go on by --resume, or choose another directory"
             )
         return None, []
-    if begun and not checkpoint.saved(run):
+    if has_config and not checkpoint.saved(run):
         return None, [f"nothing was saved in {run} before it ended: beginning again"]
     place, said = checkpoint.find(run)
     return place, [*said, f"going on from {place}"]
@@ -181,7 +181,7 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> 
     """Iterate to the end or to a signal; the last finished iteration is on disk when this returns or raises."""
     cfg, first, done, score = parts.cfg, int(state.iteration), int(state.iteration), None
     every = cfg.save_every if processes.count() == 1 else 1
-    lora = {"lora": [origin._asdict() for origin in parts.begun.origins]} if parts.begun else {}
+    lora = {"lora": [origin._asdict() for origin in parts.base_loras.origins]} if parts.base_loras else {}
     with checkpoint.Saver(run, cfg, {"prompts": data.digest(parts.prompts), **lora}) as saver:
         try:
             base, seen = beginning(parts, state, run, out)
@@ -451,7 +451,7 @@ def finish(parts: Parts, state: TrainState, run: Path) -> None:
             f"stopped after iteration {done} of {total}, saved; go on with: {again(run, parts.mesh.size)}", flush=True
         )
         return
-    file = export.deliver(run, state, parts.model, parts.cfg, parts.begun)
+    file = export.deliver(run, state, parts.model, parts.cfg, parts.base_loras)
     page = reported(run)
     print(
         f"done: the LoRA is {file}, the average that was evaluated (the policy as it ended: {run / export.CURRENT}), "

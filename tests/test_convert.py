@@ -47,7 +47,7 @@ def test_the_same_weights_on_any_mesh(public, converted, devices):
     assert jax.tree.structure(read) == jax.tree.structure(again)
     for one, two in zip(jax.tree.leaves(read), jax.tree.leaves(again), strict=True):
         assert (one.dtype, np.asarray(one).tobytes()) == (two.dtype, np.asarray(two).tobytes())
-    where = sharding.weights(again[0]), jax.tree.map(lambda x: sharding.WHOLE, again[1])
+    where = sharding.specs_of(again[0]), jax.tree.map(lambda x: sharding.WHOLE, again[1])
     assert jax.tree.map(lambda x: x.sharding, again[:2]) == jax.tree.map(lambda s: NamedSharding(mesh, s), where)
     assert {type(x) for x in jax.tree.leaves(again[2])} == {np.ndarray}
 

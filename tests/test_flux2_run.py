@@ -335,7 +335,7 @@ def test_sharded_weights(nano_dir):
         mesh = sharding.make_mesh(4, shard)
         with jax.set_mesh(mesh):
             variables = {"params": sharding.place(base, mesh)}
-            specs = sharding.weights(variables), *[sharding.SPLIT] * 3
+            specs = sharding.specs_of(variables), *[sharding.SPLIT] * 3
             call = jax.jit(sharding.over_data(model.velocity, specs, sharding.SPLIT))
             found.append(np.asarray(call(variables, *sharding.split((x, sigma, cond), mesh))))
     assert len(sharding.cuts(base)) == 12 + 2

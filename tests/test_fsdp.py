@@ -109,7 +109,7 @@ def test_where_leaves_lie():
         "norm_out": {"linear": {"kernel": jnp.zeros((8, 16))}},
         "low": {"kernel": made},
     }
-    found = leaves_by_path(sharding.weights(tree))
+    found = leaves_by_path(sharding.specs_of(tree))
     by_input, by_output = P(None, "fsdp"), P(None, None, "fsdp")
     parts = {"blocks/attn/to_q/kernel": by_input, "blocks/norm1_context/linear/kernel": by_output}
     parts |= {"low/kernel/codes": by_input, "low/kernel/scales": by_input}  # axis 1 of these is "out"

@@ -86,10 +86,10 @@ def forward_of(precision: str, mesh):
         def own(variables, *inputs):
             return module.apply(variables, *inputs, ROPE)
 
-        specs = sharding.weights(variables), *[sharding.SPLIT] * len(inputs)
+        specs = sharding.specs_of(variables), *[sharding.SPLIT] * len(inputs)
         return sharding.over_data(own, specs, sharding.SPLIT)(variables, *inputs)
 
-    where = sharding.weights(variables)
+    where = sharding.specs_of(variables)
     return forward, (laid(variables, where, mesh), *(laid(x, sharding.SPLIT, mesh) for x in inputs))
 
 
@@ -138,7 +138,7 @@ def test_gradient(cards):
 
             return jax.lax.psum(jax.grad(loss)(adapter), sharding.AXES)
 
-        specs = sharding.WHOLE, sharding.weights(base), *[sharding.SPLIT] * len(inputs)
+        specs = sharding.WHOLE, sharding.specs_of(base), *[sharding.SPLIT] * len(inputs)
         return sharding.over_data(own, specs, sharding.WHOLE)(adapter, base, *inputs)
 
     found = {}
@@ -169,16 +169,16 @@ def test_stages_of_the_public_models(name):
     cut = [x for path, x in _leaves(sizes.frozen.base) if sharding.spec(path, x.ndim) != sharding.WHOLE]
     layers, last = {x.shape[0] for x in cut}, sum(2 * x.size for x in cut if x.shape[0] == 1)
     run = iteration.stages(sizes.model, sizes.score, learn.make_optimizer(cfg), cfg)
-    base = laid(sizes.frozen.base, sharding.weights(sizes.frozen.base), mesh)
+    base = laid(sizes.frozen.base, sharding.specs_of(sizes.frozen.base), mesh)
     whole = (laid(tree, sharding.WHOLE, mesh) for tree in (sizes.frozen.vae, sizes.frozen.rewards))
     frozen, state = Frozen(base, *whole), laid(shapes.blank(cfg, sizes), sharding.WHOLE, mesh)
     split = functools.partial(laid, where=sharding.SPLIT, on=mesh)
     prompts = split(shapes.batch(sizes.prompts, CARDS))
     with jax.set_mesh(mesh):
         kernels = jax.eval_shape(run.merged, state, frozen)
-        kernels = laid(kernels, sharding.weights(kernels), mesh)
+        kernels = laid(kernels, sharding.specs_of(kernels), mesh)
         low = jax.eval_shape(run.quantised, kernels, frozen)
-        low = laid(low, sharding.weights(low), mesh)
+        low = laid(low, sharding.specs_of(low), mesh)
     keys, samples = split(shapes.keys(CARDS, cfg.candidates)), split(shapes.samples(cfg, sizes, CARDS, cfg.kept))
     programs = {
         "merged": (run.merged, state, frozen),

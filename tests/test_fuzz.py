@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from solrl_jax import config, weights
 from solrl_jax.config import ConfigError
-from solrl_jax.run import data, start
+from solrl_jax.run import base_loras, data
 from solrl_jax.run.data import DataError
 from solrl_jax.structs import WeightsError
 from solrl_jax.weights import lora_content, torch_file
@@ -107,7 +107,7 @@ def test_damaged_loras_to_begin_from(tmp_path, content, scale):
     file = tmp_path / "x.safetensors"
     file.write_bytes(content)
     model = test_train.TOY._replace(init=lambda key: {"to_q": {"kernel": jnp.zeros((4, 6))}})
-    found = careful(lambda: start.read(config.Model(lora=(f"{file}{scale}",)), model), WeightsError)
+    found = careful(lambda: base_loras.read(config.Model(lora=(f"{file}{scale}",)), model), WeightsError)
     if found is not None:
         assert found.adapter["to_q"]["b"].shape == (2, 6) and found.origins[0].sha256.keys() == {"x.safetensors"}
         assert all(np.isfinite(x).all() for x in found.adapter["to_q"].values())

@@ -22,7 +22,7 @@ def loads_nano(tmp_path, monkeypatch):
 
 
 def placed(tree, mesh):
-    return drawn(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), sharding.weights(tree)))
+    return drawn(tree, jax.tree.map(lambda spec: NamedSharding(mesh, spec), sharding.specs_of(tree)))
 
 
 @pytest.mark.slow

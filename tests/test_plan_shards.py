@@ -138,7 +138,7 @@ def test_received_bytes_of_flux_in_a_forward_pass(tmp_path, precision, gigabytes
         variables["quant"] = jax.eval_shape(lambda base: quant.quantise_tree(base, rule, precision), base)
     noise = jax.eval_shape(lambda: model.noise(jax.random.key(0)))
     x, sigma = (jax.ShapeDtypeStruct((24 * k, *rest), jnp.float32) for rest in (noise.shape, ()))
-    each = sharding.weights(variables), *[sharding.SPLIT] * 3
+    each = sharding.specs_of(variables), *[sharding.SPLIT] * 3
     program = jaxpr.trace(
         lambda *given: sharding.over_data(model.velocity, each, sharding.SPLIT)(*given),
         *(variables, x, sigma, shapes.batch(sizes.prompts.cond, 24 * k)),

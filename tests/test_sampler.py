@@ -302,9 +302,9 @@ def test_a_grid_that_begins_just_below_one_begins_as_from_one():
 
 
 def test_solvers_limits_and_the_config_name_the_same():
-    names = list(solvers.SOLVERS)
+    names = list(solvers.LIMITS)
     assert list(sampler.SOLVERS) == names == list(typing.get_args(config.Solver))
-    for name, limits in solvers.SOLVERS.items():
+    for name, limits in solvers.LIMITS.items():
         most = min(limits.noise, 2.0)
         assert np.any(sampler.table(FLUX_10, name, most).noise > 0) == (limits.noise > 0)
         with pytest.raises(ValueError, match="the noise of" if limits.noise < math.inf else "noise"):

@@ -42,7 +42,7 @@ def network(name: str, batch: int, on, remat: bool = False):
     spec = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x, *more)["params"], *inputs)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), spec)
     split = functools.partial(tpu.laid, where=sharding.SPLIT, on=on)
-    return module, tpu.laid(base, sharding.weights(base), on), [split(x) for x in inputs], more
+    return module, tpu.laid(base, sharding.specs_of(base), on), [split(x) for x in inputs], more
 
 
 def forward(name: str, batch: int, on) -> tpu.Program:
@@ -52,7 +52,7 @@ def forward(name: str, batch: int, on) -> tpu.Program:
         def own(base, *x):
             return module.apply({"params": base}, *x, *more)
 
-        specs = sharding.weights(base), *[sharding.SPLIT] * len(inputs)
+        specs = sharding.specs_of(base), *[sharding.SPLIT] * len(inputs)
         return sharding.over_data(own, specs, sharding.SPLIT)(base, *inputs)
 
     return tpu.Program(f, (base, *inputs))
@@ -72,7 +72,7 @@ def micro_step(name: str, batch: int, on) -> tpu.Program:
 
             return jax.lax.psum(jax.grad(loss)(adapter), sharding.AXES)
 
-        specs = sharding.WHOLE, sharding.weights(base), *[sharding.SPLIT] * len(inputs)
+        specs = sharding.WHOLE, sharding.specs_of(base), *[sharding.SPLIT] * len(inputs)
         return sharding.over_data(own, specs, sharding.WHOLE)(adapter, base, *inputs)
 
     return tpu.Program(f, (tpu.laid(adapter, sharding.WHOLE, on), base, *inputs))

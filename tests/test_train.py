@@ -342,7 +342,7 @@ def test_resume_refuses_another_config_and_allows_a_longer_run(toy, tmp_path):
 def test_checkpoints_without_a_config_are_not_taken_for_a_new_runs(tmp_path):
     (tmp_path / "run/checkpoints/2").mkdir(parents=True)
     with pytest.raises(config.ConfigError, match=r"run has checkpoints of a run without its config.json: copy one of"):
-        train.start(tmp_path / "run", resume=False)
+        train.resume_point(tmp_path / "run", resume=False)
 
 
 def test_the_command_that_goes_on_can_be_pasted(tmp_path):

@@ -119,7 +119,7 @@ def network(cfg: Config, mesh: Mesh) -> tuple[Any, PyTree, PyTree]:
     """(the model, its base, texts ~ N(0, 1)) in the config's dtype, with values that bfloat16 has."""
     coarse, fine = (shapes.read(config.override(cfg, **{"model.dtype": t}), 1) for t in ("bfloat16", cfg.model.dtype))
     base, cond = coarse.frozen.base, coarse.prompts.cond
-    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sharding.weights(base))
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), sharding.specs_of(base))
     texts = jax.tree.map(lambda x: 50 * x, drawn(cond, NamedSharding(mesh, sharding.SPLIT)))
 
     def cast(values: PyTree, like: PyTree) -> PyTree:

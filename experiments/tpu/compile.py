@@ -71,12 +71,12 @@ def programs(cfg: Config, on: Mesh) -> dict[str, Program]:
     sizes = shapes.read(cfg, on.size)
     run = iteration.stages(sizes.model, sizes.score, learn.make_optimizer(cfg), cfg)
     whole, split = (functools.partial(laid, where=where, on=on) for where in (sharding.WHOLE, sharding.SPLIT))
-    base, text = (laid(x, sharding.weights(x), on) for x in (sizes.frozen.base, sizes.text))
+    base, text = (laid(x, sharding.specs_of(x), on) for x in (sizes.frozen.base, sizes.text))
     frozen = Frozen(base, whole(sizes.frozen.vae), whole(sizes.frozen.rewards))
     state = whole(shapes.blank(cfg, sizes))
     with jax.set_mesh(on):
         kernels = jax.eval_shape(run.merged, state, frozen)
-    kernels = laid(kernels, sharding.weights(kernels), on)
+    kernels = laid(kernels, sharding.specs_of(kernels), on)
     cond, tokens = (split(shapes.batch(x, cfg.prompts)) for x in (sizes.prompts.cond, sizes.tokens))
     samples = split(shapes.samples(cfg, sizes, cfg.prompts, cfg.kept))
     prompts = split(shapes.batch(sizes.prompts, on.size))  # of a block, one a chip

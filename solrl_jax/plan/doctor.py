@@ -22,7 +22,7 @@ from solrl_jax.disk import unwritable
 from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import coverage
 from solrl_jax.rewards.bound import Bound
-from solrl_jax.run import assemble, checkpoint, convert, start
+from solrl_jax.run import assemble, base_loras, checkpoint, convert
 from solrl_jax.run.data import DataError
 from solrl_jax.run.log import duration
 from solrl_jax.structs import WeightsError
@@ -153,7 +153,7 @@ def model(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         yield Finding(f"{name}: {where} is not complete in the hub's cache", fix)
     else:
         yield from files(cfg, folder, name)
-    for line in start.notes(start.read(cfg.model, made), cfg.lora):
+    for line in base_loras.notes(base_loras.read(cfg.model, made), cfg.lora):
         yield Finding(line)
     low = assemble.resolved(cfg, assemble.capability()).low_precision
     if low:

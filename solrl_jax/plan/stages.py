@@ -62,7 +62,7 @@ def planned_shard(cfg: Config) -> int:
 
 def held(tree: Any, shards: int) -> int:
     """Bytes that one device holds of frozen weights, of which each of `shards` has a part."""
-    where = jax.tree.leaves(sharding.weights(tree), is_leaf=lambda s: isinstance(s, P))
+    where = jax.tree.leaves(sharding.specs_of(tree), is_leaf=lambda s: isinstance(s, P))
     leaves = zip(jax.tree.leaves(tree), where, strict=True)
     return sum(nbytes(x) // (shards if sharding.FSDP in spec else 1) for x, spec in leaves)
 

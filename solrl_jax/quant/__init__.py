@@ -110,7 +110,7 @@ def quantise_parts(stack: Any, where: P, make: Callable[..., Fp8 | Nvfp4]) -> Fp
         return make(part, largest=jax.lax.pmax(largest, sharding.FSDP))
 
     shapes = jax.eval_shape(lambda w: jax.lax.map(make, w), stack)
-    specs = sharding.weights({"kernel": shapes})["kernel"]
+    specs = sharding.specs_of({"kernel": shapes})["kernel"]
     return sharding.over_data(lambda part: jax.lax.map(one, part), (where,), specs)(stack)
 
 

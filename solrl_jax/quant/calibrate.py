@@ -72,7 +72,7 @@ def seen(
 
     whole = sharding.WHOLE
     measure = sharding.over_parts(
-        functools.partial(_seen, model=model, stage=stage), (sharding.weights(variables), whole, whole, whole), whole
+        functools.partial(_seen, model=model, stage=stage), (sharding.specs_of(variables), whole, whole, whole), whole
     )
     return measure(variables, cond, keys, negative)
 

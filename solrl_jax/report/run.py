@@ -160,7 +160,7 @@ def read(folder: Path, name: str) -> Run:
 
 
 def read_starts(file: Path) -> list[dict[str, Any]]:
-    """The entries that `train.begun` wrote at each start. Raises ValueError for other content."""
+    """The entries that `train.record_start` wrote at each start. Raises ValueError for other content."""
     found = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(found, list) or not all(isinstance(start, dict) for start in found):
         raise ValueError("not a list of starts")

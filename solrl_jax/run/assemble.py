@@ -21,9 +21,9 @@ from solrl_jax.models import MODELS
 from solrl_jax.quant import coverage
 from solrl_jax.rewards import Score, bound
 from solrl_jax.rewards.bound import Bound
-from solrl_jax.run import checkpoint, convert, data, start
+from solrl_jax.run import base_loras, checkpoint, convert, data
+from solrl_jax.run.base_loras import BaseLoras
 from solrl_jax.run.encode import Conditioner
-from solrl_jax.run.start import Start
 from solrl_jax.structs import Frozen, Model, Params, Prompts, TrainState, leaves_by_path
 from solrl_jax.weights import Source, lora_files
 
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
     frozen: Frozen  # with the trained rewards' towers
     towers: dict[str, Params]  # the held-out rewards' towers
     prompts: data.PromptSet
-    begun: Start | None = None  # the LoRAs that are folded into the base
+    base_loras: BaseLoras | None = None
     bound: Bound = Bound()  # which rewards a prompt asks for
 
 
@@ -127,7 +127,7 @@ def _told(parts: Parts, negative: str | None) -> Parts:
     """`parts`, after printing what a training's log says in its `notes`, and whether --negative is cut."""
     for name in data.cut((negative,), parts.model.tokenize) if negative else ():
         print(f"--negative is longer than {name or 'the text encoder'} reads and is cut")
-    for line in (*start.notes(parts.begun, parts.cfg.lora), *network(parts)):
+    for line in (*base_loras.notes(parts.base_loras, parts.cfg.lora), *network(parts)):
         print(line)
     return parts
 
@@ -211,9 +211,9 @@ def _placed(
 
     `negative` is the text that classifier-free guidance leads away from; None if nothing is guided.
     """
-    begun = start.read(cfg.model, model)  # a LoRA that does not fit is found before gigabytes are read
+    loras = base_loras.read(cfg.model, model)  # a LoRA that does not fit is found before gigabytes are read
     base, vae, text = open_weights(cfg, mesh)
-    base = start.fold(base, begun, mesh)
+    base = base_loras.fold(base, loras, mesh)
     trained = {name: tower for name, tower in judges.towers.items() if name in judges.score.names}
     held_out = {name: tower for name, tower in judges.towers.items() if name not in trained}
     return Parts(
@@ -227,7 +227,7 @@ def _placed(
         frozen=Frozen(base, vae, sharding.replicate(trained, mesh)),
         towers=sharding.replicate(held_out, mesh),
         prompts=prompts,
-        begun=begun,
+        base_loras=loras,
         bound=judges.bound,
     )
 
@@ -332,7 +332,7 @@ def notes(parts: Parts) -> list[str]:
         out[0] += f" ({p.repeated} repeated and {p.blank} blank lines dropped)"
     out += cut(parts, (*p.train, *p.test)) + bound.notes(parts.bound, p.rows_of(p.train), parts.judged.names)
     return (
-        start.notes(parts.begun, parts.cfg.lora)
+        base_loras.notes(parts.base_loras, parts.cfg.lora)
         + low
         + out
         + guidance.told(parts.cfg, parts.model)
@@ -403,8 +403,8 @@ def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
         found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
     else:
         model = parts.model
-        if parts.begun is not None:
-            start.check_held_once(lora_file, parts.begun)
+        if parts.base_loras is not None:
+            base_loras.check_held_once(lora_file, parts.base_loras)
         found, said = lora_files.load(
             lora_file, parts.frozen.base, model.keys, parts.cfg.lora, model.comfy, model.native
         )

@@ -33,7 +33,7 @@ import numpy as np
 
 from solrl_jax import config, disk, guidance, processes
 from solrl_jax.config import Config
-from solrl_jax.run import log, manifest, start
+from solrl_jax.run import base_loras, log, manifest
 from solrl_jax.run.manifest import FORMAT, CheckpointError, damage, describe, hashes
 from solrl_jax.structs import PyTree, TrainState
 
@@ -47,7 +47,7 @@ CHANGEABLE = (
     *("name", "iterations", "save_every", "keep", "encode_ahead", "shard", "wandb"),
     *(f"evaluate.{f.name}" for f in dataclasses.fields(config.Evaluate) if f.name != "held_out"),
     *("model.path", "reward_paths", "prompt_files"),  # folders may move; their content is not compared
-    "model.lora",  # here by content (start.check_same)
+    "model.lora",  # here by content (base_loras.check_same)
 )
 """Fields that a resumed run may change. The training prompts depend on evaluate.held_out, so it is not one of them."""
 WATCHING = ("watch.every", "watch.prompts")
@@ -372,7 +372,7 @@ def restore(place: Path, like: TrainState, cfg: Config) -> TrainState:
     or if the saved config differs from `cfg` in a field that is not in CHANGEABLE. The message names what differs.
     """
     found = manifest.usable(place)
-    start.check_same(place, found["lora"], cfg.model.lora)
+    base_loras.check_same(place, found["lora"], cfg.model.lora)
     if changed := forbidden(load_config(place), cfg):
         raise CheckpointError(
             f"checkpoint {place} belongs to another config: {changed}. Go on with its own, or start a new run"
@@ -390,7 +390,7 @@ def restore_fields(place: Path, like: Mapping[str, PyTree], cfg: Config, same: t
     CheckpointError as `restore` does; of the config, only fields whose names start with one of `same` must be equal.
     """
     found = manifest.usable(place)
-    start.check_same(place, found["lora"], cfg.model.lora)
+    base_loras.check_same(place, found["lora"], cfg.model.lora)
     if changed := _differences(load_config(place), cfg, lambda field: not field.startswith(same)):
         raise CheckpointError(f"checkpoint {place} belongs to another config: {changed}. Use its own")
     saved = {k: v for k, v in found["tree"].items() if k.partition("/")[0] in like}
@@ -398,11 +398,11 @@ def restore_fields(place: Path, like: Mapping[str, PyTree], cfg: Config, same: t
     return _read(place, like)
 
 
-def check_start(place: Path | None, cfg: Config) -> None:
+def check_base_loras(place: Path | None, cfg: Config) -> None:
     """CheckpointError unless the checkpoint, if there is one, adapts a base with the LoRAs of `cfg`; before the base is
     read."""
     if place is not None:
-        start.check_same(place, manifest.usable(place)["lora"], cfg.model.lora)
+        base_loras.check_same(place, manifest.usable(place)["lora"], cfg.model.lora)
 
 
 def _read(place: Path, like: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -419,9 +419,9 @@ def _read(place: Path, like: Mapping[str, PyTree]) -> dict[str, PyTree]:
 def _had_fallen_back(place: Path, like: Any) -> Any:
     """`fallen_back` of a checkpoint of format 1: whether a measurement up to its step was below watch.rank."""
     cfg, step, lines = load_config(place), int(place.name), log.read(place.parent.parent / "metrics.jsonl")
-    low = cfg.explore is not None and cfg.explore.precision != "bf16"
     ranks = [line.get("watch/spearman") for line in lines if line["iteration"] <= step]
-    fell = cfg.watch.fall_back and low and any(rank is not None and rank < cfg.watch.rank for rank in ranks)
+    below = any(rank is not None and rank < cfg.watch.rank for rank in ranks)
+    fell = cfg.watch.fall_back and cfg.explores_low and below
     return jax.device_put(np.asarray(fell, like.dtype), like.sharding)
 
 

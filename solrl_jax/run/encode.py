@@ -103,7 +103,7 @@ class Conditioner:
 
 def encoded(params: Params, tokens: PyTree, *, model: Model) -> PyTree:
     """Each device encodes its own prompts."""
-    specs = sharding.weights(params), sharding.SPLIT
+    specs = sharding.specs_of(params), sharding.SPLIT
     return sharding.over_data(model.encode, specs, sharding.SPLIT)(params, tokens)
 
 

@@ -191,7 +191,7 @@ def run_eval(
 
     Beside a policy, the base is also shown at its own weight of guidance, if that is another one.
     """
-    checkpoint.check_start(place, cfg)
+    checkpoint.check_base_loras(place, cfg)
     parts = processes.together(lambda: assemble.for_evaluation(cfg, devices, negative))
     name, w, own = str(lora_file or place or ""), guidance.evaluated(cfg), parts.model.guided
     with jax.set_mesh(parts.mesh):
@@ -236,7 +236,7 @@ def run_sample(
     """--mode=sample: cfg.evaluate.images pictures of each prompt as PNG files in <run>/samples."""
     if not prompts:
         raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
-    checkpoint.check_start(place, cfg)
+    checkpoint.check_base_loras(place, cfg)
     parts = processes.together(lambda: assemble.for_drawing(cfg, devices, negative))
     for line in assemble.cut(parts, prompts):
         print(line)

@@ -7,8 +7,8 @@ import jax
 
 from solrl_jax import lora, processes
 from solrl_jax.config import Config, ConfigError, Lora
-from solrl_jax.run import assemble, checkpoint, model_card, start
-from solrl_jax.run.start import ONLY_NEW, Start
+from solrl_jax.run import assemble, base_loras, checkpoint, model_card
+from solrl_jax.run.base_loras import ONLY_NEW, BaseLoras
 from solrl_jax.structs import Model, Params, TrainState
 from solrl_jax.weights import lora_files
 
@@ -18,30 +18,32 @@ CURRENT = "current"
 """Subfolder for the LoRA files of the trained policy itself, not of its running average."""
 
 
-def deliver(folder: Path, state: TrainState, model: Model, cfg: Config, begun: Start | None = None) -> Path:
+def deliver(folder: Path, state: TrainState, model: Model, cfg: Config, loras: BaseLoras | None = None) -> Path:
     """Write the running average of the policy (evaluations use it), the policy itself in current/, and a model card.
 
-    Both are written for diffusers and ComfyUI. Sol-RL saves both, DiffusionNFT and Flow-GRPO only the average. `begun`:
+    Both are written for diffusers and ComfyUI. Sol-RL saves both, DiffusionNFT and Flow-GRPO only the average. `loras`:
     the LoRAs in the base, as for `write_lora`.
     """
-    file = write_lora(folder, state.ema, model, cfg.lora, cfg.name, begun)
-    write_lora(folder / CURRENT, state.lora, model, cfg.lora, cfg.name, begun)
+    file = write_lora(folder, state.ema, model, cfg.lora, cfg.name, loras)
+    write_lora(folder / CURRENT, state.lora, model, cfg.lora, cfg.name, loras)
     targets = cfg.lora.targets or model.lora_targets
     comfy = comfy_name(cfg.name) if model.comfy else ""
-    model_card.write(folder, cfg, int(state.iteration), int(state.updates), targets, comfy, begun)
+    model_card.write(folder, cfg, int(state.iteration), int(state.updates), targets, comfy, loras)
     return file
 
 
-def write_lora(folder: Path, adapter: Params, model: Model, how: Lora, name: str, begun: Start | None = None) -> Path:
+def write_lora(
+    folder: Path, adapter: Params, model: Model, how: Lora, name: str, loras: BaseLoras | None = None
+) -> Path:
     """pytorch_lora_weights.safetensors, and comfyui/<name>.safetensors if the model has a ComfyUI layout.
 
     If the base has LoRAs in it, the files hold the product of these and of the adapter, for the original base; those in
     only_new/ hold the adapter alone, for the base that it was trained on. Their metadata says which LoRAs these are.
     """
-    if begun is None:
+    if loras is None:
         return _write(folder, adapter, model, how, name)
-    _write(folder / ONLY_NEW, adapter, model, how, f"{name or 'lora'}_{ONLY_NEW}", said={"on": begun.digests})
-    return _write(folder, adapter, model, how, name, under=begun.adapter, said={"holds": begun.digests})
+    _write(folder / ONLY_NEW, adapter, model, how, f"{name or 'lora'}_{ONLY_NEW}", said={"on": loras.digests})
+    return _write(folder, adapter, model, how, name, under=loras.adapter, said={"holds": loras.digests})
 
 
 def _write(folder: Path, adapter: Params, model: Model, how: Lora, name: str, **more: Any) -> Path:
@@ -96,8 +98,8 @@ def export(
     like = assemble.blank(cfg, model, assemble.make_mesh(devices))
     fields = {name: getattr(like, name) for name in ("lora", "ema", "iteration", "updates")}
     state = like._replace(**checkpoint.restore_fields(place, fields, cfg, assemble.INFERENCE))
-    begun = start.read(cfg.model, model)
+    loras = base_loras.read(cfg.model, model)
     there = checkpoint.load_config(place)  # the card describes the run, not the flags
-    file = processes.by_first(lambda: deliver(run, state, model, there, begun))
+    file = processes.by_first(lambda: deliver(run, state, model, there, loras))
     print(f"{place}: LoRA of the running average in {file}, the policy as it was then in {run / CURRENT}")
     return 0

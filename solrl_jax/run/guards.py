@@ -141,13 +141,13 @@ def _badly_ranked(lines: Sequence[Line], cfg: Config) -> str:
     other = "full rollout" if cfg.branch is None else "samples that go on from it"
     return (
         f"the preview ranks candidates unlike the {other}: Spearman {found[-1]:.2f}, below "
-        f"watch.rank={cfg.watch.rank:g}; raise explore.steps{f', or {fix}' if _low(cfg) else ''}"
+        f"watch.rank={cfg.watch.rank:g}; raise explore.steps{f', or {fix}' if cfg.explores_low else ''}"
     )
 
 
 def _saturating(lines: Sequence[Line], cfg: Config) -> str:
     fell_back = cfg.watch.fall_back and any(rank < cfg.watch.rank for rank in _ranks(lines))
-    if not _low(cfg) or fell_back:
+    if not cfg.explores_low or fell_back:
         return ""
     count, worst = (
         next((line[f"watch/{name}"] for line in reversed(lines) if line.get(f"watch/{name}") is not None), None)
@@ -165,11 +165,6 @@ def _saturating(lines: Sequence[Line], cfg: Config) -> str:
 def _ranks(lines: Sequence[Line]) -> list[float]:
     """Every measurement's Spearman so far."""
     return [line["watch/spearman"] for line in lines if line.get("watch/spearman") is not None]
-
-
-def _low(cfg: Config) -> bool:
-    """Whether exploration can fall back to BF16."""
-    return cfg.explore is not None and cfg.explore.precision != "bf16"
 
 
 # --- how well the preview ranks -------------------------------------------------------------------------------------
@@ -283,7 +278,7 @@ def with_fall_back(state: TrainState, metrics: Mapping[str, float], cfg: Config)
     """`state`, with its flag for exploration in BF16 set if the run may fall back and the Spearman of these metrics is
     below watch.rank. The flag is part of the state, so a resumed run needs no metrics for it."""
     found = metrics.get("watch/spearman", math.nan)  # NaN is not below
-    if not (cfg.watch.fall_back and _low(cfg) and found < cfg.watch.rank):
+    if not (cfg.watch.fall_back and cfg.explores_low and found < cfg.watch.rank):
         return state
     return state._replace(fallen_back=jnp.ones_like(state.fallen_back))
 

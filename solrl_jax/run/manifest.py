@@ -26,8 +26,8 @@ def read(place: Path) -> dict[str, Any]:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
         found = {"format": int(manifest.get("format", 1)), "score": manifest.get("score")}
         found["prompts"] = str(manifest.get("prompts", ""))
-        begun = [(str(x["file"]), float(x["scale"]), dict(x["sha256"])) for x in manifest.get("lora", [])]
-        found["lora"] = [dict(zip(("file", "scale", "sha256"), x, strict=True)) for x in begun]
+        loras = [(str(x["file"]), float(x["scale"]), dict(x["sha256"])) for x in manifest.get("lora", [])]
+        found["lora"] = [dict(zip(("file", "scale", "sha256"), x, strict=True)) for x in loras]
         return found | {"files": dict(manifest["files"]), "tree": dict(manifest["tree"])}
     except FileNotFoundError:
         raise CheckpointError("it has no manifest.json, so its save was cut short") from None

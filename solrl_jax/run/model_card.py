@@ -6,7 +6,7 @@ from pathlib import Path
 
 from solrl_jax import disk, guidance, lora, mixture
 from solrl_jax.config import Config, Lora, Stage
-from solrl_jax.run.start import ONLY_NEW, Start
+from solrl_jax.run.base_loras import ONLY_NEW, BaseLoras
 
 PACKAGES = ("jax", "flax", "optax")
 
@@ -33,20 +33,20 @@ def write(
     updates: int,
     targets: tuple[str, ...],
     comfy: str = "",
-    begun: Start | None = None,
+    loras: BaseLoras | None = None,
 ) -> Path:
     """Write <folder>/model_card.md. The LoRA adapts `targets`; `comfy` is its ComfyUI file, relative to the folder;
-    `begun` are the LoRAs that were in the base."""
+    `loras` are the LoRAs that were in the base."""
     name = cfg.name or folder.name
     rows = facts(cfg, iterations, updates, targets)
-    rows |= {"began from": _begun(begun, cfg.lora)} if begun else {}
+    rows |= {"began from": _began_from(loras, cfg.lora)} if loras else {}
     parts = [
         f"# {name}",
         f"A LoRA for `{cfg.model.path or cfg.model.name}`, trained by reinforcement learning on rewards of "
         "its own pictures (Sol-RL, arXiv 2604.06916).",
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
         "## Use it",
-        loading(cfg, comfy) + (_stacking(begun) if begun else ""),
+        loading(cfg, comfy) + (_stacking(loras) if loras else ""),
         "## Which policy",
         which((folder / "ema").exists()),
     ]
@@ -116,19 +116,19 @@ def _mixture(text: str) -> str:
     return " + ".join(f"{weight.strip() or 1} x {name.strip()}" for name, _, weight in parts)
 
 
-def _begun(begun: Start, new: Lora) -> str:
+def _began_from(loras: BaseLoras, new: Lora) -> str:
     files = "; ".join(
         f"`{o.file}` at scale {o.scale:g}, SHA-256 {', '.join(f'{name} {x}' for name, x in o.sha256.items())}"
-        for o in begun.origins
+        for o in loras.origins
     )
     return (
         f"{files}: folded into the base, so the KL's reference and the base of evaluations are base + LoRA. The files "
-        f"here hold the product of both, rank up to {lora.rank(begun.adapter)} + {new.rank}"
+        f"here hold the product of both, rank up to {lora.rank(loras.adapter)} + {new.rank}"
     )
 
 
-def _stacking(begun: Start) -> str:
-    files = ", ".join(f"`{Path(o.file).name}` at scale {o.scale:g}" for o in begun.origins)
+def _stacking(loras: BaseLoras) -> str:
+    files = ", ".join(f"`{Path(o.file).name}` at scale {o.scale:g}" for o in loras.origins)
     return (
         f"\n\nThese files already hold {files}: load them alone. `{ONLY_NEW}/` has the trained part alone, in the same "
         f"layouts, to be loaded at scale 1 beside {files}."

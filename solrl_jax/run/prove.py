@@ -22,11 +22,12 @@ from typing import Any
 import jax
 
 from solrl_jax import disk, plan, sharding, train
-from solrl_jax.config import BRANCHES, FOLDER, Branch, Config, ConfigError, Evaluate, Learn, Watch, to_json
+from solrl_jax.config import FOLDER, Branch, Config, ConfigError, Evaluate, Learn, Watch, to_json
 from solrl_jax.plan.doctor import PACKAGES
 from solrl_jax.quant import coverage
 from solrl_jax.run import assemble, convert, guards, prove_diffusers, prove_picture, prove_stages
 from solrl_jax.run.assemble import Parts
+from solrl_jax.solvers import ODE
 from solrl_jax.weights import hub
 
 FORMAT = 1
@@ -197,7 +198,7 @@ def ranked_forms(cfg: Config, prompts: int = PROMPTS) -> dict[str, Config]:
     assemble.check_rewards(cfg)
     one, kept = dataclasses.replace, max(2, count // 8 * 2)
     solver, shift = cfg.regenerate.solver, cfg.regenerate.shift
-    solver, shift = (solver, shift) if solver in BRANCHES else ("dpm2", 0.0)
+    solver, shift = (solver, shift) if solver in ODE else ("dpm2", 0.0)
     plain: dict[str, Any] = {"eta": 0.0, "window": 0, "window_within": 0, "shared_noise": False}
     plain |= {"solver": solver, "shift": shift}  # a branch is one solve
     low, full = one(cfg.explore or cfg.regenerate, **plain), one(cfg.regenerate, **plain)

@@ -38,7 +38,7 @@ class Origin(NamedTuple):
         return f"{self.file} (scale {self.scale:g}, SHA-256 {first[:12]}...)"
 
 
-class Start(NamedTuple):
+class BaseLoras(NamedTuple):
     """What is folded into the base: one set for all files, `lora.scaled` and on the host."""
 
     adapter: Params
@@ -50,7 +50,7 @@ class Start(NamedTuple):
         return [x for origin in self.origins for x in origin.sha256.values()]
 
 
-def read(cfg: config.Model, model: Model) -> Start | None:
+def read(cfg: config.Model, model: Model) -> BaseLoras | None:
     """The LoRAs of model.lora; None if it is empty. Needs no weights of the base.
 
     Raises WeightsError, which names the file, if one cannot be folded whole: it is of another base, adapts text
@@ -64,10 +64,10 @@ def read(cfg: config.Model, model: Model) -> Start | None:
         found = lora_files.load(Path(file), base, model.keys, as_it_is, model.comfy, model.native, whole=True)
         sets.append(_times(scale, found.adapter, file))
         said += [f"{file}: {line}" for line in found.said]
-    start = Start(lora.joined(sets), origins(cfg.lora), tuple(said))
+    loras = BaseLoras(lora.joined(sets), origins(cfg.lora), tuple(said))
     for file, _ in map(config.lora_entry, cfg.lora):
-        check_held_once(Path(file), start)
-    return start
+        check_held_once(Path(file), loras)
+    return loras
 
 
 def _times(scale: float, adapter: Params, file: str) -> Params:
@@ -84,30 +84,30 @@ def _times(scale: float, adapter: Params, file: str) -> Params:
         return jax.tree_util.tree_map_with_path(leaf, adapter)
 
 
-def fold(base: Params, start: Start | None, mesh: Mesh) -> Params:
+def fold(base: Params, loras: BaseLoras | None, mesh: Mesh) -> Params:
     """`base`, on `mesh`, with the LoRAs in it; its adapted kernels are given up. WeightsError if one overflows."""
-    if start is None:
+    if loras is None:
         return base
-    found = lora.folded(base, start.adapter, mesh)
+    found = lora.folded(base, loras.adapter, mesh)
     kernels = leaves_by_path(found)
-    adapted = [f"{path.removesuffix('/a')}/kernel" for path in leaves_by_path(start.adapter) if path.endswith("/a")]
+    adapted = [f"{path.removesuffix('/a')}/kernel" for path in leaves_by_path(loras.adapter) if path.endswith("/a")]
     finite = jax.jit(lambda xs: [jnp.isfinite(x).all() for x in xs], out_shardings=NamedSharding(mesh, sharding.WHOLE))
     finite = jax.device_get(finite([kernels[path] for path in adapted]))
     for path, fine in zip(adapted, finite, strict=True):
         if not fine:
-            files = ", ".join(origin.file for origin in start.origins)
+            files = ", ".join(origin.file for origin in loras.origins)
             raise WeightsError(f"{path} is not finite with {files} folded in: lower the scale, or see if it is whole")
     return found
 
 
-def notes(start: Start | None, new: Lora) -> list[str]:
+def notes(loras: BaseLoras | None, new: Lora) -> list[str]:
     """Lines for a log."""
-    if start is None:
+    if loras is None:
         return []
-    rank = lora.rank(start.adapter)
+    rank = lora.rank(loras.adapter)
     return [
-        *start.said,
-        f"folded into the base: {listed(start.origins)}. The reference of the KL, the first policy and the base of "
+        *loras.said,
+        f"folded into the base: {listed(loras.origins)}. The reference of the KL, the first policy and the base of "
         f"evaluations are base + LoRA; exported is their product, of rank up to {rank} + {new.rank}",
     ]
 
@@ -146,11 +146,11 @@ def check_same(place: Path, recorded: Sequence[Mapping[str, Any]], entries: Sequ
         )
 
 
-def check_held_once(file: Path, start: Start) -> None:
-    """WeightsError if `file` is an export that holds one of `start`'s LoRAs, which would then count twice."""
+def check_held_once(file: Path, loras: BaseLoras) -> None:
+    """WeightsError if `file` is an export that holds one of `loras`, which would then count twice."""
     held = lora_content.made(file).get("holds")
-    if twice := set(start.digests) & set(held if isinstance(held, list) else []):
-        name = next(o.file for o in start.origins if twice & set(o.sha256.values()))
+    if twice := set(loras.digests) & set(held if isinstance(held, list) else []):
+        name = next(o.file for o in loras.origins if twice & set(o.sha256.values()))
         raise WeightsError(
             f"{file} is the product of a training and of {name}, which model.lora folds into the base already: give "
             f"{ONLY_NEW}/ beside it, or leave {name} out of model.lora"

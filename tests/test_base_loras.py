@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from solrl_jax import config, device, lora, sampler, sharding, train
 from solrl_jax.config import ConfigError, Lora
 from solrl_jax.plan import doctor
-from solrl_jax.run import assemble, convert, evaluate, export, start
+from solrl_jax.run import assemble, base_loras, convert, evaluate, export
 from solrl_jax.run.checkpoint import CheckpointError
 from solrl_jax.structs import leaves_by_path
 from solrl_jax.weights import WeightsError, lora_content, lora_files
@@ -96,12 +96,12 @@ def model_of(family):
 
 
 def begun(family, *entries):
-    return start.read(config.Model(lora=tuple(map(str, entries))), model_of(family))
+    return base_loras.read(config.Model(lora=tuple(map(str, entries))), model_of(family))
 
 
 def folded(family, found, devices=1, shard=1):
     mesh = sharding.make_mesh(devices, shard)
-    return start.fold(sharding.place(jax.device_get(family.base), mesh), found, mesh)
+    return base_loras.fold(sharding.place(jax.device_get(family.base), mesh), found, mesh)
 
 
 def first_file(family, folder):
@@ -182,7 +182,7 @@ def test_a_base_in_parts_is_folded_in_parts(tmp_path, shard):
     found = begun(family, first_file(family, tmp_path))
     mesh = sharding.make_mesh(4, shard)
     placed = sharding.place(jax.device_get(family.base), mesh)
-    base, whole = start.fold(placed, found, mesh), folded(family, found, 4)
+    base, whole = base_loras.fold(placed, found, mesh), folded(family, found, 4)
     cut, old = sharding.cuts(base), leaves_by_path(placed)
     gone = {path for path, x in old.items() if x.is_deleted()}
     assert gone == {p.removesuffix("a") + "kernel" for p in leaves_by_path(found.adapter) if p.endswith("/a")}
@@ -495,13 +495,13 @@ def test_the_description_of_a_peft_folder_counts(tmp_path):
     """adapter_config.json has the scale: another one is another LoRA."""
     folder = style(tmp_path / "peft", name="adapter_model.safetensors").parent
     (folder / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 6}))
-    cfg, two = config.Model(lora=(str(folder),)), start.origins((str(folder),))
+    cfg, two = config.Model(lora=(str(folder),)), base_loras.origins((str(folder),))
     up = load_file(folder / "adapter_model.safetensors")["transformer.to_q.lora_B.weight"]
-    np.testing.assert_allclose(start.read(cfg, TOY).adapter["to_q"]["b"], 2 * up.T)
-    start.check_same(folder, [x._asdict() for x in two], cfg.lora)
+    np.testing.assert_allclose(base_loras.read(cfg, TOY).adapter["to_q"]["b"], 2 * up.T)
+    base_loras.check_same(folder, [x._asdict() for x in two], cfg.lora)
     (folder / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": 3}))
     with pytest.raises(CheckpointError, match=r"adapts a base with other LoRAs folded in"):
-        start.check_same(folder, [x._asdict() for x in two], cfg.lora)
+        base_loras.check_same(folder, [x._asdict() for x in two], cfg.lora)
 
 
 @pytest.mark.slow
@@ -636,8 +636,8 @@ def test_what_assemble_reads(built, name):
     mesh = sharding.make_mesh(2, 2)
     module = assemble.model_module(cfg)
     model = module.make(cfg.model)
-    found = start.read(begun_from.model, model)
-    base = start.fold(assemble.open_weights(cfg, mesh)[0], found, mesh)
+    found = base_loras.read(begun_from.model, model)
+    base = base_loras.fold(assemble.open_weights(cfg, mesh)[0], found, mesh)
     plain, kernels = leaves_by_path(assemble.open_weights(cfg, mesh)[0]), leaves_by_path(base)
     factors = leaves_by_path(found.adapter)
     for path, w in plain.items():
@@ -690,7 +690,7 @@ def test_diffusers_draws_our_pictures(built, name, tmp_path):
     x1 = jax.vmap(parts.model.noise)(jax.random.split(jax.random.key(3), 2))
     shapes = lora.init(jax.random.key(1), parts.frozen.base, parts.model.lora_targets, cfg.lora)
     new = with_b(shapes, 0.1)
-    export.write_lora(tmp_path, new, parts.model, cfg.lora, "run", parts.begun)
+    export.write_lora(tmp_path, new, parts.model, cfg.lora, "run", parts.base_loras)
     pictures = ours(parts, x1, new)
 
     pipe, draw = theirs(name, cfg, x1)
