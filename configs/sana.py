@@ -13,7 +13,7 @@ folder's. Either way a LoRA's file is in diffusers' names.
 
 The schedule is the original's for training, sigmas in equal steps from 1 to 0, not SANA's own
 (--config.model.shift=0, the 3 of its file). NVFP4 quantises what the original quantises, MLPs and the text's keys and
-values: 59 % of the weights, 56 % of the FLOPs; FP8 every Linear of the blocks.
+values: 59 % of the weights, 57 % of the Linears' FLOPs; FP8 every Linear of the blocks.
 On an H100, random weights, FP8: 10.6 s a prompt and iteration, sol_rl 12.0 s (experiments/efficiency); 29 GB
 (experiments/sana_h100).
 """

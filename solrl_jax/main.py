@@ -326,7 +326,8 @@ def command(words: Sequence[str]) -> Command:
 
         cfg = config.override(checkpoint.load_config(source), **overrides)
     elif FLAGS.config is None:
-        raise ConfigError(f"no config is named: give --config=NAME, one of {', '.join(config.available())}")
+        other = "" if FLAGS.mode == "train" else ", or --run_dir=RUN, which has one"
+        raise ConfigError(f"no config is named: give --config=NAME, one of {', '.join(config.available())}{other}")
     else:
         cfg = config.load(FLAGS.config, overrides)
     if FLAGS.resume and run is None:

@@ -190,6 +190,7 @@ def caused(e, cause):
 
 
 LICENCE = f"accept the licence at {PAGE} and run `hf auth login`"
+AGAIN = f"try again with network access (if it is behind a licence, {LICENCE})"
 FOLDER = "or give a folder, --config.model.path=DIR"
 ABSENT = f"{NAME} is not a folder here and not complete in the hub's cache"
 
@@ -208,11 +209,11 @@ ABSENT = f"{NAME} is not a folder here and not complete in the hub's cache"
         ),
         (
             answer(errors.HfHubHTTPError, 503),
-            f"{NAME} cannot be fetched (the hub answers 503): with network access {LICENCE}, {FOLDER}",
+            f"{NAME} cannot be fetched (the hub answers 503): {AGAIN}, {FOLDER}",
         ),
         (
             caused(errors.LocalEntryNotFoundError("no"), answer(errors.HfHubHTTPError, 500)),
-            f"{NAME} cannot be fetched (the hub answers 500): with network access {LICENCE}, {FOLDER}",
+            f"{NAME} cannot be fetched (the hub answers 500): {AGAIN}, {FOLDER}",
         ),
         (
             errors.HFValidationError("Repo id must\nbe"),
@@ -221,24 +222,23 @@ ABSENT = f"{NAME} is not a folder here and not complete in the hub's cache"
         ),
         (
             errors.OfflineModeIsEnabled("offline"),
-            f"{ABSENT}, and HF_HUB_OFFLINE is set: with network access {LICENCE}, {FOLDER}",
+            f"{ABSENT}, and HF_HUB_OFFLINE is set: {AGAIN}, {FOLDER}",
         ),
         (
             caused(errors.LocalEntryNotFoundError("no"), errors.OfflineModeIsEnabled("offline")),
-            f"{ABSENT}, and HF_HUB_OFFLINE is set: with network access {LICENCE}, {FOLDER}",
+            f"{ABSENT}, and HF_HUB_OFFLINE is set: {AGAIN}, {FOLDER}",
         ),
         (
             errors.LocalEntryNotFoundError("Got: ConnectError\nhere"),
-            f"{ABSENT}, and the hub cannot be reached: with network access {LICENCE}, {FOLDER}",
+            f"{ABSENT}, and the hub cannot be reached: {AGAIN}, {FOLDER}",
         ),
         (
             ReadTimeout("The read timed out\nhere"),
-            f"{NAME} cannot be fetched (ReadTimeout: The read timed out): with network access {LICENCE}, {FOLDER}",
+            f"{NAME} cannot be fetched (ReadTimeout: The read timed out): {AGAIN}, {FOLDER}",
         ),
         (
             OSError(28, "No space left on device"),
-            f"{NAME} cannot be fetched (OSError: [Errno 28] No space left on device): with network access {LICENCE}, "
-            + FOLDER,
+            f"{NAME} cannot be fetched (OSError: [Errno 28] No space left on device): {AGAIN}, " + FOLDER,
         ),
     ],
 )
@@ -255,7 +255,7 @@ def test_every_failure_is_one_line_with_the_page_and_the_mend(asked, error, mess
 def test_a_reward_by_its_name_fails_the_same_way(asked):
     asked.far = errors.LocalEntryNotFoundError("no")
     with pytest.raises(
-        WeightsError, match=r"org/clip is not a folder here .* and run `hf auth login`, or give a folder$"
+        WeightsError, match=r"org/clip is not a folder here .* and run `hf auth login`\), or give a folder$"
     ):
         clipscore.make("org/clip")
 

@@ -43,7 +43,8 @@ def load_small(spec, overrides):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no config is named: give --config=NAME, one of small"),
+        ([], "no config is named: give --config=NAME, one of small\n"),
+        (["--mode=eval"], "no config is named: give --config=NAME, one of small, or --run_dir=RUN, which has one"),
         (["--config=large"], "there is no configs/large.py; use one of small"),
         (["--config=small", "tiny"], "unexpected argument 'tiny': flags begin with --"),
         (["--config=small", "--config.explore.stepz=4"], "did you mean steps?"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import types
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -352,6 +353,18 @@ def test_report_of_a_card_that_is_too_small(planned):
     text = "\n".join(lines)
     assert "11,901,408,320 parameters, 23.8 GB" in text and "forward 15.81" in text and " over " in text
     assert lines[-1] == "explore does not fit: ..." and "at 60% of the bf16 peak" in text
+
+
+def test_large_numbers_of_the_report_have_no_exponents(planned):
+    """479,700 TFLOP in 1,640 s and 137 h, not 4.797e+05 in 1.64e+03."""
+    learn = next(use for use in planned.uses if use.stage == "learn")
+    large = learn._replace(flops=Counter(bf16=479_700 * 10**12), seconds=1640.4)
+    lines = plan.report(planned._replace(uses=(large,)))
+    (row,) = (line for line in lines if line.startswith("learn "))
+    assert row.split()[-2:] == ["479,700", "1,640"] and not any("e+0" in line for line in lines)
+    iterations = planned.cfg.iterations
+    assert f"an iteration: 1,640 s, {iterations} of them {iterations * 1640.4 / 3600:.0f} h" in lines
+    assert [plan._short(x) for x in (0.003091, 18.46, 99.96, 632.4)] == ["0.00309", "18.5", "100", "632"]
 
 
 @pytest.mark.parametrize("plugin", ["json", "no_such_plugin"])

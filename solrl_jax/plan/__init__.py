@@ -271,7 +271,7 @@ def report(p: Plan) -> list[str]:
         "",
         f"{HEADER}{'':12}{'TFLOP':>11}{'seconds':>10}",
         *(_row(use, room(card)) for use in p.uses),
-        f"an iteration: {each:,.3g} s, {p.cfg.iterations} of them {p.cfg.iterations * each / 3600:,.3g} h",
+        f"an iteration: {_short(each)} s, {p.cfg.iterations} of them {_short(p.cfg.iterations * each / 3600)} h",
         *(f"{u.stage}: at the start and every {u.every} iterations; an iteration's time has its share" for u in rare),
         *_network(p),
         "",
@@ -301,6 +301,11 @@ def _network(p: Plan) -> list[str]:
     return [first, *(line(name, link) for name, link in LINKS.items())]
 
 
+def _short(x: float) -> str:
+    """Three digits, and all that are before the point: 0.00309, 18.5, 1,640."""
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
 def _more(extra: float, seconds: float) -> str:
     return f"+{extra:,.{0 if extra >= 10 else 1 if extra >= 1 else 2}f} s ({extra / max(seconds, 1e-9):.0%})"
 
@@ -313,7 +318,7 @@ def _row(use: Use, most: float | int) -> str:
     fit = "fits" if use.total <= most else f"{_gb(use.total - most)} over"
     held = (use.weights, use.adapters, use.merged, use.quantised, use.activations)
     sizes = "".join(f"{_gb(x) if x else '-':>{width}}" for x, width in zip(held, (9, 7, 8, 11, 13), strict=True))
-    work = f"{use.flops.total() / 1e12:>11,.4g}{use.seconds:>10,.3g}"
+    work = f"{_short(use.flops.total() / 1e12):>11}{_short(use.seconds):>10}"
     return f"{use.stage:<12}{sizes}{_gb(use.total):>8}  {fit:<10}{work}"
 
 

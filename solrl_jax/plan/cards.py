@@ -27,7 +27,7 @@ CARDS = {
     "B200 180GB": Card(180, 2250, 10.0),
 }
 CAUTION = 0.3  # share of the planned activations by which they may be too high
-SLACK = 0.1  # share of them by which they may be too low: of FLUX's 59.9 GB an H100 took 62 (configs/flux.py)
+SLACK = 0.1  # share of them by which they may be too low: of FLUX's 59.9 GB an H100 took 62 at first, 58.5 later
 USABLE = 0.92  # share of a card's memory that JAX reserves (XLA_PYTHON_CLIENT_MEM_FRACTION)
 FRACTION = 0.6  # assumed share of its peak that a card reaches
 EMULATED = 0.8  # factor on that for NVFP4 emulated in bf16

@@ -215,7 +215,7 @@ def _said(name: str, flag: str, e: Exception) -> str:
     else:
         reason = f"the hub answers {status}" if status else f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
         why = f"cannot be fetched ({reason})"
-    return f"{name} {why}: with network access {licence}, or give a folder{flag}"
+    return f"{name} {why}: try again with network access (if it is behind a licence, {licence}), or give a folder{flag}"
 
 
 def check_pipeline(folder: Path, kinds: tuple[str, ...]) -> None:
