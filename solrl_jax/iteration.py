@@ -33,7 +33,7 @@ from solrl_jax.keys import sample_keys, selection_key
 from solrl_jax.learn import check_hyper, learn
 from solrl_jax.rewards import Score
 from solrl_jax.rollout import block_shape, branched, merged, quantised, rolled, with_host
-from solrl_jax.selection import select, spearman, take
+from solrl_jax.selection import mean_of_ranked, select, spearman, take
 from solrl_jax.structs import (
     Frozen,
     Model,
@@ -247,8 +247,10 @@ def select_samples(full: Rollout, chance: Float[Array, "P N"], *, cfg: Config) -
 
 
 def compare(preview: Rollout, chosen: Rollout, samples: Rollout, *, cfg: Config) -> Metrics:
-    """Does the preview rank as the full rollout does? Spearman within each prompt, over the kept samples."""
-    agreement = jnp.mean(spearman(mixture.worth(chosen, cfg), mixture.worth(samples, cfg)))
+    """Does the preview rank as the full rollout does? Spearman within each prompt, over the kept samples; the mean over
+    prompts whose samples are not all worth the same."""
+    guess, truth = mixture.worth(chosen, cfg), mixture.worth(samples, cfg)
+    agreement = mean_of_ranked(spearman(guess, truth), truth)
     return {**reward_metrics(preview, samples), **mixture.metrics(samples, cfg), "rank/spearman": agreement}
 
 

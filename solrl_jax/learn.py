@@ -87,7 +87,7 @@ def learn(
         batch = jax.tree.map(lambda x: take(x, index), (keys, made, advantage))
         grads, metrics = gradients(state, began, frozen, cond, *batch, model=model, cfg=cfg)
         state, norm = apply_gradients(state, grads, optimizer, cfg)
-        return state, {**metrics, "grad_norm": norm, "skipped": (state.skipped > 0).astype(F32)}
+        return state, {**metrics, "grad_norm": norm, "skipped": state.skipped}
 
     epoch_of = jnp.repeat(jnp.arange(epochs), updates)
     index = jnp.concatenate([dealt(samples.keys, worth, e, updates) for e in range(epochs)])
@@ -96,10 +96,13 @@ def learn(
     decay = algos.old_decay(state.updates, hyper.old_wait, hyper.old_ramp, hyper.old_max)
     followed = jax.tree.map(lambda o, c: decay * o + (1 - decay) * c, began.old, state.lora)
     state = state._replace(old=followed, iteration=state.iteration + 1)
+    in_a_row = metrics.pop("skipped")
+    found = {name: jnp.mean(x, where=in_a_row == 0) for name, x in metrics.items()}  # of the updates that were taken
     if "behaviour" in algos.find(cfg.learn.algorithm).fixed(cfg.learn):
         # In the first update both policies are the same: the deviation is the rounding of the two programs.
-        metrics["ratio/noise"] = metrics["ratio/deviation"][0]
-    return state, {**jax.tree.map(jnp.mean, metrics), "skipped": jnp.sum(metrics["skipped"]), "old_decay": decay}
+        found["ratio/noise"] = metrics["ratio/deviation"][0]
+    skipped = {"skipped": jnp.sum(in_a_row > 0), "skipped_in_a_row": jnp.max(in_a_row)}
+    return state, {**found, **skipped, "old_decay": decay}
 
 
 def point_keys(state: TrainState, keys: Key[Array, "P K"], epoch: Int[Array, ""], cfg: Config) -> Key[Array, "P K"]:

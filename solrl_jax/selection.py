@@ -65,6 +65,11 @@ def correlation(a: Float[Array, "P N"], b: Float[Array, "P N"]) -> Float[Array, 
     return jnp.where(norm > 0, jnp.sum(a * b, axis=-1) / jnp.where(norm > 0, norm, 1.0), 0.0)
 
 
+def mean_of_ranked(x: Float[Array, "P"], truth: Float[Array, "P N"]) -> Float[Array, ""]:
+    """Mean over the prompts whose rewards `truth` are not all equal: the others have no order. NaN if none has one."""
+    return jnp.mean(x, where=jnp.max(truth, axis=-1) > jnp.min(truth, axis=-1))
+
+
 def fidelity(preview: Float[Array, "P N"], truth: Float[Array, "P N"], kept: int) -> dict[str, Float[Array, "P"]]:
     """How well `preview` replaces `truth` when best_worst keeps K of N by it; 1 means as well as `truth` itself.
 

@@ -296,10 +296,9 @@ def iterate(
 
 def check_skipped(parts: Parts, state: TrainState, prompts: Prompts, metrics: Metrics) -> None:
     """Raises TrainError, which names the cause, after SKIPS non-finite updates in a row."""
-    if (skipped := int(state.skipped)) >= SKIPS:
+    if (skipped := int(metrics["skipped_in_a_row"])) >= SKIPS:
         raise TrainError(
-            f"iteration {int(state.iteration)}: {skipped} updates in a row had non-finite gradients "
-            f"(grad_norm {metrics.get('grad_norm')}): "
+            f"iteration {int(state.iteration)}: {skipped} updates in a row had non-finite gradients: "
             + (not_finite(parts, state, prompts) or "lower learn.learning_rate or set model.dtype=float32")
         )
 

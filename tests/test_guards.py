@@ -6,6 +6,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from solrl_jax import config, iteration, train
@@ -134,6 +135,31 @@ def test_full_rollouts_have_no_quantised_kernels_beside_them(toy, monkeypatch):
     assert found["watch/spearman"] == pytest.approx(1)  # a reward is its key's: every candidate is compared with itself
     assert seen["explore"] == [(False, 1, (1, 8))] * 4  # a prompt a call
     assert seen["regenerate"] == [(True, 0, (1, 6))] * 8
+
+
+@pytest.mark.parametrize(("told", "spearman"), [(1, 1.0), (0, math.nan)])
+def test_a_reward_that_tells_few_candidates_apart_is_no_bad_rank(toy, monkeypatch, told, spearman):
+    """All candidates of three or four of four prompts have one reward. The preview and the full rollouts agree."""
+    cfg = config.override(toy, **{"watch.prompts": "4"})
+    low = config.override(cfg, **{"watch.fall_back": "true", "explore.precision": "fp8"})
+    parts, programs, known = assemble.assemble(cfg, 1), iteration.programs, {}
+
+    def roll(*args):
+        numbers = np.asarray(jax.random.key_data(args[4]))  # [p, n, 2]
+        for seeds in numbers:
+            if tuple(seeds[0]) not in known:
+                scale = 1.0 if len(known) < told * len(seeds) else 0.0
+                known.update({tuple(seed): scale * i for i, seed in enumerate(seeds)})
+        reward = jnp.asarray([[known[tuple(seed)] for seed in seeds] for seeds in numbers])
+        return Rollout(args[4], reward[..., None, None, None], reward, {})
+
+    made = {"explore": roll, "regenerate": roll}
+    monkeypatch.setattr(iteration, "programs", lambda *statics: {**programs(*statics), **made})
+    with jax.set_mesh(parts.mesh):
+        state = assemble.fresh(parts)
+        found = guards.measured(parts, state)
+    assert found["watch/spearman"] == pytest.approx(spearman, nan_ok=True)
+    assert int(guards.with_fall_back(state, found, low).fallen_back) == 0
 
 
 @pytest.mark.slow

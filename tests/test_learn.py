@@ -14,6 +14,7 @@ from solrl_jax.learn import apply_gradients, dealt, samples_at_a_time
 from solrl_jax.plan import jaxpr
 from solrl_jax.run import assemble
 from solrl_jax.selection import take
+from solrl_jax.structs import Frozen, Hyper, Rollout, TrainState
 from tests import nano
 from tests.nano import numbers, parts_of
 from tests.tiers import long, slow
@@ -36,6 +37,27 @@ def test_a_bad_gradient_changes_nothing_and_is_counted(folder):
     for name in ("lora", "ema", "moments", "old"):
         np.testing.assert_array_equal(numbers(getattr(after, name)), numbers(getattr(state, name)))
     assert int(good.skipped) == 0 and int(good.updates) == 1 and np.any(numbers(good.lora) != numbers(state.lora))
+
+
+def test_skipped_updates_in_a_row_are_counted_within_an_iteration(folder, monkeypatch):
+    """Of four updates the first three are not finite. The fourth is taken, and the means are its own."""
+
+    def gradients(state, *rest, **statics):
+        bad = state.skipped + 2 * state.updates < 3  # until three are skipped
+        return {"w": jnp.where(bad, jnp.nan, jnp.ones(2))}, {"loss": jnp.where(bad, jnp.nan, 2.0)}
+
+    monkeypatch.setattr(learn, "gradients", gradients)
+    cfg = config.Config(kept=4, learn=config.Learn(updates=4, learning_rate=0.1))
+    optimizer, adapter, zero = learn.make_optimizer(cfg), {"w": jnp.zeros(2)}, jnp.zeros((), jnp.int32)
+    hyper = Hyper(*(jnp.asarray(getattr(cfg.learn, name), jnp.float32) for name in Hyper._fields))
+    key, moments = jax.random.key(0), optimizer.init(adapter)
+    state = TrainState(zero, zero, zero, key, adapter, adapter, adapter, moments, hyper, zero)
+    reward = jnp.arange(4.0)[None]
+    samples = Rollout(jax.random.split(key, (1, 4)), reward[..., None, None, None], reward, {})
+    statics = {"model": parts_of(nano.build(folder)).model, "optimizer": optimizer, "cfg": cfg}
+    new, metrics = learn.learn(state, Frozen({}, {}, {}), {"c": jnp.zeros((1, 3))}, samples, **statics)
+    assert [int(x) for x in (new.skipped, new.updates, metrics["skipped"], metrics["skipped_in_a_row"])] == [0, 1, 3, 3]
+    assert float(metrics["loss"]) == 2 and float(metrics["grad_norm"]) == pytest.approx(2**0.5)
 
 
 def test_clipping_and_rate(folder):

@@ -240,6 +240,14 @@ def test_paths_are_what_the_steps_began_with():
 FLUX_5, SD35_5 = sampler.shifted(5, 1.878), np.array([1, 0.9, 0.751, 0.503, 0.009, 0])
 
 
+@pytest.mark.parametrize("shift", [0.09, 0.15, 0.2, 0.3, 0.45, 1.0, 3.0])
+def test_a_shifted_grid_begins_at_one(shift):
+    """To the bit: at a rounding error above it a solver refuses it, and below it dpm2's second step has order 2."""
+    sigmas = sampler.shifted(6, shift)
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and np.all(np.diff(sigmas) < 0)
+    assert sampler.table(sigmas, "dpm2").x0[1, 1] == 0
+
+
 @pytest.mark.parametrize(
     ("sigmas", "after", "steps", "shift", "rest"),
     [

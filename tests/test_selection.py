@@ -94,6 +94,18 @@ def test_fidelity_of_perfect_reversed_and_blind_previews():
     np.testing.assert_array_equal(fidelity(truth, jnp.ones((50, 24)), 8)["kept_contrast"], 0)
 
 
+def test_prompts_with_one_reward_have_no_rank():
+    """A perfect preview of a reward that tells the candidates of one prompt in four apart is perfect."""
+    truth = jnp.zeros((4, 6)).at[1].set(jnp.arange(6.0))
+    found = fidelity(truth, truth, 4)
+    assert {name: float(selection.mean_of_ranked(x, truth)) for name, x in found.items()} == pytest.approx(
+        {"spearman": 1, "overlap": 1, "kept_contrast": 1}
+    )
+    blind = fidelity(jnp.zeros((4, 6)), truth, 4)
+    assert float(selection.mean_of_ranked(blind["spearman"], truth)) == 0
+    assert np.isnan(selection.mean_of_ranked(found["spearman"], jnp.ones((4, 6))))
+
+
 def test_fidelity_golden():
     """Chosen 1, 2 and 5, 0 for the true 0, 1 and 4, 5: contrast (5 - 2.5) / (5.5 - .5)."""
     truth, preview = jnp.array([[6.0, 5, 4, 2, 1, 0]]), jnp.array([[0.0, 5, 4, 3, 2, 1]])

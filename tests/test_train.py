@@ -268,7 +268,7 @@ def test_three_non_finite_updates_stop_the_run_and_are_saved(toy, tmp_path, monk
     class Poisoned(staged):
         def __call__(self, state, *rest):
             new, metrics = super().__call__(state, *rest)
-            return new._replace(skipped=state.skipped + 1), metrics
+            return new._replace(skipped=state.skipped + 1), metrics | {"skipped_in_a_row": state.skipped + 1}
 
     monkeypatch.setattr(train.iteration, "Staged", Poisoned)
     with pytest.raises(train.TrainError, match="iteration 3: 3 updates in a row had non-finite gradients"):

@@ -177,12 +177,14 @@ def score_images(
 ) -> tuple[Float[Array, "B"], dict[str, Float[Array, "B"]]]:
     """Weighted sum and parts of B images of G prompts (token leaves [G, ...]); image i is of prompt i // (B // G).
 
-    Without the rewards that run on the host, which `score_on_host` adds. Parts are 0 where `asked` is.
+    Without the rewards that run on the host, which `score_on_host` adds. Parts are 0 where `asked` is. A picture that
+    is not finite has the score NaN: the 8 bits that some rewards look at would make a colour of it.
     """
-    parts, total = {}, jnp.zeros(images.shape[0])
+    unseen = jnp.where(jnp.all(jnp.isfinite(images), axis=(1, 2, 3)), 0.0, jnp.nan)
+    parts, total = {}, unseen
     for weight, r in zip(score.weights, score.rewards, strict=True):
         if r.host is None:
-            part = r.score(params[r.name], images, tokens[r.name])
+            part = r.score(params[r.name], images, tokens[r.name]) + unseen
             parts[r.name] = jnp.where(asked[r.name] > 0, part, 0.0) if r.name in asked else part
             total = total + weight * parts[r.name]
     return total, parts

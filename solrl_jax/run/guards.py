@@ -24,7 +24,7 @@ from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.log import Line
 from solrl_jax.sampler import Carry
-from solrl_jax.selection import fidelity
+from solrl_jax.selection import fidelity, mean_of_ranked
 from solrl_jax.structs import Model, Params, Prompts, Rollout, TrainState, leaves_by_path
 
 RECENT = 5
@@ -181,7 +181,8 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     Uses `watch.prompts` training prompts, rounded to a multiple of the devices, and the noise of the coming iteration;
     costs N full rollouts per prompt. It runs the stages' own programs, in calls of as many prompts and images as a
     stage has, so it compiles little and takes no more memory than they do. With FP8 the Linears' inputs are looked at
-    first, in BF16 and of calibrate.PROMPTS pictures at most.
+    first, in BF16 and of calibrate.PROMPTS pictures at most. Prompts whose N full rollouts have one reward do not
+    count, since nothing ranks them; NaN if all are such.
 
     In a branch `watch/*` compares with all N finished from the preview's states, like the trained samples, and
     `watch/noise_*` with all N drawn from the noise by the steps of `regenerate`, like the policy's own samples.
@@ -221,9 +222,11 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     truths = {"": roll("regenerate", programs["regenerate"], low, preview.state)}
     if more.full is not None:
         truths["noise_"] = roll("regenerate", more.full, low)
-    guess = mixture.worth(preview, cfg)
-    found = {at: fidelity(guess, mixture.worth(truth, cfg), cfg.kept) for at, truth in truths.items()}
-    ranks = {f"watch/{at}{name}": float(jnp.mean(x)) for at, each in found.items() for name, x in each.items()}
+    guess, ranks = mixture.worth(preview, cfg), {}
+    for at, full in truths.items():
+        truth = mixture.worth(full, cfg)
+        found = fidelity(guess, truth, cfg.kept)
+        ranks |= {f"watch/{at}{name}": float(mean_of_ranked(x, truth)) for name, x in found.items()}
     return ranks | saturated
 
 
