@@ -168,7 +168,7 @@ def test_missing_config_fields(tmp_path):
 
 
 def test_public_keys_and_sizes():
-    """FLUX.1-dev: the 1160 tensors of models.md section 2, by the names and shapes that diffusers has."""
+    """FLUX.1-dev: its 1160 tensors, by the names and shapes that diffusers has."""
     with torch.device("meta"):
         public = FluxTransformer2DModel(guidance_embeds=True).state_dict()
     spec = shapes_of(FluxConfig())
@@ -213,7 +213,7 @@ def test_rope_table(height, width, tokens):
     np.testing.assert_allclose(sin[at, [1, 17, 73]], [0, np.sin(row), np.sin(column)], atol=1e-7)
 
 
-LITERAL = {  # models.md section 9.1
+LITERAL = {  # by diffusers: (steps, tokens)
     (6, 1024): [1, 0.903735578, 0.789704800, 0.652489424, 0.484218419, 0.273003310, 0],
     (10, 1024): [
         *(1, 0.944129348, 0.882497251, 0.814164102, 0.737974048, 0.652489424),

@@ -1,4 +1,4 @@
-"""FLUX.1: 19 double and 38 single blocks over packed latents, text first (spec: models.md sections 2, 8, 9.1).
+"""FLUX.1: 19 double and 38 single blocks over packed latents, text first (diffusers' FluxTransformer2DModel).
 
 Modules have the checkpoint's own names, so that the key table at the end is short. The residual stream is in the
 network's dtype; LayerNorm, modulation and RoPE are in f32. Where the reference rounds (the time in bf16, times 1000),
@@ -276,7 +276,7 @@ def unpack(tokens: Float[Array, "B S C"], height: int, width: int) -> Float[Arra
 
 
 def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
-    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by mu, which grows with the image tokens; last 0 (models.md 9.1)."""
+    """f64 [steps + 1], as FluxPipeline's: linspace(1, 1/n, n) shifted by mu, which grows with the tokens; last 0."""
     return np.append(shifted(np.linspace(1, 1 / steps, steps), shift_of(tokens, schedule)), 0.0)
 
 

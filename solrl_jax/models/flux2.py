@@ -1,4 +1,4 @@
-"""FLUX.2-klein: 5 double and 20 single blocks over packed latents, text first (spec: open_bases.md sections 2, 4 to 6).
+"""FLUX.2-klein: 5 double and 20 single blocks over packed latents, text first (diffusers' Flux2Transformer2DModel).
 
 Modules have the checkpoint's own names, as FLUX.1's (flux.py). No Linear has a bias. All blocks of a kind share one
 modulation, computed once. All 512 positions of the text attend, its padding too. Latents are the VAE's normalised 2x2
@@ -228,7 +228,7 @@ class TextStates(nn.Module):
 
 
 def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
-    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by `shift_of`; last 0 (open_bases.md section 6.1)."""
+    """f64 [steps + 1], as Flux2KleinPipeline's: linspace(1, 1/n, n) shifted by `shift_of`; last 0."""
     return np.append(shifted(np.linspace(1, 1 / steps, steps), shift_of(steps, tokens, schedule)), 0.0)
 
 

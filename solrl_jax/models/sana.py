@@ -1,4 +1,4 @@
-"""SANA-1.6B: linear attention over the image, cross-attention to Gemma's states (spec: models.md 4, 8.2, 9.3).
+"""SANA-1.6B: linear attention over the image, cross-attention to Gemma's states (diffusers' SanaTransformer2DModel).
 
 One set of modules serves both of its checkpoints. The modules follow the native checkpoint with Linears (LinearFFN),
 which Sol-RL trains: q, k, v fused, the text's k and v fused, 1x1 convolutions as Linears. LoRA and low precision act on

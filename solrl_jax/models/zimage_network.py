@@ -1,4 +1,4 @@
-"""Z-Image's transformer: its config, the tables of positions, its blocks (spec: open_bases.md sections 3 and 10).
+"""Z-Image's transformer: its config, the tables of positions, its blocks (diffusers' ZImageTransformer2DModel).
 
 The image comes first, then the caption, padded with a learned token to a multiple of 32 that is attended to; what is
 behind that is masked. The image's place on RoPE's first axis is after the padded caption, so the table of positions is

@@ -5,8 +5,9 @@ elements of the contracted axis share one e4m3 scale; a tensor (weights) or a ro
 g = max|x| / 2688, where 2688 = 6 * 448. That is 4.5 bits per element. A byte holds two codes, the even index in the low
 nibble.
 
-The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. A policy's kernels then get the block
-scales of least squared error beside NVIDIA's (SWEEP; experiments/precision); inputs keep NVIDIA's.
+The order of operations is that of NVIDIA's Transformer Engine (quantize_transpose_nvfp4.cuh), bit for bit on a CPU. A
+policy's kernels then get the block scales of least squared error beside NVIDIA's (SWEEP; experiments/precision); inputs
+keep NVIDIA's.
 
 Rounding is f32 arithmetic, never a cast to the narrow type and back: XLA removes such a pair of casts on GPUs, and the
 network silently runs unquantised (tests/test_compiled.py: test_e4m3_rounding_is_in_the_program, and
