@@ -137,6 +137,14 @@ def test_e4m3_rounding_is_in_the_program(h100):
     assert "reduce-precision(" in card.compiled(nvfp4.round_e4m3, x, on=h100).as_text()
 
 
+def test_e2m1_rounding_is_in_the_program(h100):
+    """Its three roundings, one for each spacing of the values; of a cast to float4_e2m1fn and back nothing is left."""
+    x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
+    assert card.compiled(nvfp4.round_e2m1, x, on=h100).as_text().count("round-nearest-even(") == 3
+    casts = card.compiled(lambda x: x.astype(jnp.float4_e2m1fn).astype(x.dtype), x, on=h100)
+    assert "f4e2m1fn" not in casts.as_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp8", "nvfp4_emulated"])
 def test_quantising_turns_the_codes_alone(h100, precision):
