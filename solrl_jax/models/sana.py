@@ -244,7 +244,8 @@ class TextKeys(nn.Module):
 
 
 def sigmas(steps: int, shift: float) -> np.ndarray:
-    """SANA's own sigmas, f64 [steps + 1]: equal steps from .999 towards 0, shifted (the first is .9997), then 0 (9.3).
+    """SANA's own sigmas, f64 [steps + 1]: equal steps from .999 towards 0, shifted (the first is .9997), then 0. As
+    those of diffusers' DPMSolverMultistepScheduler.
 
     Sol-RL uses equal steps from 1 to 0 instead (model.shift = 1), rounded to bf16 (.8320 for 5/6). Here they are exact:
     the sampler, the network and the loss use the same number.

@@ -153,7 +153,8 @@ class Sd35Transformer(nn.Module):
 
 
 def sigmas(steps: int, shift: float) -> np.ndarray:
-    """f64 [steps + 1]: equal steps between the ends of the scheduler's shifted table of 1000, shifted again (9.2)."""
+    """f64 [steps + 1]: equal steps between the ends of the scheduler's shifted table of 1000, shifted again. As those
+    of diffusers' FlowMatchEulerDiscreteScheduler."""
     return np.append(shifted(np.linspace(1, shifted(1 / 1000, shift), steps), shift), 0.0)
 
 
