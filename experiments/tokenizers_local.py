@@ -1,4 +1,4 @@
-"""Tokenizers of a small world, trained on its captions, offline (spec/models.md section 11).
+"""Tokenizers of a small world, trained on its captions, offline.
 
 Both have the layout of the public ones, so that transformers and diffusers load them from a folder. Every word of the
 captions is one token, so sequences are short. Other text also works, as bytes (CLIP) or printable characters (T5).

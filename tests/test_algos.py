@@ -1,4 +1,4 @@
-"""Advantages, decays and the NFT loss: the golden numbers of algorithms.md section 10."""
+"""Advantages, decays and the policies' losses: worked examples, and closed forms in f64."""
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +169,7 @@ def steps(solver="sde", eta=0.7, batch=3, shape=(4, 4, 2)):
 
 
 def log_prob(v, points):
-    """algorithms.md 1.3 b in f64, from the mean in x and v."""
+    """Of a step of Flow-GRPO's SDE in f64, from the mean in x and v."""
     x, x_next, t, v = (np.asarray(a, np.float64) for a in (points.x_t, points.x_next, points.t, v))
     out = []
     for i, s in enumerate(t):
@@ -217,7 +217,7 @@ def test_grpo_away_from_it():
 
 
 def test_flow_grpo_kl_in_velocities():
-    """algorithms.md 3a: d^2 (1 + eta^2/2)^2 (1-s) / (2 eta^2 s) |dv|^2, at s = 1 (1-s1)^3 / (2 eta^2) |dv|^2."""
+    """d^2 (1 + eta^2/2)^2 (1-s) / (2 eta^2 s) |dv|^2, at s = 1 (1-s1)^3 / (2 eta^2) |dv|^2, as flow_grpo's code."""
     points, _, ref, v, advantage = steps()
     h = hyper(kl_weight=0.04)
     _, metrics = flow_grpo_loss(Velocities(v, reference=ref), points, advantage, h, Learn())
@@ -254,7 +254,7 @@ def test_grpo_points_are_steps_of_the_path():
 
 
 def test_awm_log_prob_golden():
-    """algorithms.md 10.6: e = .8, t = .5, p = 1/4."""
+    """e = .8, t = .5, p = 1/4."""
     e, t = jnp.array([0.8]), jnp.array([0.5])
     assert float(algos.awm_log_prob(e, t)[0]) == pytest.approx(-1.8851587, rel=1e-6)
     slope = jax.jit(jax.grad(lambda e: algos.awm_log_prob(e, t)[0]))(e)
@@ -290,7 +290,7 @@ def test_awm_loss_golden():
 
 
 def test_awm_times_are_stratified():
-    """algorithms.md 10.9: of 14 steps, 6 times of the bins {1}, {2, 3}, ..., {10, 11}; with first 0 {0, 1}, ..."""
+    """As AWM's code: of 14 steps, 6 times of the bins {1}, {2, 3}, ..., {10, 11}; with first 0 {0, 1}, ..."""
     assert algos.awm_edges(14, 6, 1) == [1, 2, 4, 6, 8, 10, 12] and algos.awm_edges(14, 6, 0) == [0, 2, 4, 6, 8, 10, 12]
     sigmas = jnp.linspace(1, 0.1, 14)
     found = jax.vmap(
@@ -302,7 +302,7 @@ def test_awm_times_are_stratified():
 
 
 def test_times_that_are_trained_golden():
-    """algorithms.md 10.9: T of the published runs."""
+    """T of the published runs."""
     for fraction, n, t in ((0.99, 10, 9), (0.99, 25, 24), (0.99, 6, 5), (0.6, 10, 6), (0.4, 10, 4)):
         assert Config(regenerate=Stage(steps=n), learn=Learn(timestep_fraction=fraction, micro_batch=t)).times == t
 
@@ -329,7 +329,7 @@ DELTA = np.array([[[-0.1, 0.05], [-0.1, 0.1]], [[0.05, -0.1], [0.1, -0.05]]]).re
 
 
 def test_vgrpo_golden():
-    """Errors, ratios, losses and gradient of the worked example in the formulas' specification, section 5.4."""
+    """Errors, ratios, losses and gradient of a worked example."""
     points, old = shared_points()
     v = old + jnp.asarray(DELTA, jnp.float32)
     a = algos.advantages(jnp.array([[2.0, 1.0]]), "prompt")[0]

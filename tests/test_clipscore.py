@@ -112,7 +112,7 @@ def test_features_from_shards_and_old_files(tmp_path):
 
 
 def test_public_size():
-    """Parameter count of openai/clip-vit-large-patch14 (rewards.md section 0), from shapes alone."""
+    """Parameter count of openai/clip-vit-large-patch14, from shapes alone."""
     text = ClipTextConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072, projection_dim=768)
     vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     cfg = clip_tower.ClipConfig(text, clip_tower.ClipVisionConfig(**vision, patch_size=14), 768)

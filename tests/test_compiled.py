@@ -13,7 +13,7 @@ import pytest
 from experiments import lab
 from solrl_jax import config, device, iteration, learn, lora, quant, sharding
 from solrl_jax.config import Lora
-from solrl_jax.models import flux, layers
+from solrl_jax.models import flux, layers, rope
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
 from solrl_jax.plan import shapes
 from solrl_jax.quant import nvfp4
@@ -79,18 +79,18 @@ SCALE = jax.ShapeDtypeStruct((1, S + L, 1, CFG.attention_head_dim), jnp.float32)
 
 
 def joined(text, image, scale):
-    return flux.rotary_norm(jnp.concatenate([text, image], axis=1), scale, ROPE)
+    return rope.rotary_norm(jnp.concatenate([text, image], axis=1), scale, ROPE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("joins", [False, True])
 def test_rotary_norm(h100, joins):
     """One kernel, which reads q where it lies, also if that is in two streams, and keeps nothing in memory."""
-    f, given = (joined, (heads(L), heads(S))) if joins else (lambda x, s: flux.rotary_norm(x, s, ROPE), (heads(S + L),))
+    f, given = (joined, (heads(L), heads(S))) if joins else (lambda x, s: rope.rotary_norm(x, s, ROPE), (heads(S + L),))
     program = card.compiled(f, *given, SCALE, on=h100)
     assert kernels(program) == ["__triton"] and program.memory_analysis().temp_size_in_bytes < 1000
     # In the other form there are a kernel for rms(x), one for its root and one for the rest.
-    program = card.compiled(lambda x, s: flux._in_two_passes(x, s, ROPE, 1e-6), heads(S + L), SCALE, on=h100)
+    program = card.compiled(lambda x, s: rope._in_two_passes(x, s, ROPE, 1e-6), heads(S + L), SCALE, on=h100)
     assert len(kernels(program)) == 3
 
 
@@ -101,7 +101,7 @@ def kernels(program) -> list[str]:
     return ["__triton" if '"__triton"' in line else "loop" for line in found]
 
 
-@pytest.mark.parametrize("form", [flux.rotary_norm, flux._in_two_passes])
+@pytest.mark.parametrize("form", [rope.rotary_norm, rope._in_two_passes])
 def test_gradient_of_rotary_norm(h100, form):
     """Its gradient is the other form's: nothing of x's size in f32, nor sums of its pairs; no strided reads."""
 
@@ -135,6 +135,14 @@ def test_e4m3_rounding_is_in_the_program(h100):
     """XLA removes a cast to float8_e4m3fn and back, so the rounding is arithmetic."""
     x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
     assert "reduce-precision(" in card.compiled(nvfp4.round_e4m3, x, on=h100).as_text()
+
+
+def test_e2m1_rounding_is_in_the_program(h100):
+    """Its three roundings, one for each spacing of the values; of a cast to float4_e2m1fn and back nothing is left."""
+    x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
+    assert card.compiled(nvfp4.round_e2m1, x, on=h100).as_text().count("round-nearest-even(") == 3
+    casts = card.compiled(lambda x: x.astype(jnp.float4_e2m1fn).astype(x.dtype), x, on=h100)
+    assert "f4e2m1fn" not in casts.as_text()
 
 
 @pytest.mark.slow
@@ -235,7 +243,7 @@ def test_gradient(h100):
 def test_programs_of_many_runs_have_no_triton_norms(h100):
     """`lab.COMPILER`: the norm that is one Triton kernel (test_rotary_norm) is others with it."""
     given = (heads(S + L), SCALE)
-    program = card.compiled(lambda x, s: flux.rotary_norm(x, s, ROPE), *given, on=h100, options=lab.COMPILER)
+    program = card.compiled(lambda x, s: rope.rotary_norm(x, s, ROPE), *given, on=h100, options=lab.COMPILER)
     assert len(kernels(program)) >= 3 and set(kernels(program)) == {"loop"}
 
 

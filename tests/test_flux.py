@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from configs import tiny
 from solrl_jax import config, sampler, weights
-from solrl_jax.models import flux
+from solrl_jax.models import flux, rope
 from solrl_jax.models.flux import FluxConfig, FluxTransformer
 
 SMALL = {"in_channels": 16, "attention_head_dim": 16, "num_attention_heads": 3, "joint_attention_dim": 24}
@@ -168,7 +168,7 @@ def test_missing_config_fields(tmp_path):
 
 
 def test_public_keys_and_sizes():
-    """FLUX.1-dev: the 1160 tensors of models.md section 2, by the names and shapes that diffusers has."""
+    """FLUX.1-dev: its 1160 tensors, by the names and shapes that diffusers has."""
     with torch.device("meta"):
         public = FluxTransformer2DModel(guidance_embeds=True).state_dict()
     spec = shapes_of(FluxConfig())
@@ -213,7 +213,7 @@ def test_rope_table(height, width, tokens):
     np.testing.assert_allclose(sin[at, [1, 17, 73]], [0, np.sin(row), np.sin(column)], atol=1e-7)
 
 
-LITERAL = {  # models.md section 9.1
+LITERAL = {  # by diffusers: (steps, tokens)
     (6, 1024): [1, 0.903735578, 0.789704800, 0.652489424, 0.484218419, 0.273003310, 0],
     (10, 1024): [
         *(1, 0.944129348, 0.882497251, 0.814164102, 0.737974048, 0.652489424),
@@ -228,7 +228,7 @@ LITERAL = {  # models.md section 9.1
 def test_both_forms_of_rotary_norm(dtype, within):
     """In one pass as in two: bfloat16 to one rounding, where one channel of a pair is much larger too; and one
     gradient."""
-    rope = tuple(map(jnp.asarray, flux.rope_table(FluxConfig(), 3, 4, 5)))
+    table = tuple(map(jnp.asarray, flux.rope_table(FluxConfig(), 3, 4, 5)))
     keys = jax.random.split(jax.random.key(0), 4)
     x = jax.random.normal(keys[0], (2, 17, 3, 128)) * jnp.exp(2 * jax.random.normal(keys[1], (2, 17, 3, 128)))
     x, scale = x.astype(dtype), 1 + 0.1 * jax.random.normal(keys[2], (1, 17, 1, 128))
@@ -236,17 +236,17 @@ def test_both_forms_of_rotary_norm(dtype, within):
 
     def run(form):
         def out(x, scale):
-            return form(x, scale, rope, 1e-6)
+            return form(x, scale, table, 1e-6)
 
         return out(x, scale), jax.grad(lambda *given: jnp.sum(out(*given) * weight), argnums=(0, 1))(x, scale)
 
-    (one, one_grad), (two, two_grad) = run(flux._in_one_pass), run(flux._in_two_passes)
+    (one, one_grad), (two, two_grad) = run(rope._in_one_pass), run(rope._in_two_passes)
     one, two = (np.asarray(y, np.float64).reshape(2, 17, 3, 64, 2) for y in (one, two))
     assert np.std(two) > 0.5  # a pair turns as a whole, so its larger channel is the measure
     assert np.max(np.abs(one - two) / np.max(np.abs(two), axis=-1, keepdims=True)) <= within
     if dtype == jnp.bfloat16:
         assert np.mean(one != two) < 0.01
-    itself = run(flux._in_one_pass.__wrapped__)[1]  # its own gradient, of which the other form's takes the place
+    itself = run(rope._in_one_pass.__wrapped__)[1]  # its own gradient, of which the other form's takes the place
     for a, b, c in zip(one_grad, two_grad, itself, strict=True):
         np.testing.assert_array_equal(a, b)
         b, c = np.asarray(b, np.float64), np.asarray(c, np.float64)

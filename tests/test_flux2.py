@@ -174,7 +174,7 @@ def test_rope_table(height, width, tokens):
 # --- times ----------------------------------------------------------------------------------------------------------
 
 
-LITERAL = {  # open_bases.md section 6.1
+LITERAL = {  # by diffusers, to 7 digits: (steps, tokens)
     (4, 1024): [1, 0.9580854, 0.8839818, 0.7174966, 0],
     (6, 1024): [1, 0.9740637, 0.9375875, 0.8825079, 0.7897219, 0.6003585, 0],
     (10, 1024): [
@@ -237,7 +237,7 @@ def test_decode(tmp_path, changes):
 
 
 def test_every_key_of_the_public_vae():
-    """84,046,115 parameters and the statistics; of them 49,620,259 and the statistics are read (section 5)."""
+    """84,046,115 parameters and the statistics; of them 49,620,259 and the statistics are read."""
     with torch.device("meta"):
         public = AutoencoderKLFlux2()
     assert sum(p.numel() for p in public.parameters()) == 84_046_115
@@ -323,7 +323,7 @@ def public_model(tmp_path, name: str, size: int = 512):
 
 @pytest.mark.parametrize("name", ["base-4B", "9B"])
 def test_every_key_of_the_public_checkpoint(tmp_path, name):
-    """Parameters and tensors of open_bases.md section 2, by the names and shapes that diffusers has."""
+    """Parameters and tensors of the public configs, by the names and shapes that diffusers has."""
     model = public_model(tmp_path, name)
     raw = {k: v for k, v in weights.read_config(tmp_path / "transformer").items() if k[0] != "_"}
     with torch.device("meta"):
@@ -340,7 +340,7 @@ def test_every_key_of_the_public_checkpoint(tmp_path, name):
 
 @pytest.mark.parametrize("precision", ["fp8", "nvfp4_emulated"])
 def test_coverage(tmp_path, precision):
-    """100 of 109 Linears, 94.97 % of the weights, 92.6 % of the FLOPs with attention (sections 7 and 8)."""
+    """100 of 109 Linears, 94.97 % of the weights, 92.6 % of the FLOPs with attention."""
     model = public_model(tmp_path, "base-4B")
     found = coverage.check(model, precision, config.load("flux2").model.min_quantised_flops)
     assert (sum(u.layers for u in found), sum(u.layers for u in found if u.quantised)) == (109, 100)
@@ -362,7 +362,7 @@ def test_fp8_lies_in_the_parts_of_the_input(tmp_path):
     ]
 
 
-LORAS = {  # open_bases.md section 9: modules of all layers, parameters at rank 32
+LORAS = {  # modules of all layers, parameters at rank 32
     flux2.LORA_TARGETS: (60, 33_423_360),
     flux2.LORA_ALL: (100, 48_168_960),
     ("to_q", "to_k", "to_v", "to_out.0"): (20, 3_932_160),

@@ -87,8 +87,8 @@ def test_it_divides_over_devices(recipe, samples, chunk, devices):
 @pytest.mark.slow
 @pytest.mark.parametrize("card", ["RTX 4090 24GB"])
 def test_plan_from_public_sizes(capsys, monkeypatch, card):
-    """Nothing is placed, nothing read: parameters and TFLOP of open_bases.md sections 1, 7 and 9. By `24gb` every stage
-    fits a card of 24 GB, of which a run can use 23.7."""
+    """Nothing is placed, nothing read: parameters and TFLOP by the public configs. By `24gb` every stage fits a
+    card of 24 GB, of which a run can use 23.7."""
     monkeypatch.setattr(jax, "device_put", None)
     with flagsaver.flagsaver():
         assert main.main(main.parse(["solrl_jax", "--mode=plan", "--config=flux2:24gb", f"--card={card}"])) == 0
@@ -121,7 +121,7 @@ def sizes_of(folder, name="base-4B", **changes):
     [("base-4B", 512, 10.173), ("base-4B", 1024, 34.820), ("base-9B", 512, 22.732), ("base-9B", 1024, 75.515)],
 )
 def test_flops_of_a_forward_pass(tmp_path, name, size, tflop):
-    """Section 7."""
+    """diffusers' network, counted by hand."""
     _, found = sizes_of(tmp_path, name, **{"model.size": str(size)})
     assert plan.per_image_flops(found)["forward"].total() / 1e12 == pytest.approx(tflop, rel=1e-4)
 

@@ -44,7 +44,7 @@ def apart(y, x, w) -> float:
 
 @pytest.mark.parametrize(("kind", "bound"), [("gauss", 0.0375), ("gelu", 0.0369), ("outliers", 0.0376)])
 def test_error_of_a_product(kind, bound):
-    """As one scale a tensor has (nvfp4.md section 4); a scale a column of the kernel would be no better."""
+    """As one scale a tensor has; a scale a column of the kernel would be no better."""
     x, w = drawn(kind)
     unit = fp8.unit_of(float(np.max(np.abs(x))))
     found = apart(product(x, fp8.quantise(w, unit)), x, w)

@@ -75,7 +75,7 @@ def test_saved_again_it_is_the_same_file(folder, tmp_path):
 
 
 def test_public_size():
-    """Parameters and tensors of HPS_v2.1_compressed.pt (rewards.md sections 0 and 4.2), from shapes alone."""
+    """Parameters and tensors of HPS_v2.1_compressed.pt, from shapes alone."""
     reward, params, tokens = hpsv2.shapes(None)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 986_109_441
     keys = {key for leaf in weights.needed(params, clip_tower.OPEN_CLIP_KEYS) for key in leaf.keys}

@@ -296,7 +296,7 @@ def test_what_is_missing_or_wrong(folder, tmp_path):
 
 
 def test_public_size(folder):
-    """Parameters and names of ImageReward.pt (rewards.md section 5), from shapes alone, whatever its folder lacks."""
+    """Parameters and names of ImageReward.pt, from shapes alone, whatever its folder lacks."""
     reward, params, tokens = imagereward.shapes("zai-org/ImageReward", "bfloat16")
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 446_206_689
     names = {key for leaf in weights.needed(params, blip.KEYS) for key in leaf.keys}

@@ -215,7 +215,7 @@ def test_families_of_one_stage(folder):
 
 
 def test_coverage_of_flux_dev(tmp_path):
-    """495 of 504 Linears, 99.97 % of their FLOPs, 14.883 TFLOP an image at 512 px (models.md sections 5 and 6)."""
+    """495 of 504 Linears, 99.97 % of their FLOPs, 14.883 TFLOP an image at 512 px."""
     flux_vae = {"latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "norm_num_groups": 32}
     flux_vae |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     configs = {

@@ -202,7 +202,7 @@ def test_any_algorithm_that_learns_from_pictures_takes_any_family():
 
 
 def test_the_methods_as_published():
-    """algorithms.md section 7, on FLUX's own sizes."""
+    """The constants of the methods' published code (docs/methods.md), on FLUX's own sizes."""
     for model in ("flux", "tiny"):
         made = {name: config.load(f"{model}:{name}") for name in recipes.METHODS}
         for name, cfg in made.items():

@@ -44,7 +44,7 @@ def rows_of(*prompts: str) -> list[dict]:
     ],
 )
 def test_golden_values(read, score, strict):
-    """Of guidance_rewards.md section 4; |b| is 20."""
+    """The formula of `ocr` by hand; |b| is 20."""
     text = "Spring Collection 2024"
     assert ocr.shown(read, text) == pytest.approx(score, abs=1e-12)
     assert ocr.shown(read, text, strict=True) == pytest.approx(strict, abs=1e-12)

@@ -90,7 +90,7 @@ def test_every_product_is_full_precision(clip):
 
 
 def test_public_size():
-    """Parameters and tensors of PickScore_v1 (rewards.md sections 0 and 4.1), from shapes alone."""
+    """Parameters and tensors of PickScore_v1, from shapes alone."""
     reward, params, tokens = pickscore.shapes("yuvalkirstain/PickScore_v1")
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 986_109_441
     assert len({key for leaf in weights.needed(params, clip_tower.HF_KEYS) for key in leaf.keys}) == 910
@@ -116,7 +116,7 @@ def test_without_a_tokenizer_the_hubs_is_taken(tmp_path, clip, monkeypatch):
 
 @pytest.mark.long
 def test_full_size(tmp_path, one_thread):
-    """Both towers of ViT-H/14 in float32 (rewards.md section 7: cosines to 1e-6), through float16 files as HPSv2's."""
+    """Both towers of ViT-H/14 in float32, cosines to 1e-6, through float16 files as HPSv2's."""
     cfg = clip_tower.VIT_H_14
     sides = {
         side: {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.name != "projection_dim"}

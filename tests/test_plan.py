@@ -115,7 +115,7 @@ def test_rewards_that_are_not_here_have_their_public_sizes(planned):
 
 
 def test_imagereward_without_its_weights(planned):
-    """The vision is .12 TFLOP an image (rewards.md section 7), the text that looks at it .016 more."""
+    """The vision is .12 TFLOP an image, the text that looks at it .016 more."""
     found = shapes.read(dataclasses.replace(planned.cfg, reward="imagereward"), 1)
     params, reward = found.frozen.rewards["imagereward"], found.score.rewards[0]
     assert shapes.parameters(params) == 446_206_689
@@ -127,8 +127,8 @@ def test_imagereward_without_its_weights(planned):
 
 
 def test_what_rewards_cost_by_dtype(planned):
-    """An image through ViT-H/14 takes .32 TFLOP (rewards.md section 7); in float32 its blocks' products are bf16 ones
-    of three times the depth, and 4 % stay: attention, patches, and the text."""
+    """An image through ViT-H/14 takes .32 TFLOP; in float32 its blocks' products are bf16 ones of three times the
+    depth, and 4 % stay: attention, patches, and the text."""
     flops = {}
     for dtype in ("float32_exact", "float32", "bfloat16"):
         cfg = dataclasses.replace(planned.cfg, reward="pickscore", reward_dtype=dtype)
@@ -148,7 +148,7 @@ def test_what_rewards_cost_by_dtype(planned):
 
 def test_flops(planned):
     flops = plan.per_image_flops(planned.sizes)
-    assert flops["forward"].total() == pytest.approx(15.8125e12, rel=1e-4)  # models.md section 6
+    assert flops["forward"].total() == pytest.approx(15.8125e12, rel=1e-4)  # as torch's FlopCounterMode has it
     assert flops["decode"].total() == pytest.approx(2.133e12, rel=1e-3)  # 2.515e12 with up-sampling in two steps
     linears = sum(u.flops for u in coverage.uses(planned.sizes.model, "fp8"))
     assert linears == pytest.approx(14.883e12, rel=1e-4)

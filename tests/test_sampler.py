@@ -26,7 +26,7 @@ def noise():
 
 
 def reference(x, sigmas, second_order):
-    """DPM-Solver++(2M) and Euler straight from algorithms.md 1.3 (a), (d), (f), in f64."""
+    """DPM-Solver++(2M), whose first and last step are Euler's, and Euler, in f64."""
     x = np.asarray(x, np.float64)
     sigmas = np.asarray(sigmas, np.float64)
     lam = lambda s: np.log((1 - s) / s)  # noqa: E731
@@ -99,7 +99,7 @@ def of_x_and_v(rows):
 
 
 def test_sde_golden():
-    """algorithms.md 1.3 b and 10.2: the coefficients of Flow-GRPO on SD3, 10 steps, eta .7."""
+    """The coefficients of Flow-GRPO (arXiv 2505.05470) on SD3, 10 steps, eta .7."""
     rows = sampler.table(SD3_10, "sde", 0.7)
     of_x, of_v = of_x_and_v(rows)
     x = [0.7550, 0.7125, 0.8426, 0.8841, 0.9029, 0.9120, 0.9155, 0.9145, 0.9087, 0.9978]
@@ -112,7 +112,7 @@ def test_sde_golden():
 
 
 def test_dance_golden():
-    """algorithms.md 1.1 and 1.3 c: 16 steps of shift 3, eta .3; the last step is the picture that DanceGRPO scores."""
+    """16 steps of shift 3, eta .3, as DanceGRPO's code on FLUX; the last step is the picture that it scores."""
     sigmas = sampler.shifted(16, 3.0)
     expect = [1, 0.978261, 0.954545, 0.928571, 0.9, 0.868421, 0.833333, 0.794118, 0.75, 0.7, 0.642857, 0.576923, 0.5]
     np.testing.assert_allclose(sigmas, [*expect, 0.409091, 0.3, 0.166667, 0], atol=1e-6)
@@ -127,7 +127,7 @@ def test_dance_golden():
 
 
 def test_cps_golden():
-    """algorithms.md 1.3 g, eta .8."""
+    """The noise of flow_grpo's CPS, sin(eta pi/2) of the next sigma, at eta .8."""
     np.testing.assert_allclose(
         sampler.table(SD3_10, "cps", 0.8).noise,
         [0.9131, 0.8686, 0.8157, 0.7517, 0.6727, 0.5727, 0.4421, 0.2644, 0.0085, 0],
@@ -165,7 +165,7 @@ def test_noise_keeps_the_distribution(solver, eta):
 
 
 def sa_reference(x, sigmas, tau, noise):
-    """algorithms.md 1.3 h as it stands there, in f64: predict, evaluate, correct."""
+    """AWM's use of SA-Solver, in f64: predict, evaluate, correct."""
     grid = np.array(sigmas, np.float64)
     grid[0] = 0.999
     grid[-2] = grid[-3] / 2

@@ -298,7 +298,7 @@ def test_a_checkpoint_of_the_hub(folder, tmp_path, monkeypatch):
 
 
 def test_every_key_of_the_public_checkpoint():
-    """396 tensors, 1,604,462,752 parameters, in diffusers' shapes (models.md 4.1)."""
+    """396 tensors, 1,604,462,752 parameters, in diffusers' shapes."""
     values = {k: v for k, v in PUBLIC["transformer/config.json"].items() if k[0] != "_"}
     with torch.device("meta"):
         public = dict(SanaTransformer2DModel(**values).state_dict())
@@ -320,7 +320,7 @@ def public_model(tmp_path, **changes) -> Model:
 
 
 def test_coverage(tmp_path):
-    """Shares of models.md sections 5 and 6, of all parameters and of all FLOPs there: 59.42 % and 56.02 %."""
+    """Shares of all parameters and of all FLOPs, attention and convolutions too: 59.42 % and 56.02 %."""
     model = public_model(tmp_path, min_dim=2240)
     found = coverage.check(model, "nvfp4_emulated", config.load("sana").model.min_quantised_flops)
     assert (sum(u.layers for u in found), sum(u.layers for u in found if u.quantised)) == (146, 60)
@@ -338,7 +338,7 @@ def test_coverage(tmp_path):
 # --- times ----------------------------------------------------------------------------------------------------------
 
 
-OWN = {  # models.md section 9.3
+OWN = {  # of scheduler_config.json, by diffusers
     6: [0.9996665, 0.9371482, 0.8567753, 0.7496248, 0.5996398, 0.3747187, 0],
     10: [
         *(0.9996665, 0.9639411, 0.9227217, 0.8746352, 0.8178097, 0.7496248),

@@ -29,7 +29,7 @@ def at(name: str, i: int = 1) -> str:
 
 
 def test_targets(tmp_path):
-    """100 modules, 18,636,800 parameters (models.md section 10)."""
+    """100 modules, 18,636,800 parameters at rank 32."""
     path = str(hub.write_configs(tmp_path, next(iter(public.SANA.values()))))
     model = sana.make(Model(name="sana", path=path, size=1024))
     base = jax.eval_shape(model.init, jax.random.key(0))

@@ -76,7 +76,7 @@ def test_it_divides_over_devices(devices):
 
 @pytest.mark.slow
 def test_plan_from_public_sizes(capsys, monkeypatch):
-    """Nothing is placed, nothing read: parameters and TFLOP of models.md sections 4, 6 and 7.2."""
+    """Nothing is placed, nothing read: parameters and TFLOP by the public configs."""
     monkeypatch.setattr(jax, "device_put", None)
     with flagsaver.flagsaver():
         assert main.main(main.parse(["solrl_jax", "--mode=plan", "--config=sana"])) == 0

@@ -140,7 +140,7 @@ def test_missing_config_fields(tmp_path):
     ("size", "parameters", "table"), [("large", 8_056_627_520, 89_653_248), ("medium", 2_243_171_520, 226_492_416)]
 )
 def test_public_keys_and_sizes(size, parameters, table):
-    """Every tensor of models.md section 3, by the names and shapes that diffusers has."""
+    """Every tensor of the public models, by the names and shapes that diffusers has."""
     values = PUBLIC[size]["transformer/config.json"]
     with torch.device("meta"):
         public = SD3Transformer2DModel(**{k: v for k, v in values.items() if k[0] != "_"}).state_dict()
@@ -167,7 +167,7 @@ def test_public_keys_and_sizes(size, parameters, table):
     ],
 )
 def test_coverage(tmp_path, size, linears, low, share, flops, of_flops, total):
-    """Shares of models.md sections 5 and 6; of all parameters there, so that the Linears' own are a little more."""
+    """`share` is of all parameters, so that the Linears' own is a little more."""
     path = str(hub.write_configs(tmp_path, PUBLIC[size]))
     least = config.load("sd35" if size == "large" else "sd35:medium").model.min_quantised_flops
     model = sd35.make(config.Model(name="sd35", path=path, size=1024, min_dim=2432))
@@ -206,7 +206,7 @@ def test_odd_lengths(queries, keys):
 # --- times ----------------------------------------------------------------------------------------------------------
 
 
-LITERAL = {  # models.md section 9.2
+LITERAL = {  # shift 3, by diffusers
     6: [1, 0.923342526, 0.818923354, 0.668326676, 0.432225078, 0.00892857183, 0],
     10: [
         *(1, 0.960129321, 0.913348973, 0.857692301, 0.790368259, 0.707278490),
@@ -286,7 +286,7 @@ def test_pictures(folders, kind):
 
 
 def test_an_exclamation_mark_is_padding_to_the_second_clip(folders):
-    """Its pad token is "!", id 0, which the tokenizer sees before it sees words (models.md 8.2)."""
+    """Its pad token is "!", id 0, which the tokenizer sees before it sees words."""
     ids = sd35.make(nano_sd35.model(folders["medium"])).tokenize(["a red circle!"])
     first, second = ids["clip"][0], ids["clip_g"][0]
     assert first[4] == 256 and second[4] == 0  # "!</w>", and "!"

@@ -35,7 +35,7 @@ def small(**changes):
 
 @pytest.mark.parametrize(("size", "modules", "parameters"), [(0, 303, 47_161_344), (1, 191, 18_776_064)])
 def test_targets(tmp_path, size, modules, parameters):
-    """303 modules of Large, 191 of Medium, whose second attention stays as it is (models.md section 10)."""
+    """303 modules of Large, 191 of Medium, whose second attention stays as it is."""
     path = str(hub.write_configs(tmp_path, list(sd35.PUBLIC.values())[size]))
     model = sd35.make(Model(name="sd35", path=path, size=1024))
     base = jax.eval_shape(model.init, jax.random.key(0))

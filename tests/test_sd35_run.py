@@ -104,7 +104,7 @@ def command(*words):
     ],
 )
 def test_plan_from_public_sizes(capsys, monkeypatch, recipe, lines):
-    """Nothing is placed, nothing read: parameters and TFLOP of models.md sections 3 and 6."""
+    """Nothing is placed, nothing read: parameters and TFLOP by the public configs."""
     monkeypatch.setattr(jax, "device_put", None)
     assert command("--mode=plan", f"--config={recipe}") == 0
     out = capsys.readouterr().out

@@ -30,7 +30,7 @@ def test_golden():
 @pytest.mark.parametrize("rule", ["best_worst", "top", "max_variance", "random"])
 @pytest.mark.parametrize("kept", [2, 8, 24])
 def test_ties_never_pick_twice(rule, kept):
-    """All equal: the original picks 12 distinct of 24; one sort cannot (algorithms.md section 8, item 30)."""
+    """All equal: Sol-RL's code picks 12 distinct of 24; one sort cannot."""
     index = np.asarray(select(jnp.zeros((3, 24)), kept, rule, jax.random.uniform(KEY, (3, 24))))
     assert all(len(set(row)) == kept for row in index)
 

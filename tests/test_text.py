@@ -115,7 +115,7 @@ def test_t5_spellings(tmp_path):
 
 
 def test_public_sizes():
-    """Parameter counts of models.md section 8.1, from shapes alone."""
+    """Parameter counts of FLUX's encoders, from shapes alone."""
     clip_l = text.ClipTextConfig(hidden_size=768, num_attention_heads=12, intermediate_size=3072, projection_dim=768)
     xxl = text.T5Config(d_model=4096, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
     found = (text.ClipText(clip_l), 123_060_480), (text.ClipText(clip_l, project=True), 123_060_480 + 589_824)

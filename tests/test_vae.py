@@ -143,7 +143,7 @@ def test_encode(tmp_path, config):
 
 
 def test_public_sizes():
-    """Parameter counts of models.md sections 1 and 7.1, from shapes alone."""
+    """Parameter counts of FLUX's and SD3.5's decoder and encoder, from shapes alone."""
     widths = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16}
     cfg = vae.VaeConfig(**widths, use_quant_conv=False, use_post_quant_conv=False)
     for half, channels, count in ((vae.Decoder, 16, 49_545_475), (vae.Encoder, 3, 34_274_208)):

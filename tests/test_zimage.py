@@ -273,14 +273,14 @@ def test_keys_of_the_public_model(tmp_path):
 
 
 def test_coverage(tmp_path):
-    """Section 8: 238 of 276 Linears, 6,016,204,800 of 6,154,908,736 parameters."""
+    """238 of 276 Linears, 6,016,204,800 of 6,154,908,736 parameters."""
     model = public_model(tmp_path)
     for precision in ("nvfp4_emulated", "fp8"):
         found = coverage.check(model, precision, config.load("zimage").model.min_quantised_flops)
         assert (sum(u.layers for u in found), sum(u.layers for u in found if u.quantised)) == (276, 238)
         low = sum(u.weights for u in found if u.quantised)
         assert low == 6_016_204_800 and low / 6_154_908_736 == pytest.approx(0.9775, abs=5e-5)
-        assert sum(u.flops for u in found) == pytest.approx(13.0497e12, rel=1e-4)  # section 7, at a caption of 128
+        assert sum(u.flops for u in found) == pytest.approx(13.0497e12, rel=1e-4)  # at a caption of 128
         assert coverage.share(found, "flops", blocks=True) > 0.999
 
 
@@ -292,7 +292,7 @@ def test_coverage(tmp_path):
     ],
 )
 def test_lora_targets(tmp_path, targets, modules, count):
-    """Section 9, at rank 32: the refiners are adapted too."""
+    """At rank 32: the refiners are adapted too."""
     spec = jax.eval_shape(public_model(tmp_path).init, jax.random.key(0))
     found = lora.adapted(spec, targets)
     assert sum(shape[0] for shape in found.values()) == modules
@@ -319,7 +319,7 @@ def test_frames_after_the_caption():
 # --- times ----------------------------------------------------------------------------------------------------------
 
 
-SIX = {  # open_bases.md 6.2
+SIX = {  # shift 6, of Z-Image; Turbo has 3
     6: [1, 0.9677419, 0.9230769, 0.8571429, 0.75, 0.5454545, 0],
     10: [1, 0.9818182, 0.96, 0.9333333, 0.9, 0.8571429, 0.8, 0.72, 0.6, 0.4, 0],
 }

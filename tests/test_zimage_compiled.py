@@ -115,5 +115,5 @@ def test_rotary_norm(h100):
     x = jax.ShapeDtypeStruct((B, N + L, 30, 128), jnp.bfloat16)
     scale = jax.ShapeDtypeStruct((1, N + L, 1, 128), jnp.float32)
     table = jax.ShapeDtypeStruct((B, N + L, 128), jnp.float32)
-    program = card.compiled(zimage_network.rotary_norm, x, scale, (table, table), on=h100)
+    program = card.compiled(zimage_network.rotary_norms, x, scale, (table, table), on=h100)
     assert kernels(program) == ["__triton"] and program.memory_analysis().temp_size_in_bytes < 1000

@@ -84,7 +84,7 @@ def test_it_divides_over_devices(recipe, devices):
 
 @pytest.mark.slow
 def test_plan_from_public_sizes(capsys, monkeypatch):
-    """Nothing is placed, nothing read: parameters and TFLOP of open_bases.md sections 1, 7 and 9."""
+    """Nothing is placed, nothing read: parameters and TFLOP by the public configs."""
     monkeypatch.setattr(jax, "device_put", None)
     with flagsaver.flagsaver():
         assert main.main(main.parse(["solrl_jax", "--mode=plan", "--config=zimage"])) == 0
@@ -120,7 +120,7 @@ FINAL = 2 * 3840 * 64
     [(512, 128, 13.694), (512, 512, 18.533), (1024, 64, 55.606)],
 )
 def test_flops_of_a_forward_pass(tmp_path, size, tokens, tflop):
-    """Section 7, for captions that fill the window; without the last layer's rows of text."""
+    """diffusers' network, counted by hand, for captions that fill the window; it runs its last layer on them too."""
     _, found = sizes_of(tmp_path, **{"model.size": str(size), "model.text_tokens": str(tokens)})
     total = plan.per_image_flops(found)["forward"].total()
     assert (total + tokens * FINAL) / 1e12 == pytest.approx(tflop, rel=1e-4)

@@ -30,6 +30,7 @@ from solrl_jax import config, device, lora, quant, sharding
 from solrl_jax.models import flux
 from solrl_jax.models.layers import Linear, attention
 from solrl_jax.models.mmdit import rows
+from solrl_jax.models.rope import Rope, _in_two_passes
 from solrl_jax.plan import shapes
 from solrl_jax.quant import fp8
 from solrl_jax.run import assemble
@@ -42,7 +43,7 @@ class Apart(flux.JointAttention):
     """Each stream normalised and rotated alone, in two passes, and then joined."""
 
     @nn.compact
-    def __call__(self, x: Array, text: Array | None, rope: flux.Rope) -> Any:
+    def __call__(self, x: Array, text: Array | None, rope: Rope) -> Any:
         split = 0 if text is None else text.shape[1]
         image = self._turned(x, ("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), [t[split:] for t in rope])
         if text is None:
@@ -56,7 +57,7 @@ class Apart(flux.JointAttention):
 
     def _turned(self, x: Array, names: Sequence[str], norms: Sequence[str], rope: Sequence[Array]) -> list[Array]:
         q, k, v, *scales = self._stream(x, names, norms)
-        of = [flux._in_two_passes(y, scale, (rope[0], rope[1]), 1e-6) for y, scale in zip((q, k), scales, strict=True)]
+        of = [_in_two_passes(y, scale, (rope[0], rope[1]), 1e-6) for y, scale in zip((q, k), scales, strict=True)]
         return [*of, v]
 
 

@@ -1,4 +1,4 @@
-"""AutoencoderDC's decoder, for SANA: a latent covers 32 x 32 pixels, channels last (spec/models.md section 7.2).
+"""The decoder of diffusers' AutoencoderDC, for SANA: a latent covers 32 x 32 pixels, channels last.
 
 Residual blocks in the fine stages, linear attention at several scales in the coarse stages. Norms and attention sums
 are f32, convolutions `dtype`. Outside this file latents are scaled: the autoencoder's own z times scaling_factor.

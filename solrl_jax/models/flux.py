@@ -1,4 +1,4 @@
-"""FLUX.1: 19 double and 38 single blocks over packed latents, text first (spec: models.md sections 2, 8, 9.1).
+"""FLUX.1: 19 double and 38 single blocks over packed latents, text first (diffusers' FluxTransformer2DModel).
 
 Modules have the checkpoint's own names, so that the key table at the end is short. The residual stream is in the
 network's dtype; LayerNorm, modulation and RoPE are in f32. Where the reference rounds (the time in bf16, times 1000),
@@ -18,11 +18,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from solrl_jax import config, device, weights
+from solrl_jax import config, weights
 from solrl_jax.models import folders, public, text, vae
 from solrl_jax.models.folders import Encoder
 from solrl_jax.models.layers import F32, Linear, attention, gelu_tanh, inputs_seen
 from solrl_jax.models.mmdit import Conditioning, FeedForward, Modulation, gated, heads_of, modulate, rows, stack
+from solrl_jax.models.rope import Rope, Scale, rotary_norm, rotations
 from solrl_jax.models.schedule import Grid, Schedule, chosen, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule, hub
@@ -85,10 +86,6 @@ class FluxConfig:
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
-Rope = tuple[Array, Array]
-"""cos and signed sin, f32 [S, d] (rope_table)."""
-
-
 def rope_table(cfg: FluxConfig, height: int, width: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """cos and signed sin for `rotary_norm`, f32 [tokens + height * width, d], computed in f64.
 
@@ -97,71 +94,6 @@ def rope_table(cfg: FluxConfig, height: int, width: int, tokens: int) -> tuple[n
     rows, cols = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     image = np.stack([np.zeros_like(rows), rows, cols], axis=-1).reshape(-1, 3)
     return rotations(np.concatenate([np.zeros((tokens, 3)), image]), cfg.axes_dims_rope, 10000.0)
-
-
-def rotations(ids: np.ndarray, dims: Sequence[int], theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """The table of positions `ids` [S, axes]: each axis turns its `dims` of the channels, by powers of `theta`."""
-    ids = ids.astype(np.float64)
-    angles = [ids[:, i, None] * theta ** (-np.arange(0, d, 2) / d)[None, :] for i, d in enumerate(dims)]
-    angle = np.repeat(np.concatenate(angles, axis=-1), 2, axis=-1)
-    sign = np.where(np.arange(angle.shape[-1]) % 2, 1.0, -1.0)
-    return np.cos(angle).astype(np.float32), (sign * np.sin(angle)).astype(np.float32)
-
-
-def rotary_norm(
-    x: Float[Array, "B S H d"], scale: Float[Array, "1 S 1 d"], rope: Rope, eps: float = 1e-6
-) -> Float[Array, "B S H d"]:
-    """RoPE of RMSNorm(x), in x's dtype; on GPUs in one kernel that reads x once."""
-    return (_in_one_pass if device.platform() == "gpu" else _in_two_passes)(x, scale, rope, eps)
-
-
-def _in_two_passes(x: Array, scale: Array, rope: Rope, eps: float) -> Array:
-    """On GPUs one kernel for rms(x) and one for the rest.
-
-    A rotation does not change rms(x), so the division by it can come last. If it came first, XLA would write the
-    normalised x in f32 and read it again. The two channels of each pair are swapped in place: if x were split into even
-    and odd channels, the kernels would read every second element.
-    """
-    y, (cos, sin) = x.astype(F32), (table[None, :, None, :] for table in rope)
-    norm = jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    y = y * scale
-    swapped = jnp.flip(y.reshape((*y.shape[:-1], -1, 2)), axis=-1).reshape(y.shape)
-    return ((y * cos + swapped * sin) * norm).astype(x.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _in_one_pass(x: Array, scale: Array, rope: Rope, eps: float) -> Array:
-    """The same as products and sums over the last axis alone, which XLA computes in one kernel: the other channel of a
-    pair is the pair's sum less this one, in f32. A reversed axis, or the division last, would divide it in two
-    (tests/test_compiled.py::test_rotary_norm).
-    """
-    y = x.astype(F32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps) * scale
-    pairs = y.reshape((*x.shape[:-1], -1, 2))
-    cos, sin = (table.reshape((1, x.shape[1], 1, -1, 2)) for table in rope)
-    other = jnp.sum(pairs, axis=-1, keepdims=True) - pairs
-    return (pairs * cos + other * sin).reshape(x.shape).astype(x.dtype)
-
-
-def _back(eps: float, given: tuple[Array, Array, Rope], out: Array):
-    """The other form's gradient, which has fewer passes than this one's own (test_gradient_of_rotary_norm)."""
-    x, scale, rope = given
-    x = jax.lax.optimization_barrier(x)  # else rms(x), shared with a recomputed forward pass, would divide that in two
-    return *jax.vjp(lambda x, scale: _in_two_passes(x, scale, rope, eps), x, scale)[1](out), None
-
-
-_in_one_pass.defvjp(lambda x, scale, rope, eps: (_in_one_pass(x, scale, rope, eps), (x, scale, rope)), _back)
-
-
-class Scale(nn.Module):
-    """A norm's scale for each position, f32 [1, S, 1, d]."""
-
-    shape: tuple[int, int]
-
-    @nn.compact
-    def __call__(self) -> Float[Array, "1 S 1 d"]:
-        scale = self.param("scale", nn.initializers.ones, self.shape[1:], F32)
-        return jnp.broadcast_to(scale.astype(F32), self.shape)[None, :, None]
 
 
 class JointAttention(nn.Module):
@@ -276,7 +208,7 @@ def unpack(tokens: Float[Array, "B S C"], height: int, width: int) -> Float[Arra
 
 
 def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
-    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by mu, which grows with the image tokens; last 0 (models.md 9.1)."""
+    """f64 [steps + 1], as FluxPipeline's: linspace(1, 1/n, n) shifted by mu, which grows with the tokens; last 0."""
     return np.append(shifted(np.linspace(1, 1 / steps, steps), shift_of(tokens, schedule)), 0.0)
 
 

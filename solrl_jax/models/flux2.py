@@ -1,4 +1,4 @@
-"""FLUX.2-klein: 5 double and 20 single blocks over packed latents, text first (spec: open_bases.md sections 2, 4 to 6).
+"""FLUX.2-klein: 5 double and 20 single blocks over packed latents, text first (diffusers' Flux2Transformer2DModel).
 
 Modules have the checkpoint's own names, as FLUX.1's (flux.py). No Linear has a bias. All blocks of a kind share one
 modulation, computed once. All 512 positions of the text attend, its padding too. Latents are the VAE's normalised 2x2
@@ -18,11 +18,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from solrl_jax import config, weights
-from solrl_jax.models import flux, folders, public, qwen3, vae
-from solrl_jax.models.flux import JointAttention, Rope, Scale, attend
+from solrl_jax.models import folders, public, qwen3, vae
+from solrl_jax.models.flux import JointAttention, attend
 from solrl_jax.models.folders import Encoder
 from solrl_jax.models.layers import F32, Linear, inputs_seen, sinusoid, swiglu
 from solrl_jax.models.mmdit import Embedder, Modulation, gated, modulate, stack
+from solrl_jax.models.rope import Rope, Scale, rotations
 from solrl_jax.models.schedule import Grid, Schedule, chosen, empirical_mu, shifted
 from solrl_jax.structs import Model, Params, PyTree, QuantRule, QuantRules, Variables
 from solrl_jax.weights import Rule, hub
@@ -106,7 +107,7 @@ class Flux2Config:
 
 
 def rope_table(cfg: Flux2Config, height: int, width: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and signed sin for `flux.rotary_norm`, f32 [tokens + height * width, d]: the text comes first.
+    """cos and signed sin for `rotary_norm`, f32 [tokens + height * width, d]: the text comes first.
 
     The axes are (time, row, column, place in the text): a text token is (0, 0, 0, i), an image's (0, row, column, 0).
     """
@@ -114,7 +115,7 @@ def rope_table(cfg: Flux2Config, height: int, width: int, tokens: int) -> tuple[
     none = np.zeros_like(rows)
     image = np.stack([none, rows, cols, none], axis=-1).reshape(-1, 4)
     text = np.arange(tokens)[:, None] * np.array([0, 0, 0, 1])
-    return flux.rotations(np.concatenate([text, image]), cfg.axes_dims_rope, float(cfg.rope_theta))
+    return rotations(np.concatenate([text, image]), cfg.axes_dims_rope, float(cfg.rope_theta))
 
 
 Chunks = list[Float[Array, "B 1 D"]]
@@ -228,7 +229,7 @@ class TextStates(nn.Module):
 
 
 def sigmas(steps: int, tokens: int, schedule: Schedule) -> np.ndarray:
-    """f64 [steps + 1]: linspace(1, 1/n, n) shifted by `shift_of`; last 0 (open_bases.md section 6.1)."""
+    """f64 [steps + 1], as Flux2KleinPipeline's: linspace(1, 1/n, n) shifted by `shift_of`; last 0."""
     return np.append(shifted(np.linspace(1, 1 / steps, steps), shift_of(steps, tokens, schedule)), 0.0)
 
 

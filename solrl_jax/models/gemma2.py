@@ -1,4 +1,4 @@
-"""Gemma-2, SANA's text encoder: a causal language model of which the last states are used (spec/models.md section 8.1).
+"""Gemma-2, SANA's text encoder: a causal language model of which the last states are used (transformers' Gemma2Model).
 
 Rotary positions, grouped-query attention, scores capped at 50 by a tanh, norms before and after both halves of a layer.
 One nn.scan over the layers. Norms, scores and rotation are f32; products and the residual stream are in the module's

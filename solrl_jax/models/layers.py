@@ -268,7 +268,10 @@ def keeping(names: Sequence[str]) -> Callable[..., Any]:
 
 
 def sinusoid(t: Float[Array, "B"], width: int = 256) -> Float[Array, "B width"]:
-    """[cos(t f), sin(t f)] with f_i = 10000^(-i / (width/2)); t is the time from 0 to 1000 (models.md section 2)."""
+    """[cos(t f), sin(t f)] with f_i = 10000^(-i / (width/2)); t is the time from 0 to 1000.
+
+    As diffusers' get_timestep_embedding with flip_sin_to_cos and no downscale_freq_shift.
+    """
     half = width // 2
     f = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=F32) / half)
     angle = t.astype(F32)[:, None] * f[None, :]

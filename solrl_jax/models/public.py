@@ -1,6 +1,6 @@
 """The models' public configs, {name on huggingface.co: {file: content}}: all files that determine a pipeline's shapes.
 
-For planning and tests, without gigabytes of weights (models.md 1 to 4, 7 to 9).
+For planning and tests, without gigabytes of weights.
 """
 
 # --- FLUX.1-dev -----------------------------------------------------------------------------------------------------

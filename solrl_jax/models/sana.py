@@ -1,4 +1,4 @@
-"""SANA-1.6B: linear attention over the image, cross-attention to Gemma's states (spec: models.md 4, 8.2, 9.3).
+"""SANA-1.6B: linear attention over the image, cross-attention to Gemma's states (diffusers' SanaTransformer2DModel).
 
 One set of modules serves both of its checkpoints. The modules follow the native checkpoint with Linears (LinearFFN),
 which Sol-RL trains: q, k, v fused, the text's k and v fused, 1x1 convolutions as Linears. LoRA and low precision act on
@@ -244,7 +244,8 @@ class TextKeys(nn.Module):
 
 
 def sigmas(steps: int, shift: float) -> np.ndarray:
-    """SANA's own sigmas, f64 [steps + 1]: equal steps from .999 towards 0, shifted (the first is .9997), then 0 (9.3).
+    """SANA's own sigmas, f64 [steps + 1]: equal steps from .999 towards 0, shifted (the first is .9997), then 0. As
+    those of diffusers' DPMSolverMultistepScheduler.
 
     Sol-RL uses equal steps from 1 to 0 instead (model.shift = 1), rounded to bf16 (.8320 for 5/6). Here they are exact:
     the sampler, the network and the loss use the same number.

@@ -1,4 +1,4 @@
-"""The flow-matching schedule of a pipeline, from its scheduler_config.json (models.md section 9)."""
+"""The flow-matching schedule of a pipeline, from its scheduler_config.json; the sigmas are diffusers'."""
 
 import dataclasses
 from collections.abc import Callable
@@ -87,7 +87,7 @@ class SanaSchedule:
 
 def empirical_mu(tokens: int, steps: int) -> float:
     """FLUX.2's log of the shift: lines in the image's tokens, fitted at 10 and at 200 steps, and a line in the steps
-    between them. Beyond 4300 tokens that of 200 steps. (open_bases.md section 6.1)"""
+    between them. Beyond 4300 tokens that of 200 steps. As compute_empirical_mu of diffusers' Flux2KleinPipeline."""
     at_200 = 0.00016927 * tokens + 0.45666666
     if tokens > 4300:
         return at_200

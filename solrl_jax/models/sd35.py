@@ -1,8 +1,8 @@
-"""Stable Diffusion 3.5, Large and Medium: joint blocks over [image, text] (spec: models.md sections 3, 8, 9.2).
+"""Stable Diffusion 3.5, Large and Medium: joint blocks over [image, text] (SD3Transformer2DModel of diffusers).
 
 Medium's first blocks attend to the image a second time (dual attention). The last block of both models reads the text
 but does not update it. Adjacent equal blocks are one scan. Modules have the checkpoint's own names, so that the key
-table is short. Where the reference rounds (times truncated to whole numbers), this file computes in f32.
+table is short. Where Sol-RL's code rounds (times truncated to whole numbers), this file computes in f32.
 """
 
 import functools
@@ -153,7 +153,8 @@ class Sd35Transformer(nn.Module):
 
 
 def sigmas(steps: int, shift: float) -> np.ndarray:
-    """f64 [steps + 1]: equal steps between the ends of the scheduler's shifted table of 1000, shifted again (9.2)."""
+    """f64 [steps + 1]: equal steps between the ends of the scheduler's shifted table of 1000, shifted again. As those
+    of diffusers' FlowMatchEulerDiscreteScheduler."""
     return np.append(shifted(np.linspace(1, shifted(1 / 1000, shift), steps), shift), 0.0)
 
 
@@ -255,10 +256,10 @@ def make(cfg: config.Model, folder: Path) -> Model:
 def assembled(
     clips: list[text.ClipOutput], t5: Float[Array, "G T Dt"] | None, cfg: Sd35Config, text_tokens: int
 ) -> dict[str, Array]:
-    """The network's conditioning (models.md 8.2).
+    """The network's conditioning, as encode_prompt of diffusers' StableDiffusion3Pipeline makes it.
 
     The text is both CLIPs' penultimate states side by side, padded with zeros to T5's width, then T5's states (zeros
-    without a T5, as in diffusers).
+    without a T5).
     """
     short = jnp.concatenate([clip.penultimate for clip in clips], axis=-1)
     short = jnp.pad(short, ((0, 0), (0, 0), (0, cfg.joint_attention_dim - short.shape[-1])))

@@ -1,6 +1,6 @@
 """SD3.5's transformer config: the runs of equal blocks, and the weights' names in the checkpoint and in ComfyUI.
 
-The network is in sd35.py (spec: models.md sections 3 and 10).
+The network is in sd35.py.
 """
 
 import dataclasses

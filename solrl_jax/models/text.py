@@ -1,4 +1,4 @@
-"""The text encoders of FLUX and SD3.5: CLIP text towers and the encoder half of T5 v1.1 (spec/models.md section 8.1).
+"""The text encoders of FLUX and SD3.5: CLIP text towers and the encoder half of T5 v1.1, as transformers has them.
 
 Neither masks padding: CLIP is causal and its first end-of-text token is used; T5 always sees its padding in these
 pipelines. The layers of each are one nn.scan (weights stacked on a leading axis). Norms and softmax are f32; products

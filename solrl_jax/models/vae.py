@@ -1,5 +1,5 @@
-"""AutoencoderKL of FLUX and SD3.5: encoder and decoder, channels last (spec/models.md section 7.1). And FLUX.2's
-AutoencoderKLFlux2, its decoder alone (open_bases.md section 5).
+"""diffusers' AutoencoderKL, of FLUX and SD3.5: encoder and decoder, channels last. And FLUX.2's AutoencoderKLFlux2, its
+decoder alone.
 
 GroupNorm is f32, convolutions `dtype`. Outside this file latents are scaled: (z - shift) * scaling of the VAE's own z,
 so that their standard deviation is about one.

@@ -1,4 +1,4 @@
-"""Z-Image and Z-Image-Turbo: one stream of image and caption in 30 blocks (spec: open_bases.md 3 to 6, 8, 9).
+"""Z-Image and Z-Image-Turbo: one stream of image and caption in 30 blocks (diffusers' ZImagePipeline).
 
 The network is in zimage_network.py. It takes 1 - sigma and gives x0 - noise: `velocity` changes the sign. The caption's
 own two blocks depend on neither the state nor the time, so a rollout runs them once (`Model.prepare`).

@@ -1,4 +1,4 @@
-"""Z-Image's transformer: its config, the tables of positions, its blocks (spec: open_bases.md sections 3 and 10).
+"""Z-Image's transformer: its config, the tables of positions, its blocks (diffusers' ZImageTransformer2DModel).
 
 The image comes first, then the caption, padded with a learned token to a multiple of 32 that is attended to; what is
 behind that is masked. The image's place on RoPE's first axis is after the padded caption, so the table of positions is
@@ -20,11 +20,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from solrl_jax import weights
-from solrl_jax.models import flux
-from solrl_jax.models.flux import Rope, Scale
 from solrl_jax.models.layers import F32, Linear, RMSNorm, attention, normalise, sinusoid
 from solrl_jax.models.mmdit import stack
 from solrl_jax.models.qwen3 import Z_IMAGE_BLOCK as MULTIPLE
+from solrl_jax.models.rope import Rope, Scale, rotary_norm, signed
 from solrl_jax.weights.options import Options
 
 TIME_WIDTH, TIME_HIDDEN = 256, 1024
@@ -105,17 +104,12 @@ def places(cfg: ZImageConfig, height: int, width: int, tokens: int) -> Places:
     ids = np.concatenate([np.stack([rows, cols], axis=-1).reshape(-1, 2), pad])
     grid = [_angles(ids[:, i], d, cfg.rope_theta) for i, d in enumerate(cfg.axes_dims[1:])]
     frames = _angles(np.arange(tokens + 2), cfg.axes_dims[0], cfg.rope_theta)
-    return Places(_signed(frames), _signed(np.concatenate(grid, axis=-1)))
+    return Places(signed(frames), signed(np.concatenate(grid, axis=-1)))
 
 
 def _angles(at: np.ndarray, d: int, theta: float) -> np.ndarray:
     angle = at[:, None].astype(np.float64) / theta ** (np.arange(0, d, 2) / d)
     return np.repeat(angle.astype(np.float32).astype(np.float64), 2, axis=-1)
-
-
-def _signed(angle: np.ndarray) -> Table:
-    sign = np.where(np.arange(angle.shape[-1]) % 2, 1.0, -1.0)
-    return np.cos(angle).astype(np.float32), (sign * np.sin(angle)).astype(np.float32)
 
 
 def padded(length: Int[Array, "B"]) -> Int[Array, "B"]:
@@ -146,11 +140,11 @@ def caption_rope(where: Places, batch: int, tokens: int) -> Rope:
     return jnp.broadcast_to(cos, shape), jnp.broadcast_to(sin, shape)
 
 
-def rotary_norm(x: Float[Array, "B S H d"], scale: Float[Array, "1 S 1 d"], rope: Rope) -> Float[Array, "B S H d"]:
+def rotary_norms(x: Float[Array, "B S H d"], scale: Float[Array, "1 S 1 d"], rope: Rope) -> Float[Array, "B S H d"]:
     """RoPE of RMSNorm(x), eps 1e-5 whatever norm_eps is, with each sample's own table [B, S, d]."""
 
     def one(x: Array, cos: Array, sin: Array) -> Array:
-        return flux.rotary_norm(x[None], scale, (cos, sin), 1e-5)[0]
+        return rotary_norm(x[None], scale, (cos, sin), 1e-5)[0]
 
     return jax.vmap(one)(x, *rope)
 
@@ -171,7 +165,7 @@ class Attention(nn.Module):
         found = [Linear(self.cfg.dim, use_bias=False, dtype=self.dtype, name=name)(x) for name in names]
         q, k, v = (checkpoint_name(y.reshape(heads), "qkv") for y in found)
         scales = [Scale((x.shape[1], self.cfg.head_dim), name=name)() for name in ("norm_q", "norm_k")]
-        q, k = (rotary_norm(y, scale, rope) for y, scale in zip((q, k), scales, strict=True))
+        q, k = (rotary_norms(y, scale, rope) for y, scale in zip((q, k), scales, strict=True))
         out = checkpoint_name(attention(q, k, v, lengths=lengths), "attention")
         return Linear(self.cfg.dim, use_bias=False, dtype=self.dtype, name="to_out.0")(out.reshape(x.shape))
 

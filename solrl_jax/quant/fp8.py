@@ -1,7 +1,7 @@
 """FP8, e4m3: a kernel and its inputs as 8-bit floats, each with one scale; the product is one cuBLASLt call on Hopper.
 
 e4m3 has a relative precision of 2^-4 over a range of 2^14 (2^-6 to 448), so a scale only has to bring the numbers into
-that range. One scale per kernel is as exact as one per column (spec/nvfp4.md section 4: .0375 against .0373), and a
+that range. One scale per kernel is as exact as one per column (tests/test_fp8.py::test_error_of_a_product), and a
 power of two as exact as max|W| / 448, which cast to bf16 would err by up to .4 % of a product. The scale of an input
 can be fixed for a run (`unit`, a power of two too: dividing by it is exact). Both are scalars that the product itself
 applies, together with bias and GELU (tests/test_compiled.py::test_forward_in_fp8). No pass over the input is needed to

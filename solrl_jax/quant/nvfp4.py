@@ -5,17 +5,18 @@ elements of the contracted axis share one e4m3 scale; a tensor (weights) or a ro
 g = max|x| / 2688, where 2688 = 6 * 448. That is 4.5 bits per element. A byte holds two codes, the even index in the low
 nibble.
 
-The order of operations is NVIDIA's (spec/nvfp4.md 1.2), bit for bit on a CPU. A policy's kernels then get the block
-scales of least squared error beside NVIDIA's (SWEEP; experiments/precision); inputs keep NVIDIA's.
+The order of operations is that of NVIDIA's Transformer Engine (quantize_transpose_nvfp4.cuh), bit for bit on a CPU. A
+policy's kernels then get the block scales of least squared error beside NVIDIA's (SWEEP; experiments/precision); inputs
+keep NVIDIA's.
 
 Rounding is f32 arithmetic, never a cast to the narrow type and back: XLA removes such a pair of casts on GPUs, and the
-network silently runs unquantised (tests/test_compiled.py: test_e4m3_rounding_is_in_the_program, and
-test_forward_in_emulated_nvfp4 for e2m1). Casting an already rounded value is exact, so storing it is safe.
+network silently runs unquantised (tests/test_compiled.py: test_e4m3_rounding_is_in_the_program and
+test_e2m1_rounding_is_in_the_program). Casting an already rounded value is exact, so storing it is safe.
 
 `Nvfp4.matmul` multiplies NVFP4 kernels with NVFP4 inputs. The emulation is exact: e2m1 x e4m3 has at most 6 significant
 bits and bf16 has 8, so the products equal the native ones. The native form (not yet run on a Blackwell card) is XLA's
 block-scaled dot, which becomes a cuDNN call from compute capability 10 on (tests/test_compiled.py::
-test_forward_in_native_nvfp4); an H100 would run it as a scalar loop (test_forward_in_emulated_nvfp4).
+test_forward_in_native_nvfp4).
 """
 
 from collections.abc import Sequence

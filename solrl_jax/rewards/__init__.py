@@ -1,7 +1,7 @@
 """Weighted mixtures of rewards: "pickscore:1,hpsv2:0.5". A reward is a file of this folder that defines `make`, or by
 a name with a dot one of the user's own (`own`), which may run on the host.
 
-The weighted sum is on the rewards' raw scales (algorithms.md 1.6); the parts stay beside it.
+The weighted sum is on the rewards' raw scales, as in DiffusionNFT's and Sol-RL's code; the parts stay beside it.
 """
 
 import importlib

@@ -1,5 +1,5 @@
-"""ImageReward's network (spec/rewards.md section 5): BLIP's ViT, its BERT with cross-attention to the picture (MED),
-and ImageReward's head.
+"""The network of the package image-reward: BLIP's ViT, its BERT with cross-attention to the picture (MED), and
+ImageReward's head.
 
 The features are those of BLIP's image-text matching, except that the first token stays [CLS].
 """

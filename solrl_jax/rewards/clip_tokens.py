@@ -1,4 +1,4 @@
-"""Captions -> CLIP's token ids, in two variants (spec/rewards.md section 3.1): one vocabulary, two ways to clean text.
+"""Captions -> CLIP's token ids, in two variants: one vocabulary, two ways to clean text.
 
 transformers' variant (CLIPScore, PickScore) collapses spaces and makes lower case. open_clip's (HPSv2) first repairs
 the text with ftfy, so that curly quotes become straight, and decodes HTML entities. The vocabulary is the user's file

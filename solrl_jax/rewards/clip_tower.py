@@ -1,4 +1,4 @@
-"""CLIP with both towers, and the parts that all CLIP rewards share (spec/rewards.md sections 2-4).
+"""CLIP with both towers, and the parts that all CLIP rewards share.
 
 Two key tables map the same parameter tree: HF_KEYS to transformers' CLIPModel, OPEN_CLIP_KEYS to open_clip's CLIP.
 """

@@ -1,4 +1,4 @@
-"""CLIPScore: exp(logit_scale) cos(image, text) / 100 of openai/clip-vit-large-patch14 (spec/rewards.md sections 0-4).
+"""CLIPScore: exp(logit_scale) cos(image, text) / 100 of openai/clip-vit-large-patch14.
 
 Bilinear resizing, not rounded to bytes, as in Sol-RL's reference; text by transformers' variant of CLIP's tokenizer.
 """

@@ -1,4 +1,4 @@
-"""HPSv2.1: cos(image, text) of xswu/HPSv2's HPS_v2.1_compressed.pt (spec/rewards.md sections 0-4).
+"""HPSv2.1: cos(image, text) of xswu/HPSv2's HPS_v2.1_compressed.pt.
 
 Bicubic resizing of floats, without clipping the overshoot, the whole picture padded with black; text by open_clip's
 variant of CLIP's tokenizer. The public file is a CLIP ViT-H/14 in open_clip's naming. HPS v2.0 has the same keys and

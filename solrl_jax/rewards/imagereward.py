@@ -1,4 +1,4 @@
-"""ImageReward: BLIP reads picture and prompt together, a linear head gives the score (spec/rewards.md sections 0-3, 5).
+"""ImageReward: BLIP reads picture and prompt together, a linear head gives the score.
 
 8-bit pictures resized by Pillow's bicubic filter, text as 35 wordpieces of uncased BERT, as in Sol-RL's reference.
 """

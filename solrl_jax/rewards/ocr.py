@@ -4,8 +4,8 @@
     d = 0 if b occurs in a, else min(Levenshtein(a, b), |b|)
     score = 1 - d / |b|
 
-The formula of flow_grpo and DiffusionNFT (guidance_rewards.md section 4), whose reader is PaddleOCR 2.9; here it is
-rapidocr with PP-OCRv6, whose models are in its wheel. A picture without text is 0; a reader that fails is an error.
+The formula of flow_grpo's and DiffusionNFT's repositories, whose reader is PaddleOCR 2.9; here it is rapidocr
+with PP-OCRv6, whose models are in its wheel. A picture without text is 0; a reader that fails is an error.
 `ocr_strict` has no rule for b within a: a policy that adds other text gains nothing there.
 """
 

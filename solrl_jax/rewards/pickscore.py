@@ -1,4 +1,4 @@
-"""PickScore: exp(logit_scale) cos(image, text) / 26 of yuvalkirstain/PickScore_v1 (spec/rewards.md sections 0-4).
+"""PickScore: exp(logit_scale) cos(image, text) / 26 of yuvalkirstain/PickScore_v1.
 
 8-bit pictures resized by Pillow's bicubic filter, text by transformers' variant of CLIP's tokenizer, as in Sol-RL's
 reference. The public file is a CLIP ViT-H/14 in transformers' naming.

@@ -1,4 +1,4 @@
-"""Pictures [0, 1] -> inputs of the reward networks, inside jit (spec/rewards.md section 2).
+"""Pictures [0, 1] -> inputs of the reward networks, inside jit.
 
 Each reference resizes differently, and group advantages divide by a small spread, so each way is reproduced: linear or
 cubic in floats, or Pillow's bytes, rounded after each of two passes.

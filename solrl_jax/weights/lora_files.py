@@ -59,8 +59,8 @@ def save(
 ) -> None:
     """Write one safetensors file that `pipe.load_lora_weights` reads at scale 1.
 
-    alpha / R is folded into lora_B, because older readers ignore alpha (models.md section 10). The metadata has rank
-    and alpha, and `said`. `under`: a set, already `scaled`, whose product is added: its factors come first in every
+    alpha / R is folded into lora_B, because older versions of diffusers ignore alpha. The metadata has rank and
+    alpha, and `said`. `under`: a set, already `scaled`, whose product is added: its factors come first in every
     module that it adapts, and ranks add there.
     """
     factors = _factors(lora, keys, cfg, under)

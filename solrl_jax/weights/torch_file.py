@@ -2,7 +2,7 @@
 
 Such a file is a zip: <root>/data.pkl describes the tensors, <root>/data/<name> are their storages, raw and not
 compressed. A pickle can call any function of any module by its name. This reader knows only the few names that build
-tensors, which here only build descriptions of them; every other name is refused (spec/rewards.md section 6).
+tensors, which here only build descriptions of them; every other name is refused.
 """
 
 import io
