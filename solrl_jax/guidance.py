@@ -1,4 +1,4 @@
-"""Guidance of weight w: v = v_neg + w (v_pos - v_neg). w = 1 is none, and then the program is the one without it.
+"""Guidance of weight w: v = v_neg + w (v_pos - v_neg). w = 1: no guidance, by the program without it.
 
 How a model is guided is its `Model.guidance`:
     "cfg"       classifier-free: v_pos is the velocity for the prompt, v_neg for a negative conditioning, that of the

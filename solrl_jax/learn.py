@@ -71,7 +71,7 @@ def learn(
 ) -> tuple[TrainState, Metrics]:
     """Advantages over the kept samples, `epochs` x `updates` steps of the LoRA, then the old policy follows.
 
-    An update takes K / updates samples of every prompt (`dealt`); the choice does not depend on the devices.
+    An update takes K / updates samples of every prompt (`split_over_updates`), the same ones on any devices.
     """
     chex.assert_tree_shape_prefix(samples, samples.keys.shape)
     chex.assert_tree_shape_prefix(cond, samples.keys.shape[:1])
@@ -90,7 +90,7 @@ def learn(
         return state, {**metrics, "grad_norm": norm, "skipped": state.skipped}
 
     epoch_of = jnp.repeat(jnp.arange(epochs), updates)
-    index = jnp.concatenate([dealt(samples.keys, worth, e, updates) for e in range(epochs)])
+    index = jnp.concatenate([split_over_updates(samples.keys, worth, e, updates) for e in range(epochs)])
     state, metrics = jax.lax.scan(update, state, (epoch_of, index))
     hyper = state.hyper
     decay = algos.old_decay(state.updates, hyper.old_wait, hyper.old_ramp, hyper.old_max)
@@ -112,7 +112,9 @@ def point_keys(state: TrainState, keys: Key[Array, "P K"], epoch: Int[Array, ""]
     return jnp.broadcast_to(shared_point_keys(state, epoch, keys.shape[0])[:, None], keys.shape)
 
 
-def dealt(keys: Key[Array, "P K"], worth: Float[Array, "P K"], epoch: int, updates: int) -> Int[Array, "U P k"]:
+def split_over_updates(
+    keys: Key[Array, "P K"], worth: Float[Array, "P K"], epoch: int, updates: int
+) -> Int[Array, "U P k"]:
     """The K / updates samples that each update takes of every prompt, no sample twice.
 
     A stratum is `updates` neighbours in the prompt's order of rewards. An update takes one of each at random, so it

@@ -137,7 +137,7 @@ def folded(base: Params, lora: Params, mesh: Mesh) -> Params:
     """The base with W + A B, summed in f32 and rounded once, in place of each adapted kernel W; `lora` is `scaled`.
 
     For good, not for a rollout: the memory of W is used again (W is donated), a stack takes the room of one layer more,
-    and each kernel stays where and in parts as it lies on `mesh`.
+    and each kernel keeps its sharding on `mesh`.
     """
     check(base, lora)
     kernels, factors = leaves_by_path(base), leaves_by_path(lora)

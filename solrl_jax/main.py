@@ -1,8 +1,8 @@
 """The command line: python -m solrl_jax.main --config=tiny [--config.explore.steps=4] [--mode=...].
 
-Dispatch only. Modules that import JAX are imported in the function that needs them, so that --help and errors in flags
-are fast. This package's own errors, and a disk that is full or not to be written, end in one line on stderr and exit
-code 2; any other exception is a defect and shows its traceback.
+It checks the flags, picks the config and calls the mode. Modules that import JAX are imported in the function that
+needs them, so that --help and errors in flags are fast. This package's own errors, and a disk that is full or not to be
+written, end in one line on stderr and exit code 2; any other exception is a defect and shows its traceback.
 """
 
 import dataclasses
@@ -366,7 +366,7 @@ def _guidance(overrides: Mapping[str, str]) -> dict[str, str]:
     return {"evaluate.guidance": str(w)}
 
 
-FOR = {
+MODES_OF = {
     "reference": ("prove",),
     "prompt": ("sample", "prove"),
     "images": ("score",),
@@ -376,7 +376,7 @@ FOR = {
     "runs": ("report",),
     "out": ("report", "prove"),
 }
-"""The modes of a flag that would be without effect in any other, where it is meant to have one."""
+"""Flags that only these modes read: in any other mode they are an error."""
 INSTEAD = {
     "checkpoint": "--resume goes on from the newest",
     "lora": "a training begins from --config.model.lora=FILE",
@@ -386,8 +386,8 @@ INSTEAD = {
 
 
 def _check_flags() -> None:
-    """ConfigError if a flag is of another mode, if two name the policy, or if a text is none."""
-    for name, modes in FOR.items():
+    """ConfigError if a flag is of another mode, if two name the policy, or if a text is not UTF-8."""
+    for name, modes in MODES_OF.items():
         if not (FLAGS[name].present and FLAGS[name].value) or FLAGS.mode in modes:
             continue
         if FLAGS.mode == "prove" and name in INSTEAD:

@@ -224,6 +224,21 @@ def test_the_commands_of_a_page_run(page, capsys):
         assert Image.open("fox.png").size == (16, 16)
 
 
+def test_tests_that_are_named_exist():
+    """In code and pages a test is named as what shows a statement."""
+    files = [*(ROOT / "tests").glob("*.py")]
+    there = {file.stem for file in files} | {
+        name for file in files for name in re.findall(r"^ *def (test_\w+)", file.read_text(encoding="utf-8"), re.M)
+    }
+    named = {}
+    for folder, pattern in (("solrl_jax", "*.py"), ("configs", "*.py"), ("experiments", "*.py"), (".", "*.md")):
+        for file in (ROOT / folder).rglob(pattern):
+            if not {".venv", ".git", "runs"} & set(file.relative_to(ROOT).parts) and file.name != "CHANGELOG.md":
+                text = re.sub(r"::\s+", "::", file.read_text(encoding="utf-8"))
+                named |= {name: file for name in re.findall(r"\b(test_\w+)", text) if name != "test_metadata"}
+    assert len(named) > 40 and not {name: file for name, file in named.items() if name not in there}
+
+
 # --- other commands -------------------------------------------------------------------------------------------------
 
 LAB = [command for command in COMMANDS if command.words[2:3] and command.words[2].startswith("experiments.")]

@@ -10,7 +10,7 @@ import pytest
 
 from solrl_jax import config, learn
 from solrl_jax.algos import Sample
-from solrl_jax.learn import apply_gradients, dealt, samples_at_a_time
+from solrl_jax.learn import apply_gradients, samples_at_a_time, split_over_updates
 from solrl_jax.plan import jaxpr
 from solrl_jax.run import assemble
 from solrl_jax.selection import take
@@ -80,14 +80,14 @@ def test_updates_take_disjoint_parts_of_every_prompt():
     """Each of 4 updates has one of the prompt's 4 best and one of its 4 worst; another epoch has others."""
     keys = jax.random.split(jax.random.key(0), (3, 8))
     reward = jax.random.normal(jax.random.key(1), (3, 8))
-    index = np.asarray(dealt(keys, reward, 0, 4))
+    index = np.asarray(split_over_updates(keys, reward, 0, 4))
     assert index.shape == (4, 3, 2)
     rank = np.argsort(np.argsort(reward, axis=1), axis=1)
     for prompt in range(3):
         assert sorted(index[:, prompt].ravel().tolist()) == list(range(8))
         assert np.array_equal(rank[prompt][index[:, prompt]] >= 4, [[False, True]] * 4)
-    assert not np.array_equal(index, dealt(keys, reward, 1, 4))
-    assert np.array_equal(dealt(keys, reward, 0, 1)[0], np.argsort(reward, axis=1))
+    assert not np.array_equal(index, split_over_updates(keys, reward, 1, 4))
+    assert np.array_equal(split_over_updates(keys, reward, 0, 1)[0], np.argsort(reward, axis=1))
 
 
 def test_a_micro_batch_that_does_not_divide_a_device_is_refused(folder):
