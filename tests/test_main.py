@@ -50,7 +50,7 @@ def load_small(spec, overrides):
         (["--config=small", "--config.explore.stepz=4"], "did you mean steps?"),
         (["--config=small", "--config.explore.steps"], "--config.explore.steps=: needs int"),
         (["--config=small", "--config.kept=999"], "kept=999 of candidates=96"),
-        (["--config=small", "--config.prompts=3"], "prompts=3, but p.txt has 2 distinct ones"),
+        (["--config=small", "--config.prompts=3"], "prompts=3, but p.txt has 2 distinct training prompts"),
         (["--config=small", "--config.prompt_files=q.txt"], "q.txt does not exist"),
         (["--config=small", "--prompts=q.txt"], "q.txt does not exist"),
         (["--config=small", "--prompts=q.txt", "--config.prompt_files=p.txt"], "prompt_files differ: give one of them"),

@@ -379,7 +379,7 @@ def test_what_is_held_out_of_a_file_is_evaluated_and_never_trained_on(toy, tmp_p
     assert (len(drawn[4]), len(drawn[3])) == (4, 3) and not drawn[4] & drawn[3]  # of 7
     told = json.loads((tmp_path / "run/starts.json").read_text())
     assert told[0]["notes"][0] == "4 training prompts, 3 test prompts"
-    with pytest.raises(config.ConfigError, match=r"prompts=4, but .* has 3 distinct ones: use 3 or fewer"):
+    with pytest.raises(config.ConfigError, match=r"prompts=4, but .* has 3 distinct training prompts: use 3 or fewer"):
         train.train(config.override(toy, **{"evaluate.held_out": "4"}), tmp_path / "other", devices=1)
 
 

@@ -241,7 +241,7 @@ def disk(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
     state = jaxpr.nbytes(assemble.blank(cfg, assemble.model_module(cfg).make(cfg.model), assemble.make_mesh(1)))
     need, free = (cfg.keep + 1) * state + SPARE, shutil.disk_usage(place).free
     kept = f"{cfg.keep} checkpoints of {state / 1e9:.2f}"
-    text = f"disk: {free / 1e9:.0f} GB free for {run}, {need / 1e9:.1f} needed ({kept})"
+    text = f"disk: {free / 1e9:.0f} GB free for {run}, {need / 1e9:.1f} GB needed ({kept})"
     fix = f"make room at {place}, name another --run_dir, or lower keep={cfg.keep}" if free < need else ""
     if why := unwritable(run):
         fix = f"{why}: name another --run_dir"

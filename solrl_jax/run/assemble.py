@@ -178,11 +178,14 @@ def open_prompts(cfg: Config, *, train: int = 0, test: int = 0) -> data.PromptSe
     if not cfg.prompt_files:
         raise ConfigError(f"prompt_files is empty: give the prompts with --prompts={data.LAYOUT}")
     prompts = data.read(cfg.prompt_files, cfg.evaluate.held_out, cfg.seed)
-    for name, count, found in (("prompts", train, prompts.train), ("evaluate.prompts", test, prompts.test)):
-        if count > len(found):
-            raise ConfigError(
-                f"{name}={count}, but {cfg.prompt_files} has {len(found)} distinct ones: use {len(found)} or fewer"
-            )
+    wanted = ("prompts", "training", train, prompts.train), ("evaluate.prompts", "test", test, prompts.test)
+    short = [
+        f"{name}={count}, but {cfg.prompt_files} has {len(found)} distinct {split} prompts: use {len(found)} or fewer"
+        for name, split, count, found in wanted
+        if count > len(found)
+    ]
+    if short:
+        raise ConfigError("; ".join(short))
     return prompts
 
 
