@@ -12,6 +12,7 @@ spread="all" takes the std over those that do.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -95,7 +96,9 @@ def mean_asked(x: Float[Array, "P *K"], asked: Float[Array, "P K"] | None) -> Fl
 
 
 def known(metrics: Mapping[str, float]) -> dict[str, float]:
-    """An iteration's metrics without those of rewards that none of its prompts asks for: they are means of nothing."""
+    """An iteration's metrics without means of nothing: those of rewards that none of its prompts asks for, and of ranks
+    if no prompt's rewards differ."""
     none = [name.removeprefix("asked/") for name, x in metrics.items() if name.startswith("asked/") and x == 0]
     left_out = {begin + name for name in none for begin in OF_PARTS}
+    left_out |= {name for name, x in metrics.items() if name == "rank/spearman" and math.isnan(x)}
     return {name: value for name, value in metrics.items() if name not in left_out}

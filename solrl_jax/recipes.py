@@ -24,7 +24,7 @@ ALIASES = {"compile": "naive_scaling"}
 """The original's families that equal another one here, because all code is compiled."""
 
 
-# --- families: ways to make samples for DiffusionNFT's loss; `cfg` is sol_rl ------------------------
+# --- families: ways to make samples for DiffusionNFT's loss; `cfg` is sol_rl -----------------------------------------
 
 
 def sol_rl(cfg: Config) -> Config:
@@ -57,7 +57,7 @@ def _explored(cfg: Config) -> Stage:
     return cfg.explore or replace(cfg.regenerate, precision="auto")
 
 
-# --- methods: rollout and loss as published for FLUX.1-dev with a LoRA; K of K ----------------------
+# --- methods: rollout and loss as published for FLUX.1-dev with a LoRA; K of K ---------------------------------------
 
 
 def flow_grpo(cfg: Config) -> Config:

@@ -133,7 +133,9 @@ def with_host(rollout: Rollout, score: Score, tokens: Mapping[str, PyTree], rows
     mine, asked = [rows[place] for place in places], {name: one[:, 0] for name, one in asked.items()}
     found = processes.together(lambda: score_on_host(score, images, mine, asked))
     total, parts = sharding.from_here(found, jax.sharding.get_mesh())
-    return rollout._replace(reward=rollout.reward + total, parts={**rollout.parts, **parts}, images=None)
+    unseen = 0 * rollout.reward  # NaN for a picture that is not finite (score_images)
+    parts = {**rollout.parts, **{name: part + unseen for name, part in parts.items()}}
+    return rollout._replace(reward=rollout.reward + total, parts=parts, images=None)
 
 
 class Seeds(NamedTuple):

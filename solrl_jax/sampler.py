@@ -164,7 +164,8 @@ def shifted(steps: int, shift: float) -> np.ndarray:
     """f64 [steps + 1]: s = shift u / (1 + (shift - 1) u) of u from 1 to 0 in equal steps (DanceGRPO's, with 3)."""
     u = np.linspace(1, 0, steps + 1)
     sigmas = shift * u / (1 + (shift - 1) * u)
-    sigmas[0] = 1.0  # for many a shift below .5 it is off by a rounding error: then dpm2's first step is not of order 1
+    # A rounding error away with many a shift below .5: `table` refuses more than 1, and less gives dpm2 a wrong step.
+    sigmas[0] = 1.0
     return sigmas
 
 

@@ -66,7 +66,8 @@ def correlation(a: Float[Array, "P N"], b: Float[Array, "P N"]) -> Float[Array, 
 
 
 def mean_of_ranked(x: Float[Array, "P"], truth: Float[Array, "P N"]) -> Float[Array, ""]:
-    """Mean over the prompts whose rewards `truth` are not all equal: the others have no order. NaN if none has one."""
+    """Mean over the prompts whose rewards `truth` are finite and not all equal: the others have no order. NaN if none
+    has one."""
     return jnp.mean(x, where=jnp.max(truth, axis=-1) > jnp.min(truth, axis=-1))
 
 

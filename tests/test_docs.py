@@ -10,6 +10,7 @@ ELSEWHERE, with what is looked at instead.
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -227,15 +228,15 @@ def test_the_commands_of_a_page_run(page, capsys):
 def test_tests_that_are_named_exist():
     """In code and pages a test is named as what shows a statement."""
     files = [*(ROOT / "tests").glob("*.py")]
-    there = {file.stem for file in files} | {
-        name for file in files for name in re.findall(r"^ *def (test_\w+)", file.read_text(encoding="utf-8"), re.M)
-    }
-    named = {}
+    tests = {f.stem: set(re.findall(r"^ *def (test_\w+)", f.read_text(encoding="utf-8"), re.M)) for f in files}
+    there, named = {*tests, *itertools.chain(*tests.values())}, {}
     for folder, pattern in (("solrl_jax", "*.py"), ("configs", "*.py"), ("experiments", "*.py"), (".", "*.md")):
         for file in (ROOT / folder).rglob(pattern):
             if not {".venv", ".git", "runs"} & set(file.relative_to(ROOT).parts) and file.name != "CHANGELOG.md":
                 text = re.sub(r"::\s+", "::", file.read_text(encoding="utf-8"))
                 named |= {name: file for name in re.findall(r"\b(test_\w+)", text) if name != "test_metadata"}
+                for at, name in re.findall(r"\b(test_\w+)\.py::(test_\w+)", text):
+                    assert name in tests[at], file
     assert len(named) > 40 and not {name: file for name, file in named.items() if name not in there}
 
 

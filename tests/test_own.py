@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -207,6 +208,25 @@ def test_each_block_has_its_own_prompts_on_the_host(devices, shard):
     np.testing.assert_array_equal(found.reward, 2 * np.arange(8.0)[:, None].repeat(2, 1))
     assert [(text, row) for _, text, row in seen] == [(texts[i], rows[i]) for i, _, _ in seen]
     assert sorted(i for i, _, _ in seen) == [i for i in range(8) for _ in range(2)]
+
+
+def test_a_picture_that_is_not_finite_has_no_score_on_the_host_either():
+    """Its 8 bits are a black picture, which the reward scores 0."""
+
+    def host(images, prompts, rows):
+        return images[:, 0, 0, 0] + 1.0
+
+    mix = rewards.Score((Reward("x", own.places, own.nowhere, host),), (2.0,))
+    pictures = jnp.stack([jnp.zeros((2, 2, 3)), jnp.full((2, 2, 3), jnp.nan)])
+    mesh = sharding.make_mesh(1)
+    with jax.set_mesh(mesh):
+        tokens, images = sharding.split((rewards.tokenize(mix, ["a"], [{"prompt": "a"}]), pictures[None]), mesh)
+        total, parts = rewards.score_images(mix, {}, images[0], {})
+        rolled = Rollout(None, None, total[None], parts, images=rewards.eight_bit(images[0])[None])
+        found = rollout.with_host(rolled, mix, tokens, [{"prompt": "a"}])
+    np.testing.assert_array_equal(rewards.eight_bit(pictures), 0)
+    np.testing.assert_array_equal(found.reward, [[2, np.nan]])
+    np.testing.assert_array_equal(found.parts["x"], [[1, np.nan]])
 
 
 WAYS = {

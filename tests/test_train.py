@@ -425,7 +425,7 @@ def test_pictures_leave_the_devices_as_bytes(toy, monkeypatch):
     parts = assemble.assemble(toy, 2)
     with jax.set_mesh(parts.mesh):
         _, shown = evaluate.evaluate(parts, assemble.fresh(parts).lora)
-    (images, _), *others = seen
+    (images, *_), *others = seen
     assert images.dtype == jnp.uint8 and images.shape == (4, 2, 4, 4, 3) and not others  # 3 prompts, filled up
     assert not images.sharding.is_fully_replicated
     np.testing.assert_array_equal(shown.images, np.asarray(images)[:2, 0])
@@ -726,6 +726,22 @@ def test_evaluation_that_is_switched_on_late_has_its_base(toy, tmp_path, capsys)
     capsys.readouterr()
     train.train(config.override(toy, iterations=3), run, resume=True, devices=1)
     assert numbers_of(run) == [0, 1, 2, 3] and "base model:" not in capsys.readouterr().out  # it was there
+
+
+def test_what_the_bases_pictures_depend_on(toy):
+    """Not on how often they are compared."""
+
+    def text(**changes):
+        return evaluate.settings(config.override(toy, **{f"evaluate.{name}": x for name, x in changes.items()}))
+
+    assert text() == text(every=7) == text(every=0)
+    assert len({text(), text(steps=7), text(solver="euler"), text(prompts=2), text(guidance=2.5)}) == 5
+
+
+def test_both_kinds_of_prompts_that_are_too_few_are_named(toy):
+    message = r"prompts=16, but .* training prompts: use \d or fewer; evaluate\.prompts=9, but .* test prompts: use \d"
+    with pytest.raises(config.ConfigError, match=message):
+        assemble.open_prompts(toy, train=16, test=9)
 
 
 @pytest.mark.slow

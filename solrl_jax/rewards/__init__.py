@@ -180,7 +180,7 @@ def score_images(
     Without the rewards that run on the host, which `score_on_host` adds. Parts are 0 where `asked` is. A picture that
     is not finite has the score NaN: the 8 bits that some rewards look at would make a colour of it.
     """
-    unseen = jnp.where(jnp.all(jnp.isfinite(images), axis=(1, 2, 3)), 0.0, jnp.nan)
+    unseen = unlike_pictures(images)
     parts, total = {}, unseen
     for weight, r in zip(score.weights, score.rewards, strict=True):
         if r.host is None:
@@ -188,6 +188,11 @@ def score_images(
             parts[r.name] = jnp.where(asked[r.name] > 0, part, 0.0) if r.name in asked else part
             total = total + weight * parts[r.name]
     return total, parts
+
+
+def unlike_pictures(images: Float[Array, "B H W C"]) -> Float[Array, "B"]:
+    """0, or NaN for an image that is not finite: added to its scores."""
+    return jnp.where(jnp.all(jnp.isfinite(images), axis=(1, 2, 3)), 0.0, jnp.nan)
 
 
 def eight_bit(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:

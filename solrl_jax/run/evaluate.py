@@ -18,7 +18,7 @@ from PIL import Image
 from solrl_jax import guidance, lora, processes, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Evaluate, Stage
 from solrl_jax.keys import evaluation_keys
-from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host
+from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host, unlike_pictures
 from solrl_jax.run import assemble, checkpoint, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.pictures import Shown, write_grid
@@ -34,13 +34,15 @@ def draw(
     model: Model,
     score: Score,
     stage: Stage,
-) -> tuple[UInt8[Array, "P n H W 3"], dict[str, Float[Array, "P n"]]]:
-    """8-bit pictures of P prompts, one per key, and their scores by the rewards that run on the devices."""
+) -> tuple[UInt8[Array, "P n H W 3"], dict[str, Float[Array, "P n"]], Float[Array, "P n"]]:
+    """8-bit pictures of P prompts, one per key, their scores by the rewards that run on the devices, and what is added
+    to those by the others (`unlike_pictures`)."""
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
         how = {"model": model, "stage": stage, "negative": frozen.negative}
         images = model.decode(frozen.vae, rollout.integrate(variables, prompts.cond, keys, **how))
-        return eight_bit(images), score_images(score, frozen.rewards, images, prompts.tokens)[1]
+        scores = score_images(score, frozen.rewards, images, prompts.tokens)[1]
+        return eight_bit(images), scores, unlike_pictures(images)
 
     return rollout.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
 
@@ -70,7 +72,7 @@ def pictures(
     keys = evaluation_keys(parts.cfg.seed, first, count * cfg.images)
     given = assemble.encode(parts, padded, score)
     negative = parts.text.negative() if guidance.doubles(parts.model, stage.guidance) else None
-    images, scores = _draw(
+    images, scores, unseen = _draw(
         lora.policy(parts.frozen.base, adapter, parts.cfg.lora),
         parts.frozen._replace(rewards={**parts.frozen.rewards, **parts.towers}, negative=negative),
         given,
@@ -79,7 +81,7 @@ def pictures(
         score=score,
         stage=stage,
     )
-    scores |= on_hosts(parts, score, images, prompts)
+    scores |= {name: found + unseen for name, found in on_hosts(parts, score, images, prompts).items()}
     return Pictures(*jax.tree.map(lambda x: x[: len(prompts)], sharding.fetch((images, scores))))
 
 
@@ -112,7 +114,7 @@ def rollout_of(cfg: Config) -> Stage:
 
 
 def settings(cfg: Config) -> str:
-    """What of a run may change and changes an evaluation's pictures, as text: while it is the same, the base's stay."""
+    """The settings that an evaluation's pictures depend on, as text: while it is the same, the base's stay."""
     loras = f", {cfg.model.lora}" if cfg.model.lora else ""
     how = dataclasses.replace(cfg.evaluate, every=0)  # when does not change them
     return guidance.titled(repr(how), guidance.evaluated(cfg)) + loras

@@ -182,7 +182,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
     costs N full rollouts per prompt. It runs the stages' own programs, in calls of as many prompts and images as a
     stage has, so it compiles little and takes no more memory than they do. With FP8 the Linears' inputs are looked at
     first, in BF16 and of calibrate.PROMPTS pictures at most. Prompts whose N full rollouts have one reward do not
-    count, since nothing ranks them; NaN if all are such.
+    count, since nothing ranks them, nor those with one that is not finite; without any others there are no ranks.
 
     In a branch `watch/*` compares with all N finished from the preview's states, like the trained samples, and
     `watch/noise_*` with all N drawn from the noise by the steps of `regenerate`, like the policy's own samples.
@@ -227,7 +227,7 @@ def measured(parts: Parts, state: TrainState) -> dict[str, float]:
         truth = mixture.worth(full, cfg)
         found = fidelity(guess, truth, cfg.kept)
         ranks |= {f"watch/{at}{name}": float(mean_of_ranked(x, truth)) for name, x in found.items()}
-    return ranks | saturated
+    return {name: x for name, x in ranks.items() if not math.isnan(x)} | saturated
 
 
 def prompts_per_call(stage: Stage, images: int, mine: int, watched: int) -> int:

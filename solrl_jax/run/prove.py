@@ -253,8 +253,9 @@ def table(found: Mapping[str, Any]) -> Iterator[str]:
     rank = found["ranks"]
     yield f"previews in {rank['precision']}, {rank['prompts']} prompts x {rank['candidates']}, by {rank['reward']}:"
     for name, each in rank["forms"].items():
-        told = (f"{what.replace('_', ' ')} {each[what]:.3f}" for what in ("spearman", "overlap", "kept_contrast"))
-        yield f"  {name:16}{', '.join(told)}"
+        names = (what for what in ("spearman", "overlap", "kept_contrast") if what in each)
+        told = ", ".join(f"{what.replace('_', ' ')} {each[what]:.3f}" for what in names)
+        yield f"  {name:16}{told or 'no prompt has two candidates of unequal reward'}"
         if "noise_spearman" in each:
             yield f"    of the full rollouts from the noise: spearman {each['noise_spearman']:.3f}"
     run = found["stages"]
