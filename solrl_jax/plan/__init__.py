@@ -13,7 +13,8 @@ Activations of FLUX.1-dev in GB, planned here and allocated by XLA when it compi
 micro-batches of 12 points at 512 px): learn 9.4 and 6.5 if remat keeps nothing, 33.7 and 30.8 if it keeps attention and
 the MLP. Measured on an H100 with random weights, an iteration of sol_rl of one prompt with the reference on every
 micro-batch and exact float32 rewards (planned in brackets): FLUX 58.5 GB and 29.3 s (59.8 and 26.8), SD3.5 Large 52.0
-GB and 87 s (53.7 and 66), SANA 28.8 GB and 15 s (28.9 and 8.6).
+GB and 87 s (53.7 and 66), SANA 28.8 GB and 15 s (28.9 and 8.6). On an H200, with the reference on one micro-batch of
+four: Z-Image 59.0 GB and 46.1 s (60.1 and 42.7), FLUX.2-klein 35.1 s (32.7).
 The smaller the share of large products, the more a stage's time exceeds its FLOPs.
 """
 
@@ -276,7 +277,7 @@ def report(p: Plan) -> list[str]:
         *_network(p),
         "",
         f"seconds: at {FRACTION:.0%} of the bf16 peak, float32 at 1/16, TF32 at half of it; emulated NVFP4 is not "
-        f"faster: bf16's time / {EMULATED}; an H100 took 1.1 (flux), 1.3 (sd35), 1.7 times as long (sana)",
+        f"faster: bf16's time / {EMULATED}; measured were 1.1 (flux, flux2, zimage), 1.3 (sd35), 1.7 times as long (sana)",
         *((GATHERING,) if planned_shard(p.cfg) > 1 else ()),
         "activations: an estimate from the traced program; no library workspaces",
         *(() if jaxpr.as_on_gpus() else (NO_PLUGIN,)),
