@@ -277,7 +277,7 @@ def report(p: Plan) -> list[str]:
         *_network(p),
         "",
         f"seconds: at {FRACTION:.0%} of the bf16 peak, float32 at 1/16, TF32 at half of it; emulated NVFP4 is not "
-        f"faster: bf16's time / {EMULATED}; measured were 1.1 (flux, flux2, zimage), 1.3 (sd35), 1.7 times as long (sana)",
+        f"faster: bf16's time / {EMULATED}; measured: 1.1 (flux, flux2, zimage), 1.3 (sd35), 1.7 times as long (sana)",
         *((GATHERING,) if planned_shard(p.cfg) > 1 else ()),
         "activations: an estimate from the traced program; no library workspaces",
         *(() if jaxpr.as_on_gpus() else (NO_PLUGIN,)),
