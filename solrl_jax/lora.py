@@ -92,15 +92,12 @@ def merged_kernels(base: Params, lora: Params, cfg: Lora) -> dict[str, jax.Array
     check(base, lora)
     kernels, factors = leaves_by_path(base), leaves_by_path(scaled(lora, cfg))
     paths = [p.removesuffix("/a") for p in factors if p.endswith("/a")]
-    return {
-        f"{path}/kernel": _merged(
-            kernels[f"{path}/kernel"],
-            factors[f"{path}/a"],
-            factors[f"{path}/b"],
-            sharding.spec(f"{path}/kernel", kernels[f"{path}/kernel"].ndim),
-        )
-        for path in paths
-    }
+
+    def merged(path: str) -> jax.Array:
+        w = kernels[f"{path}/kernel"]
+        return _merged(w, factors[f"{path}/a"], factors[f"{path}/b"], sharding.spec(f"{path}/kernel", w.ndim))
+
+    return {f"{path}/kernel": merged(path) for path in paths}
 
 
 WIDE = 2**31

@@ -99,7 +99,7 @@ def test_every_linear_goes_out(tmp_path, velocity):
     """Embedders, modulation and the last layer too: diffusers reads its own layout of them, we read both."""
     adapter, file = made(BASE, (*FLOW_FACTORY, *REST)), tmp_path / "x.safetensors"
     lora_files.save(file, adapter, zimage.KEYS, CFG)
-    assert error(velocity(adapter), in_diffusers(file)) < 2e-5  # 1.02e-5 with JAX 0.12
+    assert error(velocity(adapter), in_diffusers(file)) < (1e-5 if jax.__version_info__ < (0, 12) else 1.1e-5)
     same(read(file), adapter, rtol=2e-7)
     lora_files.save_fused(file, adapter, BASE, zimage.KEYS, zimage.COMFY, CFG)
     same(read(file), adapter, rtol=2e-7)

@@ -180,7 +180,7 @@ def score_images(
     Without the rewards that run on the host, which `score_on_host` adds. Parts are 0 where `asked` is. A picture that
     is not finite has the score NaN: the 8 bits that some rewards look at would make a colour of it.
     """
-    unseen = unlike_pictures(images)
+    unseen = nan_if_not_finite(images)
     parts, total = {}, unseen
     for weight, r in zip(score.weights, score.rewards, strict=True):
         if r.host is None:
@@ -190,7 +190,7 @@ def score_images(
     return total, parts
 
 
-def unlike_pictures(images: Float[Array, "B H W C"]) -> Float[Array, "B"]:
+def nan_if_not_finite(images: Float[Array, "B H W C"]) -> Float[Array, "B"]:
     """0, or NaN for an image that is not finite: added to its scores."""
     return jnp.where(jnp.all(jnp.isfinite(images), axis=(1, 2, 3)), 0.0, jnp.nan)
 

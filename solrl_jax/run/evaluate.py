@@ -18,7 +18,7 @@ from PIL import Image
 from solrl_jax import guidance, lora, processes, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Evaluate, Stage
 from solrl_jax.keys import evaluation_keys
-from solrl_jax.rewards import Score, eight_bit, score_images, score_on_host, unlike_pictures
+from solrl_jax.rewards import Score, eight_bit, nan_if_not_finite, score_images, score_on_host
 from solrl_jax.run import assemble, checkpoint, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.pictures import Shown, write_grid
@@ -36,13 +36,13 @@ def draw(
     stage: Stage,
 ) -> tuple[UInt8[Array, "P n H W 3"], dict[str, Float[Array, "P n"]], Float[Array, "P n"]]:
     """8-bit pictures of P prompts, one per key, their scores by the rewards that run on the devices, and what is added
-    to those by the others (`unlike_pictures`)."""
+    to those by the others (`nan_if_not_finite`)."""
 
     def block(variables: Variables, frozen: Frozen, prompts: Prompts, keys: Key[Array, "p n"]):
         how = {"model": model, "stage": stage, "negative": frozen.negative}
         images = model.decode(frozen.vae, rollout.integrate(variables, prompts.cond, keys, **how))
         scores = score_images(score, frozen.rewards, images, prompts.tokens)[1]
-        return eight_bit(images), scores, unlike_pictures(images)
+        return eight_bit(images), scores, nan_if_not_finite(images)
 
     return rollout.by_block(block, stage.chunk)(variables, frozen, prompts, keys)
 
