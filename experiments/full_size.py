@@ -123,12 +123,12 @@ def iterations(
     options: Options | None = None,
     each: Callable[[list[Times], Times], None] = lambda rows, compiling: None,
 ) -> tuple[list[Times], Times]:
-    """Seconds by stage of `bench.repeat` iterations, after a first one if there are several; compile time by stage.
+    """Seconds by stage of `bench.repeat` iterations, after a `bench.first` that does not count; compile time by stage.
 
     Without `learn` the last stage does nothing. `options` are XLA's for every program. `each` gets what is known after
     every iteration that counts.
     """
-    state, rows, compiling, first = bench.state(), list[Times](), Times(), bench.repeat > 1
+    state, rows, compiling, first = bench.state(), list[Times](), Times(), bench.first
     programs = {name: Ahead(jitted, options) for name, jitted in staged.jit.items()}
     staged.jit |= programs if learn else programs | {"learn": lambda state, *_: (state, {})}
     for number in range(bench.repeat + first):
@@ -154,8 +154,9 @@ def peaks(mesh: Mesh) -> list[float]:
 class Bench:
     """Everything that an iteration takes, drawn at random on the mesh; `figures` is what was measured.
 
-    The base and the text encoders are sharded over `fsdp` of the mesh. `written` is called after every figure. `flop`
-    is of one picture by part of the work, for rates; 0: no rates.
+    The base and the text encoders are sharded over `fsdp` of the mesh. With `first` an iteration runs that does not
+    count before those that do. `written` is called after every figure. `flop` is of one picture by part of the work,
+    for rates; 0: no rates.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class Bench:
         written: Callable[[dict[str, Any]], None] = lambda figures: None,
     ):
         self.cfg, self.mesh, self.repeat, self.folder, self.written = cfg, mesh, repeat, folder, written
+        self.first = repeat > 1
         self.figures, self.before = {}, peaks(mesh)
         self.sizes = shapes.read(cfg, 1)
         self.flop: Mapping[str, float] = {"forward": 0.0, "decode": 0.0}

@@ -6,12 +6,14 @@
     python -m experiments.flux_multi_gpu.run --part=shards --devices=4 --shard=4 --settings=named --limit=23.7
     python -m experiments.flux_multi_gpu.run --part=pipelined --devices=4 --shard=4 --settings=named
     python -m experiments.flux_multi_gpu.run --part=gradients --devices=1,2,4 --shard=4
+    python -m experiments.flux_multi_gpu.run --part=ahead --devices=2 --each=4 --set=candidates=24 --set=kept=6
 
     export XLA_FLAGS=--xla_force_host_platform_device_count=2 JAX_DISABLE_MOST_OPTIMIZATIONS=1  # a minute or two each
     python -m experiments.flux_multi_gpu.run --short --part=scaling --devices=1,2 --out=/tmp/s.json   # in short
     python -m experiments.flux_multi_gpu.run --short --part=shards --devices=2 --out=/tmp/s.json      # in short
     python -m experiments.flux_multi_gpu.run --short --part=pipelined --devices=2 --out=/tmp/s.json   # in short
     python -m experiments.flux_multi_gpu.run --short --part=gradients --devices=1,2 --out=/tmp/s.json # in short
+    python -m experiments.flux_multi_gpu.run --short --part=ahead --devices=2 --each=2 --out=/tmp/s.json  # in short
 
 Random weights at full size, `--each` prompts a card, so that perfect scaling keeps the seconds and multiplies the
 prompts. Figures are medians of `--repeat` iterations after a first one, [least, most] of them; every ratio is of one
@@ -23,9 +25,12 @@ shards       the base over `--shard` cards against whole on each, at a setting f
              card, in parts alone
 pipelined    the base over several cards, with XLA's pipelined all-gathers against without
 gradients    gradients.py
+ahead        a rollout whose next block is enqueued while one runs (iteration.AHEAD) against one that waits for the
+             slowest card after every block; several prompts a card, for else there is one block
 """
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -40,8 +45,8 @@ import jax
 
 from experiments import fields, results
 from experiments.flux_multi_gpu import gradients
-from experiments.full_size import Bench, Options
-from solrl_jax import config, device, processes
+from experiments.full_size import Ahead, Bench, Options, Times, in_turns
+from solrl_jax import config, device, iteration, processes
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
@@ -74,6 +79,8 @@ SHORT = {
 }
 """The small world's defaults of the arguments."""
 OF_PART = {"shards": ("parts", "whole"), "pipelined": ("parts", "parts, pipelined")}
+ONE_NUMBER = {*OF_PART, "ahead"}
+"""Parts that run on one number of cards."""
 RATIOS = (("parts", "whole"), ("parts, pipelined", "parts"), ("parts, pipelined", "whole"))
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
@@ -191,6 +198,38 @@ def forms(args: argparse.Namespace, record: Record, loaded: Callable[..., Config
                     print(f"{ratio['value']:.4f} {ratio['spread']}  {setting}, {stage}: {a} over {b}", flush=True)
 
 
+def ahead(args: argparse.Namespace, record: Record, loaded: Callable[..., Config]) -> None:
+    """Seconds of a rollout with the next block enqueued and without, in turns, and what the second block takes."""
+    (devices,) = args.devices
+    cfg = loaded(prompts=args.each * devices, shard=1)
+    mesh = assemble.make_mesh(devices, 1, cfg.prompts)
+    bench = Bench(cfg, mesh, 1, written=record)
+    staged = iteration.Staged(score=bench.sizes.score, **bench.statics)
+    staged.jit = {name: Ahead(jitted) for name, jitted in staged.jit.items()} | {"learn": lambda state, *_: (state, {})}
+    found: dict[int, list[Times]] = {0: [], 1: []}
+
+    def rollout(blocks: int) -> None:
+        times = Times()
+        iteration.AHEAD = blocks
+        staged(state, bench.frozen, bench.prompts, times)
+        found[blocks].append(times)
+
+    with jax.set_mesh(mesh):
+        bench.encode()
+        state = bench.state()
+        for blocks in found:  # compiles, and takes the memory of the smaller form first
+            rollout(blocks)
+            bench.peak(f"{blocks} blocks ahead: peak")
+        in_turns({str(blocks): functools.partial(rollout, blocks) for blocks in found}, args.repeat)
+    rows = {blocks: rows[1:] for blocks, rows in found.items()}
+    for stage in ("iteration", *(stage for stage in rows[0][0] if stage in ("explore", "regenerate"))):
+        of = {blocks: totals(each, stage) for blocks, each in rows.items()}
+        name = "rollout" if stage == "iteration" else stage
+        for blocks, seconds in of.items():
+            bench.note(f"{blocks} blocks ahead: {name}", seconds)
+        record({f"{name}: ahead over waiting": over(of[1], of[0], "times")})
+
+
 def limit(gb: float, card_gb: float | None) -> None:
     """Limit the memory that JAX takes of every card, before it takes any."""
     if card_gb is None:
@@ -207,10 +246,10 @@ def limits() -> list[float]:
 
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="scaling", choices=("scaling", *OF_PART, "gradients"))
+    parser.add_argument("--part", default="scaling", choices=("scaling", *OF_PART, "gradients", "ahead"))
     parser.add_argument("--short", action="store_true", help="other defaults, for the small world on a CPU")
     parser.add_argument("--config", default="flux")
-    parser.add_argument("--devices", help="numbers of cards, with commas; one for shards and pipelined")
+    parser.add_argument("--devices", help="numbers of cards, with commas; one for shards, pipelined, ahead")
     parser.add_argument("--shard", type=int, default=4, help="cards over which the base lies")
     parser.add_argument("--each", type=int, default=1, help="prompts a card")
     parser.add_argument("--repeat", type=int, default=3, help="iterations, after a first one if there are several")
@@ -233,7 +272,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def checked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments as lists, numbers and a file's name."""
-    args.devices = [int(n) for n in (args.devices or ("4" if args.part in OF_PART else "1,2,4")).split(",")]
+    args.devices = [int(n) for n in (args.devices or ("4" if args.part in ONE_NUMBER else "1,2,4")).split(",")]
     args.set = dict(args.set)
     args.settings = args.settings.split(",")
     taken = ("parts",) if args.part == "shards" and args.limit else OF_PART.get(args.part, ())
@@ -241,7 +280,7 @@ def checked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argpar
     setting = args.settings if args.part in OF_PART and len(args.settings) == 1 else []
     name = "_".join([args.part, *setting, *(["limited"] if args.limit else [])])
     args.out = args.out or HERE / f"results/{name}.json"
-    if args.part in OF_PART and len(args.devices) > 1:
+    if args.part in ONE_NUMBER and len(args.devices) > 1:
         parser.error(f"--devices={args.devices}: --part={args.part} takes one number of cards")
     if strange := {*args.forms} - {*FORMS}:
         parser.error(f"--forms: {'; '.join(strange)} unknown, take {'; '.join(FORMS)}")
@@ -270,7 +309,8 @@ def main(argv: list[str] | None = None) -> None:
         record = Record(args.out, config=config.to_json(told), named=named_setting(args), shard=args.shard)
         if found := limits():
             record({"limit of JAX's memory on a card": results.figure(max(found), "GB", len(found))})
-        {"scaling": scaling, "gradients": gradients.run}.get(args.part, forms)(args, record, loaded)
+        parts = {"scaling": scaling, "gradients": gradients.run, "ahead": ahead}
+        parts.get(args.part, forms)(args, record, loaded)
 
 
 if __name__ == "__main__":
