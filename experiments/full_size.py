@@ -13,6 +13,7 @@ Programs of whole iterations are compiled before they run; with --repeat=1 there
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import statistics
 import tempfile
@@ -24,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from experiments import fields, profile, results
@@ -297,17 +299,28 @@ class Bench:
         self.profiled(name, call)
         self.peak(f"peak after the {name}")
 
-    def learn(self, every: int) -> None:
-        """The policy update on the kept samples, with the reference on one micro-batch in `every`."""
-        cfg = config.override(self.cfg, **{"learn.reference_every": every})
+    def learn(self, every: int, deterministic: bool = False) -> None:
+        """The policy update on the kept samples, with the reference on one micro-batch in `every`; and how far the
+        gradient of the same program, run again, lies from the first one."""
+        cfg = config.override(self.cfg, **{"learn.reference_every": every, "learn.deterministic": deterministic})
         model, state = self.sizes.model, self.state()
         keys = jax.random.split(jax.random.key(1), (cfg.prompts, cfg.kept))
         x0 = jax.random.normal(jax.random.key(2), (*keys.shape, *jax.eval_shape(model.noise, keys[0, 0]).shape))
         samples = Rollout(keys, x0, jax.random.normal(jax.random.key(3), keys.shape), {})
-        update = jax.jit(functools.partial(learn, model=model, optimizer=self.optimizer, cfg=cfg))
-        seconds, compiling = timed(lambda: update(state, self.frozen, self.prompts.cond, samples), self.repeat)
+        options = device.compiler_options("bf16", deterministic)
+        update = jax.jit(
+            functools.partial(learn, model=model, optimizer=self.optimizer, cfg=cfg), compiler_options=options
+        )
+        call = functools.partial(update, state, self.frozen, self.prompts.cond, samples)
+        seconds, compiling = timed(call, self.repeat)
         what = "every micro-batch" if every == 1 else f"one micro-batch in {every}"
-        self.note(f"learn of {keys.size} x {cfg.times}, the reference on {what}", seconds, compile=compiling)
+        name = f"learn of {keys.size} x {cfg.times}, the reference on {what}" + ", deterministic" * deterministic
+        self.note(name, seconds, compile=compiling)
+        first, again = (optax.tree.get(call()[0].moments, "mu") for _ in range(2))  # a tenth of the clipped gradient
+        apart = optax.tree.norm(optax.tree.sub(again, first)) / optax.tree.norm(first)
+        self.figures[f"{name}: run again"] = results.figure(float(apart), "|g' - g| / |g|", 1)
+        print(f"{apart:9.2e}  {name}: run again", flush=True)
+        self.written(self.figures)
 
     def state(self) -> iteration.TrainState:
         state = init_state(jax.random.key(0), self.frozen, **self.statics)
@@ -347,6 +360,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--decode", default="bfloat16:24", help="DTYPE:BATCH of decodes, several with commas")
     parser.add_argument("--keeps", help="model.remat_keeps of micro-steps, several with semicolons; the config's")
     parser.add_argument("--every", default="1,4", help="learn.reference_every of whole updates, with commas")
+    parser.add_argument("--deterministic", action="store_true", help="whole updates also with learn.deterministic")
     parser.add_argument(
         "--only", default="encode,forward,decode,reward,micro_step,iterations", help="of these and learn"
     )
@@ -367,13 +381,14 @@ def main(argv: list[str] | None = None) -> None:
         stack.enter_context(jax.set_mesh(mesh))
         forwards, decodes = ([word.split(":") for word in words.split(",")] for words in (args.forward, args.decode))
         keeping = ",".join(cfg.model.remat_keeps) if args.keeps is None else args.keeps
+        updates = itertools.product(args.every.split(","), (False, True)[: 1 + args.deterministic])
         steps = [
             ("encode", bench.encode),
             *(("forward", functools.partial(bench.forward, p, b)) for p, b in forwards),
             *(("decode", functools.partial(bench.decode, d, int(b))) for d, b in decodes),
             ("reward", functools.partial(bench.reward, 24)),
             *(("micro_step", functools.partial(bench.micro_step, keeps)) for keeps in keeping.split(";")),
-            *(("learn", functools.partial(bench.learn, int(every))) for every in args.every.split(",")),
+            *(("learn", functools.partial(bench.learn, int(every), fixed)) for every, fixed in updates),
             ("iterations", functools.partial(bench.iterations, tflop)),
         ]
         for name, step in steps:

@@ -30,6 +30,10 @@ a GELU (tests/test_compiled.py::test_forward_in_fp8)."""
 NO_TRITON_NORMS = {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
 """Compiler options without the pass that makes one Triton kernel of each norm and of each quantisation, and then tries
 tilings for every operation that could join one."""
+DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
+"""Compiler options with which a GPU's program gives the same bits whenever it runs. cuDNN's attention else adds in a
+changing order in its backward pass. XLA then takes the first kernel for each product, not the fastest it has timed, so
+that another compilation has the same ones too."""
 MEMORY = "0.92"
 """Share of a GPU's memory that JAX reserves. Its own default, 75 %, is too little for 12B parameters on 80 GB."""
 
@@ -61,13 +65,15 @@ def _missing(flags: str) -> list[str]:
     return [f"--{name}={str(value).lower()}" for name, value in XLA_GPU.items() if name not in flags]
 
 
-def compiler_options(precision: str) -> dict[str, str]:
-    """XLA's options for a rollout in `precision` on the current platform.
+def compiler_options(precision: str, deterministic: bool = False) -> dict[str, str | bool]:
+    """XLA's options for a program in `precision` on the current platform, `deterministic` or not.
 
     Emulated NVFP4 quantises every Linear's input by a dozen operations: on a GPU, trying tilings for these is most of
     compiling.
     """
-    return dict(NO_TRITON_NORMS) if precision == "nvfp4_emulated" and platform() == "gpu" else {}
+    if platform() != "gpu":
+        return {}
+    return {**(NO_TRITON_NORMS if precision == "nvfp4_emulated" else {}), **(DETERMINISTIC if deterministic else {})}
 
 
 def absent() -> list[str]:

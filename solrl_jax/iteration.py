@@ -120,6 +120,7 @@ def programs(
     run, how = stages(model, score, optimizer, cfg), {name: stage.precision for name, stage, _ in cfg.stages()}
     functions = run._replace(draw=functools.partial(run.draw, prompts=cfg.prompts))._asdict()
     options = {name: device.compiler_options(how.get(name, "bf16")) for name in functions}
+    options["learn"] = device.compiler_options("bf16", cfg.learn.deterministic)  # alone in having a backward pass
     return {name: jax.jit(f, compiler_options=options[name]) for name, f in functions.items()}
 
 

@@ -318,7 +318,7 @@ def stepper(parts: Parts, out: Log, stop: "Stop") -> Step:
                 raise Stopped
 
         return lambda state, batch, times: staged(state, parts.frozen, batch.prompts, times, between, batch.rows)
-    options = device.compiler_options(parts.cfg.low_precision or "bf16")
+    options = device.compiler_options(parts.cfg.low_precision or "bf16", parts.cfg.learn.deterministic)
     whole = jax.jit(iteration.iteration_step, static_argnames=tuple(statics), compiler_options=options)
 
     def step(state: TrainState, batch: Batch, times: dict[str, float]) -> tuple[TrainState, dict]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from experiments import lab
 from solrl_jax import config, device, iteration, learn, lora, quant, sharding
@@ -262,6 +263,21 @@ def test_a_run_explores_in_emulated_nvfp4_without_triton_norms(h100, tmp_path, p
         given = *given, shapes.batch(found.prompts, 1), shapes.keys(1, 4)
         text = stages["explore"].lower(*given).compile(device.XLA_GPU).as_text()
     assert ("__triton" in text) == (precision == "bf16")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_deterministic_program_adds_in_order(h100, deterministic):
+    """Sums into places that are drawn are sorted first, instead of added as they come. What cuDNN does is not told."""
+
+    def added(places, x):
+        return jnp.zeros(64).at[places].add(x)
+
+    place = NamedSharding(h100, sharding.WHOLE)
+    given = (jax.ShapeDtypeStruct((1000,), dtype, sharding=place) for dtype in (jnp.int32, jnp.float32))
+    with jax.set_mesh(h100):
+        options = device.compiler_options("bf16", deterministic)
+        text = jax.jit(added, compiler_options=options).lower(*given).compile(device.XLA_GPU).as_text()
+    assert (" sort(" in text) == deterministic
 
 
 def test_the_emoji_world_has_the_fused_attention(h100):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from ml_dtypes import bfloat16
 
-from solrl_jax import device, quant
+from solrl_jax import config, device, iteration, learn, quant
 from solrl_jax.models import layers
-from solrl_jax.plan import jaxpr
+from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.quant import fp8, nvfp4
 
 
@@ -59,6 +59,27 @@ def test_only_emulated_nvfp4_on_gpus_compiles_without_triton_norms(monkeypatch):
     monkeypatch.setattr(device, "platform", lambda: "gpu")
     assert device.compiler_options("nvfp4_emulated") == {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
     assert [device.compiler_options(p) for p in ("bf16", "fp8", "nvfp4_native")] == [{}] * 3
+
+
+def test_learning_alone_is_deterministic_where_asked(monkeypatch):
+    """It alone has a backward pass. A CPU's programs are so without an option."""
+    given = {}
+    monkeypatch.setattr(jax, "jit", lambda f, compiler_options: given.update({f: compiler_options}) or f)
+    cfg = config.load("tiny:sol_rl")
+
+    def with_options(cfg):
+        given.clear()
+        sizes = shapes.read(cfg, 1)
+        found = iteration.programs.__wrapped__(sizes.model, sizes.score, learn.make_optimizer(cfg), cfg)
+        return {name: options for name, f in found.items() if (options := given[f])}
+
+    asked = config.override(cfg, **{"learn.deterministic": "true"})
+    assert with_options(asked) == {}
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
+    explore = {"explore": {"xla_disable_hlo_passes": "triton-softmax-rewriter"}}
+    assert with_options(cfg) == explore
+    assert with_options(asked) == {**explore, "learn": {"xla_gpu_deterministic_ops": True}}
+    assert device.compiler_options("nvfp4_emulated", True) == {**explore["explore"], "xla_gpu_deterministic_ops": True}
 
 
 def test_linear_multiplies_rounded_operands(amx):

@@ -65,10 +65,13 @@ def test_every_measurement_on_four_devices(tmp_path):
         bench.reward(2)
         bench.micro_step("")
         bench.learn(1)
+        bench.learn(2, deterministic=True)
         rows = bench.iterations({})
     assert len(rows) == 1 and set(rows[0]) == {"quantise", "explore", "regenerate", "learn"}
     medians = {name for name, figure in bench.figures.items() if not name.endswith((": compile", ": rate"))}
     assert {"iteration", *rows[0], "encode 4 prompts", "bf16 forward of 2", "nvfp4_emulated quantise"} <= medians
+    again = {name: figure["value"] for name, figure in bench.figures.items() if name.endswith(": run again")}
+    assert list(again.values()) == [0.0, 0.0] and "deterministic" in list(again)[1]
     assert seen[-1] == len(bench.figures) and len(seen) >= 12
 
 
@@ -93,7 +96,7 @@ def test_iterations_are_told_one_by_one(tmp_path, monkeypatch):
             return state, {}
 
     class Held:
-        repeat, frozen, prompts = 3, None, None
+        repeat, first, frozen, prompts = 3, True, None, None
         state = staticmethod(dict)
 
     monkeypatch.setattr(full_size, "Ahead", Fake)
@@ -102,7 +105,7 @@ def test_iterations_are_told_one_by_one(tmp_path, monkeypatch):
     )
     assert [row["explore"] for row in rows] == [2.0, 3.0, 4.0] and told == [1, 2, 3] and options == [{"x": 1}] * 4
     assert compiling == {"quantise": 0.0, "explore": 0.0, "learn": 0.5}
-    Held.repeat = 1
+    Held.repeat, Held.first = 1, False
     (row,), _ = full_size.iterations(Staged(), Held())
     assert row == {"quantise": 4.0, "explore": 1.0, "learn": 1.5}
 
@@ -240,7 +243,8 @@ def test_the_cases_of_a_gradient(tmp_path, monkeypatch, loads_nano):
     asked = []
 
     def made(cfg, case, count, runs):
-        asked.append((cfg.model.dtype, cfg.learn.micro_batch, count, runs, *case))
+        asked.append((cfg.model.dtype, cfg.learn.micro_batch, cfg.learn.deterministic, runs, *case))
+        assert count == 2
         assert cfg.prompts == 4 and cfg.shard == case.shard and cfg.learn.reference_every == 1
         bias = 10.0 + (cfg.model.dtype == "bfloat16") + case.devices / 10 + (case.micro == 4) / 2
         return [{"a": np.array([bias + i])} for i in range(runs)]
@@ -249,14 +253,17 @@ def test_the_cases_of_a_gradient(tmp_path, monkeypatch, loads_nano):
     words = ["--part=gradients", "--devices=1,2,4", "--other=xla_a=1", "--micro=2", "--other_micro=4", "--layers=0"]
     run.main([*words, f"--out={tmp_path / 'g.json'}"])
     found = {k: f["value"] for k, f in json.loads((tmp_path / "g.json").read_text())["figures"].items()}
-    assert [case[4:6] for case in asked[:7]] == [(1, 1), (4, 1), (4, 4), (2, 1), (1, 1), (1, 1), (4, 1)]
-    assert [case[1] for case in asked[:7]] == [2, 2, 2, 2, 2, 4, 4] and len(asked) == 14
-    assert [case[3] for case in asked[:7]] == [2, 1, 1, 1, 1, 1, 1] and asked[4][-2] == {"xla_a": "1"}
+    first = asked[: len(asked) // 2]
+    assert [case[4:6] for case in first] == [(1, 1), (1, 1), (4, 1), (4, 4), (2, 1), (1, 1), (1, 1), (4, 1)]
+    assert [case[1] for case in first] == [2, 2, 2, 2, 2, 2, 4, 4] and len(asked) == 16
+    assert [case[3] for case in first] == [2, 2, 1, 1, 1, 1, 1, 1] and first[5][7] == {"xla_a": "1"}
+    assert [case[8] for case in first] == [False, True, *[False] * 6] == [case[2] for case in first]
     assert found["float32: |g|"] == 10.1 and found["float32: 4 devices, shard=4"] == pytest.approx(0.3 / 10.1)
     assert found["float32: 4 devices, micro_batch=4 on both"] == pytest.approx(0.3 / 10.6)
     assert found["bfloat16: against float32"] == pytest.approx(1 / 10.1)
     assert found["bfloat16: 2 devices"] == pytest.approx(0.1 / 11.1)
-    assert found["bfloat16: run again"] == pytest.approx(1 / 11.1)
+    assert found["bfloat16: run again"] == found["bfloat16: deterministic, run again"] == pytest.approx(1 / 11.1)
+    assert found["bfloat16: deterministic"] == 0
 
 
 def test_difference_is_relative_over_all_leaves():

@@ -6,8 +6,9 @@ fresh one's down factors have no gradient. The samples are the same on any numbe
 
 Each difference is |g' - g| / |g| over all leaves, in each dtype. Against g of one card, in the same micro-batches: on
 several cards, with the base over `--shard` of them, the same program run again (some kernels add in an order that
-differs each time), and compiled with another option of XLA (`--other`). Then one card in other micro-batches
-(`--other_micro`), and several cards against it in these. In bfloat16 also g against float32's.
+differs each time), the program of learn.deterministic and its second run, and one compiled with another option of XLA
+(`--other`). Then one card in other micro-batches (`--other_micro`), and several cards against it in these. In bfloat16
+also g against float32's.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from solrl_jax.structs import Frozen, PyTree, leaves_by_path
 Gradient = dict[str, np.ndarray]
 OTHER = {"gpu": "xla_gpu_autotune_level=0", "cpu": "xla_disable_hlo_passes=fusion"}
 """An option by platform with which other kernels compute the same products and sums."""
-BASE = "one card"
+BASE, ORDERED = "one card", "deterministic"
 
 
 class Case(NamedTuple):
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     shard: int = 1
     micro: int = 4
     options: Options | None = None
+    deterministic: bool = False
     against: str = BASE
 
 
@@ -60,7 +62,7 @@ def cases(args: argparse.Namespace) -> dict[str, Case]:
     plain, several = Case(micro=args.micro), sorted({*args.devices} - {1}, reverse=True)
     option, _, value = (args.other or OTHER[device.platform()]).partition("=")
     other = f"micro_batch={args.other_micro}"
-    found = {BASE: plain}
+    found = {BASE: plain, ORDERED: plain._replace(deterministic=True)}
     for devices in several:
         found[f"{devices} devices"] = plain._replace(devices=devices)
         if args.shard > 1 and devices % args.shard == 0:
@@ -80,10 +82,13 @@ def run(args: argparse.Namespace, record: Callable[[dict[str, Any]], None], load
         known: dict[str, Gradient] = {}
         for name, case in cases(args).items():
             words = {"learn.micro_batch": case.micro, "learn.reference_every": 1, "shard": case.shard}
+            words["learn.deterministic"] = case.deterministic
             cfg = loaded(prompts=max(args.devices), **{"model.dtype": dtype}, **words)
             shallow(cfg, args.layers)
-            known[name], *again = gradient(cfg, case, args.samples, runs=2 if name == BASE else 1)
+            known[name], *again = gradient(cfg, case, args.samples, runs=2 if name in (BASE, ORDERED) else 1)
             figures = {f"{dtype}: {name}": difference(known[name], known[case.against])}
+            if name == ORDERED:
+                figures[f"{dtype}: {name}, run again"] = difference(again[0], known[name])
             if name == BASE:
                 figures = {f"{dtype}: |g|": results.figure(size(known[name]), "over all leaves", 1)}
                 figures[f"{dtype}: run again"] = difference(again[0], known[name])
@@ -109,7 +114,9 @@ def gradient(cfg: Config, case: Case, count: int, runs: int) -> list[Gradient]:
         keys = jax.random.split(jax.random.key(1), (cfg.prompts, count))
         x0 = jax.vmap(jax.vmap(model.noise))(keys)
         advantage = jnp.tile(jnp.linspace(-2.0, 2.0, count), (cfg.prompts, 1))
-        step = Ahead(jax.jit(functools.partial(learn.gradients, model=model, cfg=cfg)), case.options)
+        options = device.compiler_options("bf16", cfg.learn.deterministic)
+        jitted = jax.jit(functools.partial(learn.gradients, model=model, cfg=cfg), compiler_options=options)
+        step = Ahead(jitted, case.options)
         given = state._replace(lora=moved), state, frozen, cond, *map(split, (keys, algos.Sample(x0), advantage))
         found = [jax.device_get(step(*given)[0]) for _ in range(runs)]
     return [{path: np.asarray(x, np.float64) for path, x in leaves_by_path(g).items()} for g in found]

@@ -43,8 +43,8 @@ except ModuleNotFoundError:  # Windows
     fcntl = None
 
 CHANGEABLE = (
-    # No number of the training depends on these fields; of shard, rounding in bfloat16 does.
-    *("name", "iterations", "save_every", "keep", "encode_ahead", "shard", "wandb"),
+    # No number of the training depends on these fields; of shard and deterministic, rounding in bfloat16 does.
+    *("name", "iterations", "save_every", "keep", "encode_ahead", "shard", "wandb", "learn.deterministic"),
     *(f"evaluate.{f.name}" for f in dataclasses.fields(config.Evaluate) if f.name != "held_out"),
     *("model.path", "reward_paths", "prompt_files"),  # folders may move; their content is not compared
     "model.lora",  # here by content (base_loras.check_same)
