@@ -72,7 +72,8 @@ def _module() -> str:
 def cell(f: dict[str, Any], digits: int = 3) -> str:
     """A figure as text: value, then its standard error, interval or repeats; a dash where there is no value.
 
-    A standard error shows its first digit at least, and a value alone that would be nothing but zeros its first three.
+    A standard error shows its first digit at least. Of a value alone that would be one digit the next is shown too, of
+    one that would be nothing but zeros the first three.
     """
     value, spread = f["value"], f["spread"]
     if value is None:
@@ -81,14 +82,20 @@ def cell(f: dict[str, Any], digits: int = 3) -> str:
     if error is not None:
         digits = max(digits, -math.floor(math.log10(error))) if error else digits
         return f"{value:.{digits}f} ± {error:.{digits}f}"
-    alone = spread is None and 0 < abs(value) < 10**-digits
-    text = f"{value:.3g}" if alone else f"{value:.{digits}f}"
-    if isinstance(spread, float):
-        return text
+    if spread is None:
+        return _alone(value, digits)
+    text = f"{value:.{digits}f}"
     if isinstance(spread, dict):
         parts = [_numbers(spread["interval"], digits)] if "interval" in spread else []
         return " ".join([text, *parts]) + (f" ({_numbers(spread['seeds'], digits)[1:-1]})" if "seeds" in spread else "")
-    return f"{text} {_numbers(spread, digits)}" if spread and spread[0] != spread[-1] else text
+    return f"{text} {_numbers(spread, digits)}" if spread[0] != spread[-1] else text
+
+
+def _alone(value: float, digits: int) -> str:
+    if 0 < abs(value) < 10**-digits:
+        return f"{value:.3g}"
+    one_digit = 0 < abs(value) < 10 ** (1 - digits)
+    return f"{value:.{digits + one_digit}f}"
 
 
 def _numbers(values: list[float], digits: int) -> str:
@@ -99,12 +106,16 @@ def table(file: str | Path, pattern: str = ".*") -> str:
     """The figures of a results file, those whose name matches `pattern`, as a Markdown table."""
     data = json.loads(Path(file).read_text())
     rows = ["| figure | value | unit | n |", "|---|---|---|---|"]
-    rows += [
-        f"| {name} | {cell(f)} | {f['unit']} | {f['n']} |"
-        for name, f in data["figures"].items()
-        if re.fullmatch(pattern, name)
-    ]
+    for name, f in data["figures"].items():
+        if re.fullmatch(pattern, name):
+            row = (name, cell(f), f["unit"], str(f["n"]))
+            rows.append(f"| {' | '.join(map(_escaped, row))} |")
     return "\n".join(rows)
+
+
+def _escaped(text: str) -> str:
+    """As text of a Markdown table's cell, where a bar alone would end it."""
+    return text.replace("|", r"\|")
 
 
 def matrix(files: list[Path], columns: list[str]) -> str:
