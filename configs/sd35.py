@@ -12,10 +12,9 @@ model_index.json leaves text_encoder_3 out ([null, null]) runs without T5, which
 
 NVFP4 quantises what the original quantises, of Large the image's MLPs: 22 % of the weights, 64 % of the Linears'
 FLOPs; FP8 all of a block but its modulation. Medium is not in the paper: its values are Large's.
-On an H100, random weights, FP8, with the reference on every micro-batch: 75 s a prompt and iteration
-(experiments/branch); sol_rl 87 s, 52 GB (experiments/sd35_h100); learning is 39 of
-them instead of 46 since the reference has one of four (experiments/efficiency). The paper gives 427 s an iteration of
-48 prompts on eight B200 with native FP4, 187 of them rollout.
+On an H200, random weights, FP8: 65 s a prompt and iteration, 37 of them to learn; sol_rl 78 s, naive_scaling 95 s
+(experiments/efficiency). sol_rl on an H100, with the reference on every micro-batch: 87 s, 52 GB (experiments/sd35_h100).
+The paper gives 427 s an iteration of 48 prompts on eight B200 with native FP4, 187 of them rollout.
 """
 
 import dataclasses
