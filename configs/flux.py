@@ -36,7 +36,7 @@ def base(reward: str) -> Config:
             text_tokens=128,
             vae_dtype="bfloat16",  # as the original, which decodes under autocast
             remat=True,
-            remat_keeps=("attention", "mlp"),
+            remat_keeps=("auto",),
             min_dim=1000,
             min_quantised_flops=0.9,  # the rule covers all of the blocks'; less is another network
         ),

@@ -37,7 +37,7 @@ def base(reward: str) -> Config:
             text_tokens=300,
             vae_dtype="bfloat16",
             remat=True,
-            remat_keeps=("attention", "mlp"),
+            remat_keeps=("auto",),
             min_dim=2240,
             min_quantised_flops=0.55,  # the rule covers .574 of the blocks'; less is another network
         ),

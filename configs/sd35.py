@@ -12,9 +12,10 @@ model_index.json leaves text_encoder_3 out ([null, null]) runs without T5, which
 
 NVFP4 quantises what the original quantises, of Large the image's MLPs: 22 % of the weights, 64 % of the Linears'
 FLOPs; FP8 all of a block but its modulation. Medium is not in the paper: its values are Large's.
-On an H200, random weights, FP8: 65 s a prompt and iteration, 37 of them to learn; sol_rl 78 s, naive_scaling 95 s
-(experiments/efficiency). sol_rl on an H100, with the reference on every micro-batch: 87 s, 52 GB (experiments/sd35_h100).
-The paper gives 427 s an iteration of 48 prompts on eight B200 with native FP4, 187 of them rollout.
+On an H200, random weights, FP8, keeping attention and mlp: 65 s a prompt and iteration, 37 of them to learn; sol_rl
+78 s, naive_scaling 95 s (experiments/efficiency). sol_rl on an H100, with the reference on every micro-batch: 87 s, 52
+GB (experiments/sd35_h100). The paper gives 427 s an iteration of 48 prompts on eight B200 with native FP4, 187 of them
+rollout.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ def large(reward: str) -> Config:
             text_tokens=128,  # not diffusers' 256
             vae_dtype="bfloat16",  # as the original, which decodes under autocast
             remat=True,
-            remat_keeps=("attention", "mlp"),  # 52 GB on an H100; 39 with attention alone, by --mode=plan
+            remat_keeps=("auto",),  # with attention and mlp 52 GB on an H100
             min_dim=2432,
             min_quantised_flops=0.6,  # NVFP4's rule covers .635 of the blocks'; less is another network
         ),

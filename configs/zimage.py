@@ -37,7 +37,7 @@ def base(reward: str) -> Config:
             text_tokens=128,  # a multiple of 32; not diffusers' 512, up to which only the longest prompts go
             vae_dtype="bfloat16",
             remat=True,
-            remat_keeps=("attention", "mlp"),
+            remat_keeps=("auto",),
             min_dim=1000,
             min_quantised_flops=0.9,  # the rule covers all of the blocks'; less is another network
         ),

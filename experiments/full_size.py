@@ -12,6 +12,7 @@ Programs of whole iterations are compiled before they run; with --repeat=1 there
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import math
@@ -342,6 +343,14 @@ class Bench:
         return iterations(staged, self, options=options, each=each)[0]
 
 
+def settled(named: Config, folder: str, devices: int) -> Config:
+    """`named` with its model's public configs and what a run on `devices` of these would choose. Frozen weights are
+    whole unless it says otherwise."""
+    cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
+    cfg = dataclasses.replace(cfg, shard=max(1, cfg.shard))
+    return plan.settled(cfg, devices, plan.memory_limit())[0] if cfg.model.remat_keeps == config.AUTO else cfg
+
+
 def work(cfg: Config, devices: int) -> Times:
     """TFLOP of every stage of an iteration, of one device; called outside of any mesh of several devices."""
     cfg = config.override(cfg, shard="1")  # the same work
@@ -373,9 +382,10 @@ def main(argv: list[str] | None = None) -> None:
     mesh = assemble.make_mesh(args.devices, max(1, named.shard), named.prompts)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
+        cfg = settled(named, folder, mesh.size)
         tflop = work(cfg, mesh.size)
-        written = functools.partial(results.record, args.out, config=config.to_json(named))
+        kept = ",".join(cfg.model.remat_keeps)
+        written = functools.partial(results.record, args.out, config=config.to_json(named), remat_keeps=kept)
         bench = Bench(cfg, mesh, args.repeat, args.profile, written)
         bench.flop = {part: flop.total() for part, flop in plan.per_image_flops(bench.sizes).items()}
         stack.enter_context(jax.set_mesh(mesh))

@@ -82,6 +82,7 @@ def cell(f: dict[str, Any], digits: int = 3) -> str:
     if error is not None:
         digits = max(digits, -math.floor(math.log10(error))) if error else digits
         return f"{value:.{digits}f} ± {error:.{digits}f}"
+    assert not isinstance(spread, float)  # an error, above
     if spread is None:
         return _alone(value, digits)
     text = f"{value:.{digits}f}"

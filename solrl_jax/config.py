@@ -28,6 +28,8 @@ PACKAGE = "solrl_jax_configs"
 """FOLDER has the configs: inside an installed package, beside it in the repository. PACKAGE is their module's name."""
 
 
+AUTO = ("auto",)
+"""model.remat_keeps, before the plan has chosen."""
 WEIGHT = "1 (none) or a finite number above it"
 
 
@@ -55,7 +57,9 @@ class Model(Checked):
     # auto: the network's own kind of guidance (structs.Model); cfg: the classifier-free one, also for a FLUX.
     guidance: Literal["auto", "cfg"] = "auto"
     remat: bool = True  # recompute blocks in the backward pass, except what `remat_keeps` names
-    remat_keeps: tuple[str, ...] = ()  # some of "attention", "qkv", "mlp": faster, with more memory
+    # Some of "attention", "qkv", "mlp": faster, with more memory. "auto": as many as fit the device (plan.settled);
+    # where no plan is asked, none.
+    remat_keeps: tuple[str, ...] = ()
     min_dim: int = 1000  # quantise only Linears with max(in, out) above this
     min_quantised_flops: float = 0.0  # a run whose rule covers a smaller share of the blocks' FLOPs stops
 
@@ -63,8 +67,8 @@ class Model(Checked):
         for entry in self.lora:
             lora_entry(entry)
         require(self.size > 0, f"model.size={self.size}: give pixels, 1 or more")
-        strange = sorted(set(self.remat_keeps) - {"attention", "qkv", "mlp"})
-        require(not strange, f"model.remat_keeps={','.join(self.remat_keeps)}: use some of attention, qkv, mlp")
+        known = self.remat_keeps == AUTO or set(self.remat_keeps) <= {"attention", "qkv", "mlp"}
+        require(known, f"model.remat_keeps={','.join(self.remat_keeps)}: use some of attention, qkv, mlp, or auto")
         require(0 <= self.shift < math.inf, f"model.shift={self.shift}: 0 (the pipeline's sigmas) or a positive number")
         require(self.text_tokens > 0, f"model.text_tokens={self.text_tokens}: give 1 or more")
         require(0 <= self.min_quantised_flops <= 1, "model.min_quantised_flops is a share, 0 to 1")

@@ -71,9 +71,11 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         if resume:
             processes.by_first(lambda: stack.enter_context(checkpoint.alone(run)))
         count, host = devices or jax.device_count(), jax.local_device_count()
-        shard, why = plan.shard_of(cfg, count, plan.memory_limit(), host=host)
-        state = None if place is None else restored(place, cfg, devices, shard)
-        parts = processes.together(lambda: assemble.assemble(cfg, devices, shard))
+        settled, why = plan.settled(cfg, count, plan.memory_limit(), host=host)
+        chosen = {"shard": str(settled.shard), "model.remat_keeps": ",".join(settled.model.remat_keeps)}
+        processes.same({f"{name}, by its memory": value for name, value in chosen.items()})
+        state = None if place is None else restored(place, cfg, devices, settled.shard)
+        parts = processes.together(lambda: assemble.assemble(cfg, devices, settled))
         processes.same({"the content of prompt_files": data.digest(parts.prompts)})
         stack.enter_context(jax.set_mesh(parts.mesh))
         stop = stack.enter_context(signals())

@@ -251,7 +251,7 @@ def test_sol_rl_on_flux_field_by_field():
         "name": "flux",
         "model.path": "black-forest-labs/FLUX.1-dev",
         "model.vae_dtype": "bfloat16",
-        "model.remat_keeps": ("attention", "mlp"),
+        "model.remat_keeps": ("auto",),
         "model.min_quantised_flops": 0.9,
         "reward": "clipscore",
         "reward_paths": recipes.ON_THE_HUB,

@@ -278,7 +278,7 @@ def test_an_evaluation_that_does_not_fit_is_refused_before_the_run(planned, monk
     assert use.activations > 8 * by_stage(planned)["evaluate"].activations
     monkeypatch.setattr(plan, "stages_of", lambda _: ("evaluate",))  # the others are not asked about again
     with pytest.raises(ConfigError, match=r"too small: evaluate does not fit: .* with --config.evaluate.chunk=\d+"):
-        plan.shard_of(cfg, 1, plan.room(plan.CARDS["H100 80GB"]))
+        plan.settled(cfg, 1, plan.room(plan.CARDS["H100 80GB"]))
     both = [("explore.chunk", "12"), ("regenerate.chunk", "12"), ("explore.chunk", "8"), ("regenerate.chunk", "8")]
     assert [x for x in plan.remedies("watch", planned.cfg) if x[0].endswith("chunk")][:4] == both
     assert ("evaluate.chunk", "1024") in plan.remedies("evaluate", cfg)
@@ -306,11 +306,11 @@ def test_advice_names_the_field_to_change(planned):
 def test_a_gpu_that_is_too_small_is_refused_before_anything_is_read(planned, tmp_path, monkeypatch):
     """With the plan's numbers; an estimate that is a little over the room is let through, as it may be too high."""
     largest = max(planned.uses, key=lambda use: use.total)
-    assert plan.shard_of(planned.cfg, 1, plan.room(card_without(largest, 0.25))) == (1, [])
+    assert plan.settled(planned.cfg, 1, plan.room(card_without(largest, 0.25))) == (planned.cfg, [])
     with pytest.raises(
         ConfigError, match=r"too small: explore does not fit: \d+\.\d of \d+\.\d GB; it fits \(.*chunk="
     ):
-        plan.shard_of(planned.cfg, 1, plan.room(card_without(largest, 0.5)))
+        plan.settled(planned.cfg, 1, plan.room(card_without(largest, 0.5)))
     monkeypatch.setattr("solrl_jax.run.assemble.capability", lambda: 9.0)
     monkeypatch.setattr(plan, "memory_limit", lambda: 24e9)
     with pytest.raises(ConfigError, match=r"too small: encode does not fit: .* of 24.0 GB"):

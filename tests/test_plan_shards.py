@@ -160,16 +160,22 @@ def test_seconds_of_links():
 # --- the choice -----------------------------------------------------------------------------------------------------
 
 
+def shard_of(cfg, *args, **kwargs):
+    """(K, lines for the log) of plan.settled."""
+    found, said = plan.settled(cfg, *args, **kwargs)
+    return found.shard, said
+
+
 @pytest.mark.slow
 def test_the_least_shard_that_fits_is_chosen(cfg, uses, short):
     whole, two, four = (most(uses[k]) for k in (1, 2, 4))
     assert whole > two > four
-    assert plan.shard_of(cfg, 4, 1e12) == plan.shard_of(cfg, 4, None) == (1, [])
+    assert shard_of(cfg, 4, 1e12) == shard_of(cfg, 4, None) == (1, [])
     for limit, host, k in ((two, 0, 2), (two - 1, 0, 4), (two - 1, 2, 2)):  # on a host of two, two are the most
-        chosen, (said,) = plan.shard_of(cfg, 4, limit, host=host)
+        chosen, (said,) = shard_of(cfg, 4, limit, host=host)
         assert chosen == k and said.startswith(f"shard={k}: frozen weights are sharded over {k} devices")
         assert f"with whole weights encode would take about {plan._gb(uses[1]['encode'].total)} of" in said
-    assert plan.shard_of(dataclasses.replace(cfg, shard=4), 4, 1e12, host=2) == (4, [])  # as was asked for
+    assert shard_of(dataclasses.replace(cfg, shard=4), 4, 1e12, host=2) == (4, [])  # as was asked for
 
 
 @pytest.mark.slow
@@ -177,15 +183,15 @@ def test_nothing_that_fits_is_refused_with_numbers(cfg, uses, short):
     limit = 0.8 * most(uses[4])
     encode = plan._gb(uses[4]["encode"].total)
     with pytest.raises(ConfigError, match=rf"too small: encode does not fit: {encode} of .* see --mode=plan"):
-        plan.shard_of(cfg, 4, limit)
+        shard_of(cfg, 4, limit)
     with pytest.raises(ConfigError, match="too small: encode"):  # nor may another K be taken than the one asked for
-        plan.shard_of(dataclasses.replace(cfg, shard=1), 4, most(uses[2]))
+        shard_of(dataclasses.replace(cfg, shard=1), 4, most(uses[2]))
 
 
 def test_a_shard_that_does_not_divide_is_refused(cfg, short):
     for k in (3, 8):
         with pytest.raises(ConfigError, match=rf"shard={k} does not divide 4 devices .*: use one of \[1, 2, 4\]"):
-            plan.shard_of(dataclasses.replace(cfg, shard=k), 4, 1e12)
+            shard_of(dataclasses.replace(cfg, shard=k), 4, 1e12)
     with pytest.raises(ConfigError, match=r"shard=-1: 0 \(auto\), 1"):
         dataclasses.replace(cfg, shard=-1)
 
@@ -204,8 +210,8 @@ class Assembled(Exception):
 
 
 def test_a_run_takes_the_chosen_shard(cfg, uses, short, tmp_path, monkeypatch):
-    def assembled(cfg, devices, shard):
-        raise Assembled(cfg.shard, devices, shard)
+    def assembled(cfg, devices, settled):
+        raise Assembled(cfg.shard, devices, settled.shard)
 
     monkeypatch.setattr(plan, "memory_limit", lambda: float(most(uses[2])))
     monkeypatch.setattr(assemble, "assemble", assembled)

@@ -21,10 +21,9 @@ from typing import Any
 import jax
 
 from experiments import fields, results
-from experiments.full_size import Bench, iterations
+from experiments.full_size import Bench, iterations, settled
 from solrl_jax import config, device, iteration, sharding
 from solrl_jax.config import Config
-from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 
 HERE = Path(__file__).resolve().parent
@@ -103,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def variant(recipe: str, changes: dict[str, str]) -> Config:
             named = config.load(f"{args.model}:{recipe}", {**words, **changes})
-            return assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
+            return settled(named, folder, 1)
 
         wanted = [part.strip() for part in args.forms.split(";")]
         cfgs = {n: variant(*how) for part in wanted for n, how in VARIANTS.items() if part in n}
@@ -114,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         bench.first = bench.first and not args.all
         facts = {"model": args.model, "precision": bench.cfg.low_precision, "prompts": args.prompts}
         facts |= {"candidates": bench.cfg.candidates, "kept": bench.cfg.kept}
+        facts["remat_keeps"] = ",".join(bench.cfg.model.remat_keeps)
         measured = known(out, facts) if args.more else {}
         bench.encode()
         for name, cfg in cfgs.items():

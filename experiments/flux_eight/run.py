@@ -27,10 +27,10 @@ import jax
 
 from experiments import fields, results
 from experiments.flux_multi_gpu.run import Record, measured, over, totals
+from experiments.full_size import settled
 from experiments.hosts.paper import free_address
 from solrl_jax import config, device, processes
 from solrl_jax.config import Config
-from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 
 HERE = Path(__file__).resolve().parent
@@ -92,10 +92,8 @@ def run(args: argparse.Namespace, record: Record) -> None:
         for name in args.forms:
             form = FORMS[name]
             named = config_of(form, args.config, args.prompts, cards, args.set)
-            cfg, prompts[name] = (
-                assemble.resolved(shapes.with_configs(named, folder), assemble.capability()),
-                named.prompts,
-            )
+            prompts[name] = named.prompts
+            cfg = settled(named, folder, cards if form.all_cards else 1)
             if rows := measured(record, name, cfg, cards if form.all_cards else 1, 1):
                 found[name] = rows
                 record(figures_of(found, prompts, cards))

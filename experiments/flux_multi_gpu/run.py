@@ -45,10 +45,9 @@ import jax
 
 from experiments import fields, results
 from experiments.flux_multi_gpu import gradients
-from experiments.full_size import Ahead, Bench, Options, Times, in_turns
+from experiments.full_size import Ahead, Bench, Options, Times, in_turns, settled
 from solrl_jax import config, device, iteration, processes
 from solrl_jax.config import Config
-from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 
 RENAMED = jax.__version_info__ >= (0, 11)  # the option, which takes a mode since
@@ -159,7 +158,7 @@ def scaling(args: argparse.Namespace, record: Record, loaded: Callable[..., Conf
     """Weights whole on every card, the same prompts a card."""
     found: dict[int, list[float]] = {}
     for devices in args.devices:
-        cfg = loaded(prompts=args.each * devices, shard=1)
+        cfg = loaded(devices, prompts=args.each * devices, shard=1)
         rows = measured(record, f"{devices} devices", cfg, devices, args.repeat)
         if not rows:
             continue
@@ -181,13 +180,15 @@ def named_setting(args: argparse.Namespace) -> dict[str, str]:
 
 def forms(args: argparse.Namespace, record: Record, loaded: Callable[..., Config]) -> None:
     """The forms of the part at every setting, and how long one takes over another."""
-    settings = {"named": named_setting(args), "default": {}}
+    default = config.load(args.config, args.set).model.remat_keeps
+    alike = {"model.remat_keeps": "attention,mlp"} if default == config.AUTO else {}  # auto would keep more in parts
+    settings = {"named": named_setting(args), "default": alike}
     (devices,) = args.devices
     for setting in args.settings:
         found: dict[str, list[dict[str, float]]] = {}
         for form in args.forms:
             in_parts, options = FORMS[form]
-            cfg = loaded(prompts=args.each * devices, shard=args.shard if in_parts else 1, **settings[setting])
+            cfg = loaded(devices, prompts=args.each * devices, shard=args.shard if in_parts else 1, **settings[setting])
             if rows := measured(record, f"{setting}, {form}", cfg, devices, args.repeat, options):
                 found[form] = rows
         for a, b in RATIOS:
@@ -201,7 +202,7 @@ def forms(args: argparse.Namespace, record: Record, loaded: Callable[..., Config
 def ahead(args: argparse.Namespace, record: Record, loaded: Callable[..., Config]) -> None:
     """Seconds of a rollout with the next block enqueued and without, in turns, and what the second block takes."""
     (devices,) = args.devices
-    cfg = loaded(prompts=args.each * devices, shard=1)
+    cfg = loaded(devices, prompts=args.each * devices, shard=1)
     mesh = assemble.make_mesh(devices, 1, cfg.prompts)
     bench = Bench(cfg, mesh, 1, written=record)
     staged = iteration.Staged(score=bench.sizes.score, **bench.statics)
@@ -302,8 +303,8 @@ def main(argv: list[str] | None = None) -> None:
         def named(**words: Any) -> Config:
             return config.load(args.config, {**args.set, **{k: str(v) for k, v in words.items()}})
 
-        def loaded(**words: Any) -> Config:
-            return assemble.resolved(shapes.with_configs(named(**words), folder), assemble.capability())
+        def loaded(devices: int, **words: Any) -> Config:
+            return settled(named(**words), folder, devices)
 
         told = named(prompts=args.each * max(args.devices))
         record = Record(args.out, config=config.to_json(told), named=named_setting(args), shard=args.shard)

@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     figures, refused = before.get("figures", {}), before.get("refused", {})
     with tempfile.TemporaryDirectory() as folder:
         words = {"explore.precision": "bf16", "shard": str(args.shard), "evaluate.every": "0"}
+        words["model.remat_keeps"] = "attention,mlp"  # what --set does not change; a run's plan is of GPUs
         cfg = assemble.resolved(shapes.with_configs(config.load(args.config, words | changes), folder), None)
         made = programs(cfg, on)
         for stage in args.stages:

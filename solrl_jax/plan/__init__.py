@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from solrl_jax import sharding
-from solrl_jax.config import Config, ConfigError, override
+from solrl_jax.config import AUTO, Config, ConfigError, override
 from solrl_jax.plan import jaxpr
 from solrl_jax.plan.cards import (
     CARDS,
@@ -73,7 +73,7 @@ __all__ = [
     "report",
     "room",
     "run_plan",
-    "shard_of",
+    "settled",
     "spent",
     "use_of",
     "uses_of",
@@ -89,6 +89,7 @@ class Plan(NamedTuple):
     uses: tuple[Use, ...]
     advice: tuple[str, ...]  # for the stages that do not fit
     why: str = ""  # why frozen weights are sharded, if the plan chose so
+    kept: str = ""  # what the backward pass keeps, if the plan chose it
 
 
 def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
@@ -96,51 +97,62 @@ def plan(cfg: Config, devices: int = 1, card: str = "H100 80GB") -> Plan:
     found = card_of(card)
     cfg = assemble.resolved(cfg, found.capability)
     sizes = read(cfg, devices)
-    cfg, uses, why = chosen(cfg, sizes, devices, found)
-    advice = (advise(use, cfg, sizes, devices, found) for use in uses if use.total > room(found))
-    return Plan(cfg, devices, card, sizes, uses, tuple(advice), why)
+    choice = chosen(cfg, sizes, devices, found)
+    sizes = _like(sizes, choice.cfg, cfg)
+    advice = (advise(use, choice.cfg, sizes, devices, found) for use in choice.uses if use.total > room(found))
+    return Plan(choice.cfg, devices, card, sizes, choice.uses, tuple(advice), choice.why, choice.kept)
 
 
-# --- over how many devices frozen weights are sharded ---------------------------------------------------------------
+# --- what is chosen by memory: over how many devices frozen weights are sharded, what the backward pass keeps ---------
 
 
 DRAWING = ("encode", "evaluate")
 """The stages of --mode=eval and --mode=sample."""
 
 
-def shard_of(
+class Choice(NamedTuple):
+    """`cfg` with `shard` and `model.remat_keeps` chosen, its stages, and a line for the log on each choice that needs
+    one."""
+
+    cfg: Config
+    uses: tuple[Use, ...]
+    why: str = ""
+    kept: str = ""
+
+
+def settled(
     cfg: Config, devices: int, most: float | int | None, *, host: int = 0, stages: Sequence[str] = ()
-) -> tuple[int, list[str]]:
-    """(K, lines for the log): config.shard; of 0 (auto) the least K with which every stage fits into `most` bytes of
-    each device, at most the `host`'s devices (0: all). Without a limit (None, on a CPU) auto is 1.
+) -> tuple[Config, list[str]]:
+    """(`cfg` with what its "auto" comes to on devices of `most` bytes each, lines for the log).
+
+    config.shard of 0 is the least K with which every stage fits, at most the `host`'s devices (0: all). Then
+    model.remat_keeps of "auto" is the most with which learning fits. Without a limit (None, on a CPU) K is 1, and
+    nothing is kept.
 
     Nothing is read but configs. ConfigError, with the plan's numbers and what to change, if `cfg` fits with no such K,
-    or if config.shard does not divide. The plan's activations may be a share of SLACK too low, for which a K has room
-    if a larger one is there; or of CAUTION too high, by which a stage may exceed `most` with the largest. `stages`:
+    or if config.shard does not divide. The plan's activations may be a share of SLACK too low, for which a choice has
+    room if there is another; or of CAUTION too high, by which a stage may exceed `most` with the last. `stages`:
     DRAWING, or those of a training.
     """
     if most is None:
-        return planned_shard(cfg), []
+        return dataclasses.replace(cfg, shard=planned_shard(cfg)), []
     sizes = read(cfg, devices, training=not stages)
-    cfg, _, why = fitted(cfg, sizes, devices, card_with(most), host=host, stages=stages)
-    return cfg.shard, [why] if why else []
+    found = fitted(cfg, sizes, devices, card_with(most), host=host, stages=stages)
+    return found.cfg, [line for line in (found.why, found.kept) if line]
 
 
-def fitted(
-    cfg: Config, sizes: Sizes, devices: int, card: Card, *, host: int = 0, stages: Sequence[str] = ()
-) -> tuple[Config, tuple[Use, ...], str]:
-    """`chosen`; ConfigError, as `shard_of` says, if a stage does not fit even so."""
-    cfg, uses, why = chosen(cfg, sizes, devices, card, host=host, stages=stages)
-    for use in uses:
+def fitted(cfg: Config, sizes: Sizes, devices: int, card: Card, *, host: int = 0, stages: Sequence[str] = ()) -> Choice:
+    """`chosen`; ConfigError, as `settled` says, if a stage does not fit even so."""
+    found = chosen(cfg, sizes, devices, card, host=host, stages=stages)
+    sizes = _like(sizes, found.cfg, cfg)
+    for use in found.uses:
         if use.total - CAUTION * use.activations > room(card):
-            raise ConfigError(f"this GPU is too small: {advise(use, cfg, sizes, devices, card)}; see --mode=plan")
-    return cfg, uses, why
+            raise ConfigError(f"this GPU is too small: {advise(use, found.cfg, sizes, devices, card)}; see --mode=plan")
+    return found
 
 
-def chosen(
-    cfg: Config, sizes: Sizes, devices: int, card: Card, *, host: int = 0, stages: Sequence[str] = ()
-) -> tuple[Config, tuple[Use, ...], str]:
-    """(`cfg` with the K of `shard_of`, which is the largest if nothing fits; its stages; why K is not 1)."""
+def chosen(cfg: Config, sizes: Sizes, devices: int, card: Card, *, host: int = 0, stages: Sequence[str] = ()) -> Choice:
+    """What `settled` says; the largest K if nothing fits."""
     among = devices if cfg.shard else math.gcd(devices, host or devices)
     fit = fitting(cfg, sizes, among, quantised=not stages)
     if cfg.shard and cfg.shard not in fit:
@@ -157,8 +169,27 @@ def chosen(
                 break
         else:
             said = f"shard={k}: frozen weights are sharded over {k} devices and gathered where they are used; {why}"
-            return one, tuple(uses), said if why else ""
+            return with_keeps(Choice(one, tuple(uses), said if why else ""), sizes, devices, card)
     raise AssertionError("the last choice is never left")
+
+
+KEEPS = (("attention", "qkv", "mlp"), ("attention", "mlp"), ("attention",), ())
+"""Choices of model.remat_keeps, the fastest first."""
+
+
+def with_keeps(choice: Choice, sizes: Sizes, devices: int, card: Card) -> Choice:
+    """`choice` with the first of KEEPS with which learning fits, where model.remat_keeps is auto."""
+    cfg, uses = choice.cfg, {use.stage: use for use in choice.uses}
+    if cfg.model.remat_keeps != AUTO or "learn" not in uses:
+        return choice
+    for keeps in KEEPS if cfg.model.remat else [()]:
+        one = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat_keeps=keeps))
+        uses["learn"] = use = use_of("learn", one, _like(sizes, one, cfg), devices, card)
+        if use.total + SLACK * use.activations <= room(card):
+            break
+    taken = f"learn takes about {_gb(use.total)} of {_gb(room(card))} GB"
+    kept = f"model.remat_keeps={','.join(keeps)}, which auto comes to: {taken}"
+    return choice._replace(cfg=one, uses=tuple(uses.values()), kept=kept)
 
 
 def fitting(cfg: Config, sizes: Sizes, devices: int, quantised: bool = True) -> list[int]:
@@ -274,6 +305,7 @@ def report(p: Plan) -> list[str]:
         *(_row(use, room(card)) for use in p.uses),
         f"an iteration: {_short(each)} s, {p.cfg.iterations} of them {_short(p.cfg.iterations * each / 3600)} h",
         *(f"{u.stage}: at the start and every {u.every} iterations; an iteration's time has its share" for u in rare),
+        *((p.kept,) if p.kept else ()),
         *_network(p),
         "",
         f"seconds: at {FRACTION:.0%} of the bf16 peak, float32 at 1/16, TF32 at half of it; emulated NVFP4 is not "

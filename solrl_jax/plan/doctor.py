@@ -225,9 +225,8 @@ def memory(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         yield Finding("memory and time: no known GPU here; --mode=plan --card=... gives them for a card")
         return
     cfg, count = assemble.resolved(cfg, assemble.capability()), devices or jax.device_count()
-    _, uses, why = plan.fitted(cfg, shapes.read(cfg, count), count, card, host=jax.local_device_count())
-    if why:
-        yield Finding(why)
+    _, uses, *why = plan.fitted(cfg, shapes.read(cfg, count), count, card, host=jax.local_device_count())
+    yield from (Finding(line) for line in why if line)
     most = max(uses, key=lambda use: use.total)
     seconds = plan.spent(uses)
     yield Finding(f"memory: {most.stage} takes the most, {most.total / 1e9:.1f} of {plan.room(card) / 1e9:.1f} GB")

@@ -72,20 +72,22 @@ def capability() -> float | None:
     return 0.0 if first.platform == "tpu" else None
 
 
-def assemble(cfg: Config, devices: int | None = None, shard: int | None = None) -> Parts:
+def assemble(cfg: Config, devices: int | None = None, settled: Config | None = None) -> Parts:
     """Read what training with `cfg` needs and place it on the first `devices` devices (all by default).
 
-    `shard` is the K of the mesh if it is known already. Raises ConfigError, DataError or WeightsError.
+    `settled` is what `plan.settled` makes of `cfg`, if it is known already. Raises ConfigError, DataError or
+    WeightsError.
     """
     use_compilation_cache()
     cfg = resolved(cfg, capability())
     check_rewards(cfg)
-    mesh = make_mesh(devices, shard or chosen_shard(cfg, devices), cfg.prompts)
+    settled = settled or settled_here(cfg, devices)
+    mesh = make_mesh(devices, settled.shard, cfg.prompts)
     check_divides(cfg, mesh.size)
     check_shard(cfg, mesh, cfg.low_precision)
     prompts = open_prompts(cfg, train=cfg.prompts, test=cfg.evaluate.prompts if cfg.evaluate.every else 0)
     check_binding(cfg, prompts)
-    model = model_module(cfg).make(cfg.model)
+    model = model_module(cfg).make(settled.model)
     guidance.check(cfg, model)
     guidance.check_training(cfg, model)
     if cfg.low_precision:
@@ -100,7 +102,7 @@ def for_evaluation(cfg: Config, devices: int | None = None, negative: str | None
     """As `assemble`, for --mode=eval: checks that only matter for training are left out. `negative` is --negative."""
     use_compilation_cache()
     check_rewards(cfg)
-    mesh = make_mesh(devices, chosen_shard(cfg, devices, drawing=True))
+    mesh = make_mesh(devices, settled_here(cfg, devices, drawing=True).shard)
     check_shard(cfg, mesh)
     prompts = open_prompts(cfg, test=cfg.evaluate.prompts)
     model = model_module(cfg).make(cfg.model)
@@ -115,7 +117,7 @@ def for_drawing(cfg: Config, devices: int | None = None, negative: str | None = 
     use_compilation_cache()
     nothing = Judges(Score((), ()), Score((), ()), {})
     unscored = dataclasses.replace(cfg, reward="", evaluate=dataclasses.replace(cfg.evaluate, rewards=""))
-    mesh = make_mesh(devices, chosen_shard(unscored, devices, drawing=True))
+    mesh = make_mesh(devices, settled_here(unscored, devices, drawing=True).shard)
     check_shard(cfg, mesh)
     model = model_module(cfg).make(cfg.model)
     guidance.check(cfg, model, negative)
@@ -297,18 +299,18 @@ def make_mesh(devices: int | None, shard: int = 1, prompts: int = 0) -> Mesh:
     return mesh
 
 
-def chosen_shard(cfg: Config, devices: int | None, drawing: bool = False) -> int:
-    """config.shard; where it is 0 (auto), what the plan chooses for this machine. Prints why it is not 1.
+def settled_here(cfg: Config, devices: int | None, drawing: bool = False) -> Config:
+    """`plan.settled` on this machine, after printing its lines.
 
     ConfigError, before any weight is read, if even then the training, or a `drawing` of pictures, does not fit.
     """
     from solrl_jax import plan  # which plans what this module assembles
 
     stages, host = plan.DRAWING if drawing else (), jax.local_device_count()
-    shard, said = plan.shard_of(cfg, devices or jax.device_count(), plan.memory_limit(), host=host, stages=stages)
+    found, said = plan.settled(cfg, devices or jax.device_count(), plan.memory_limit(), host=host, stages=stages)
     for line in said:
         print(line)
-    return shard
+    return found
 
 
 def model_module(cfg: Config) -> types.ModuleType:

@@ -43,8 +43,9 @@ except ModuleNotFoundError:  # Windows
     fcntl = None
 
 CHANGEABLE = (
-    # No number of the training depends on these fields; of shard and deterministic, rounding in bfloat16 does.
-    *("name", "iterations", "save_every", "keep", "encode_ahead", "shard", "wandb", "learn.deterministic"),
+    # No number of the training depends on these fields; on those of the second line, rounding in bfloat16 does.
+    *("name", "iterations", "save_every", "keep", "encode_ahead", "wandb"),
+    *("shard", "model.remat", "model.remat_keeps", "learn.deterministic"),
     *(f"evaluate.{f.name}" for f in dataclasses.fields(config.Evaluate) if f.name != "held_out"),
     *("model.path", "reward_paths", "prompt_files"),  # folders may move; their content is not compared
     "model.lora",  # here by content (base_loras.check_same)
