@@ -12,7 +12,8 @@ read from --config.reward_paths: CLIPScore's 1.7 GB, PickScore's 3.9 GB, HPSv2's
 
 Memory: 58.5 GB at most on an H100, with random weights (experiments/flux_h100: sol_rl; `learn` takes the most, and is
 the same in a branch). A smaller card keeps less for the backward pass: with nothing it is 45 GB, and learning takes 6 %
-longer. T5, 9.5 GB, leaves the card while it trains. `--config=flux --mode=plan` estimates every stage, on other GPUs with --card and --devices.
+longer. T5, 9.5 GB, leaves the card while it trains. `--config=flux --mode=plan` estimates every stage, on other GPUs
+with --card and --devices.
 Time: 21.5 s a prompt and iteration on one H100 (explore 8.1 in FP8, regenerate 2.7, learn 10.7:
 experiments/efficiency), so 17 minutes an iteration of 48 prompts; sol_rl takes 26.8 s (9.6, 6.4, 10.7). Devices share
 the prompts. The paper gives 169 s on eight B200 with native FP4, 79 of them rollout. Reward to expect: not known here,

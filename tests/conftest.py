@@ -80,6 +80,31 @@ def optimised():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """For a module whose runs trace and compile the same few programs: once is enough."""
+    from solrl_jax import iteration
+    from tests import toy_world
+
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [jax.config.values[name] for name in names]
+    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
+        jax.config.update(name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(iteration, "stages", toy_world.traced_once())
+        yield
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """The config of the toy world (toy_world.py); runs go to tmp_path."""
+    from tests import toy_world
+
+    return toy_world.world(monkeypatch, tmp_path)
+
+
 @pytest.fixture
 def one_thread():
     """torch on one thread: on a busy machine its threads wait on each other for seconds."""

@@ -34,8 +34,10 @@ from tests import card, nano, nano_sana, nano_sd35
 from tests.test_lora import drawn as with_b
 from tests.test_lora_files import FAMILIES, drawn, patterns, peft_folder
 from tests.test_sana import HOW, steps_of
-from tests.test_train import TOY, compiled, interrupt_at, metrics_of, toy  # noqa: F401 - fixtures
 from tests.tiers import slow
+from tests.toy_world import TOY, interrupt_at, metrics_of
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 NEW = Lora(rank=4, alpha=8.0)
 FILE = "pytorch_lora_weights.safetensors"
@@ -391,7 +393,7 @@ def style(folder, seed=1, name="style.safetensors"):
 
 
 @pytest.fixture
-def from_style(toy, tmp_path):  # noqa: F811
+def from_style(toy, tmp_path):
     return config.override(toy, iterations=2, save_every=1, **{"model.lora": f"{style(tmp_path / 'loras')}:0.5"})
 
 
@@ -401,7 +403,7 @@ def product(file, name="to_q"):
 
 
 @pytest.mark.slow
-def test_a_run_begins_from_it(toy, from_style, tmp_path):  # noqa: F811
+def test_a_run_begins_from_it(toy, from_style, tmp_path):
     """The base is base + LoRA, the KL is 0 there, and what is written is the product of both, and the new part."""
     run, file = tmp_path / "run", tmp_path / "loras/style.safetensors"
     train.train(from_style, run, devices=1)
@@ -449,7 +451,7 @@ def test_a_resumed_run_equals_an_unbroken_one(from_style, tmp_path, monkeypatch)
         assert one.keys() == other.keys() and all(np.array_equal(x, other[key]) for key, x in one.items())
 
 
-def test_other_files_than_a_checkpoints_are_refused(toy, from_style, tmp_path, capsys):  # noqa: F811
+def test_other_files_than_a_checkpoints_are_refused(toy, from_style, tmp_path, capsys):
     """By every mode that uses one: resume, eval, sample, export; before anything large is read."""
     run, file = tmp_path / "run", tmp_path / "loras/style.safetensors"
     train.train(config.override(from_style, iterations=1), run, devices=1)
@@ -505,7 +507,7 @@ def test_the_description_of_a_peft_folder_counts(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_mode_draws_base_and_lora(toy, from_style, tmp_path, capsys):  # noqa: F811
+def test_every_mode_draws_base_and_lora(toy, from_style, tmp_path, capsys):
     """A checkpoint, its product on the original base, its new part on base + LoRA: the same rewards and pictures."""
     run = tmp_path / "run"
     train.train(from_style, run, devices=1)

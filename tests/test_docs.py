@@ -35,8 +35,9 @@ from solrl_jax.config import Config
 from solrl_jax.run import data
 from tests import documents, nano, test_report
 from tests.documents import PAGES, ROOT, Command
-from tests.test_train import compiled  # noqa: F401 - every command of this file compiles much the same
 from tests.tiers import long, slow
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 COMMANDS = [command for page in PAGES for command in documents.commands(page)]
 PROGRAM = ("python", "-m", "solrl_jax.main")

@@ -21,11 +21,11 @@ from experiments.faults import run as faults
 from solrl_jax import config, iteration, recipes, train
 from solrl_jax.learn import apply_gradients
 from solrl_jax.run import assemble, checkpoint, data, evaluate
-from tests import test_train
-from tests.test_train import TOY, compiled, metrics_of, toy
+from tests import toy_world
 from tests.tiers import long, slow
+from tests.toy_world import TOY, metrics_of
 
-__all__ = ["compiled", "toy"]  # fixtures
+pytestmark = pytest.mark.usefixtures("compiled")
 ALGORITHMS = ("sol_rl", "naive_scaling", "diffusionnft", "awm", "flow_grpo", "flow_grpo_fast", "dance_grpo")
 SHORT = {"evaluate.every": 0, "save_every": 1}
 
@@ -45,7 +45,7 @@ def by(toy, name):
 
 def killed(name, folder):
     """Start a run of `name` in folder/name in another process and kill it when its fourth iteration starts."""
-    cfg, batch = by(test_train.world(pytest.MonkeyPatch(), folder), name), data.batch
+    cfg, batch = by(toy_world.world(pytest.MonkeyPatch(), folder), name), data.batch
 
     def struck(prompts, seed, number, count):
         if number == 3:
@@ -324,7 +324,7 @@ def poisoned(monkeypatch, first, last):
         return nan_gradient(v, jnp.broadcast_to(cond["where"][:, None, None, None], v.shape))
 
     model, batch = TOY._replace(encode=encode, velocity=velocity), data.batch
-    module = types.SimpleNamespace(make=lambda c: model, load=test_train.load)
+    module = types.SimpleNamespace(make=lambda c: model, load=toy_world.load)
     monkeypatch.setattr(assemble, "model_module", lambda cfg: module)
 
     def marked(prompts, seed, number, count):
@@ -385,7 +385,7 @@ def test_nan_weights_are_named(toy, tmp_path, monkeypatch):
     """NaN in the base: nothing is trained or saved."""
 
     def load(cfg, *places):
-        base, vae, text = test_train.load(cfg, *places)
+        base, vae, text = toy_world.load(cfg, *places)
         return {"to_q": {"kernel": base["to_q"]["kernel"].at[0, 0].set(jnp.nan)}}, vae, text
 
     module = types.SimpleNamespace(make=lambda c: TOY, load=load)
@@ -405,7 +405,7 @@ def test_a_reward_that_sees_nothing_wrong_in_nan_pictures(toy, tmp_path, monkeyp
     monkeypatch.setitem(
         sys.modules,
         "solrl_jax.rewards.bright",
-        test_train.reward_module("bright", lambda params, images, tokens: jnp.nan_to_num(images).mean((1, 2, 3))),
+        toy_world.reward_module("bright", lambda params, images, tokens: jnp.nan_to_num(images).mean((1, 2, 3))),
     )
     cfg = config.override(toy, **SHORT, iterations=9, keep=9)
     train.train(config.override(cfg, iterations=1), run, devices=1)
@@ -429,9 +429,9 @@ import sys
 from pathlib import Path
 import pytest
 from solrl_jax import config, main
-from tests import test_train
+from tests import toy_world
 patch = pytest.MonkeyPatch()
-toy = test_train.world(patch, Path(sys.argv[2]))
+toy = toy_world.world(patch, Path(sys.argv[2]))
 patch.setattr(config, "load", lambda spec, overrides: config.override(toy, **overrides))
 run, words = sys.argv[1], sys.argv[3:]
 words = main.parse(["solrl_jax", "--config=toy", f"--run_dir={run}", "--devices=1", *words])

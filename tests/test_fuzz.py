@@ -24,7 +24,7 @@ from solrl_jax.run import base_loras, data
 from solrl_jax.run.data import DataError
 from solrl_jax.structs import WeightsError
 from solrl_jax.weights import lora_content, torch_file
-from tests import test_train
+from tests import toy_world
 
 QUICK = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -106,7 +106,7 @@ def test_damaged_loras_to_begin_from(tmp_path, content, scale):
     """Our error, or a finite set for the model's one Linear."""
     file = tmp_path / "x.safetensors"
     file.write_bytes(content)
-    model = test_train.TOY._replace(init=lambda key: {"to_q": {"kernel": jnp.zeros((4, 6))}})
+    model = toy_world.TOY._replace(init=lambda key: {"to_q": {"kernel": jnp.zeros((4, 6))}})
     found = careful(lambda: base_loras.read(config.Model(lora=(f"{file}{scale}",)), model), WeightsError)
     if found is not None:
         assert found.adapter["to_q"]["b"].shape == (2, 6) and found.origins[0].sha256.keys() == {"x.safetensors"}

@@ -14,9 +14,9 @@ from solrl_jax.config import Config, ConfigError, Watch
 from solrl_jax.run import assemble, checkpoint, guards
 from solrl_jax.structs import Rollout
 from tests.test_checkpoint import state_at
-from tests.test_train import as_branch, compiled, metrics_of, toy
+from tests.toy_world import as_branch, metrics_of
 
-__all__ = ["compiled", "toy"]  # fixtures
+pytestmark = pytest.mark.usefixtures("compiled")
 CFG = Config()
 
 

@@ -21,9 +21,11 @@ from solrl_jax.plan import jaxpr, shapes
 from solrl_jax.report import run as runs
 from solrl_jax.run import assemble, evaluate, model_card, pictures
 from solrl_jax.run.encode import Conditioner
-from tests import nano, nano_sana, nano_sd35, test_train
-from tests.test_train import compiled, metrics_of  # noqa: F401 - small programs are compiled once
+from tests import nano, nano_sana, nano_sd35, toy_world
 from tests.tiers import long, slow
+from tests.toy_world import metrics_of
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 PROMPTS = nano.PROMPTS[:3]
 STEPS = 6
@@ -33,14 +35,12 @@ STEPS = 6
 
 
 def linear(kind="cfg") -> structs.Model:
-    """v = 2 x + text + sigma, of latents [B, 1, 1, 3]; the toy of test_train otherwise."""
+    """v = 2 x + text + sigma, of latents [B, 1, 1, 3]; toy_world's otherwise."""
 
     def velocity(variables, x, sigma, cond):
         return 2 * x + (cond["text"] + sigma[:, None])[:, None, None]
 
-    return test_train.TOY._replace(
-        velocity=velocity, guidance=kind, noise=lambda key: jax.random.normal(key, (1, 1, 3))
-    )
+    return toy_world.TOY._replace(velocity=velocity, guidance=kind, noise=lambda key: jax.random.normal(key, (1, 1, 3)))
 
 
 def given(seed: int):
@@ -248,9 +248,9 @@ def test_a_flux_without_the_input_takes_none(tmp_path, embeds, kind):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """test_train's toy, which is guided; its own weight is 3."""
-    monkeypatch.setattr(test_train, "TOY", test_train.TOY._replace(guidance="cfg", guided=3.0))
-    return test_train.world(monkeypatch, tmp_path)
+    """toy_world's, which is guided; its own weight is 3."""
+    monkeypatch.setattr(toy_world, "TOY", toy_world.TOY._replace(guidance="cfg", guided=3.0))
+    return toy_world.world(monkeypatch, tmp_path)
 
 
 @pytest.mark.slow
@@ -290,7 +290,7 @@ def test_pictures_are_those_of_the_formula_on_any_number_of_devices(toy):
             found.append(evaluate.pictures(parts, adapter, ["prompt 1", "prompt 4"], score=parts.judged))
     np.testing.assert_array_equal(found[0].images, found[1].images)
     table, kernel = parts.text.params["embed"], np.asarray(parts.frozen.base["to_q"]["kernel"])
-    rows = [np.asarray(table)[test_train.tokenize([text]) % 8].mean(1) for text in ("prompt 4", "")]
+    rows = [np.asarray(table)[toy_world.tokenize([text]) % 8].mean(1) for text in ("prompt 4", "")]
     text = rows[1] + w * (rows[0] - rows[1])
     key = evaluate.evaluation_keys(cfg.seed, 0, 4)[3]  # the second picture of the second prompt
     x, sigmas = np.asarray(rollout.noises(parts.model, key[None])).reshape(1, -1), np.linspace(1, 0, 4)

@@ -20,10 +20,12 @@ from solrl_jax.run import assemble, checkpoint, guards, model_card, pictures
 from solrl_jax.run.encode import Conditioner
 from solrl_jax.structs import Hyper, Points
 from solrl_jax.weights import lora_files
-from tests import nano, nano_sd35, test_train
+from tests import nano, nano_sd35, toy_world
 from tests.test_guidance import linear
 from tests.test_lora import drawn
-from tests.test_train import compiled, metrics_of  # noqa: F401 - small programs are compiled once
+from tests.toy_world import metrics_of
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 # --- which weights go together --------------------------------------------------------------------------------------
 
@@ -181,9 +183,9 @@ def test_no_weight_below_1(name, value):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
-    """test_train's toy, which is guided; its own weight is 3."""
-    monkeypatch.setattr(test_train, "TOY", test_train.TOY._replace(guidance="cfg", guided=3.0))
-    return test_train.world(monkeypatch, tmp_path)
+    """toy_world's, which is guided; its own weight is 3."""
+    monkeypatch.setattr(toy_world, "TOY", toy_world.TOY._replace(guidance="cfg", guided=3.0))
+    return toy_world.world(monkeypatch, tmp_path)
 
 
 def program(cfg):

@@ -12,7 +12,7 @@ from solrl_jax import config, rewards
 from solrl_jax.plan import shapes
 from solrl_jax.rewards import ocr, ocr_strict, own
 from solrl_jax.run import assemble, data
-from tests.test_train import world
+from tests.toy_world import world
 
 
 def drawn(text: str, side: int, size: int, ink: str = "black", paper: str = "white") -> np.ndarray:

@@ -19,7 +19,9 @@ from solrl_jax.plan import shapes
 from solrl_jax.rewards import own
 from solrl_jax.run import assemble, data, evaluate
 from solrl_jax.structs import Reward, Rollout
-from tests.test_train import TOY, compiled, load, metrics_of  # noqa: F401 - `compiled` is used by its name
+from tests.toy_world import TOY, load, metrics_of
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 PAGE = (Path(__file__).parent.parent / "docs/rewards.md").read_text(encoding="utf-8")
 DEVICE, HOST, COUNTS = re.findall(r"```python\n(.*?)```", PAGE, re.S)

@@ -22,8 +22,9 @@ from solrl_jax import config, main, plan
 from solrl_jax.plan import shapes
 from solrl_jax.quant import coverage
 from solrl_jax.run import assemble, prove, prove_diffusers, prove_picture, prove_stages
-from tests import nano, nano_sana, nano_sd35, test_train
-from tests.test_train import compiled  # noqa: F401 - small programs are compiled once
+from tests import nano, nano_sana, nano_sd35, toy_world
+
+pytestmark = pytest.mark.usefixtures("compiled")
 
 BUILD = {"flux": nano.build, "sd35": nano_sd35.build, "sana": nano_sana.build}
 PROMPT = "--prompt=a small blue square"
@@ -61,10 +62,10 @@ def read(file):
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path, capsys):
-    """The command on test_train's toy, guided; its folder has a scheduler and files for weights."""
+    """The command on toy_world's, guided; its folder has a scheduler and files for weights."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(test_train, "TOY", test_train.TOY._replace(guidance="cfg", guided=3.0))
-    made, folder = test_train.world(monkeypatch, tmp_path), tmp_path / "toy"
+    monkeypatch.setattr(toy_world, "TOY", toy_world.TOY._replace(guidance="cfg", guided=3.0))
+    made, folder = toy_world.world(monkeypatch, tmp_path), tmp_path / "toy"
     for part, stem in (("transformer", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
         (folder / part).mkdir(parents=True)
         save_file({"x": np.zeros(3, np.float32)}, folder / part / f"{stem}.safetensors")
@@ -74,7 +75,7 @@ def toy(monkeypatch, tmp_path, capsys):
     kind = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(kind))
     module = assemble.model_module(made)
-    module.shapes = lambda cfg: jax.eval_shape(lambda: test_train.load(cfg, lambda path, x: x.read(...), None))
+    module.shapes = lambda cfg: jax.eval_shape(lambda: toy_world.load(cfg, lambda path, x: x.read(...), None))
     module.token_shapes = lambda cfg, count: jax.ShapeDtypeStruct((count, 12), np.int32)
     monkeypatch.setattr(assemble, "model_module", lambda cfg: module)
     monkeypatch.setattr(coverage, "check", lambda *_: None)  # the toy has no Linear
@@ -127,7 +128,7 @@ def test_the_json_has_every_part(toy, tmp_path, monkeypatch):
         assert each["bound"] == {"latents_relative_rms": 1e-3, "picture_mean": 0.5}
     assert again["differences"]["1"]["latents_largest_value"] != again["differences"]["3"]["latents_largest_value"]
 
-    load = test_train.load
+    load = toy_world.load
     monkeypatch.setattr(assemble.model_module(None), "load", lambda *a: perturbed(load(*a)))
     code, out, _ = toy("--reference=a/p.safetensors", PROMPT)
     assert code == 1 and "picture: OUT OF its bounds, against solrl_jax" in out

@@ -1,4 +1,4 @@
-"""The host loop on a toy world: a linear "network" on 4x4 latents, brightness as the reward."""
+"""The host loop on the toy world."""
 
 import dataclasses
 import importlib.util
@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import types
 from pathlib import Path
 
@@ -17,149 +16,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from solrl_jax import config, iteration, main, rewards, train
+from solrl_jax import config, main, rewards, train
 from solrl_jax.run import assemble, checkpoint, data, evaluate, export, log, pictures
-from solrl_jax.structs import Model, QuantRule, QuantRules, Reward
-from solrl_jax.weights import Rule, Source
 from tests.tiers import slow
+from tests.toy_world import as_branch, interrupt_at, metrics_of
 
-WIDTH = 16
-
-
-def tokenize(prompts):
-    return np.array([[ord(c) for c in f"{p:12.12}"] for p in prompts], np.int32)
-
-
-def velocity(variables, x, sigma, cond):
-    flat = x.reshape((x.shape[0], WIDTH))
-    v = flat @ variables["params"]["to_q"]["kernel"] + 0.1 * cond["text"]
-    if "lora" in variables:
-        v = v + flat @ variables["lora"]["to_q"]["a"] @ variables["lora"]["to_q"]["b"]
-    return v.reshape(x.shape)
-
-
-TOY = Model(
-    name="toy",
-    tokenize=tokenize,
-    encode=lambda params, ids: {"text": params["embed"][ids % 8].mean(1)},
-    noise=lambda key: jax.random.normal(key, (4, 4, 1)),
-    sigmas=lambda steps: np.linspace(1, 0, steps + 1),
-    shift=lambda steps: 1.0,
-    velocity=velocity,
-    largest=lambda *_: {},
-    decode=lambda params, x: jnp.broadcast_to(jax.nn.sigmoid(x), (*x.shape[:3], 3)),
-    init=lambda key: {"to_q": {"kernel": jax.random.normal(key, (WIDTH, WIDTH))}},
-    lora_targets=("to_q",),
-    quant_rules=QuantRules(QuantRule((), 0), QuantRule((), 0)),
-    keys=(Rule(r"(.+)/kernel", r"\1.weight", "linear"),),
-)
-
-
-def load(cfg, place, place_vae):
-    rng = np.random.default_rng(0)
-    kernel = rng.normal(0, 0.2, (WIDTH, WIDTH)).astype(np.float32)
-    base = {"to_q": {"kernel": place("to_q/kernel", Source(kernel.shape, kernel.dtype, kernel.__getitem__))}}
-    return base, {}, {"embed": rng.normal(0, 1, (8, WIDTH)).astype(np.float32)}
-
-
-def reward_module(name, score):
-    return types.SimpleNamespace(
-        make=lambda path=None, dtype=None: (Reward(name, tokenize, score), {"scale": np.float32(1)})
-    )
-
-
-def bright(params, images, tokens):
-    return images.mean((1, 2, 3)) * params["scale"]
-
-
-def broken(params, images, tokens):
-    return jnp.log(-images.mean((1, 2, 3)))
-
-
-def plain(params, images, tokens):
-    return jnp.full(images.shape[0], 0.25)
-
-
-def dark(params, images, tokens):
-    return 1 - images.min((1, 2, 3))
-
-
-def traced_once(stages=iteration.stages):
-    """iteration.stages that gives runs the same functions, so that these are traced once, if they differ in nothing
-    that a stage reads. The optimiser is of cfg.learn alone."""
-    made, unread = {}, {"name": "", "prompt_files": "", "iterations": 1, "save_every": 0, "keep": 1}
-
-    def shared(model, score, optimizer, cfg):
-        which = model, score, dataclasses.replace(cfg, **unread)
-        if which not in made:
-            made[which] = stages(model, score, optimizer, cfg)
-        return made[which]
-
-    return shared
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Every run of this file traces and compiles the same few programs: once is enough."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = [jax.config.values[name] for name in names]
-    for name, value in zip(names, (str(tmp_path_factory.mktemp("compiled")), 0), strict=True):
-        jax.config.update(name, value)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(iteration, "stages", traced_once())
-        yield
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
-
-
-@pytest.fixture
-def toy(monkeypatch, tmp_path):
-    """The toy config; runs go to tmp_path."""
-    return world(monkeypatch, tmp_path)
-
-
-def world(monkeypatch, folder):
-    """The toy config, with its prompts in `folder`."""
-    monkeypatch.setattr(assemble, "model_module", lambda cfg: types.SimpleNamespace(make=lambda c: TOY, load=load))
-    monkeypatch.setattr(rewards, "REWARDS", ("bright", "dark", "broken", "plain"))
-    for score in (bright, dark, broken, plain):
-        monkeypatch.setitem(sys.modules, f"solrl_jax.rewards.{score.__name__}", reward_module(score.__name__, score))
-    (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(7)))
-    return config.Config(
-        name="toy",
-        model=config.Model(name="toy"),
-        prompt_files=str(folder / "prompts.txt"),
-        reward="bright",
-        prompts=4,
-        candidates=4,
-        kept=2,
-        explore=config.Stage(steps=2, solver="euler", precision="bf16", chunk=4),
-        regenerate=config.Stage(steps=4, chunk=2),
-        lora=config.Lora(rank=2, alpha=4.0),
-        learn=config.Learn(micro_batch=2, learning_rate=0.03),
-        evaluate=config.Evaluate(every=2, prompts=3, images=2, grid=2, steps=3, rewards="dark", chunk=4),
-        iterations=5,
-        watch=config.Watch(every=0),
-        save_every=2,
-    )
-
-
-def metrics_of(run):
-    """{iteration: metrics without times}."""
-    lines = log.read(run / "metrics.jsonl")
-    return {line["iteration"]: {k: v for k, v in line.items() if not k.startswith("time/")} for line in lines}
-
-
-def interrupt_at(monkeypatch, step, kind=signal.SIGINT):
-    """A signal while the prompts of `step` are drawn."""
-    batch = data.batch
-
-    def interrupted(prompts, seed, number, count):
-        if number == step and count == 4:
-            os.kill(os.getpid(), kind)
-        return batch(prompts, seed, number, count)
-
-    monkeypatch.setattr(data, "batch", interrupted)
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def test_a_whole_run_writes_everything(toy, tmp_path, capsys):
@@ -185,13 +47,6 @@ def test_a_whole_run_writes_everything(toy, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "iteration 5/5  reward " in said and "dark " in said
     assert "report.html" in said.splitlines()[-1] and "pytorch_lora_weights" in said.splitlines()[-1]
-
-
-def as_branch(cfg):
-    """The toy config's preview of 4 steps, of which the kept go on from the second."""
-    explore = dataclasses.replace(cfg.explore, steps=4)
-    regenerate = dataclasses.replace(cfg.regenerate, solver="euler")
-    return dataclasses.replace(cfg, explore=explore, regenerate=regenerate, branch=config.Branch(2, 2))
 
 
 def test_a_checkpoint_of_another_family_is_no_branch(toy, tmp_path):
