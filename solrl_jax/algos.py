@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 from solrl_jax import sampler
 from solrl_jax.config import Learn, last_time
 from solrl_jax.sampler import Gaussian
-from solrl_jax.structs import Hyper, Path, Points, Transitions, Velocities
+from solrl_jax.structs import Hyper, Points, Trajectory, Transitions, Velocities
 
 Metrics = dict[str, Array]
 """One value a point, shaped as the loss: `learn` takes their mean."""
@@ -43,7 +43,7 @@ class Sample(NamedTuple):
     """What a rollout keeps of one sample."""
 
     x0: Float[Array, "h w c"]
-    path: Path | None = None
+    path: Trajectory | None = None
 
 
 class Schedule(NamedTuple):

@@ -18,12 +18,12 @@ from solrl_jax.structs import (
     Frozen,
     Model,
     Params,
-    Path,
     Prompts,
     PyTree,
     Rollout,
     Row,
     TrainState,
+    Trajectory,
     Variables,
 )
 
@@ -176,14 +176,14 @@ def velocity_of(
 
 def trajectory(
     velocity: Velocity, seeds: Seeds, *, model: Model, stage: Stage, keep_path: bool = False
-) -> tuple[Float[Array, "B h w c"], Path | None]:
+) -> tuple[Float[Array, "B h w c"], Trajectory | None]:
     """Solve the ODE, or the SDE if the stage has noise; with `keep_path` also the steps that can be trained on."""
     x0, states, _, first = solved(velocity, seeds, model=model, stage=stage, keep_path=keep_path)
     if states is None:
         return x0, None
     states = jnp.concatenate([states, x0[None]])  # [N + 1, B, ...]
     window = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=stage.trainable + 1)
-    return x0, Path(jax.vmap(window, in_axes=(1, 0))(states, first), first)
+    return x0, Trajectory(jax.vmap(window, in_axes=(1, 0))(states, first), first)
 
 
 def preview(

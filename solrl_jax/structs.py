@@ -177,7 +177,7 @@ class TrainState(NamedTuple):
     fallen_back: Int[Array, ""]  # 1: exploration is in BF16 from here on (watch.fall_back); set between iterations
 
 
-class Path(NamedTuple):
+class Trajectory(NamedTuple):
     """The T consecutive noisy steps of a sample that can be trained on: their states, and the first step's number."""
 
     states: Float[Array, "*B T+1 h w c"]
@@ -197,7 +197,7 @@ class Rollout(NamedTuple):
     x0: Float[Array, "P K h w c"] | None
     reward: Float[Array, "P K"]
     parts: Mapping[str, Float[Array, "P K"]]
-    path: Path | None = None
+    path: Trajectory | None = None
     state: Carry | None = None
     images: UInt8[Array, "P K H W 3"] | None = None
     asked: Mapping[str, Float[Array, "P K"]] = {}

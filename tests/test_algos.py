@@ -7,7 +7,7 @@ import pytest
 
 from solrl_jax import algos, sampler
 from solrl_jax.config import Config, Learn, Stage
-from solrl_jax.structs import Hyper, Path, Points, Transitions, Velocities
+from solrl_jax.structs import Hyper, Points, Trajectory, Transitions, Velocities
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -230,7 +230,7 @@ def test_flow_grpo_kl_in_velocities():
 def test_grpo_points_are_steps_of_the_path():
     """Flow-GRPO takes the first T of a window in order, DanceGRPO T random ones; each with its own law and time."""
     states = jnp.arange(4.0)[:, None, None, None] * jnp.ones((4, 2, 2, 1))  # steps 1 .. 3 of a rollout
-    sample = algos.Sample(states[-1], Path(states, jnp.int32(1)))
+    sample = algos.Sample(states[-1], Trajectory(states, jnp.int32(1)))
     law = jax.tree.map(jnp.asarray, sampler.gaussians(SIGMAS, "sde", 0.7))
     schedule = algos.Schedule(jnp.asarray(SIGMAS[:-1], jnp.float32), law)
     found = flow_grpo_points(jax.random.key(0), sample, schedule, 2, Learn())

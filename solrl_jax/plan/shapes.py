@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import pathlib
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from solrl_jax.config import Config, ConfigError
 from solrl_jax.rewards import Score, own
 from solrl_jax.run import assemble
 from solrl_jax.sampler import Carry
-from solrl_jax.structs import Frozen, Model, Params, Path, Prompts, PyTree, Rollout, TrainState
+from solrl_jax.structs import Frozen, Model, Params, Prompts, PyTree, Rollout, TrainState, Trajectory
 from solrl_jax.weights import hub
 
 
@@ -83,7 +83,7 @@ def read(cfg: Config, devices: int, *, training: bool = True) -> Sizes:
     )
 
 
-def with_configs(cfg: Config, folder: str | pathlib.Path) -> Config:
+def with_configs(cfg: Config, folder: str | Path) -> Config:
     """`cfg` with its model's public configs, written to `folder`, if it names a public model; else unchanged.
 
     If it names no model, the first one in the model file's PUBLIC is used.
@@ -113,7 +113,7 @@ def samples(cfg: Config, sizes: Sizes, prompts: int, images: int) -> Rollout:
     if cfg.of_steps:
         states: Any = jax.ShapeDtypeStruct((*grid, cfg.regenerate.trainable + 1, *x0.shape[2:]), jnp.float32)
         first: Any = jax.ShapeDtypeStruct(grid, jnp.int32)
-        path = Path(states, first)
+        path = Trajectory(states, first)
     return Rollout(keys(*grid), x0, reward, {name: reward for name in sizes.score.names}, path)
 
 
