@@ -351,6 +351,13 @@ def settled(named: Config, folder: str, devices: int) -> Config:
     return plan.settled(cfg, devices, plan.memory_limit())[0] if cfg.model.remat_keeps == config.AUTO else cfg
 
 
+def alike(name: str, words: Mapping[str, str]) -> dict[str, str]:
+    """`words` for the config, with what an H100 keeps for the backward pass if they leave that to the card: forms that
+    are compared keep the same."""
+    auto = config.load(name, words).model.remat_keeps == config.AUTO
+    return {**words, **({"model.remat_keeps": "attention,mlp"} if auto else {})}
+
+
 def work(cfg: Config, devices: int) -> Times:
     """TFLOP of every stage of an iteration, of one device; called outside of any mesh of several devices."""
     cfg = config.override(cfg, shard="1")  # the same work

@@ -195,7 +195,7 @@ class Learn(Checked):
     learning_rate: float = 3e-4
     kl_weight: float = 1e-4  # of the distance from the base; V-GRPO: from the policy when the iteration began
     reference_every: int = 1  # m: every m-th micro-batch has the reference, at m times the KL's weight
-    deterministic: bool = False  # on GPUs: kernels that add in a fixed order, so that a run repeats bit for bit
+    deterministic: bool = False  # on GPUs: XLA is asked for kernels that add in a fixed order (docs/run.md)
     guidance: float = 0.0  # of the policies that are compared; 0: regenerate's, for what drew is then what learns
     kl_guidance: float = 0.0  # of the reference; 0: learn.guidance
     lag_weight: float = 1.0  # AWM: weight of the distance to the old policy

@@ -31,9 +31,9 @@ NO_TRITON_NORMS = {"xla_disable_hlo_passes": "triton-softmax-rewriter"}
 """Compiler options without the pass that makes one Triton kernel of each norm and of each quantisation, and then tries
 tilings for every operation that could join one."""
 DETERMINISTIC = {"xla_gpu_deterministic_ops": True}
-"""Compiler options with which a GPU's program gives the same bits whenever it runs. cuDNN's attention else adds in a
-changing order in its backward pass. XLA then takes the first kernel for each product, not the fastest it has timed, so
-that another compilation has the same ones too."""
+"""Compiler options with which XLA takes kernels of a GPU that add in a fixed order: without, cuDNN's attention does not
+in its backward pass. XLA then also takes the first kernel for each product, not the fastest it has timed, so that
+another compilation has the same ones. Whether all bits repeat was not measured yet."""
 MEMORY = "0.92"
 """Share of a GPU's memory that JAX reserves. Its own default, 75 %, is too little for 12B parameters on 80 GB."""
 

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,9 +71,8 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         if resume:
             processes.by_first(lambda: stack.enter_context(checkpoint.alone(run)))
         count, host = devices or jax.device_count(), jax.local_device_count()
-        settled, why = plan.settled(cfg, count, plan.memory_limit(), host=host)
-        chosen = {"shard": str(settled.shard), "model.remat_keeps": ",".join(settled.model.remat_keeps)}
-        processes.same({f"{name}, by its memory": value for name, value in chosen.items()})
+        least = json.loads(processes.exchanged(json.dumps(plan.memory_limit()), least_of))
+        settled, why = plan.settled(cfg, count, least, host=host)
         state = None if place is None else restored(place, cfg, devices, settled.shard)
         parts = processes.together(lambda: assemble.assemble(cfg, devices, settled))
         processes.same({"the content of prompt_files": data.digest(parts.prompts)})
@@ -108,6 +107,11 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 raise
     processes.by_first(lambda: finish(parts, state, run))
     return UNFINISHED if int(state.iteration) < cfg.iterations else 0
+
+
+def least_of(limits: Sequence[str]) -> str:
+    """Of the memory limits of all processes, as JSON, the least: all must choose alike."""
+    return json.dumps(min((limit for text in limits if (limit := json.loads(text)) is not None), default=None))
 
 
 def common_settings(cfg: Config, run: Path) -> dict[str, str]:

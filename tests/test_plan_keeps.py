@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from solrl_jax import config, plan, train
+from solrl_jax import config, device, plan, train
 from solrl_jax.plan import cards, shapes
 from solrl_jax.run import assemble, checkpoint
 from tests import nano
@@ -39,14 +39,14 @@ def uses(cfg):
 @pytest.mark.slow
 def test_what_is_kept_costs_memory_and_saves_work(uses):
     memory, work = zip(*((use.total, use.flops.total()) for use in uses.values()), strict=True)
-    assert list(memory) == sorted(memory, reverse=True) and len(set(memory)) >= 3
+    assert list(memory) == sorted(memory, reverse=True) and len(set(memory)) >= 2
     assert list(work) == sorted(work) and work[0] < work[-1]
 
 
-@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("which", range(3))
 def test_the_most_that_fits_is_kept(cfg, monkeypatch, learning, which):
     """With SLACK for what the plan may be too low; a byte less, and it is the next; at last nothing, even so."""
-    memory = dict(zip(plan.KEEPS, (8, 6, 4, 2), strict=True))
+    memory = dict(zip(plan.KEEPS, (6, 4, 2), strict=True))
 
     def use_of(stage, cfg, sizes, devices, card):
         keeps = cfg.model.remat_keeps
@@ -62,17 +62,22 @@ def test_the_most_that_fits_is_kept(cfg, monkeypatch, learning, which):
     told = f"learn takes about {plan._gb(use.total)} of {plan._gb(need + 1)} GB"
     assert said == [f"model.remat_keeps={','.join(keeps)}, which auto comes to: {told}"]
     below, _ = plan.settled(cfg, 1, need - 1)
-    assert below.model.remat_keeps == plan.KEEPS[min(which + 1, 3)]
+    assert below.model.remat_keeps == plan.KEEPS[min(which + 1, 2)]
     assert plan.settled(keeping(cfg, keeps), 1, room)[0].model.remat_keeps == keeps  # as it was asked for
 
 
-def test_where_there_is_nothing_to_choose(cfg, learning):
+def test_where_there_is_nothing_to_choose(cfg, learning, monkeypatch):
     """Without remat all is kept already; a CPU has no limit, a drawing no backward pass: there auto stays, which is
-    nothing."""
+    nothing. A GPU without a limit says so."""
     room = plan.room(CARD)
     plain = config.override(cfg, **{"model.remat": "false"})
-    assert plan.settled(plain, 1, room)[0].model.remat_keeps == ()
+    assert plan.settled(plain, 1, room) == (dataclasses.replace(plain, shard=1), [])
     assert plan.settled(cfg, 1, None) == (dataclasses.replace(cfg, shard=1), [])
+    monkeypatch.setattr(device, "platform", lambda: "gpu")
+    found, (said,) = plan.settled(cfg, 1, None)
+    assert found.model.remat_keeps == config.AUTO and "does not tell its memory, so nothing is kept" in said
+    assert plan.settled(plain, 1, None)[1] == []
+    monkeypatch.undo()
     drawing, said = plan.settled(cfg, 1, room, stages=plan.DRAWING)
     assert drawing.model.remat_keeps == config.AUTO and said == []
 
@@ -89,17 +94,22 @@ def test_the_plan_shows_its_choice(cfg, monkeypatch):
     assert found.cfg.model.remat_keeps == plan.KEEPS[0]
     assert found.sizes.model == assemble.model_module(found.cfg).make(found.cfg.model)
     assert [use.stage for use in found.uses] == ["encode", "learn"]
-    assert any(line.startswith("model.remat_keeps=attention,qkv,mlp, which auto") for line in plan.report(found))
+    assert any(line.startswith("model.remat_keeps=attention,mlp, which auto") for line in plan.report(found))
 
 
 @pytest.mark.slow
 def test_a_run_says_what_it_keeps_and_stays_auto(cfg, uses, tmp_path, monkeypatch, capsys, learning):
     """A resume with less memory keeps less, and its config is still auto."""
     once = config.override(cfg, **{"iterations": "1", "evaluate.every": "0"})
-    for iterations, keeps, resume in (("1", plan.KEEPS[0], False), ("2", plan.KEEPS[2], True)):
+    for iterations, keeps, resume in (("1", plan.KEEPS[0], False), ("2", plan.KEEPS[1], True)):
         need = uses[keeps].total + cards.SLACK * uses[keeps].activations
         monkeypatch.setattr(plan, "memory_limit", lambda need=need: need + 1)
         longer = config.override(once, iterations=iterations)
         assert train.train(longer, tmp_path / "run", resume=resume, devices=1) == 0
         assert f"model.remat_keeps={','.join(keeps)}, which auto comes to" in capsys.readouterr().out
         assert checkpoint.load_config(tmp_path / "run").model.remat_keeps == config.AUTO
+
+
+def test_processes_choose_by_the_least_memory():
+    assert train.least_of(["24.5", "null", "23.0"]) == "23.0"
+    assert train.least_of(["null", "null"]) == "null"  # CPUs

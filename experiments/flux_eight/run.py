@@ -27,10 +27,11 @@ import jax
 
 from experiments import fields, results
 from experiments.flux_multi_gpu.run import Record, measured, over, totals
-from experiments.full_size import settled
+from experiments.full_size import alike
 from experiments.hosts.paper import free_address
 from solrl_jax import config, device, processes
 from solrl_jax.config import Config
+from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 
 HERE = Path(__file__).resolve().parent
@@ -91,9 +92,11 @@ def run(args: argparse.Namespace, record: Record) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.forms:
             form = FORMS[name]
-            named = config_of(form, args.config, args.prompts, cards, args.set)
-            prompts[name] = named.prompts
-            cfg = settled(named, folder, cards if form.all_cards else 1)
+            named = config_of(form, args.config, args.prompts, cards, alike(args.config, args.set))
+            cfg, prompts[name] = (
+                assemble.resolved(shapes.with_configs(named, folder), assemble.capability()),
+                named.prompts,
+            )
             if rows := measured(record, name, cfg, cards if form.all_cards else 1, 1):
                 found[name] = rows
                 record(figures_of(found, prompts, cards))

@@ -82,9 +82,8 @@ def run(args: argparse.Namespace, record: Callable[[dict[str, Any]], None], load
         known: dict[str, Gradient] = {}
         for name, case in cases(args).items():
             words = {"learn.micro_batch": case.micro, "learn.reference_every": 1, "shard": case.shard}
-            words |= {"learn.deterministic": case.deterministic, "model.dtype": dtype}
-            alike = {"model.remat_keeps": "attention,mlp"}  # auto would be another choice in each dtype
-            cfg = loaded(case.devices, prompts=max(args.devices), **words, **alike)
+            words["learn.deterministic"] = case.deterministic
+            cfg = loaded(prompts=max(args.devices), **{"model.dtype": dtype}, **words)
             shallow(cfg, args.layers)
             known[name], *again = gradient(cfg, case, args.samples, runs=2 if name in (BASE, ORDERED) else 1)
             figures = {f"{dtype}: {name}": difference(known[name], known[case.against])}

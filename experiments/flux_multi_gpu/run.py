@@ -45,9 +45,10 @@ import jax
 
 from experiments import fields, results
 from experiments.flux_multi_gpu import gradients
-from experiments.full_size import Ahead, Bench, Options, Times, in_turns, settled
+from experiments.full_size import Ahead, Bench, Options, Times, alike, in_turns
 from solrl_jax import config, device, iteration, processes
 from solrl_jax.config import Config
+from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 
 RENAMED = jax.__version_info__ >= (0, 11)  # the option, which takes a mode since
@@ -158,7 +159,7 @@ def scaling(args: argparse.Namespace, record: Record, loaded: Callable[..., Conf
     """Weights whole on every card, the same prompts a card."""
     found: dict[int, list[float]] = {}
     for devices in args.devices:
-        cfg = loaded(devices, prompts=args.each * devices, shard=1)
+        cfg = loaded(prompts=args.each * devices, shard=1)
         rows = measured(record, f"{devices} devices", cfg, devices, args.repeat)
         if not rows:
             continue
@@ -180,15 +181,13 @@ def named_setting(args: argparse.Namespace) -> dict[str, str]:
 
 def forms(args: argparse.Namespace, record: Record, loaded: Callable[..., Config]) -> None:
     """The forms of the part at every setting, and how long one takes over another."""
-    default = config.load(args.config, args.set).model.remat_keeps
-    alike = {"model.remat_keeps": "attention,mlp"} if default == config.AUTO else {}  # auto would keep more in parts
-    settings = {"named": named_setting(args), "default": alike}
+    settings = {"named": named_setting(args), "default": {}}
     (devices,) = args.devices
     for setting in args.settings:
         found: dict[str, list[dict[str, float]]] = {}
         for form in args.forms:
             in_parts, options = FORMS[form]
-            cfg = loaded(devices, prompts=args.each * devices, shard=args.shard if in_parts else 1, **settings[setting])
+            cfg = loaded(prompts=args.each * devices, shard=args.shard if in_parts else 1, **settings[setting])
             if rows := measured(record, f"{setting}, {form}", cfg, devices, args.repeat, options):
                 found[form] = rows
         for a, b in RATIOS:
@@ -202,7 +201,7 @@ def forms(args: argparse.Namespace, record: Record, loaded: Callable[..., Config
 def ahead(args: argparse.Namespace, record: Record, loaded: Callable[..., Config]) -> None:
     """Seconds of a rollout with the next block enqueued and without, in turns, and what the second block takes."""
     (devices,) = args.devices
-    cfg = loaded(devices, prompts=args.each * devices, shard=1)
+    cfg = loaded(prompts=args.each * devices, shard=1)
     mesh = assemble.make_mesh(devices, 1, cfg.prompts)
     bench = Bench(cfg, mesh, 1, written=record)
     staged = iteration.Staged(score=bench.sizes.score, **bench.statics)
@@ -274,7 +273,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 def checked(args: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments as lists, numbers and a file's name."""
     args.devices = [int(n) for n in (args.devices or ("4" if args.part in ONE_NUMBER else "1,2,4")).split(",")]
-    args.set = dict(args.set)
+    args.set = alike(args.config, dict(args.set))
     args.settings = args.settings.split(",")
     taken = ("parts",) if args.part == "shards" and args.limit else OF_PART.get(args.part, ())
     args.forms = [form.strip() for form in args.forms.split(";")] if args.forms else taken
@@ -303,8 +302,8 @@ def main(argv: list[str] | None = None) -> None:
         def named(**words: Any) -> Config:
             return config.load(args.config, {**args.set, **{k: str(v) for k, v in words.items()}})
 
-        def loaded(devices: int, **words: Any) -> Config:
-            return settled(named(**words), folder, devices)
+        def loaded(**words: Any) -> Config:
+            return assemble.resolved(shapes.with_configs(named(**words), folder), assemble.capability())
 
         told = named(prompts=args.each * max(args.devices))
         record = Record(args.out, config=config.to_json(told), named=named_setting(args), shard=args.shard)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from solrl_jax import sharding
+from solrl_jax import device, sharding
 from solrl_jax.config import AUTO, Config, ConfigError, override
 from solrl_jax.plan import jaxpr
 from solrl_jax.plan.cards import (
@@ -135,7 +135,9 @@ def settled(
     DRAWING, or those of a training.
     """
     if most is None:
-        return dataclasses.replace(cfg, shard=planned_shard(cfg)), []
+        asked = cfg.model.remat_keeps == AUTO and cfg.model.remat and not stages and device.platform() != "cpu"
+        untold = "model.remat_keeps=auto: this device does not tell its memory, so nothing is kept"
+        return dataclasses.replace(cfg, shard=planned_shard(cfg)), [untold] if asked else []
     sizes = read(cfg, devices, training=not stages)
     found = fitted(cfg, sizes, devices, card_with(most), host=host, stages=stages)
     return found.cfg, [line for line in (found.why, found.kept) if line]
@@ -173,16 +175,16 @@ def chosen(cfg: Config, sizes: Sizes, devices: int, card: Card, *, host: int = 0
     raise AssertionError("the last choice is never left")
 
 
-KEEPS = (("attention", "qkv", "mlp"), ("attention", "mlp"), ("attention",), ())
-"""Choices of model.remat_keeps, the fastest first."""
+KEEPS = (("attention", "mlp"), ("attention",), ())
+"""What "auto" may come to, the most first. "qkv" is not among it: it saves FLOPs, but no card has run it yet."""
 
 
 def with_keeps(choice: Choice, sizes: Sizes, devices: int, card: Card) -> Choice:
     """`choice` with the first of KEEPS with which learning fits, where model.remat_keeps is auto."""
     cfg, uses = choice.cfg, {use.stage: use for use in choice.uses}
-    if cfg.model.remat_keeps != AUTO or "learn" not in uses:
+    if cfg.model.remat_keeps != AUTO or not cfg.model.remat or "learn" not in uses:  # without remat all is kept
         return choice
-    for keeps in KEEPS if cfg.model.remat else [()]:
+    for keeps in KEEPS:
         one = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat_keeps=keeps))
         uses["learn"] = use = use_of("learn", one, _like(sizes, one, cfg), devices, card)
         if use.total + SLACK * use.activations <= room(card):
