@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from solrl_jax import config, main, rewards, train
 from solrl_jax.run import assemble, checkpoint, data, evaluate, export, log, pictures
 from tests.tiers import slow
-from tests.toy_world import as_branch, interrupt_at, metrics_of
+from tests.toy_world import TOY, as_branch, interrupt_at, metrics_of
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
