@@ -180,41 +180,11 @@ def gradients(
     at m times the KL's weight. In the next update it is another one, so over m updates each is it once: the gradient is
     the same in the mean.
     """
-    names = algos.find(cfg.learn.algorithm).fixed(cfg.learn)
-    every = cfg.learn.reference_every if "reference" in names else 1
+    passes, every = passes_of(cfg)
     hyper = state.hyper._replace(kl_weight=every * state.hyper.kl_weight)
-    points = functools.partial(points_of, schedule=schedule_of(model, cfg), cfg=cfg)
-    passes = [names] if every == 1 else [names, tuple(name for name in names if name != "reference")]
     # By updates % every alone, update i of each iteration would have one phase if an iteration has `every` updates: the
     # same ranks of reward would always have the reference.
     phase = (state.updates + state.updates // every) % every
-
-    def on_device(current, base, fixed, phase, negative, cond, keys, samples, advantage):
-        size, count = samples_at_a_time(cfg, keys.size), micro_batches(cfg, keys.size)
-        groups, pieces = by_group(keys, samples, advantage, size), count * size // keys.size
-
-        def added(policies: tuple[str, ...], total: Params, which: Int[Array, "M"]):
-            objective = functools.partial(summed_loss, names=policies, hyper=hyper, model=model, cfg=cfg)
-            gradient = jax.value_and_grad(objective, has_aux=True)
-            others = [stacked([fixed[name] for name in group]) for _, group in by_guidance(policies, cfg)]
-
-            def one_micro(total, number):
-                group = jax.tree.map(lambda x: x[number // pieces], groups)
-                owner, *micro = jax.tree.map(lambda x: x[number % pieces], points(*group))
-                own = jax.tree.map(lambda c: c[owner], cond)
-                (_, metrics), grads = gradient(current, base, others, own, negative, *micro)
-                return jax.tree.map(jnp.add, total, grads), metrics
-
-            total, metrics = jax.lax.scan(one_micro, total, which)
-            return total, jax.tree.map(jnp.sum, metrics)
-
-        order, sums = reference_first(sharding.index(), count, every, phase), []
-        grads = jax.tree.map(jnp.zeros_like, current)
-        for which, policies in zip(jnp.split(order, [count // every] if every > 1 else []), passes, strict=True):
-            grads, metrics = added(policies, grads, which)
-            sums.append(metrics)
-        return jax.lax.psum((grads, sums), sharding.AXES)
-
     specs = (
         sharding.WHOLE,  # the trained policy
         sharding.specs_of(frozen.base),
@@ -223,12 +193,66 @@ def gradients(
         sharding.WHOLE,  # the negative conditioning
         *[sharding.SPLIT] * 4,  # a device's conditioning, keys, samples and advantages
     )
-    run = sharding.over_data(on_device, specs, sharding.WHOLE)
-    fixed = fixed_policies(state, began, names)
+    summed = functools.partial(summed_gradients, hyper=hyper, model=model, cfg=cfg)
+    run = sharding.over_data(summed, specs, sharding.WHOLE)
+    fixed = fixed_policies(state, began, passes[0])
     grads, sums = run(state.lora, frozen.base, fixed, phase, frozen.negative, cond, keys, samples, advantage)
     count = keys.size * cfg.times
     metrics = means(sums, (count // every, count - count // every)[: len(passes)])
     return jax.tree.map(lambda x: x / count, grads), metrics
+
+
+def passes_of(cfg: Config) -> tuple[list[tuple[str, ...]], int]:
+    """(the fixed policies of each kind of micro-batch, m): with the reference, which one of every m micro-batches has,
+    and without."""
+    names = algos.find(cfg.learn.algorithm).fixed(cfg.learn)
+    every = cfg.learn.reference_every if "reference" in names else 1
+    return ([names] if every == 1 else [names, tuple(name for name in names if name != "reference")]), every
+
+
+def summed_gradients(
+    current: Params,
+    base: Params,
+    fixed: dict[str, Params],
+    phase: Int[Array, ""],
+    negative: PyTree,
+    cond: PyTree,
+    keys: Key[Array, "p k"],
+    samples: Sample,
+    advantage: Float[Array, "p k"],
+    *,
+    hyper: Hyper,
+    model: Model,
+    cfg: Config,
+) -> tuple[Params, list[Metrics]]:
+    """One device's part of `gradients`: the gradient of its points' losses and, for each kind of micro-batch, their
+    metrics, both summed over all points of all devices."""
+    size, count = samples_at_a_time(cfg, keys.size), micro_batches(cfg, keys.size)
+    groups, pieces = by_group(keys, samples, advantage, size), count * size // keys.size
+    points = functools.partial(points_of, schedule=schedule_of(model, cfg), cfg=cfg)
+    passes, every = passes_of(cfg)
+
+    def added(policies: tuple[str, ...], total: Params, which: Int[Array, "M"]):
+        objective = functools.partial(summed_loss, names=policies, hyper=hyper, model=model, cfg=cfg)
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        others = [stacked([fixed[name] for name in group]) for _, group in by_guidance(policies, cfg)]
+
+        def one_micro(total, number):
+            group = jax.tree.map(lambda x: x[number // pieces], groups)
+            owner, *micro = jax.tree.map(lambda x: x[number % pieces], points(*group))
+            own = jax.tree.map(lambda c: c[owner], cond)
+            (_, metrics), grads = gradient(current, base, others, own, negative, *micro)
+            return jax.tree.map(jnp.add, total, grads), metrics
+
+        total, metrics = jax.lax.scan(one_micro, total, which)
+        return total, jax.tree.map(jnp.sum, metrics)
+
+    order, sums = reference_first(sharding.index(), count, every, phase), []
+    grads = jax.tree.map(jnp.zeros_like, current)
+    for which, policies in zip(jnp.split(order, [count // every] if every > 1 else []), passes, strict=True):
+        grads, metrics = added(policies, grads, which)
+        sums.append(metrics)
+    return jax.lax.psum((grads, sums), sharding.AXES)
 
 
 def reference_first(device: Int[Array, ""], count: int, every: int, phase: Int[Array, ""]) -> Int[Array, "count"]:
