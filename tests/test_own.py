@@ -4,7 +4,6 @@ import csv
 import json
 import re
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -19,7 +18,7 @@ from solrl_jax.plan import shapes
 from solrl_jax.rewards import own
 from solrl_jax.run import assemble, data, evaluate
 from solrl_jax.structs import Reward, Rollout
-from tests.toy_world import TOY, load, metrics_of
+from tests.toy_world import TOY, metrics_of, unrewarded
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -45,23 +44,9 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def toy(folder, monkeypatch):
     """A run of the toy model in the current folder."""
-    monkeypatch.setattr(assemble, "model_module", lambda cfg: types.SimpleNamespace(make=lambda c: TOY, load=load))
-    (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(7)))
-    return config.Config(
-        name="toy",
-        model=config.Model(name="toy"),
-        prompt_files="prompts.txt",
-        reward="my_reward.brightness",
-        prompts=4,
-        candidates=4,
-        kept=2,
-        explore=config.Stage(steps=2, solver="euler", precision="bf16", chunk=4),
-        regenerate=config.Stage(steps=4, chunk=2),
-        lora=config.Lora(rank=2, alpha=4.0),
-        learn=config.Learn(micro_batch=2, learning_rate=0.03),
-        evaluate=config.Evaluate(every=2, prompts=3, images=2, grid=2, steps=3, chunk=4),
-        iterations=2,
-    )
+    words = {"prompt_files": "prompts.txt", "reward": "my_reward.brightness", "iterations": 2, "save_every": 20}
+    made = unrewarded(monkeypatch, folder)
+    return config.override(made, **words, **{"evaluate.rewards": "", "watch.every": 20})
 
 
 def test_the_pages_examples_are_short():

@@ -91,11 +91,16 @@ def traced_once(stages=iteration.stages):
 
 
 def world(monkeypatch, folder):
-    """The toy config, with its prompts in `folder`."""
-    monkeypatch.setattr(assemble, "model_module", lambda cfg: types.SimpleNamespace(make=lambda c: TOY, load=load))
+    """The toy config, with its rewards, and its prompts in `folder`."""
     monkeypatch.setattr(rewards, "REWARDS", ("bright", "dark", "broken", "plain"))
     for score in (bright, dark, broken, plain):
         monkeypatch.setitem(sys.modules, f"solrl_jax.rewards.{score.__name__}", reward_module(score.__name__, score))
+    return unrewarded(monkeypatch, folder)
+
+
+def unrewarded(monkeypatch, folder):
+    """The toy config with the package's own rewards, among which its reward is not."""
+    monkeypatch.setattr(assemble, "model_module", lambda cfg: types.SimpleNamespace(make=lambda c: TOY, load=load))
     (folder / "prompts.txt").write_text("".join(f"prompt {i}\n" for i in range(7)))
     return config.Config(
         name="toy",
