@@ -11,8 +11,8 @@ Programs of whole iterations are compiled before they run; with --repeat=1 there
 """
 
 import argparse
+import collections
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
@@ -312,12 +312,17 @@ class Bench:
         update = jax.jit(
             functools.partial(learn, model=model, optimizer=self.optimizer, cfg=cfg), compiler_options=options
         )
-        call = functools.partial(update, state, self.frozen, self.prompts.cond, samples)
+        found = collections.deque[PyTree](maxlen=2)  # a tenth of the clipped gradient of each of the last calls
+
+        def call() -> PyTree:
+            found.append(optax.tree.get(update(state, self.frozen, self.prompts.cond, samples)[0].moments, "mu"))
+            return found[-1]
+
         seconds, compiling = timed(call, self.repeat)
         what = "every micro-batch" if every == 1 else f"one micro-batch in {every}"
         name = f"learn of {keys.size} x {cfg.times}, the reference on {what}" + ", deterministic" * deterministic
         self.note(name, seconds, compile=compiling)
-        first, again = (optax.tree.get(call()[0].moments, "mu") for _ in range(2))  # a tenth of the clipped gradient
+        first, again = found
         apart = optax.tree.norm(optax.tree.sub(again, first)) / optax.tree.norm(first)
         self.figures[f"{name}: run again"] = results.figure(float(apart), "|g' - g| / |g|", 1)
         print(f"{apart:9.2e}  {name}: run again", flush=True)
@@ -343,17 +348,9 @@ class Bench:
         return iterations(staged, self, options=options, each=each)[0]
 
 
-def settled(named: Config, folder: str, devices: int) -> Config:
-    """`named` with its model's public configs and what a run on `devices` of these would choose. Frozen weights are
-    whole unless it says otherwise."""
-    cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
-    cfg = dataclasses.replace(cfg, shard=max(1, cfg.shard))
-    return plan.settled(cfg, devices, plan.memory_limit())[0] if cfg.model.remat_keeps == config.AUTO else cfg
-
-
 def alike(name: str, words: Mapping[str, str]) -> dict[str, str]:
-    """`words` for the config, with what an H100 keeps for the backward pass if they leave that to the card: forms that
-    are compared keep the same."""
+    """`words` for the config, with what an H100 keeps for the backward pass if they leave that to the card: what is
+    compared keeps the same, on any card."""
     auto = config.load(name, words).model.remat_keeps == config.AUTO
     return {**words, **({"model.remat_keeps": "attention,mlp"} if auto else {})}
 
@@ -385,14 +382,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     assemble.use_compilation_cache()
-    named = config.load(args.config, {"prompts": str(args.prompts), **dict(args.set)})
+    named = config.load(args.config, alike(args.config, {"prompts": str(args.prompts), **dict(args.set)}))
     mesh = assemble.make_mesh(args.devices, max(1, named.shard), named.prompts)
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        cfg = settled(named, folder, mesh.size)
+        cfg = assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
         tflop = work(cfg, mesh.size)
-        kept = ",".join(cfg.model.remat_keeps)
-        written = functools.partial(results.record, args.out, config=config.to_json(named), remat_keeps=kept)
+        written = functools.partial(results.record, args.out, config=config.to_json(named))
         bench = Bench(cfg, mesh, args.repeat, args.profile, written)
         bench.flop = {part: flop.total() for part, flop in plan.per_image_flops(bench.sizes).items()}
         stack.enter_context(jax.set_mesh(mesh))

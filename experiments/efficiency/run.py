@@ -21,9 +21,10 @@ from typing import Any
 import jax
 
 from experiments import fields, results
-from experiments.full_size import Bench, iterations, settled
+from experiments.full_size import Bench, alike, iterations
 from solrl_jax import config, device, iteration, sharding
 from solrl_jax.config import Config
+from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 
 HERE = Path(__file__).resolve().parent
@@ -97,12 +98,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     out = args.out or HERE / f"results/{args.model}.json"
     assemble.use_compilation_cache()
-    words = {"prompts": str(args.prompts), **dict(args.set)}
+    words = alike(f"{args.model}:sol_rl", {"prompts": str(args.prompts), **dict(args.set)})
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(sharding.make_mesh(1)):
 
         def variant(recipe: str, changes: dict[str, str]) -> Config:
             named = config.load(f"{args.model}:{recipe}", {**words, **changes})
-            return settled(named, folder, 1)
+            return assemble.resolved(shapes.with_configs(named, folder), assemble.capability())
 
         wanted = [part.strip() for part in args.forms.split(";")]
         cfgs = {n: variant(*how) for part in wanted for n, how in VARIANTS.items() if part in n}
@@ -113,7 +114,6 @@ def main(argv: list[str] | None = None) -> None:
         bench.first = bench.first and not args.all
         facts = {"model": args.model, "precision": bench.cfg.low_precision, "prompts": args.prompts}
         facts |= {"candidates": bench.cfg.candidates, "kept": bench.cfg.kept}
-        facts["remat_keeps"] = ",".join(bench.cfg.model.remat_keeps)
         measured = known(out, facts) if args.more else {}
         bench.encode()
         for name, cfg in cfgs.items():

@@ -27,6 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import fields, results
+from experiments.full_size import alike
 from solrl_jax import config, device, iteration, learn, sharding
 from solrl_jax.config import Config
 from solrl_jax.plan import shapes
@@ -144,9 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     before = json.loads(args.out.read_text()) if args.out.exists() else {}
     figures, refused = before.get("figures", {}), before.get("refused", {})
     with tempfile.TemporaryDirectory() as folder:
-        words = {"explore.precision": "bf16", "shard": str(args.shard), "evaluate.every": "0"}
-        words["model.remat_keeps"] = "attention,mlp"  # what --set does not change; a run's plan is of GPUs
-        cfg = assemble.resolved(shapes.with_configs(config.load(args.config, words | changes), folder), None)
+        words = {"explore.precision": "bf16", "shard": str(args.shard), "evaluate.every": "0", **changes}
+        named = config.load(args.config, alike(args.config, words))
+        cfg = assemble.resolved(shapes.with_configs(named, folder), None)
         made = programs(cfg, on)
         for stage in args.stages:
             label = ", ".join([args.config, args.slice, f"shard={args.shard}", *told, stage])

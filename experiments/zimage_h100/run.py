@@ -35,11 +35,10 @@ LARGE = {
     **{"model.size": "1024", "explore.chunk": "12", "regenerate.chunk": "12"},
     **{"learn.micro_batch": "4", "model.remat_keeps": "attention"},
 }
-KEPT = {"model.remat_keeps": "attention,mlp"}  # not what this card has room for: the plan beside it is an H100's
 PARTS = {
-    "512": Part(KEPT, "encode,forward,decode,reward,micro_step,iterations", "attention,mlp;attention"),
+    "512": Part({}, "encode,forward,decode,reward,micro_step,iterations", "attention,mlp;attention"),
     "1024": Part(LARGE, "encode,forward,decode,micro_step,iterations", "attention"),
-    "plain": Part({**KEPT, "regenerate.guidance": "1"}, "encode,iterations"),
+    "plain": Part({"regenerate.guidance": "1"}, "encode,iterations"),
 }
 
 

@@ -184,11 +184,12 @@ def with_keeps(choice: Choice, sizes: Sizes, devices: int, card: Card) -> Choice
     cfg, uses = choice.cfg, {use.stage: use for use in choice.uses}
     if cfg.model.remat_keeps != AUTO or not cfg.model.remat or "learn" not in uses:  # without remat all is kept
         return choice
-    for keeps in KEEPS:
+    for keeps in KEEPS:  # with nothing it is planned already
         one = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, remat_keeps=keeps))
-        uses["learn"] = use = use_of("learn", one, _like(sizes, one, cfg), devices, card)
+        use = use_of("learn", one, _like(sizes, one, cfg), devices, card) if keeps else uses["learn"]
         if use.total + SLACK * use.activations <= room(card):
             break
+    uses["learn"] = use
     taken = f"learn takes about {_gb(use.total)} of {_gb(room(card))} GB"
     kept = f"model.remat_keeps={','.join(keeps)}, which auto comes to: {taken}"
     return choice._replace(cfg=one, uses=tuple(uses.values()), kept=kept)
