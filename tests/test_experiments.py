@@ -330,8 +330,13 @@ def test_efficiency_goes_on_from_what_was_measured(tmp_path, monkeypatch):
     efficiency.main([*words[:2], f"--out={tmp_path / 'two.json'}", "--forms=naive;branch"])
     found = json.loads((tmp_path / "two.json").read_text())
     assert len(asked) == 2 and list(found["seconds"]) == ["naive, BF16", "branch, low precision"]
-    with pytest.raises(SystemExit):  # nothing to compare with
-        efficiency.main([*words[:2], f"--out={tmp_path / 'three.json'}", "--forms=branch"])
+    asked[:] = []
+    efficiency.main([*words[:2], f"--out={tmp_path / 'three.json'}", "--forms=branch"])
+    found = json.loads((tmp_path / "three.json").read_text())["figures"]  # nothing to compare with, and it learns
+    assert asked == [(False, True)] and found["branch, low precision: end to end"]["value"] == 1.0
+    assert not [name for name in found if "over it" in name]
+    with pytest.raises(SystemExit):  # what is learnt would be measured with another form
+        efficiency.main([*words[:2], f"--out={tmp_path / 'four.json'}", "--forms=branch;naive"])
     out.write_text(json.dumps({**cut, "device": "another"}))
     with pytest.raises(ValueError, match=r"--more.*device: 'another' there.*anew"):
         efficiency.main([*words, "--more"])

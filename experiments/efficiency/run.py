@@ -28,8 +28,9 @@ from solrl_jax.plan import shapes
 from solrl_jax.run import assemble
 
 HERE = Path(__file__).resolve().parent
+NAIVE = "naive, BF16"
 VARIANTS = {
-    "naive, BF16": ("naive_scaling", {}),
+    NAIVE: ("naive_scaling", {}),
     "two stages, BF16": ("sol_rl", {"explore.precision": "bf16"}),
     "two stages, low precision": ("sol_rl", {}),
     "branch, low precision": ("branch", {}),
@@ -45,12 +46,12 @@ def stage_times(bench: Bench, cfg: Config, learn: bool) -> list[dict[str, float]
 
 
 def figures_of(measured: dict[str, list[dict[str, float]]], prompts: int) -> dict[str, dict]:
-    """Medians of stages and their sums, a prompt, and how many times as long the naive form takes.
+    """Medians of stages and their sums, a prompt, and how many times as long the naive form takes, if it is measured.
 
-    `measured` has the naive form first, with what learning takes.
+    The first of `measured` has what learning takes.
     """
     rolled = {name: [sum(row.values()) - row["learn"] for row in rows] for name, rows in measured.items()}
-    naive, *_ = rolled.values()
+    naive = rolled.get(NAIVE)
     learn = [row["learn"] for row in next(iter(measured.values()))]
     figure = functools.partial(results.figure, n=len(learn))
 
@@ -59,16 +60,19 @@ def figures_of(measured: dict[str, list[dict[str, float]]], prompts: int) -> dic
         spread = [round(min(each), 3), round(max(each), 3)] if len(each) > 1 else None
         return figure(statistics.median(each), "s a prompt; median [least, most]", spread=spread)
 
-    def times(form: Sequence[float], also: float) -> dict[str, Any]:
-        return figure((statistics.median(naive) + also) / (statistics.median(form) + also), "times")
+    def times(name: str, form: Sequence[float], also: float = 0.0) -> dict[str, Any]:
+        if naive is None:
+            return {}
+        ratio = (statistics.median(naive) + also) / (statistics.median(form) + also)
+        return {f"{name}, naive over it": figure(ratio, "times")}
 
     out = {"learn": seconds(learn)}
     for name, rollout in rolled.items():
         whole = [x + statistics.median(learn) for x in rollout]
         out |= {f"{name}: {stage}": seconds([row[stage] for row in measured[name]]) for stage in measured[name][0]}
-        out |= {f"{name}: rollout": seconds(rollout), f"{name}: rollout, naive over it": times(rollout, 0.0)}
+        out |= {f"{name}: rollout": seconds(rollout), **times(f"{name}: rollout", rollout)}
         out |= {f"{name}: end to end": seconds(whole)}
-        out |= {f"{name}: end to end, naive over it": times(rollout, statistics.median(learn))}
+        out |= times(f"{name}: end to end", rollout, statistics.median(learn))
         del out[f"{name}: learn"]
     return out
 
@@ -93,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="default: results/MODEL.json")
     parser.add_argument("--more", action="store_true", help="measure only the forms that --out does not have")
     parser.add_argument(
-        "--forms", default="", help="parts of the forms' names, with semicolons, in this order: others are left out"
+        "--forms",
+        default="",
+        help="parts of the forms' names, with semicolons, in this order: others are left out; without naive no ratios",
     )
     args = parser.parse_args(argv)
     out = args.out or HERE / f"results/{args.model}.json"
@@ -107,8 +113,8 @@ def main(argv: list[str] | None = None) -> None:
 
         wanted = [part.strip() for part in args.forms.split(";")]
         cfgs = {n: variant(*how) for part in wanted for n, how in VARIANTS.items() if part in n}
-        if next(iter(cfgs), None) != next(iter(VARIANTS)):
-            parser.error(f"--forms={args.forms}: take parts of {'; '.join(VARIANTS)}, the naive form first")
+        if not cfgs or NAIVE in list(cfgs)[1:]:
+            parser.error(f"--forms={args.forms}: take parts of {'; '.join(VARIANTS)}; the naive form, if any, first")
         low = next((cfg for cfg in cfgs.values() if cfg.low_precision), next(iter(cfgs.values())))
         bench = Bench(low, sharding.make_mesh(1), args.repeat)
         bench.first = bench.first and not args.all
