@@ -12,7 +12,7 @@ from huggingface.co, or from --config.model.path, a folder in diffusers' layout.
 
 A sample is two rows of the network, in the rollouts and in the loss; without guidance (--config.regenerate.guidance=1)
 an iteration takes half as long. By `--mode=plan`: 32 GB on an H100, 26 minutes an iteration of 48 prompts with sol_rl.
-`24gb` has 3 and 4 pictures and 2 points at a time and takes 22.7 of the 23.7 GB that JAX has of a card of 24, to
+`24gb` has 3 and 4 pictures and 2 points at a time and takes 22.7 of the 23.2 GB that JAX has of an RTX 4090, to
 explore, and 15.3 to learn: 21.0 minutes an iteration (branch) on an H100, 2.1 hours on an RTX 4090. Measured on an H200
 limited to 23.7 GB, with random weights (experiments/flux2_h100): 29.7 s a prompt, 13 % more than the plan's, 21.3 GB in
 use at most; a forward in FP8 takes .58 of BF16's time. No card of 24 GB has run it.
@@ -38,7 +38,7 @@ def base(reward: str) -> Config:
             text_tokens=512,  # all of which the network attends to
             vae_dtype="bfloat16",
             remat=True,
-            remat_keeps=("attention",),
+            remat_keeps=("auto",),
             min_dim=1000,
             min_quantised_flops=0.9,  # the rule covers all of the blocks'; less is another network
         ),

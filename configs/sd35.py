@@ -38,7 +38,7 @@ def large(reward: str) -> Config:
             text_tokens=128,  # not diffusers' 256
             vae_dtype="bfloat16",  # as the original, which decodes under autocast
             remat=True,
-            remat_keeps=("auto",),  # with attention and mlp 52 GB on an H100
+            remat_keeps=("auto",),
             min_dim=2432,
             min_quantised_flops=0.6,  # NVFP4's rule covers .635 of the blocks'; less is another network
         ),

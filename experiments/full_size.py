@@ -349,8 +349,8 @@ class Bench:
 
 
 def alike(name: str, words: Mapping[str, str]) -> dict[str, str]:
-    """`words` for the config, with what an H100 keeps for the backward pass if they leave that to the card: what is
-    compared keeps the same, on any card."""
+    """`words` for the config, with attention's and the MLP's results kept for the backward pass if they leave that to
+    the card: what is compared keeps the same, on any card."""
     auto = config.load(name, words).model.remat_keeps == config.AUTO
     return {**words, **({"model.remat_keeps": "attention,mlp"} if auto else {})}
 

@@ -426,7 +426,11 @@ def test_a_run_begins_from_it(toy, from_style, tmp_path):
     told = "\n".join(json.loads((run / "starts.json").read_text())[0]["notes"])
     assert f"folded into the base: {file} (scale 0.5, SHA-256 {digest[:12]}...)" in told and "rank up to 3 + 2" in told
     card = (run / "model_card.md").read_text()
-    for words in (f"`{file}` at scale 0.5, SHA-256 style.safetensors {digest}", "KL's reference", "rank up to 3 + 2"):
+    for words in (
+        f"`{file.name}` at scale 0.5, SHA-256 style.safetensors {digest}",
+        "KL's reference",
+        "rank up to 3 + 2",
+    ):
         assert words in card
     assert "already hold `style.safetensors` at scale 0.5: load them alone. `only_new/`" in card
     manifest = json.loads((run / "checkpoints/2/manifest.json").read_text())

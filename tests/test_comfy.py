@@ -381,7 +381,8 @@ def test_a_run_delivers_both_layouts_and_a_card(small, tmp_path):
     text = (tmp_path / "model_card.md").read_text()
     for words in (
         "# mine\n",
-        "| base | `/models/FLUX.1-dev` (model flux), whose licence this LoRA is under |",
+        "| base | `FLUX.1-dev` (model flux), whose licence this LoRA is under |",
+        'from_pretrained("FLUX.1-dev", torch_dtype=torch.bfloat16)  # its folder, or its name on the Hub\n',
         "sol_rl: 96 candidates a prompt in 6 dpm2 steps in auto, 24 kept (best_worst) and drawn in 10 dpm2",
         "| reward | 1 x pickscore + 0.5 x hpsv2 |",
         "120 of 300, 48 prompts each; 240 updates",
@@ -391,6 +392,12 @@ def test_a_run_delivers_both_layouts_and_a_card(small, tmp_path):
         "copy `comfyui/mine.safetensors` to `models/loras`",
     ):
         assert words in text, words
+    assert "/models" not in text  # paths of this machine: a card is published
+
+
+@pytest.mark.parametrize("path", ["", "black-forest-labs/FLUX.1-dev"])
+def test_a_card_has_names_on_the_hub_whole(path):
+    assert model_card.published(path) == path
 
 
 def test_a_model_without_the_layout_delivers_none(small, tmp_path):

@@ -110,7 +110,7 @@ def test_gradient(h100):
 @pytest.mark.parametrize("stage", ["merged", "quantised", "explore", "learn"])
 def test_stages_of_the_recipe_for_24_gb(h100, tmp_path, stage):
     """The whole base 4B by `flux2:24gb`, one prompt an iteration: what the stage's program takes beside what else is on
-    the card is below 23.7 GB, and its temporaries are about the plan's."""
+    the card is below 23.2 GB, and its temporaries are about the plan's."""
     words = {"prompts": "1", "explore.precision": "fp8"}
     cfg = shapes.with_configs(config.load("flux2:24gb", words), tmp_path)
     programs = stages_of(cfg)
@@ -119,7 +119,7 @@ def test_stages_of_the_recipe_for_24_gb(h100, tmp_path, stage):
     use = plan.use_of({"merged": "quantise", "quantised": "quantise"}.get(stage, stage), *args_of(cfg))
     held = use.weights + use.adapters + use.merged + use.quantised
     print(stage, memory.temp_size_in_bytes / 1e9, use.activations / 1e9, (held + memory.temp_size_in_bytes) / 1e9)
-    assert held + memory.temp_size_in_bytes < 23.7e9
+    assert held + memory.temp_size_in_bytes < 23.2e9
     assert memory.temp_size_in_bytes < 1.1 * use.activations
 
 

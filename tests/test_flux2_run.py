@@ -88,7 +88,7 @@ def test_it_divides_over_devices(recipe, samples, chunk, devices):
 @pytest.mark.parametrize("card", ["RTX 4090 24GB"])
 def test_plan_from_public_sizes(capsys, monkeypatch, card):
     """Nothing is placed, nothing read: parameters and TFLOP by the public configs. By `24gb` every stage fits a
-    card of 24 GB, of which a run can use 23.7."""
+    card of 24 GB, of which a run can use 23.2."""
     monkeypatch.setattr(jax, "device_put", None)
     with flagsaver.flagsaver():
         assert main.main(main.parse(["solrl_jax", "--mode=plan", "--config=flux2:24gb", f"--card={card}"])) == 0

@@ -3,7 +3,7 @@
     python -m experiments.flux_multi_gpu.run --part=scaling --devices=1,2,4 --repeat=3
     python -m experiments.flux_multi_gpu.run --part=shards --devices=4 --shard=4 --settings=named
     python -m experiments.flux_multi_gpu.run --part=shards --devices=4 --shard=4 --settings=default
-    python -m experiments.flux_multi_gpu.run --part=shards --devices=4 --shard=4 --settings=named --limit=23.7
+    python -m experiments.flux_multi_gpu.run --part=shards --devices=4 --shard=4 --settings=named --limit=23.2
     python -m experiments.flux_multi_gpu.run --part=pipelined --devices=4 --shard=4 --settings=named
     python -m experiments.flux_multi_gpu.run --part=gradients --devices=1,2,4 --shard=4
     python -m experiments.flux_multi_gpu.run --part=ahead --devices=2 --each=4 --set=candidates=24 --set=kept=6

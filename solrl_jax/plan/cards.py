@@ -1,4 +1,4 @@
-"""GPUs and the links between them by their makers' figures, and the shares of these that the plan assumes."""
+"""GPUs and the links between them, and the shares of their makers' figures that the plan assumes."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from solrl_jax.config import ConfigError
 
 
 class Card(NamedTuple):
-    """Memory in GiB, peak in TFLOP/s (dense bf16), compute capability."""
+    """GiB that CUDA tells of its memory, peak in TFLOP/s (dense bf16), compute capability."""
 
     memory: float | int
     peak: float | int
@@ -17,15 +17,17 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    "H100 80GB": Card(80, 989, 9.0),
-    "H200 141GB": Card(141, 989, 9.0),
-    "A100 80GB": Card(80, 312, 8.0),
-    "A100 40GB": Card(40, 312, 8.0),
-    "L40S 48GB": Card(48, 362, 8.9),
-    "RTX 6000 Ada 48GB": Card(48, 364, 8.9),
-    "RTX 4090 24GB": Card(24, 165, 8.9),
-    "B200 180GB": Card(180, 2250, 10.0),
+    "H100 80GB": Card(79.1, 989, 9.0),
+    "H200 141GB": Card(139.8, 989, 9.0),
+    "A100 80GB": Card(79.1, 312, 8.0),
+    "A100 40GB": Card(39.4, 312, 8.0),
+    "L40S 48GB": Card(44.4, 362, 8.9),
+    "RTX 6000 Ada 48GB": Card(44.4, 364, 8.9),
+    "RTX 4090 24GB": Card(23.5, 165, 8.9),
+    "B200 180GB": Card(178.3, 2250, 10.0),
 }
+"""CUDA tells less than a card's name: some is its own, and error correction takes a sixteenth of GDDR6. The H200's is
+measured here, the others are what people's out-of-memory messages say, the least where they differ."""
 CAUTION = 0.3  # share of the planned activations by which they may be too high
 SLACK = 0.1  # share of them by which they may be too low: of FLUX's 59.9 GB an H100 took 62 at first, 58.5 later
 USABLE = 0.92  # share of a card's memory that JAX reserves (XLA_PYTHON_CLIENT_MEM_FRACTION)

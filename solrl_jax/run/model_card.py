@@ -11,6 +11,12 @@ from solrl_jax.run.base_loras import ONLY_NEW, BaseLoras
 PACKAGES = ("jax", "flax", "optax")
 
 
+def published(path: str) -> str:
+    """A name on the Hub as it is; of a folder or file of this machine the last part, for a card is published."""
+    here = Path(path).is_absolute() or Path(path).exists()
+    return Path(path).name if here else path
+
+
 def family(cfg: Config) -> str:
     """The name of the family or method; the inverse of `recipes.family`."""
     if cfg.branch is not None:
@@ -42,7 +48,7 @@ def write(
     rows |= {"began from": _began_from(loras, cfg.lora)} if loras else {}
     parts = [
         f"# {name}",
-        f"A LoRA for `{cfg.model.path or cfg.model.name}`, trained by reinforcement learning on rewards of "
+        f"A LoRA for `{published(cfg.model.path) or cfg.model.name}`, trained by reinforcement learning on rewards of "
         "its own pictures (Sol-RL, arXiv 2604.06916).",
         "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items())]),
         "## Use it",
@@ -59,12 +65,13 @@ def write(
 def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) -> dict[str, str]:
     """The rows of the card's table."""
     learn, w = cfg.learn, guidance.evaluated(cfg)
+    base = f"`{published(cfg.model.path)}` (model {cfg.model.name}{_other_weights(cfg)})"
     return {
-        "base": f"`{cfg.model.path}` (model {cfg.model.name}{_other_weights(cfg)}), whose licence this LoRA is under",
+        "base": f"{base}, whose licence this LoRA is under",
         "family": f"{family(cfg)}: {_rollouts(cfg)}",
         "reward": _mixture(cfg.reward) + (", each normalised within its prompt (gdpo)" * mixture.by_parts(cfg)),
         "iterations": f"{iterations} of {cfg.iterations}, {cfg.prompts} prompts each; {updates} updates",
-        "prompts": f"`{cfg.prompt_files}`",
+        "prompts": f"`{published(cfg.prompt_files)}`",
         "learning": f"{learn.algorithm}, rate {learn.learning_rate:g}, KL weight {learn.kl_weight:g}, "
         f"seed {cfg.seed}; every value is in config.json of the run",
         "LoRA": f"{_lora(cfg.lora)}, on {', '.join(targets)}",
@@ -77,7 +84,7 @@ def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) 
 
 
 def _other_weights(cfg: Config) -> str:
-    return f", its network with the weights of `{cfg.model.weights}`" if cfg.model.weights else ""
+    return f", its network with the weights of `{published(cfg.model.weights)}`" if cfg.model.weights else ""
 
 
 def _guidance(cfg: Config) -> str:
@@ -118,7 +125,7 @@ def _mixture(text: str) -> str:
 
 def _began_from(loras: BaseLoras, new: Lora) -> str:
     files = "; ".join(
-        f"`{o.file}` at scale {o.scale:g}, SHA-256 {', '.join(f'{name} {x}' for name, x in o.sha256.items())}"
+        f"`{published(o.file)}` at scale {o.scale:g}, SHA-256 {', '.join(' '.join(x) for x in o.sha256.items())}"
         for o in loras.origins
     )
     return (
@@ -128,7 +135,7 @@ def _began_from(loras: BaseLoras, new: Lora) -> str:
 
 
 def _stacking(loras: BaseLoras) -> str:
-    files = ", ".join(f"`{Path(o.file).name}` at scale {o.scale:g}" for o in loras.origins)
+    files = ", ".join(f"`{published(o.file)}` at scale {o.scale:g}" for o in loras.origins)
     return (
         f"\n\nThese files already hold {files}: load them alone. `{ONLY_NEW}/` has the trained part alone, in the same "
         f"layouts, to be loaded at scale 1 beside {files}."
@@ -141,6 +148,8 @@ def _lora(cfg: Lora) -> str:
 
 def loading(cfg: Config, comfy: str) -> str:
     """How to load the files in diffusers and ComfyUI."""
+    base = published(cfg.model.path)
+    elsewhere = "" if base == cfg.model.path else "  # its folder, or its name on the Hub"
     lines = [
         "diffusers:",
         "",
@@ -148,7 +157,7 @@ def loading(cfg: Config, comfy: str) -> str:
         "import torch",
         "from diffusers import DiffusionPipeline",
         "",
-        f'pipe = DiffusionPipeline.from_pretrained("{cfg.model.path}", torch_dtype=torch.bfloat16)',
+        f'pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.bfloat16){elsewhere}',
         'pipe.load_lora_weights(".", weight_name="pytorch_lora_weights.safetensors")  # "." is this folder',
         "```",
     ]
