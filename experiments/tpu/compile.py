@@ -73,7 +73,7 @@ def programs(cfg: Config, on: Mesh) -> dict[str, Program]:
     run = iteration.stages(sizes.model, sizes.score, learn.make_optimizer(cfg), cfg)
     whole, split = (functools.partial(laid, where=where, on=on) for where in (sharding.WHOLE, sharding.SPLIT))
     base, text = (laid(x, sharding.specs_of(x), on) for x in (sizes.frozen.base, sizes.text))
-    frozen = Frozen(base, whole(sizes.frozen.vae), whole(sizes.frozen.rewards))
+    frozen = Frozen(base, *map(whole, sizes.frozen[1:]))
     state = whole(shapes.blank(cfg, sizes))
     with jax.set_mesh(on):
         kernels = jax.eval_shape(run.merged, state, frozen)
