@@ -339,7 +339,8 @@ class Config(Checked):
         require(len(self.name.encode()) <= most, f"name={self.name:.40}...: give one of at most {most} bytes")
         p, n, k = self.prompts, self.candidates, self.kept
         require(p >= 1, f"prompts={p}: give 1 or more")
-        require(1 <= k <= n, f"kept={k} of candidates={n}: keep between 1 and {n}")
+        why = "an advantage is a difference from the other samples of its prompt"
+        require(2 <= k <= n, f"kept={k} of candidates={n}: keep 2 to {n}, for {why}")
         require(
             self.selection != "best_worst" or k % 2 == 0,
             f"kept={k} is odd: best_worst keeps K/2 best and K/2 worst; use kept={k + 1 if k < n else k - 1}",

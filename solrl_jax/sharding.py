@@ -125,12 +125,18 @@ def split(tree, mesh: Mesh):
     return jax.tree.map(functools.partial(_put, where=NamedSharding(mesh, SPLIT)), tree)
 
 
+@functools.lru_cache
+def _moved(where: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """x -> x laid as `where`, by a program of all processes; one function a sharding, so that it compiles once."""
+    return jax.jit(lambda x: x, out_shardings=where)
+
+
 def _put(x: Any, where: NamedSharding) -> jax.Array:
     """jax.device_put. With several processes it would first send every array to all of them, to compare it."""
     if processes.count() == 1:
         return jax.device_put(x, where)
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-        return jax.jit(lambda x: x, out_shardings=where)(x)
+        return _moved(where)(x)
     if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(x), where), impl=jax.random.key_impl(x))
     x = np.asarray(x)
@@ -144,7 +150,7 @@ def fetch(tree):
         if x.is_fully_addressable or x.is_fully_replicated:
             return np.asarray(x)
         whole = NamedSharding(x.sharding.mesh, WHOLE)  # pyright: ignore[reportAttributeAccessIssue]
-        return np.asarray(jax.jit(lambda x: x, out_shardings=whole)(x))
+        return np.asarray(_moved(whole)(x))
 
     return jax.device_get(tree) if processes.count() == 1 else jax.tree.map(one, tree)
 

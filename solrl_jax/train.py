@@ -21,13 +21,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 
-from solrl_jax import device, disk, guidance, iteration, learn, mixture, plan, processes, report, sharding
+from solrl_jax import device, disk, guidance, iteration, learn, mixture, processes, report, sharding
 from solrl_jax.config import Config, ConfigError, to_json, values
 from solrl_jax.keys import calibration_key
 from solrl_jax.models.text import contents
@@ -60,19 +60,21 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
     cfg = assemble.resolved(cfg, assemble.capability())
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={cfg.wandb} needs a package that is not here: pip install wandb")
-    place, said = processes.together(lambda: resume_point(run, resume))
-    if place is not None and int(place.name) > cfg.iterations:
-        raise ConfigError(
-            f"iterations={cfg.iterations}, but {run} has finished {place.name}: give more to go on, or choose another "
-            "directory; --mode=export writes the LoRA of a saved iteration"
-        )
-    processes.same({"the checkpoint to go on from": str(place), **common_settings(cfg, run)})
     with contextlib.ExitStack() as stack:
-        if resume:
-            processes.by_first(lambda: stack.enter_context(checkpoint.alone(run)))
-        count, host = devices or jax.device_count(), jax.local_device_count()
-        least = json.loads(processes.exchanged(json.dumps(plan.memory_limit()), least_of))
-        settled, why = plan.settled(cfg, count, least, host=host)
+
+        def hold() -> None:
+            stack.enter_context(checkpoint.alone(run))
+
+        if resume:  # first, so that what is found there stays as it is
+            processes.by_first(lambda: hold() if (run / "config.json").exists() else None)
+        place, said = processes.together(lambda: resume_point(run, resume))
+        if place is not None and int(place.name) > cfg.iterations:
+            raise ConfigError(
+                f"iterations={cfg.iterations}, but {run} has finished {place.name}: give more to go on, or choose "
+                "another directory; --mode=export writes the LoRA of a saved iteration"
+            )
+        processes.same({"the checkpoint to go on from": str(place), **common_settings(cfg, run)})
+        settled, why = assemble.settled_by_all(cfg, devices)
         state = None if place is None else restored(place, cfg, devices, settled.shard)
         parts = processes.together(lambda: assemble.assemble(cfg, devices, settled))
         processes.same({"the content of prompt_files": data.digest(parts.prompts)})
@@ -84,7 +86,8 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         def opened() -> list[str]:
             run.mkdir(parents=True, exist_ok=True)
             if not resume:
-                stack.enter_context(checkpoint.alone(run))
+                hold()
+                resume_point(run, resume)  # again: another run may have begun here since
             checkpoint.replace(run / "config.json", to_json(cfg))
             return record_start(run, done, parts, notes)
 
@@ -107,11 +110,6 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
                 raise
     processes.by_first(lambda: finish(parts, state, run))
     return UNFINISHED if int(state.iteration) < cfg.iterations else 0
-
-
-def least_of(limits: Sequence[str]) -> str:
-    """Of the memory limits of all processes, as JSON, the least: all must choose alike."""
-    return json.dumps(min((limit for text in limits if (limit := json.loads(text)) is not None), default=None))
 
 
 def common_settings(cfg: Config, run: Path) -> dict[str, str]:
@@ -355,7 +353,7 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
         means = evaluate.averages(own, parts.score)
         metrics |= {f"eval_own/{name.removeprefix('eval_reward_')}": value for name, value in means.items()}
         metrics["eval_own/guidance"] = parts.model.guided
-    for name, value in before.items():
+    for name, value in before.items() if int(state.iteration) else ():
         if name != "iteration" and (base is None or name.startswith("watch/")):
             metrics[name] = math.nan if value is None else value
     if int(state.iteration) == 0 and guards.due(cfg, 0):
@@ -370,7 +368,7 @@ def _base(parts: Parts, state: TrainState, run: Path, out: Log) -> dict[str, Sho
     """ "base": the base's pictures for the config's evaluation, and "base_own": those at its own weight of guidance, if
     the config asks for them. They are drawn again if the file's are for another evaluation."""
     wanted = {"base": parts} | ({"base_own": evaluate.at_own(parts)} if guidance.own(parts.cfg, parts.model) else {})
-    how, found = {name: evaluate.settings(each.cfg) for name, each in wanted.items()}, {}
+    how, found = {name: evaluate.settings(each) for name, each in wanted.items()}, {}
     for name in wanted:
         kept = disk.readable(pictures.load, run / "grids" / f"{name}.npz", said := [])
         for line in said:
@@ -407,7 +405,7 @@ def evaluated(parts: Parts, state: TrainState, run: Path, out: Log, base: Shown 
 
     def write() -> None:
         pictures.write_grid(run / "grids" / f"{number:06d}.png", shown.prompts, columns)
-        pictures.save(run / "grids" / "last.npz", shown, number, evaluate.settings(parts.cfg))
+        pictures.save(run / "grids" / "last.npz", shown, number, evaluate.settings(parts))
 
     processes.by_first(write)
     return metrics | ({} if base is None else evaluate.gains(base, shown, parts.score)) | times

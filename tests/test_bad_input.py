@@ -114,7 +114,7 @@ def test_damaged_files_are_named(command, file, damage, words):
         ({"model.path": "nowhere"}, "nowhere"),
         ({"reward_paths": "clipscore=nowhere"}, "nowhere"),
         ({"prompt_files": "nowhere"}, "nowhere does not exist"),
-        ({"kept": "10"}, "kept=10 of candidates=8: keep between 1 and 8"),
+        ({"kept": "10"}, "kept=10 of candidates=8: keep 2 to 8"),
         ({"kept": "3"}, "kept=3 is odd: best_worst keeps K/2 best and K/2 worst; use kept=4"),
         ({"explore.steps": "0"}, "steps=0: a rollout takes at least one step"),
         ({"regenerate.steps": "0"}, "steps=0: a rollout takes at least one step"),

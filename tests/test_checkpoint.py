@@ -89,7 +89,6 @@ def test_a_flipped_byte_is_seen_and_the_one_before_is_used(run):
             "is not what was written",
         ),
         (lambda place: largest_file(place).unlink(), "is missing"),
-        (lambda place: (place / "state" / "more").write_text("x"), "is not in its manifest"),
         (lambda place: (place / "manifest.json").unlink(), "no manifest.json, so its save was cut short"),
         (lambda place: (place / "manifest.json").write_text("{"), "manifest.json cannot be read"),
         (lambda place: (place / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
@@ -105,6 +104,21 @@ def test_other_damage_is_seen(run, harm, reason):
     assert checkpoint.latest(run)[0] is None
     with pytest.raises(CheckpointError, match="has no whole checkpoint"):
         checkpoint.find(run)
+
+
+def test_what_a_file_manager_leaves_is_no_damage(run):
+    for name in (".DS_Store", "state/Thumbs.db"):
+        (checkpoint.folder(run, 3) / name).write_text("x")
+    assert checkpoint.latest(run) == (3, [])
+    same(checkpoint.restore(checkpoint.folder(run, 3), state_at(0), CFG), state_at(3))
+
+
+def test_a_deletion_that_is_cut_short_leaves_no_checkpoint(run, monkeypatch):
+    """Killed between two files: what is left of the step does not count as one of those that are kept."""
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda place, ignore_errors: None)
+    checkpoint._drop_older(run, 3, keep=1)
+    assert checkpoint.saved(run) and checkpoint.latest(run)[0] == 3
+    assert [step for step in (1, 2) if (checkpoint.folder(run, step) / "manifest.json").exists()] == []
 
 
 def test_a_damaged_step_is_written_again_and_is_never_what_is_kept(run):

@@ -434,3 +434,9 @@ def test_the_card_knows_the_family(name):
     assert model_card.family(cfg) == name
     assert f"{name}: " in model_card.facts(cfg, 1, 1, ("to_q",))["family"]
     assert model_card.family(dataclasses.replace(cfg, reward="shapes")) == name
+
+
+def test_the_card_knows_a_method_on_the_samples_of_a_family():
+    chosen = config.override(recipes.family(Config(), "flow_grpo_fast"), candidates=96, selection="best_worst")
+    assert model_card.family(chosen) == "flow_grpo_fast on naive_scaling"
+    assert model_card.family(config.override(Config(), **{"learn.algorithm": "awm"})) == "awm on sol_rl"

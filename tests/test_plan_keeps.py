@@ -111,5 +111,5 @@ def test_a_run_says_what_it_keeps_and_stays_auto(cfg, uses, tmp_path, monkeypatc
 
 
 def test_processes_choose_by_the_least_memory():
-    assert train.least_of(["24.5", "null", "23.0"]) == "23.0"
-    assert train.least_of(["null", "null"]) == "null"  # CPUs
+    assert assemble.least_of(["24.5", "null", "23.0"]) == "23.0"
+    assert assemble.least_of(["null", "null"]) == "null"  # CPUs

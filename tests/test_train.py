@@ -194,6 +194,44 @@ def test_resume_refuses_another_config_and_allows_a_longer_run(toy, tmp_path):
     assert json.loads((run / "config.json").read_text())["iterations"] == 2  # it says what was done
 
 
+def test_a_run_that_began_meanwhile_is_not_written_over(toy, tmp_path, monkeypatch):
+    """Another start, in the minutes in which this one reads its weights; it is over before this one writes."""
+    run, assembled = tmp_path / "run", assemble.assemble
+
+    def meanwhile(cfg, *args):
+        monkeypatch.setattr(assemble, "assemble", assembled)
+        train.train(config.override(toy, iterations=1), run, devices=1)
+        return assembled(cfg, *args)
+
+    monkeypatch.setattr(assemble, "assemble", meanwhile)
+    with pytest.raises(config.ConfigError, match="holds a run already"):
+        train.train(config.override(toy, iterations=2, seed=5), run, devices=1)
+    assert numbers_of(run) == [0, 1] and checkpoint.load_config(run).seed == toy.seed
+
+
+def test_a_resume_waits_for_nothing_that_another_process_may_change(toy, tmp_path):
+    """The lock is held before the checkpoint is chosen."""
+    run = tmp_path / "run"
+    train.train(config.override(toy, iterations=1), run, devices=1)
+    with checkpoint.alone(run), pytest.raises(checkpoint.CheckpointError, match="another process is training there"):
+        train.train(config.override(toy, iterations=1), run, resume=True, devices=1)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_takes_what_an_error_told_it_to_lower(toy, tmp_path):
+    """Chunks and micro-batches change rounding alone."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    names = "explore.chunk", "regenerate.chunk", "evaluate.chunk", "learn.micro_batch"
+    cfg = config.override(toy, iterations=2, **dict.fromkeys(names, "4"))
+    train.train(cfg, whole, devices=1)
+    train.train(config.override(cfg, iterations=1), run, devices=1)
+    train.train(config.override(cfg, **dict.fromkeys(names, "2")), run, resume=True, devices=1)
+    found, wanted = metrics_of(run)[2], metrics_of(whole)[2]
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name] == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
+
+
 def test_checkpoints_without_a_config_are_not_taken_for_a_new_runs(tmp_path):
     (tmp_path / "run/checkpoints/2").mkdir(parents=True)
     with pytest.raises(config.ConfigError, match=r"run has checkpoints of a run without its config.json: copy one of"):
@@ -584,13 +622,18 @@ def test_evaluation_that_is_switched_on_late_has_its_base(toy, tmp_path, capsys)
 
 
 def test_what_the_bases_pictures_depend_on(toy):
-    """Not on how often they are compared."""
+    """Not on how often they are compared, nor on what a backward pass keeps."""
+    parts = assemble.assemble(toy, 1)
 
-    def text(**changes):
-        return evaluate.settings(config.override(toy, **{f"evaluate.{name}": x for name, x in changes.items()}))
+    def text(test=parts.prompts.test, **changes):
+        cfg = config.override(toy, **{name.replace("_", ".", 1): x for name, x in changes.items()})
+        return evaluate.settings(parts._replace(cfg=cfg, prompts=parts.prompts._replace(test=test)))
 
-    assert text() == text(every=7) == text(every=0)
-    assert len({text(), text(steps=7), text(solver="euler"), text(prompts=2), text(guidance=2.5)}) == 5
+    assert text() == text(evaluate_every=7) == text(evaluate_every=0) == text(model_remat_keeps="attention")
+    others = [{"steps": 7}, {"solver": "euler"}, {"prompts": 2}, {"guidance": 2.5}]
+    found = {text(**{f"evaluate_{name}": x for name, x in other.items()}) for other in others}
+    found |= {text(), text(seed=5), text(model_text_tokens=7), text(test=parts.prompts.test[::-1])}
+    assert len(found) == len(others) + 4
 
 
 def test_both_kinds_of_prompts_that_are_too_few_are_named(toy):
@@ -611,6 +654,21 @@ def test_another_evaluation_at_resume_gives_the_base_its_own_line(toy, tmp_path)
     kept = pictures.load(run / "grids/base.npz")
     assert after["eval_reward_plain"] == pytest.approx(kept.shown.means["plain"].mean()) == pytest.approx(0.25)
     assert after["eval_reward_bright"] == before["eval_reward_bright"]
+
+
+@pytest.mark.slow
+def test_other_test_prompts_at_resume_are_drawn_by_the_base_too(toy, tmp_path):
+    """A gain is over the base's pictures of the same prompts."""
+    file, run = tmp_path / "prompts.txt", tmp_path / "run"
+    texts = Path(toy.prompt_files).read_text().splitlines()
+    file.write_text("\n".join(texts))
+    cfg = config.override(toy, prompt_files=str(file), **{"evaluate.every": 1})
+    train.train(config.override(cfg, iterations=1), run, devices=1)
+    before = pictures.load(run / "grids/base.npz").shown.prompts
+    file.write_text("\n".join(f"other {text}" for text in texts))
+    train.train(config.override(cfg, iterations=2), run, resume=True, devices=1)
+    base, last = (pictures.load(run / f"grids/{name}.npz").shown.prompts for name in ("base", "last"))
+    assert base == last and all(text.startswith("other ") for text in base) and not set(base) & set(before)
 
 
 # --- what a run delivers --------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ def read(cfg: Config, devices: int, *, training: bool = True) -> Sizes:
     base, vae, text = module.shapes(cfg.model)
     paths, notes = rewards.parse_paths(cfg.reward_paths), []
     wanted, found = rewards.parse(cfg.reward), {}
-    for name in {**wanted, **rewards.parse(cfg.evaluate.rewards)}:
+    judging = cfg.evaluate.every > 0 or not training
+    for name in {**wanted, **(rewards.parse(cfg.evaluate.rewards) if judging else {})}:
         reward = rewards.module(name)
         shapes = getattr(reward, "shapes", None)
         if shapes is None:

@@ -5,6 +5,7 @@ Cheap checks come first, so that a typo is reported before gigabytes are read. N
 
 import dataclasses
 import importlib
+import json
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import device, guidance, learn, quant, rewards, rollout, sharding
+from solrl_jax import device, guidance, learn, processes, quant, rewards, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Stage
 from solrl_jax.models import MODELS
 from solrl_jax.quant import coverage
@@ -75,7 +76,7 @@ def capability() -> float | None:
 def assemble(cfg: Config, devices: int | None = None, settled: Config | None = None) -> Parts:
     """Read what training with `cfg` needs and place it on the first `devices` devices (all by default).
 
-    `settled` is what `plan.settled` makes of `cfg`, if it is known already. Raises ConfigError, DataError or
+    `settled` is what `plan.settled` makes of `cfg`; several processes must give it. Raises ConfigError, DataError or
     WeightsError.
     """
     use_compilation_cache()
@@ -92,17 +93,20 @@ def assemble(cfg: Config, devices: int | None = None, settled: Config | None = N
     guidance.check_training(cfg, model)
     if cfg.low_precision:
         coverage.check(model, cfg.low_precision, cfg.model.min_quantised_flops)
-    judges = open_rewards(cfg, prompts)
+    judges = open_rewards(cfg, prompts, judging=cfg.evaluate.every > 0)
     if not cfg.staged and judges.score.on_host:
         raise ConfigError(f"staged=false, but reward {judges.score.on_host[0].name} runs on the host: set staged=true")
     return _placed(cfg, mesh, model, prompts, judges, guidance.text_of_training(cfg, model))
 
 
-def for_evaluation(cfg: Config, devices: int | None = None, negative: str | None = None) -> Parts:
+def for_evaluation(
+    cfg: Config, devices: int | None = None, negative: str | None = None, settled: Config | None = None
+) -> Parts:
     """As `assemble`, for --mode=eval: checks that only matter for training are left out. `negative` is --negative."""
     use_compilation_cache()
     check_rewards(cfg)
-    mesh = make_mesh(devices, settled_here(cfg, devices, drawing=True).shard)
+    settled = settled or settled_here(cfg, devices, drawing=True)
+    mesh = make_mesh(devices, settled.shard)
     check_shard(cfg, mesh)
     prompts = open_prompts(cfg, test=cfg.evaluate.prompts)
     model = model_module(cfg).make(cfg.model)
@@ -112,12 +116,19 @@ def for_evaluation(cfg: Config, devices: int | None = None, negative: str | None
     return _told(_placed(cfg, mesh, model, prompts, judges, text), negative)
 
 
-def for_drawing(cfg: Config, devices: int | None = None, negative: str | None = None) -> Parts:
+def unscored(cfg: Config) -> Config:
+    """`cfg` without rewards."""
+    return dataclasses.replace(cfg, reward="", evaluate=dataclasses.replace(cfg.evaluate, rewards=""))
+
+
+def for_drawing(
+    cfg: Config, devices: int | None = None, negative: str | None = None, settled: Config | None = None
+) -> Parts:
     """As `assemble`, for --mode=sample: without prompt files and rewards. `negative` is --negative."""
     use_compilation_cache()
     nothing = Judges(Score((), ()), Score((), ()), {})
-    unscored = dataclasses.replace(cfg, reward="", evaluate=dataclasses.replace(cfg.evaluate, rewards=""))
-    mesh = make_mesh(devices, settled_here(unscored, devices, drawing=True).shard)
+    settled = settled or settled_here(unscored(cfg), devices, drawing=True)
+    mesh = make_mesh(devices, settled.shard)
     check_shard(cfg, mesh)
     model = model_module(cfg).make(cfg.model)
     guidance.check(cfg, model, negative)
@@ -156,8 +167,9 @@ def check_binding(cfg: Config, prompts: data.PromptSet) -> None:
     bound.check_training(binding(cfg, prompts), prompts.rows_of(prompts.train), trained, cfg)
 
 
-def open_rewards(cfg: Config, prompts: data.PromptSet | None = None) -> Judges:
-    """Load the rewards that `cfg` names; a reward that is both trained on and held out counts as trained on.
+def open_rewards(cfg: Config, prompts: data.PromptSet | None = None, judging: bool = True) -> Judges:
+    """Load the rewards that `cfg` names; a reward that is both trained on and held out counts as trained on. Those that
+    are only held out are left out if nothing is `judging`.
 
     Raises ConfigError if one of `prompts` asks for a reward that is not configured, or if a reward cannot read one that
     asks for it, or its row; WeightsError if weights cannot be used.
@@ -165,8 +177,8 @@ def open_rewards(cfg: Config, prompts: data.PromptSet | None = None) -> Judges:
     asked = Bound() if prompts is None else binding(cfg, prompts)
     paths = rewards.parse_paths(cfg.reward_paths)
     score, towers = rewards.load_rewards(cfg.reward, paths, cfg.reward_dtype)
-    names = ",".join(rewards.held_out(cfg.reward, cfg.evaluate.rewards))
-    held_out, more = rewards.load_rewards(names, paths, cfg.reward_dtype)
+    names = rewards.held_out(cfg.reward, cfg.evaluate.rewards) if judging else ()
+    held_out, more = rewards.load_rewards(",".join(names), paths, cfg.reward_dtype)
     judged = Score(score.rewards + held_out.rewards, score.weights + held_out.weights)
     if prompts is not None:  # finds prompts that a reward cannot read before the large weights are read
         texts = (*prompts.train, *prompts.test)
@@ -299,16 +311,27 @@ def make_mesh(devices: int | None, shard: int = 1, prompts: int = 0) -> Mesh:
     return mesh
 
 
-def settled_here(cfg: Config, devices: int | None, drawing: bool = False) -> Config:
-    """`plan.settled` on this machine, after printing its lines.
+def settled_by_all(cfg: Config, devices: int | None, drawing: bool = False) -> tuple[Config, list[str]]:
+    """`plan.settled` by the least memory of all processes, which must choose alike; they wait for each other.
 
     ConfigError, before any weight is read, if even then the training, or a `drawing` of pictures, does not fit.
     """
     from solrl_jax import plan  # which plans what this module assembles
 
     stages, host = plan.DRAWING if drawing else (), jax.local_device_count()
-    found, said = plan.settled(cfg, devices or jax.device_count(), plan.memory_limit(), host=host, stages=stages)
-    for line in said:
+    least = json.loads(processes.exchanged(json.dumps(plan.memory_limit()), least_of))
+    return plan.settled(cfg, devices or jax.device_count(), least, host=host, stages=stages)
+
+
+def least_of(limits: Sequence[str]) -> str:
+    """Of the memory limits of all processes, as JSON, the least."""
+    return json.dumps(min((limit for text in limits if (limit := json.loads(text)) is not None), default=None))
+
+
+def settled_here(cfg: Config, devices: int | None, drawing: bool = False) -> Config:
+    """`settled_by_all`, after printing its lines."""
+    found, said = settled_by_all(cfg, devices, drawing)
+    for line in said if processes.first() else ():
         print(line)
     return found
 

@@ -43,11 +43,13 @@ except ModuleNotFoundError:  # Windows
     fcntl = None
 
 CHANGEABLE = (
-    # No number of the training depends on these fields; on those of the second line, rounding in bfloat16 does.
+    # No number of the training depends on these fields; on those of the second and third line, rounding does, and on
+    # learn.micro_batch which points have the reference, which is the same in the mean.
     *("name", "iterations", "save_every", "keep", "encode_ahead", "wandb"),
     *("shard", "model.remat", "model.remat_keeps", "learn.deterministic"),
+    *("explore.chunk", "regenerate.chunk", "learn.micro_batch"),
     *(f"evaluate.{f.name}" for f in dataclasses.fields(config.Evaluate) if f.name != "held_out"),
-    *("model.path", "reward_paths", "prompt_files"),  # folders may move; their content is not compared
+    *("model.path", "reward_paths", "prompt_files"),  # folders may move; of changed prompts the log has a line
     "model.lora",  # here by content (base_loras.check_same)
 )
 """Fields that a resumed run may change. The training prompts depend on evaluate.held_out, so it is not one of them."""
@@ -158,7 +160,7 @@ def _write(place: Path, step: int, state: PyTree, cfg: Config, score: float | No
 
 
 CHANNEL = "checkpoint"
-"""Where the threads that write exchange what they found (processes.gathered)."""
+"""Where the threads that write exchange what they found (processes.exchanged)."""
 
 
 def _make_room(place: Path, state: PyTree) -> None:
@@ -200,6 +202,7 @@ def _drop_older(run: Path, step: int, keep: int) -> None:
     older = [s for s in steps(run) if s < step]
     finished = [s for s in older if (folder(run, s) / "manifest.json").exists()]
     for old in set(older) - {*finished[: keep - 1], best(run, [step, *finished])}:
+        (folder(run, old) / "manifest.json").unlink(missing_ok=True)  # first: a deletion cut short leaves no checkpoint
         shutil.rmtree(folder(run, old), ignore_errors=True)
 
 

@@ -6,6 +6,7 @@ difference. The base is drawn with a LoRA of zeros: this is exactly the base, wi
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -113,11 +114,14 @@ def rollout_of(cfg: Config) -> Stage:
     return Stage(steps=how.steps, solver=how.solver, precision="bf16", chunk=how.chunk, guidance=w)
 
 
-def settings(cfg: Config) -> str:
-    """The settings that an evaluation's pictures depend on, as text: while it is the same, the base's stay."""
-    loras = f", {cfg.model.lora}" if cfg.model.lora else ""
+def settings(parts: Parts) -> str:
+    """What an evaluation's pictures and scores depend on, as text: while it is the same, the base's stay."""
+    cfg = parts.cfg
     how = dataclasses.replace(cfg.evaluate, every=0)  # when does not change them
-    return guidance.titled(repr(how), guidance.evaluated(cfg)) + loras
+    model = dataclasses.replace(cfg.model, remat=True, remat_keeps=())  # nor does what a backward pass keeps
+    rows = parts.prompts.rows_of(fixed_prompts(parts))
+    others = hashlib.sha256(repr((cfg.seed, model, parts.judged.names, cfg.reward_paths, rows)).encode())
+    return f"{guidance.titled(repr(how), guidance.evaluated(cfg))}, of {others.hexdigest()[:16]}"
 
 
 def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:
@@ -194,7 +198,9 @@ def run_eval(
     Beside a policy, the base is also shown at its own weight of guidance, if that is another one.
     """
     checkpoint.check_base_loras(place, cfg)
-    parts = processes.together(lambda: assemble.for_evaluation(cfg, devices, negative))
+    assemble.check_rewards(cfg)
+    settled = assemble.settled_here(cfg, devices, drawing=True)
+    parts = processes.together(lambda: assemble.for_evaluation(cfg, devices, negative, settled))
     name, w, own = str(lora_file or place or ""), guidance.evaluated(cfg), parts.model.guided
     with jax.set_mesh(parts.mesh):
         base = assemble.adapter(parts, None, None)
@@ -239,7 +245,8 @@ def run_sample(
     if not prompts:
         raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
     checkpoint.check_base_loras(place, cfg)
-    parts = processes.together(lambda: assemble.for_drawing(cfg, devices, negative))
+    settled = assemble.settled_here(assemble.unscored(cfg), devices, drawing=True)
+    parts = processes.together(lambda: assemble.for_drawing(cfg, devices, negative, settled))
     for line in assemble.cut(parts, prompts):
         print(line)
     folder = run / "samples"

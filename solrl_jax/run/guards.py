@@ -347,10 +347,11 @@ def not_finite(parts: Parts, state: TrainState, prompts: Prompts) -> str:
 def check_ratio(metrics: Metrics, number: int, clip_range: float) -> None:
     """Raises TrainError if rounding alone can clip the ratios of probabilities.
 
-    In an iteration's first update the exact ratio is 1; its deviation is the network's rounding.
+    In an iteration's first update the exact ratio is 1; its deviation is the network's rounding. It is not known of an
+    update that was skipped as not finite.
     """
     noise = metrics.get("ratio/noise", 0.0)
-    if not clip_range >= 10 * noise:
+    if clip_range < 10 * noise and math.isfinite(noise):
         raise TrainError(
             f"iteration {number}: before an update the ratio of probabilities is off by {noise:.1e} from rounding, "
             f"more than a tenth of learn.clip_range={clip_range:g}: use {11 * noise:.1e} or more, learn.updates=1 "

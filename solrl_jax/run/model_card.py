@@ -18,18 +18,24 @@ def published(path: str) -> str:
 
 
 def family(cfg: Config) -> str:
-    """The name of the family or method; the inverse of `recipes.family`."""
+    """The name that `recipes.family` has for what `cfg` does; of a method that learns from a family's samples both:
+    "flow_grpo on naive_scaling"."""
+    samples = _samples(cfg)
+    if cfg.learn.algorithm == "nft":
+        return samples or "diffusionnft"
+    method = cfg.learn.algorithm + ("_fast" if cfg.regenerate.window else "")
+    return f"{method} on {samples}" if samples else method
+
+
+def _samples(cfg: Config) -> str:
+    """The family that makes these samples; "" if all are drawn in BF16 and kept."""
     if cfg.branch is not None:
         return "branch"
     if cfg.explore is not None:
         return "sol_rl"
     if cfg.regenerate.precision != "bf16":
         return "naive_quant"
-    if cfg.selection != "all":
-        return "naive_scaling"
-    if cfg.learn.algorithm == "nft":
-        return "diffusionnft"
-    return cfg.learn.algorithm + ("_fast" if cfg.regenerate.window else "")
+    return "naive_scaling" if cfg.selection != "all" else ""
 
 
 def write(
