@@ -250,7 +250,7 @@ class Evaluate(Checked):
     steps: int = 28
     solver: Literal["euler", "dpm1", "dpm2"] = "dpm2"
     rewards: str = ""  # held-out rewards, scored and never trained on: "shapes" or "pickscore,hpsv2"
-    grid: int = 8  # prompts in the picture grid
+    grid: int = 8  # the first prompts, as many as there are, in the picture grid
     chunk: int = 24
     # Not in the text of evaluate.settings, which adds the weight that they come to.
     guidance: float = dataclasses.field(default=0.0, repr=False)  # 0: the rollouts', regenerate.guidance; 1: none
@@ -259,14 +259,13 @@ class Evaluate(Checked):
     def rules(self) -> None:
         require(self.every >= 0, f"evaluate.every={self.every}: 0 (never) or more")
         require(self.held_out >= 0, f"evaluate.held_out={self.held_out}: 0 (none) or more")
-        for name in ("prompts", "images", "steps", "chunk"):
+        for name in ("prompts", "images", "steps", "chunk", "grid"):
             require(getattr(self, name) >= 1, f"evaluate.{name}={getattr(self, name)}: give 1 or more")
         require(
             self.images <= self.chunk or self.images % self.chunk == 0,
             f"evaluate.chunk={self.chunk} does not divide a prompt's {self.images} images: use one of "
             f"{_divisors(self.images)}, or {self.images} or more",
         )
-        require(1 <= self.grid <= self.prompts, f"evaluate.grid={self.grid}: 1 to evaluate.prompts={self.prompts}")
         require(
             _is_weight(self.guidance),
             f"evaluate.guidance={self.guidance}: {WEIGHT}, or 0 (regenerate.guidance)",

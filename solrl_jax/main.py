@@ -202,7 +202,10 @@ flags.DEFINE_string("card", "H100 80GB", "plan: the GPU to plan for")
 
 
 def parse(argv: Sequence[str]) -> list[str]:
-    """Parse all flags with absl except --config.a.b=value; these are returned after the program's name."""
+    """Parse all flags with absl except --config.a.b=value; these are returned after the program's name.
+
+    A flag that does not exist, or has a wrong value, ends the program with a line and exit code 2.
+    """
     mine, rest = [], []
     words = iter(argv)
     for word in words:
@@ -210,7 +213,11 @@ def parse(argv: Sequence[str]) -> list[str]:
             mine.append(word.lstrip("-") if "=" in word else f"{word.lstrip('-')}={next(words, '')}")
         else:
             rest.append(word)
-    return [*app.parse_flags_with_usage(rest), *mine]
+    try:
+        return [*FLAGS(rest), *mine]
+    except flags.Error as e:
+        print(f"error: {' '.join(str(e).split())}; --help lists all flags", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -378,6 +385,7 @@ MODES_OF = {
     "card": ("plan",),
     "runs": ("report",),
     "out": ("report", "prove"),
+    "resume": ("train",),
 }
 """Flags that only these modes read: in any other mode they are an error."""
 INSTEAD = {

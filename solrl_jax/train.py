@@ -65,6 +65,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         def hold() -> None:
             stack.enter_context(checkpoint.alone(run))
 
+        stop = stack.enter_context(signals())
         if resume:  # first, so that what is found there stays as it is
             processes.by_first(lambda: hold() if (run / "config.json").exists() else None)
         place, said = processes.together(lambda: resume_point(run, resume))
@@ -79,12 +80,14 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         parts = processes.together(lambda: assemble.assemble(cfg, devices, settled))
         processes.same({"the content of prompt_files": data.digest(parts.prompts)})
         stack.enter_context(jax.set_mesh(parts.mesh))
-        stop = stack.enter_context(signals())
         parts, state = ready(parts), state or assemble.fresh(parts)
         done, notes = int(state.iteration), [*assemble.notes(parts), *other_prompts(place, parts)]
 
         def opened() -> list[str]:
-            run.mkdir(parents=True, exist_ok=True)
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise ConfigError(f"--run_dir={run} cannot be made ({e.strerror}): give another folder") from None
             if not resume:
                 hold()
                 resume_point(run, resume)  # again: another run may have begun here since
@@ -102,7 +105,9 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
             try:
                 state = loop(parts, state, run, out, stop)
             except (TrainError, RewardError, processes.ProcessError) as e:
-                raise TrainError(f"{e}. Checkpoints, metrics and pictures so far are in {run}") from None
+                begun = f"Nothing is saved in {run} yet: --resume begins again"
+                there = f"Checkpoints, metrics and pictures so far are in {run}"
+                raise TrainError(f"{e}. {there if checkpoint.saved(run) else begun}") from None
             except checkpoint.CheckpointError:  # its message says what is saved
                 raise
             except Exception as e:
@@ -188,6 +193,8 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> 
     lora = {"lora": [origin._asdict() for origin in parts.base_loras.origins]} if parts.base_loras else {}
     with checkpoint.Saver(run, cfg, {"prompts": data.digest(parts.prompts), **lora}) as saver:
         try:
+            if stop.asked():  # while the weights were read
+                return state
             base, seen = beginning(parts, state, run, out)
             state = guards.with_fall_back(state, seen, cfg) if done == 0 else state
             began, lines, said = time.perf_counter(), processes.agreed(lambda: read(run / "metrics.jsonl")), {}

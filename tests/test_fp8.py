@@ -137,7 +137,7 @@ def test_native_nvfp4_has_the_numbers_of_the_emulated():
         *(
             ("auto", None, "nvfp4_emulated"),
             ("auto", 0.0, "bf16"),
-            ("auto", 8.0, "nvfp4_emulated"),
+            ("auto", 8.0, "bf16"),
             ("auto", 8.9, "fp8"),
             ("auto", 9.0, "fp8"),
         ),

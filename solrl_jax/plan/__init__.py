@@ -191,7 +191,8 @@ def with_keeps(choice: Choice, sizes: Sizes, devices: int, card: Card) -> Choice
             break
     uses["learn"] = use
     taken = f"learn takes about {_gb(use.total)} of {_gb(room(card))} GB"
-    kept = f"model.remat_keeps={','.join(keeps)}, which auto comes to: {taken}"
+    named = f"{','.join(keeps)}{'' if keeps else ' (nothing)'}"
+    kept = f"model.remat_keeps={named}, which auto comes to: {taken}"
     return choice._replace(cfg=one, uses=tuple(uses.values()), kept=kept)
 
 
@@ -220,14 +221,16 @@ def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> str
     changes, use = remedied(use, cfg, sizes, devices, card)
     if use.total <= room(card):
         return f"{need}it fits ({_gb(use.total)} GB) with {' '.join(f'--config.{k}={v}' for k, v in changes.items())}"
-    towers = {**sizes.frozen.rewards, **sizes.towers}
-    less = "".join(f", reward (without {name}: -{_gb(nbytes(x))} GB)" for name, x in towers.items() if nbytes(x))
+    towers = {name: nbytes(x) for name, x in {**sizes.frozen.rewards, **sizes.towers}.items() if nbytes(x)}
+    less = "".join(f", reward (without {name}: -{_gb(size)} GB)" for name, size in towers.items())
+    enough = use.total - use.adapters - sum(towers.values()) <= room(card)
+    lower = f", or lower lora.rank={cfg.lora.rank}{less}" if enough else ""
     even = "".join(f" with --config.{k}={v}" for k, v in changes.items() if k == "encode_ahead")
     most = fitting(cfg, sizes, devices)[-1]
     shared = f"--config.shard={most}, " if 0 < cfg.shard < most else "more cards (--devices), "
     return (
         f"{need}without activations it takes {_gb(use.total - use.activations)} GB{even}. "
-        f"Use {shared}a larger card, or lower lora.rank={cfg.lora.rank}{less}"
+        f"Use {shared}{'a larger card' if lower else 'or a larger card'}{lower}"
     )
 
 
@@ -372,15 +375,17 @@ def per_image_flops(sizes: Sizes) -> dict[str, Counter[str]]:
 def run_plan(cfg: Config, *, devices: int | None = None, card: str = "H100 80GB") -> int:
     """Print the plan of a run on `devices` devices (default 1).
 
-    A model of PUBLIC has its public sizes; without a model in the config, it is the first of them.
+    A model of PUBLIC has its public sizes; without a model in the config, it is the first of them. Returns 1 if a stage
+    does not fit.
     """
     card_of(card)  # a wrong name fails at once
     with tempfile.TemporaryDirectory() as folder:
         sized = with_configs(cfg, folder)
         if sized is not cfg:
             print(f"{cfg.model.path or 'the public model'} with its public sizes")
-        print("\n".join(report(plan(sized, devices or 1, card))))
-    return 0
+        found = plan(sized, devices or 1, card)
+        print("\n".join(report(found)))
+    return 1 if found.advice else 0
 
 
 def _gb(size: float | int) -> str:

@@ -52,9 +52,11 @@ def run_doctor(cfg: Config, run: Path, *, devices: int | None = None) -> int:
     fixes = []
     for check in (versions, hardware, precision, division, model, tokenizers, judges, prompts, memory, disk):
         for found in examine(check, cfg, run, devices):
+            if found.fix in fixes:  # as where the model's folder is missing
+                found = Finding(f"{check.__name__}: not checked, for a reason above", unknown=True)
             print(f"{found.mark:6}{found.text}", flush=True)
             fixes += [found.fix] if found.fix else []
-    todo = [f"- {fix}" for fix in dict.fromkeys(fixes)]  # several checks may fail for the same reason
+    todo = [f"- {fix}" for fix in fixes]
     print("\n".join(["", "to do first:", *todo] if todo else ["ready"]))
     return 1 if fixes else 0
 
@@ -205,7 +207,8 @@ def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
                 rows = None if asked is None else asked.rows_of(texts)
                 rewards.tokenize(score, texts, rows, binding.masks(score.names, rows or ()))
         except (ConfigError, WeightsError) as e:
-            yield Finding(f"reward {name}: see below", f"reward {name}: {e}")
+            told = str(e) if str(e).startswith(f"reward {name}") else f"reward {name}: {e}"
+            yield Finding(f"reward {name}: see below", told)
             continue
         place = "on the host" if score.on_host else f"{jaxpr.nbytes(params) / 1e9:.1f} GB"
         yield Finding(f"reward {name}: {place}{'' if name in rewards.parse(cfg.reward) else ', held out'}")

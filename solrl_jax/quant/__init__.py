@@ -39,17 +39,17 @@ def _known(precision: str, names: tuple[str, ...] = ("bf16", *LOW), what: str = 
 
 
 def resolve(precision: str, capability: float | None) -> str:
-    """The precision itself, or for "auto" the device's best: NVFP4's numbers on a CPU, and BF16 on a TPU, which would
-    take longer for NVFP4's numbers than for BF16's. `capability` is CUDA's, 0 for a TPU and None for a CPU.
+    """The precision itself, or for "auto" the device's best: NVFP4 or FP8 on a GPU that has it, BF16 on other GPUs and
+    TPUs, which would take longer for NVFP4's numbers than for BF16's, and NVFP4's numbers on a CPU. `capability` is
+    CUDA's, 0 for a TPU and None for a CPU.
 
     Raises Unsupported for an unknown precision and for one that the device does not have: there is no silent fallback.
     """
     _known(precision, ("auto", "bf16", *LOW))
     have = 0.0 if capability is None else capability
     if precision == "auto":
-        if capability == 0:
-            return "bf16"
-        return next((p for p in ("nvfp4_native", "fp8") if have >= LEAST[p]), "nvfp4_emulated")
+        others = "nvfp4_emulated" if capability is None else "bf16"
+        return next((p for p in ("nvfp4_native", "fp8") if have >= LEAST[p]), others)
     if have < (least := LEAST.get(precision, 0.0)):
         found = f"this one has {capability}" if capability else "it is no CUDA device"
         raise Unsupported(

@@ -419,22 +419,33 @@ def blank(cfg: Config, model: Model, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), jax.eval_shape(make))
 
 
+def check_policy(cfg: Config, place: Path | None, lora_file: Path | None) -> None:
+    """Raises, before weights are read, what `adapter` would for a file or checkpoint that is damaged or not of the
+    model."""
+    model = model_module(cfg).make(cfg.model)
+    if lora_file is not None:
+        if (loras := base_loras.read(cfg.model, model)) is not None:
+            base_loras.check_held_once(lora_file, loras)
+        base = jax.eval_shape(model.init, jax.random.key(0))
+        lora_files.load(lora_file, base, model.keys, cfg.lora, model.comfy, model.native)
+    elif place is not None:
+        checkpoint.check_fields(place, {"ema": blank(cfg, model, make_mesh(1)).ema}, cfg, INFERENCE)
+
+
 def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
     """The LoRA to draw with: that of `lora_file`, or else the running average in checkpoint `place`, or else zeros.
 
     For a file, prints how much of the model it adapts.
     """
-    like = blank(parts.cfg, parts.model, parts.mesh)
+    like, model = blank(parts.cfg, parts.model, parts.mesh), parts.model
     if place is not None and lora_file is None:
         return checkpoint.restore_fields(place, {"ema": like.ema}, parts.cfg, INFERENCE)["ema"]
     if lora_file is None:
         found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
     else:
-        model = parts.model
         if parts.base_loras is not None:
             base_loras.check_held_once(lora_file, parts.base_loras)
-        found, said = lora_files.load(
-            lora_file, parts.frozen.base, model.keys, parts.cfg.lora, model.comfy, model.native
-        )
+        shapes = parts.frozen.base
+        found, said = lora_files.load(lora_file, shapes, model.keys, parts.cfg.lora, model.comfy, model.native)
         print("\n".join(f"{lora_file}: {line}" for line in said))
     return sharding.replicate(found, parts.mesh)

@@ -347,15 +347,16 @@ def find(run: Path, which: str | None = None) -> tuple[Path, list[str]]:
         load_config(run)
         if (step := best_step(run)) is None:
             raise CheckpointError(
-                f"--checkpoint=best: no whole checkpoint of {run} was evaluated; name a step, one of "
-                f"{', '.join(map(str, steps(run))) or 'none'}, or leave it out for the newest"
+                f"--checkpoint=best: no whole checkpoint of {run} was evaluated; name a step{_listed(run)}, or "
+                "leave it out for the newest"
             )
         return folder(run, step), [f"the best checkpoint is {folder(run, step)}"]
     if which is not None:
         place = folder(run, int(which)) if which.isdecimal() else Path(which)
         if not place.is_dir() or not place.name.isdecimal():
             raise CheckpointError(
-                f"--checkpoint={which}: there is no checkpoint {place}; give <run>/checkpoints/<step>"
+                f"--checkpoint={which}: there is no checkpoint {place}; give a step of --run_dir"
+                f"{_listed(run)}, or <run>/checkpoints/<step>"
             )
         try:
             manifest.read(place)
@@ -367,6 +368,12 @@ def find(run: Path, which: str | None = None) -> tuple[Path, list[str]]:
     if step is None:
         raise CheckpointError("; ".join([f"{run} has no whole checkpoint", *reasons]) + ": start a new run")
     return folder(run, step), reasons
+
+
+def _listed(run: Path) -> str:
+    """ ", one of 3, 2"; nothing if there are none."""
+    found = ", ".join(map(str, steps(run)))
+    return f", one of {found}" if found else ""
 
 
 def restore(place: Path, like: TrainState, cfg: Config) -> TrainState:
@@ -393,20 +400,22 @@ def restore_fields(place: Path, like: Mapping[str, PyTree], cfg: Config, same: t
     Other fields of the saved state are ignored, so checkpoints of older and newer versions can be read. Raises
     CheckpointError as `restore` does; of the config, only fields whose names start with one of `same` must be equal.
     """
-    found = manifest.usable(place)
-    base_loras.check_same(place, found["lora"], cfg.model.lora)
-    if changed := _differences(load_config(place), cfg, lambda field: not field.startswith(same)):
-        raise CheckpointError(f"checkpoint {place} belongs to another config: {changed}. Use its own")
-    saved = {k: v for k, v in found["tree"].items() if k.partition("/")[0] in like}
-    manifest.compare(saved, describe(like), place)
+    check_fields(place, like, cfg, same)
     return _read(place, like)
 
 
-def check_base_loras(place: Path | None, cfg: Config) -> None:
-    """CheckpointError unless the checkpoint, if there is one, adapts a base with the LoRAs of `cfg`; before the base is
-    read."""
-    if place is not None:
-        base_loras.check_same(place, manifest.usable(place)["lora"], cfg.model.lora)
+def check_fields(place: Path, like: Mapping[str, PyTree], cfg: Config, same: tuple[str, ...]) -> None:
+    """Raises what `restore_fields` would, and reads no array."""
+    found = manifest.usable(place)
+    base_loras.check_same(place, found["lora"], cfg.model.lora)
+    own = "without --config its own is taken"
+    if changed := _differences(load_config(place), cfg, lambda field: not field.startswith(same)):
+        raise CheckpointError(f"checkpoint {place} belongs to another config: {changed}; {own}")
+    saved = {k: v for k, v in found["tree"].items() if k.partition("/")[0] in like}
+    try:
+        manifest.compare(saved, describe(like), place)
+    except CheckpointError as e:
+        raise CheckpointError(f"{e}. Is it of another model? {own.capitalize()}") from None
 
 
 def _read(place: Path, like: Mapping[str, PyTree]) -> dict[str, PyTree]:

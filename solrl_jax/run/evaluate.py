@@ -20,7 +20,7 @@ from solrl_jax import guidance, lora, processes, rollout, sharding
 from solrl_jax.config import Config, ConfigError, Evaluate, Stage
 from solrl_jax.keys import evaluation_keys
 from solrl_jax.rewards import Score, eight_bit, nan_if_not_finite, score_images, score_on_host
-from solrl_jax.run import assemble, checkpoint, data
+from solrl_jax.run import assemble, data
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.pictures import Shown, write_grid
 from solrl_jax.structs import Frozen, Model, Params, Prompts, Variables
@@ -197,8 +197,8 @@ def run_eval(
 
     Beside a policy, the base is also shown at its own weight of guidance, if that is another one.
     """
-    checkpoint.check_base_loras(place, cfg)
     assemble.check_rewards(cfg)
+    processes.together(lambda: assemble.check_policy(cfg, place, lora_file))
     settled = assemble.settled_here(cfg, devices, drawing=True)
     parts = processes.together(lambda: assemble.for_evaluation(cfg, devices, negative, settled))
     name, w, own = str(lora_file or place or ""), guidance.evaluated(cfg), parts.model.guided
@@ -244,7 +244,7 @@ def run_sample(
     """--mode=sample: cfg.evaluate.images pictures of each prompt as PNG files in <run>/samples."""
     if not prompts:
         raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
-    checkpoint.check_base_loras(place, cfg)
+    processes.together(lambda: assemble.check_policy(cfg, place, lora_file))
     settled = assemble.settled_here(assemble.unscored(cfg), devices, drawing=True)
     parts = processes.together(lambda: assemble.for_drawing(cfg, devices, negative, settled))
     for line in assemble.cut(parts, prompts):
@@ -262,11 +262,15 @@ def run_sample(
         for i in range(0, len(prompts), group):
             some = prompts[i : i + group]
             found = pictures(parts, adapter, some, score=Score((), ()), first=i * each, pad_to=group)
-            processes.by_first(functools.partial(_save, found.images, some, i, folder))
+            processes.by_first(functools.partial(_save, found.images, some, folder))
+    print(f"policy: {lora_file or place or 'the base model'}")
     return 0
 
 
-def _save(images: UInt8[np.ndarray, "P n H W 3"], prompts: Sequence[str], first: int, folder: Path) -> None:
+def _save(images: UInt8[np.ndarray, "P n H W 3"], prompts: Sequence[str], folder: Path) -> None:
+    """Write the pictures, numbered on from those that are there."""
+    there = (file.name.partition("_")[0] for file in folder.glob("[0-9]*_*.png"))
+    first = 1 + max((int(number) for number in there if number.isdecimal()), default=-1)
     for i, (prompt, row) in enumerate(zip(prompts, images, strict=True), first):
         for j, image in enumerate(row):
             Image.fromarray(image).save(folder / f"{i:04d}_{j}.png")
