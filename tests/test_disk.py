@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import results
-from solrl_jax import weights
+from solrl_jax import disk, weights
 from solrl_jax.config import Lora
 from solrl_jax.run import checkpoint, pictures, score
 from solrl_jax.weights import Rule, lora_files
@@ -45,6 +45,14 @@ def test_a_file_is_readable_as_the_umask_says(tmp_path, name):
         finally:
             os.umask(before)
         assert stat.S_IMODE((tmp_path / f"{mask}-{name}").stat().st_mode) == mode
+
+
+def test_a_link_to_nothing_is_no_folder_to_write_in(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for folder in (tmp_path / "link", tmp_path / "link" / "run"):
+        assert disk.unwritable(folder) == f"{tmp_path / 'link'} is a link to nothing"
+    (tmp_path / "gone").mkdir()
+    assert disk.unwritable(tmp_path / "link" / "run") == ""
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -463,6 +463,9 @@ def test_files_that_are_refused(small, tmp_path):
     file = written(tmp_path, small.tensors)
     with pytest.raises(WeightsError, match=rf"^{file} is an adapter of PEFT, .* adapter_config.json: put it beside"):
         load(small.family, file)
+    scaled = tmp_path / f"{file.name}:0.5"
+    with pytest.raises(WeightsError, match=rf"^{scaled} does not exist: only --config.model.lora takes a scale; leave"):
+        load(small.family, scaled)
     key = next(iter(small.tensors))
     twice = small.tensors | {key.replace(".weight", ".old.weight"): torch.ones(4, 48)}
     with pytest.raises(WeightsError, match="are one factor of two adapters: give a file with one of them"):

@@ -41,6 +41,25 @@ def load_small(spec, overrides):
 
 
 @pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "--conifg=small",
+            "error: Unknown command line flag 'conifg'. Did you mean: config ?; --help lists all flags\n",
+        ),
+        ("--mode=trian", "error: flag --mode=trian: value should be one of <train|eval|"),
+        ("--devices=none", "error: flag --devices=none: invalid literal for int() with base 10: 'none'; --help"),
+    ],
+)
+def test_a_wrong_flag_ends_with_2(command, capsys, word, message):
+    """As every error that starting again would not mend, which a scheduler must be able to tell."""
+    with pytest.raises(SystemExit) as ended:
+        command(word)
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.out == "" and said.err.startswith(message)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "no config is named: give --config=NAME, one of small\n"),
@@ -55,6 +74,7 @@ def load_small(spec, overrides):
         (["--config=small", "--prompts=q.txt"], "q.txt does not exist"),
         (["--config=small", "--prompts=q.txt", "--config.prompt_files=p.txt"], "prompt_files differ: give one of them"),
         (["--config=small", "--mode=eval", "--prompts=q.txt"], "q.txt does not exist"),
+        (["--config=small", "--mode=eval", "--resume"], "--resume is for --mode=train"),
         (["--config=large:help"], "there is no configs/large.py; use one of small"),
         (["--config=small", "--config.model.name=flax"], "model.name=flax: there is no such model"),
         (["--config=small", "--devices=64"], "64 devices asked for"),

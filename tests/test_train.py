@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from solrl_jax import config, main, rewards, train
 from solrl_jax.run import assemble, checkpoint, data, evaluate, export, log, pictures
+from solrl_jax.weights import WeightsError
 from tests.tiers import slow
 from tests.toy_world import TOY, as_branch, interrupt_at, metrics_of
 
@@ -90,6 +91,23 @@ def test_a_signal_before_the_first_iteration_leaves_something_to_go_on_with(toy,
     assert train.train(config.override(toy, iterations=1), run, resume=True, devices=1) == 0
     told = f"prompt_files={toy.prompt_files} has other prompts or rows than when {run / 'checkpoints/1'} was saved"
     assert told in capsys.readouterr().out
+
+
+def test_a_signal_while_the_weights_are_read_saves_what_the_run_begins_with(toy, tmp_path, monkeypatch, capsys):
+    """Nothing is drawn then: not even the base's pictures."""
+    run, assembled = tmp_path / "run", assemble.assemble
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return assembled(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble, "assemble", stopped)
+        patch.setattr(evaluate, "evaluate", None)
+        assert train.train(toy, run, devices=1) == 75
+    assert checkpoint.latest(run)[0] == 0 and "stopped after iteration 0 of 5, saved" in capsys.readouterr().out
+    assert train.train(config.override(toy, iterations=1), run, resume=True, devices=1) == 0
+    assert sorted(metrics_of(run)) == [0, 1]
 
 
 @pytest.mark.slow
@@ -324,6 +342,44 @@ def test_pictures_leave_the_devices_as_bytes(toy, monkeypatch):
     np.testing.assert_array_equal(shown.images, np.asarray(images)[:2, 0])
 
 
+def test_a_policy_of_another_model_is_refused_before_weights_are_read(toy, tmp_path, monkeypatch):
+    run, other = tmp_path / "run", tmp_path / "other.safetensors"
+    train.train(config.override(toy, iterations=1, **{"evaluate.every": 0}), run, devices=1)
+    save_file({"transformer.to_q.lora_A.weight": np.ones((2, 5), np.float32)}, other)
+    monkeypatch.setattr(assemble, "open_weights", None)
+    place, wide = run / "checkpoints/1", config.override(toy, **{"lora.rank": 4})
+    how = {"devices": 1, "place": None, "lora_file": other}
+    with pytest.raises(WeightsError, match=r"other\.safetensors"):
+        evaluate.run_eval(toy, run, **how)
+    with pytest.raises(WeightsError, match=r"other\.safetensors"):
+        evaluate.run_sample(toy, run, prompts=["a"], **how)
+    how |= {"place": place, "lora_file": None}
+    with pytest.raises(checkpoint.CheckpointError, match=r"lora.rank is 2 there and 4 here; without --config its own"):
+        evaluate.run_eval(wide, run, **how)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(
+            checkpoint.CheckpointError,
+            match=r"ema/to_q/a is .*\. Is it of another model\? Without --config its own is taken",
+        ),
+    ):
+        patch.setattr(assemble, "INFERENCE", ())
+        evaluate.run_sample(wide, run, prompts=["a"], **how)
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_line(toy, tmp_path, monkeypatch):
+    run, mkdir = tmp_path / "run", Path.mkdir
+
+    def refused(self, *args, **how):
+        if self == run:
+            raise FileNotFoundError(2, "No such file or directory")
+        mkdir(self, *args, **how)
+
+    monkeypatch.setattr(Path, "mkdir", refused)
+    with pytest.raises(config.ConfigError, match=r"--run_dir=.*run cannot be made \(No such file or directory\): give"):
+        train.train(toy, run, devices=1)
+
+
 def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
     run = tmp_path / "run"
     train.train(config.override(toy, iterations=2), run, devices=1)
@@ -343,7 +399,17 @@ def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
     assert len(list((run / "samples").glob("*.png"))) == 10
     few = tmp_path / "few"
     evaluate.run_sample(toy, few, prompts=texts[:2], place=place, lora_file=None, devices=1)
-    assert (few / "samples" / "0001_1.png").read_bytes() == (run / "samples" / "0001_1.png").read_bytes()
+    first = (run / "samples" / "0001_1.png").read_bytes()
+    assert (few / "samples" / "0001_1.png").read_bytes() == first
+    assert capsys.readouterr().out.splitlines()[-1] == f"policy: {place}"
+    evaluate.run_sample(
+        toy, few, prompts=texts[:1], place=None, lora_file=None, devices=1
+    )  # beside those that are there
+    assert sorted(file.name for file in (few / "samples").iterdir()) == [
+        f"{i:04d}_{j}.png" for i in range(3) for j in (0, 1)
+    ]
+    assert (few / "samples" / "0001_1.png").read_bytes() == first
+    assert capsys.readouterr().out.splitlines()[-1] == "policy: the base model"
     with pytest.raises(config.ConfigError, match="needs --prompt"):
         evaluate.run_sample(toy, run, prompts=[], place=None, lora_file=None, devices=1)
 

@@ -422,6 +422,8 @@ def blank(cfg: Config, model: Model, mesh: Mesh) -> TrainState:
 def check_policy(cfg: Config, place: Path | None, lora_file: Path | None) -> None:
     """Raises, before weights are read, what `adapter` would for a file or checkpoint that is damaged or not of the
     model."""
+    if lora_file is None and place is None:
+        return
     model = model_module(cfg).make(cfg.model)
     if lora_file is not None:
         if (loras := base_loras.read(cfg.model, model)) is not None:
