@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ from solrl_jax.rewards.own import RewardError
 from solrl_jax.run import assemble, checkpoint, data, evaluate, export, guards, manifest, pictures
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.guards import TrainError, check_ratio, check_rewards, device_error, not_finite
-from solrl_jax.run.log import Log, finite, open_log, read, wandb
+from solrl_jax.run.log import Line, Log, finite, open_log, read, wandb
 from solrl_jax.run.pictures import Shown
 from solrl_jax.structs import Prompts, Row, TrainState
 
@@ -197,8 +197,8 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> 
                 return state
             base, seen = beginning(parts, state, run, out)
             state = guards.with_fall_back(state, seen, cfg) if done == 0 else state
-            began, lines, said = time.perf_counter(), processes.agreed(lambda: read(run / "metrics.jsonl")), {}
-            step, low = stepper(parts, out, stop), True
+            lines, alarms = processes.agreed(lambda: read(run / "metrics.jsonl")), frozenset()
+            step, low, began = stepper(parts, out, stop), True, time.perf_counter()
             while done < cfg.iterations and not stop.asked():
                 if low and int(state.fallen_back):
                     step, low = stepper(parts._replace(cfg=guards.in_bf16(cfg)), out, stop), False
@@ -217,14 +217,7 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> 
                 began, metrics["time/iteration"] = time.perf_counter(), time.perf_counter() - began
                 lines.append(line := processes.together(functools.partial(out.write, number, metrics)))
                 state, done, score = new, number, line.get("eval_reward_avg")
-                if metrics["skipped"]:
-                    out.say(f"warning: iteration {done}: {metrics['skipped']:.0f} updates were not finite and skipped")
-                said, before = guards.alarms(lines, cfg), said
-                for kind in said.keys() - before.keys():  # an alarm is logged when it begins
-                    out.say(said[kind])
-                if "eval_reward_avg" in metrics:
-                    for warning in guards.falling(lines, cfg):
-                        out.say(warning)
+                alarms = warned(lines, cfg, alarms, out)
                 if every and done % every == 0:
                     saver.save(state, score)
                 processes.together(functools.partial(check_skipped, parts, state, batch.prompts, metrics))
@@ -236,6 +229,19 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> 
             if (done > first or stop.agreed) and processes.known(sys.exception()):
                 saver.save(state, score)
     return state
+
+
+def warned(lines: list[Line], cfg: Config, before: Set[str], out: Log) -> Set[str]:
+    """Say what is wrong in the last of `lines`. Returns the kinds of alarms that go on; one is said when it begins."""
+    last = lines[-1]
+    if last["skipped"]:
+        out.say(f"warning: iteration {last['iteration']}: {last['skipped']:.0f} updates were not finite and skipped")
+    found = guards.alarms(lines, cfg)
+    for kind in found.keys() - before:
+        out.say(found[kind])
+    for warning in guards.falling(lines, cfg) if "eval_reward_avg" in last else ():
+        out.say(warning)
+    return found.keys()
 
 
 def ready(parts: Parts) -> Parts:

@@ -10,8 +10,8 @@ stated share of the card's peak, without the gathering of weights, whose seconds
 is the result of a second block of pictures, which the loop holds on several devices and with rewards on the host.
 
 Activations of FLUX.1-dev in GB, planned here and allocated by XLA when it compiles for an H100 (jax 0.10.2,
-micro-batches of 12 points at 512 px): learn 9.4 and 6.5 if remat keeps nothing, 33.7 and 30.8 if it keeps attention and the
-MLP, 47.7 and 45.7 with q, k and v too (so SD3.5 Large 48.4 and 45.8, SANA 31.9 and 29.7, Z-Image 56.3 and 54.5,
+micro-batches of 12 points at 512 px): learn 9.4 and 6.5 if remat keeps nothing, 33.7 and 30.8 if it keeps attention and
+the MLP, 47.7 and 45.7 with q, k and v too (so SD3.5 Large 48.4 and 45.8, SANA 31.9 and 29.7, Z-Image 56.3 and 54.5,
 FLUX.2-klein 70.5 and 68.7). Measured on an H100 with random weights, an iteration of sol_rl of one prompt with the
 reference on every micro-batch and exact float32 rewards (planned in brackets): FLUX 58.5 GB and 29.3 s (59.8 and 26.8),
 SD3.5 Large 52.0 GB and 87 s (53.7 and 66), SANA 28.8 GB and 15 s (28.9 and 8.6). On an H200, with the reference on one
