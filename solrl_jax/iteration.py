@@ -163,7 +163,7 @@ class Staged:
                 samples, metrics = jax.block_until_ready(self.jit["select_samples"](full, chance))
             del full  # frees the candidates that are not kept
         else:
-            given = prompts, keys, None  # None, not left out, as guards.measured calls it: else jit compiles it twice
+            given = prompts, keys, None  # None, not left out, as watch.measured calls it: else jit compiles it twice
             preview, chosen = self._by_prompt("explore", (kernels, low, frozen), given, times, between, chance, rows)
             if self.cfg.regenerate.precision == "bf16":
                 low = None  # the quantised kernels leave the device

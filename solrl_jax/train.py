@@ -35,7 +35,7 @@ from solrl_jax.quant import calibrate
 from solrl_jax.quant.calibrate import calibrated
 from solrl_jax.report.run import read_starts
 from solrl_jax.rewards.own import RewardError
-from solrl_jax.run import assemble, checkpoint, data, evaluate, export, guards, manifest, pictures
+from solrl_jax.run import assemble, checkpoint, data, evaluate, export, guards, manifest, pictures, watch
 from solrl_jax.run.assemble import Parts
 from solrl_jax.run.guards import TrainError, check_ratio, check_rewards, device_error, not_finite
 from solrl_jax.run.log import Line, Log, finite, open_log, read, wandb
@@ -196,12 +196,12 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> 
             if stop.asked():  # while the weights were read
                 return state
             base, seen = beginning(parts, state, run, out)
-            state = guards.with_fall_back(state, seen, cfg) if done == 0 else state
+            state = watch.with_fall_back(state, seen, cfg) if done == 0 else state
             lines, alarms = processes.agreed(lambda: read(run / "metrics.jsonl")), frozenset()
             step, low, began = stepper(parts, out, stop), True, time.perf_counter()
             while done < cfg.iterations and not stop.asked():
                 if low and int(state.fallen_back):
-                    step, low = stepper(parts._replace(cfg=guards.in_bf16(cfg)), out, stop), False
+                    step, low = stepper(parts._replace(cfg=watch.in_bf16(cfg)), out, stop), False
                     out.say(f"exploring in bf16 from iteration {done + 1} on")
                 batch = encoded(parts, done, times := {})
                 try:
@@ -209,9 +209,9 @@ def loop(parts: Parts, state: TrainState, run: Path, out: Log, stop: "Stop") -> 
                 except Stopped:
                     break
                 number = int(new.iteration)
-                if low and guards.due(cfg, number):
-                    metrics |= guards.measured(parts, new)
-                    new = guards.with_fall_back(new, metrics, cfg)
+                if low and watch.due(cfg, number):
+                    metrics |= watch.measured(parts, new)
+                    new = watch.with_fall_back(new, metrics, cfg)
                 if cfg.evaluate.every and (number % cfg.evaluate.every == 0 or number == cfg.iterations):
                     metrics |= evaluated(parts, new, run, out, base)
                 began, metrics["time/iteration"] = time.perf_counter(), time.perf_counter() - began
@@ -369,9 +369,9 @@ def beginning(parts: Parts, state: TrainState, run: Path, out: Log) -> tuple[Sho
     for name, value in before.items() if int(state.iteration) else ():
         if name != "iteration" and (base is None or name.startswith("watch/")):
             metrics[name] = math.nan if value is None else value
-    if int(state.iteration) == 0 and guards.due(cfg, 0):
+    if int(state.iteration) == 0 and watch.due(cfg, 0):
         out.between("watch", 0.0)
-        metrics |= guards.measured(parts, state)
+        metrics |= watch.measured(parts, state)
     if metrics and finite(metrics) != {k: v for k, v in before.items() if k != "iteration"}:
         processes.together(lambda: out.write(0, metrics))
     return base, metrics

@@ -11,7 +11,7 @@ from solrl_jax import lora, quant, rollout, sampler, train
 from solrl_jax.config import Stage
 from solrl_jax.keys import EVALUATION, sample_keys, selection_key
 from solrl_jax.quant import calibrate
-from solrl_jax.run import assemble, data, guards
+from solrl_jax.run import assemble, data, watch
 from solrl_jax.structs import QuantRule
 from tests import nano
 
@@ -149,12 +149,12 @@ def test_a_measurement_counts_inputs_that_outgrew_their_units(parts):
         small = rule._replace(units=tuple((path, unit / 64) for path, unit in rule.units))
         expect = calibrate.saturating(small, calibrate.over_steps(*seen), quant.chosen(parts.frozen.base, rule))
         found = [
-            guards.measured(
+            watch.measured(
                 parts._replace(cfg=cfg, model=model._replace(quant_rules=model.quant_rules._replace(fp8=r))), state
             )
             for r in (rule, small)
         ]
-        assert "watch/saturated" not in guards.measured(parts, state)  # NVFP4 has no units
+        assert "watch/saturated" not in watch.measured(parts, state)  # NVFP4 has no units
     assert (found[0]["watch/saturated"], found[0]["watch/saturation"]) == (0.0, 1.0)
     # Not the same prompts and noise, so not quite the same inputs.
     assert abs(found[1]["watch/saturated"] - len(expect)) <= 2 < len(expect)

@@ -11,7 +11,7 @@ import pytest
 
 from solrl_jax import config, iteration, train
 from solrl_jax.config import Config, ConfigError, Watch
-from solrl_jax.run import assemble, checkpoint, guards
+from solrl_jax.run import assemble, checkpoint, guards, watch
 from solrl_jax.structs import Rollout
 from tests.test_checkpoint import state_at
 from tests.toy_world import as_branch, metrics_of
@@ -36,7 +36,7 @@ def test_saturation_is_told():
     assert list(found) == ["saturated"] and "the inputs of 3 Linears outgrew the FP8 units" in found["saturated"]
     assert "up to 1.25 times what these hold" in found["saturated"]
     assert guards.alarms([{"iteration": 0, **last}, {"iteration": 20, **first}], CFG) == {}
-    assert guards.alarms([{"iteration": 20, **last}], guards.in_bf16(CFG)) == {}  # nothing is cut off any more
+    assert guards.alarms([{"iteration": 20, **last}], watch.in_bf16(CFG)) == {}  # nothing is cut off any more
     falls = config.override(CFG, **{"watch.fall_back": "true"})
     ranked = [{"iteration": 20, **last, "watch/spearman": rank} for rank in (0.7, 0.3)]
     assert "saturated" in guards.alarms(ranked[:1], falls) and "saturated" not in guards.alarms(ranked, falls)
@@ -77,16 +77,16 @@ def test_a_preview_in_bf16_has_nothing_to_fall_back_to():
     assert guards.alarms(low, cfg)["ranks"].endswith("raise explore.steps")
     state, fp8 = state_at(1), config.override(cfg, **{"explore.precision": "fp8"})
     for rank, how, flag in ((0.31, cfg, 0), (0.31, fp8, 1), (0.5, fp8, 0), (float("nan"), fp8, 0)):
-        assert int(guards.with_fall_back(state, {"watch/spearman": rank}, how).fallen_back) == flag
+        assert int(watch.with_fall_back(state, {"watch/spearman": rank}, how).fallen_back) == flag
     warned = config.override(fp8, **{"watch.fall_back": "false"})
-    assert int(guards.with_fall_back(state, {"watch/spearman": 0.31}, warned).fallen_back) == 0
+    assert int(watch.with_fall_back(state, {"watch/spearman": 0.31}, warned).fallen_back) == 0
 
 
 def test_when_it_is_due():
     cfg = config.override(CFG, **{"watch.every": "4"})
-    assert [done for done in range(1, 13) if guards.due(cfg, done)] == [4, 8, 12]
-    assert not guards.due(config.override(CFG, **{"watch.every": "0"}), 4)
-    assert not any(guards.due(config.load("tiny:diffusionnft"), done) for done in range(1, 60))
+    assert [done for done in range(1, 13) if watch.due(cfg, done)] == [4, 8, 12]
+    assert not watch.due(config.override(CFG, **{"watch.every": "0"}), 4)
+    assert not any(watch.due(config.load("tiny:diffusionnft"), done) for done in range(1, 60))
     for change, message in (
         ({"every": -1}, "watch.every=-1"),
         ({"prompts": 0}, "watch.prompts=0"),
@@ -104,7 +104,7 @@ def test_a_preview_like_the_full_rollout_ranks_like_it(toy):
         changed = config.override(cfg, **{"explore.steps": str(steps), "explore.solver": solver})
         parts = assemble.assemble(changed, devices)
         with jax.set_mesh(parts.mesh):
-            found = guards.measured(parts, assemble.fresh(parts))
+            found = watch.measured(parts, assemble.fresh(parts))
         assert set(found) == {"watch/spearman", "watch/overlap", "watch/kept_contrast"}
         assert (found["watch/spearman"] == pytest.approx(1, abs=1e-6)) == (steps == 4)
         assert -1 <= found["watch/kept_contrast"] <= 1 + 1e-6
@@ -131,7 +131,7 @@ def test_full_rollouts_have_no_quantised_kernels_beside_them(toy, monkeypatch):
 
     monkeypatch.setattr(iteration, "programs", watched)
     with jax.set_mesh(parts.mesh):
-        found = guards.measured(parts, assemble.fresh(parts))
+        found = watch.measured(parts, assemble.fresh(parts))
     assert found["watch/spearman"] == pytest.approx(1)  # a reward is its key's: every candidate is compared with itself
     assert seen["explore"] == [(False, 1, (1, 8))] * 4  # a prompt a call
     assert seen["regenerate"] == [(True, 0, (1, 6))] * 8
@@ -157,13 +157,13 @@ def test_a_reward_that_tells_few_candidates_apart_is_no_bad_rank(toy, monkeypatc
     monkeypatch.setattr(iteration, "programs", lambda *statics: {**programs(*statics), **made})
     with jax.set_mesh(parts.mesh):
         state = assemble.fresh(parts)
-        found = guards.measured(parts, state)
+        found = watch.measured(parts, state)
     assert found == (
         {}
         if math.isnan(spearman)
         else {f"watch/{n}": pytest.approx(1) for n in ("spearman", "overlap", "kept_contrast")}
     )
-    assert int(guards.with_fall_back(state, found, low).fallen_back) == 0
+    assert int(watch.with_fall_back(state, found, low).fallen_back) == 0
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ def test_a_run_is_measured_as_it_begins(toy, tmp_path, capsys, monkeypatch):
     assert [unwatched[i] for i in (1, 2)] == [found[i] for i in (1, 2)]  # training's numbers are as without
     train.train(config.override(cfg, iterations=1, **{"evaluate.every": "0"}), blind, devices=1)
     assert list(metrics_of(blind)) == [0, 1] and set(metrics_of(blind)[0]) == {"iteration", *watch_names(found[0])}
-    monkeypatch.setattr(guards, "measured", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(watch, "measured", lambda *_: pytest.fail("measured again"))
     train.train(cfg, blind, resume=True, devices=1)
     assert metrics_of(blind)[0] == found[0] and metrics_of(blind)[2] == found[2]
 
@@ -213,7 +213,7 @@ def test_a_device_too_small_for_the_measurement_ends_a_run_in_its_first_minutes(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
 
     cfg = config.override(toy, iterations=1, **{"watch.every": "20"})
-    monkeypatch.setattr(guards, "measured", full)
+    monkeypatch.setattr(watch, "measured", full)
     with pytest.raises(train.TrainError, match=r"iteration 1: the device's memory is full .*lower explore.chunk"):
         train.train(cfg, tmp_path / "run", devices=1)
     assert metrics_of(tmp_path / "run") == {} and checkpoint.steps(tmp_path / "run") == []
@@ -225,7 +225,7 @@ def test_of_fewer_prompts_than_asked_for_all_are_measured(toy, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\n")
     parts = assemble.assemble(config.override(toy, **{"prompts": "2"}), 2)
     with jax.set_mesh(parts.mesh):
-        assert "watch/spearman" in guards.measured(parts, assemble.fresh(parts))
+        assert "watch/spearman" in watch.measured(parts, assemble.fresh(parts))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from solrl_jax import config, iteration, sampler
 from solrl_jax.config import Branch, Stage
 from solrl_jax.keys import sample_keys
 from solrl_jax.rollout import block_shape, branched, noises, policy_variables, rolled, rollout, sigmas_of
-from solrl_jax.run import assemble, data, guards
+from solrl_jax.run import assemble, data, guards, watch
 from solrl_jax.selection import fidelity, take
 from tests import nano
 from tests.nano import STATICS, begun, numbers, parts_of, statics_of
@@ -151,13 +151,13 @@ def test_runs_are_one_program(folder):
 @pytest.mark.slow
 def test_the_watch_compares_with_what_is_trained_on(folder):
     """All N finished from their states; and beside it, told and never acted on, all N from the noise."""
-    watch = dataclasses.replace(nano.build(folder).watch, every=2, prompts=2, fall_back=True, rank=0.5)
-    parts = parts_of(nano.build(folder, watch=watch, **BRANCH))
+    how = dataclasses.replace(nano.build(folder).watch, every=2, prompts=2, fall_back=True, rank=0.5)
+    parts = parts_of(nano.build(folder, watch=how, **BRANCH))
     run = iteration.stages(*statics_of(parts))
     roll = functools.partial(rolled, model=parts.model, score=parts.score, stage=parts.cfg.regenerate)
     with jax.set_mesh(parts.mesh):
         state = assemble.fresh(parts)
-        found = guards.measured(parts, state)
+        found = watch.measured(parts, state)
         batch = data.batch(parts.prompts.train, parts.cfg.seed, 0, 4)[:2]
         prompts, keys = assemble.encode(parts, batch, parts.score), sample_keys(state, 2, 8)
         kernels = run.merged(state, parts.frozen)
@@ -172,8 +172,8 @@ def test_the_watch_compares_with_what_is_trained_on(folder):
         {"watch/spearman": 0.9, "watch/noise_spearman": 0.1},
         {"watch/spearman": 0.1, "watch/noise_spearman": 0.9},
     )
-    assert int(guards.with_fall_back(state, good, parts.cfg).fallen_back) == 0
-    assert int(guards.with_fall_back(state, bad, parts.cfg).fallen_back) == 1
+    assert int(watch.with_fall_back(state, good, parts.cfg).fallen_back) == 0
+    assert int(watch.with_fall_back(state, bad, parts.cfg).fallen_back) == 1
     assert "ranks" not in guards.alarms([{"iteration": 0, **good}], parts.cfg)
     said = guards.alarms([{"iteration": 0, **bad}], parts.cfg)["ranks"]
     assert "unlike the samples that go on from it: Spearman 0.10" in said

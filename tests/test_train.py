@@ -190,7 +190,7 @@ def test_metrics_are_on_disk_before_the_checkpoint_that_outlives_them(toy, tmp_p
 def test_alarms_see_what_the_file_has(toy, tmp_path, monkeypatch):
     """A measurement that is NaN is null in the file: a run that goes on alarms as one that was resumed does."""
     run, seen = tmp_path / "run", []
-    monkeypatch.setattr(train.guards, "measured", lambda *_: {"watch/spearman": float("nan")})
+    monkeypatch.setattr(train.watch, "measured", lambda *_: {"watch/spearman": float("nan")})
     monkeypatch.setattr(train.guards, "alarms", lambda lines, cfg: seen.append(list(lines)) or {})
     train.train(config.override(toy, iterations=2, **{"watch.every": "1"}), run, devices=1)
     assert seen[-1] == log.read(run / "metrics.jsonl") and seen[-1][-1]["watch/spearman"] is None

@@ -19,7 +19,7 @@ from solrl_jax.plan.cards import EMULATED, Card, seconds
 from solrl_jax.plan.jaxpr import nbytes
 from solrl_jax.plan.shapes import Sizes, batch, blank, keys, samples, states
 from solrl_jax.rollout import block_shape, branched, rolled
-from solrl_jax.run import evaluate, guards
+from solrl_jax.run import evaluate, watch
 from solrl_jax.run.encode import encoded
 from solrl_jax.structs import Frozen, Params, Prompts
 
@@ -46,7 +46,7 @@ class Use(NamedTuple):
 
 def stages_of(cfg: Config) -> tuple[str, ...]:
     """The stages in order; then those that run at the start and once in many iterations."""
-    rare = ["watch"] * guards.due(cfg, 0) + ["evaluate"] * bool(cfg.evaluate.every)
+    rare = ["watch"] * watch.due(cfg, 0) + ["evaluate"] * bool(cfg.evaluate.every)
     return ("encode", "quantise", *(name for name, _, _ in cfg.stages()), "learn", *rare)
 
 
@@ -68,7 +68,7 @@ def held(tree: Any, shards: int) -> int:
 
 
 def use_of(stage: str, cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
-    """The `Use` of `stage`, as `iteration.Staged`, `guards.measured` and `evaluate.pictures` run it."""
+    """The `Use` of `stage`, as `iteration.Staged`, `watch.measured` and `evaluate.pictures` run it."""
     return _measured(cfg, sizes, devices, card) if stage == "watch" else _use(_work(stage, cfg, sizes, devices), card)
 
 
@@ -150,7 +150,7 @@ def _measured(cfg: Config, sizes: Sizes, devices: int, card: Card) -> Use:
     rolls += [("regenerate", cfg.regenerate, cfg.kept, part) for part in parts]
     stay, uses = states(cfg, sizes, prompts, cfg.candidates), []
     for name, how, images, part in rolls:
-        together = guards.prompts_per_call(how, images, -(-cfg.prompts // devices), prompts)
+        together = watch.prompts_per_call(how, images, -(-cfg.prompts // devices), prompts)
         one = _rollout(name, how, together, images, cfg, sizes, devices, part)
         calls = prompts // together * -(-cfg.candidates // images)
         uses.append(_use(one._replace(calls=calls, every=cfg.watch.every, held=stay), card))

@@ -25,7 +25,7 @@ from solrl_jax import disk, plan, sharding, train
 from solrl_jax.config import FOLDER, Branch, Config, ConfigError, Evaluate, Learn, Watch, to_json
 from solrl_jax.plan.doctor import PACKAGES
 from solrl_jax.quant import coverage
-from solrl_jax.run import assemble, convert, guards, prove_diffusers, prove_picture, prove_stages
+from solrl_jax.run import assemble, convert, guards, prove_diffusers, prove_picture, prove_stages, watch
 from solrl_jax.run.assemble import Parts
 from solrl_jax.solvers import ODE
 from solrl_jax.weights import hub
@@ -230,7 +230,7 @@ def ranks(parts: Parts, cfg: Config) -> dict[str, Any]:
     state, found, forms = assemble.fresh(parts), {}, ranked_forms(cfg, count)
     first = next(iter(forms.values()))
     for name, cfg in forms.items():
-        each = guards.measured(train.ready(parts._replace(cfg=cfg)), state)
+        each = watch.measured(train.ready(parts._replace(cfg=cfg)), state)
         found[name] = {key.removeprefix("watch/"): value for key, value in each.items()}
     assert first.explore is not None
     return {
