@@ -151,7 +151,7 @@ def test_damaged_files_are_named(command, file, damage, words):
         ),
         ({"evaluate.prompts": "99"}, "evaluate.prompts=99, but"),
         ({"evaluate.solver": "sde"}, "evaluate.solver=sde: use one of euler, dpm1, dpm2"),
-        ({"evaluate.grid": "9"}, "evaluate.grid=9: 1 to evaluate.prompts=4"),
+        ({"evaluate.grid": "0"}, "evaluate.grid=0: give 1 or more"),
         ({"prompts": "9"}, "prompts=9, but"),
         ({"prompts": "0"}, "prompts=0: give 1 or more"),
         ({"prompts": "four"}, "prompts=four: needs int"),

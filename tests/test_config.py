@@ -44,7 +44,7 @@ def bare(monkeypatch):
         ({"learn.clip_norm": "-1"}, r"learn.clip_norm=-1.0: give a positive number"),
         ({"learn.ema_max": "3"}, r"learn.ema_max=3.0: 0 \(no average\) up to below 1"),
         ({"learn.learning_rate": "nan"}, r"learn.learning_rate=nan: give a finite number, 0 or more"),
-        ({"evaluate.grid": "99"}, r"evaluate.grid=99: 1 to evaluate.prompts=16"),
+        ({"evaluate.grid": "0"}, r"evaluate.grid=0: give 1 or more"),
         ({"evaluate.images": "0"}, r"evaluate.images=0: give 1 or more"),
         ({"seed": "-1"}, r"seed=-1: 0 or more"),
         ({"save_every": "-1"}, r"save_every=-1"),

@@ -68,6 +68,15 @@ def test_everything_that_is_wrong_is_told_at_once(cfg, tmp_path, capsys):
     assert any("holds no diffusion_pytorch_model.safetensors" in line for line in told(broken, tmp_path, capsys)[2])
 
 
+def test_what_cannot_be_checked_for_a_reason_above_is_no_second_problem(cfg, tmp_path, capsys):
+    """Without the model neither its tokenizers nor the size of its checkpoints are known; the disk may be fine."""
+    gone = dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, path=str(tmp_path / "gone")))
+    _, lines, todo = told(gone, tmp_path / "run", capsys)
+    assert len([line for line in todo if "gone" in line]) == 1
+    for name in ("tokenizers", "disk"):
+        assert f"note  {name}: not checked, for a reason above" in lines
+
+
 def test_prompts_that_ask_for_what_is_not_configured(cfg, tmp_path):
     rows = [{"prompt": f"a red circle {i}"} for i in range(cfg.prompts)]
     rows[1]["rewards"] = ["hpsv2"]

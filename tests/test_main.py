@@ -185,7 +185,7 @@ def test_help_and_unknown_flags_answer_without_jax():
     assert "--config" in found.stdout and "<train|eval|sample|score|export" in found.stdout
     assert " jax\n" not in found.stderr and " transformers\n" not in found.stderr
     found = shell("-m", "solrl_jax.main", "--confg=tiny")
-    assert found.returncode == 1 and "Unknown command line flag 'confg'. Did you mean: config" in found.stderr
+    assert found.returncode == 2 and "Unknown command line flag 'confg'. Did you mean: config" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_what_a_host_function_must_return(toy, folder, result, message):
     (folder / "pack").mkdir()
     (folder / "pack" / "wrong.py").write_text((folder / "wrong.py").read_text())
     bad = config.override(toy, reward="pack.wrong", **{"evaluate.every": 0})
-    with pytest.raises(train.TrainError, match=f"reward pack.wrong {message}.*Checkpoints"):
+    with pytest.raises(train.TrainError, match=f"reward pack.wrong {message}.*Nothing is saved in"):
         train.train(bad, folder / "run", devices=1)
 
 

@@ -300,6 +300,7 @@ def test_advice_names_the_field_to_change(planned):
 
     assert advice("explore", 0.3).endswith("--config.explore.chunk=4")
     assert advice("encode", 1.01).endswith("lora.rank=32, reward (without clipscore: -1.7 GB)")
+    assert advice("encode", 9.0).endswith(" GB. Use more cards (--devices), or a larger card")  # these do not cover it
 
 
 @pytest.mark.slow
@@ -353,6 +354,13 @@ def test_report_of_a_card_that_is_too_small(planned):
     text = "\n".join(lines)
     assert "11,901,408,320 parameters, 23.8 GB" in text and "forward 15.81" in text and " over " in text
     assert lines[-1] == "explore does not fit: ..." and "at 60% of the bf16 peak" in text
+
+
+@pytest.mark.parametrize(("advice", "code"), [((), 0), (("explore does not fit: ...",), 1)])
+def test_what_does_not_fit_ends_with_1(planned, monkeypatch, capsys, advice, code):
+    monkeypatch.setattr(plan, "plan", lambda *_: planned._replace(advice=advice))
+    assert plan.run_plan(planned.cfg) == code
+    assert ("fits H100 80GB" in capsys.readouterr().out) == (not advice)
 
 
 def test_large_numbers_of_the_report_have_no_exponents(planned):

@@ -60,7 +60,8 @@ def test_the_most_that_fits_is_kept(cfg, monkeypatch, learning, which):
     found, said = plan.settled(cfg, 1, need + 1)
     assert found == dataclasses.replace(keeping(cfg, keeps), shard=1)
     told = f"learn takes about {plan._gb(use.total)} of {plan._gb(need + 1)} GB"
-    assert said == [f"model.remat_keeps={','.join(keeps)}, which auto comes to: {told}"]
+    named = ",".join(keeps) or " (nothing)"
+    assert said == [f"model.remat_keeps={named}, which auto comes to: {told}"]
     below, _ = plan.settled(cfg, 1, need - 1)
     assert below.model.remat_keeps == plan.KEEPS[min(which + 1, 3)]
     assert plan.settled(keeping(cfg, keeps), 1, room)[0].model.remat_keeps == keeps  # as it was asked for
