@@ -338,6 +338,7 @@ class Config(Checked):
         require(len(self.name.encode()) <= most, f"name={self.name:.40}...: give one of at most {most} bytes")
         p, n, k = self.prompts, self.candidates, self.kept
         require(p >= 1, f"prompts={p}: give 1 or more")
+        require(n >= 2, f"candidates={n}: draw 2 or more of a prompt")
         why = "an advantage is a difference from the other samples of its prompt"
         require(2 <= k <= n, f"kept={k} of candidates={n}: keep 2 to {n}, for {why}")
         require(

@@ -32,9 +32,11 @@ def unwritable(folder: Path) -> str:
     """Why nothing can be written in `folder`, which need not exist yet; "" if something can."""
     try:
         place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        for name in folder.absolute().relative_to(place.absolute()).parts:
-            if (place / name).is_symlink():  # Path.exists says no, and mkdir that it is there
-                return f"{place / name} is a link to nothing"
+        missing = folder.absolute().relative_to(place.absolute()).parts
+        for name in missing:
+            (place / name).exists()  # a folder that is not made yet would not tell
+        if missing and (place / missing[0]).is_symlink():  # Path.exists says no, and mkdir that it is there
+            return f"{place / missing[0]} is a link to nothing"
     except OSError as e:  # a name that is too long
         return e.strerror or str(e)
     can = place.is_dir() and os.access(place, os.W_OK | os.X_OK)

@@ -276,8 +276,9 @@ def joined(words: Sequence[str]) -> int:
         asked = processes.together(lambda: command(words))
         asked = dataclasses.replace(asked, run=Path(processes.agreed(lambda: str(asked.run))))
         if FLAGS.mode != "train":  # which compares more, and once it has found its checkpoint
-            given = {**vars(asked), **dict(config.values(asked.cfg))}
-            processes.same({name: repr(value) for name, value in given.items() if name != "cfg"})
+            flags_of = {f"--{name}": value for name, value in vars(asked).items() if name != "cfg"}
+            given = {**flags_of, **dict(config.values(asked.cfg))}
+            processes.same({name: repr(value) for name, value in given.items()})
         if FLAGS.mode == "score":  # it uses one device
             return processes.by_first(lambda: MODES["score"](asked)) or 0
         return MODES[FLAGS.mode](asked)

@@ -57,7 +57,7 @@ class Stopped(Exception):
 
 def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None = None) -> int:
     """Train `cfg` in the directory `run`, from its newest whole checkpoint if `resume`. Returns the exit code."""
-    cfg = assemble.resolved(cfg, assemble.capability())
+    asked, cfg = cfg, assemble.resolved(cfg, assemble.capability())
     if cfg.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f"wandb={cfg.wandb} needs a package that is not here: pip install wandb")
     with contextlib.ExitStack() as stack:
@@ -91,6 +91,9 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
             if not resume:
                 hold()
                 resume_point(run, resume)  # again: another run may have begun here since
+            elif place is None:  # it begins again: another base may have been drawn
+                for name in ("base", "base_own"):
+                    (run / "grids" / f"{name}.npz").unlink(missing_ok=True)
             checkpoint.replace(run / "config.json", to_json(cfg))
             return record_start(run, done, parts, notes)
 
@@ -100,7 +103,7 @@ def train(cfg: Config, run: Path, *, resume: bool = False, devices: int | None =
         judge = (*held_out, *parts.score.names)[0]
         also = (wandb(run, cfg.wandb, json.loads(to_json(cfg))),) if cfg.wandb and processes.first() else ()
         with open_log(run, int(state.iteration), cfg.iterations, judge, also) as out:
-            for line in (*said, *why, *notes):
+            for line in (*said, *assemble.told_of_auto(asked, cfg), *why, *notes):
                 out.say(line)
             try:
                 state = loop(parts, state, run, out, stop)

@@ -395,9 +395,22 @@ def test_a_run_delivers_both_layouts_and_a_card(small, tmp_path):
     assert "/models" not in text  # paths of this machine: a card is published
 
 
-@pytest.mark.parametrize("path", ["", "black-forest-labs/FLUX.1-dev"])
-def test_a_card_has_names_on_the_hub_whole(path):
-    assert model_card.published(path) == path
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("", ""),
+        ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-dev"),
+        ("org/name/file.pth", "org/name/file.pth"),
+        ("~/models/FLUX", "FLUX"),
+        ("../m/FLUX", "FLUX"),
+        ("/m/FLUX", "FLUX"),
+        ("here/FLUX", "FLUX"),
+    ],
+)
+def test_a_card_has_names_on_the_hub_whole(path, shown, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here/FLUX").mkdir(parents=True)
+    assert model_card.published(path) == shown
 
 
 def test_a_model_without_the_layout_delivers_none(small, tmp_path):

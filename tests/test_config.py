@@ -34,6 +34,7 @@ def bare(monkeypatch):
         ({"name": "a\udcff"}, r"^name='a\\udcff': it becomes part"),
         ({"name": "ä" * 101}, r"^name=ä{40}\.\.\.: give one of at most 200 bytes$"),
         ({"kept": "200"}, r"kept=200 of candidates=96: keep 2 to 96"),
+        ({"candidates": "1", "kept": "1"}, r"candidates=1: draw 2 or more of a prompt"),
         ({"kept": "1", "selection": "top"}, r"kept=1 of candidates=96: keep 2 to 96, for an advantage is a difference"),
         ({"kept": "23"}, r"kept=23 is odd.*use kept=24"),
         ({"selection": "all"}, r"selection=all keeps every candidate: set kept=96"),

@@ -53,6 +53,7 @@ def test_a_link_to_nothing_is_no_folder_to_write_in(tmp_path):
         assert disk.unwritable(folder) == f"{tmp_path / 'link'} is a link to nothing"
     (tmp_path / "gone").mkdir()
     assert disk.unwritable(tmp_path / "link" / "run") == ""
+    assert disk.unwritable(tmp_path / "new" / "link") == ""  # of a link's name, in a folder that is made
 
 
 @pytest.mark.parametrize("name", WRITERS)

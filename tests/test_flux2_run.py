@@ -38,7 +38,7 @@ def nano_dir(tmp_path_factory):
 
 def test_klein_has_fluxs_settings_and_is_guided():
     cfg, flux = config.load("flux2:sol_rl"), config.load("flux:sol_rl")
-    changed = {"name", "model.name", "model.path", "model.text_tokens", "encode_ahead"}
+    changed = {"name", "model.name", "model.path", "model.text_tokens", "model.remat_keeps", "encode_ahead"}
     assert set(config.differences(flux, cfg)) == {*changed, "regenerate.guidance"}
     assert cfg.model.path == "black-forest-labs/FLUX.2-klein-base-4B"
     assert tuple(guidance.weights(cfg)) == (4.0,) * 4 and guidance.evaluated(cfg) == 4.0

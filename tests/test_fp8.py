@@ -149,6 +149,15 @@ def test_the_precision_of_a_device(asked, capability, given):
     assert quant.resolve(asked, capability) == given
 
 
+def test_what_auto_comes_to_is_told():
+    asked = config.override(config.Config(), **{"explore.precision": "auto"})
+    for capability, precision in ((8.0, "bf16"), (9.0, "fp8")):
+        said = assemble.told_of_auto(asked, assemble.resolved(asked, capability))
+        assert said == [f"explore.precision=auto comes to {precision} on this device"]
+    plain = config.override(asked, **{"explore.precision": "bf16"})
+    assert assemble.told_of_auto(plain, assemble.resolved(plain, 9.0)) == []
+
+
 @pytest.mark.parametrize(("asked", "capability"), [("fp8", None), ("fp8", 0.0), ("fp8", 8.0), ("nvfp4_native", 9.0)])
 def test_what_a_device_cannot_do_is_an_error(asked, capability):
     cfg = config.Config(explore=config.Stage(6, precision=asked))

@@ -226,6 +226,11 @@ UNEVEN = ("--config.prompts=3", "--config.learn.micro_batch=24")
         ),
         (["--devices=1"], ["--devices=1"], "--devices=1 with several processes, which use all: leave it out"),
         (["--config.steps=1"], ["--config.seed=1"], "process 0 failed: ConfigError: "),
+        (
+            ["--mode=sample", "--prompts=a.txt"],
+            ["--mode=sample", "--prompts=b.txt"],
+            "--prompts is 'a.txt' in process 0 and 'b.txt' in process 1: start all processes alike",
+        ),
         ([], ["--processes=3"], "--processes is 2 in process 0 and 3 in process 1: start all processes alike"),
         (
             [*UNEVEN, "--config.model.path=nowhere"],  # found before any weight is read

@@ -237,7 +237,7 @@ def test_a_resume_waits_for_nothing_that_another_process_may_change(toy, tmp_pat
 
 @pytest.mark.slow
 def test_a_resumed_run_takes_what_an_error_told_it_to_lower(toy, tmp_path):
-    """Chunks and micro-batches change rounding alone."""
+    """Chunks and, with the reference on every one, micro-batches change rounding alone."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     names = "explore.chunk", "regenerate.chunk", "evaluate.chunk", "learn.micro_batch"
     cfg = config.override(toy, iterations=2, **dict.fromkeys(names, "4"))
@@ -698,6 +698,7 @@ def test_what_the_bases_pictures_depend_on(toy):
     assert text() == text(evaluate_every=7) == text(evaluate_every=0) == text(model_remat_keeps="attention")
     others = [{"steps": 7}, {"solver": "euler"}, {"prompts": 2}, {"guidance": 2.5}]
     found = {text(**{f"evaluate_{name}": x for name, x in other.items()}) for other in others}
+    assert text() == text(model_path="/moved")
     found |= {text(), text(seed=5), text(model_text_tokens=7), text(test=parts.prompts.test[::-1])}
     assert len(found) == len(others) + 4
 

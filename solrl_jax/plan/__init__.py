@@ -177,7 +177,7 @@ def chosen(cfg: Config, sizes: Sizes, devices: int, card: Card, *, host: int = 0
 
 
 KEEPS = (("attention", "qkv", "mlp"), ("attention", "mlp"), ("attention",), ())
-"""What "auto" may come to, the most first: each makes learning faster than the next (experiments/flux_h100)."""
+"""What "auto" may come to, the most first: each makes FLUX's learning faster than the next (experiments/flux_h100)."""
 
 
 def with_keeps(choice: Choice, sizes: Sizes, devices: int, card: Card) -> Choice:

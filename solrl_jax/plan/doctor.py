@@ -196,7 +196,8 @@ def judges(cfg: Config, run: Path, devices: int | None) -> Iterator[Finding]:
         binding = assemble.binding(cfg, asked)
     except (ConfigError, DataError):
         asked, binding = None, Bound()
-    names = dict.fromkeys(assemble.reward_names(cfg))
+    judging = cfg.evaluate.every > 0  # else a run does not load those that are held out
+    names = dict.fromkeys(n for n in assemble.reward_names(cfg) if judging or n in rewards.parse(cfg.reward))
     if not rewards.parse(cfg.reward):
         yield Finding("no reward to train on", f"give --config.reward, of {', '.join(rewards.REWARDS)}")
     for name in names:

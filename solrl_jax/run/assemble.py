@@ -65,6 +65,13 @@ def resolved(cfg: Config, capability: float | None) -> Config:
     return dataclasses.replace(cfg, **{name: stage(name) for name, _, _ in cfg.stages()})
 
 
+def told_of_auto(asked: Config, found: Config) -> list[str]:
+    """A line for each precision "auto" of `asked`, by what `resolved` made of it."""
+    pairs = zip(asked.stages(), found.stages(), strict=True)
+    auto = [(name, there.precision) for (name, stage, _), (_, there, _) in pairs if stage.precision == "auto"]
+    return [f"{name}.precision=auto comes to {precision} on this device" for name, precision in auto]
+
+
 def capability() -> float | None:
     """CUDA's compute capability of the first device; 0 for a TPU, None for a CPU."""
     first = jax.devices()[0]
@@ -320,7 +327,8 @@ def settled_by_all(cfg: Config, devices: int | None, drawing: bool = False) -> t
 
     stages, host = plan.DRAWING if drawing else (), jax.local_device_count()
     least = json.loads(processes.exchanged(json.dumps(plan.memory_limit()), least_of))
-    return plan.settled(cfg, devices or jax.device_count(), least, host=host, stages=stages)
+    count = devices or jax.device_count()
+    return processes.together(lambda: plan.settled(cfg, count, least, host=host, stages=stages))
 
 
 def least_of(limits: Sequence[str]) -> str:
@@ -331,7 +339,7 @@ def least_of(limits: Sequence[str]) -> str:
 def settled_here(cfg: Config, devices: int | None, drawing: bool = False) -> Config:
     """`settled_by_all`, after printing its lines."""
     found, said = settled_by_all(cfg, devices, drawing)
-    for line in said if processes.first() else ():
+    for line in said:
         print(line)
     return found
 

@@ -202,7 +202,8 @@ def _drop_older(run: Path, step: int, keep: int) -> None:
     older = [s for s in steps(run) if s < step]
     finished = [s for s in older if (folder(run, s) / "manifest.json").exists()]
     for old in set(older) - {*finished[: keep - 1], best(run, [step, *finished])}:
-        (folder(run, old) / "manifest.json").unlink(missing_ok=True)  # first: a deletion cut short leaves no checkpoint
+        with contextlib.suppress(OSError):  # as rmtree does: the new checkpoint is whole
+            (folder(run, old) / "manifest.json").unlink()  # first: a deletion cut short leaves no checkpoint
         shutil.rmtree(folder(run, old), ignore_errors=True)
 
 

@@ -118,9 +118,12 @@ def settings(parts: Parts) -> str:
     """What an evaluation's pictures and scores depend on, as text: while it is the same, the base's stay."""
     cfg = parts.cfg
     how = dataclasses.replace(cfg.evaluate, every=0)  # when does not change them
-    model = dataclasses.replace(cfg.model, remat=True, remat_keeps=())  # nor does what a backward pass keeps
+    # Nor does what a backward pass keeps, nor where files lie, which may move (checkpoint.CHANGEABLE).
+    model = dataclasses.replace(cfg.model, remat=True, remat_keeps=(), path="", lora=())
+    loras = parts.base_loras.origins if parts.base_loras else ()
+    folded = [(sorted(origin.sha256.values()), origin.scale) for origin in loras]
     rows = parts.prompts.rows_of(fixed_prompts(parts))
-    others = hashlib.sha256(repr((cfg.seed, model, parts.judged.names, cfg.reward_paths, rows)).encode())
+    others = hashlib.sha256(repr((cfg.seed, model, folded, parts.judged.names, rows)).encode())
     return f"{guidance.titled(repr(how), guidance.evaluated(cfg))}, of {others.hexdigest()[:16]}"
 
 
@@ -201,6 +204,7 @@ def run_eval(
     processes.together(lambda: assemble.check_policy(cfg, place, lora_file))
     settled = assemble.settled_here(cfg, devices, drawing=True)
     parts = processes.together(lambda: assemble.for_evaluation(cfg, devices, negative, settled))
+    processes.same({"the content of prompt_files": data.digest(parts.prompts)})
     name, w, own = str(lora_file or place or ""), guidance.evaluated(cfg), parts.model.guided
     with jax.set_mesh(parts.mesh):
         base = assemble.adapter(parts, None, None)
@@ -244,6 +248,7 @@ def run_sample(
     """--mode=sample: cfg.evaluate.images pictures of each prompt as PNG files in <run>/samples."""
     if not prompts:
         raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
+    processes.same({"the prompts": hashlib.sha256(repr(list(prompts)).encode()).hexdigest()[:16]})
     processes.together(lambda: assemble.check_policy(cfg, place, lora_file))
     settled = assemble.settled_here(assemble.unscored(cfg), devices, drawing=True)
     parts = processes.together(lambda: assemble.for_drawing(cfg, devices, negative, settled))

@@ -41,7 +41,8 @@ def damage(place: Path) -> str | None:
     Other files, such as those that a file manager leaves, are not read.
     """
     try:
-        wanted, found = read(place)["files"], hashes(place)
+        wanted = read(place)["files"]
+        found = {name: digest(place / name) for name in wanted if (place / name).is_file()}
     except (CheckpointError, OSError) as e:
         return str(e)
     for name in sorted(wanted):
@@ -67,11 +68,13 @@ def usable(place: Path) -> dict[str, Any]:
 def hashes(place: Path) -> dict[str, str]:
     """{relative path: SHA-256} of every file below `place`, without the manifest and unfinished *.part files."""
     files = sorted(p for p in place.rglob("*") if p.is_file() and p.name != "manifest.json" and p.suffix != ".part")
-    digests = {}
-    for file in files:
-        with file.open("rb") as f:
-            digests[file.relative_to(place).as_posix()] = hashlib.file_digest(f, "sha256").hexdigest()
-    return digests
+    return {file.relative_to(place).as_posix(): digest(file) for file in files}
+
+
+def digest(file: Path) -> str:
+    """Its SHA-256."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def describe(tree: PyTree) -> dict[str, str]:

@@ -13,7 +13,7 @@ PACKAGES = ("jax", "flax", "optax")
 
 def published(path: str) -> str:
     """A name on the Hub as it is; of a folder or file of this machine the last part, for a card is published."""
-    here = Path(path).is_absolute() or Path(path).exists()
+    here = path.startswith((".", "~")) or Path(path).is_absolute() or Path(path).exists()
     return Path(path).name if here else path
 
 
@@ -77,7 +77,7 @@ def facts(cfg: Config, iterations: int, updates: int, targets: tuple[str, ...]) 
         "family": f"{family(cfg)}: {_rollouts(cfg)}",
         "reward": _mixture(cfg.reward) + (", each normalised within its prompt (gdpo)" * mixture.by_parts(cfg)),
         "iterations": f"{iterations} of {cfg.iterations}, {cfg.prompts} prompts each; {updates} updates",
-        "prompts": f"`{published(cfg.prompt_files)}`",
+        "prompts": f"`{Path(cfg.prompt_files).name}`",
         "learning": f"{learn.algorithm}, rate {learn.learning_rate:g}, KL weight {learn.kl_weight:g}, "
         f"seed {cfg.seed}; every value is in config.json of the run",
         "LoRA": f"{_lora(cfg.lora)}, on {', '.join(targets)}",
@@ -131,7 +131,7 @@ def _mixture(text: str) -> str:
 
 def _began_from(loras: BaseLoras, new: Lora) -> str:
     files = "; ".join(
-        f"`{published(o.file)}` at scale {o.scale:g}, SHA-256 {', '.join(' '.join(x) for x in o.sha256.items())}"
+        f"`{Path(o.file).name}` at scale {o.scale:g}, SHA-256 {', '.join(' '.join(x) for x in o.sha256.items())}"
         for o in loras.origins
     )
     return (
@@ -141,7 +141,7 @@ def _began_from(loras: BaseLoras, new: Lora) -> str:
 
 
 def _stacking(loras: BaseLoras) -> str:
-    files = ", ".join(f"`{published(o.file)}` at scale {o.scale:g}" for o in loras.origins)
+    files = ", ".join(f"`{Path(o.file).name}` at scale {o.scale:g}" for o in loras.origins)
     return (
         f"\n\nThese files already hold {files}: load them alone. `{ONLY_NEW}/` has the trained part alone, in the same "
         f"layouts, to be loaded at scale 1 beside {files}."
