@@ -294,7 +294,8 @@ def test_a_reward_that_raises_in_mid_run(toy, tmp_path, monkeypatch, host, numbe
     reward = f"{name}.score" if host else f"{name}.make"
     cfg = config.override(toy, reward=reward, iterations=3, save_every=1, **{"evaluate.every": 0, "watch.every": 2})
     line = OWN.splitlines().index('        raise KeyError("no such picture")') + 1
-    message = rf"^reward {reward} failed: KeyError: 'no such picture' \(.*{name}\.py, line {line}\)\. Checkpoints"
+    saved = "Checkpoints" if done else "Nothing is saved in"
+    message = rf"^reward {reward} failed: KeyError: 'no such picture' \(.*{name}\.py, line {line}\)\. {saved}"
     with pytest.raises(train.TrainError, match=message):
         train.train(cfg, run, devices=1)
     assert checkpoint.latest(run)[0] == (done or None) and sorted(metrics_of(run)) == ([0, 1] if host else [])
