@@ -156,7 +156,7 @@ def test_damaged_files_are_named(command, file, damage, words):
         ({"prompts": "0"}, "prompts=0: give 1 or more"),
         ({"prompts": "four"}, "prompts=four: needs int"),
         ({"prompts": "4.5"}, "prompts=4.5: needs int"),
-        ({"candidates": "-8"}, "kept=4 of candidates=-8"),
+        ({"candidates": "-8"}, "candidates=-8: draw 2 or more of a prompt"),
         ({"explore.steps": "2.5"}, "explore.steps=2.5: needs int"),
         ({"explore.precision": "int4"}, "explore.precision=int4: use one of auto, bf16, fp8"),
         ({"explore.precision": "fp8"}, "explore.precision fp8 needs a GPU"),
