@@ -1,6 +1,7 @@
 """Atomic writes, and reading of files that may be damaged."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,12 @@ def unwritable(folder: Path) -> str:
         return e.strerror or str(e)
     can = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
     return "" if can else f"{place} is not a folder that can be written to"
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def readable(read: Callable[[Path], T], file: Path, said: list[str]) -> T | None:

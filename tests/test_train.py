@@ -402,12 +402,9 @@ def test_modes_eval_sample_and_export(toy, tmp_path, capsys):
     first = (run / "samples" / "0001_1.png").read_bytes()
     assert (few / "samples" / "0001_1.png").read_bytes() == first
     assert capsys.readouterr().out.splitlines()[-1] == f"policy: {place}"
-    evaluate.run_sample(
-        toy, few, prompts=texts[:1], place=None, lora_file=None, devices=1
-    )  # beside those that are there
-    assert sorted(file.name for file in (few / "samples").iterdir()) == [
-        f"{i:04d}_{j}.png" for i in range(3) for j in (0, 1)
-    ]
+    evaluate.run_sample(toy, few, prompts=texts[:1], place=None, lora_file=None, devices=1)
+    names = [f"{i:04d}_{j}.png" for i in range(3) for j in (0, 1)]  # the new ones beside those that were there
+    assert sorted(file.name for file in (few / "samples").iterdir()) == names
     assert (few / "samples" / "0001_1.png").read_bytes() == first
     assert capsys.readouterr().out.splitlines()[-1] == "policy: the base model"
     with pytest.raises(config.ConfigError, match="needs --prompt"):

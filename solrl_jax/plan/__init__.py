@@ -192,7 +192,7 @@ def with_keeps(choice: Choice, sizes: Sizes, devices: int, card: Card) -> Choice
             break
     uses["learn"] = use
     taken = f"learn takes about {_gb(use.total)} of {_gb(room(card))} GB"
-    named = f"{','.join(keeps)}{'' if keeps else ' (nothing)'}"
+    named = ",".join(keeps) or " (nothing)"
     kept = f"model.remat_keeps={named}, which auto comes to: {taken}"
     return choice._replace(cfg=one, uses=tuple(uses.values()), kept=kept)
 
@@ -225,14 +225,11 @@ def advise(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> str
     towers = {name: nbytes(x) for name, x in {**sizes.frozen.rewards, **sizes.towers}.items() if nbytes(x)}
     less = "".join(f", reward (without {name}: -{_gb(size)} GB)" for name, size in towers.items())
     enough = use.total - use.adapters - sum(towers.values()) <= room(card)
-    lower = f", or lower lora.rank={cfg.lora.rank}{less}" if enough else ""
+    larger = f"a larger card, or lower lora.rank={cfg.lora.rank}{less}" if enough else "or a larger card"
     even = "".join(f" with --config.{k}={v}" for k, v in changes.items() if k == "encode_ahead")
     most = fitting(cfg, sizes, devices)[-1]
     shared = f"--config.shard={most}, " if 0 < cfg.shard < most else "more cards (--devices), "
-    return (
-        f"{need}without activations it takes {_gb(use.total - use.activations)} GB{even}. "
-        f"Use {shared}{'a larger card' if lower else 'or a larger card'}{lower}"
-    )
+    return f"{need}without activations it takes {_gb(use.total - use.activations)} GB{even}. Use {shared}{larger}"
 
 
 def remedied(use: Use, cfg: Config, sizes: Sizes, devices: int, card: Card) -> tuple[dict[str, str], Use]:

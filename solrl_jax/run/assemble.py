@@ -434,10 +434,8 @@ def check_policy(cfg: Config, place: Path | None, lora_file: Path | None) -> Non
         return
     model = model_module(cfg).make(cfg.model)
     if lora_file is not None:
-        if (loras := base_loras.read(cfg.model, model)) is not None:
-            base_loras.check_held_once(lora_file, loras)
         base = jax.eval_shape(model.init, jax.random.key(0))
-        lora_files.load(lora_file, base, model.keys, cfg.lora, model.comfy, model.native)
+        _of_file(lora_file, base, model, cfg, base_loras.read(cfg.model, model))
     elif place is not None:
         checkpoint.check_fields(place, {"ema": blank(cfg, model, make_mesh(1)).ema}, cfg, INFERENCE)
 
@@ -447,15 +445,19 @@ def adapter(parts: Parts, place: Path | None, lora_file: Path | None) -> Params:
 
     For a file, prints how much of the model it adapts.
     """
-    like, model = blank(parts.cfg, parts.model, parts.mesh), parts.model
+    like = blank(parts.cfg, parts.model, parts.mesh)
     if place is not None and lora_file is None:
         return checkpoint.restore_fields(place, {"ema": like.ema}, parts.cfg, INFERENCE)["ema"]
     if lora_file is None:
         found = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like.lora)
     else:
-        if parts.base_loras is not None:
-            base_loras.check_held_once(lora_file, parts.base_loras)
-        shapes = parts.frozen.base
-        found, said = lora_files.load(lora_file, shapes, model.keys, parts.cfg.lora, model.comfy, model.native)
+        found, said = _of_file(lora_file, parts.frozen.base, parts.model, parts.cfg, parts.base_loras)
         print("\n".join(f"{lora_file}: {line}" for line in said))
     return sharding.replicate(found, parts.mesh)
+
+
+def _of_file(file: Path, base: Params, model: Model, cfg: Config, loras: BaseLoras | None) -> lora_files.Loaded:
+    """`lora_files.load`, after a look that the file holds none of the LoRAs in the base."""
+    if loras is not None:
+        base_loras.check_held_once(file, loras)
+    return lora_files.load(file, base, model.keys, cfg.lora, model.comfy, model.native)

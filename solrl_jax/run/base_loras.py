@@ -6,7 +6,6 @@ it: docs/differences.md.) What is exported is the product of both on the origina
 only_new/. A checkpoint's manifest has each file's name, scale and SHA-256, and is used with the same files alone.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from solrl_jax import config, lora, sharding
+from solrl_jax import config, disk, lora, sharding
 from solrl_jax.config import Lora
 from solrl_jax.run.manifest import CheckpointError
 from solrl_jax.structs import Model, Params, leaves_by_path
@@ -125,8 +124,7 @@ def origins(entries: Sequence[str]) -> tuple[Origin, ...]:
 
 def _digest(file: Path) -> str:
     try:
-        with file.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return disk.digest(file)
     except OSError as e:
         raise WeightsError(f"model.lora: {file} cannot be read: {e.strerror or e}") from None
 

@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -28,7 +27,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from solrl_jax import sharding
+from solrl_jax import disk, sharding
 from solrl_jax.config import ConfigError, Model
 from solrl_jax.models import folders
 from solrl_jax.run import checkpoint
@@ -118,7 +117,7 @@ def _write(module: Any, cfg: Model, out: Path) -> None:
         "version": VERSION,
         "source": str(source),
         "made from": hashes(source, [f for f in hub.read_of(source, file) if f != file])
-        | ({str(file): digest(file)} if file else {}),
+        | ({str(file): disk.digest(file)} if file else {}),
         "tree": checkpoint.describe(trees),
         "leaves": {path: kept.file for path, kept in leaves_by_path(trees).items()},
         "files": hashes(out, (out / "weights").rglob("*")),
@@ -147,17 +146,11 @@ def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]
         yield slice(first, min(first + rows, shape[0])), *(slice(0, n) for n in shape[1:])
 
 
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def hashes(root: Path, files: Iterable[Path]) -> dict[str, str]:
     """{path below root: SHA-256}, several files at once (hashing lets other threads run)."""
     found = sorted(f for f in files if f.is_file())
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return {f.relative_to(root).as_posix(): d for f, d in zip(found, pool.map(digest, found), strict=True)}
+        return {f.relative_to(root).as_posix(): d for f, d in zip(found, pool.map(disk.digest, found), strict=True)}
 
 
 def restore(folder: Path, shapes: Trees, mesh: Mesh) -> Trees:

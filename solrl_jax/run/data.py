@@ -42,8 +42,12 @@ class PromptSet(NamedTuple):
 
 def digest(prompts: PromptSet) -> str:
     """It changes if any text, row or the order of them does."""
-    rows = [prompts.rows_of(texts) for texts in (prompts.train, prompts.test)]
-    return hashlib.sha256(json.dumps(rows, default=repr).encode()).hexdigest()[:16]
+    return digest_of([prompts.rows_of(texts) for texts in (prompts.train, prompts.test)])
+
+
+def digest_of(value: Any) -> str:
+    """Of lists, texts and numbers, and of what else is in them as its repr."""
+    return hashlib.sha256(json.dumps(value, default=repr).encode()).hexdigest()[:16]
 
 
 SPLIT = 0x5B117  # used with the seed, so that the split is independent of the epochs' permutations

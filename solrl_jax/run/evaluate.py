@@ -6,7 +6,6 @@ difference. The base is drawn with a LoRA of zeros: this is exactly the base, wi
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -123,8 +122,8 @@ def settings(parts: Parts) -> str:
     loras = parts.base_loras.origins if parts.base_loras else ()
     folded = [(sorted(origin.sha256.values()), origin.scale) for origin in loras]
     rows = parts.prompts.rows_of(fixed_prompts(parts))
-    others = hashlib.sha256(repr((cfg.seed, model, folded, parts.judged.names, rows)).encode())
-    return f"{guidance.titled(repr(how), guidance.evaluated(cfg))}, of {others.hexdigest()[:16]}"
+    others = data.digest_of([cfg.seed, model, folded, parts.judged.names, rows])
+    return f"{guidance.titled(repr(how), guidance.evaluated(cfg))}, of {others}"
 
 
 def evaluate(parts: Parts, adapter: Params) -> tuple[dict[str, float], Shown]:
@@ -248,7 +247,7 @@ def run_sample(
     """--mode=sample: cfg.evaluate.images pictures of each prompt as PNG files in <run>/samples."""
     if not prompts:
         raise ConfigError("--mode=sample needs --prompt='a text' or --prompts=file.txt")
-    processes.same({"the prompts": hashlib.sha256(repr(list(prompts)).encode()).hexdigest()[:16]})
+    processes.same({"the prompts": data.digest_of(prompts)})
     processes.together(lambda: assemble.check_policy(cfg, place, lora_file))
     settled = assemble.settled_here(assemble.unscored(cfg), devices, drawing=True)
     parts = processes.together(lambda: assemble.for_drawing(cfg, devices, negative, settled))

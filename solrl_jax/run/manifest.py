@@ -3,11 +3,11 @@
 The manifest is the last file of a save. A folder without one is an unfinished save and does not count as a checkpoint.
 """
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from solrl_jax import disk
 from solrl_jax.structs import PyTree, leaves_by_path
 
 FORMAT = 2
@@ -42,7 +42,7 @@ def damage(place: Path) -> str | None:
     """
     try:
         wanted = read(place)["files"]
-        found = {name: digest(place / name) for name in wanted if (place / name).is_file()}
+        found = {name: disk.digest(place / name) for name in wanted if (place / name).is_file()}
     except (CheckpointError, OSError) as e:
         return str(e)
     for name in sorted(wanted):
@@ -68,13 +68,7 @@ def usable(place: Path) -> dict[str, Any]:
 def hashes(place: Path) -> dict[str, str]:
     """{relative path: SHA-256} of every file below `place`, without the manifest and unfinished *.part files."""
     files = sorted(p for p in place.rglob("*") if p.is_file() and p.name != "manifest.json" and p.suffix != ".part")
-    return {file.relative_to(place).as_posix(): digest(file) for file in files}
-
-
-def digest(file: Path) -> str:
-    """Its SHA-256."""
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return {file.relative_to(place).as_posix(): disk.digest(file) for file in files}
 
 
 def describe(tree: PyTree) -> dict[str, str]:

@@ -183,7 +183,7 @@ def files(cfg: Config) -> dict[str, Any]:
     def name(file: Path) -> str:
         return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
 
-    return {name(f): {"bytes": f.stat().st_size, "sha256": convert.digest(f)} for f in found}
+    return {name(f): {"bytes": f.stat().st_size, "sha256": disk.digest(f)} for f in found}
 
 
 # --- ranks ----------------------------------------------------------------------------------------------------------

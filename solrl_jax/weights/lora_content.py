@@ -58,7 +58,7 @@ class Content(NamedTuple):
 def read(file: Path) -> Content:
     """Read a file, safetensors or torch's pickle, with any content."""
     if not file.is_file():
-        if Path(str(file).rpartition(":")[0]).exists() and ":" in file.name:
+        if ":" in file.name and Path(str(file).rpartition(":")[0]).exists():
             raise WeightsError(f"{file} does not exist: only --config.model.lora takes a scale; leave it out here")
         raise WeightsError(f"{file} does not exist: give a LoRA .safetensors file or the folder that holds it")
     try:
